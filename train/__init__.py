@@ -1,0 +1,5 @@
+"""Data, conditions and checkpoints."""
+
+from train.errors import InputError
+
+__all__ = ["InputError"]
