@@ -1,0 +1,58 @@
+"""p-values adjusted for the number of tests in a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["benjamini_hochberg", "holm"]
+
+Floats = NDArray[np.float64]
+
+
+def holm(p: Any) -> Floats:
+    """Holm's step-down adjustment: controls the chance of any false positive, whatever the dependence.
+
+    Args:
+        p: p-values of one family, any shape; NaN marks a test that could not be made and does not count.
+    Returns:
+        Adjusted p-values of the same shape, at most 1, NaN where `p` is.
+    Source:
+        Holm (1979), Scandinavian Journal of Statistics 6:65–70.
+    """
+    return _adjust(p, lambda ranked: np.maximum.accumulate(ranked * np.arange(ranked.size, 0, -1)))
+
+
+def benjamini_hochberg(p: Any) -> Floats:
+    """Benjamini and Hochberg's step-up adjustment: controls the false discovery rate.
+
+    Args:
+        p: p-values of one family, any shape; NaN marks a test that could not be made and does not count.
+    Returns:
+        Adjusted p-values of the same shape, at most 1, NaN where `p` is.
+    Source:
+        Benjamini and Hochberg (1995), Journal of the Royal Statistical Society B 57:289–300.
+    """
+
+    def step_up(ranked: Floats) -> Floats:
+        inflated: Floats = ranked * ranked.size / np.arange(1, ranked.size + 1)
+        return np.minimum.accumulate(inflated[::-1])[::-1]
+
+    return _adjust(p, step_up)
+
+
+def _adjust(p: Any, rule: Any) -> Floats:
+    """Apply a rule that takes ascending p-values and returns their adjusted values."""
+    values = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(values.shape, np.nan)
+    made = np.isfinite(values)
+    family = values[made]
+    if ((family < 0) | (family > 1)).any():
+        raise ValueError("p-values must lie between 0 and 1; found some outside")
+    order = np.argsort(family, kind="stable")
+    result = np.empty(family.size)
+    result[order] = np.minimum(rule(family[order]), 1.0)
+    adjusted[made] = result
+    return adjusted

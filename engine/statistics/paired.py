@@ -1,0 +1,217 @@
+"""Paired comparison of two arrays over images: effect sizes, intervals and tests, one of each a trailing element."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy import special, stats
+
+from engine.statistics.bootstrap import bootstrap_interval
+from engine.statistics.multiplicity import benjamini_hochberg, holm
+from engine.statistics.permutation import sign_flip
+
+__all__ = ["compare_paired"]
+
+Floats = NDArray[np.float64]
+
+_VARIABLES = (
+    *("difference", "ci_low", "ci_high", "dz", "gz", "t", "n", "missing"),
+    *("p_t", "p_wilcoxon", "p_sign_flip", "p_max_t", "p_holm", "p_bh"),
+)
+
+
+def compare_paired(
+    a: Any,
+    b: Any,
+    permutations: int = 9999,
+    seed: int = 0,
+    groups: Any = None,
+    confidence: float = 0.95,
+    bootstrap: int = 2000,
+) -> xr.Dataset:
+    """Compare two conditions measured on the same images; b − a is tested in every element of the trailing axes.
+
+    All trailing elements together are one family for `p_max_t`, `p_holm` and `p_bh`. The unit is the image (the leading
+    axis): the p-values and the BCa interval speak of these two checkpoints, not of fine-tuning, unless the leading axis
+    holds training runs.
+
+    A pair with a NaN or an infinity on either side is left out of its own test only, and counted in `missing`.
+    Degenerate tests keep their meaning and touch no other test:
+
+    - all differences exactly 0: t 0, every p 1, dz and gz NaN, interval [0, 0];
+    - all differences equal and not 0: t, dz and gz ±inf, p_t 0, the permutation and rank p-values as they come,
+      the interval that one value;
+    - fewer than 2 pairs: everything but `difference`, `n` and `missing` is NaN and the test leaves the family.
+
+    Args:
+        a, b: NumPy or xarray, [image, ...], of equal shape and in one unit, any. An xarray input keeps its trailing
+            dimensions and coordinates; its leading dimension is the one called `image`, else the first.
+        permutations: sign flips of the max-T test; all 2^n are enumerated when that is not more.
+        seed: of flips and resamples.
+        groups: labels [image] or [image, level], the outermost level first (seed, then class): the interval is then the
+            percentile interval of the nested bootstrap. The p-values do not use them.
+        confidence: coverage of the interval.
+        bootstrap: resamples of the interval; 0 leaves `ci_low` and `ci_high` NaN.
+    Returns:
+        Dataset over the trailing axes: `difference` (mean of b − a), `ci_low`, `ci_high`, in the unit of the input;
+        `dz` (mean / standard deviation of the differences), `gz` (dz with Hedges' correction, NaN below 3 pairs), `t`,
+        `n`, `missing`; `p_t` (paired t-test), `p_wilcoxon` (signed ranks, zeros dropped), `p_sign_flip` (this test
+        alone), `p_max_t` (sign flip, family-wise), `p_holm` and `p_bh` (both of p_t). All tests are two-sided. The
+        attributes say how it was computed; `p_floor` is the least value that p_sign_flip and p_max_t can take.
+    Raises:
+        ValueError: shapes, dimensions or coordinates of a and b differ; fewer than 2 images; groups of another length;
+            a parameter out of range.
+    Source:
+        dz, Hedges' J: Hedges (1981), doi:10.3102/10769986006002107; resampling: see `sign_flip`, `bootstrap_interval`.
+    """
+    _check_parameters(permutations, confidence, bootstrap)
+    first, second, frame = _aligned(a, b)
+    if first.shape[0] < 2:
+        raise ValueError(f"a paired comparison needs at least 2 pairs; found {first.shape[0]}: give more images")
+    codes = None if groups is None else _group_codes(groups, first.shape[0])
+
+    with np.errstate(invalid="ignore", over="ignore"):  # inf − inf is a missing pair, not an accident
+        d = (second - first).reshape(first.shape[0], -1)
+    d[~np.isfinite(d)] = np.nan
+    result: dict[str, Floats | NDArray[np.int64]] = dict(_summary(d))
+    flip_seed, bootstrap_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2, np.uint64))
+    flips = sign_flip(d, permutations=permutations, seed=flip_seed)
+    result["ci_low"], result["ci_high"] = np.full((2, d.shape[1]), np.nan)
+    if bootstrap:
+        result["ci_low"], result["ci_high"] = bootstrap_interval(
+            d, resamples=bootstrap, confidence=confidence, seed=bootstrap_seed, groups=codes
+        )
+    result["p_wilcoxon"] = _wilcoxon(d)
+    result["p_sign_flip"], result["p_max_t"] = flips.p, flips.p_max_t
+    result["p_holm"], result["p_bh"] = holm(result["p_t"]), benjamini_hochberg(result["p_t"])
+
+    shape = first.shape[1:]
+    return xr.Dataset(
+        {name: (frame.dims, result[name].reshape(shape)) for name in _VARIABLES},
+        coords=frame.coords,
+        attrs={
+            "family_size": int(np.isfinite(flips.p_max_t).sum()),
+            "sign_patterns": flips.patterns,
+            "sign_flip": "exact" if flips.exact else "random",
+            "p_floor": flips.floor,
+            "interval": "none"
+            if not bootstrap
+            else "BCa bootstrap"
+            if codes is None
+            else "nested percentile bootstrap",
+            "confidence": confidence,
+            "bootstrap": bootstrap,
+            "seed": seed,
+        },
+    )
+
+
+def _check_parameters(permutations: int, confidence: float, bootstrap: int) -> None:
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1; found {permutations}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, for example 0.95; found {confidence}")
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap must be a number of resamples, or 0 for no interval; found {bootstrap}")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Names and coordinates of the trailing axes."""
+
+    dims: tuple[Hashable, ...]
+    coords: dict[Hashable, Any]
+
+
+def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
+    """Both inputs as float64 with the pairs leading, and what the trailing axes are called."""
+    if isinstance(a, xr.DataArray) and isinstance(b, xr.DataArray):
+        if set(a.dims) != set(b.dims):
+            raise ValueError(f"a has the dimensions {a.dims} and b has {b.dims}; expected the same")
+        try:
+            b = xr.align(a, b.transpose(*a.dims), join="exact")[1]
+        except ValueError as error:
+            raise ValueError(
+                f"a and b are not the same images, layers or heads: their coordinates differ ({error})"
+            ) from error
+    labelled = next((array for array in (a, b) if isinstance(array, xr.DataArray)), None)
+    pairs: Hashable = "image"
+    if labelled is not None and labelled.dims:
+        pairs = pairs if pairs in labelled.dims else labelled.dims[0]
+        a, b = (x.transpose(pairs, ...) if isinstance(x, xr.DataArray) else x for x in (a, b))
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a has the shape {first.shape} and b has {second.shape}; expected the same, [image, ...]")
+    if first.ndim == 0:
+        raise ValueError("a and b are single numbers; expected arrays [image, ...]")
+    if labelled is None:
+        return first, second, _Frame(tuple(f"axis_{i}" for i in range(1, first.ndim)), {})
+    template = labelled.transpose(pairs, ...)
+    kept = {name: coord for name, coord in template.coords.items() if pairs not in coord.dims}
+    return first, second, _Frame(template.dims[1:], kept)
+
+
+def _group_codes(groups: Any, n_images: int) -> NDArray[np.int64]:
+    """Labels [image] or [image, level] as integer codes [image, level]."""
+    labels = np.asarray(groups)
+    labels = labels[:, None] if labels.ndim == 1 else labels
+    if labels.ndim != 2 or labels.shape[0] != n_images or labels.shape[1] == 0:
+        raise ValueError(
+            f"groups has the shape {np.shape(groups)}; expected [image] or [image, level] with {n_images} images"
+        )
+    codes = [np.unique(labels[:, level], return_inverse=True)[1].reshape(-1) for level in range(labels.shape[1])]
+    return np.stack(codes, axis=1).astype(np.int64)
+
+
+def _summary(d: Floats) -> dict[str, Any]:
+    """Mean, effect sizes and the t-test of every column of d [image, test]."""
+    valid = ~np.isnan(d)
+    n = valid.sum(axis=0)
+    enough = n >= 2
+    least = np.where(valid, d, np.inf).min(axis=0)
+    constant = (n > 0) & (least == np.where(valid, d, -np.inf).max(axis=0))
+
+    total = np.where(valid, d, 0).sum(axis=0)
+    mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
+    mean[constant] = least[constant]  # a mean of equal numbers can round off them
+    deviation = np.where(valid, d - mean, 0)
+    greatest = np.abs(deviation).max(axis=0)
+    deviation /= np.where(greatest > 0, greatest, 1)  # squares of small numbers vanish, and a vanished sd is no zero
+    sd = greatest * np.sqrt(np.einsum("ij,ij->j", deviation, deviation) / np.maximum(n - 1, 1))
+    sd[constant] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):  # sd 0: 0/0 is NaN and c/0 is ±inf, as documented
+        dz = np.where(enough, mean / sd, np.nan)
+    t = np.where(enough & constant & (mean == 0), 0, dz * np.sqrt(n))
+    p_t = 2 * stats.t.sf(np.abs(t), np.maximum(n - 1, 1))
+    return {
+        "difference": mean,
+        "dz": dz,
+        "gz": dz * hedges_correction(n),
+        "t": t,
+        "n": n.astype(np.int64),
+        "missing": (len(d) - n).astype(np.int64),
+        "p_t": p_t,
+    }
+
+
+def hedges_correction(n: NDArray[np.int64]) -> Floats:
+    """Hedges' J = Γ(m/2) / (√(m/2) Γ((m−1)/2)) with m = n − 1; NaN where m < 2, where dz has no expectation."""
+    m = np.maximum(n - 1, 2) / 2
+    j = np.exp(special.gammaln(m) - special.gammaln(m - 0.5)) / np.sqrt(m)
+    return np.where(n >= 3, j, np.nan)
+
+
+def _wilcoxon(d: Floats) -> Floats:
+    """Two-sided Wilcoxon signed-rank p-values of the columns of d [image, test]; zero differences are dropped."""
+    p = np.full(d.shape[1], np.nan)
+    for column in range(d.shape[1]):
+        values = d[:, column]
+        values = values[~np.isnan(values)]
+        if values.size >= 2:
+            p[column] = stats.wilcoxon(values).pvalue if values.any() else 1.0
+    return p
