@@ -1,5 +1,39 @@
 """Compressed, checksummed, resumable attention in Zarr v3."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from store.schema import SCHEMA, LayerSchema, StoreError, StoreSchema
 
-__all__ = ["SCHEMA", "LayerSchema", "StoreError", "StoreSchema"]
+if TYPE_CHECKING:
+    from store.arrays import estimate_bytes as estimate_bytes
+    from store.arrays import require_free_disk as require_free_disk
+    from store.reader import AttentionStore as AttentionStore
+    from store.writer import AttentionWriter as AttentionWriter
+
+# Importing zarr takes about 0.4 s, which `--help` should not wait for.
+_LAZY = {
+    "AttentionStore": "store.reader",
+    "AttentionWriter": "store.writer",
+    "estimate_bytes": "store.arrays",
+    "require_free_disk": "store.arrays",
+}
+
+__all__ = [
+    "SCHEMA",
+    "AttentionStore",
+    "AttentionWriter",
+    "LayerSchema",
+    "StoreError",
+    "StoreSchema",
+    "estimate_bytes",
+    "require_free_disk",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

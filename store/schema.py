@@ -9,15 +9,29 @@ run.ledger/          one record a committed batch, beside the store
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "LayerSchema", "StoreError", "StoreSchema", "layer_path", "ledger_path"]
+__all__ = [
+    "SCHEMA",
+    "LayerSchema",
+    "StoreError",
+    "StoreSchema",
+    "layer_path",
+    "ledger_path",
+    "metric_path",
+    "store_path",
+]
 
 SCHEMA = "vit-attention/1"
 
-ATTENTION_DIMS = ("image", "head", "query", "key")
+_METRIC_NAME = re.compile(r"[A-Za-z_][\w.:-]*")
 
 
 class StoreError(RuntimeError):
@@ -27,6 +41,29 @@ class StoreError(RuntimeError):
 def layer_path(layer: int) -> str:
     """Path of a layer's array inside the store: attention/layer_00, …"""
     return f"attention/layer_{layer:02d}"
+
+
+def metric_path(name: str, params: Mapping[str, Any]) -> str:
+    """Path of a metric's group inside the store: metrics/<name>/<params hash>.
+
+    The hash is 16 hex digits of BLAKE2b over the parameters as canonical JSON, so that values computed with
+    other parameters, another backend or another code version never share an array.
+
+    Raises:
+        StoreError: a name that cannot be a folder on every file system, or parameters that JSON cannot hold.
+    """
+    if not _METRIC_NAME.fullmatch(name):
+        raise StoreError(f"metric name {name!r} cannot be stored; expected letters, digits and _ . : - only")
+    try:
+        text = json.dumps(params, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"parameters of metric {name!r} cannot be written as JSON: {error}") from error
+    return f"metrics/{name}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def store_path(path: str | os.PathLike[str]) -> Path:
+    """A store's path as every part of this package uses it: absolute, without a trailing slash."""
+    return Path(os.path.abspath(path))
 
 
 def ledger_path(store: Path) -> Path:
@@ -73,8 +110,10 @@ class StoreSchema:
         dataset: {id, split, sha256}
         precision: dtype of the forward pass, e.g. "float32".
         num_classes: length of the stored logits.
-        regions: names of the regions, in order; empty if images have none.
         code_version: version of this project.
+        regions: names of the regions, in order; empty if images have none.
+        region_metrics: those of `metrics` whose values have a region axis.
+        extra: anything else that two captures must share to be one.
     """
 
     layers: tuple[LayerSchema, ...]
@@ -89,7 +128,24 @@ class StoreSchema:
     num_classes: int
     code_version: str
     regions: tuple[str, ...] = ()
+    region_metrics: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers or not self.image_ids or self.batch_size < 1:
+            raise StoreError(
+                f"a store needs layers, images and a batch size ≥ 1; found {len(self.layers)} layers, "
+                f"{len(self.image_ids)} images, batch size {self.batch_size}"
+            )
+        numbers = [layer.layer for layer in self.layers]
+        if numbers != sorted(set(numbers)):
+            raise StoreError(f"layers are {numbers}; expected different numbers in depth order")
+        strangers = [name for name in self.region_metrics if name not in self.metrics]
+        if strangers or (self.region_metrics and not self.regions):
+            raise StoreError(
+                f"region metrics {list(self.region_metrics)} need to be among the metrics {list(self.metrics)} "
+                f"and the images to have regions (found {list(self.regions)})"
+            )
 
     @property
     def num_images(self) -> int:
@@ -99,6 +155,11 @@ class StoreSchema:
     def num_batches(self) -> int:
         return -(-self.num_images // self.batch_size)
 
+    @property
+    def max_heads(self) -> int:
+        """Length of the metrics' head axis; layers with fewer heads are padded (NaN, and -1 for counts)."""
+        return max(layer.heads for layer in self.layers)
+
     def batch_rows(self, batch: int) -> slice:
         """Rows of the store that capture batch `batch` fills."""
         return slice(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
@@ -107,4 +168,27 @@ class StoreSchema:
         """The store's root attributes; image ids are left out (they are an array of their own)."""
         attrs = asdict(self)
         attrs.pop("image_ids")
-        return {"schema": SCHEMA, **attrs}
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **attrs}, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"the store's attributes cannot be written as JSON: {error}") from error
+        return plain
+
+    @classmethod
+    def from_attrs(cls, attrs: Mapping[str, Any], image_ids: Sequence[str]) -> StoreSchema:
+        """The schema back from a store's root attributes and its `images/id`.
+
+        Raises:
+            StoreError: another schema version, or a key that is missing or unknown.
+        """
+        found = attrs.get("schema")
+        if found != SCHEMA:
+            raise StoreError(f"the store's schema is {found!r}; this version reads {SCHEMA!r}")
+        values = {key: attrs[key] for key in cls.__dataclass_fields__ if key in attrs}
+        try:
+            values["layers"] = tuple(LayerSchema(**layer) for layer in values["layers"])
+            values["regions"] = tuple(values["regions"])
+            values["region_metrics"] = tuple(values["region_metrics"])
+            return cls(**values, image_ids=tuple(image_ids))
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"the store's root attributes do not describe a {SCHEMA!r} store: {error}") from error

@@ -1,0 +1,241 @@
+"""The arrays of a store: their paths, shapes, chunks and codecs, from its schema.
+
+Every array written during a capture has exactly one file a batch, so that a file has one writer, is written
+once and whole, and is named by one ledger record. Chunk keys are flat ("c.3.0.0.0"), so that one directory a
+layer has to be fsynced, not four a shard.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from store.encodings import Array, resolve_encoding
+from store.schema import StoreError, StoreSchema, layer_path, metric_path
+
+__all__ = [
+    "ArraySpec",
+    "attention_arrays",
+    "batch_arrays",
+    "create_arrays",
+    "create_constant",
+    "create_group",
+    "estimate_bytes",
+    "metric_arrays",
+    "open_array",
+    "read_attributes",
+    "require_free_disk",
+    "store_files",
+]
+
+CHUNK_IMAGES = 4  # images a chunk: 1-4 serve reading single images, more serve nothing (notes: layout table)
+NOT_COUNTED = -1  # fill of `undefined`: not committed, or a head this layer does not have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySpec:
+    """One array whose first axis is `image` and which gets one file a capture batch.
+
+    Args:
+        path: inside the store.
+        shape, dims: of the whole array.
+        dtype: NumPy dtype.
+        fill: value of what was never written.
+        batch: rows a file.
+        chunk: rows a chunk.
+        sharded: a file is a shard of chunks (with an index), not a single chunk.
+        attributes: of the array.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    dtype: str
+    fill: float
+    batch: int
+    chunk: int
+    sharded: bool = False
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def file(self, batch: int) -> str:
+        """The file, inside the store, that a batch fills."""
+        return ".".join([f"{self.path}/c", str(batch), *("0" for _ in self.shape[1:])])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes an image before compression."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def batch_arrays(schema: StoreSchema) -> list[ArraySpec]:
+    """Every array that a capture batch fills: attention, logits, metrics."""
+    arrays = [*attention_arrays(schema)]
+    if schema.num_classes:
+        arrays.append(_per_batch(schema, "logits", {"class": schema.num_classes}, "float32", float("nan")))
+    for name, params in schema.metrics.items():
+        arrays += metric_arrays(schema, name, params, regions=name in schema.region_metrics)
+    return arrays
+
+
+def attention_arrays(schema: StoreSchema) -> list[ArraySpec]:
+    """attention/layer_00, …; none when only metrics are kept."""
+    if not schema.encoding:
+        return []
+    encoding = resolve_encoding(schema.encoding)
+    chunk = max(rows for rows in range(1, CHUNK_IMAGES + 1) if schema.batch_size % rows == 0)
+    return [
+        ArraySpec(
+            path=layer_path(layer.layer),
+            shape=(schema.num_images, layer.heads, layer.tokens, layer.tokens),
+            dims=("image", "head", "query", "key"),
+            dtype=encoding.dtype,
+            fill=encoding.fill,
+            batch=schema.batch_size,
+            chunk=chunk,
+            sharded=True,
+            attributes={"site": layer.site, "layer": layer.layer, "layout": layer.layout},
+        )
+        for layer in schema.layers
+    ]
+
+
+def metric_arrays(schema: StoreSchema, name: str, params: Mapping[str, Any], *, regions: bool) -> list[ArraySpec]:
+    """A metric's value [image, layer, head(, region)] and its counts of undefined rows [image, layer, head]."""
+    group = metric_path(name, params)
+    axes = {"layer": len(schema.layers), "head": schema.max_heads}
+    region = {"region": len(schema.regions)} if regions else {}
+    return [
+        _per_batch(schema, f"{group}/value", axes | region, "float32", float("nan")),
+        _per_batch(schema, f"{group}/undefined", axes, "int32", NOT_COUNTED),
+    ]
+
+
+def _per_batch(schema: StoreSchema, path: str, axes: dict[str, int], dtype: str, fill: float) -> ArraySpec:
+    return ArraySpec(
+        path=path,
+        shape=(schema.num_images, *axes.values()),
+        dims=("image", *axes),
+        dtype=dtype,
+        fill=fill,
+        batch=schema.batch_size,
+        chunk=schema.batch_size,
+    )
+
+
+def _compressors(dtype: np.dtype[Any]) -> list[Any]:
+    """One chunk, one thread: zarr switches Blosc's own threads off, which would make bytes differ from run to run."""
+    if dtype.kind in "OTU":
+        return [ZstdCodec(level=3), Crc32cCodec()]
+    return [
+        BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"),
+        Crc32cCodec(),
+    ]
+
+
+def create_group(root: Path, path: str, attributes: dict[str, Any] | None = None) -> None:
+    """Write a group's metadata; its parents' too where they are missing."""
+    zarr.create_group(LocalStore(root), path=path, attributes=attributes)
+
+
+def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:
+    """Write the metadata of arrays; no data."""
+    for array in arrays:
+        row = array.shape[1:]
+        zarr.create_array(
+            LocalStore(root),
+            name=array.path,
+            shape=array.shape,
+            chunks=(array.chunk, *row),
+            shards=(array.batch, *row) if array.sharded else None,
+            dtype=array.dtype,
+            fill_value=array.fill,
+            compressors=_compressors(np.dtype(array.dtype)),
+            dimension_names=array.dims,
+            attributes=array.attributes,
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
+
+
+def create_constant(root: Path, path: str, dims: tuple[str, ...], values: Array, attributes: dict[str, Any]) -> None:
+    """Write a whole small array that never changes: an image's id, label, regions."""
+    array = zarr.create_array(
+        LocalStore(root),
+        name=path,
+        shape=values.shape,
+        chunks=(min(4096, values.shape[0]), *values.shape[1:]),
+        dtype=str if values.dtype.kind in "OTU" else values.dtype,
+        compressors=_compressors(values.dtype),
+        dimension_names=dims,
+        attributes=attributes,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[...] = values
+
+
+def open_array(root: Path, path: str, *, writable: bool = False) -> zarr.Array[Any]:
+    """An array of the store. Chunks of nothing but the fill value are written like any other: no file means lost."""
+    return zarr.open_array(
+        LocalStore(root, read_only=not writable),
+        path=path,
+        mode="r+" if writable else "r",
+        config={"write_empty_chunks": True},
+    )
+
+
+def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
+    """Most bytes that a capture can take on disk.
+
+    Compression is not counted on: trained maps took 0.75-0.81 of it, but Blosc promises only not to grow.
+
+    Args:
+        batches: how many batches are still to be written; all if None.
+    """
+    images = schema.num_images if batches is None else min(schema.num_images, batches * schema.batch_size)
+    total = 1 << 20  # metadata and ledger
+    for array in batch_arrays(schema):
+        chunks = -(-images // array.chunk)
+        total += images * array.row_bytes + 64 * chunks  # Blosc header, checksum and index entry a chunk
+    return total
+
+
+def require_free_disk(path: Path, schema: StoreSchema, batches: int | None = None) -> None:
+    """Refuse a capture that the disk cannot hold.
+
+    Raises:
+        StoreError: with the bytes needed and the bytes free.
+    """
+    needed = estimate_bytes(schema, batches)
+    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"{path} may need {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free; "
+            "free some space, store fewer layers or images, or keep metrics only"
+        )
+
+
+def store_files(root: Path) -> list[str]:
+    """Every file below a folder, as paths inside it, sorted."""
+    return sorted(str((Path(folder) / name).relative_to(root)) for folder, _, names in os.walk(root) for name in names)
+
+
+def read_attributes(root: Path, path: str = "") -> dict[str, Any]:
+    """A group's attributes.
+
+    Raises:
+        StoreError: there is no group.
+    """
+    try:
+        return dict(zarr.open_group(LocalStore(root, read_only=True), path=path, mode="r").attrs)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{root / path} is not a Zarr group: {error}") from error
