@@ -21,6 +21,7 @@ from kernels import TokenLayout
 from train.errors import InputError
 
 __all__ = [
+    "AttentionCall",
     "AttentionSite",
     "AttentionTap",
     "CaptureError",
@@ -28,6 +29,7 @@ __all__ = [
     "capture_attention",
     "discover_sites",
     "evaluating",
+    "read_attention_call",
     "token_layout",
     "vision_module",
 ]
@@ -137,32 +139,32 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             )
 
     def _attend(self, call: FunctionCall) -> Any:
-        query, key, bias, scale, reason = _read_call(call)
+        read = read_attention_call(call)
         name = call.module or type(self.model).__name__
         count = self._seen_in_forward[name] = self._seen_in_forward.get(name, 0) + 1
         if count > 1:
             name = f"{name}#{count}"  # a module that attends twice in one forward pass has two sites
-        layout = None
-        if reason is None:
-            layout = token_layout(self._vision, self._image_shape)
-            reason = self._unmeasurable(query, key, layout)
+        layout = token_layout(self._vision, self._image_shape)
+        reason = self._unmeasurable(read, layout)
         if reason is not None:
             if self._on_unmeasurable == "raise":
                 raise CaptureError(f"the attention of {name} cannot be measured: {reason}")
             if (name, reason) not in self.skipped:
                 self.skipped.append((name, reason))
             return call.run()
-        assert layout is not None
         site = self.sites.get(name)
         if site is None or site.layout != layout:
             layer = len(self.sites) if site is None else site.layer
-            site = self.sites[name] = AttentionSite(name, layer, query.shape[1], layout)
+            site = self.sites[name] = AttentionSite(name, layer, read.query.shape[1], layout)
         if self._layers is None or site.layer in self._layers:
-            self._callback(site, query, key, scale, bias)
+            self._callback(site, read.query, read.key, read.scale, read.bias)
         return call.run()
 
-    def _unmeasurable(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout) -> str | None:
+    def _unmeasurable(self, call: AttentionCall, layout: TokenLayout) -> str | None:
         """Why the map of this call is not [image, head, prefix + grid, prefix + grid]; None when it is."""
+        query, key = call.query, call.key
+        if call.causal:
+            return "it is causal: no query sees the whole grid"
         if query.ndim != 4 or key.ndim != 4:
             return f"query and key are {query.ndim}- and {key.ndim}-dimensional, expected [image, head, token, dim]"
         if query.shape[1] != key.shape[1]:
@@ -178,16 +180,31 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         return None
 
 
-def _read_call(call: FunctionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, str | None]:
-    """query, key, bias, scale of an SDPA call, and why it cannot be measured (None when it can)."""
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The operands of one `F.scaled_dot_product_attention` call: [image, head, token, dim] and what shapes its map."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    causal: bool
+
+
+def read_attention_call(call: FunctionCall) -> AttentionCall:
+    """Names the arguments of an intercepted attention call and fills in the default scale, head_dim ** -0.5."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    query, key = given["query"], given["key"]
     scale = given.get("scale")
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    reason = "it is causal: its map is not over the whole grid" if given.get("is_causal") else None
-    return query, key, given.get("attn_mask"), float(scale), reason
+    return AttentionCall(
+        query=given["query"],
+        key=given["key"],
+        value=given["value"],
+        bias=given.get("attn_mask"),
+        scale=float(scale) if scale is not None else 1.0 / math.sqrt(given["query"].shape[-1]),
+        causal=bool(given.get("is_causal", False)),
+    )
 
 
 def vision_module(model: torch.nn.Module) -> torch.nn.Module:

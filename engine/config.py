@@ -5,8 +5,18 @@ Nothing heavy is imported: `--help` reads this module and answers at once.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from train.errors import InputError
 
 __all__ = [
     "CaptureConfig",
@@ -19,9 +29,23 @@ __all__ = [
     "StatisticsConfig",
     "StudyConfig",
     "TrainConfig",
+    "config_keys",
+    "load_study",
+    "nearest",
+    "parse_value",
+    "study_toml",
 ]
 
-_FORBID = {"extra": "forbid", "frozen": True, "strict": False}
+EMBEDDED_STUDY = Path(__file__).with_name("studies") / "digits.toml"
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Rate = Annotated[float, Gt(0.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Fraction = Annotated[float, Ge(0.0), Lt(1.0)]
+Proportion = Annotated[float, Gt(0.0), Lt(1.0)]
+
+_FORBID = {"extra": "forbid"}
 
 
 def _key(default: Any, help: str) -> Any:
@@ -40,7 +64,7 @@ class ModelConfig:
     )
     pretrained: bool = _key(True, "let timm download pretrained weights when no file is given")
     weights: str = _key("", "a .safetensors or .pth file; nothing is downloaded then")
-    img_size: int = _key(0, "input size in pixels; 0: the model's own")
+    img_size: Natural = _key(0, "input size in pixels; 0: the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +81,9 @@ class DataConfig:
         "stratified: 70/15/15 within each class; folders: train/val/test folders; all: every image is test",
     )
     seed: int = _key(42, "seed of the split, or of the composed scenes")
-    train_scenes: int = _key(8000, "digits: scenes in the target task's training split")
-    validation_scenes: int = _key(1024, "digits: scenes in each validation split")
-    test_scenes: int = _key(1024, "digits: scenes in each test split")
+    train_scenes: Count = _key(8000, "digits: scenes in the target task's training split")
+    validation_scenes: Count = _key(1024, "digits: scenes in each validation split")
+    test_scenes: Count = _key(1024, "digits: scenes in each test split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +91,10 @@ class PretrainConfig:
     """Pretraining of the embedded study's backbone on the source task (digits only)."""
 
     __pydantic_config__ = _FORBID
-    scenes: int = _key(8000, "scenes in the source task's training split")
-    epochs: int = _key(3, "passes over them")
-    batch_size: int = _key(32, "scenes a step")
-    lr: float = _key(3e-3, "peak learning rate")
+    scenes: Count = _key(8000, "scenes in the source task's training split")
+    epochs: Count = _key(3, "passes over them")
+    batch_size: Count = _key(32, "scenes a step")
+    lr: Rate = _key(3e-3, "peak learning rate")
     seed: int = _key(0, "seed of initial weights and data order")
 
 
@@ -80,15 +104,15 @@ class TrainConfig:
 
     __pydantic_config__ = _FORBID
     seeds: tuple[int, ...] = _key((42,), "one training run a condition and seed")
-    epochs: int = _key(30, "passes over the training split")
-    batch_size: int = _key(64, "images a step")
-    weight_decay: float = _key(0.05, "AdamW's decoupled weight decay")
-    warmup_fraction: float = _key(0.1, "share of the steps in linear warm-up, cosine after it")
-    label_smoothing: float = _key(0.1, "mass moved from the true class to all")
-    clip_norm: float = _key(1.0, "gradient norm above which gradients are scaled down; 0: never")
+    epochs: Count = _key(30, "passes over the training split")
+    batch_size: Count = _key(64, "images a step")
+    weight_decay: NonNegative = _key(0.05, "AdamW's decoupled weight decay")
+    warmup_fraction: Fraction = _key(0.1, "share of the steps in linear warm-up, cosine after it")
+    label_smoothing: Fraction = _key(0.1, "mass moved from the true class to all")
+    clip_norm: NonNegative = _key(1.0, "gradient norm above which gradients are scaled down; 0: never")
     flip: bool = _key(True, "augment with horizontal flips")
-    rotation_degrees: float = _key(10.0, "augment with rotations up to this many degrees either way")
-    color_jitter: float = _key(0.2, "augment brightness, contrast and saturation by up to this fraction")
+    rotation_degrees: NonNegative = _key(10.0, "augment with rotations up to this many degrees either way")
+    color_jitter: NonNegative = _key(0.2, "augment brightness, contrast and saturation by up to this fraction")
     precision: Literal["auto", "bf16", "fp32"] = _key(
         "auto", "forward precision; auto: bf16 where the device has it in hardware"
     )
@@ -104,12 +128,14 @@ class ConditionConfig:
         "full",
         "probe: frozen backbone; full: all weights, layer-wise rates; lora, dora: adapters; checkpoint: no training",
     )
-    lr: float = _key(1e-4, "peak learning rate")
-    layer_decay: float = _key(0.75, "full: each block's rate is this times the rate of the block above it")
-    rank: int = _key(8, "lora, dora: rank")
-    alpha: float = _key(16.0, "lora, dora: scale numerator")
+    lr: Rate = _key(1e-4, "peak learning rate")
+    layer_decay: Annotated[float, Gt(0.0), Le(1.0)] = _key(
+        0.75, "full: each block's rate is this times the rate of the block above it"
+    )
+    rank: Count = _key(8, "lora, dora: rank")
+    alpha: Rate = _key(16.0, "lora, dora: scale numerator")
     targets: str = _key(r"blocks\.\d+\.attn\.(qkv|proj)", "lora, dora: regular expression of the adapted linear layers")
-    epochs: int = _key(0, "passes over the training split; 0: train.epochs")
+    epochs: Natural = _key(0, "passes over the training split; 0: train.epochs")
     checkpoint: str = _key("", "checkpoint: the file")
 
 
@@ -122,9 +148,9 @@ class CaptureConfig:
         ("metrics",), "metrics: measure on the spot; store: keep the maps"
     )
     encoding: Literal["fp16"] = _key("fp16", "how stored maps are encoded")
-    batch_size: int = _key(32, "images a forward pass, and a shard of the store")
+    batch_size: Count = _key(32, "images a forward pass, and a shard of the store")
     layers: tuple[int, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
-    samples: int = _key(8, "seeded images whose whole maps are kept for the report")
+    samples: Natural = _key(8, "seeded images whose whole maps are kept for the report")
     store: str = _key("", "capture: the store to write")
 
 
@@ -145,10 +171,10 @@ class StatisticsConfig:
     """Paired comparisons."""
 
     __pydantic_config__ = _FORBID
-    permutations: int = _key(9999, "sign flips of the max-T test")
-    bootstrap: int = _key(2000, "resamples of the BCa intervals")
-    confidence: float = _key(0.95, "coverage of the intervals")
-    alpha: float = _key(0.05, "level below which an adjusted p-value is marked")
+    permutations: Count = _key(9999, "sign flips of the max-T test")
+    bootstrap: Count = _key(2000, "resamples of the BCa intervals")
+    confidence: Proportion = _key(0.95, "coverage of the intervals")
+    alpha: Proportion = _key(0.05, "level below which an adjusted p-value is marked")
     seed: int = _key(0, "seed of flips and resamples")
 
 
@@ -158,7 +184,7 @@ class RelevanceConfig:
 
     __pydantic_config__ = _FORBID
     methods: tuple[Literal["gradcam"], ...] = _key(("gradcam",), "relevance methods")
-    images: int = _key(8, "sample images")
+    images: Count = _key(8, "sample images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,3 +209,102 @@ class StudyConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     relevance: RelevanceConfig = field(default_factory=RelevanceConfig)
+
+
+def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every key of the configuration with its dotted name, in order; `conditions` names the conditions to list."""
+
+    def of(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+        hints = typing.get_type_hints(cls)
+        for key in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[key.name]):
+                yield from of(hints[key.name], f"{prefix}{key.name}.")
+            elif key.name == "conditions":
+                for name in conditions:
+                    yield from of(ConditionConfig, f"{prefix}conditions.{name}.")
+            else:
+                yield f"{prefix}{key.name}", key
+
+    return of(StudyConfig, "")
+
+
+def parse_value(dotted: str, text: str) -> Any:
+    """A flag's text as a configuration value: `a,b,c` becomes a list where the key holds one."""
+    *sections, name = dotted.split(".")
+    cls: Any = StudyConfig
+    for section in sections:
+        if cls is StudyConfig and section == "conditions":
+            cls = ConditionConfig
+            break
+        cls = typing.get_type_hints(cls)[section]
+    if typing.get_origin(typing.get_type_hints(cls)[name]) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
+    """The configuration: defaults, then the file, then the flags.
+
+    Args:
+        path: a study.toml; None: the embedded study, unless the flags ask for another kind of data.
+        overrides: dotted key -> value, e.g. {"train.seeds": ["0", "1"]}.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key, or a value of the wrong kind.
+    """
+    if path is None and overrides.get("data.kind", "digits") == "digits":
+        path = EMBEDDED_STUDY
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"there is no configuration file {path}; give the path of a study.toml") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path} cannot be read as TOML: {error}") from error
+    if "conditions" not in values and "conditions" not in overrides:
+        values["conditions"] = dataclasses.asdict(StudyConfig())["conditions"]
+    for dotted, value in overrides.items():
+        *sections, name = dotted.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise InputError(f"{path}: {section} is {table!r}; expected a table of keys")
+        table[name] = value
+    return _validated(values, "the command line" if path in (None, EMBEDDED_STUDY) else str(path))
+
+
+def _validated(values: Mapping[str, Any], origin: str) -> StudyConfig:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(StudyConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            conditions = list(values.get("conditions", {}))
+            known = [key for key, _ in config_keys(conditions)] + [f.name for f in dataclasses.fields(StudyConfig)]
+            raise InputError(f"{origin}: {dotted} is not a key of the configuration{nearest(dotted, known)}") from error
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise InputError(f"{origin}: {dotted} is {first['input']!r}: {reason}") from error
+
+
+def study_toml(config: StudyConfig) -> str:
+    """The configuration as a study.toml with every key, which given back repeats the study."""
+    import tomli_w
+
+    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -96,7 +96,7 @@ class ModelInterception(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         for module, fused in self._fused_before:
-            module.fused_attn = fused  # type: ignore[assignment]
+            module.fused_attn = fused
         self._hooks.clear()
         self._fused_before.clear()
         self._running.clear()

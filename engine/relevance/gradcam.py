@@ -1,0 +1,53 @@
+"""Grad-CAM on token grids (Selvaraju et al., ICCV 2017, doi:10.1109/ICCV.2017.74). Illustrative, not evidential."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.capture import CaptureError, token_layout, vision_module
+from engine.relevance.targets import class_logits
+
+__all__ = ["gradcam_maps"]
+
+
+def gradcam_maps(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """ReLU(Σ_c α_c A_c) over the patches, α_c the mean over patches of ∂y_target / ∂A_c.
+
+    A is the output of the last block's first norm. Later places give all-zero maps where the head reads the class
+    token alone: no gradient reaches the other tokens there.
+
+    Args:
+        model, images, targets: see `relevance_maps`.
+
+    Returns:
+        [image, row, col].
+
+    Raises:
+        CaptureError: the model has no `blocks[-1].norm1`.
+    """
+    vision: Any = vision_module(model)
+    norm = getattr(vision.blocks[-1], "norm1", None) if len(getattr(vision, "blocks", ())) else None
+    if norm is None:
+        raise CaptureError(f"Grad-CAM needs blocks[-1].norm1, which {type(model).__name__} does not have")
+    activations: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        # A leaf of its own: gradients are wanted here whatever the weights' requires_grad.
+        leaf = output.detach().requires_grad_()
+        activations.append(leaf)
+        return leaf
+
+    hook = norm.register_forward_hook(keep)
+    try:
+        logits = class_logits(model, images, targets)
+    finally:
+        hook.remove()
+    (tokens,) = activations
+    (gradients,) = torch.autograd.grad(logits.sum(), [tokens])
+    layout = token_layout(vision, images.shape)
+    start = layout.num_prefix_tokens
+    weights = gradients[:, start:].mean(dim=1, keepdim=True)
+    maps = (weights * tokens[:, start:]).sum(dim=-1).relu()
+    return maps.reshape(-1, layout.grid_rows, layout.grid_cols)

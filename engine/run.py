@@ -1,0 +1,236 @@
+"""The command line: `python -m engine.run [command] [--config study.toml] [--section.key value]`.
+
+Every key of the configuration is a flag; a handful of commands have short flags that stand for a key. Nothing heavy
+is imported before the arguments are known to be sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.config import StudyConfig, config_keys, load_study, nearest, parse_value
+from train.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, its short flags (flag -> configuration key) and the file it may name."""
+
+    help: str
+    run: Callable[[StudyConfig, argparse.Namespace], int]
+    flags: Mapping[str, str] = field(default_factory=dict)
+    positional: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+
+
+def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
+    def run(config: StudyConfig, arguments: argparse.Namespace) -> int:
+        from engine.study import run_study
+
+        run_study(config, last=last)
+        return 0
+
+    return run
+
+
+def _compare(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.study import run_study
+
+    run_study(config)
+    return 0
+
+
+def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.study import run_capture
+
+    run_capture(config)
+    return 0
+
+
+def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.measure import measure_store
+
+    measure_store(Path(config.measure.store), config.measure.metrics, config.measure.backend)
+    return 0
+
+
+def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from store import verify
+
+    damages = verify(Path(arguments.store))
+    for damage in damages:
+        print(damage)
+    if not damages:
+        print(f"{arguments.store} is sound")
+    return 1 if damages else 0
+
+
+def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    import json
+
+    from store import info
+
+    print(json.dumps(info(Path(arguments.store)), indent=2, ensure_ascii=False))
+    return 0
+
+
+_COMPARE_CONDITIONS = {name: {"recipe": "checkpoint", "checkpoint": ""} for name in ("baseline", "finetuned")}
+_ALL_IMAGES = {"data.kind": "folder", "data.split": "all"}
+
+COMMANDS: dict[str, Command] = {
+    "study": Command("train the conditions, capture, measure, test and report (the default)", _stages("report")),
+    "train": Command("the study up to the trained checkpoints", _stages("train")),
+    "compare": Command(
+        "two checkpoints of one model on a folder of images, through the same stages",
+        _compare,
+        flags={"--baseline": "conditions.baseline.checkpoint", "--finetuned": "conditions.finetuned.checkpoint"},
+        defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS},
+        required=("--baseline", "--finetuned", "--model.name", "--data.root"),
+    ),
+    "capture": Command(
+        "one model's attention on a folder of images, into a store",
+        _capture,
+        flags={
+            "--store": "capture.store",
+            "--encoding": "capture.encoding",
+            "--batch-size": "capture.batch_size",
+        },
+        defaults={**_ALL_IMAGES, "capture.sinks": ["store", "metrics"]},
+        required=("--store", "--model.name", "--data.root"),
+    ),
+    "measure": Command(
+        "metrics of a stored capture; needs neither model nor images",
+        _measure,
+        flags={"--store": "measure.store", "--metrics": "measure.metrics"},
+        required=("--store",),
+    ),
+    "stats": Command("the study up to the paired comparisons", _stages("statistics")),
+    "relevance": Command("the study up to the relevance samples", _stages("relevance")),
+    "report": Command("the study up to the report, which is written anew", _stages("report")),
+    "verify": Command(
+        "check a store: exit code 0 when sound, 1 with a line for each damaged unit", _verify, positional="store"
+    ),
+    "info": Command("what a store holds", _info, positional="store"),
+}
+
+_CONDITION_FLAG = re.compile(r"--conditions\.([A-Za-z][A-Za-z0-9_-]*)\.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for failure, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, ValueError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Exit code of an error whose message says all a user needs; None for one that is a fault of ours.
+
+    Looked up by what is already imported: a store's or a kernel's error cannot come before its module.
+    """
+    store, kernels = sys.modules.get("store"), sys.modules.get("kernels")
+    if store is not None and isinstance(error, store.StoreError):
+        return 1
+    if kernels is not None and isinstance(error, kernels.InvalidAttentionError | kernels.BackendUnavailableError):
+        return 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return 1
+    return None
+
+
+def _run(arguments: list[str]) -> int:
+    name = "study"
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+    if name not in COMMANDS:
+        raise InputError(f"{name} is not a command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
+    command = COMMANDS[name]
+    conditions = dict.fromkeys(["baseline", "finetuned", *(m[1] for a in arguments if (m := _CONDITION_FLAG.match(a)))])
+    if name != "compare":
+        conditions["dora"] = None
+    parser, keys = _parser(name, command, list(conditions))
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        hint = nearest(flag, [*keys, "--config"]) if flag.startswith("-") else "; it stands behind no flag"
+        raise InputError(f"{flag} is not a flag of {name}{hint}")
+    given = {flag: getattr(parsed, flag) for flag in keys if getattr(parsed, flag) is not None}
+    config_path = Path(parsed.config) if parsed.config is not None else _own_study(name, given)
+    for flag in command.required if parsed.config is None else ():
+        if flag not in given:
+            raise InputError(f"{name} needs {flag}: {parser.format_usage().strip()}")
+    overrides: dict[str, Any] = dict(command.defaults) if parsed.config is None else {}
+    overrides |= {keys[flag]: parse_value(keys[flag], text) for flag, text in given.items()}
+    return command.run(load_study(config_path, overrides), parsed)
+
+
+def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
+    """The study.toml an outputs folder was made with, for the commands that go on with a study that is there."""
+    if name in ("stats", "relevance", "report"):
+        own = Path(given.get("--outputs", StudyConfig.outputs)) / "study.toml"
+        if own.is_file():
+            return own
+    return None
+
+
+def _parser(name: str, command: Command, conditions: list[str]) -> tuple[argparse.ArgumentParser, dict[str, str]]:
+    """The command's parser and its flags with the configuration keys they set."""
+    commands = "".join(f"  {other:<10} {c.help}\n" for other, c in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=f"python -m engine.run {name}",
+        usage=_usage(name, command),
+        description=f"{name}: {command.help}",
+        epilog=f"commands:\n{commands}\nLists are written a,b,c. Every key is also a key of study.toml.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=True,
+    )
+    parser.add_argument("--config", metavar="study.toml", help="the configuration; flags go before it")
+    if command.positional:
+        parser.add_argument(command.positional)
+    keys: dict[str, str] = {}
+    for flag, key in command.flags.items():
+        parser.add_argument(flag, dest=flag, metavar=key.rpartition(".")[2].upper(), help=f"the key {key}")
+        keys[flag] = key
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for key, declared in config_keys(conditions):
+        section = key.rpartition(".")[0] or "study"
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        text = declared.metadata.get("help", "").replace("%", "%%")
+        group.add_argument(f"--{key}", dest=f"--{key}", metavar=declared.name.upper(), help=text)
+        keys[f"--{key}"] = key
+    return parser, keys
+
+
+def _usage(name: str, command: Command) -> str:
+    needed = "".join(f" {flag} {flag.rpartition('.')[2].lstrip('-').upper()}" for flag in command.required)
+    positional = f" {command.positional.upper()}" if command.positional else ""
+    return f"python -m engine.run {name}{positional}{needed} [--config study.toml] [--section.key value ...]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
