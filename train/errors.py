@@ -1,6 +1,6 @@
-"""The one error a user caused and can mend."""
+"""The errors of training: what a user caused and can mend, and what a run met on its way."""
 
-__all__ = ["InputError"]
+__all__ = ["DamagedFileError", "InputError", "TrainingDivergedError"]
 
 
 class InputError(ValueError):
@@ -8,3 +8,11 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class DamagedFileError(InputError):
+    """A file whose bytes are not the ones that were written; the message names the file."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the message names the step and its images."""

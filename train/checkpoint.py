@@ -1,0 +1,177 @@
+"""Checkpoints: safetensors beside a JSON sidecar with its sha256, both written atomically.
+
+safetensors has no checksum of its own: a flipped bit in a weight loads without a word. The sidecar
+`<name>.json` beside `<name>.safetensors` holds the sha256 of the file and what the weights are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.errors import DamagedFileError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Checkpoint",
+    "file_digest",
+    "read_checkpoint",
+    "save_checkpoint",
+    "sidecar_path",
+    "state_digest",
+    "write_atomically",
+]
+
+SCHEMA = "vit-checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Verified weights and what is known of them.
+
+    Args:
+        path: the `.safetensors` file.
+        sha256: of its bytes, as written in the sidecar and found in the file.
+        metadata: model, num_classes, recipe, seed, accuracies, preprocessing, … as they were saved.
+        tensors: the state dict, on the CPU.
+    """
+
+    path: Path
+    sha256: str
+    metadata: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def sidecar_path(path: Path) -> Path:
+    """`a/b.safetensors` → `a/b.json`."""
+    return path.with_suffix(".json")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, and a machine that loses power, sees all of it or none.
+
+    Temporary file beside it, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: the folder is not writable or the disk is full; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in a folder durable (POSIX; elsewhere the rename itself is the best there is)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of a state dict, whatever order its keys are in."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
+    """Write weights and their sidecar; returns the sha256 of the weights' file.
+
+    The sidecar is the commit: it is removed before the weights are replaced and written after them, so
+    a killed save leaves a file without a sidecar and never a sidecar that describes other weights.
+    The bytes depend on `state` and `metadata` alone.
+
+    Args:
+        path: ends in `.safetensors`.
+        state: tensors on any device.
+        metadata: JSON values.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: not writable, or the disk is full.
+    """
+    from safetensors.torch import save
+
+    if path.suffix != ".safetensors":
+        raise ValueError(f"checkpoint {path} must end in .safetensors")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    content = save(tensors)
+    sha256 = hashlib.sha256(content).hexdigest()
+    sidecar_path(path).unlink(missing_ok=True)
+    write_atomically(path, content)
+    document = {"schema": SCHEMA, "file": path.name, "sha256": sha256, **metadata}
+    write_atomically(sidecar_path(path), (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+    return sha256
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The sidecar of a checkpoint, `sha256` included, without reading the weights.
+
+    Raises:
+        InputError: no sidecar.
+        DamagedFileError: it is not JSON, or has no sha256.
+    """
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        raise InputError(
+            f"checkpoint {path} has no {sidecar.name} beside it, so its save was not finished; train it again"
+        )
+    try:
+        document = json.loads(sidecar.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(f"{sidecar} is not readable JSON ({error}); train its checkpoint again") from error
+    if not isinstance(document, dict) or not isinstance(document.get("sha256"), str):
+        raise DamagedFileError(f"{sidecar} does not hold the sha256 of its checkpoint; train it again")
+    return document
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read weights that `save_checkpoint` wrote, after checking every byte against the sidecar.
+
+    Raises:
+        InputError: no such file, or no sidecar.
+        DamagedFileError: the bytes are not the ones that were saved; the message names the file.
+    """
+    from safetensors.torch import load
+
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist; expected a .safetensors file that was saved before")
+    metadata = read_metadata(path)
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != metadata["sha256"]:
+        raise DamagedFileError(
+            f"checkpoint {path} is damaged: its sha256 is {found[:12]}…, its sidecar says "
+            f"{metadata['sha256'][:12]}…; delete both files and train it again"
+        )
+    return Checkpoint(path=path, sha256=found, metadata=metadata, tensors=load(content))

@@ -1,0 +1,199 @@
+"""Labelled images as capture and training see them: `ImageSet`, and the one over a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from kernels.layout import TokenLayout
+from train.errors import InputError
+from train.images import decode_image
+from train.manifest import Manifest, Record, build_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DataSplits", "FolderImages", "ImageSet", "Preprocessing", "prepare_folder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes a model's input; read off the model by `train.models.preprocessing_of`.
+
+    Args:
+        channels, height_px, width_px: of the model's input.
+        mean, std: a channel, on pixels scaled to 0..1.
+        interpolation: of the resize, as timm names it.
+        crop_pct: the kept share of the resized picture.
+        crop_mode: timm's "center", "squash" or "border".
+    """
+
+    channels: int
+    height_px: int
+    width_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def normalize(self, scaled: torch.Tensor) -> torch.Tensor:
+        """(value − mean) / std of pixels in 0..1, float32 [image, channel, row, col]."""
+        import torch
+
+        mean = torch.tensor(self.mean, device=scaled.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=scaled.device).view(1, -1, 1, 1)
+        return (scaled - mean) / std
+
+
+class ImageSet(ABC):
+    """Labelled images in a fixed order.
+
+    Attributes:
+        ids: one a image; the identity under which conditions are paired.
+        labels: int64 [image].
+        class_names: in label order.
+        preprocessing: what `batch` applies.
+        region_names: of the regions' axis; empty without regions.
+    """
+
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    region_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Pictures at the model's input size, uint8 [image, channel, row, col], before normalisation."""
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """The model's input, float32 [image, channel, row, col]."""
+        return self.preprocessing.normalize(self.pixels(indices).float() / 255)
+
+    def picture(self, index: int) -> np.ndarray:
+        """One picture as the model sees it, uint8 [row, col, 3], before normalisation."""
+        pixels = self.pixels([index])[0].permute(1, 2, 0).numpy()
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+    def regions(self, layout: TokenLayout) -> np.ndarray | None:
+        """Share of each patch that each annotated region covers, float32 [image, region, patch]; None without any."""
+        return None
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The three splits of one data set and the manifest that they come from."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    manifest: Manifest
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.manifest.class_names
+
+
+class FolderImages(ImageSet):
+    """Pictures of a folder, decoded when asked for by a few threads.
+
+    Resize and crop are timm's own evaluation transform of the model; the files are those of the
+    manifest, byte for byte.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        records: Sequence[Record],
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        workers: int = 4,
+    ) -> None:
+        from timm.data import create_transform
+
+        self.root = Path(root)
+        self.records = tuple(records)
+        self.ids = tuple(record.id for record in records)
+        self.labels = np.array([record.label for record in records], dtype=np.int64)
+        self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing
+        self._mode = "L" if preprocessing.channels == 1 else "RGB"
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        # use_prefetcher: timm leaves out conversion to float and normalisation, which come after augmentation here.
+        self._transform = create_transform(
+            input_size=(preprocessing.channels, preprocessing.height_px, preprocessing.width_px),
+            is_training=False,
+            use_prefetcher=True,
+            interpolation=preprocessing.interpolation,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            crop_pct=preprocessing.crop_pct,
+            crop_mode=preprocessing.crop_mode,
+        )
+
+    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """See `ImageSet.pixels`.
+
+        Raises:
+            InputError: a file vanished or changed since the manifest was built.
+        """
+        import torch
+
+        decoded: Iterable[np.ndarray] = self._pool.map(self._decode, [self.records[int(i)] for i in indices])
+        return torch.from_numpy(np.stack(list(decoded)))
+
+    def _decode(self, record: Record) -> np.ndarray:
+        path = self.root / record.id
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path} was readable when the manifest was built and no longer is ({error.strerror}); put it back, "
+                "or delete the outputs to begin with a new manifest"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != record.sha256:
+            raise InputError(
+                f"{path} has changed since the manifest was built; put the old file back, or delete the outputs to "
+                "begin with a new manifest"
+            )
+        return np.asarray(self._transform(decode_image(content).convert(self._mode)))
+
+
+def prepare_folder(
+    root: str | Path,
+    *,
+    preprocessing: Preprocessing,
+    split: Literal["stratified", "folders", "all"] = "stratified",
+    seed: int = 42,
+    manifest: Manifest | None = None,
+    workers: int = 0,
+) -> DataSplits:
+    """The images of a folder in three splits; see `build_manifest` for the layout and the errors.
+
+    Args:
+        manifest: one built before of the same folder, so that no file is decoded again.
+    """
+    if manifest is None:
+        manifest = build_manifest(root, split=split, seed=seed, workers=workers)
+    base = Path(manifest.root)
+    sets = [
+        FolderImages(base, manifest.split(name), manifest.class_names, preprocessing)
+        for name in ("train", "validation", "test")
+    ]
+    return DataSplits(*sets, manifest=manifest)
