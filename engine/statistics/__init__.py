@@ -1,5 +1,6 @@
 """Paired comparisons: what is tested, what it is claimed of, and how large it is."""
 
+from engine.statistics.conditions import compare_conditions
 from engine.statistics.paired import compare_paired
 
-__all__ = ["compare_paired"]
+__all__ = ["compare_conditions", "compare_paired"]

@@ -1,0 +1,234 @@
+"""Every comparison of a study, head by head, layer by layer and run by run: `tests` of attention_comparison.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy import stats
+
+from engine.statistics.multiplicity import benjamini_hochberg, holm
+from engine.statistics.paired import compare_paired
+from engine.statistics.pairing import MetricPairs, check_table, defined_mean, existing_heads, paired_metrics
+
+__all__ = ["compare_conditions"]
+
+Floats = NDArray[np.float64]
+
+IMAGES = "image, given these checkpoints"
+RUNS = "training run (seed)"
+LAYERS = "layer (layers are not independent samples; shown for comparison with published practice)"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One test of a family: what is compared, and the values of both conditions, [unit]."""
+
+    pairs: MetricPairs
+    layer: int | None
+    head: int | None
+    against: Floats
+    condition: Floats
+
+
+@dataclass(frozen=True)
+class _Settings:
+    permutations: int
+    bootstrap: int
+    confidence: float
+    seed: int
+
+
+def compare_conditions(
+    table: xr.Dataset,
+    *,
+    against: str = "baseline",
+    metrics: Sequence[str] | None = None,
+    permutations: int = 9999,
+    bootstrap: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Compare every condition of a table with one of them, in four families of tests each.
+
+    | level       | unit of inference | family                | pairs                                               |
+    |-------------|-------------------|-----------------------|-----------------------------------------------------|
+    | head        | image             | layer × head × metric | images; seeds averaged first                        |
+    | layer       | image             | layer × metric        | images; seeds, then heads averaged first            |
+    | layer_means | layer             | metric                | layers; seeds, heads and images averaged first      |
+    | seed        | training run      | layer × metric        | seeds; heads, then images averaged first; ≥ 2 seeds |
+
+    A metric with regions counts once a region in its family. Image-level tests speak of the checkpoints at hand; only
+    the seed level speaks of fine-tuning. A pair missing on either side is left out of both means.
+
+    Args:
+        table: metrics as variables over (condition, seed, image, layer, head[, region]), attribute `units`;
+            coordinates condition, seed, layer, site [layer], head, region, and `seed_invariant` [condition] (bool)
+            where some conditions are the same for every seed: these are stored for one seed and paired with every
+            run of the others. Otherwise runs of the same seed are paired.
+        against: the condition that the others are compared with.
+        metrics: names of the variables to compare; all when None.
+        permutations, bootstrap, confidence, seed: as in `compare_paired`.
+    Returns:
+        One dict a test, ready for JSON: no NaN or infinity, null instead with the reason under `degenerate`. `p` is
+        that of the test named under `test`: the paired t-test, or for the seed level the sign flip over runs, whose
+        least attainable value is `p_floor` (2/2^runs where exact). `p_holm` and `p_bh` adjust `p`; `p_floor` bounds
+        `p_max_t` in every entry. `ci` comes from the method named under `ci_method`. `mean_against` and
+        `mean_condition` are over the pairs of this test.
+    Raises:
+        InputError: a dimension, coordinate, condition or metric is not there, or two conditions share no run.
+    """
+    names = check_table(table, against, metrics)
+    table = table[names]
+    settings = _Settings(permutations, bootstrap, confidence, seed)
+    heads = existing_heads(table)
+    tests: list[dict[str, Any]] = []
+    for condition in (str(name) for name in table["condition"].values):
+        if condition == against:
+            continue
+        pairs = list(paired_metrics(table, condition, against, names))
+        comparison = {"condition": condition, "against": against}
+        for level, columns in _families(table, pairs, heads):
+            if columns:
+                tests += _test_family(table, comparison, level, columns, settings)
+    return tests
+
+
+def _families(
+    table: xr.Dataset, pairs: Sequence[MetricPairs], heads: NDArray[np.bool_]
+) -> Iterator[tuple[str, list[_Column]]]:
+    """The tests of each family; none where there are too few units for any."""
+    layer_ids = [int(layer) for layer in table["layer"].values]
+    head_ids = [int(head) for head in table["head"].values]
+    layers = np.flatnonzero(heads.any(axis=1))
+
+    columns = []
+    for metric in pairs:
+        a, b = metric.over_seeds()
+        for i, j in np.argwhere(heads):
+            columns.append(_Column(metric, layer_ids[i], head_ids[j], a[:, i, j], b[:, i, j]))
+    yield "head", columns
+
+    by_layer = [(metric, *metric.over_heads()) for metric in pairs]
+    yield "layer", [_Column(metric, layer_ids[i], None, a[:, i], b[:, i]) for metric, a, b in by_layer for i in layers]
+
+    columns = [
+        _Column(metric, None, None, defined_mean(a, axis=0)[layers], defined_mean(b, axis=0)[layers])
+        for metric, a, b in by_layer
+    ]
+    yield "layer_means", columns if layers.size >= 2 else []
+
+    by_run = [(metric, *metric.over_images()) for metric in pairs if metric.changing and len(metric.seeds) >= 2]
+    yield "seed", [_Column(metric, layer_ids[i], None, a[:, i], b[:, i]) for metric, a, b in by_run for i in layers]
+
+
+_UNITS = {"head": IMAGES, "layer": IMAGES, "layer_means": LAYERS, "seed": RUNS}
+_FAMILIES = {
+    "head": "layer × head × metric",
+    "layer": "layer × metric",
+    "layer_means": "metric",
+    "seed": "layer × metric",
+}
+
+
+def _test_family(
+    table: xr.Dataset, comparison: dict[str, str], level: str, columns: Sequence[_Column], settings: _Settings
+) -> list[dict[str, Any]]:
+    """One entry a column, all adjusted as one family."""
+    a = np.stack([column.against for column in columns], axis=1)
+    b = np.stack([column.condition for column in columns], axis=1)
+    over_images = _UNITS[level] == IMAGES
+    result = compare_paired(
+        a,
+        b,
+        permutations=settings.permutations,
+        seed=settings.seed,
+        confidence=settings.confidence,
+        # A handful of layers or runs cannot be resampled into an interval: theirs is Student's.
+        bootstrap=settings.bootstrap if over_images else 0,
+    )
+    values = {str(name): result[name].values for name in result.data_vars}
+    if over_images:
+        ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
+    else:
+        values["ci_low"], values["ci_high"] = _student_interval(b - a, settings.confidence)
+        ci_method = "Student's t"
+    if level == "seed":
+        values["p"] = values["p_sign_flip"]
+        values["p_holm"], values["p_bh"] = holm(values["p"]), benjamini_hochberg(values["p"])
+        test = f"sign flip over training runs ({result.attrs['sign_flip']})"
+    else:
+        values["p"] = values["p_t"]
+        test = "paired t-test"
+
+    paired = np.isfinite(b - a)
+    values["mean_against"] = defined_mean(np.where(paired, a, np.nan), axis=0)
+    values["mean_condition"] = defined_mean(np.where(paired, b, np.nan), axis=0)
+    sites = {int(layer): str(site) for layer, site in zip(table["layer"].values, table["site"].values, strict=True)}
+    return [
+        {
+            **comparison,
+            "metric": column.pairs.metric,
+            "unit": column.pairs.unit,
+            "region": column.pairs.region,
+            "level": level,
+            "unit_of_inference": _UNITS[level],
+            "family": f"{comparison['condition']} against {comparison['against']}, by {level}: {_FAMILIES[level]}",
+            "family_size": result.attrs["family_size"],
+            "layer": column.layer,
+            "site": None if column.layer is None else sites[column.layer],
+            "head": column.head,
+            "seeds": list(column.pairs.seeds),
+            "n": int(values["n"][i]),
+            "missing": int(values["missing"][i]),
+            **{name: _number(values[name][i]) for name in ("mean_against", "mean_condition", "difference", "dz", "gz")},
+            "ci": _interval(values["ci_low"][i], values["ci_high"][i]),
+            "ci_method": ci_method,
+            "test": test,
+            **{name: _number(values[name][i]) for name in ("t", "p", "p_wilcoxon", "p_max_t", "p_holm", "p_bh")},
+            "p_floor": result.attrs["p_floor"],
+            "degenerate": _degenerate(int(values["n"][i]), *(float(values[name][i]) for name in ("t", "dz", "gz"))),
+        }
+        for i, column in enumerate(columns)
+    ]
+
+
+def _student_interval(d: Floats, confidence: float) -> tuple[Floats, Floats]:
+    """Student's interval of the mean of each column of d [unit, test]; NaN with fewer than 2 values."""
+    low, high = np.full((2, d.shape[1]), np.nan)
+    for column in range(d.shape[1]):
+        values = d[np.isfinite(d[:, column]), column]
+        if values.size < 2:
+            continue
+        if values.min() == values.max():  # exactly, where the rounded mean could be off it
+            low[column] = high[column] = values[0]
+            continue
+        half = stats.t.ppf((1 + confidence) / 2, values.size - 1) * stats.sem(values)
+        low[column], high[column] = values.mean() - half, values.mean() + half
+    return low, high
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _interval(low: float, high: float) -> list[float] | None:
+    return [float(low), float(high)] if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _degenerate(n: int, t: float, dz: float, gz: float) -> str | None:
+    """Why an entry holds nulls where a number is expected, or None."""
+    if n < 2:
+        return f"{n} complete pairs: a test needs at least 2"
+    if math.isinf(t):
+        return "all differences are equal and not 0: t, dz and gz are infinite"
+    if math.isnan(dz):
+        return "all differences are exactly 0: dz and gz are not defined"
+    if math.isnan(gz):
+        return "2 pairs: gz is not defined"
+    return None
