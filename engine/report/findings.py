@@ -1,0 +1,264 @@
+"""What the numbers say: layer curves with intervals, and for every comparison what changed, where and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import special
+
+from engine.report.inputs import PairedTest, Results
+
+__all__ = [
+    "Change",
+    "Comparison",
+    "LayerCurve",
+    "Relation",
+    "changes",
+    "comparisons",
+    "head_maps",
+    "layer_curve",
+    "metric_relations",
+    "training_runs",
+]
+
+SEEDS_NEEDED = 6
+"""An exact sign flip over S runs has the smallest two-sided p of 2^(1−S): below .05 from six runs on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCurve:
+    """One condition's metric by layer: the mean over seeds, heads and images, with a t interval over images.
+
+    `mean`, `low`, `high` [layer] in the metric's unit; `n` [layer] images with a value; `by_seed` holds each
+    training run's own means.
+    """
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    n: np.ndarray
+    by_seed: Mapping[int, np.ndarray]
+
+
+def layer_curve(results: Results, metric: str, condition: str, region: str | None = None) -> LayerCurve:
+    """The curve of a metric in a condition. The interval is over images, given the checkpoints: no seed is in it."""
+    values = results.table[metric].sel(condition=condition)
+    if region is not None:
+        values = values.sel(region=region)
+    array = values.transpose("seed", "image", "layer", "head").values.astype(np.float64)
+    by_image = _mean(array, (0, 3))
+    mean, n = _mean(by_image, (0,)), np.isfinite(by_image).sum(0)
+    spread = np.where(n > 1, _mean((by_image - mean) ** 2, (0,)), np.nan)  # biased variance
+    with np.errstate(invalid="ignore", divide="ignore"):
+        half = special.stdtrit(n - 1.0, 0.5 + results.confidence / 2) * np.sqrt(spread / (n - 1.0))
+    by_seed = {seed: _mean(array[s], (0, 2)) for s, seed in enumerate(results.seeds) if np.isfinite(array[s]).any()}
+    return LayerCurve(mean, mean - half, mean + half, n, by_seed)
+
+
+def head_maps(results: Results, condition: str, against: str, metric: str, region: str | None) -> dict[str, np.ndarray]:
+    """`difference` and `p_max_t` as [layer, head]; NaN where there is no test or no value."""
+    shape = (results.table.sizes["layer"], results.table.sizes["head"])
+    maps = {"difference": np.full(shape, np.nan), "p_max_t": np.full(shape, np.nan)}
+    for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
+        if test.layer is None or test.head is None:
+            continue
+        for name, array in maps.items():
+            value = getattr(test, name)
+            array[test.layer, test.head] = np.nan if value is None else value
+    return maps
+
+
+def training_runs(results: Results, condition: str) -> int:
+    """How many training runs of a condition were measured (one, where no seed can change its attention)."""
+    if results.seed_invariant(condition):
+        return 1
+    first = results.table[results.metrics[0]].sel(condition=condition).transpose("seed", ...).values
+    return int(np.isfinite(first).reshape(len(first), -1).any(1).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """How one metric (in one region) differs between two conditions.
+
+    Args:
+        cells: layer × head tests; defined: those with a difference; risen, fallen: those whose difference survives
+            max-T, by sign; identical: every defined difference is exactly 0.
+        layers: layer-level tests in depth order; layers_survived counts those that survive max-T.
+        largest: the layer-level test with the greatest |difference| (head-level where no layer test exists).
+        strongest: the greatest |dz| among layer-level tests that survive, or None.
+        shallow, deep: mean layer-level difference of the lower and the upper half; the middle layer of an odd
+            number belongs to neither. None below two layers.
+    """
+
+    metric: str
+    region: str | None
+    unit: str
+    cells: int
+    defined: int
+    risen: int
+    fallen: int
+    identical: bool
+    layers: tuple[PairedTest, ...]
+    layers_survived: int
+    largest: PairedTest | None
+    strongest: PairedTest | None
+    shallow: float | None
+    deep: float | None
+
+    @property
+    def survived(self) -> int:
+        return self.risen + self.fallen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Everything about one condition against another."""
+
+    condition: str
+    against: str
+    runs: int
+    n: int
+    unit_of_inference: str
+    changes: tuple[Change, ...]
+    seed_tests: tuple[PairedTest, ...]
+    layer_means: tuple[PairedTest, ...]
+
+    @property
+    def cells(self) -> int:
+        return sum(change.defined for change in self.changes)
+
+    @property
+    def survived(self) -> int:
+        return sum(change.survived for change in self.changes)
+
+    @property
+    def layers_survived(self) -> int:
+        return sum(change.layers_survived for change in self.changes)
+
+    @property
+    def identical(self) -> bool:
+        return self.cells > 0 and all(change.identical for change in self.changes if change.defined)
+
+    @property
+    def speaks_of_runs(self) -> bool:
+        """Whether there are training runs enough, and tests over them, to speak of more than these checkpoints."""
+        return self.runs >= SEEDS_NEEDED and bool(self.seed_tests)
+
+
+def comparisons(results: Results) -> tuple[Comparison, ...]:
+    """Every tested pair of conditions."""
+    found = []
+    for condition, against in results.comparisons():
+        tests = results.select("head", condition=condition, against=against) or results.select(
+            "layer", condition=condition, against=against
+        )
+        found.append(
+            Comparison(
+                condition=condition,
+                against=against,
+                runs=max(training_runs(results, condition), training_runs(results, against)),
+                n=max((test.n or 0 for test in tests), default=0),
+                unit_of_inference=tests[0].unit_of_inference if tests else "",
+                changes=changes(results, condition, against),
+                seed_tests=results.select("seed", condition=condition, against=against),
+                layer_means=results.select("layer_means", condition=condition, against=against),
+            )
+        )
+    return tuple(found)
+
+
+def changes(results: Results, condition: str, against: str) -> tuple[Change, ...]:
+    """One `Change` a metric, or one a region, in the table's order; metrics without a test are left out."""
+    found = []
+    for metric, region in results.series():
+        where = {"condition": condition, "against": against, "metric": metric, "region": region}
+        heads = results.select("head", **where)
+        layers = tuple(sorted(results.select("layer", **where), key=lambda test: test.layer or 0))
+        if not heads and not layers:
+            continue
+        defined = [test for test in heads if test.difference is not None]
+        surviving = [test for test in defined if survives(test, results.alpha)]
+        surviving_layers = [test for test in layers if survives(test, results.alpha)]
+        sized = [test for test in layers or heads if test.difference is not None]
+        every = [test.difference for test in (*heads, *layers) if test.difference is not None]
+        shallow, deep = _halves(layers, len(results.sites))
+        found.append(
+            Change(
+                metric=metric,
+                region=region,
+                unit=results.unit(metric),
+                cells=len(heads),
+                defined=len(defined),
+                risen=sum((test.difference or 0.0) > 0 for test in surviving),
+                fallen=sum((test.difference or 0.0) < 0 for test in surviving),
+                identical=bool(every) and not any(every),
+                layers=layers,
+                layers_survived=len(surviving_layers),
+                largest=max(sized, key=lambda test: abs(test.difference or 0.0), default=None),
+                strongest=max(surviving_layers, key=lambda test: abs(test.dz or 0.0), default=None),
+                shallow=shallow,
+                deep=deep,
+            )
+        )
+    return tuple(found)
+
+
+def survives(test: PairedTest, alpha: float) -> bool:
+    """Whether a test survives its family's max-T test."""
+    return test.difference is not None and test.p_max_t is not None and test.p_max_t <= alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relation:
+    """Spearman's rank correlation of two metrics' differences over the layer × head cells. Descriptive only."""
+
+    first: str
+    second: str
+    rho: float
+    cells: int
+
+
+def metric_relations(results: Results, condition: str, against: str) -> tuple[Relation, ...]:
+    """How the differences of each two metrics go together over the cells where both have one (at least five)."""
+    maps = {
+        metric: head_maps(results, condition, against, metric, region)["difference"].ravel()
+        for metric, region in results.series()
+        if region is None
+    }
+    found = []
+    for first, second in combinations(maps, 2):
+        both = np.isfinite(maps[first]) & np.isfinite(maps[second])
+        a, b = _ranks(maps[first][both]), _ranks(maps[second][both])
+        if both.sum() < 5 or np.ptp(a) == 0 or np.ptp(b) == 0:
+            continue
+        rho = float(np.corrcoef(a, b)[0, 1])
+        found.append(Relation(first=first, second=second, rho=rho, cells=int(both.sum())))
+    return tuple(found)
+
+
+def _halves(layers: tuple[PairedTest, ...], depth: int) -> tuple[float | None, float | None]:
+    by_layer = {test.layer: test.difference for test in layers if test.difference is not None}
+    half = depth // 2
+    lower = [value for layer, value in by_layer.items() if layer is not None and layer < half]
+    upper = [value for layer, value in by_layer.items() if layer is not None and layer >= depth - half]
+    if not lower or not upper:
+        return None, None
+    return float(np.mean(lower)), float(np.mean(upper))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, ties sharing their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts + 1) / 2)[inverse])
+
+
+def _mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Mean over what is not NaN; NaN, without a warning, where nothing is left."""
+    known = np.isfinite(values)
+    count = known.sum(axes)
+    total = np.where(known, values, 0.0).sum(axes)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

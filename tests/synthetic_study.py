@@ -1,0 +1,476 @@
+"""A small outputs folder like a study's, made of seeded noise in a second: what the report's tests read.
+
+Maps are drawn, not measured, and the tests in `attention_comparison.json` are computed here with plain NumPy, so the
+report is tested without a model, images or the statistics that it reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from PIL import Image
+
+METRICS: Mapping[str, tuple[str, str, float, float]] = {
+    # name: (units, title, level, spread)
+    "distance": ("image diagonals", "Mean attention distance", 0.33, 0.02),
+    "entropy": ("nat", "Entropy", 3.1, 0.2),
+    "morans_i": ("1", "Moran's I", 0.42, 0.05),
+    "prefix_mass": ("1", "Prefix mass", 0.08, 0.02),
+    "region_mass": ("1", "Class token's attention on regions", 0.3, 0.05),
+}
+
+
+def build_study(
+    outputs: Path,
+    *,
+    conditions: Sequence[str] = ("baseline", "finetuned", "dora"),
+    seeds: Sequence[int] = (42,),
+    regions: Sequence[str] = ("big digit", "small digit"),
+    metrics: Sequence[str] = tuple(METRICS),
+    classes: Sequence[str] = ("0", "1", "2", "3"),
+    images: int = 40,
+    layers: int = 4,
+    heads: int = 4,
+    grid: tuple[int, int] = (8, 8),
+    patch_px: int = 6,
+    sample_images: int = 3,
+    effect: float = 1.0,
+    training: bool = True,
+    samples: bool = True,
+    gradcam: bool = True,
+    controls_hold: bool = True,
+    permutations: int = 499,
+) -> Path:
+    """Writes a whole study's tables below `outputs` and returns it. `effect` 0 is a study in which nothing differs."""
+    random = np.random.default_rng(20)
+    (outputs / "metrics").mkdir(parents=True)
+    if not regions:
+        metrics = [name for name in metrics if name != "region_mass"]
+    ids = [f"class_{index % len(classes)}/image_{index:03d}.png" for index in range(images)]
+    labels = [index % len(classes) for index in range(images)]
+    table = _table(random, conditions, seeds, regions, metrics, classes, ids, labels, layers, heads, effect)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's remark that string arrays have no specification yet
+        table.to_zarr(outputs / "metrics/attention_metrics.zarr", mode="w", zarr_format=3, consolidated=False)
+    comparison = _comparison(table, seeds, permutations)
+    comparison["controls"] = _controls(controls_hold)
+    comparison["accuracy"] = {
+        name: {str(seed): {"validation": 0.9 - 0.05 * c, "test": 0.89 - 0.05 * c, "chance": 0.25} for seed in seeds}
+        for c, name in enumerate(reversed(list(conditions)))
+    }
+    comparison["data"] = {
+        "images": images,
+        "classes": len(classes),
+        "dropped": [{"id": "class_1/._broken.png", "status": "truncated"}],
+        "splits": {"train": 160, "validation": 40, "test": images},
+        "sha256": "ab" * 32,
+    }
+    comparison["undefined"] = {name: dict.fromkeys(conditions, 0) for name in metrics}
+    if "morans_i" in metrics:
+        comparison["undefined"]["morans_i"][conditions[0]] = 7
+    _write_json(outputs / "metrics/attention_comparison.json", comparison)
+    if training:
+        _write_json(outputs / "metrics/training.json", _training(random, conditions, seeds))
+    if samples:
+        _samples(random, outputs, conditions, seeds, regions, classes, ids, labels, sample_images, layers, heads, grid)
+    if gradcam:
+        _gradcam(random, outputs, conditions, ids[:2], grid, patch_px)
+    (outputs / "study.toml").write_text(
+        'outputs = "outputs"\n\n[model]\nname = "digits_vit"\n\n[statistics]\nalpha = 0.05\nconfidence = 0.95\n'
+        f"permutations = {permutations}\n",
+        encoding="utf-8",
+    )
+    lines = [
+        {"stage": "capture", "event": "done", "seconds": 11.5},
+        {"stage": "measure", "event": "done", "seconds": 2.25},
+        {"stage": "report", "event": "done", "seconds": 3.0},
+    ]
+    (outputs / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return outputs
+
+
+def _table(
+    random: np.random.Generator,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    regions: Sequence[str],
+    metrics: Sequence[str],
+    classes: Sequence[str],
+    ids: Sequence[str],
+    labels: Sequence[int],
+    layers: int,
+    heads: int,
+    effect: float,
+) -> xr.Dataset:
+    dims = ("condition", "seed", "image", "layer", "head")
+    shape = (len(conditions), len(seeds), len(ids), layers, heads)
+    variables: dict[str, Any] = {}
+    for index, name in enumerate(metrics):
+        unit, title, level, spread = METRICS[name]
+        by_region = name == "region_mass"
+        full = (*shape, len(regions)) if by_region else shape
+        # An image and a head are alike in every condition: that is what makes the pairs worth pairing.
+        own = random.normal(0.0, spread, size=(1, 1, *full[2:]))
+        noise = random.normal(0.0, 0.5 * spread, size=full)
+        if effect == 0.0:
+            noise -= noise.mean(axis=2, keepdims=True)
+        depth = np.linspace(-0.5, 0.5, layers)[None, None, None, :, None]
+        values = own + noise + level + (0.0 if by_region else spread * depth)
+        for c in range(1, len(conditions)):
+            push = effect * spread * 0.8 * c * np.sin(np.arange(layers) + index)[None, None, :, None]
+            if by_region:
+                sign = np.where(np.arange(len(regions)) % 2, 6.0, -3.0)
+                values[c] += push[..., None] * sign
+            else:
+                values[c] += push
+        if by_region or unit == "1":
+            values = np.clip(values, 0.0, 1.0)
+        values[0, 1:] = values[0, :1]  # the baseline's backbone is frozen: every seed's maps are the same
+        variables[name] = (
+            (*dims, "region") if by_region else dims,
+            values.astype(np.float32),
+            {"units": unit, "title": title, "undefined": "", "backend": "numba"},
+        )
+    coords: dict[str, Any] = {
+        "condition": list(conditions),
+        "seed": np.asarray(seeds, dtype=np.int64),
+        "image": list(ids),
+        "layer": np.arange(layers),
+        "head": np.arange(heads),
+        "site": ("layer", [f"blocks.{layer}.attn" for layer in range(layers)]),
+        "label": ("image", np.asarray(labels)),
+        "class_name": ("image", [classes[label] for label in labels]),
+        "seed_invariant": ("condition", np.arange(len(conditions)) == 0),
+    }
+    if "region_mass" in metrics:
+        coords["region"] = list(regions)
+    attrs = {
+        "model": json.dumps({"name": "digits_vit", "weights_sha256": "cd" * 32, "timm": "1.0.31", "torch": "2.15.0"}),
+        "dataset": json.dumps({"id": "digits", "split": "test", "sha256": "ab" * 32}),
+        "precision": "float32",
+        "preprocessing": json.dumps({"mean": [0.5], "std": [0.5], "input_size": [48, 48]}),
+    }
+    return xr.Dataset(variables, coords, attrs)
+
+
+def _paired(a: np.ndarray, b: np.ndarray, permutations: int) -> dict[str, np.ndarray]:
+    """Paired statistics over axis 0 of a, b [image, test], and sign-flip max-T over all the tests."""
+    difference = b - a
+    n = len(difference)
+    mean = difference.mean(0)
+    deviation = difference.std(0, ddof=1)
+    error = deviation / np.sqrt(n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(deviation > 0, mean / error, 0.0)
+        dz = np.where(deviation > 0, mean / deviation, np.nan)
+    flips = np.random.default_rng(0).choice([-1.0, 1.0], size=(permutations, n))
+    flipped = flips @ difference / n
+    squares = (difference**2).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        null = np.abs(flipped) / np.sqrt(np.maximum(squares / n - flipped**2, 0) / (n - 1))
+    greatest = np.nan_to_num(null).max(1)
+    beyond = (greatest[:, None] >= np.abs(t)[None]).sum(0)
+    p_max_t = (beyond + 1) / (permutations + 1)
+    from scipy import stats
+
+    p = 2 * stats.t.sf(np.abs(t), n - 1)
+    return {
+        "mean_against": a.mean(0),
+        "mean_condition": b.mean(0),
+        "difference": mean,
+        "low": mean - 2.02 * error,
+        "high": mean + 2.02 * error,
+        "dz": dz,
+        "gz": dz * (1 - 3 / (4 * (n - 1) - 1)),
+        "t": t,
+        "p": p,
+        "p_wilcoxon": p,
+        "p_max_t": p_max_t,
+        "p_holm": np.minimum(p * len(p), 1.0),
+        "p_bh": np.minimum(p * 2, 1.0),
+    }
+
+
+def _comparison(table: xr.Dataset, seeds: Sequence[int], permutations: int) -> dict[str, Any]:
+    conditions = [str(name) for name in table["condition"].values]
+    sites = [str(site) for site in table["site"].values]
+    means = table.mean(dim=[d for d in table.dims if d not in ("condition", "layer", "region")])
+    comparison: dict[str, Any] = {
+        "schema": 1,
+        "layers": sites,
+        "conditions": {
+            condition: {
+                str(name): [float(v) for v in np.atleast_1d(values.sel(condition=condition).mean("region").values)]
+                if "region" in values.dims
+                else [float(v) for v in values.sel(condition=condition).values]
+                for name, values in means.data_vars.items()
+            }
+            for condition in conditions
+        },
+        "tests": [],
+    }
+    for condition in conditions[1:]:
+        for level in ("head", "layer"):
+            keys: list[dict[str, Any]] = []
+            columns: list[tuple[np.ndarray, np.ndarray]] = []
+            for name, values in table.mean("seed").data_vars.items():
+                for region in table["region"].values if "region" in values.dims else [None]:
+                    chosen = values if region is None else values.sel(region=region)
+                    a, b = (chosen.sel(condition=c).values.astype(float) for c in (conditions[0], condition))
+                    for layer in range(len(sites)):
+                        for head in range(table.sizes["head"]) if level == "head" else [None]:
+                            pair = [v[:, layer, head] if head is not None else v[:, layer].mean(-1) for v in (a, b)]
+                            columns.append((pair[0], pair[1]))
+                            keys.append(
+                                {
+                                    "metric": str(name),
+                                    "unit": values.attrs.get("units") or table[name].attrs["units"],
+                                    "region": None if region is None else str(region),
+                                    "layer": layer,
+                                    "site": sites[layer],
+                                    "head": head,
+                                }
+                            )
+            a, b = (np.stack([column[side] for column in columns], axis=1) for side in (0, 1))
+            found = _paired(a, b, permutations)
+            for index, key in enumerate(keys):
+                entry = {name: _null(column[index]) for name, column in found.items()}
+                ci = [entry.pop("low"), entry.pop("high")]
+                comparison["tests"].append(
+                    {
+                        "condition": condition,
+                        "against": conditions[0],
+                        "level": level,
+                        "unit_of_inference": "image",
+                        "family": f"{level} × metric",
+                        "n": len(a),
+                        "missing": 0,
+                        "ci": ci,
+                        **key,
+                        **entry,
+                    }
+                )
+        comparison["tests"] += _layer_means(comparison, table, conditions[0], condition)
+        if len(seeds) > 1:
+            comparison["tests"] += _over_seeds(table, conditions[0], condition)
+    return comparison
+
+
+def _layer_means(comparison: dict[str, Any], table: xr.Dataset, against: str, condition: str) -> list[dict[str, Any]]:
+    from scipy import stats
+
+    tests = []
+    for metric, values in comparison["conditions"][condition].items():
+        base = comparison["conditions"][against][metric]
+        found = stats.ttest_rel(values, base)
+        difference = float(np.mean(np.subtract(values, base)))
+        tests.append(
+            {
+                "condition": condition,
+                "against": against,
+                "metric": metric,
+                "unit": table[metric].attrs["units"],
+                "region": None,
+                "level": "layer_means",
+                "unit_of_inference": "layer",
+                "family": "none",
+                "layer": None,
+                "site": None,
+                "head": None,
+                "n": len(values),
+                "missing": 0,
+                "difference": difference,
+                "ci": [None, None],
+                "t": _null(found.statistic),
+                "p": _null(found.pvalue),
+            }
+        )
+    return tests
+
+
+def _over_seeds(table: xr.Dataset, against: str, condition: str) -> list[dict[str, Any]]:
+    tests = []
+    for metric, values in table.data_vars.items():
+        if "region" in values.dims:
+            continue
+        by_seed = values.mean(["image", "head"])
+        for layer in range(table.sizes["layer"]):
+            d = (by_seed.sel(condition=condition) - by_seed.sel(condition=against)).values[:, layer].astype(float)
+            flips = np.array(np.meshgrid(*[[-1, 1]] * len(d))).reshape(len(d), -1)
+            p = float((np.abs(d @ flips) >= abs(d.sum()) - 1e-12).mean())
+            tests.append(
+                {
+                    "condition": condition,
+                    "against": against,
+                    "metric": str(metric),
+                    "unit": table[metric].attrs["units"],
+                    "region": None,
+                    "level": "seed",
+                    "unit_of_inference": "training run",
+                    "family": "layer × metric over seeds",
+                    "layer": layer,
+                    "site": f"blocks.{layer}.attn",
+                    "head": None,
+                    "n": len(d),
+                    "missing": 0,
+                    "difference": float(d.mean()),
+                    "ci": [None, None],
+                    "p": p,
+                    "p_max_t": p,
+                }
+            )
+    return tests
+
+
+def _controls(held: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": "frozen_baseline",
+            "title": "The frozen baseline's attention equals the pretrained model's",
+            "expectation": "0 everywhere",
+            "value": 0.0,
+            "held": True,
+            "detail": "bit for bit in 4 layers",
+        },
+        {
+            "name": "self",
+            "title": "A condition against itself",
+            "expectation": "0 everywhere",
+            "value": 0.0 if held else 0.125,
+            "held": held,
+            "detail": "greatest absolute difference",
+        },
+    ]
+
+
+def _training(random: np.random.Generator, conditions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    training = {}
+    for c, condition in enumerate(conditions):
+        runs = {}
+        for seed in seeds:
+            loss = 1.4 * np.exp(-0.5 * np.arange(5)) + 0.1 + 0.02 * random.random(5)
+            runs[str(seed)] = {
+                "history": [
+                    {
+                        "epoch": epoch + 1,
+                        "loss": float(loss[epoch]),
+                        "validation_accuracy": float(0.9 - loss[epoch] / 2),
+                    }
+                    for epoch in range(5)
+                ],
+                "validation_accuracy": 0.8,
+                "test_accuracy": 0.79,
+                "trainable_parameters": 1000 * (c + 1),
+                "seconds": 10.0,
+            }
+        training[condition] = {"recipe": ("probe", "full", "dora", "lora")[c % 4], "seeds": runs}
+    return training
+
+
+def _samples(
+    random: np.random.Generator,
+    outputs: Path,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    regions: Sequence[str],
+    classes: Sequence[str],
+    ids: Sequence[str],
+    labels: Sequence[int],
+    count: int,
+    layers: int,
+    heads: int,
+    grid: tuple[int, int],
+    patch_px: int = 6,
+) -> None:
+    rows, cols = grid
+    height, width = rows * patch_px, cols * patch_px
+    root = zarr.open_group(outputs / "samples.zarr", mode="w", zarr_format=3)
+    images = root.create_group("images")
+    pixels = random.integers(0, 90, size=(count, height, width, 1), dtype=np.uint8)
+    boxes = np.zeros((count, len(regions), 4))
+    for image in range(count):
+        for region in range(len(regions)):
+            size = height // 3
+            row0, col0 = random.integers(0, height - size), random.integers(0, width - size)
+            pixels[image, row0 : row0 + size, col0 : col0 + size] += np.uint8(140 - 40 * region)
+            boxes[image, region] = row0, col0, row0 + size, col0 + size
+    images["pixels"] = pixels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = images.create_array("id", shape=(count,), dtype=str)
+        names[...] = np.asarray(ids[:count], dtype=object)
+    images["label"] = np.asarray(labels[:count])
+    if regions:
+        images["boxes"] = boxes
+    images.attrs["regions"] = list(regions)
+    images.attrs["classes"] = list(classes)
+    layout = {
+        "grid_rows": rows,
+        "grid_cols": cols,
+        "num_prefix_tokens": 1,
+        "patch_height_px": patch_px,
+        "patch_width_px": patch_px,
+        "class_token": True,
+    }
+    tokens = 1 + rows * cols
+    for c, condition in enumerate(conditions):
+        for seed in seeds if c else seeds[:1]:
+            group = root.create_group(f"{condition}_seed{seed}")
+            for layer in range(layers):
+                logits = random.normal(0, 1.0, size=(count, heads, tokens, tokens))
+                if regions:
+                    centre = boxes[:, c % len(regions)].reshape(count, 2, 2).mean(1) / patch_px
+                    near = -(
+                        (np.arange(rows)[None, :, None] + 0.5 - centre[:, 0, None, None]) ** 2
+                        + (np.arange(cols)[None, None, :] + 0.5 - centre[:, 1, None, None]) ** 2
+                    )
+                    logits[..., 1:] += 0.3 * layer * near.reshape(count, 1, 1, rows * cols)
+                weights = np.exp(logits - logits.max(-1, keepdims=True))
+                array = group.create_array(
+                    f"layer_{layer:02d}",
+                    shape=weights.shape,
+                    dtype="float16",
+                    dimension_names=["image", "head", "query", "key"],
+                )
+                array[...] = (weights / weights.sum(-1, keepdims=True)).astype(np.float16)
+                array.attrs["site"] = f"blocks.{layer}.attn"
+                array.attrs["layout"] = layout
+            group["logits"] = random.normal(0, 2, size=(count, len(classes))).astype(np.float32)
+
+
+def _gradcam(
+    random: np.random.Generator,
+    outputs: Path,
+    conditions: Sequence[str],
+    ids: Sequence[str],
+    grid: tuple[int, int],
+    patch_px: int,
+) -> None:
+    folder = outputs / "visualizations/gradcam_samples"
+    folder.mkdir(parents=True)
+    with (folder / "gradcam_samples.csv").open("w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["file", "image", "condition", "target", "probability"])
+        for i, image in enumerate(ids):
+            for c, condition in enumerate(conditions):
+                name = f"sample_{i}_{c}.png"
+                pixels = random.integers(0, 255, size=(grid[0] * patch_px, grid[1] * patch_px, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / name)
+                rows.writerow([name, image, condition, "3", "0.75"])
+
+
+def _null(value: Any) -> float | None:
+    number = float(value)
+    return number if np.isfinite(number) else None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
