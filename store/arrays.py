@@ -29,6 +29,7 @@ __all__ = [
     "create_arrays",
     "create_constant",
     "create_group",
+    "create_metric_group",
     "estimate_bytes",
     "metric_arrays",
     "open_array",
@@ -144,6 +145,15 @@ def _compressors(dtype: np.dtype[Any]) -> list[Any]:
 def create_group(root: Path, path: str, attributes: dict[str, Any] | None = None) -> None:
     """Write a group's metadata; its parents' too where they are missing."""
     zarr.create_group(LocalStore(root), path=path, attributes=attributes)
+
+
+def create_metric_group(root: Path, name: str, params: Mapping[str, Any]) -> None:
+    """metrics/<name>/<params hash>, with the parameters as attributes."""
+    path = metric_path(name, params)
+    parent = str(Path(path).parent)
+    if not (root / parent / "zarr.json").exists():
+        create_group(root, parent)
+    create_group(root, path, {"name": name, "params": dict(params)})
 
 
 def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:

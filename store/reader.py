@@ -23,7 +23,7 @@ from store.schema import (
     store_path,
 )
 
-__all__ = ["AttentionStore", "open_metadata"]
+__all__ = ["AttentionStore", "check_files", "open_metadata"]
 
 Rows = slice | Sequence[int] | Array
 
@@ -78,10 +78,15 @@ class AttentionStore:
     def regions(self) -> Array | None:
         return _read_constant(self.path, "images/regions") if self.schema.regions else None
 
+    @property
+    def committed_batches(self) -> tuple[int, ...]:
+        """Numbers of the committed batches, ascending."""
+        return tuple(sorted(self._records.sound))
+
     @cached_property
     def committed_images(self) -> Array:
         committed = np.zeros(self.schema.num_images, dtype=bool)
-        for batch in self._records.sound:
+        for batch in self.committed_batches:
             committed[self.schema.batch_rows(batch)] = True
         return committed
 
@@ -105,6 +110,14 @@ class AttentionStore:
         """`TokenLayout.to_dict()` of a layer's maps."""
         self._check_layer(layer)
         return self.layouts[layer]
+
+    def files(self, batch: int) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of the files of a committed batch, as the ledger has them.
+
+        Raises:
+            StoreError: the batch is not committed, or its record is damaged.
+        """
+        return self._records.files(batch)
 
     def read(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Array:
         """Post-softmax attention of one layer, float32 [image, head, query, key].

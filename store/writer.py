@@ -25,6 +25,7 @@ from store.arrays import (
     create_arrays,
     create_constant,
     create_group,
+    create_metric_group,
     open_array,
     read_attributes,
     require_free_disk,
@@ -42,7 +43,7 @@ from store.ledger import (
 )
 from store.schema import SCHEMA, StoreError, StoreSchema, layer_path, ledger_path, metric_path, store_path
 
-__all__ = ["AttentionWriter", "commit_batch", "metric_values", "sound_batches"]
+__all__ = ["AttentionWriter", "commit_batch", "metric_values", "sound_batches", "sweep"]
 
 
 class AttentionWriter:
@@ -102,7 +103,7 @@ class AttentionWriter:
             try:
                 resources.enter_context(ledger.locked())
                 writer = cls(root, schema, ledger, resources)
-                _sweep(root, ledger)
+                sweep(root, ledger)
                 if exists:
                     fixed.resume(root, ledger)
                     writer.committed = _drop_unsound(root, ledger, schema)
@@ -301,9 +302,10 @@ def _drop_unsound(root: Path, ledger: Ledger, schema: StoreSchema) -> set[int]:
     return sound
 
 
-def _sweep(root: Path, ledger: Ledger) -> None:
+def sweep(root: Path, ledger: Ledger) -> None:
     """Remove what a killed writer left half-done; only ever called by the one writer."""
-    shutil.rmtree(_skeleton_path(root), ignore_errors=False) if _skeleton_path(root).exists() else None
+    if _skeleton_path(root).exists():
+        shutil.rmtree(_skeleton_path(root))
     for folder in (root, ledger.path):
         for partial in folder.rglob(f"*{PARTIAL}"):
             partial.unlink()
@@ -459,13 +461,6 @@ class _Fixed:
         if theirs != self.manifest:
             where, ours, found = _first_difference("manifest", self.manifest, theirs)
             raise StoreError(f"{ledger.file('manifest')}: {where} is {found!r}; expected {ours!r}")
-
-
-def create_metric_group(root: Path, name: str, params: Mapping[str, Any]) -> None:
-    """metrics/<name>/<params hash>, with the parameters as attributes."""
-    path = metric_path(name, params)
-    create_group(root, str(Path(path).parent))
-    create_group(root, path, {"name": name, "params": dict(params)})
 
 
 def _metadata_record(skeleton: Path) -> dict[str, Any]:

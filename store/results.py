@@ -1,0 +1,203 @@
+"""Metrics computed later from a store's maps, kept in the store beside the capture's own.
+
+metrics/<name>/<params hash>/{value, undefined}, params being everything that fixes the numbers: the metric's
+parameters, the backend, the code version. Committed batch by batch like a capture, so that only what is missing
+is ever computed, and a flipped bit in a result is found and that batch computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from store.arrays import create_arrays, create_metric_group, metric_arrays
+from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem, sync_directory
+from store.reader import AttentionStore, open_metadata
+from store.schema import StoreError, StoreSchema, ledger_path, metric_path, store_path
+from store.writer import commit_batch, metric_values, sound_batches, sweep
+
+__all__ = ["MetricWriter", "has_metric"]
+
+
+def has_metric(path: str | os.PathLike[str], name: str, params: Mapping[str, Any]) -> bool:
+    """Whether a store holds a metric, computed with these parameters, undamaged for every image.
+
+    Raises:
+        StoreError: there is no such store, or its metadata are damaged.
+    """
+    store = AttentionStore.open(path)
+    ledger = Ledger(ledger_path(store.path))
+    if _is_own(store.schema, name, params):
+        arrays = metric_arrays(store.schema, name, params, regions=name in store.schema.region_metrics)
+        return store.complete and not any(
+            file_problem(store.path, array.file(batch), store.files(batch)[array.file(batch)])
+            for array in arrays
+            for batch in store.committed_batches
+        )
+    folder = metric_path(name, params) + "/"
+    record = _sound_metadata(store.path, ledger, folder)
+    if record is None:
+        return False
+    arrays = metric_arrays(store.schema, name, params, regions=bool(record["regions"]))
+    sound, _ = sound_batches(store.path, ledger, arrays, store.schema.num_batches, folder=folder)
+    return len(sound) == store.schema.num_batches
+
+
+class MetricWriter:
+    """Writes metrics into a store that is captured already. Use `MetricWriter.open`, as a context manager.
+
+    Attributes:
+        missing: batch -> names of the metrics still to be written for it; only batches the capture has
+            committed. What the capture measured itself with the same parameters is never missing.
+    """
+
+    def __init__(
+        self, store: AttentionStore, metrics: Mapping[str, Mapping[str, Any]], regions: Collection[str]
+    ) -> None:
+        self.path = store.path
+        self.schema = store.schema
+        self.missing: dict[int, tuple[str, ...]] = {}
+        self._ledger = Ledger(ledger_path(store.path))
+        self._metrics = metrics
+        self._arrays = {
+            name: metric_arrays(store.schema, name, params, regions=name in regions) for name, params in metrics.items()
+        }
+        self._resources = contextlib.ExitStack()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        metrics: Mapping[str, Mapping[str, Any]],
+        *,
+        region_metrics: Collection[str] = (),
+    ) -> Self:
+        """Open a store to add metrics, or to go on adding them.
+
+        Args:
+            path: the store.
+            metrics: name -> {metric parameters, backend, code version}.
+            region_metrics: names of those whose values have a region axis.
+
+        Raises:
+            StoreError: no such store, damaged metadata, another writer, or region metrics without regions.
+        """
+        root = store_path(path)
+        open_metadata(root)  # before the lock's file is made: a wrong path stays untouched
+        resources = contextlib.ExitStack()
+        with resources:
+            try:
+                resources.enter_context(Ledger(ledger_path(root)).locked())
+                store = AttentionStore.open(root)
+                if region_metrics and not store.schema.regions:
+                    raise StoreError(f"{root} has no regions, which {', '.join(sorted(region_metrics))} needs")
+                writer = cls(store, metrics, region_metrics)
+                sweep(root, writer._ledger)
+                writer._prepare(store)
+            except OSError as error:
+                raise StoreError(f"{root} cannot be opened for writing: {error}") from error
+            writer._resources = resources.pop_all()
+        return writer
+
+    def write_batch(self, batch: int, metrics: Mapping[str, Any], undefined: Mapping[str, Any]) -> None:
+        """Write and commit what `missing` lists for a batch.
+
+        Args:
+            metrics: name -> float [image, layer, head(, region)].
+            undefined: name -> number of rows without a value, integer [image, layer, head].
+
+        Raises:
+            StoreError: other names or shapes, or the disk failed or is full.
+        """
+        expected = self.missing.get(batch, ())
+        if not expected or set(metrics) != set(expected) or set(undefined) != set(expected):
+            raise StoreError(
+                f"batch {batch} of {self.path} lacks {list(expected)}; "
+                f"found values of {sorted(metrics)} and counts of {sorted(undefined)}"
+            )
+        rows = self.schema.batch_rows(batch)
+        images = rows.stop - rows.start
+        checked = {}
+        for name in expected:
+            value, counts = self._arrays[name]
+            checked[name] = metric_values(name, images, (value, metrics[name]), (counts, undefined[name]))
+        for name, values in checked.items():
+            record = f"{metric_path(name, self._metrics[name])}/{batch_name(batch)}"
+            commit_batch(self.path, self._ledger, record, batch, rows, values)
+        del self.missing[batch]
+
+    def close(self) -> None:
+        """Let another writer in. What was committed stays."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, store: AttentionStore) -> None:
+        """Make each metric's arrays where they are not there yet, and find what is missing."""
+        missing: dict[int, list[str]] = {}
+        for name, params in self._metrics.items():
+            if _is_own(self.schema, name, params):
+                continue
+            folder = metric_path(name, params) + "/"
+            regions = len(self._arrays[name][0].shape) == 4
+            record = _sound_metadata(self.path, self._ledger, folder)
+            if record is None:
+                self._create(name, params, regions)
+            elif bool(record["regions"]) != regions:
+                raise StoreError(f"{name!r} is stored {'with' if record['regions'] else 'without'} a region axis")
+            sound, problems = sound_batches(
+                self.path, self._ledger, self._arrays[name], self.schema.num_batches, folder=folder
+            )
+            self._ledger.remove(problems)
+            for batch in store.committed_batches:
+                if batch not in sound:
+                    missing.setdefault(batch, []).append(name)
+        self.missing = {batch: tuple(names) for batch, names in sorted(missing.items())}
+
+    def _create(self, name: str, params: Mapping[str, Any], regions: bool) -> None:
+        """Write the metadata of a metric's arrays, anew if they were damaged: the same bytes, so data stay valid."""
+        group = metric_path(name, params)
+        parent = str(Path(group).parent)
+        files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in self._arrays[name]))]
+        own = self._ledger.read("metadata")["files"]
+        for file in files:
+            if file not in own:
+                (self.path / file).unlink(missing_ok=True)
+        create_metric_group(self.path, name, params)
+        create_arrays(self.path, self._arrays[name])
+        record = {
+            "name": name,
+            "params": dict(params),
+            "regions": regions,
+            "files": {file: describe_file(self.path, file, sync=True) for file in files},
+        }
+        for file in files:
+            for folder in ((self.path / file).parent, (self.path / file).parent.parent):
+                sync_directory(folder)
+        self._ledger.write(f"{group}/metadata", record)
+
+
+def _is_own(schema: StoreSchema, name: str, params: Mapping[str, Any]) -> bool:
+    own = schema.metrics.get(name)
+    return own is not None and metric_path(name, own) == metric_path(name, params)
+
+
+def _sound_metadata(root: Path, ledger: Ledger, folder: str) -> dict[str, Any] | None:
+    """The metadata record of a metric computed later; None if it, or a file it names, is missing or damaged."""
+    try:
+        record = ledger.read(f"{folder}metadata")
+    except LedgerError:
+        return None
+    if any(file_problem(root, file, entry) for file, entry in record["files"].items()):
+        return None
+    return record
