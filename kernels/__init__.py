@@ -1,7 +1,9 @@
 """Spatial metrics of attention maps: one pass over the data, every backend, one set of definitions."""
 
 from kernels.backends import BACKENDS, BackendSpec, BackendUnavailableError, resolve
+from kernels.checks import InvalidAttentionError
 from kernels.layout import TokenLayout
+from kernels.measure import measure_attention, measure_qk
 from kernels.metrics import METRICS, Measurement, MetricSpec, load_metric
 
 __all__ = [
@@ -9,9 +11,12 @@ __all__ = [
     "METRICS",
     "BackendSpec",
     "BackendUnavailableError",
+    "InvalidAttentionError",
     "Measurement",
     "MetricSpec",
     "TokenLayout",
     "load_metric",
+    "measure_attention",
+    "measure_qk",
     "resolve",
 ]

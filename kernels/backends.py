@@ -23,7 +23,7 @@ class BackendSpec:
 
     Args:
         name: what a user writes in `backend=`.
-        module: imported on first use; exports `measure_attention` and `measure_qk` passes.
+        module: imported on first use; its `measure_attention` and `measure_qk` are the passes (as in `kernels.tiles`).
         devices: torch device types (NumPy input counts as "cpu") whose data it reads in place.
         note: one line for `--help` and the docs.
     """
@@ -50,8 +50,7 @@ class BackendSpec:
 BACKENDS: dict[str, BackendSpec] = {
     spec.name: spec
     for spec in (
-        BackendSpec("reference", "kernels.reference", ("cpu",), "float64 NumPy, the definitions; slow"),
-        BackendSpec("numba", "kernels.numba_cpu", ("cpu",), "compiled CPU loops, one pass; the default without a GPU"),
+        BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
         BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
     )
 }
@@ -69,7 +68,7 @@ def resolve(backend: str, device: str) -> BackendSpec:
         BackendUnavailableError: the backend does not read data on that device.
     """
     if backend == "auto":
-        backend = "numba" if device == "cpu" else "torch"
+        backend = "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
     spec = BACKENDS[backend]

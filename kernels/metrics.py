@@ -5,6 +5,7 @@ Tests, benchmarks, the store's columns, the table and the report's headings all 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kernels import reference
 from kernels.layout import TokenLayout
 
 __all__ = ["METRICS", "Measurement", "MetricSpec", "load_metric"]
@@ -105,7 +107,187 @@ class Measurement(Mapping[str, Any]):
         return f"Measurement({columns}; backend={self.backend!r}, undefined={self.undefined})"
 
 
-METRICS: dict[str, MetricSpec] = {}
+@functools.lru_cache(maxsize=64)
+def _lattice_spectrum(grid_rows: int, grid_cols: int) -> tuple[float, float, float, float]:
+    """Least and greatest eigenvalue of the rook weights W and of the Laplacian D − W, both without the constant.
+
+    For z ⟂ 1 the ratios zᵀWz / zᵀz and zᵀ(D − W)z / zᵀz lie between these and reach them.
+    """
+    n = grid_rows * grid_cols
+    index = np.arange(n).reshape(grid_rows, grid_cols)
+    weights = np.zeros((n, n))
+    for one, other in ((index[:-1], index[1:]), (index[:, :-1], index[:, 1:])):
+        weights[one.ravel(), other.ravel()] = weights[other.ravel(), one.ravel()] = 1.0
+    laplacian = np.diag(weights.sum(axis=1)) - weights
+    # An orthonormal basis whose first vector is the constant one; the others span the centred maps.
+    basis = np.linalg.qr(np.column_stack((np.ones(n), np.eye(n)[:, 1:])))[0][:, 1:]
+    w, lap = (np.linalg.eigvalsh(basis.T @ matrix @ basis) for matrix in (weights, laplacian))
+    return float(w[0]), float(w[-1]), float(lap[0]), float(lap[-1])
+
+
+def _distance_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, float(layout.distances().max())  # from all mass on the query itself to corner against corner
+
+
+def _entropy_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, float(np.log(layout.num_patches))
+
+
+def _morans_i_bounds(layout: TokenLayout) -> tuple[float, float]:
+    least, greatest, _, _ = _lattice_spectrum(layout.grid_rows, layout.grid_cols)
+    factor = layout.num_patches / (2 * layout.num_edges)
+    return factor * least, factor * greatest
+
+
+def _gearys_c_bounds(layout: TokenLayout) -> tuple[float, float]:
+    _, _, least, greatest = _lattice_spectrum(layout.grid_rows, layout.grid_cols)
+    factor = (layout.num_patches - 1) / (2 * layout.num_edges)
+    return factor * least, factor * greatest
+
+
+def _gini_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, 1.0 - 1.0 / layout.num_patches
+
+
+def _unit_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, 1.0
+
+
+def _in(*backends: str, name: str) -> dict[str, Implementation]:
+    """A metric's function has the metric's name in every backend's module."""
+    modules = {"numba": "kernels.numba_cpu", "torch": "kernels.torch_ops"}
+    return {backend: f"{modules[backend]}:{name}" for backend in backends}
+
+
+_NO_MASS = "row whose patches sum to 0"
+_CONSTANT = f"constant row; {_NO_MASS}"
+_MORAN = "Moran 1950, doi:10.1093/biomet/37.1-2.17"
+_SHANNON = "Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x"
+_DISTANCE = "Dosovitskiy et al. 2021, arXiv:2010.11929 (there in pixels and not renormalised)"
+
+METRICS: dict[str, MetricSpec] = {
+    spec.name: spec
+    for spec in (
+        MetricSpec(
+            name="distance",
+            unit="image diagonals",
+            inputs="rows",
+            reference=reference.distance,
+            implementations=_in("numba", "torch", name="distance"),
+            bounds=_distance_bounds,
+            undefined=_NO_MASS,
+            source=_DISTANCE,
+            title="Attention distance",
+        ),
+        MetricSpec(
+            name="entropy",
+            unit="nat",
+            inputs="rows",
+            reference=reference.entropy,
+            implementations=_in("numba", "torch", name="entropy"),
+            bounds=_entropy_bounds,
+            undefined=_NO_MASS,
+            source=_SHANNON,
+            title="Attention entropy",
+        ),
+        MetricSpec(
+            name="entropy_normalized",
+            unit="1",
+            inputs="rows",
+            reference=reference.entropy_normalized,
+            implementations=_in("numba", "torch", name="entropy_normalized"),
+            bounds=_unit_bounds,
+            undefined=_NO_MASS,
+            source=_SHANNON,
+            title="Normalised entropy",
+        ),
+        MetricSpec(
+            name="morans_i",
+            unit="1",
+            inputs="rows",
+            reference=reference.morans_i,
+            implementations=_in("numba", "torch", name="morans_i"),
+            bounds=_morans_i_bounds,
+            undefined=_CONSTANT,
+            source=_MORAN,
+            title="Moran's I",
+        ),
+        MetricSpec(
+            name="morans_i_received",
+            unit="1",
+            inputs="rows",
+            reference=reference.morans_i_received,
+            implementations=_in("numba", "torch", name="morans_i_received"),
+            bounds=_morans_i_bounds,
+            undefined="received map constant to 1e-5 of its mean; map without a row that has mass on the patches",
+            source=_MORAN,
+            title="Moran's I of received attention",
+        ),
+        MetricSpec(
+            name="gearys_c",
+            unit="1",
+            inputs="rows",
+            reference=reference.gearys_c,
+            implementations=_in("numba", "torch", name="gearys_c"),
+            bounds=_gearys_c_bounds,
+            undefined=_CONSTANT,
+            source="Geary 1954, doi:10.2307/2986645",
+            title="Geary's C",
+        ),
+        MetricSpec(
+            name="gini",
+            unit="1",
+            inputs="rows",
+            reference=reference.gini,
+            implementations=_in("torch", name="gini"),
+            bounds=_gini_bounds,
+            undefined=_NO_MASS,
+            source="Gini 1912; in this form Sen 1973, doi:10.1093/0198281935.001.0001",
+            title="Gini coefficient",
+        ),
+        MetricSpec(
+            name="prefix_mass",
+            unit="1",
+            inputs="rows",
+            reference=reference.prefix_mass,
+            implementations=_in("numba", "torch", name="prefix_mass"),
+            bounds=_unit_bounds,
+            title="Mass on prefix tokens",
+        ),
+        MetricSpec(
+            name="cls_entropy",
+            unit="nat",
+            inputs="rows",
+            reference=reference.cls_entropy,
+            implementations=_in("numba", "torch", name="cls_entropy"),
+            bounds=_entropy_bounds,
+            undefined=_NO_MASS,
+            source=_SHANNON,
+            title="Entropy of the class token's row",
+        ),
+        MetricSpec(
+            name="cls_morans_i",
+            unit="1",
+            inputs="rows",
+            reference=reference.cls_morans_i,
+            implementations=_in("numba", "torch", name="cls_morans_i"),
+            bounds=_morans_i_bounds,
+            undefined=_CONSTANT,
+            source=_MORAN,
+            title="Moran's I of the class token's row",
+        ),
+        MetricSpec(
+            name="region_mass",
+            unit="1",
+            inputs="regions",
+            reference=reference.region_mass,
+            implementations=_in("numba", "torch", name="region_mass"),
+            bounds=_unit_bounds,
+            undefined=f"{_NO_MASS}; region without coverage values (NaN)",
+            title="Attention mass in regions",
+        ),
+    )
+}
 
 
 def load_metric(name: str) -> MetricSpec:

@@ -1,0 +1,106 @@
+"""Metrics from their definition alone, a tile of maps at a time.
+
+This is the `reference` backend, and what every other backend does with a metric it has no code of its own for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kernels import reference
+from kernels.arrays import Values, dtype_name, flat_index, to_float64
+from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
+from kernels.layout import TokenLayout
+from kernels.metrics import MetricSpec
+
+__all__ = ["measure_attention", "measure_qk"]
+
+TILE_BYTES = 32 * 2**20  # of float64 rows; the definitions make a handful of temporaries of that size
+
+
+def measure_attention(attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: Any) -> Values:
+    """The reference's pass over [*leading, query, key] attention."""
+    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
+
+    def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+        tile = to_float64(attention[index])
+        return tile, valid_rows(tile, tolerance)
+
+    return _measure(rows, tuple(attention.shape[:-2]), layout, specs, regions)
+
+
+def measure_qk(
+    query: Any,
+    key: Any,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: Any,
+    scale: float,
+    bias: Any,
+) -> Values:
+    """The reference's pass from [*leading, token, head_dim] query and key; bias is [*leading, query, key] or None."""
+
+    def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+        added = None if bias is None else _additive(bias[index])
+        tile = reference.softmax_rows(to_float64(query[index]), to_float64(key[index]), scale, added)
+        return tile, ~np.isnan(tile).any(axis=-1)
+
+    return _measure(rows, tuple(query.shape[:-2]), layout, specs, regions)
+
+
+def _additive(bias: Any) -> np.ndarray:
+    """A boolean mask (True = attend) as 0 and −inf; an additive bias as it is."""
+    if dtype_name(bias) == "bool":
+        return np.where(to_float64(bias) > 0, 0.0, -np.inf)
+    return to_float64(bias)
+
+
+def _measure(
+    rows: Callable[[tuple[Any, ...]], tuple[np.ndarray, np.ndarray]],
+    leading: tuple[int, ...],
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: Any,
+) -> Values:
+    tokens = layout.num_tokens
+    maps = int(np.prod(leading, dtype=np.int64))
+    step = max(1, TILE_BYTES // (8 * tokens * tokens))
+    valid = np.empty((maps, tokens), dtype=bool)
+    values: dict[str, np.ndarray] = {}
+    # An empty batch still takes one (empty) tile: it fixes the shapes of the results.
+    for start in range(0, max(maps, 1), step):
+        stop = min(start + step, maps)
+        index = flat_index(leading, start, stop)
+        p, valid[start:stop] = rows(index)
+        p[~valid[start:stop]] = np.nan
+        for spec in specs:
+            tile = _call(spec, p, layout, None if regions is None else to_float64(regions[index]))
+            if spec.name not in values:
+                values[spec.name] = np.empty((maps, *tile.shape[1:]))
+            values[spec.name][start:stop] = tile
+    return Values(
+        values={name: array.reshape(*leading, *array.shape[1:]) for name, array in values.items()},
+        valid=valid.reshape(*leading, tokens),
+    )
+
+
+def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndarray | None) -> np.ndarray:
+    """The definition's values on one tile, shapes checked: a user's metric may return anything."""
+    batch = p.shape[0]
+    if spec.inputs == "regions":
+        if regions is None:
+            raise ValueError(f"metric {spec.name!r} needs regions [image, region, patch]; none were given")
+        tile = np.asarray(spec.reference(p, layout, regions), dtype=np.float64)
+        expected: tuple[tuple[int, ...], ...] = ((batch, regions.shape[-2]),)
+    else:
+        tile = np.asarray(spec.reference(p, layout), dtype=np.float64)
+        expected = ((batch, layout.num_patches), (batch,))
+    if tile.shape not in expected:
+        raise ValueError(
+            f"the reference of metric {spec.name!r} returned shape {tile.shape} for {batch} map(s); "
+            f"expected {' or '.join(map(str, expected))}"
+        )
+    return tile

@@ -1,0 +1,338 @@
+"""torch: every metric vectorised, on any device, differentiable.
+
+Maps go through in chunks, so that the temporaries stay small; each chunk is read once and all metrics come from it.
+Arithmetic is float32, float64 for float64 input. Each metric's function has the metric's name and takes `MapRows`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.arrays import Values, dtype_name, flat_index
+from kernels.checks import ROW_SUM_TOLERANCE
+from kernels.layout import TokenLayout
+from kernels.metrics import MetricSpec
+from kernels.reference import RECEIVED_SPREAD
+
+__all__ = [
+    "MapRows",
+    "cls_entropy",
+    "cls_morans_i",
+    "distance",
+    "entropy",
+    "entropy_normalized",
+    "gearys_c",
+    "gini",
+    "measure_attention",
+    "measure_qk",
+    "morans_i",
+    "morans_i_received",
+    "prefix_mass",
+    "region_mass",
+]
+
+# Bytes of one temporary, a chunk of rows in the arithmetic's dtype: in the CPU's cache, or enough to fill a GPU.
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+
+
+class PatchMaps:
+    """Non-negative maps over patches [..., patch], in any scale: every metric renormalises.
+
+    A map that sums to 0 is undefined: NaN in every metric. Denominators are replaced where they are 0, so that
+    gradients of the defined rows stay finite.
+    """
+
+    def __init__(self, x: Tensor, layout: TokenLayout) -> None:
+        # A power of two takes the sum to about 1: exact, and squares of subnormal rows do not underflow.
+        self.x = x * _power_of_two(x.detach().sum(dim=-1, keepdim=True))
+        self.layout = layout
+
+    @cached_property
+    def total(self) -> Tensor:
+        return self.x.sum(dim=-1, keepdim=True)
+
+    @cached_property
+    def defined(self) -> Tensor:
+        return self.total > 0
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Renormalised maps; 0 where undefined."""
+        return self.x / torch.where(self.defined, self.total, 1.0)
+
+    @cached_property
+    def z(self) -> Tensor:
+        """x less its mean, twice: the first mean is rounded at the size of x, the second at the size of z."""
+        z = self.x - self.x.mean(dim=-1, keepdim=True)
+        return z - z.mean(dim=-1, keepdim=True)
+
+    @cached_property
+    def varies(self) -> Tensor:
+        return (self.x != self.x[..., :1]).any(dim=-1)
+
+    @cached_property
+    def sum_sq(self) -> Tensor:
+        """Σ z², 1 for constant maps."""
+        return torch.where(self.varies, self.z.square().sum(dim=-1), 1.0)
+
+    def neighbours(self, maps: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Both ends of every rook edge: (upper, lower) and (left, right)."""
+        grid = maps.unflatten(-1, (self.layout.grid_rows, self.layout.grid_cols))
+        return (grid[..., :-1, :], grid[..., 1:, :]), (grid[..., :, :-1], grid[..., :, 1:])
+
+    def entropy(self) -> Tensor:
+        tiny = torch.finfo(self.p.dtype).tiny  # 0 ln tiny = 0, and the gradient at 0 stays finite
+        return _where(self.defined.squeeze(-1), 0.0 - (self.p * self.p.clamp(min=tiny).log()).sum(dim=-1))
+
+    def morans_i(self) -> Tensor:
+        down, right = ((a * b).sum(dim=(-2, -1)) for a, b in self.neighbours(self.z))
+        factor = self.layout.num_patches / self.layout.num_edges
+        return _where(self.varies, factor * (down + right) / self.sum_sq)
+
+    def gearys_c(self) -> Tensor:
+        down, right = ((a - b).square().sum(dim=(-2, -1)) for a, b in self.neighbours(self.z))
+        factor = (self.layout.num_patches - 1) / (2 * self.layout.num_edges)
+        return _where(self.varies, factor * (down + right) / self.sum_sq)
+
+
+class MapRows:
+    """What every metric reads: the rows of a chunk of maps.
+
+    Args:
+        patches: [map, patch query, patch] in any scale, 0 in invalid rows.
+        class_row: [map, patch], or None without a class token.
+        prefix_mass: [map, patch query], NaN in invalid rows.
+        regions: [map, region, patch] or None.
+    """
+
+    def __init__(
+        self,
+        patches: Tensor,
+        class_row: Tensor | None,
+        prefix_mass: Tensor,
+        regions: Tensor | None,
+        layout: TokenLayout,
+    ) -> None:
+        self.rows = PatchMaps(patches, layout)
+        self.prefix_mass = prefix_mass
+        self.regions = regions
+        self.layout = layout
+        self._class_row = class_row
+
+    @cached_property
+    def class_row(self) -> PatchMaps:
+        if self._class_row is None:
+            raise ValueError("this layout has no class token, so there is no class-token row")
+        return PatchMaps(self._class_row, self.layout)
+
+    @cached_property
+    def received(self) -> PatchMaps:
+        """Σ over the defined patch queries of the renormalised rows; its mean differs by a factor alone."""
+        return PatchMaps(self.rows.p.sum(dim=-2, dtype=torch.float64), self.layout)
+
+
+def distance(maps: MapRows) -> Tensor:
+    p = maps.rows.p
+    weights = _distances(maps.layout, p.dtype, p.device)
+    return _where(maps.rows.defined.squeeze(-1), (p * weights).sum(dim=-1))
+
+
+def entropy(maps: MapRows) -> Tensor:
+    return maps.rows.entropy()
+
+
+def entropy_normalized(maps: MapRows) -> Tensor:
+    return maps.rows.entropy() / math.log(maps.layout.num_patches)
+
+
+def morans_i(maps: MapRows) -> Tensor:
+    return maps.rows.morans_i()
+
+
+def morans_i_received(maps: MapRows) -> Tensor:
+    x = maps.received.x.detach()
+    varies = x.amax(dim=-1) - x.amin(dim=-1) > RECEIVED_SPREAD * x.mean(dim=-1)
+    return _where(varies, maps.received.morans_i())
+
+
+def gearys_c(maps: MapRows) -> Tensor:
+    return maps.rows.gearys_c()
+
+
+def gini(maps: MapRows) -> Tensor:
+    ordered = maps.rows.p.sort(dim=-1).values
+    n = maps.layout.num_patches
+    rank = 2 * torch.arange(1, n + 1, dtype=ordered.dtype, device=ordered.device) - (n + 1)
+    return _where(maps.rows.defined.squeeze(-1), (ordered * rank).sum(dim=-1) / n)
+
+
+def prefix_mass(maps: MapRows) -> Tensor:
+    return maps.prefix_mass
+
+
+def cls_entropy(maps: MapRows) -> Tensor:
+    return maps.class_row.entropy()
+
+
+def cls_morans_i(maps: MapRows) -> Tensor:
+    return maps.class_row.morans_i()
+
+
+def region_mass(maps: MapRows) -> Tensor:
+    assert maps.regions is not None  # the entry points refuse region metrics without regions
+    row = maps.class_row if maps.layout.class_token else maps.received
+    return _where(row.defined, (row.p.unsqueeze(-2) * maps.regions).sum(dim=-1))
+
+
+def measure_attention(
+    attention: Tensor | np.ndarray, layout: TokenLayout, specs: Sequence[MetricSpec], regions: np.ndarray | None
+) -> Values:
+    """The pass over [*leading, query, key] attention."""
+    attention, is_numpy = _tensor(attention)
+    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
+    leading = attention.shape[:-2]
+    flat = attention.reshape(-1, layout.num_tokens, layout.num_tokens)
+
+    def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
+        p = _upcast(flat[start:stop])
+        valid = ((p.detach().sum(dim=-1) - 1.0).abs() <= tolerance) & ~(p.detach() < 0).any(dim=-1)
+        p = p.masked_fill(~valid.unsqueeze(-1), 0.0)
+        query_valid = valid[:, layout.num_prefix_tokens :]
+        maps = MapRows(
+            patches=layout.patches(p),
+            class_row=layout.class_row(p) if layout.class_token else None,
+            prefix_mass=_where(query_valid, layout.prefix(p).sum(dim=-1)),
+            regions=coverage,
+            layout=layout,
+        )
+        return maps, valid
+
+    return _chunked(chunk, flat, leading, layout, specs, regions, is_numpy)
+
+
+def measure_qk(
+    query: Tensor | np.ndarray,
+    key: Tensor | np.ndarray,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    scale: float,
+    bias: Tensor | np.ndarray | None,
+) -> Values:
+    """The pass from query and key [*leading, token, head_dim]; bias is broadcast to [*leading, query, key].
+
+    A softmax over the patch logits alone is the renormalised row, so a prefix token that takes nearly all the mass
+    costs no accuracy.
+    """
+    query, is_numpy = _tensor(query)
+    key = _tensor(key)[0]
+    leading = query.shape[:-2]
+    flat_q, flat_k = (t.reshape(-1, *t.shape[-2:]) for t in (query, key))
+    added = None if bias is None else _tensor(bias)[0]
+    prefix = layout.num_prefix_tokens
+
+    def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
+        q, k = _upcast(flat_q[start:stop]), _upcast(flat_k[start:stop])
+        logits = scale * (q @ k.transpose(-1, -2))
+        if added is not None:
+            tile = added[flat_index(tuple(leading), start, stop)]
+            logits = logits.masked_fill(~tile, -math.inf) if tile.dtype == torch.bool else logits + tile
+        top = logits.detach().amax(dim=-1)
+        valid = top.isfinite()  # NaN and +inf pass through the maximum; −inf means no key at all
+        logits = logits.masked_fill(~valid.unsqueeze(-1), -math.inf)
+        patch_logits = logits[..., prefix:]
+        peak = patch_logits.detach().amax(dim=-1, keepdim=True)
+        weights = (patch_logits - peak.masked_fill(peak.isneginf(), 0.0)).exp()
+        mass = torch.zeros_like(top)
+        if prefix:
+            shift = top.masked_fill(~valid, 0.0).unsqueeze(-1)
+            shares = (logits - shift).exp()
+            mass = shares[..., :prefix].sum(dim=-1) / torch.where(valid, shares.sum(dim=-1), 1.0)
+        maps = MapRows(
+            patches=weights[:, prefix:],
+            class_row=weights[:, 0] if layout.class_token else None,
+            prefix_mass=_where(valid, mass)[:, prefix:],
+            regions=coverage,
+            layout=layout,
+        )
+        return maps, valid
+
+    return _chunked(chunk, flat_q, leading, layout, specs, regions, is_numpy)
+
+
+# (start, stop, regions of those maps) -> (rows, validity)
+_Chunk = Callable[[int, int, Tensor | None], tuple[MapRows, Tensor]]
+
+
+def _chunked(
+    chunk: _Chunk,
+    flat: Tensor,
+    leading: torch.Size,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    is_numpy: bool,
+) -> Values:
+    """Every metric of every chunk of maps, put together again."""
+    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    parts: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
+    valid_parts: list[Tensor] = []
+    for start, stop in _ranges(flat.shape[0], layout, dtype, flat.device):
+        coverage = None
+        if regions is not None:
+            tile = np.array(regions[flat_index(tuple(leading), start, stop)])
+            coverage = torch.as_tensor(tile, dtype=dtype, device=flat.device)
+        maps, valid = chunk(start, stop, coverage)
+        valid_parts.append(valid)
+        for spec in specs:
+            implementation = spec.implementation("torch")
+            assert implementation is not None  # `specs` holds those this backend has code for
+            parts[spec.name].append(implementation(maps))
+    values = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    values = {name: tensor.reshape(*leading, *tensor.shape[1:]) for name, tensor in values.items()}
+    valid = torch.cat(valid_parts).reshape(*leading, layout.num_tokens)
+    if is_numpy:
+        return Values(values={name: tensor.numpy() for name, tensor in values.items()}, valid=valid.numpy())
+    return Values(values=values, valid=valid)
+
+
+def _ranges(maps: int, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
+    one = layout.num_tokens**2 * dtype.itemsize
+    step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // one)
+    # An empty batch still takes one (empty) chunk: it fixes the shapes of the results.
+    return ((start, min(start + step, maps)) for start in range(0, max(maps, 1), step))
+
+
+def _tensor(array: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+    if isinstance(array, Tensor):
+        return array, False
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()  # torch takes neither
+    return torch.from_numpy(array), True
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _where(defined: Tensor, values: Tensor) -> Tensor:
+    return torch.where(defined, values, torch.nan)
+
+
+def _power_of_two(total: Tensor) -> Tensor:
+    """2^−⌈log2 total⌉, from its bits and so exact; 1 for 0, at most the dtype's greatest power of two."""
+    exponent = torch.frexp(total).exponent
+    if total.dtype == torch.float64:
+        return ((1023 - exponent.clamp(min=-1022).long()) << 52).view(torch.float64)
+    return ((127 - exponent.clamp(min=-126)) << 23).view(torch.float32)
+
+
+@lru_cache(maxsize=8)
+def _distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(layout.distances(), dtype=dtype, device=device)
