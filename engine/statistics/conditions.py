@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
+from engine.statistics.entries import interval, numbers, why_degenerate
 from engine.statistics.multiplicity import benjamini_hochberg, holm
 from engine.statistics.paired import compare_paired
 from engine.statistics.pairing import MetricPairs, check_table, defined_mean, existing_heads, paired_metrics
@@ -20,6 +20,7 @@ __all__ = ["compare_conditions"]
 
 Floats = NDArray[np.float64]
 
+# Units of inference, as the report words them.
 IMAGES = "image, given these checkpoints"
 RUNS = "training run (seed)"
 LAYERS = "layer (layers are not independent samples; shown for comparison with published practice)"
@@ -186,13 +187,13 @@ def _test_family(
             "seeds": list(column.pairs.seeds),
             "n": int(values["n"][i]),
             "missing": int(values["missing"][i]),
-            **{name: _number(values[name][i]) for name in ("mean_against", "mean_condition", "difference", "dz", "gz")},
-            "ci": _interval(values["ci_low"][i], values["ci_high"][i]),
+            **numbers(values, i, ("mean_against", "mean_condition", "difference", "dz", "gz")),
+            "ci": interval(values, i),
             "ci_method": ci_method,
             "test": test,
-            **{name: _number(values[name][i]) for name in ("t", "p", "p_wilcoxon", "p_max_t", "p_holm", "p_bh")},
+            **numbers(values, i, ("t", "p", "p_wilcoxon", "p_max_t", "p_holm", "p_bh")),
             "p_floor": result.attrs["p_floor"],
-            "degenerate": _degenerate(int(values["n"][i]), *(float(values[name][i]) for name in ("t", "dz", "gz"))),
+            "degenerate": why_degenerate(values, i),
         }
         for i, column in enumerate(columns)
     ]
@@ -211,24 +212,3 @@ def _student_interval(d: Floats, confidence: float) -> tuple[Floats, Floats]:
         half = stats.t.ppf((1 + confidence) / 2, values.size - 1) * stats.sem(values)
         low[column], high[column] = values.mean() - half, values.mean() + half
     return low, high
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _interval(low: float, high: float) -> list[float] | None:
-    return [float(low), float(high)] if math.isfinite(low) and math.isfinite(high) else None
-
-
-def _degenerate(n: int, t: float, dz: float, gz: float) -> str | None:
-    """Why an entry holds nulls where a number is expected, or None."""
-    if n < 2:
-        return f"{n} complete pairs: a test needs at least 2"
-    if math.isinf(t):
-        return "all differences are equal and not 0: t, dz and gz are infinite"
-    if math.isnan(dz):
-        return "all differences are exactly 0: dz and gz are not defined"
-    if math.isnan(gz):
-        return "2 pairs: gz is not defined"
-    return None

@@ -1,0 +1,342 @@
+"""`compare_conditions`, trends and relations between metrics, on tables whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import xarray as xr
+from statsmodels.stats.multitest import multipletests
+
+from engine.statistics import compare_conditions, compare_paired, cross_metric_correlation, layer_trend
+from train.errors import InputError
+
+CONDITIONS, SEEDS, IMAGES, LAYERS, HEADS = ("baseline", "finetuned", "dora"), (42, 43, 44), 12, 4, 3
+FAST = {"permutations": 199, "bootstrap": 100}
+
+
+def make_table() -> xr.Dataset:
+    """Three conditions, three seeds, two metrics; the baseline is stored for its first seed alone."""
+    rng = np.random.default_rng(0)
+    shape = (len(CONDITIONS), len(SEEDS), IMAGES, LAYERS, HEADS)
+    distance = rng.normal(size=(1, 1, IMAGES, 1, 1)) + 0.1 * rng.normal(size=shape)
+    distance[1] += 0.2 * np.arange(LAYERS)[:, None]  # grows with depth
+    region_mass = rng.uniform(0.1, 0.4, size=(*shape, 2))
+    distance[0, 1:] = np.nan
+    region_mass[0, 1:] = np.nan
+    dims = ("condition", "seed", "image", "layer", "head")
+    return xr.Dataset(
+        {
+            "distance": (dims, distance.astype(np.float32), {"units": "image diagonals"}),
+            "region_mass": ((*dims, "region"), region_mass.astype(np.float32), {"units": "1"}),
+        },
+        coords={
+            "condition": list(CONDITIONS),
+            "seed": list(SEEDS),
+            "image": [f"{i}.png" for i in range(IMAGES)],
+            "layer": np.arange(LAYERS),
+            "site": ("layer", [f"blocks.{i}.attn" for i in range(LAYERS)]),
+            "head": np.arange(HEADS),
+            "region": ["target_digit", "other_digit"],
+            "class_name": ("image", ["a", "b"] * (IMAGES // 2)),
+            "seed_invariant": ("condition", [True, False, False]),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def table() -> xr.Dataset:
+    return make_table()
+
+
+@pytest.fixture(scope="module")
+def tests(table: xr.Dataset) -> list[dict[str, Any]]:
+    return compare_conditions(table, **FAST)
+
+
+def pick(tests: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [test for test in tests if all(test[key] == value for key, value in wanted.items())]
+
+
+def test_every_family_is_complete(tests: list[dict[str, Any]]) -> None:
+    columns = 3  # distance, and region_mass in two regions
+    found = Counter((test["condition"], test["level"]) for test in tests)
+    sizes = {
+        "head": LAYERS * HEADS * columns,
+        "layer": LAYERS * columns,
+        "layer_means": columns,
+        "seed": LAYERS * columns,
+    }
+    assert found == {(condition, level): n for condition in ("finetuned", "dora") for level, n in sizes.items()}
+    assert all(test["family_size"] == sizes[test["level"]] for test in tests)
+    assert len({test["family"] for test in tests}) == 8
+    assert {test["against"] for test in tests} == {"baseline"}
+
+
+def test_entries_have_the_same_keys_and_are_plain_json(tests: list[dict[str, Any]]) -> None:
+    assert len({tuple(test) for test in tests}) == 1
+    assert json.loads(json.dumps(tests, allow_nan=False)) == tests
+    required = (
+        "condition against metric unit region level unit_of_inference family layer site head n missing mean_against "
+        "mean_condition difference dz gz ci t p p_wilcoxon p_max_t p_holm p_bh p_floor degenerate"
+    )
+    assert set(required.split()) <= set(tests[0])
+
+
+def test_head_level_is_the_paired_test_of_seed_means(table: xr.Dataset, tests: list[dict[str, Any]]) -> None:
+    against = table.distance.sel(condition="baseline", seed=42).astype(np.float64)
+    condition = table.distance.sel(condition="finetuned").astype(np.float64).mean("seed")
+    expected = scipy.stats.ttest_rel(condition, against)
+    for test in pick(tests, condition="finetuned", level="head", metric="distance"):
+        cell = test["layer"], test["head"]
+        assert test["t"] == pytest.approx(expected.statistic[cell], rel=1e-9)
+        assert test["p"] == pytest.approx(expected.pvalue[cell], rel=1e-8)
+        assert test["site"] == f"blocks.{test['layer']}.attn"
+        assert (test["unit"], test["region"]) == ("image diagonals", None)
+        assert test["mean_condition"] == pytest.approx(float(condition[:, *cell].mean()))
+        assert test["mean_condition"] - test["mean_against"] == pytest.approx(test["difference"])
+        assert test["ci"][0] < test["difference"] < test["ci"][1]
+        assert test["seeds"] == list(SEEDS)
+        assert test["unit_of_inference"] == "image, given these checkpoints"
+
+
+def test_head_level_is_one_family_over_metrics_and_regions(table: xr.Dataset, tests: list[dict[str, Any]]) -> None:
+    condition = table.sel(condition="dora").astype(np.float64).mean("seed")
+    against = table.sel(condition="baseline", seed=42).astype(np.float64)
+    columns = [
+        np.concatenate(
+            [
+                x.distance.values.reshape(IMAGES, -1),
+                *(x.region_mass.values[..., i].reshape(IMAGES, -1) for i in (0, 1)),
+            ],
+            1,
+        )
+        for x in (against, condition)
+    ]
+    whole = compare_paired(*columns, **FAST)
+    entries = pick(tests, condition="dora", level="head")
+    for name in ("p_max_t", "p_holm", "p_bh"):
+        np.testing.assert_allclose([test[name] for test in entries], whole[name], rtol=1e-9)
+    assert [test["region"] for test in entries[12::12]] == ["target_digit", "other_digit"]
+
+
+def test_layer_level_averages_heads(table: xr.Dataset, tests: list[dict[str, Any]]) -> None:
+    mass = table.region_mass.sel(region="other_digit").astype(np.float64).mean("head")
+    expected = scipy.stats.ttest_rel(mass.sel(condition="dora").mean("seed"), mass.sel(condition="baseline", seed=42))
+    found = pick(tests, condition="dora", level="layer", region="other_digit")
+    np.testing.assert_allclose([test["t"] for test in found], expected.statistic, rtol=1e-9)
+    assert [test["layer"] for test in found] == list(range(LAYERS))
+    assert {test["head"] for test in found} == {None}
+
+
+def test_layer_means_are_the_published_test_and_say_what_is_wrong_with_it(
+    table: xr.Dataset, tests: list[dict[str, Any]]
+) -> None:
+    means = table.distance.astype(np.float64).mean(("seed", "image", "head"))
+    expected = scipy.stats.ttest_rel(means.sel(condition="finetuned"), means.sel(condition="baseline"))
+    (test,) = pick(tests, condition="finetuned", level="layer_means", metric="distance")
+    assert test["t"] == pytest.approx(expected.statistic, rel=1e-9)
+    assert test["p"] == pytest.approx(expected.pvalue, rel=1e-8)
+    interval = expected.confidence_interval(0.95)
+    assert test["ci"] == pytest.approx([interval.low, interval.high], rel=1e-8)
+    assert test["n"] == LAYERS
+    assert (test["layer"], test["site"], test["head"]) == (None, None, None)
+    assert "not independent samples" in test["unit_of_inference"]
+
+
+def test_seed_level_flips_runs_and_states_the_least_p(table: xr.Dataset, tests: list[dict[str, Any]]) -> None:
+    found = pick(tests, condition="finetuned", level="seed", metric="distance")
+    runs = table.distance.astype(np.float64).mean(("image", "head"))
+    d = runs.sel(condition="finetuned") - runs.sel(condition="baseline", seed=42, drop=True)
+    for layer, test in enumerate(found):
+        assert test["difference"] == pytest.approx(float(d[:, layer].mean()), rel=1e-6)
+        assert test["unit_of_inference"] == "training run (seed)"
+        assert test["test"] == "sign flip over training runs (exact)"
+        assert test["n"] == 3
+        assert test["p_floor"] == 2 / 8
+    assert found[3]["p"] == 2 / 8  # the same sign in every run: as small as three runs allow
+    p = [test["p"] for test in pick(tests, condition="finetuned", level="seed")]
+    holm = [test["p_holm"] for test in pick(tests, condition="finetuned", level="seed")]
+    np.testing.assert_allclose(holm, multipletests(p, method="holm")[1])
+
+
+def test_six_seeds_can_reach_five_percent() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(2, 6, 5, 1, 1)) * 0.01
+    values[1] += 1
+    table = xr.Dataset(
+        {"entropy": (("condition", "seed", "image", "layer", "head"), values, {"units": "nat"})},
+        coords={
+            "condition": ["baseline", "full"],
+            "seed": range(6),
+            "layer": [0],
+            "site": ("layer", ["blocks.0.attn"]),
+        },
+    )
+    tests = compare_conditions(table, **FAST)
+    (test,) = pick(tests, level="seed")
+    assert test["p"] == test["p_floor"] == 2 / 64
+    assert not pick(tests, level="layer_means")  # a single layer has no layers to pair
+
+
+def test_one_seed_makes_no_claim_about_training(table: xr.Dataset) -> None:
+    tests = compare_conditions(table.isel(seed=[0]), **FAST)
+    assert {test["level"] for test in tests} == {"head", "layer", "layer_means"}
+
+
+def test_a_condition_that_no_seed_changes_has_no_seed_level(table: xr.Dataset) -> None:
+    same = table.sel(condition=["baseline", "baseline"]).assign_coords(condition=["baseline", "again"])
+    tests = compare_conditions(same, **FAST)
+    assert {test["level"] for test in tests} == {"head", "layer", "layer_means"}
+    for test in tests:
+        assert test["difference"] == 0
+        assert test["t"] == 0
+        assert test["p"] == test["p_max_t"] == test["p_wilcoxon"] == 1
+        assert test["ci"] == [0, 0]
+        assert test["dz"] is None
+        assert test["degenerate"] == "all differences are exactly 0: dz and gz are not defined"
+
+
+def test_runs_of_the_same_seed_are_paired_where_both_conditions_change(table: xr.Dataset) -> None:
+    without = table.copy(deep=True)
+    without["distance"][{"condition": 2, "seed": 1}] = np.nan
+    without["region_mass"][{"condition": 2, "seed": 1}] = np.nan
+    tests = compare_conditions(without, against="dora", metrics=["distance"], **FAST)
+    (test,) = pick(tests, condition="finetuned", level="head", layer=1, head=2)
+    assert test["seeds"] == [42, 44]
+    pairs = table.distance.sel(seed=[42, 44]).astype(np.float64).mean("seed").isel(layer=1, head=2)
+    expected = scipy.stats.ttest_rel(pairs.sel(condition="finetuned"), pairs.sel(condition="dora"))
+    assert test["t"] == pytest.approx(expected.statistic, rel=1e-9)
+    # The baseline never changes: its one run stands against each of dora's.
+    assert pick(tests, condition="baseline", level="seed")[0]["seeds"] == [42, 44]
+
+
+def test_missing_values_leave_their_own_pairs_out(table: xr.Dataset) -> None:
+    broken = table.copy(deep=True)
+    broken["distance"][{"condition": 1, "seed": 1, "image": 3, "layer": 2, "head": 1}] = np.nan
+    broken["distance"][{"condition": 0, "seed": 0, "image": 5, "layer": 2, "head": 1}] = np.inf
+    tests = compare_conditions(broken, metrics=["distance"], **FAST)
+    counts = {
+        (test["layer"], test["head"]): (test["n"], test["missing"])
+        for test in pick(tests, condition="finetuned", level="head")
+    }
+    assert counts.pop((2, 1)) == (10, 2)
+    assert set(counts.values()) == {(12, 0)}
+    # The layer's mean is over the heads both conditions have: no image is lost, and none compares 3 heads with 2.
+    layer = pick(tests, condition="finetuned", level="layer", layer=2)[0]
+    assert (layer["n"], layer["missing"]) == (12, 0)
+    x = table.distance.astype(np.float64).sel(layer=2)
+    d = (x.sel(condition="finetuned").mean("seed") - x.sel(condition="baseline", seed=42)).values
+    d[[3, 5], 1] = np.nan
+    assert layer["difference"] == pytest.approx(np.nanmean(d, axis=1).mean(), rel=1e-9)
+
+
+def test_layers_with_fewer_heads_have_fewer_tests(table: xr.Dataset) -> None:
+    padded = table.copy(deep=True)
+    for name in padded.data_vars:
+        padded[name][{"layer": 3, "head": 2}] = np.nan
+    tests = compare_conditions(padded, **FAST)
+    assert not pick(tests, layer=3, head=2)
+    assert len(pick(tests, condition="dora", level="head", metric="distance")) == LAYERS * HEADS - 1
+    assert all(test["degenerate"] is None for test in tests)
+
+
+def test_a_metric_without_values_in_a_head_that_exists_says_so(table: xr.Dataset) -> None:
+    undefined = table.copy(deep=True)
+    undefined["distance"][{"layer": 0, "head": 0}] = np.nan
+    tests = compare_conditions(undefined, **FAST)
+    (test,) = pick(tests, condition="dora", level="head", metric="distance", layer=0, head=0)
+    assert (test["n"], test["missing"]) == (0, IMAGES)
+    assert test["p"] is test["difference"] is test["ci"] is None
+    assert test["degenerate"] == "0 complete pairs: a test needs at least 2"
+    assert test["family_size"] == LAYERS * HEADS * 3 - 1
+
+
+def test_constant_differences_are_null_in_json_with_their_reason(table: xr.Dataset) -> None:
+    shifted = table.isel(condition=[0, 1], seed=[0]).astype(np.float64)
+    shifted["distance"][{"condition": 0}] = 0.0
+    shifted["distance"][{"condition": 1}] = 0.5
+    (test,) = pick(compare_conditions(shifted, **FAST), level="head", metric="distance", layer=0, head=0)
+    assert (test["t"], test["dz"], test["gz"]) == (None, None, None)
+    assert (test["difference"], test["p"], test["ci"]) == (0.5, 0, [0.5, 0.5])
+    assert "infinite" in test["degenerate"]
+
+
+def test_bad_tables_are_refused(table: xr.Dataset) -> None:
+    with pytest.raises(InputError, match="no condition is called 'base'; did you mean 'baseline'"):
+        compare_conditions(table, against="base")
+    with pytest.raises(InputError, match="no metric 'distnce'; did you mean 'distance'"):
+        compare_conditions(table, metrics=["distnce"])
+    with pytest.raises(InputError, match="no dimension 'seed'"):
+        compare_conditions(table.isel(seed=0, drop=True))
+    with pytest.raises(InputError, match="no coordinate 'site'"):
+        compare_conditions(table.drop_vars("site"))
+    apart = table.sel(condition=["finetuned", "dora"])
+    apart = apart.where((apart.condition == "dora") == (apart.seed == 42))
+    with pytest.raises(InputError, match="'finetuned' has runs of the seeds 43, 44 and 'dora' of 42"):
+        compare_conditions(apart, against="dora")
+    empty = table.where(table.condition != "dora")
+    with pytest.raises(InputError, match="'dora' holds no finite value"):
+        compare_conditions(empty)
+
+
+class TestLayerTrend:
+    def test_change_that_grows_with_depth(self, table: xr.Dataset) -> None:
+        (trend,) = pick(layer_trend(table, **FAST), condition="finetuned", metric="distance")
+        x = table.distance.astype(np.float64)
+        d = (x.sel(condition="finetuned").mean("seed") - x.sel(condition="baseline", seed=42)).mean("head")
+        shallow, deep = d[:, :2].mean("layer"), d[:, 2:].mean("layer")
+        expected = scipy.stats.ttest_rel(deep, shallow)
+        assert trend["shallow"] == pytest.approx(float(shallow.mean()))
+        assert trend["deep"] == pytest.approx(float(deep.mean()))
+        assert trend["difference"] == pytest.approx(0.4, abs=0.1)
+        assert trend["t"] == pytest.approx(expected.statistic, rel=1e-9)
+        assert trend["p"] == pytest.approx(expected.pvalue, rel=1e-8)
+        assert trend["depth_rho"] == pytest.approx(1)
+        assert (trend["shallow_layers"], trend["deep_layers"]) == ([0, 1], [2, 3])
+
+    def test_middle_layer_belongs_to_neither_half(self, table: xr.Dataset) -> None:
+        trend = layer_trend(table.isel(layer=[0, 1, 2]), metrics=["distance"], **FAST)[0]
+        assert (trend["shallow_layers"], trend["deep_layers"]) == ([0], [2])
+
+    def test_single_layer_has_no_trend(self, table: xr.Dataset) -> None:
+        assert layer_trend(table.isel(layer=[0]), **FAST) == []
+
+    def test_entries_are_plain_json(self, table: xr.Dataset) -> None:
+        entries = layer_trend(table, **FAST)
+        assert len(entries) == 6
+        assert json.loads(json.dumps(entries, allow_nan=False)) == entries
+
+
+class TestCrossMetricCorrelation:
+    def test_equals_scipy(self, table: xr.Dataset) -> None:
+        entries = cross_metric_correlation(table)
+        assert len(entries) == 2 * 3 * (1 + LAYERS)
+        d = table.astype(np.float64).sel(condition="finetuned").mean("seed") - table.sel(
+            condition="baseline", seed=42
+        ).astype(np.float64)
+        first, second = d.distance, d.region_mass.sel(region="target_digit")
+        chosen = pick(entries, condition="finetuned", metric="distance", with_region="target_digit")
+        assert [(entry["over"], entry["layer"], entry["n"]) for entry in chosen] == [
+            ("cells", None, LAYERS * HEADS),
+            *(("images", layer, IMAGES) for layer in range(LAYERS)),
+        ]
+        cells = scipy.stats.spearmanr(first.mean("image").values.ravel(), second.mean("image").values.ravel())
+        assert chosen[0]["rho"] == pytest.approx(cells.statistic, rel=1e-9)
+        images = scipy.stats.spearmanr(first.mean("head")[:, 2], second.mean("head")[:, 2])
+        assert chosen[3]["rho"] == pytest.approx(images.statistic, rel=1e-9)
+
+    def test_metrics_that_rise_together(self, table: xr.Dataset) -> None:
+        double = table[["distance"]].assign(entropy=-2 * table.distance)
+        assert all(entry["rho"] == pytest.approx(-1) for entry in cross_metric_correlation(double))
+
+    def test_metric_that_does_not_vary_has_no_correlation(self, table: xr.Dataset) -> None:
+        flat = table[["distance"]].assign(entropy=xr.where(np.isfinite(table.distance), 1.0, np.nan))
+        entries = cross_metric_correlation(flat)
+        assert entries
+        assert all(entry["rho"] is None and not math.isnan(entry["n"]) for entry in entries)
