@@ -59,6 +59,17 @@ def test_t_and_wilcoxon_equal_scipy_in_every_element() -> None:
         assert float(result.p_wilcoxon[layer, head]) == pytest.approx(wilcoxon.pvalue, rel=1e-12)
 
 
+@pytest.mark.parametrize("n", [2, 3, 9, 13, 14, 50, 51, 80])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "zeros"])
+def test_wilcoxon_equals_scipy_at_every_sample_size(n: int, kind: str) -> None:
+    d = np.random.default_rng(n).permutation(np.arange(1.0, n + 1)) - 0.4 * n - 0.05
+    if kind != "distinct":
+        d = np.round(d / 3) + 5 * (kind == "ties")
+    expected = scipy.stats.wilcoxon(d).pvalue if np.any(d) else 1.0
+    result = compare_paired(np.zeros(n), d, permutations=1, bootstrap=0)
+    assert float(result.p_wilcoxon) == pytest.approx(expected, rel=1e-9)
+
+
 def test_holm_and_benjamini_hochberg_equal_statsmodels() -> None:
     p = np.random.default_rng(3).uniform(size=(4, 9)) ** 2
     p[1, 2] = p[2, 1]  # a tie

@@ -209,3 +209,18 @@ def test_unadjusted_tests_would_not_hold_the_level() -> None:
     """The calibration above is able to fail: without max-T far more null studies have a small p."""
     rejected = sum((sign_flip(d, permutations=199).p <= 0.05).any() for d in null_studies(200, 40, seed=12))
     assert rejected > scipy.stats.binom.interval(0.99, 200, 0.05)[1]
+
+
+def test_with_seed_noise_only_the_seed_level_holds_its_level() -> None:
+    """No effect of fine-tuning on average, but each run lands somewhere of its own (.05 beside .10 of image noise)."""
+    rng = np.random.default_rng(13)
+    studies, seeds, images = 400, 6, 300
+    by_images = by_runs = 0
+    for _ in range(studies):
+        d = 0.05 * rng.normal(size=(seeds, 1)) + 0.10 * rng.normal(size=(seeds, images))
+        by_images += int(compare_paired(np.zeros(images), d[0], permutations=1, bootstrap=0).p_t <= 0.05)
+        by_runs += int(sign_flip(d.mean(axis=1, keepdims=True)).p[0] <= 0.05)
+    assert by_images > 0.5 * studies
+    # The only p below .05 that six runs can give is 2/64.
+    least, greatest = scipy.stats.binom.interval(0.99, studies, 2 / 64)
+    assert least <= by_runs <= greatest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,16 +59,15 @@ def write_comparison(path: str | os.PathLike[str], document: Mapping[str, Any]) 
     """
     path = Path(path)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(partial, 0o644)  # mkstemp's is for the owner alone
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

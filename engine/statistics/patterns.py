@@ -57,7 +57,7 @@ def layer_trend(
     entries: list[dict[str, Any]] = []
     for condition in _others(table, against):
         pairs = list(paired_metrics(table, condition, against, names))
-        differences = [_difference(metric) for metric in pairs]  # [image, layer]
+        differences = [_image_differences(metric) for metric in pairs]  # [image, layer]
         a, b = (np.stack([d[:, part].mean(axis=1) for d in differences], axis=1) for part in (shallow, deep))
         result = compare_paired(a, b, permutations=permutations, seed=seed, confidence=confidence, bootstrap=bootstrap)
         values = {str(name): result[name].values for name in result.data_vars}
@@ -109,8 +109,8 @@ def cross_metric_correlation(
     entries = []
     for condition in _others(table, against):
         pairs = list(paired_metrics(table, condition, against, names))
-        cells = [defined_mean(np.subtract(*reversed(metric.over_seeds())), axis=0)[heads] for metric in pairs]
-        images = [_difference(metric) for metric in pairs]
+        cells = [_cell_differences(metric)[heads] for metric in pairs]
+        images = [_image_differences(metric) for metric in pairs]
         for first, second in combinations(range(len(pairs)), 2):
             identity = {
                 "condition": condition,
@@ -137,10 +137,16 @@ def _identity(metric: MetricPairs) -> dict[str, Any]:
     return {"metric": metric.metric, "unit": metric.unit, "region": metric.region}
 
 
-def _difference(metric: MetricPairs) -> Floats:
+def _image_differences(metric: MetricPairs) -> Floats:
     """Condition − against, seeds and heads averaged, [image, layer]."""
     against, condition = metric.over_heads()
     return condition - against
+
+
+def _cell_differences(metric: MetricPairs) -> Floats:
+    """Condition − against, seeds and images averaged, [layer, head]."""
+    against, condition = metric.over_seeds()
+    return defined_mean(condition - against, axis=0)
 
 
 def _spearman(first: Floats, second: Floats) -> tuple[float, int]:
