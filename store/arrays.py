@@ -194,12 +194,8 @@ def create_constant(root: Path, path: str, dims: tuple[str, ...], values: Array,
 
 def open_array(root: Path, path: str, *, writable: bool = False) -> zarr.Array[Any]:
     """An array of the store. Chunks of nothing but the fill value are written like any other: no file means lost."""
-    return zarr.open_array(
-        LocalStore(root, read_only=not writable),
-        path=path,
-        mode="r+" if writable else "r",
-        config={"write_empty_chunks": True},
-    )
+    array = zarr.open_array(LocalStore(root, read_only=not writable), path=path, mode="r+" if writable else "r")
+    return array.with_config({"write_empty_chunks": True})
 
 
 def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:

@@ -16,6 +16,7 @@ from store.schema import SCHEMA, StoreError, StoreSchema, ledger_path, metric_pa
 
 __all__ = ["Damage", "info", "verify"]
 
+# Where metrics computed later lie; what of them no record names is an interrupted run's.
 _RESULT = re.compile(r"metrics/[^/]+/([0-9a-f]{16}/.+|zarr\.json)")
 
 
@@ -82,7 +83,7 @@ class _Check:
             self.batches("", None, 0, complete=False)
         self.results(schema)
         if schema is not None:
-            self.strangers(finished=complete is not None)
+            self.strangers()
         return self.damages
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -133,11 +134,10 @@ class _Check:
                 arrays = metric_arrays(schema, record["name"], record["params"], regions=record["regions"])
             self.batches(f"{folder}/", arrays, schema.num_batches if schema else 0, complete=False)
 
-    def strangers(self, *, finished: bool) -> None:
+    def strangers(self) -> None:
         """Files that belong to nothing. Temporary ones are a killed writer's, and the next writer's to sweep."""
         for file in store_files(self.root):
-            unfinished = file.endswith(PARTIAL) and not finished
-            if file not in self.named and not _RESULT.fullmatch(file) and not unfinished:
+            if file not in self.named and not _RESULT.fullmatch(file) and not file.endswith(PARTIAL):
                 self.blame(self.root / file, "is not part of this store")
         records = {f"{name}.json" for name in self.ledger.names()}
         for file in store_files(self.ledger.path):

@@ -442,11 +442,13 @@ class _Fixed:
             theirs = np.asarray(open_array(root, path)[...])
             if theirs.shape != ours.shape:
                 raise StoreError(f"{root}: {path} has shape {theirs.shape}; expected {ours.shape}")
-            differ = np.flatnonzero((theirs != ours).reshape(len(ours), -1).any(axis=1))
+            same = (theirs == ours) | ((theirs != theirs) & (ours != ours))  # NaN is the same as NaN
+            differ = np.flatnonzero(~same.reshape(len(ours), -1).all(axis=1))
             if differ.size:
                 row = int(differ[0])
+                values = f" is {theirs[row]}, expected {ours[row]}" if ours.ndim == 1 else " differs"
                 raise StoreError(
-                    f"{root} was captured with another {path}: row {row} is {theirs[row]!r}, expected {ours[row]!r}; "
+                    f"{root} was captured with another {path}: row {row}{values}; "
                     "capture into another store, or delete this one and its ledger"
                 )
 

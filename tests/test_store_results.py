@@ -1,0 +1,198 @@
+"""Metrics computed later, and tables as HDF5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import store_cases as case
+import xarray
+
+from store import AttentionStore, AttentionWriter, StoreError
+from store.hdf5 import read_table, write_table
+from store.results import MetricWriter, has_metric
+from store.verify import info, verify
+
+PARAMS = case.LATER["later_a"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    case.capture(tmp_path / "run.zarr")
+    return tmp_path / "run.zarr"
+
+
+def test_only_what_is_missing_is_asked_for(path: Path) -> None:
+    assert not has_metric(path, "later_a", PARAMS)
+    everything = dict.fromkeys(range(3), ("later_a", "later_b"))
+    assert case.measure(path) == everything
+    assert case.measure(path) == {}
+    assert has_metric(path, "later_a", PARAMS)
+    assert not has_metric(path, "later_a", PARAMS | {"code_version": "2"})
+    store = AttentionStore.open(path)
+    assert store.metric_names == ("entropy", "region_mass", "later_a", "later_b")
+    values, params = store.read_metric("later_a")
+    np.testing.assert_array_equal(values, case.metric("later_a"))
+    np.testing.assert_array_equal(store.read_undefined("later_a"), case.counts("later_a"))
+    assert params == PARAMS
+    assert verify(path) == []
+    assert {"name": "later_a", "params": PARAMS, "batches": 3} in info(path)["metrics"]
+
+
+def test_a_measurement_goes_on_where_it_stopped(path: Path) -> None:
+    with MetricWriter.open(path, {"later_a": PARAMS}) as writer:
+        writer.write_batch(1, {"later_a": case.metric("later_a")[4:8]}, {"later_a": case.counts("later_a")[4:8]})
+        assert sorted(writer.missing) == [0, 2]
+    assert not has_metric(path, "later_a", PARAMS)
+    store = AttentionStore.open(path)
+    np.testing.assert_array_equal(store.read_metric("later_a", slice(4, 8))[0], case.metric("later_a")[4:8])
+    with pytest.raises(StoreError, match=r"batch 0 of metrics/later_a/\w+ is not committed"):
+        store.read_metric("later_a")
+    assert verify(path) == []
+    assert case.measure(path) == {0: ("later_a", "later_b"), 1: ("later_b",), 2: ("later_a", "later_b")}
+    assert has_metric(path, "later_a", PARAMS)
+
+
+def test_only_captured_batches_can_be_measured(tmp_path: Path) -> None:
+    with AttentionWriter.open(tmp_path / "run.zarr", case.make_schema(), **case.fixed()) as writer:
+        case.write(writer, 2)
+    assert sorted(case.measure(tmp_path / "run.zarr")) == [2]
+
+
+def test_a_metric_of_the_capture_is_never_missing(path: Path) -> None:
+    assert has_metric(path, "entropy", {"backend": "numba"})
+    with MetricWriter.open(path, {"entropy": {"backend": "numba"}}) as writer:
+        assert writer.missing == {}
+        with pytest.raises(StoreError, match=r"batch 0 of .* lacks \[\]; found values of \['entropy'\]"):
+            writer.write_batch(0, {"entropy": case.metric("entropy")[:4]}, {"entropy": case.counts("entropy")[:4]})
+    file = next((path / "metrics" / "entropy").rglob("c.1.0.0"))
+    file.unlink()
+    assert not has_metric(path, "entropy", {"backend": "numba"})
+
+
+def test_values_with_other_parameters_lie_side_by_side(path: Path) -> None:
+    for version in ("1", "2"):
+        with MetricWriter.open(path, {"m": {"code_version": version}}, region_metrics=["m"]) as writer:
+            for batch in list(writer.missing):
+                rows = writer.schema.batch_rows(batch)
+                values = np.full_like(case.metric("region_mass")[rows], int(version))
+                writer.write_batch(batch, {"m": values}, {"m": case.counts("m")[rows]})
+    store = AttentionStore.open(path)
+    assert store.metric_params("m") == [{"code_version": "1"}, {"code_version": "2"}]
+    assert (store.read_metric("m", params={"code_version": "2"})[0] == 2).all()
+    with pytest.raises(StoreError, match="several parameters"):
+        store.read_metric("m")
+    with pytest.raises(StoreError, match="has no 'm' with"):
+        store.read_metric("m", params={"code_version": "3"})
+    with pytest.raises(StoreError, match="has no metric 'n'; it has entropy, region_mass, m"):
+        store.read_metric("n")
+    # the same name, computed again by the same means as in the capture and by others
+    with MetricWriter.open(path, {"entropy": {"backend": "torch"}}) as writer:
+        for batch in list(writer.missing):
+            rows = writer.schema.batch_rows(batch)
+            writer.write_batch(
+                batch, {"entropy": np.zeros((len(range(11)[rows]), 2, 3))}, {"entropy": case.counts("entropy")[rows]}
+            )
+    store = AttentionStore.open(path)
+    np.testing.assert_array_equal(store.read_metric("entropy")[0], case.metric("entropy"))
+    assert (store.read_metric("entropy", params={"backend": "torch"})[0] == 0).all()
+    assert verify(path) == []
+
+
+def test_a_metric_writer_refuses_what_does_not_fit(path: Path, tmp_path: Path) -> None:
+    with MetricWriter.open(path, {"m": {}}) as writer:
+        with pytest.raises(StoreError, match=r"metric 'm' has shape \(4, 2, 3, 2\); expected \(4, 2, 3\)"):
+            writer.write_batch(0, {"m": case.metric("region_mass")[:4]}, {"m": case.counts("m")[:4]})
+        with pytest.raises(StoreError, match="dtype float64; expected integers"):
+            writer.write_batch(0, {"m": case.metric("m")[:4]}, {"m": np.zeros((4, 2, 3))})
+        with pytest.raises(StoreError, match="is writing this store"):
+            MetricWriter.open(path, {"n": {}})
+    with pytest.raises(StoreError, match="there is no store at"):
+        MetricWriter.open(tmp_path / "typo.zarr", {"m": {}})
+    assert not (tmp_path / "typo.ledger").exists()
+    plain = tmp_path / "plain.zarr"
+    schema = case.make_schema(regions=(), region_metrics=(), metrics={})
+    with AttentionWriter.open(plain, schema, **case.fixed() | {"regions": None}):
+        pass
+    with pytest.raises(StoreError, match="has no regions, which m needs"):
+        MetricWriter.open(plain, {"m": {}}, region_metrics=["m"])
+
+
+def table() -> xarray.Dataset:
+    rng = np.random.default_rng(0)
+    return xarray.Dataset(
+        {
+            "distance": (("condition", "layer", "head"), rng.random((2, 3, 4)), {"unit": "image diagonals"}),
+            "defined": (("condition", "layer"), rng.random((2, 3)) > 0.5),
+            "rows": (("layer",), np.arange(3, dtype=np.int32)),
+            "total": ((), 3.5),
+            "title": ((), "Σ attention"),
+        },
+        {
+            "condition": ["baseline", "dora"],
+            "layer": [0, 1, 2],
+            "site": ("layer", ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"], {"note": "module"}),
+        },
+        {
+            "seeds": [42, 43],
+            "capture": {"batch_size": 32, "weights": None},
+            "p": 0.05,
+            "complete": True,
+            "name": "étude",
+            "bounds": np.array([0.0, 1.0]),
+        },
+    )
+
+
+def test_tables_survive_hdf5(tmp_path: Path) -> None:
+    path = tmp_path / "table.h5"
+    dataset = table()
+    dataset["distance"][0, 0, 0] = np.nan
+    write_table(dataset, path)
+    write_table(dataset, path)  # replaces
+    back = read_table(path)
+    np.testing.assert_array_equal(back.attrs.pop("bounds"), dataset.attrs.pop("bounds"))
+    xarray.testing.assert_identical(back, dataset)
+    assert {name: back[name].dtype for name in back} == {
+        name: dataset[name].dtype if dataset[name].dtype.kind != "O" else back[name].dtype for name in dataset
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["table.h5"]
+
+
+def test_plain_h5py_sees_dimension_scales(tmp_path: Path) -> None:
+    write_table(table(), tmp_path / "table.h5")
+    with h5py.File(tmp_path / "table.h5") as file:
+        distance = file["distance"]
+        assert [dim.label for dim in distance.dims] == ["condition", "layer", "head"]
+        assert distance.dims[0][0][:].tolist() == [b"baseline", b"dora"]
+        assert distance.dims[1][0][:].tolist() == [0, 1, 2]
+        assert distance.attrs["unit"] == "image diagonals"
+        assert distance.fletcher32
+
+
+def test_bad_tables_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "table.h5"
+    write_table(table(), path)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="variable 'z' has dtype complex128"):
+        write_table(xarray.Dataset({"z": ("i", np.ones(2, complex))}), path)
+    with pytest.raises(StoreError, match="variable 's' holds int"):
+        write_table(xarray.Dataset({"s": ("i", np.array(["a", 1], dtype=object))}), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["table.h5"]
+    with pytest.raises(StoreError, match="cannot be written"):
+        write_table(table(), tmp_path / "nowhere" / "table.h5")
+    with pytest.raises(StoreError, match="cannot be read as a table"):
+        read_table(tmp_path / "nothing.h5")
+    h5py.File(tmp_path / "other.h5", "w").close()
+    with pytest.raises(StoreError, match="was not written by write_table"):
+        read_table(tmp_path / "other.h5")
+    flipped = bytearray(before)
+    with h5py.File(path) as file:
+        offset = file["distance"].id.get_chunk_info(0).byte_offset
+    flipped[offset + 20] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(StoreError, match="cannot be read as a table"):
+        read_table(path)
