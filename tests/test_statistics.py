@@ -199,6 +199,15 @@ def test_labels_of_the_trailing_axes_are_kept() -> None:
     )
 
 
+def test_labels_of_one_side_only_are_dropped() -> None:
+    a, b = pair(12, 2)
+    first = xr.DataArray(a, dims=("image", "layer"), coords={"condition": "baseline", "metric": "entropy"})
+    second = xr.DataArray(b, dims=("image", "layer"), coords={"condition": "finetuned", "metric": "entropy"})
+    result = compare_paired(first, second, permutations=9, bootstrap=0)
+    assert set(result.coords) == {"metric"}
+    assert "condition" in compare_paired(first, b, permutations=9, bootstrap=0).coords
+
+
 def test_bad_input_is_refused_in_one_sentence() -> None:
     a, b = pair(12, 2)
     with pytest.raises(ValueError, match=r"shape \(12, 2\) and b has \(11, 2\)"):

@@ -82,7 +82,9 @@ def compare_paired(
     flip_seed, bootstrap_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2, np.uint64))
     flips = sign_flip(d, permutations=permutations, seed=flip_seed)
     result["ci_low"], result["ci_high"] = np.full((2, d.shape[1]), np.nan)
+    interval = "none"
     if bootstrap:
+        interval = "BCa bootstrap" if codes is None else "nested percentile bootstrap"
         result["ci_low"], result["ci_high"] = bootstrap_interval(
             d, resamples=bootstrap, confidence=confidence, seed=bootstrap_seed, groups=codes
         )
@@ -99,11 +101,7 @@ def compare_paired(
             "sign_patterns": flips.patterns,
             "sign_flip": "exact" if flips.exact else "random",
             "p_floor": flips.floor,
-            "interval": "none"
-            if not bootstrap
-            else "BCa bootstrap"
-            if codes is None
-            else "nested percentile bootstrap",
+            "interval": interval,
             "confidence": confidence,
             "bootstrap": bootstrap,
             "seed": seed,
@@ -152,7 +150,13 @@ def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
     if labelled is None:
         return first, second, _Frame(tuple(f"axis_{i}" for i in range(1, first.ndim)), {})
     template = labelled.transpose(pairs, ...)
-    kept = {name: coord for name, coord in template.coords.items() if pairs not in coord.dims}
+    # A label that differs, such as the condition's name, is true of one side only: it cannot label the difference.
+    others = [x.coords for x in (a, b) if isinstance(x, xr.DataArray)]
+    kept = {
+        name: coord
+        for name, coord in template.coords.items()
+        if pairs not in coord.dims and all(name in coords and coords[name].equals(coord) for coords in others)
+    }
     return first, second, _Frame(template.dims[1:], kept)
 
 
@@ -191,7 +195,7 @@ def _summary(d: Floats) -> dict[str, Any]:
     return {
         "difference": mean,
         "dz": dz,
-        "gz": dz * hedges_correction(n),
+        "gz": dz * _hedges_correction(n),
         "t": t,
         "n": n.astype(np.int64),
         "missing": (len(d) - n).astype(np.int64),
@@ -199,7 +203,7 @@ def _summary(d: Floats) -> dict[str, Any]:
     }
 
 
-def hedges_correction(n: NDArray[np.int64]) -> Floats:
+def _hedges_correction(n: NDArray[np.int64]) -> Floats:
     """Hedges' J = Γ(m/2) / (√(m/2) Γ((m−1)/2)) with m = n − 1; NaN where m < 2, where dz has no expectation."""
     m = np.maximum(n - 1, 2) / 2
     j = np.exp(special.gammaln(m) - special.gammaln(m - 0.5)) / np.sqrt(m)
