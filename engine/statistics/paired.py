@@ -155,7 +155,8 @@ def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
     kept = {
         name: coord
         for name, coord in template.coords.items()
-        if pairs not in coord.dims and all(name in coords and coords[name].equals(coord) for coords in others)
+        if pairs not in coord.dims
+        and all(name in coords and coords[name].variable.equals(coord.variable) for coords in others)
     }
     return first, second, _Frame(template.dims[1:], kept)
 
