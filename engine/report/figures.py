@@ -137,7 +137,7 @@ def _curve_axes(results: Results, axes: Axes, metric: str, region: str | None) -
     """Draws every condition's curve; returns the least number of images behind a point."""
     styles = condition_styles(results)
     fewest = results.num_images
-    layers = np.arange(len(results.sites))
+    layers = np.asarray(results.layers)
     for condition in results.conditions:
         curve = layer_curve(results, metric, condition, region)
         style = styles[condition]
@@ -147,16 +147,16 @@ def _curve_axes(results: Results, axes: Axes, metric: str, region: str | None) -
                 axes.plot(layers, means, color=style["color"], linewidth=0.6, alpha=0.55)
         axes.plot(layers, curve.mean, label=literal(condition), markeredgecolor="white", markeredgewidth=0.5, **style)
         fewest = min(fewest, int(curve.n.min()))
-    _layer_ticks(axes, len(layers))
+    _layer_ticks(axes, results.layers)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     return fewest
 
 
-def _layer_ticks(axes: Axes, depth: int) -> None:
-    step = 1 if depth <= 16 else 2 if depth <= 32 else 4
-    axes.set_xticks(range(0, depth, step))
-    axes.set_xlim(-0.35, depth - 0.65)
+def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
+    step = 1 if len(layers) <= 16 else 2 if len(layers) <= 32 else 4
+    axes.set_xticks(layers[::step])
+    axes.set_xlim(layers[0] - 0.35, layers[-1] + 0.35)
     axes.set_xlabel("layer")
 
 
@@ -248,7 +248,8 @@ def _difference_maps(results: Results, metric: str) -> Figure:
         name = f"{pair[0]} − {pair[1]}"
         axes.set_title(literal(name if region is None else f"{name}\non {region}"), fontsize=9.0, fontweight="normal")
         axes.set_xticks(np.arange(0, heads, 1 if heads <= 6 else 2))
-        axes.set_yticks(np.arange(0, depth, 1 if depth <= 16 else 2))
+        step = 1 if depth <= 16 else 2
+        axes.set_yticks(np.arange(0, depth, step), [str(layer) for layer in results.layers[::step]])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
@@ -343,7 +344,7 @@ def _seeds(results: Results) -> Figure:
     cols = min(3, len(metrics))
     rows = -(-len(metrics) // cols)
     figure, grid = _new(3.0 * cols, 0.6 + 2.4 * rows, rows, cols)
-    layers = np.arange(len(results.sites))
+    layers = np.asarray(results.layers)
     for index, axes in enumerate(grid.flat):
         if index >= len(metrics):
             axes.set_visible(False)
@@ -359,7 +360,7 @@ def _seeds(results: Results) -> Figure:
                 other = base.get(seed, next(iter(base.values())))  # a seed-invariant baseline is stored once
                 label = literal(f"{condition} − {against}") if order == 0 else None
                 axes.plot(layers, means - other, label=label, linewidth=1.0, **_thin(styles[condition]))
-        _layer_ticks(axes, len(layers))
+        _layer_ticks(axes, results.layers)
         axes.set_ylabel(f"difference ({literal(results.unit(metric)) or '1'})")
         axes.set_title(literal(results.title(metric)))
     _legend(figure, grid.flat[0])

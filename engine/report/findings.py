@@ -65,9 +65,10 @@ def head_maps(results: Results, condition: str, against: str, metric: str, regio
     for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
         if test.layer is None or test.head is None:
             continue
+        row = results.layers.index(test.layer)
         for name, array in maps.items():
             value = getattr(test, name)
-            array[test.layer, test.head] = np.nan if value is None else value
+            array[row, test.head] = np.nan if value is None else value
     return maps
 
 
@@ -184,7 +185,7 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
         surviving_layers = [test for test in layers if survives(test, results.alpha)]
         sized = [test for test in layers or heads if test.difference is not None]
         every = [test.difference for test in (*heads, *layers) if test.difference is not None]
-        shallow, deep = _halves(layers, len(results.sites))
+        shallow, deep = _halves(layers, results.layers)
         found.append(
             Change(
                 metric=metric,
@@ -239,11 +240,11 @@ def metric_relations(results: Results, condition: str, against: str) -> tuple[Re
     return tuple(found)
 
 
-def _halves(layers: tuple[PairedTest, ...], depth: int) -> tuple[float | None, float | None]:
-    by_layer = {test.layer: test.difference for test in layers if test.difference is not None}
-    half = depth // 2
-    lower = [value for layer, value in by_layer.items() if layer is not None and layer < half]
-    upper = [value for layer, value in by_layer.items() if layer is not None and layer >= depth - half]
+def _halves(tests: tuple[PairedTest, ...], layers: tuple[int, ...]) -> tuple[float | None, float | None]:
+    by_layer = {test.layer: test.difference for test in tests if test.difference is not None}
+    half = len(layers) // 2
+    lower = [by_layer[layer] for layer in layers[:half] if layer in by_layer]
+    upper = [by_layer[layer] for layer in layers[len(layers) - half :] if layer in by_layer]
     if not lower or not upper:
         return None, None
     return float(np.mean(lower)), float(np.mean(upper))

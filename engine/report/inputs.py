@@ -68,6 +68,8 @@ class PairedTest:
     p_max_t: float | None = None
     p_holm: float | None = None
     p_bh: float | None = None
+    ci_method: str = ""
+    degenerate: str = ""
 
 
 _REQUIRED = ("condition", "against", "metric", "unit", "level", "unit_of_inference", "family")
@@ -177,6 +179,11 @@ class Results:
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(int(seed) for seed in self.table["seed"].values)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The measured layers' numbers in depth order; a study may measure some layers only."""
+        return tuple(int(layer) for layer in self.table["layer"].values)
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -314,7 +321,7 @@ def _load_table(path: Path) -> xr.Dataset:
         expected = (*TABLE_DIMS, "region") if "region" in values.dims else TABLE_DIMS
         if tuple(values.dims) != expected:
             raise InputError(f"{path}: {name} has dimensions {tuple(values.dims)}; expected {expected}")
-    for coordinate in ("condition", "seed", "image"):
+    for coordinate in TABLE_DIMS:
         if coordinate not in table.coords:
             raise InputError(f"{path}: has no coordinate {coordinate}; expected one value a {coordinate}")
     if any("region" in values.dims for values in table.data_vars.values()) and "region" not in table.coords:
@@ -352,6 +359,8 @@ def _load_tests(entries: Any, path: Path) -> Iterator[PairedTest]:
                 values[key] = None if entry.get(key) is None else int(entry[key])
             low, high = entry.get("ci") or (None, None)
             values["ci"] = (_number(low), _number(high))
+            for key in ("ci_method", "degenerate"):
+                values[key] = str(entry.get(key) or "")
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: tests[{index}] holds something that is not a number ({error})") from error
         yield PairedTest(**values)
@@ -360,17 +369,17 @@ def _load_tests(entries: Any, path: Path) -> Iterator[PairedTest]:
 def _check_names(tests: tuple[PairedTest, ...], table: xr.Dataset, path: Path) -> None:
     conditions = {str(name) for name in table["condition"].values}
     metrics = {str(name) for name in table.data_vars}
-    sizes = {"layer": table.sizes["layer"], "head": table.sizes["head"]}
+    known = {axis: [int(value) for value in table[axis].values] for axis in ("layer", "head")}
     for index, test in enumerate(tests):
         for name in (test.condition, test.against):
             if name not in conditions:
                 raise InputError(f"{path}: tests[{index}] names condition {name!r}, which {METRICS_TABLE} has not")
         if test.metric not in metrics:
             raise InputError(f"{path}: tests[{index}] names metric {test.metric!r}, which {METRICS_TABLE} has not")
-        for axis, size in sizes.items():
+        for axis, values in known.items():
             value = getattr(test, axis)
-            if value is not None and not 0 <= value < size:
-                raise InputError(f"{path}: tests[{index}].{axis} is {value}; expected 0 to {size - 1}")
+            if value is not None and value not in values:
+                raise InputError(f"{path}: tests[{index}].{axis} is {value}, which {METRICS_TABLE} has not")
 
 
 def _load_samples(path: Path, table: xr.Dataset) -> Samples | None:

@@ -141,11 +141,11 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
     best = max(candidates, key=lambda test: abs(test.difference or 0.0))
     if best.layer is None:
         return ""
-    against = found[0].against
+    against, row = found[0].against, results.layers.index(best.layer)
     parts = []
     for region in results.regions:
         shares = {
-            condition: float(layer_curve(results, best.metric, condition, region).mean[best.layer])
+            condition: float(layer_curve(results, best.metric, condition, region).mean[row])
             for condition in results.conditions
         }
         others = [f"{number(share, 2)} in {name}" for name, share in shares.items() if name != against]
@@ -238,15 +238,15 @@ def trend_sentence(results: Results, change: Change) -> str:
     """Lower against upper half of the layers; "" where there are no halves."""
     if change.shallow is None or change.deep is None or change.identical:
         return ""
-    depth, half = len(results.sites), len(results.sites) // 2
+    layers, half = results.layers, len(results.layers) // 2
     same = change.shallow * change.deep >= 0
     tail = "" if same else "; the sign turns with depth, so a mean over layers hides it"
     if change.layers_survived == 0:
         tail = "; no layer survives max-T, so this is no evidence of a trend"
     return (
         f"{what(results, change.metric, change.region)}: "
-        f"layers 0–{half - 1} {quantity(change.shallow, change.unit, difference=True)}, "
-        f"layers {depth - half}–{depth - 1} {quantity(change.deep, change.unit, difference=True)}{tail}."
+        f"layers {layers[0]}–{layers[half - 1]} {quantity(change.shallow, change.unit, difference=True)}, "
+        f"layers {layers[-half]}–{layers[-1]} {quantity(change.deep, change.unit, difference=True)}{tail}."
     )
 
 

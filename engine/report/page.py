@@ -1,0 +1,384 @@
+"""report.html: one self-contained page, made from the stored results; no network, no framework."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from engine.report import wording
+from engine.report.charts import Line, line_chart
+from engine.report.figures import PALETTE
+from engine.report.findings import Comparison, comparisons, layer_curve, metric_relations, survives, training_runs
+from engine.report.inputs import COMPARISON, PairedTest, Results
+from engine.report.viewer import data_uri, viewer_payload
+
+__all__ = ["render_page"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+HISTOGRAM_BINS = 24
+GRADCAM_BUDGET = 1_500_000
+DOWNLOAD_LIMIT = 1_200_000
+DROPPED_SHOWN = 50
+
+
+def render_page(results: Results, summary: str) -> str:
+    """The whole page. Names of images, classes and conditions are untrusted text and escaped wherever they go.
+
+    Scripts run under a content security policy that names the one script by its hash and forbids every request.
+    """
+    import jinja2
+
+    found = comparisons(results)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    viewer = viewer_payload(results)
+    payload = {
+        "conditions": list(results.conditions),
+        "alpha": results.alpha,
+        "confidence": results.confidence,
+        "layers": list(results.layers),
+        "sites": list(results.sites),
+        "heads": int(results.table.sizes["head"]),
+        "maps": _maps(results, found),
+        "viewer": viewer,
+    }
+    return environment.get_template("report.html").render(
+        results=results,
+        comparisons=found,
+        wording=wording,
+        headline=wording.headline(results, found),
+        scope=wording.scope_sentences(results, found),
+        colors={name: index % len(PALETTE) for index, name in enumerate(results.conditions)},
+        accuracy=_accuracy(results),
+        controls_held=sum(bool(control.get("held")) for control in results.controls),
+        curves=_curves(results),
+        training=_training(results),
+        gradcam=_gradcam(results),
+        gradcam_left_out=len(results.gradcam) - len(_gradcam_that_fit(results)),
+        relations=[
+            (comparison, metric_relations(results, comparison.condition, comparison.against)) for comparison in found
+        ],
+        runs={condition: training_runs(results, condition) for condition in results.conditions},
+        dropped=list(results.data.get("dropped") or ())[:DROPPED_SHOWN],
+        provenance=_provenance(results),
+        downloads=_downloads(results, summary),
+        viewer=viewer,
+        data=_json(payload),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        digest=digest,
+    )
+
+
+def _json(value: Any) -> Markup:
+    """JSON that may stand inside a script element: no `<`, `>` or `&`, whatever the names in it hold."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _maps(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """One entry a metric (and region), with a layer × head grid of tests for every comparison."""
+    entries = []
+    for metric, region in results.series():
+        grids = []
+        for comparison in found:
+            tests = results.select(
+                "head", condition=comparison.condition, against=comparison.against, metric=metric, region=region
+            )
+            if tests:
+                grids.append(
+                    {
+                        "condition": results.conditions.index(comparison.condition),
+                        "against": results.conditions.index(comparison.against),
+                        "cells": _cells(results, comparison, metric, region, tests),
+                    }
+                )
+        if grids:
+            label = results.title(metric) + ("" if region is None else f": {region}")
+            entries.append({"metric": metric, "label": label, "unit": results.unit(metric), "grids": grids})
+    return entries
+
+
+def _cells(
+    results: Results, comparison: Comparison, metric: str, region: str | None, tests: Sequence[PairedTest]
+) -> list[list[dict[str, Any] | None]]:
+    values = results.table[metric] if region is None else results.table[metric].sel(region=region)
+    sides = [
+        _mean_over_seeds(values.sel(condition=name).transpose("seed", "image", "layer", "head").values)
+        for name in (comparison.condition, comparison.against)
+    ]
+    paired = sides[0] - sides[1]
+    cells: list[list[dict[str, Any] | None]] = [[None] * int(results.table.sizes["head"]) for _ in results.layers]
+    for test in tests:
+        if test.layer is None or test.head is None:
+            continue
+        row = results.layers.index(test.layer)
+        cells[row][test.head] = {
+            "d": _round(test.difference),
+            "ci": [_round(edge) for edge in test.ci],
+            "dz": _round(test.dz),
+            "p": _round(test.p_max_t),
+            "holm": _round(test.p_holm),
+            "a": _round(test.mean_against),
+            "b": _round(test.mean_condition),
+            "n": test.n,
+            "missing": test.missing,
+            "sure": survives(test, results.alpha),
+            "note": test.degenerate,
+            "hist": _histogram(paired[:, row, test.head]),
+        }
+    return cells
+
+
+def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
+    """[seed, image, layer, head] -> [image, layer, head], over the seeds that are there."""
+    known = np.isfinite(values)
+    count = known.sum(0)
+    total = np.where(known, values, 0.0).astype(np.float64).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _histogram(differences: np.ndarray) -> dict[str, Any] | None:
+    """Counts of the paired differences over images, over a range that includes 0; None where there is nothing."""
+    known = differences[np.isfinite(differences)]
+    if known.size == 0:
+        return None
+    low, high = min(0.0, float(known.min())), max(0.0, float(known.max()))
+    if high <= low:
+        return None
+    counts, _ = np.histogram(known, bins=HISTOGRAM_BINS, range=(low, high))
+    return {"low": _round(low), "high": _round(high), "counts": [int(count) for count in counts]}
+
+
+def _round(value: float | None) -> float | None:
+    """Six significant digits: more than a reader needs, fewer bytes."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")
+
+
+def _curves(results: Results) -> list[dict[str, Any]]:
+    """A chart and its table for every metric and region; the regions of one metric share their scale."""
+    charts = []
+    for metric, region in results.series():
+        curves = {condition: layer_curve(results, metric, condition, region) for condition in results.conditions}
+        lines = []
+        for index, (condition, curve) in enumerate(curves.items()):
+            color = index % len(PALETTE)
+            if len(curve.by_seed) > 1:
+                lines += [Line(condition, color, results.layers, run, thin=True) for run in curve.by_seed.values()]
+            lines.append(Line(condition, color, results.layers, curve.mean, curve.low, curve.high))
+        unit = results.unit(metric)
+        title = results.title(metric) if region is None else f"{results.title(metric)}: {region}"
+        y_range = None
+        if region is not None:
+            every = [
+                layer_curve(results, metric, condition, name).high
+                for condition in results.conditions
+                for name in results.regions
+            ]
+            top = np.concatenate(every)
+            y_range = (0.0, float(top[np.isfinite(top)].max())) if np.isfinite(top).any() else None
+        charts.append(
+            {
+                "metric": metric,
+                "region": region,
+                "title": title,
+                "unit": unit,
+                "svg": line_chart(
+                    lines,
+                    title=title,
+                    x_label="layer",
+                    y_label=unit or ("share" if region is not None else metric),
+                    x_ticks=results.layers,
+                    y_range=y_range,
+                ),
+                "rows": [
+                    (
+                        layer,
+                        [
+                            (
+                                wording.number(float(curve.mean[row])),
+                                f"{wording.number(float(curve.low[row]))} to {wording.number(float(curve.high[row]))}",
+                                int(curve.n[row]),
+                            )
+                            for curve in curves.values()
+                        ],
+                    )
+                    for row, layer in enumerate(results.layers)
+                ],
+            }
+        )
+    return charts
+
+
+def _accuracy(results: Results) -> list[dict[str, Any]]:
+    rows = []
+    for condition in results.conditions:
+        runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
+        if not runs:
+            continue
+        tests = [float(run["test"] or 0.0) for run in runs]
+        validation = [float(run["validation"] or 0.0) for run in runs if run.get("validation") is not None]
+        chance = next((run["chance"] for run in runs if run.get("chance") is not None), None)
+        rows.append(
+            {
+                "condition": condition,
+                "test": 100 * sum(tests) / len(tests),
+                "validation": 100 * sum(validation) / len(validation) if validation else None,
+                "chance": None if chance is None else 100 * chance,
+                "runs": len(tests),
+            }
+        )
+    return rows
+
+
+def _training(results: Results) -> dict[str, Any] | None:
+    """Charts by epoch and a table of recipes; None where nothing was trained here."""
+    if not results.training:
+        return None
+    charts, rows = [], []
+    for key, label, scale in (
+        ("loss", "training loss", 1.0),
+        ("validation_accuracy", "validation accuracy (%)", 100.0),
+    ):
+        lines, epochs_seen = [], set()
+        for index, condition in enumerate(results.conditions):
+            runs = (results.training.get(condition) or {}).get("seeds") or {}
+            for order, run in enumerate(runs.values()):
+                points = [(s["epoch"], s[key]) for s in run.get("history") or () if s.get(key) is not None]
+                if points:
+                    epochs, values = zip(*points, strict=True)
+                    epochs_seen |= set(epochs)
+                    color = index % len(PALETTE)
+                    lines.append(Line(condition, color, epochs, scale * np.asarray(values, float), thin=order > 0))
+        if lines:
+            chart = line_chart(lines, title=label, x_label="epoch", y_label=label, x_ticks=sorted(epochs_seen))
+            charts.append({"title": label, "svg": chart})
+    for condition, entry in results.training.items():
+        for seed, run in (entry.get("seeds") or {}).items():
+            rows.append(
+                {
+                    "condition": condition,
+                    "recipe": entry.get("recipe", ""),
+                    "seed": seed,
+                    "parameters": run.get("trainable_parameters"),
+                    "validation": run.get("validation_accuracy"),
+                    "test": run.get("test_accuracy"),
+                }
+            )
+    return {"charts": charts, "rows": rows}
+
+
+def _gradcam_that_fit(results: Results) -> list[tuple[Any, bytes]]:
+    fitting, used = [], 0
+    for sample in results.gradcam:
+        content = sample.file.read_bytes()
+        used += len(content)
+        if used > GRADCAM_BUDGET:
+            break
+        fitting.append((sample, content))
+    return fitting
+
+
+def _gradcam(results: Results) -> list[dict[str, Any]]:
+    """Pictures grouped by image, as data URIs."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sample, content in _gradcam_that_fit(results):
+        groups.setdefault(sample.image, []).append(
+            {
+                "src": data_uri("image/png", content),
+                "condition": sample.condition,
+                "target": sample.target,
+                "probability": sample.probability,
+            }
+        )
+    return [{"image": image, "pictures": pictures} for image, pictures in groups.items()]
+
+
+def _provenance(results: Results) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name in ("model", "dataset", "preprocessing"):
+        rows += [(f"{name}: {key}", _plain(value)) for key, value in results.attribute(name).items()]
+    named = ("model", "dataset", "preprocessing")
+    rows += [(str(key), _plain(value)) for key, value in sorted(results.table.attrs.items()) if key not in named]
+    backends = {str(values.attrs.get("backend", "")) for values in results.table.data_vars.values()} - {""}
+    if backends:
+        rows.append(("metrics computed by", ", ".join(sorted(backends))))
+    if results.data.get("sha256"):
+        rows.append(("images sha256", _plain(results.data["sha256"])))
+    rows += [(f"stage {name}", f"{seconds:.1f} s") for name, seconds in results.stage_seconds.items()]
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _downloads(results: Results, summary: str) -> list[dict[str, str]]:
+    """Tables as data URIs; what is too large for a page stays in the outputs folder and is named there."""
+    names = [field.name for field in fields(PairedTest) if field.name != "ci"]
+    tests = [[*(getattr(test, name) for name in names), *test.ci] for test in results.tests]
+    curves = []
+    for metric, region in results.series():
+        for condition in results.conditions:
+            curve = layer_curve(results, metric, condition, region)
+            for row, layer in enumerate(results.layers):
+                curves.append(
+                    [metric, results.unit(metric), region, condition, layer, results.sites[row]]
+                    + [float(values[row]) for values in (curve.mean, curve.low, curve.high)]
+                    + [int(curve.n[row])]
+                )
+    offered = [
+        ("summary.md", "text/markdown", summary.encode("utf-8")),
+        ("tests.csv", "text/csv", _csv([*names, "ci_low", "ci_high"], tests)),
+        (
+            "layer_curves.csv",
+            "text/csv",
+            _csv(["metric", "unit", "region", "condition", "layer", "site", "mean", "low", "high", "n"], curves),
+        ),
+        ("attention_comparison.json", "application/json", (results.outputs / COMPARISON).read_bytes()),
+    ]
+    if results.training:
+        history = [
+            [condition, seed, step.get("epoch"), step.get("loss"), step.get("validation_accuracy")]
+            for condition, entry in results.training.items()
+            for seed, run in (entry.get("seeds") or {}).items()
+            for step in run.get("history") or ()
+        ]
+        header = ["condition", "seed", "epoch", "loss", "validation_accuracy"]
+        offered.append(("training.csv", "text/csv", _csv(header, history)))
+    if results.study_text:
+        offered.append(("study.toml", "application/toml", results.study_text.encode("utf-8")))
+    return [
+        {"name": name, "href": data_uri(kind, content), "size": _size(len(content))}
+        for name, kind, content in offered
+        if len(content) <= DOWNLOAD_LIMIT
+    ]
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue().encode("utf-8")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(1, round(count / 1e3))} kB"

@@ -1,0 +1,172 @@
+"""Real attention of sample images for the page: 8 bit, for pictures only, cut to a budget of bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from engine.report.inputs import LayerSamples, Results, Samples
+
+__all__ = ["png_data_uri", "viewer_payload"]
+
+BUDGET = 5_500_000
+"""Bytes of base64 text for all maps: with everything else the page stays below 10 MB."""
+MOST_IMAGES = 8
+STRIDES = (1, 2, 3, 4, 6, 8)
+
+
+def viewer_payload(results: Results) -> dict[str, Any] | None:
+    """What the attention viewer needs, or None where no maps were kept.
+
+    The first training run of each condition is shown. Rows (queries) are kept for the class token and for the patches
+    of every `stride`-th row and column; the least stride at which two images fit the budget is taken, then as many
+    images as still fit. A row is its greatest weight on a patch (float32), the mass on prefix tokens (float32) and the
+    weights on patches as 8-bit fractions of that greatest one; rows of a layer are deflated together.
+    """
+    samples = results.samples
+    if samples is None or not samples.runs or not len(samples.ids):
+        return None
+    runs = _first_runs(results, samples)
+    # Layers that not every run has cannot be shown side by side.
+    depth = min(len(samples.runs[run]) for run in runs)
+    if depth == 0:
+        return None
+    for stride in STRIDES:
+        blobs = _fill(samples, runs, depth, stride)
+        shown = len({key.split("/")[0] for key in blobs})
+        if shown >= min(2, len(samples.ids)) or (stride == STRIDES[-1] and shown):
+            break
+    else:
+        return None
+    layers = samples.runs[runs[0]][:depth]
+    return {
+        "images": [_image(samples, index) for index in range(shown)],
+        "regions": list(samples.regions),
+        "runs": [
+            {"condition": results.conditions.index(condition), "seed": seed, "predictions": _predictions(samples, run)}
+            for run in runs
+            for condition, seed in [run]
+        ],
+        "layers": [
+            {
+                "site": layer.site,
+                "heads": int(layer.attention.shape[1]),
+                "rows": int(layer.layout["grid_rows"]),
+                "cols": int(layer.layout["grid_cols"]),
+                "prefix": int(layer.layout["num_prefix_tokens"]),
+                "classToken": bool(layer.layout.get("class_token", layer.layout["num_prefix_tokens"])),
+                "queries": _queries(layer, stride).tolist(),
+            }
+            for layer in layers
+        ],
+        "stride": stride,
+        "kept": len(samples.ids),
+        "maps": blobs,
+    }
+
+
+def png_data_uri(pixels: np.ndarray) -> str:
+    """uint8 [row, col, channel] as a PNG data URI (one or three channels)."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).save(buffer, format="PNG")
+    return data_uri("image/png", buffer.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _first_runs(results: Results, samples: Samples) -> list[tuple[str, int]]:
+    first: dict[str, tuple[str, int]] = {}
+    for condition, seed in samples.runs:
+        first.setdefault(condition, (condition, seed))
+    return [first[condition] for condition in results.conditions if condition in first]
+
+
+def _fill(samples: Samples, runs: list[tuple[str, int]], depth: int, stride: int) -> dict[str, str]:
+    """ "image/run/layer" -> text, for as many images as fit the budget whole."""
+    blobs: dict[str, str] = {}
+    used = 0
+    for image in range(min(MOST_IMAGES, len(samples.ids))):
+        own: dict[str, str] = {}
+        for key, text in _encode(samples, runs, depth, stride, image):
+            own[key] = text
+            used += len(text)
+            if used > BUDGET:
+                return blobs
+        blobs |= own
+    return blobs
+
+
+def _encode(
+    samples: Samples, runs: list[tuple[str, int]], depth: int, stride: int, image: int
+) -> Iterator[tuple[str, str]]:
+    for r, run in enumerate(runs):
+        for number, layer in enumerate(samples.runs[run][:depth]):
+            maps = np.nan_to_num(np.asarray(layer.attention[image], dtype=np.float32))
+            prefix = int(layer.layout["num_prefix_tokens"])
+            rows = maps[:, _queries(layer, stride)]
+            weights = rows[..., prefix:]
+            greatest = weights.max(-1)
+            fractions = weights / np.maximum(greatest, np.finfo(np.float32).tiny)[..., None]
+            quantised = np.rint(255 * fractions).astype(np.uint8)
+            content = (
+                greatest.astype("<f4").tobytes()
+                + rows[..., :prefix].sum(-1).astype("<f4").tobytes()
+                + quantised.tobytes()
+            )
+            yield f"{image}/{r}/{number}", base64.b64encode(zlib.compress(content, 6)).decode("ascii")
+
+
+def _queries(layer: LayerSamples, stride: int) -> np.ndarray:
+    """Tokens whose rows are kept: the class token, and patches of every `stride`-th row and column."""
+    rows, cols = int(layer.layout["grid_rows"]), int(layer.layout["grid_cols"])
+    prefix = int(layer.layout["num_prefix_tokens"])
+    grid = prefix + np.arange(rows * cols).reshape(rows, cols)
+    offset = (stride - 1) // 2
+    tokens = grid[offset::stride, offset::stride].ravel()
+    return np.concatenate([[0], tokens]) if layer.layout.get("class_token", prefix > 0) else tokens
+
+
+def _image(samples: Samples, index: int) -> dict[str, Any]:
+    pixels = samples.pixels[index]
+    boxes = []
+    if samples.boxes is not None:
+        for region, box in enumerate(samples.boxes[index]):
+            if np.isfinite(box).all():
+                name = samples.regions[region] if region < len(samples.regions) else f"region {region}"
+                boxes.append({"name": name, "box": [round(float(edge), 3) for edge in box]})
+    label = samples.labels[index]
+    return {
+        "id": samples.ids[index],
+        "label": _class_name(samples, label),
+        "height": int(pixels.shape[0]),
+        "width": int(pixels.shape[1]),
+        "src": png_data_uri(pixels),
+        "boxes": boxes,
+    }
+
+
+def _class_name(samples: Samples, label: int) -> str:
+    return samples.classes[label] if 0 <= label < len(samples.classes) else str(label)
+
+
+def _predictions(samples: Samples, run: tuple[str, int]) -> list[dict[str, Any]] | None:
+    logits = samples.logits.get(run)
+    if logits is None:
+        return None
+    values = np.asarray(logits, dtype=np.float64)
+    shares = np.exp(values - values.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    best = shares.argmax(-1)
+    return [
+        {"name": _class_name(samples, int(label)), "probability": round(float(shares[row, label]), 4)}
+        for row, label in enumerate(best)
+    ]
