@@ -276,6 +276,10 @@ def test_bad_tables_are_refused(table: xr.Dataset) -> None:
         compare_conditions(table.isel(seed=0, drop=True))
     with pytest.raises(InputError, match="no coordinate 'site'"):
         compare_conditions(table.drop_vars("site"))
+    unitless = table.copy()
+    unitless["distance"] = unitless.distance.drop_attrs()
+    with pytest.raises(InputError, match="'distance' of the table has no attribute 'units'"):
+        compare_conditions(unitless)
     apart = table.sel(condition=["finetuned", "dora"])
     apart = apart.where((apart.condition == "dora") == (apart.seed == 42))
     with pytest.raises(InputError, match="'finetuned' has runs of the seeds 43, 44 and 'dora' of 42"):
@@ -332,11 +336,11 @@ class TestCrossMetricCorrelation:
         assert chosen[3]["rho"] == pytest.approx(images.statistic, rel=1e-9)
 
     def test_metrics_that_rise_together(self, table: xr.Dataset) -> None:
-        double = table[["distance"]].assign(entropy=-2 * table.distance)
+        double = table[["distance"]].assign(entropy=-2 * table.distance.assign_attrs(units="nat"))
         assert all(entry["rho"] == pytest.approx(-1) for entry in cross_metric_correlation(double))
 
     def test_metric_that_does_not_vary_has_no_correlation(self, table: xr.Dataset) -> None:
-        flat = table[["distance"]].assign(entropy=xr.where(np.isfinite(table.distance), 1.0, np.nan))
+        flat = table[["distance"]].assign(entropy=(table.distance * 0 + 1).assign_attrs(units="1"))
         entries = cross_metric_correlation(flat)
         assert entries
         assert all(entry["rho"] is None and not math.isnan(entry["n"]) for entry in entries)

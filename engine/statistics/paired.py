@@ -153,7 +153,7 @@ def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
     # A label that differs, such as the condition's name, is true of one side only: it cannot label the difference.
     others = [x.coords for x in (a, b) if isinstance(x, xr.DataArray)]
     kept = {
-        name: coord
+        name: coord.variable  # without the other labels that a coordinate carries
         for name, coord in template.coords.items()
         if pairs not in coord.dims
         and all(name in coords and coords[name].variable.equals(coord.variable) for coords in others)

@@ -25,7 +25,7 @@ class MetricPairs:
     """One metric (of one region) in two conditions, pair by pair.
 
     Attributes:
-        metric, region, unit: what was measured; region None for metrics without regions, unit None where unstated.
+        metric, region, unit: what was measured; region None for metrics without regions.
         seeds: the runs paired, in the table's order. A condition that no seed changes is paired with every run of the
             other; else only seeds that both have.
         against, condition: [seed, image, layer, head], NaN in both where either has no finite value.
@@ -34,7 +34,7 @@ class MetricPairs:
 
     metric: str
     region: str | None
-    unit: str | None
+    unit: str
     seeds: tuple[Any, ...]
     against: Floats
     condition: Floats
@@ -68,7 +68,7 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
     """The metrics to compare, all of the table's when None.
 
     Raises:
-        InputError: the table lacks a dimension or coordinate, or holds no condition `against` or no such metric.
+        InputError: the table lacks a dimension, coordinate or unit, or holds no condition `against` or no such metric.
     """
     for name in ("condition", *_AXES):
         if name not in table.dims:
@@ -86,7 +86,13 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
             raise InputError(
                 f"the table holds no metric {metric!r}{_nearest(metric, held)} (it holds {', '.join(held)})"
             )
-    return list(metrics) if metrics is not None else held
+    names = list(metrics) if metrics is not None else held
+    for metric in names:
+        if not isinstance(table[metric].attrs.get("units"), str):
+            raise InputError(
+                f"metric {metric!r} of the table has no attribute 'units'; expected its unit, such as 'nat'"
+            )
+    return names
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -128,7 +134,7 @@ def paired_metrics(table: xr.Dataset, condition: str, against: str, metrics: Seq
             yield MetricPairs(
                 metric=metric,
                 region=region,
-                unit=variable.attrs.get("units"),
+                unit=variable.attrs["units"],
                 seeds=seeds,
                 against=np.where(paired, a, np.nan),
                 condition=np.where(paired, b, np.nan),
