@@ -11,13 +11,19 @@ if TYPE_CHECKING:
     from store.arrays import estimate_bytes as estimate_bytes
     from store.arrays import require_free_disk as require_free_disk
     from store.reader import AttentionStore as AttentionStore
+    from store.results import MetricWriter as MetricWriter
+    from store.results import has_metric as has_metric
+    from store.verify import info as info
     from store.writer import AttentionWriter as AttentionWriter
 
 # Importing zarr takes about 0.4 s, which `--help` should not wait for.
 _LAZY = {
     "AttentionStore": "store.reader",
     "AttentionWriter": "store.writer",
+    "MetricWriter": "store.results",
     "estimate_bytes": "store.arrays",
+    "has_metric": "store.results",
+    "info": "store.verify",
     "require_free_disk": "store.arrays",
 }
 
@@ -26,9 +32,12 @@ __all__ = [
     "AttentionStore",
     "AttentionWriter",
     "LayerSchema",
+    "MetricWriter",
     "StoreError",
     "StoreSchema",
     "estimate_bytes",
+    "has_metric",
+    "info",
     "require_free_disk",
 ]
 

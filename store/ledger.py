@@ -27,12 +27,9 @@ from typing import Any
 
 from store.schema import StoreError
 
-__all__ = ["BatchRecord", "Ledger", "LedgerError", "batch_name", "describe_file", "file_problem", "sync_directory"]
+__all__ = ["PARTIAL", "Ledger", "LedgerError", "batch_name", "describe_file", "file_problem", "sync_directory"]
 
 PARTIAL = ".partial"  # suffix of everything unfinished, zarr-python's and ours
-
-FileHashes = dict[str, dict[str, Any]]  # path inside the store -> {"bytes": int, "sha256": str}
-BatchRecord = dict[str, Any]
 
 
 class LedgerError(StoreError):

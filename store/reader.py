@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -67,8 +68,11 @@ class AttentionStore:
             StoreError: no such store, not a store, another schema version, or damaged metadata (named).
         """
         root = store_path(path)
-        ledger, attrs = open_metadata(root)
-        return cls(root, ledger, attrs, [str(name) for name in _read_constant(root, "images/id")])
+        try:
+            ledger, attrs = open_metadata(root)
+            return cls(root, ledger, attrs, [str(name) for name in _read_constant(root, "images/id")])
+        except OSError as error:
+            raise StoreError(f"{root} cannot be read: {error}") from error
 
     @cached_property
     def labels(self) -> Array:
@@ -136,10 +140,11 @@ class AttentionStore:
         array = self._arrays[layer_path(layer)]
         columns = _positions(heads, array.shape[1], "heads")
         decode = resolve_encoding(self.schema.encoding).decode
+        whole = np.array_equal(columns, np.arange(array.shape[1]))
         rows = _positions(images, self.schema.num_images, "images")
         maps = np.empty((rows.size, columns.size, *array.shape[2:]), dtype=np.float32)
         for where, stored in self._batches(array, rows, self._records):
-            maps[where] = decode(stored[:, columns])
+            decode(stored if whole else stored[:, columns], maps[where])
         return maps
 
     def read_logits(self, images: Rows = slice(None)) -> Array:
@@ -229,24 +234,26 @@ class AttentionStore:
             values[where] = stored
         return values
 
-    def _batches(self, array: ArraySpec, rows: Array, records: _Records) -> Iterator[tuple[Array, Array]]:
-        """Stored rows, a batch at a time: (positions in `rows`, what is stored there)."""
+    def _batches(self, array: ArraySpec, rows: Array, records: _Records) -> Iterator[tuple[slice, Array]]:
+        """Stored rows, in runs that lie in one batch: (the run in `rows`, what is stored there)."""
         source = open_array(self.path, array.path)
         batches = rows // self.schema.batch_size
-        for batch in np.unique(batches).tolist():
-            where = np.flatnonzero(batches == batch)
-            wanted = rows[where]
+        starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
+        for start, stop in itertools.pairwise([*starts, rows.size]):
+            batch = int(batches[start])
             file = array.file(batch)
             if problem := file_problem(self.path, file, records.files(batch)[file], content=False):
                 raise StoreError(f"{array.path}, batch {batch}: {self.path / file} {problem}; capture this batch again")
-            start, stop = int(wanted.min()), int(wanted.max()) + 1
+            wanted = rows[start:stop]
+            first, last = int(wanted.min()), int(wanted.max())
             try:
-                stored = np.asarray(source[start:stop])
+                stored = np.asarray(source[first : last + 1])
             except Exception as error:  # zarr and its codecs raise whatever they meet first
                 raise StoreError(
                     f"{array.path}, batch {batch}: {self.path / file} is damaged ({error}); capture this batch again"
                 ) from error
-            yield where, stored[wanted - start]
+            in_order = wanted.size == last - first + 1 and bool((np.diff(wanted) == 1).all())
+            yield slice(start, stop), stored if in_order else stored[wanted - first]
 
 
 class _Records:

@@ -175,7 +175,7 @@ class AttentionWriter:
         """Declare the capture complete: from now on a missing record is damage, not work to do.
 
         Raises:
-            StoreError: batches are missing.
+            StoreError: batches are missing, or the disk failed or is full.
         """
         missing = [batch for batch in range(self.schema.num_batches) if batch not in self.committed]
         if missing:
@@ -184,7 +184,10 @@ class AttentionWriter:
                 f"the first is {missing[0]}"
             )
         if not self._ledger.exists("complete"):
-            self._ledger.write("complete", {"batches": self.schema.num_batches})
+            try:
+                self._ledger.write("complete", {"batches": self.schema.num_batches})
+            except OSError as error:
+                raise StoreError(f"{self.path} could not be finished: {error}; run again to finish it") from error
 
     def close(self) -> None:
         """Let another writer in. What was committed stays."""

@@ -77,6 +77,19 @@ def test_killed_again_while_resuming(tmp_path: Path, unkilled: tuple[Path, int])
     finish_and_compare(path, unkilled[0])
 
 
+def test_a_reader_during_a_write_sees_whole_batches_only(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    seen = set()
+    with subprocess.Popen([sys.executable, SCRIPT, path]) as process:
+        while process.poll() is None:
+            check_after_a_kill(path)
+            if path.exists():
+                seen.add(int(AttentionStore.open(path).committed_images.sum()))
+    assert process.returncode == 0
+    assert seen <= {0, 4, 8, 11}
+    case.check_values(path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_200_file_operations(tmp_path: Path, unkilled: tuple[Path, int]) -> None:
