@@ -82,7 +82,7 @@ class ModelInterception(TorchFunctionMode):
             fused = getattr(module, "fused_attn", None)
             if isinstance(fused, bool):
                 self._fused_before.append((module, fused))
-                module.fused_attn = True  # type: ignore[assignment]  # timm's own flag, a plain bool
+                vars(module)["fused_attn"] = True  # timm's own flag, a plain bool beside tensors and modules
         super().__enter__()
         return self
 
@@ -96,7 +96,7 @@ class ModelInterception(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         for module, fused in self._fused_before:
-            module.fused_attn = fused
+            vars(module)["fused_attn"] = fused
         self._hooks.clear()
         self._fused_before.clear()
         self._running.clear()

@@ -67,7 +67,7 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
 
 def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
-    from store import verify
+    from store.verify import verify
 
     damages = verify(Path(arguments.store))
     for damage in damages:
@@ -80,7 +80,7 @@ def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
 def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
     import json
 
-    from store import info
+    from store.verify import info
 
     print(json.dumps(info(Path(arguments.store)), indent=2, ensure_ascii=False))
     return 0

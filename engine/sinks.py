@@ -6,6 +6,7 @@ kind of store, one commit a batch, so a run that was killed goes on at the first
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from tqdm import tqdm
 from engine import __version__
 from engine.capture import AttentionSite, AttentionTap, CaptureError, attention_map, discover_sites, evaluating
 from kernels import Measurement, MetricSpec, TokenLayout, load_metric, measure_qk, resolve
-from store import AttentionStore, AttentionWriter, LayerSchema, StoreSchema
+from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema
+from store.schema import ledger_path
 from train.errors import InputError
 
-__all__ = ["Capture", "CaptureImages", "capture_to_store", "metric_parameters"]
+__all__ = ["Capture", "CaptureImages", "capture_to_store", "metric_parameters", "stack_layers"]
 
 # A layer whose mean prefix mass passes this keeps so little on its patches that 16 bits cost 7e-4 nat and 0.1 of I.
 PREFIX_MASS_WARNING = 0.9
@@ -80,15 +82,15 @@ class _BatchSinks:
     def metric_values(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of the batch.
 
-        Layers with fewer heads than the widest are filled with NaN and 0.
+        Layers with fewer heads than the widest are filled with NaN and −1.
         """
         names = list(self.measurements[0]) if self.measurements else []
-        values = {name: _stack_layers([m[name] for m in self.measurements], np.nan) for name in names}
-        counts = {name: _stack_layers([m.undefined_rows[name] for m in self.measurements], 0) for name in names}
+        values = {name: stack_layers([m[name] for m in self.measurements], np.nan) for name in names}
+        counts = {name: stack_layers([m.undefined_rows[name] for m in self.measurements], -1) for name in names}
         return values, counts
 
 
-def _stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:
+def stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:
     """Arrays [image, head, ...] of several layers as one [image, layer, head, ...]."""
     arrays = [torch.as_tensor(layer).cpu().numpy() for layer in layers]
     heads = max(array.shape[1] for array in arrays)
@@ -139,6 +141,7 @@ def capture_to_store(
     preprocessing: Mapping[str, Any],
     manifest: Mapping[str, Any] | None = None,
     label: str = "capture",
+    replace: bool = False,
 ) -> AttentionStore:
     """Stream a data set's attention into a store, resuming at the first batch that is not committed.
 
@@ -153,6 +156,7 @@ def capture_to_store(
         model_info, dataset_info, preprocessing: provenance, kept in the store's attributes.
         manifest: every file of the data set with its status, kept in the store.
         label: name in the progress bar.
+        replace: a store of another run (or a damaged one) at `path` is deleted first instead of refused.
 
     Returns:
         The complete store, open for reading.
@@ -188,22 +192,37 @@ def capture_to_store(
         precision=str(first.dtype).removeprefix("torch."),
         num_classes=num_classes,
         regions=tuple(images.region_names),
+        region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions")
+        if "metrics" in capture.sinks
+        else (),
         code_version=__version__,
         extra={"skipped": [list(item) for item in skipped]},
     )
-    one_layout = next(iter(regions.values()))
+    if replace:
+        _remove_other(path, schema)
     with AttentionWriter.open(
         path,
         schema,
         labels=images.labels,
         class_names=images.class_names,
         manifest=None if manifest is None else dict(manifest),
-        regions=one_layout,
+        regions=next(iter(regions.values())),
     ) as writer:
         batches = [batch for batch in range(schema.num_batches) if batch not in writer.committed]
         _run_batches(model, images, capture, schema, writer, batches, regions, label)
         writer.finish()
     return AttentionStore.open(path)
+
+
+def _remove_other(path: Path, schema: StoreSchema) -> None:
+    """Delete a store that another run left at `path`, and its ledger."""
+    try:
+        if not path.exists() or AttentionStore.open(path).schema == schema:
+            return
+    except StoreError as error:
+        tqdm.write(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
+    shutil.rmtree(path)
+    shutil.rmtree(ledger_path(path), ignore_errors=True)
 
 
 def metric_parameters(spec: MetricSpec, backend: str) -> dict[str, Any]:

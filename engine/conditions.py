@@ -1,0 +1,199 @@
+"""The study's images and conditions: what is trained, on what, and where the checkpoints lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine import __version__
+from engine.config import ConditionConfig, StudyConfig
+from engine.journal import Journal, digest, digest_path
+from train.checkpoint import read_metadata, save_checkpoint, write_atomically
+from train.data import DataSplits, ImageSet, Preprocessing, prepare_folder
+from train.errors import InputError
+from train.manifest import Manifest, build_manifest
+from train.models import build_model, load_checkpoint, preprocessing_of
+
+__all__ = ["Run", "StudyData", "prepare_data", "train_runs"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: a condition at a seed.
+
+    Args:
+        condition: its name in the configuration.
+        seed: of the training run; for a checkpoint that somebody trained, the first of `train.seeds`.
+        recipe: how it was trained.
+        checkpoint: the file.
+        seed_invariant: no seed can change its attention, so it is captured once.
+        validation_accuracy: of the checkpoint kept; None where nothing was trained.
+    """
+
+    condition: str
+    seed: int
+    recipe: str
+    checkpoint: Path
+    seed_invariant: bool = False
+    validation_accuracy: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.condition}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """The images in their splits, and the pretrained model that every condition starts from.
+
+    Args:
+        splits: train, validation and test images with their manifest.
+        preprocessing: read off the model.
+        split: name of the split's rule.
+        pretrained_digest: hash of the pretrained weights; "" where only given checkpoints are compared.
+        pretrained_model: builds the pretrained model.
+    """
+
+    splits: DataSplits
+    preprocessing: Preprocessing
+    split: str
+    pretrained_digest: str
+    pretrained_model: Callable[[], torch.nn.Module]
+
+    @property
+    def test(self) -> ImageSet:
+        return self.splits.test
+
+    @property
+    def digest(self) -> str:
+        """Hash of every image, label and split, and of how images are prepared for the model."""
+        return digest([self.splits.manifest.sha256, self.preprocessing.to_dict()])
+
+    def info(self, split: str) -> dict[str, Any]:
+        """Provenance of one split: {id, split, sha256}."""
+        manifest = self.splits.manifest
+        return {"id": manifest.kind, "split": f"{self.split}/{split}", "sha256": manifest.sha256}
+
+    def summary(self) -> dict[str, Any]:
+        """What the report says of the data: counts, splits, and every file that was left out with its reason."""
+        manifest = self.splits.manifest
+        splits = {"train": self.splits.train, "validation": self.splits.validation, "test": self.splits.test}
+        return {
+            "kind": manifest.kind,
+            "images": sum(len(images) for images in splits.values()),
+            "classes": len(manifest.class_names),
+            "splits": {name: len(images) for name, images in splits.items()},
+            "split": self.split,
+            "dropped": [
+                {"id": record.id, "status": record.status} for record in manifest.records if record.status != "ok"
+            ],
+            "same_file_in_several_splits": [list(ids) for ids in manifest.leaks()],
+            "sha256": manifest.sha256,
+        }
+
+
+def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device: str) -> StudyData:
+    """Images in their splits, and the pretrained weights, made or fetched once.
+
+    Raises:
+        InputError: no such folder, no readable image, no test image, an unknown model, no weights to be had.
+    """
+    given = [name for name, condition in config.conditions.items() if condition.recipe == "checkpoint"]
+    if not config.conditions:
+        raise InputError("the study has no conditions; name at least one, as in [conditions.baseline]")
+    if given and len(given) < len(config.conditions):
+        other = next(name for name in config.conditions if name not in given)
+        raise InputError(
+            f"condition {given[0]} is a given checkpoint and {other} is trained here; their starting points cannot be "
+            "known to be the same, so train all conditions or give all as checkpoints"
+        )
+    if given:
+        return _given_checkpoints(config, outputs, journal)
+    return _digits(config, outputs, journal, device) if config.data.kind == "digits" else _folder(config, outputs, journal)
+
+
+def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
+    """Data for checkpoints that somebody trained: how images are prepared is read off the first one's model."""
+    preprocessing = None
+    for name, condition in config.conditions.items():
+        if not condition.checkpoint:
+            raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
+        # Every file is loaded once before any work, so that a wrong one is found at once.
+        model = load_checkpoint(config.model.name, condition.checkpoint, config.model.img_size)
+        preprocessing = preprocessing or preprocessing_of(model)
+    assert preprocessing is not None
+    splits = _folder_splits(config, outputs, journal, preprocessing)
+
+    def no_pretrained() -> torch.nn.Module:
+        raise InputError("given checkpoints say nothing of the pretrained model that they started from")
+
+    return StudyData(splits, preprocessing, config.data.split, "", no_pretrained)
+
+
+def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
+    """A folder of images, and timm's (or the user's) pretrained weights with a head for its classes."""
+    if config.model.name == "digits_vit":
+        raise InputError(
+            "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name for a folder"
+        )
+    probe = build_model(config.model.name, num_classes=2, img_size=config.model.img_size)
+    preprocessing = preprocessing_of(probe)
+    splits = _folder_splits(config, outputs, journal, preprocessing)
+    path = outputs / "checkpoints" / "pretrained.safetensors"
+    classes = len(splits.class_names)
+    model = dataclasses.asdict(config.model)
+    weights = Path(config.model.weights) if config.model.weights else None
+
+    def work() -> None:
+        torch.manual_seed(config.data.seed)  # the head of a new task starts at random
+        built = build_model(
+            config.model.name,
+            num_classes=classes,
+            pretrained=config.model.pretrained,
+            weights=config.model.weights,
+            img_size=config.model.img_size,
+        )
+        save_checkpoint(path, built.state_dict(), {"model": config.model.name, "num_classes": classes})
+
+    inputs = {"model": model, "weights": digest_path(weights) if weights else "", "classes": classes, "version": __version__}
+    pretrained = journal.stage("pretrained", inputs, [path], work)
+    return StudyData(splits, preprocessing, config.data.split, pretrained, lambda: _load(config, path))
+
+
+def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preprocessing: Preprocessing) -> DataSplits:
+    """The manifest of the folder, built anew when a file was added, removed or touched, and its splits."""
+    path = outputs / "manifest.json"
+    root = Path(config.data.root)
+    inputs = {
+        "root": str(root.resolve()),
+        "files": _listing(root),
+        "split": config.data.split,
+        "seed": config.data.seed,
+        "version": __version__,
+    }
+
+    def work() -> None:
+        build_manifest(config.data.root, split=config.data.split, seed=config.data.seed).save(path)
+
+    journal.stage("data", inputs, [path], work)
+    splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path))
+    if not len(splits.test):
+        raise InputError(f"{root} gives no test image with split {config.data.split}; add images, or use --data.split all")
+    return splits
+
+
+def _listing(root: Path) -> str:
+    """Hash of the names, sizes and times of every file below `root`: a change of one builds the manifest anew."""
+    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else []
+    return digest([[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+
+
+def _load(config: StudyConfig, path: Path) -> torch.nn.Module:
+    return load_checkpoint(config.model.name, path, config.model.img_size)

@@ -1,0 +1,216 @@
+"""Negative controls: comparisons whose true answer is known to be zero, run in every study.
+
+Both models of a pair see the same batch one after the other, and their maps are compared bit for bit, so nothing is
+rounded away by storage. A control that does not hold means that a difference in the report may come from the engine
+and not from fine-tuning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from kernels import measure_qk
+
+__all__ = ["Control", "LayerDifference", "hybrid_control", "hybrid_state", "lockstep", "same_attention_control"]
+
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control and whether it held.
+
+    Args:
+        name: short name, e.g. "frozen_backbone".
+        title: heading in the report.
+        expectation: what must come out, in words.
+        value: the largest absolute difference found where zero is expected.
+        held: whether the expectation came true.
+        detail: numbers behind it.
+    """
+
+    name: str
+    title: str
+    expectation: str
+    value: float
+    held: bool
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """Largest differences of one layer between two models over all images.
+
+    Args:
+        site: the module's name.
+        attention: max |A₂ − A₁| over the maps, in the forward pass's own precision.
+        metrics: metric name -> max |m₂ − m₁|.
+        identical: every element of every map has the same bits.
+    """
+
+    site: str
+    attention: float
+    metrics: dict[str, float]
+    identical: bool
+
+
+class ControlImages(Protocol):
+    def __len__(self) -> int: ...
+    def batch(self, indices: Sequence[int]) -> torch.Tensor: ...
+
+
+def lockstep(
+    first: torch.nn.Module,
+    second: torch.nn.Module,
+    images: ControlImages,
+    rows: Sequence[int],
+    *,
+    metrics: Sequence[str],
+    batch_size: int,
+    device: str,
+    label: str,
+) -> list[LayerDifference]:
+    """Run two models over the same images and compare every map and metric, layer by layer.
+
+    Args:
+        first, second: models of one architecture.
+        images, rows: which images.
+        metrics: row metrics to compare beside the maps.
+        batch_size: images a forward pass; both models see the same batches.
+        device: where the models run.
+        label: name in the progress bar.
+
+    Returns:
+        One entry a measurable layer, in depth order.
+    """
+    worst: dict[int, LayerDifference] = {}
+    with tqdm(total=len(rows), desc=label, unit="image", disable=None) as progress:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            pixels = images.batch(chosen).to(device)
+            ones, others = (_maps_and_metrics(model, pixels, metrics) for model in (first, second))
+            for (site, map_1, values_1), (_, map_2, values_2) in zip(ones, others, strict=True):
+                now = LayerDifference(
+                    site.name,
+                    float((map_2 - map_1).abs().max()),
+                    {name: _largest(values_2[name] - values_1[name]) for name in metrics},
+                    torch.equal(map_1, map_2),
+                )
+                worst[site.layer] = _worse(worst.get(site.layer), now)
+            progress.update(len(chosen))
+    return [worst[layer] for layer in sorted(worst)]
+
+
+def _maps_and_metrics(
+    model: torch.nn.Module, pixels: torch.Tensor, metrics: Sequence[str]
+) -> list[tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]]:
+    found: list[tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]] = []
+
+    def keep(
+        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> None:
+        measured = measure_qk(query, key, site.layout, metrics=tuple(metrics), scale=scale, bias=bias)
+        values = {name: torch.as_tensor(measured[name]).cpu().numpy() for name in metrics}
+        found.append((site, attention_map(query, key, scale, bias), values))
+
+    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
+        model(pixels)
+    return found
+
+
+def _largest(difference: np.ndarray) -> float:
+    """max |difference|; undefined values (NaN in both models) count as equal, since equal maps are undefined alike."""
+    return float(np.nanmax(np.abs(difference), initial=0.0))
+
+
+def _worse(before: LayerDifference | None, now: LayerDifference) -> LayerDifference:
+    if before is None:
+        return now
+    return LayerDifference(
+        now.site,
+        max(before.attention, now.attention),
+        {name: max(before.metrics[name], value) for name, value in now.metrics.items()},
+        before.identical and now.identical,
+    )
+
+
+def same_attention_control(
+    name: str, title: str, expectation: str, layers: Sequence[LayerDifference], images: int
+) -> Control:
+    """A pair that must be the same in every layer: each map's bits, each metric's difference exactly 0."""
+    largest = max(layer.attention for layer in layers)
+    metric = max((value for layer in layers for value in layer.metrics.values()), default=0.0)
+    identical = all(layer.identical for layer in layers)
+    return Control(
+        name,
+        title,
+        expectation,
+        max(largest, metric),
+        identical and metric == 0.0,
+        f"{len(layers)} layers, {images} images: largest difference of a map {largest:g}, of a metric {metric:g}; "
+        f"bits {'identical' if identical else 'different'}",
+    )
+
+
+def hybrid_state(
+    lower: Mapping[str, torch.Tensor], upper: Mapping[str, torch.Tensor], first_block: int
+) -> dict[str, torch.Tensor]:
+    """Weights of `lower` below block `first_block` and of `upper` from there on (norm and head included).
+
+    Raises:
+        ValueError: the weights have no `blocks.N.` names, so "below" has no meaning.
+    """
+    if not any(_BLOCK.search(key) for key in lower):
+        raise ValueError("the weights have no blocks.N. names; a hybrid of two models cannot be made")
+    last = max(int(match[1]) for key in lower if (match := _BLOCK.search(key)))
+    if not 0 < first_block <= last:
+        raise ValueError(f"first_block is {first_block}; expected 1 to {last}")
+
+    def from_upper(key: str) -> bool:
+        match = _BLOCK.search(key)
+        return int(match[1]) >= first_block if match else key.startswith(("norm.", "fc_norm.", "head", "attn_pool."))
+
+    return {key: (upper if from_upper(key) else lower)[key] for key in lower}
+
+
+def hybrid_control(
+    condition: str, against: str, layers: Sequence[LayerDifference], first_block: int, images: int, *, differs: bool
+) -> Control:
+    """Below its first changed block a hybrid must equal the lower model exactly; from there on, it must differ.
+
+    `differs` says whether any weight from `first_block` on differs at all between the two conditions: only then must
+    attention differ somewhere above, which shows that the control is able to fail.
+    """
+    below = [layer for layer in layers if _block_of(layer.site) < first_block]
+    # The first changed block's own q and k are made by changed weights, so its map differs already.
+    above = [layer for layer in layers if _block_of(layer.site) >= first_block]
+    largest = max((max([layer.attention, *layer.metrics.values()]) for layer in below), default=0.0)
+    changed = max((layer.attention for layer in above), default=0.0)
+    held = bool(below) and bool(above) and all(layer.identical for layer in below) and largest == 0.0
+    held = held and (changed > 0.0 or not differs)
+    return Control(
+        f"hybrid_{condition}",
+        f"Hybrid of {against} and {condition}",
+        f"blocks below {first_block} from {against}, from there on from {condition}: exactly 0 in every layer below "
+        f"block {first_block}, and not 0 above it",
+        largest,
+        held,
+        f"{images} images: largest difference below {largest:g} ({len(below)} layers), above {changed:g} "
+        f"({len(above)} layers)",
+    )
+
+
+def _block_of(site: str) -> int:
+    match = _BLOCK.search(f"{site}.")
+    return int(match[1]) if match else 0

@@ -1,0 +1,243 @@
+"""Store batches × METRICS → table [condition, seed, image, layer, head]."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.sinks import metric_parameters, stack_layers
+from kernels import MetricSpec, TokenLayout, load_metric, measure_attention, resolve
+from store import AttentionStore
+from store.results import MetricWriter
+from train.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["build_table", "measure_store", "read_table", "write_table"]
+
+
+def measure_store(path: Path, metrics: Sequence[str], backend: str) -> AttentionStore:
+    """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
+
+    Args:
+        path: the store. Batches its capture has not committed yet are left out, which is said.
+        metrics: names or `module:name`.
+        backend: see `kernels.resolve`.
+
+    Returns:
+        The store, with every metric's values in it.
+
+    Raises:
+        InputError: a metric that the store cannot give: no maps were stored, or it has no regions.
+        StoreError: the store is not there or damaged.
+    """
+    store = AttentionStore.open(path)
+    chosen = resolve(backend, "cpu").name
+    missing: dict[str, MetricSpec] = {}
+    for name in metrics:
+        spec = load_metric(name)
+        if spec.inputs == "pair":
+            raise InputError(f"{spec.name} compares two captures, and one store was given")
+        if stored_parameters(store, spec) is None:
+            missing[spec.name] = spec
+        else:
+            tqdm.write(f"{path.name}: {spec.name} is there already")
+    if not missing:
+        return store
+    names = ", ".join(missing)
+    if not store.schema.encoding:
+        raise InputError(
+            f"{path} holds no attention maps, so {names} cannot be computed from it; capture again with "
+            f"capture.sinks store, or with {names} in measure.metrics"
+        )
+    if not store.complete:
+        tqdm.write(
+            f"{path.name}: only {int(store.committed_images.sum())} of {store.schema.num_images} images are captured; "
+            "the others are left out"
+        )
+    parameters = {name: metric_parameters(spec, chosen) for name, spec in missing.items()}
+    needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
+    with MetricWriter.open(path, parameters, region_metrics=needing) as writer:
+        images = {batch: store.schema.batch_rows(batch) for batch in sorted(writer.missing)}
+        total = sum(rows.stop - rows.start for rows in images.values())
+        with tqdm(total=total, desc=f"measure {path.name}", unit="image", disable=None) as progress:
+            for batch, rows in images.items():
+                specs = [missing[name] for name in writer.missing[batch]]
+                values, undefined = _measure_rows(store, rows, specs, chosen)
+                writer.write_batch(batch, values, undefined)
+                progress.update(rows.stop - rows.start)
+    return AttentionStore.open(path)
+
+
+def stored_parameters(store: AttentionStore, spec: MetricSpec) -> dict[str, Any] | None:
+    """Parameters of the metric's values that this version of the code left in the store, by whatever backend."""
+    for parameters in store.metric_params(spec.name):
+        if metric_parameters(spec, parameters["backend"]) == parameters:
+            return parameters
+    return None
+
+
+def _measure_rows(
+    store: AttentionStore, rows: slice, specs: Sequence[MetricSpec], backend: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of some images."""
+    regions = None if store.regions is None else store.regions[rows]
+    measured = [
+        measure_attention(
+            store.read(layer.layer, images=rows, heads=slice(layer.heads)),
+            TokenLayout.from_dict(layer.layout),
+            metrics=specs,
+            backend=backend,
+            regions=regions,
+        )
+        for layer in store.schema.layers
+    ]
+    names = [spec.name for spec in specs]
+    return (
+        {name: stack_layers([layer[name] for layer in measured], np.nan) for name in names},
+        {name: stack_layers([layer.undefined_rows[name] for layer in measured], -1) for name in names},
+    )
+
+
+def build_table(
+    stores: Mapping[tuple[str, int], AttentionStore],
+    metrics: Sequence[str],
+    *,
+    seed_invariant: Sequence[str],
+    attributes: Mapping[str, Any],
+) -> xarray.Dataset:
+    """One variable a metric over (condition, seed, image, layer, head[, region]).
+
+    Args:
+        stores: (condition, seed) -> its capture, all over the same images.
+        metrics: names or `module:name`; each must be in every store.
+        seed_invariant: conditions captured once; their values stand at every seed.
+        attributes: of the data set (model, dataset, precision, …).
+
+    Raises:
+        InputError: the captures are not over the same images, layers and heads.
+    """
+    import xarray
+
+    first = next(iter(stores.values()))
+    conditions = list(dict.fromkeys(condition for condition, _ in stores))
+    seeds = sorted({seed for condition, seed in stores if condition not in seed_invariant}) or [next(iter(stores))[1]]
+    for key, store in stores.items():
+        _require_same(first, store, key)
+    pick = {
+        (condition, seed): stores.get((condition, seed))
+        or next(store for (name, _), store in stores.items() if name == condition)
+        for condition in conditions
+        for seed in seeds
+    }
+    schema = first.schema
+    class_names = np.array([first.class_names[label] for label in first.labels], dtype=object)
+    coords: dict[str, Any] = {
+        "condition": conditions,
+        "seed": seeds,
+        "image": list(first.image_ids),
+        "layer": [layer.layer for layer in schema.layers],
+        "head": np.arange(schema.max_heads),
+        "site": ("layer", [layer.site for layer in schema.layers]),
+        "label": ("image", first.labels),
+        "class_name": ("image", class_names),
+        "seed_invariant": ("condition", [condition in seed_invariant for condition in conditions]),
+    }
+    if schema.regions:
+        coords["region"] = list(schema.regions)
+    variables: dict[str, Any] = {}
+    undefined: dict[str, dict[str, int]] = {}
+    for name in metrics:
+        spec = load_metric(name)
+        backends = set()
+        columns = []
+        for condition in conditions:
+            of_seeds = []
+            for seed in seeds:
+                store = pick[condition, seed]
+                parameters = stored_parameters(store, spec)
+                if parameters is None:
+                    raise InputError(f"{store.path} has no {spec.name}; measure it first")
+                values, _ = store.read_metric(spec.name, params=parameters)
+                of_seeds.append(values)
+                backends.add(parameters["backend"])
+                counts = store.read_undefined(spec.name, params=parameters)
+                per_condition = undefined.setdefault(spec.name, {})
+                per_condition[condition] = per_condition.get(condition, 0) + int(counts.clip(min=0).sum())
+            columns.append(np.stack(of_seeds))
+        dims = ("condition", "seed", "image", "layer", "head") + (("region",) if spec.inputs == "regions" else ())
+        described = {
+            "units": spec.unit,
+            "title": spec.title or spec.name,
+            "undefined": spec.undefined,
+            "source": spec.source,
+            "backend": ", ".join(sorted(backends)),
+        }
+        variables[spec.name] = (dims, np.stack(columns), described)
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in attributes.items()}
+    return xarray.Dataset(variables, coords, plain | {"undefined": json.dumps(undefined)})
+
+
+def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:
+    if store.image_ids != first.image_ids:
+        raise InputError(f"{key[0]} seed {key[1]} was captured over other images than {first.path.name}; capture again")
+    if store.sites != first.sites or store.schema.max_heads != first.schema.max_heads:
+        raise InputError(
+            f"{key[0]} seed {key[1]} has other layers or heads than {first.path.name}; "
+            "only models of one architecture can be compared"
+        )
+
+
+def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
+    """Write `attention_metrics` as .zarr, .h5 and .csv; each appears whole or not at all.
+
+    The CSV is long: one row a (condition, seed, image, layer, head), one column a metric (`metric[region]`).
+    """
+    from store.hdf5 import write_table as write_hdf5
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
+    partial = paths[0].with_name(".attention_metrics.zarr.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    table.to_zarr(partial, mode="w", zarr_format=3, consolidated=False)
+    shutil.rmtree(paths[0], ignore_errors=True)
+    os.replace(partial, paths[0])
+    write_hdf5(table, paths[1])
+    csv = paths[2].with_name(".attention_metrics.csv.partial")
+    _long_frame(table).to_csv(csv, index=False, float_format="%.7g", lineterminator="\n")
+    os.replace(csv, paths[2])
+    return paths
+
+
+def _long_frame(table: xarray.Dataset) -> Any:
+    import pandas
+
+    axes = ["condition", "seed", "image", "layer", "head"]
+    columns = {}
+    for name, values in table.data_vars.items():
+        if "region" in values.dims:
+            for region in table["region"].values:
+                columns[f"{name}[{region}]"] = values.sel(region=region, drop=True)
+        else:
+            columns[str(name)] = values
+    index = pandas.MultiIndex.from_product([table[axis].values for axis in axes], names=axes)
+    flat = {name: values.transpose(*axes).values.ravel() for name, values in columns.items()}
+    frame = pandas.DataFrame(flat, index=index).reset_index()
+    site = dict(zip(table["layer"].values, table["site"].values, strict=True))
+    frame.insert(axes.index("layer") + 1, "site", frame["layer"].map(site))
+    return frame.dropna(how="all", subset=list(flat))
+
+
+def read_table(path: Path) -> xarray.Dataset:
+    """The table of `write_table`, from its Zarr form, in memory."""
+    import xarray
+
+    return xarray.load_dataset(path, engine="zarr", consolidated=False)

@@ -1,0 +1,141 @@
+"""`samples.zarr`: whole attention maps of a few seeded images, so that a report can show real attention.
+
+samples.zarr/   attrs: schema, class_names, region_names
+  images/{pixels [image, row, col, channel], id, label, boxes}
+  <condition>_seed<k>/layer_00 [image, head, query, key] float16, attrs site, layout;  logits [image, class]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import zarr
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+
+from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+
+__all__ = ["SampleImages", "add_sample_maps", "choose_samples", "start_samples"]
+
+SCHEMA = "vit-attention-samples/1"
+
+
+class SampleImages(Protocol):
+    """What samples need of a data set: `train.data` provides it."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def region_names(self) -> Sequence[str]: ...
+    def batch(self, indices: Sequence[int]) -> torch.Tensor: ...
+    def picture(self, index: int) -> np.ndarray: ...
+
+
+def choose_samples(count: int, num_images: int, seed: int) -> list[int]:
+    """Rows of the sample images: `count` of them without repetition, in order, the same for a seed."""
+    generator = np.random.default_rng(seed)
+    return sorted(int(row) for row in generator.choice(num_images, size=min(count, num_images), replace=False))
+
+
+def start_samples(path: Path, images: SampleImages, rows: Sequence[int], boxes: np.ndarray | None) -> None:
+    """Begin a samples store with the images themselves; one that is there is replaced.
+
+    Args:
+        path: the `samples.zarr`.
+        images: the data set.
+        rows: rows of the samples.
+        boxes: float [image, region, 4] of the whole data set as (row0, col0, row1, col1) px, or None.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    root = zarr.open_group(
+        partial,
+        mode="w",
+        zarr_format=3,
+        attributes={
+            "schema": SCHEMA,
+            "class_names": list(images.class_names),
+            "region_names": list(images.region_names),
+        },
+    )
+    group = root.create_group("images")
+    _write(group, "pixels", np.stack([images.picture(row) for row in rows]), ("image", "row", "col", "channel"))
+    _write(group, "label", np.asarray(images.labels)[list(rows)], ("image",))
+    if boxes is not None:
+        _write(group, "boxes", boxes[list(rows)].astype(np.float32), ("image", "region", "edge"))
+    names = group.create_array(
+        "id", shape=(len(rows),), dtype=str, chunks=(max(len(rows), 1),), dimension_names=["image"]
+    )
+    names[:] = np.array([images.ids[row] for row in rows], dtype=object)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+
+
+def add_sample_maps(
+    path: Path, name: str, model: torch.nn.Module, images: SampleImages, rows: Sequence[int], *, device: str = "cpu"
+) -> None:
+    """Add one model's maps of the sample images as the group `name`; one that is there is replaced whole.
+
+    Args:
+        path: a store begun by `start_samples`.
+        name: of the group, `<condition>_seed<k>`.
+        model: see `AttentionTap`.
+        images, rows: as given to `start_samples`.
+        device: where the model runs.
+    """
+    maps: list[tuple[AttentionSite, np.ndarray]] = []
+
+    def keep(
+        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> None:
+        maps.append((site, attention_map(query, key, scale, bias).to(torch.float16).cpu().numpy()))
+
+    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
+        logits = model(images.batch(rows).to(device))
+    partial = path / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    group = zarr.open_group(partial, mode="w", zarr_format=3)
+    for site, values in maps:
+        _write(
+            group,
+            f"layer_{site.layer:02d}",
+            values,
+            ("image", "head", "query", "key"),
+            {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()},
+        )
+    _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
+    shutil.rmtree(path / name, ignore_errors=True)
+    os.replace(partial, path / name)
+
+
+def _write(
+    group: zarr.Group,
+    name: str,
+    values: np.ndarray,
+    dimensions: Sequence[str],
+    attributes: dict[str, Any] | None = None,
+) -> None:
+    """One array, one chunk an image, checksummed."""
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(1, *values.shape[1:]),
+        dimension_names=list(dimensions),
+        serializer=BytesCodec(),
+        compressors=[
+            BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=values.dtype.itemsize),
+            Crc32cCodec(),
+        ],
+        attributes=attributes or {},
+    )
+    array[...] = values

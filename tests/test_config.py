@@ -1,0 +1,79 @@
+"""Configuration: TOML, flags, round trip, and what is said about a mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import EMBEDDED_STUDY, StudyConfig, config_keys, load_study, study_toml
+from train.errors import InputError
+
+
+def test_nothing_given_is_the_embedded_study() -> None:
+    config = load_study(None, {})
+    assert config == load_study(EMBEDDED_STUDY, {})
+    assert config.data.kind == "digits"
+    assert {name: condition.recipe for name, condition in config.conditions.items()} == {
+        "baseline": "probe",
+        "finetuned": "full",
+        "dora": "dora",
+    }
+
+
+def test_a_written_study_gives_itself_back(tmp_path: Path) -> None:
+    config = load_study(None, {"train.seeds": ["0", "1"], "conditions.dora.rank": "4", "data.kind": "folder"})
+    assert config.train.seeds == (0, 1)
+    assert config.conditions["dora"].rank == 4
+    assert config.conditions["baseline"].recipe == "probe", "an override of one condition keeps the others"
+    path = tmp_path / "study.toml"
+    path.write_text(study_toml(config), encoding="utf-8")
+    assert load_study(path, {}) == config
+
+
+def test_every_key_has_help() -> None:
+    keys = dict(config_keys(["baseline"]))
+    assert len(keys) > 40
+    assert not [key for key, declared in keys.items() if not declared.metadata.get("help")]
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(
+        '[train]\nepochs = 7\nlabel_smoothing = 0.0\n[conditions.mine]\nrecipe = "full"\n', encoding="utf-8"
+    )
+    config = load_study(path, {"train.epochs": "9"})
+    assert config.train.epochs == 9
+    assert config.train.label_smoothing == 0.0
+    assert list(config.conditions) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.epoch": "3"}, r"train\.epoch is not a key of the configuration; did you mean train\.epochs\?"),
+        ({"conditions.x.recipee": "full"}, r"did you mean conditions\.x\.recipe\?"),
+        ({"train.epochs": "three"}, r"train\.epochs is 'three'.*integer"),
+        ({"train.epochs": "0"}, r"train\.epochs is '0'.*greater than or equal to 1"),
+        ({"data.kind": "foldr"}, r"data\.kind is 'foldr'.*'folder'"),
+        ({"capture.sinks": ["metric"]}, r"capture\.sinks.*'metric'.*'metrics' or 'store'"),
+        ({"statistics.confidence": "1.5"}, r"statistics\.confidence.*less than 1"),
+    ],
+)
+def test_a_mistake_is_named_with_what_was_expected(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_study(None, overrides)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no configuration file .*none\.toml"):
+        load_study(tmp_path / "none.toml", {})
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"broken\.toml cannot be read as TOML"):
+        load_study(broken, {})
+
+
+def test_defaults_are_valid() -> None:
+    assert StudyConfig().measure.metrics == ("distance", "entropy", "morans_i", "prefix_mass")
+    assert load_study(None, {"data.kind": "folder"}) == StudyConfig(data=StudyConfig().data.__class__(kind="folder"))
