@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from store.arrays import create_arrays, create_metric_group, metric_arrays
+from store.commit import commit_batch, metric_values, sound_batches, sweep
 from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem, sync_directory
 from store.reader import AttentionStore, open_metadata
 from store.schema import StoreError, StoreSchema, ledger_path, metric_path, store_path
-from store.writer import commit_batch, metric_values, sound_batches, sweep
 
 __all__ = ["MetricWriter", "has_metric"]
 

@@ -209,7 +209,7 @@ def test_other_labels_and_class_names_are_refused(path: Path) -> None:
 
 def test_another_schema_version_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        for module in ("schema", "writer", "reader"):
+        for module in ("schema", "metadata", "reader"):
             patch.setattr(f"store.{module}.SCHEMA", "vit-attention/0")
         case.capture(path)
     expected = "schema is 'vit-attention/0'; this version (reads|writes) 'vit-attention/1'"

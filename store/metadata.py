@@ -1,0 +1,190 @@
+"""What is fixed before the first batch: groups, arrays, image ids, labels, regions. Created, compared, rebuilt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.arrays import (
+    batch_arrays,
+    create_arrays,
+    create_constant,
+    create_group,
+    create_metric_group,
+    open_array,
+    read_attributes,
+    store_files,
+)
+from store.commit import check_shape, skeleton_path
+from store.encodings import Array, as_floats
+from store.ledger import Ledger, LedgerError, describe_file, file_problem, sync_directory
+from store.schema import SCHEMA, StoreError, StoreSchema
+
+__all__ = ["Metadata"]
+
+
+class Metadata:
+    """Everything about a store that is fixed before its first batch, and how it is written, compared, rebuilt."""
+
+    def __init__(
+        self,
+        schema: StoreSchema,
+        labels: Sequence[int] | Array,
+        class_names: Sequence[str],
+        manifest: dict[str, Any] | None,
+        regions: Array | None,
+    ) -> None:
+        self.schema = schema
+        self.labels = np.asarray(labels, dtype=np.int64)
+        check_shape("labels", self.labels, (schema.num_images,))
+        self.regions = None if regions is None else as_floats(regions, "regions").astype(np.float32, copy=False)
+        if (self.regions is None) != (not schema.regions):
+            raise StoreError(f"schema.regions is {list(schema.regions)}, but regions are given: {regions is not None}")
+        if self.regions is not None:
+            shape = (schema.num_images, len(schema.regions))
+            if self.regions.ndim != 3 or self.regions.shape[:2] != shape:
+                raise StoreError(f"regions has shape {self.regions.shape}; expected {shape} and the patches")
+        try:
+            self.manifest = json.loads(json.dumps(manifest, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"the manifest cannot be written as JSON: {error}") from error
+        self.attrs = {**schema.to_attrs(), "class_names": [str(name) for name in class_names]}
+
+    def create(self, root: Path, ledger: Ledger) -> None:
+        """Make the store. It appears under its name only when all metadata are on disk and in the ledger."""
+        ledger.clear()
+        skeleton = self._build(root, datetime.now(UTC).isoformat(timespec="seconds"))
+        if self.manifest is not None:
+            ledger.write("manifest", {"manifest": self.manifest})
+        ledger.write("metadata", _metadata_record(skeleton))
+        skeleton.rename(root)
+        sync_directory(root.parent)
+
+    def resume(self, root: Path, ledger: Ledger) -> None:
+        """Check that the store is the one that would be created, and rebuild metadata that were damaged."""
+        record: dict[str, Any] | None
+        try:
+            record = ledger.read("metadata")
+            found = record["attrs"]
+        except LedgerError:
+            record = None
+            found = read_attributes(root)
+        self._compare(root, found)
+        skeleton = self._build(root, str(found.get("created")))
+        rebuilt = _metadata_record(skeleton)
+        if record is None:
+            for file, entry in rebuilt["files"].items():
+                if problem := file_problem(root, file, entry):
+                    raise StoreError(
+                        f"ledger record {ledger.file('metadata')} is damaged and cannot be rebuilt, for {root / file} "
+                        f"{problem.replace('were committed', 'were expected')}; capture again into another store"
+                    )
+            ledger.write("metadata", rebuilt)
+        else:
+            for file, entry in record["files"].items():
+                if problem := file_problem(root, file, entry):
+                    if rebuilt["files"].get(file) != entry:
+                        raise StoreError(
+                            f"{root / file} {problem} and cannot be rebuilt from this capture's settings; "
+                            "restore it from a copy or capture again into another store"
+                        )
+                    (root / file).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(skeleton / file, root / file)
+                    sync_directory((root / file).parent)
+        shutil.rmtree(skeleton)
+        self._compare_images(root)
+        self._compare_manifest(ledger)
+
+    def _build(self, root: Path, created: str) -> Path:
+        """All metadata in a folder beside the store, forced to disk. Depends on nothing but the arguments."""
+        skeleton = skeleton_path(root)
+        schema = self.schema
+        skeleton.mkdir(parents=True)
+        create_group(skeleton, "", {**self.attrs, "created": created})
+        for group in ("images", "metrics", *(("attention",) if schema.encoding else ())):
+            create_group(skeleton, group)
+        for name, params in schema.metrics.items():
+            create_metric_group(skeleton, name, params)
+        create_arrays(skeleton, batch_arrays(schema))
+        create_constant(skeleton, "images/id", ("image",), np.array(schema.image_ids, dtype=object), {})
+        create_constant(skeleton, "images/label", ("image",), self.labels, {})
+        if self.regions is not None:
+            names = {"regions": list(schema.regions)}
+            create_constant(skeleton, "images/regions", ("image", "region", "patch"), self.regions, names)
+        for folder, _, names_of_files in os.walk(skeleton):
+            for name in names_of_files:
+                with open(Path(folder) / name, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(Path(folder))
+        return skeleton
+
+    def _compare(self, root: Path, found: Mapping[str, Any]) -> None:
+        if found.get("schema") != SCHEMA:
+            raise StoreError(f"{root}: schema is {found.get('schema')!r}; this version writes {SCHEMA!r}")
+        for key, expected in self.attrs.items():
+            if found.get(key) != expected:
+                where, ours, theirs = _first_difference(key, expected, found.get(key))
+                raise StoreError(
+                    f"{root} was captured with another {where}: found {theirs!r}, expected {ours!r}; "
+                    "capture into another store, or delete this one and its ledger"
+                )
+
+    def _compare_images(self, root: Path) -> None:
+        expected: dict[str, Array] = {
+            "images/id": np.array(self.schema.image_ids, dtype=object),
+            "images/label": self.labels,
+        }
+        if self.regions is not None:
+            expected["images/regions"] = self.regions
+        for path, ours in expected.items():
+            theirs = np.asarray(open_array(root, path)[...])
+            if theirs.shape != ours.shape:
+                raise StoreError(f"{root}: {path} has shape {theirs.shape}; expected {ours.shape}")
+            same = (theirs == ours) | ((theirs != theirs) & (ours != ours))  # NaN is the same as NaN
+            differ = np.flatnonzero(~same.reshape(len(ours), -1).all(axis=1))
+            if differ.size:
+                row = int(differ[0])
+                values = f" is {theirs[row]}, expected {ours[row]}" if ours.ndim == 1 else " differs"
+                raise StoreError(
+                    f"{root} was captured with another {path}: row {row}{values}; "
+                    "capture into another store, or delete this one and its ledger"
+                )
+
+    def _compare_manifest(self, ledger: Ledger) -> None:
+        if self.manifest is None:
+            return
+        try:
+            theirs = ledger.read("manifest")["manifest"]
+        except LedgerError:  # damaged or never given: this capture's images were just found to be the same
+            ledger.write("manifest", {"manifest": self.manifest})
+            return
+        if theirs != self.manifest:
+            where, ours, found = _first_difference("manifest", self.manifest, theirs)
+            raise StoreError(f"{ledger.file('manifest')}: {where} is {found!r}; expected {ours!r}")
+
+
+def _metadata_record(skeleton: Path) -> dict[str, Any]:
+    return {
+        "attrs": read_attributes(skeleton),
+        "files": {file: describe_file(skeleton, file) for file in store_files(skeleton)},
+    }
+
+
+def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """Path of the first place where two plain values differ, and what stands there."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for inner in [*ours, *(name for name in theirs if name not in ours)]:
+            if ours.get(inner) != theirs.get(inner):
+                return _first_difference(f"{key}.{inner}", ours.get(inner), theirs.get(inner))
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            if mine != other:
+                return _first_difference(f"{key}[{index}]", mine, other)
+    return key, ours, theirs
