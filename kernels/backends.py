@@ -51,6 +51,7 @@ BACKENDS: dict[str, BackendSpec] = {
     spec.name: spec
     for spec in (
         BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
+        BackendSpec("numba", "kernels.numba_cpu", ("cpu",), "compiled CPU loops, one pass; the default without a GPU"),
         BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
     )
 }
@@ -68,7 +69,7 @@ def resolve(backend: str, device: str) -> BackendSpec:
         BackendUnavailableError: the backend does not read data on that device.
     """
     if backend == "auto":
-        backend = "torch"
+        backend = "numba" if device == "cpu" else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
     spec = BACKENDS[backend]
