@@ -225,9 +225,13 @@ def require_free_disk(path: Path, schema: StoreSchema, batches: int | None = Non
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
-            f"{path} may need {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free; "
+            f"{path} may need {_size(needed)}, but {folder} has {_size(free)} free; "
             "free some space, store fewer layers or images, or keep metrics only"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def store_files(root: Path) -> list[str]:

@@ -103,7 +103,7 @@ class AttentionWriter:
         undefined: Mapping[str, Any] | None = None,
         logits: Any = None,
     ) -> None:
-        """Write and commit everything of one batch.
+        """Write and commit everything of one batch. Batches may come in any order, one at a time, from any thread.
 
         Args:
             batch: its number; rows `schema.batch_rows(batch)`.

@@ -306,7 +306,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     schema = case.make_schema()
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=estimate_bytes(schema) - 1))
-    with pytest.raises(StoreError, match=r"may need 0\.00 GiB, but .* has 0\.00 GiB free"):
+    with pytest.raises(StoreError, match=r"may need 1\.\d MiB, but .* has 1\.\d MiB free"):
         AttentionWriter.open(path, schema, **case.fixed())
     assert not path.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=estimate_bytes(schema)))
