@@ -25,7 +25,7 @@ SHAPES = {  # marker outlines around 0, 0; the order is that of the conditions' 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A line of a chart: points, an interval around them where there is one, and the condition's place in the palette."""
+    """A line of a chart: points, an interval around them where there is one, and its condition's colour."""
 
     name: str
     color: int

@@ -77,6 +77,7 @@ def render_figures(results: Results) -> Iterator[tuple[str, bytes]]:
     with matplotlib.rc_context(_STYLE):
         for stem, figure in _figures(results):
             yield f"{stem}.svg", _bytes(figure, "svg")
+            figure.set_layout_engine("none")  # laid out once is laid out for both: a quarter of the time
             yield f"{stem}.png", _bytes(figure, "png")
 
 

@@ -112,7 +112,13 @@ def _maps(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]
                 )
         if grids:
             label = results.title(metric) + ("" if region is None else f": {region}")
-            entries.append({"metric": metric, "label": label, "unit": results.unit(metric), "grids": grids})
+            entries.append({
+                    "metric": metric,
+                    "label": label,
+                    "unit": results.unit(metric),
+                    "regional": region is not None,
+                    "grids": grids,
+                })
     return entries
 
 
@@ -204,7 +210,7 @@ def _curves(results: Results) -> list[dict[str, Any]]:
                     lines,
                     title=title,
                     x_label="layer",
-                    y_label=unit or ("share" if region is not None else metric),
+                    y_label=unit or ("share" if region is not None else results.title(metric)),
                     x_ticks=results.layers,
                     y_range=y_range,
                 ),

@@ -141,23 +141,23 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
     best = max(candidates, key=lambda test: abs(test.difference or 0.0))
     if best.layer is None:
         return ""
-    against, row = found[0].against, results.layers.index(best.layer)
+    row = results.layers.index(best.layer)
     parts = []
     for region in results.regions:
         shares = {
             condition: float(layer_curve(results, best.metric, condition, region).mean[row])
             for condition in results.conditions
         }
-        others = [f"{number(share, 2)} in {name}" for name, share in shares.items() if name != against]
-        parts.append(f"on {region} it is {number(shares[against], 2)} in {against}, {listing(others)}")
+        parts.append(f"on {region}, {listing([f'{number(share, 2)} in {name}' for name, share in shares.items()])}")
     return (
-        f"Attention moved between the annotated regions, most in {where(best)}: of {_mass_of(results, best.metric)} "
+        f"Attention on the annotated regions differs most in {where(best)}. {_lead(results, best.metric)} "
         f"{'; '.join(parts)}."
     )
 
 
-def _mass_of(results: Results, metric: str) -> str:
-    return results.title(metric) if metric != "region_mass" else "the attention that falls on patches (region_mass),"
+def _lead(results: Results, metric: str) -> str:
+    title = results.title(metric)
+    return f"{title[:1].upper()}{title[1:]}:"
 
 
 def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
@@ -294,8 +294,8 @@ def _scope(runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
         )
     return (
         f"Each comparison is of two checkpoints ({pairs}): what is said "
-        "holds for these two checkpoints and the kind of image they were given. Another training run would give other "
-        "numbers, and nothing here says how different."
+        "of a pair holds for these two checkpoints and the kind of image they were given. Another training run would "
+        "give other numbers, and nothing here says how different."
     )
 
 

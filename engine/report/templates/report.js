@@ -141,7 +141,7 @@
         }
       const map = current();
       const parts = [make("h3", {}, "Layer " + data.layers[row] + ", head " + head), make("p", { className: "scope" }, map.label + " · " + data.sites[row])];
-      for (const grid of map.grids) parts.push(...cellDetail(map, grid, grid.cells[row][head]));
+      parts.push(make("div", { className: "pairs" }, ...map.grids.map((grid) => make("div", {}, ...cellDetail(map, grid, grid.cells[row][head])))));
       if (data.viewer && row < data.viewer.layers.length) {
         const go = make("button", { type: "button" }, "Show its attention");
         go.addEventListener("click", () => {
@@ -188,8 +188,10 @@
     select.addEventListener("change", drawMaps);
     const heads = data.heads;
     grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 1.5) + "), 1.9rem)");
-    const best = data.maps.findIndex((map) => map.grids.some((grid) => grid.cells.flat().some((cell) => cell && cell.sure)));
-    select.value = Math.max(best, 0);
+    // Open on what the page's first sentence speaks of: regions where there are any, else the first that changed.
+    const changed = data.maps.filter((map) => map.grids.some((grid) => grid.cells.flat().some((cell) => cell && cell.sure)));
+    const opening = changed.filter((map) => map.regional).pop() ?? changed[0] ?? data.maps[0];
+    select.value = data.maps.indexOf(opening);
     chosen = strongest(current());
     drawMaps();
   }

@@ -1,0 +1,410 @@
+"""The report from stored results alone: every file, the same bytes, escaped names, honest words, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_study import METRICS, build_study
+
+from engine.report import viewer, write_report
+from engine.report.figures import render_figures
+from engine.report.inputs import load_results
+from engine.report.page import render_page
+from engine.report.summary import summary_markdown
+from train.errors import InputError
+
+HOSTILE = '<script>alert("x")</script>|`[a](b)`&amp;$x$\n# h'
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole study with its report written."""
+    outputs = build_study(tmp_path_factory.mktemp("study") / "outputs")
+    write_report(outputs)
+    return outputs
+
+
+def small(tmp_path: Path, **options: Any) -> Path:
+    """A study of two metrics: quick to draw."""
+    return build_study(tmp_path / "outputs", **{"metrics": ("distance", "region_mass"), "images": 24, **options})
+
+
+def texts(outputs: Path) -> tuple[str, str]:
+    """Summary and page; drawing the figures as well would be most of the time."""
+    results = load_results(outputs)
+    summary = summary_markdown(results)
+    return summary, render_page(results, summary)
+
+
+def payload(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="payload">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    loaded: dict[str, Any] = json.loads(found.group(1))
+    return loaded
+
+
+def test_every_file_is_written(study: Path) -> None:
+    figures = {path.name for path in (study / "visualizations/figures").iterdir()}
+    stems = {f"layers_{name}" for name in METRICS if name != "region_mass"} | {"region_mass", "accuracy", "training"}
+    stems |= {f"difference_{name}" for name in METRICS}
+    assert figures == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
+    for path in (study / "visualizations/figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (study / "summary.md").read_text(encoding="utf-8").startswith("# Summary\n")
+    assert (study / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert not list(study.rglob("*.partial"))
+
+
+def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
+    """In another process and another folder, with what the report itself logged added."""
+    again = tmp_path / "elsewhere"
+    shutil.copytree(study, again, ignore=shutil.ignore_patterns("figures", "summary.md", "report.html"))
+    with (again / "run.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"stage": "report", "event": "done", "seconds": 9}\n{"stage": "capture", "event": "skipped"}\n{"sta')
+    code = f"from engine.report import write_report; write_report({str(again)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    for path in [study / "summary.md", study / "report.html", *(study / "visualizations/figures").iterdir()]:
+        assert (again / path.relative_to(study)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_nothing_heavy_is_imported(study: Path) -> None:
+    code = (
+        f"import sys; from engine.report.inputs import load_results; from engine.report.page import render_page\n"
+        f"render_page(load_results(__import__('pathlib').Path({str(study)!r})), '')\n"
+        "print([name for name in ('torch', 'timm', 'peft', 'numba') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=study.parents[0])
+    assert run.stdout.strip() == "[]"
+
+
+class _Page(HTMLParser):
+    """Checks that tags close in order, and collects what an accessible, self-contained page is judged by."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[int] = []
+        self.problems: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.links += [values[name] or "" for name in ("src", "href") if name in values]
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "img" and not values.get("alt"):
+            self.problems.append("an image has no alternative text")
+        if tag == "svg" and not values.get("aria-label"):
+            self.problems.append("a chart has no accessible name")
+        self.problems += [f"{tag} has an inline handler" for name in values if name.startswith("on")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> closes something else")
+
+
+def test_the_page_is_sound_and_self_contained(study: Path) -> None:
+    text = (study / "report.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    assert page.problems == []
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids)), "an id is used twice"
+    targets = {link[1:] for link in page.links if link.startswith("#")}
+    assert targets <= set(page.ids)
+    assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
+    assert "://" not in text, "the page names an address"
+    assert page.headings[0] == 1
+    assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert text.count("<table") == text.count("<caption")
+    assert len(text) < 10e6
+
+
+def test_the_policy_names_the_script_that_is_there(study: Path) -> None:
+    """Chromium refuses to run the script when this fails; the page would be dead and no other test would see it."""
+    import base64
+    import hashlib
+
+    text = (study / "report.html").read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{digest}&#39;" in text or f"script-src 'sha256-{digest}'" in text
+    assert "default-src 'none'" in text
+
+
+def test_the_page_holds_the_tests_numbers(study: Path) -> None:
+    results = load_results(study)
+    shown = payload((study / "report.html").read_text(encoding="utf-8"))
+    by_label = {entry["label"]: entry for entry in shown["maps"]}
+    test = results.select("head", condition="dora", metric="entropy", layer=2, head=1)[0]
+    grid = next(g for g in by_label["Entropy"]["grids"] if shown["conditions"][g["condition"]] == "dora")
+    cell = grid["cells"][2][1]
+    assert cell["d"] == pytest.approx(test.difference, rel=1e-5)
+    assert cell["p"] == pytest.approx(test.p_max_t)
+    assert cell["n"] == 40
+    assert cell["sure"] == (test.p_max_t is not None and test.p_max_t <= 0.05)
+    assert sum(cell["hist"]["counts"]) == 40
+
+
+def test_sample_maps_survive_the_eight_bits(study: Path) -> None:
+    """Unpacked as the page unpacks them, the maps are the stored ones to half a step of 1/255."""
+    import base64
+    import zlib
+
+    results = load_results(study)
+    assert results.samples is not None
+    viewer = payload((study / "report.html").read_text(encoding="utf-8"))["viewer"]
+    layer = viewer["layers"][3]
+    assert layer["queries"] == list(range(65))
+    content = zlib.decompress(base64.b64decode(viewer["maps"]["1/2/3"]))
+    rows = layer["heads"] * len(layer["queries"])
+    greatest = np.frombuffer(content, "<f4", rows)
+    prefix = np.frombuffer(content, "<f4", rows, 4 * rows)
+    weights = np.frombuffer(content, np.uint8, offset=8 * rows).reshape(rows, 64) / 255 * greatest[:, None]
+    stored = np.asarray(results.samples.runs["dora", 42][3].attention[1], dtype=np.float32).reshape(rows, 65)
+    assert prefix == pytest.approx(stored[:, 0])
+    assert np.abs(weights - stored[:, 1:]).max() <= stored[:, 1:].max() / 255
+
+
+def test_a_page_of_a_large_model_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps beyond the budget are thinned to every second row and column of queries, and the page says so."""
+    outputs = small(tmp_path, layers=6, heads=6, grid=(10, 14), sample_images=4, metrics=("distance",), permutations=49)
+    whole = payload(texts(outputs)[1])["viewer"]
+    assert (whole["stride"], len(whole["images"])) == (1, 4)
+    budget = sum(map(len, whole["maps"].values())) // 6
+    monkeypatch.setattr(viewer, "BUDGET", budget)
+    page = texts(outputs)[1]
+    thinned = payload(page)["viewer"]
+    assert thinned["stride"] == 2
+    assert 2 <= len(thinned["images"]) <= 3
+    assert sum(map(len, thinned["maps"].values())) <= budget
+    assert len(thinned["layers"][0]["queries"]) == 1 + 5 * 7
+    assert "every 2nd row" in page
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    outputs = small(
+        tmp_path,
+        conditions=("baseline", "<b>tuned"),
+        regions=('<img src="x" onerror="alert(1)">', "$\\frac$"),
+        classes=("</script><script>alert(2)</script>", "b"),
+        samples=False,
+    )
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    comparison["data"]["dropped"] = [{"id": HOSTILE, "status": "unreadable"}]
+    comparison["controls"][0]["detail"] = HOSTILE
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    write_report(outputs)
+
+    text = (outputs / "report.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    assert page.problems == []
+    assert text.count("<script") == 2, "the data and the page's own script, and no other"
+    assert "<img src=" not in text.replace('<img src="data:', "")
+    assert "<b>tuned" not in text
+    assert payload(text)["conditions"] == ["baseline", "<b>tuned"]
+    summary = (outputs / "summary.md").read_text(encoding="utf-8")
+    assert "<" not in summary
+    assert "\n# h" not in summary
+    assert not re.search(r"(?<!\\)\]\(", summary), "a link was made"
+    assert not re.search(r"(?<!\\)`", summary), "a code span was opened"
+    rows = [line for line in summary.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 6, 7, 9) for row in rows), "a name has split a table's row"
+
+
+def test_a_study_without_effect_says_so(tmp_path: Path) -> None:
+    outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"))
+    summary, page = texts(outputs)
+    first = summary.splitlines()[2]
+    assert first.startswith("No difference between finetuned and baseline survives the family-wise test (0 of 48")
+    assert "no change is claimed" in summary
+    assert "survive max-T (" not in summary.split("## Tests")[0].replace("survives max-T (0", "")
+    assert first.split(" (")[0] in page
+
+
+def test_conditions_that_are_the_same_are_called_the_same(tmp_path: Path) -> None:
+    outputs = small(tmp_path, conditions=("baseline", "finetuned"), samples=False, gradcam=False)
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    for test in comparison["tests"]:
+        test |= {"difference": 0.0, "dz": None, "gz": None, "t": 0.0, "ci": [0.0, 0.0]}
+        test |= {"p": 1.0, "p_max_t": 1.0, "degenerate": "all differences are exactly 0"}
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, _ = texts(outputs)
+    assert "equals that of baseline exactly" in summary
+    assert "every difference is exactly 0" in summary
+
+
+@pytest.mark.parametrize(
+    ("seeds", "says", "never"),
+    [
+        ((42,), "these two checkpoints", "training runs like these"),
+        ((1, 2, 3), "3 training runs are too few for a seed-level test", "training runs like these"),
+        (tuple(range(6)), "speak of training runs like these", "too few"),
+    ],
+)
+def test_claims_fit_the_unit(tmp_path: Path, seeds: tuple[int, ...], says: str, never: str) -> None:
+    outputs = small(
+        tmp_path, seeds=seeds, conditions=("baseline", "finetuned"), samples=False, gradcam=False, permutations=99
+    )
+    summary, page = texts(outputs)
+    assert says in summary
+    assert never not in summary
+    assert says in page
+    assert never not in page
+
+
+def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path: Path) -> None:
+    outputs = small(
+        tmp_path,
+        conditions=("baseline", "finetuned"),
+        regions=(),
+        metrics=("distance", "morans_i"),
+        training=False,
+        samples=False,
+        gradcam=False,
+    )
+    for name in ("study.toml", "run.jsonl"):
+        (outputs / name).unlink()
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("accuracy", "data", "undefined", "controls"):
+        del comparison[key]
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, page = texts(outputs)
+    for absent in ('id="training"', 'id="attention"', 'id="gradcam"', "Test accuracy"):
+        assert absent not in page
+    assert "No negative control was recorded" in summary
+    assert "given checkpoint" in summary
+    assert "The clearest change is in" in summary
+    assert {name for name, _ in render_figures(load_results(outputs)) if name.endswith("png")} == {
+        "layers_distance.png",
+        "difference_distance.png",
+        "layers_morans_i.png",
+        "difference_morans_i.png",
+    }
+
+
+def test_one_condition_is_described_and_not_compared(tmp_path: Path) -> None:
+    outputs = small(tmp_path, conditions=("pretrained",), training=False)
+    summary, page = texts(outputs)
+    assert "One condition was measured, so nothing is compared." in summary
+    assert "## Tests" not in summary
+    assert 'id="maps"' not in page
+
+
+def test_several_seeds_draw_their_spread(tmp_path: Path) -> None:
+    """Each seed is a line of its own, also where the baseline is stored for one seed only."""
+    outputs = small(
+        tmp_path, seeds=(1, 2, 3), conditions=("baseline", "finetuned"), samples=False, gradcam=False, training=False
+    )
+    results = load_results(outputs)
+    results.table["distance"][0, 1:] = np.nan  # as the measure stage leaves a seed-invariant condition
+    drawn = dict(render_figures(results))
+    assert {"seeds.svg", "seeds.png"} <= set(drawn)
+    page = render_page(results, "")
+    assert page.count('class="thin c1"') == 3 * 3  # distance and two regions
+    assert page.count('class="thin c0"') == 2 * 3  # the baseline's regions, which here have every seed
+
+
+def test_undefined_values_are_hatched_and_counted(tmp_path: Path) -> None:
+    """A whole layer without a value: no NaN reaches the page, and the summary does not average it away."""
+    outputs = small(tmp_path, conditions=("baseline", "finetuned"), samples=False, gradcam=False)
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    for test in comparison["tests"]:
+        if test["layer"] == 1:
+            test |= dict.fromkeys(("difference", "dz", "gz", "t", "p", "p_max_t", "mean_against", "mean_condition"))
+            test |= {"ci": None, "n": 0, "degenerate": "0 complete pairs: a test needs at least 2"}
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, page = texts(outputs)
+    shown = payload(page)
+    assert all(cell["d"] is None for cell in shown["maps"][0]["grids"][0]["cells"][1])
+    assert "of 12 layer × head cells" in summary
+    assert "NaN" not in json.dumps(shown)
+
+
+def test_a_failed_control_is_shouted(tmp_path: Path) -> None:
+    outputs = small(tmp_path, controls_hold=False, samples=False, gradcam=False, metrics=("distance",), regions=())
+    summary, page = texts(outputs)
+    assert "1 of 2 negative controls FAILED" in summary
+    assert "1 of 2 negative controls failed" in page
+
+
+def _break(outputs: Path, fault: str) -> None:
+    comparison = outputs / "metrics/attention_comparison.json"
+    match fault:
+        case "no folder":
+            shutil.rmtree(outputs)
+        case "no table":
+            shutil.rmtree(outputs / "metrics/attention_metrics.zarr")
+        case "no comparison":
+            comparison.unlink()
+        case "torn comparison":
+            comparison.write_text(comparison.read_text(encoding="utf-8")[:500], encoding="utf-8")
+        case "schema":
+            comparison.write_text('{"schema": 2}', encoding="utf-8")
+        case "other run":
+            entries = json.loads(comparison.read_text(encoding="utf-8"))
+            entries["layers"].pop()
+            comparison.write_text(json.dumps(entries), encoding="utf-8")
+        case "other condition":
+            comparison.write_text(comparison.read_text(encoding="utf-8").replace("finetuned", "lora"), encoding="utf-8")
+        case "gradcam outside":
+            (outputs / "visualizations/gradcam_samples/gradcam_samples.csv").write_text(
+                "file,image,condition,target,probability\n../../study.toml,a,b,c,0.5\n", encoding="utf-8"
+            )
+        case "samples":
+            shutil.rmtree(outputs / "samples.zarr/images/pixels")
+        case "study":
+            (outputs / "study.toml").write_text("= 3", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("fault", "names", "says"),
+    [
+        ("no folder", "outputs", "no such folder"),
+        ("no table", "attention_metrics.zarr", "run the study first"),
+        ("no comparison", "attention_comparison.json", "not found"),
+        ("torn comparison", "attention_comparison.json", "cannot be read as JSON"),
+        ("schema", "attention_comparison.json", "schema is 2"),
+        ("other run", "attention_comparison.json", "lists 3 layers but"),
+        ("other condition", "attention_comparison.json", "names condition 'lora'"),
+        ("gradcam outside", "gradcam_samples.csv", "does not lie beside it"),
+        ("samples", "samples.zarr", "run capture again"),
+        ("study", "study.toml", "cannot be read as TOML"),
+    ],
+)
+def test_bad_inputs_are_one_clear_sentence(tmp_path: Path, fault: str, names: str, says: str) -> None:
+    outputs = small(tmp_path, permutations=49)
+    _break(outputs, fault)
+    with pytest.raises(InputError) as caught:
+        write_report(outputs)
+    message = str(caught.value)
+    assert names in message
+    assert says in message
+    assert "\n" not in message
+    assert not (outputs / "report.html").exists()
