@@ -116,7 +116,9 @@ def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device
         )
     if given:
         return _given_checkpoints(config, outputs, journal)
-    return _digits(config, outputs, journal, device) if config.data.kind == "digits" else _folder(config, outputs, journal)
+    return (
+        _digits(config, outputs, journal, device) if config.data.kind == "digits" else _folder(config, outputs, journal)
+    )
 
 
 def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
@@ -141,7 +143,7 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
     """A folder of images, and timm's (or the user's) pretrained weights with a head for its classes."""
     if config.model.name == "digits_vit":
         raise InputError(
-            "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name for a folder"
+            "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name"
         )
     probe = build_model(config.model.name, num_classes=2, img_size=config.model.img_size)
     preprocessing = preprocessing_of(probe)
@@ -162,7 +164,12 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
         )
         save_checkpoint(path, built.state_dict(), {"model": config.model.name, "num_classes": classes})
 
-    inputs = {"model": model, "weights": digest_path(weights) if weights else "", "classes": classes, "version": __version__}
+    inputs = {
+        "model": model,
+        "weights": digest_path(weights) if weights else "",
+        "classes": classes,
+        "version": __version__,
+    }
     pretrained = journal.stage("pretrained", inputs, [path], work)
     return StudyData(splits, preprocessing, config.data.split, pretrained, lambda: _load(config, path))
 
@@ -185,7 +192,9 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
     journal.stage("data", inputs, [path], work)
     splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path))
     if not len(splits.test):
-        raise InputError(f"{root} gives no test image with split {config.data.split}; add images, or use --data.split all")
+        raise InputError(
+            f"{root} gives no test image with split {config.data.split}; add images, or use --data.split all"
+        )
     return splits
 
 
@@ -197,3 +206,16 @@ def _listing(root: Path) -> str:
 
 def _load(config: StudyConfig, path: Path) -> torch.nn.Module:
     return load_checkpoint(config.model.name, path, config.model.img_size)
+
+
+def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:
+    """Train every condition at every seed, or take the checkpoints that were given.
+
+    Returns:
+        The runs in the order of the configuration, seeds inside conditions.
+    """
+    runs: list[Run] = []
+    for name, condition in config.conditions.items():
+        if condition.recipe == "checkpoint":
+            runs.append(Run(name, config.train.seeds[0], condition.recipe, Path(condition.checkpoint)))
+    return runs

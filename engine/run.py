@@ -45,17 +45,10 @@ def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
     return run
 
 
-def _compare(config: StudyConfig, arguments: argparse.Namespace) -> int:
-    from engine.study import run_study
-
-    run_study(config)
-    return 0
-
-
 def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
-    from engine.study import run_capture
+    from engine.study import capture_folder
 
-    run_capture(config)
+    capture_folder(config)
     return 0
 
 
@@ -94,9 +87,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command("the study up to the trained checkpoints", _stages("train")),
     "compare": Command(
         "two checkpoints of one model on a folder of images, through the same stages",
-        _compare,
+        _stages("report"),
         flags={"--baseline": "conditions.baseline.checkpoint", "--finetuned": "conditions.finetuned.checkpoint"},
-        defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS},
+        defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS, "train.seeds": ["0"]},
         required=("--baseline", "--finetuned", "--model.name", "--data.root"),
     ),
     "capture": Command(
@@ -116,8 +109,8 @@ COMMANDS: dict[str, Command] = {
         flags={"--store": "measure.store", "--metrics": "measure.metrics"},
         required=("--store",),
     ),
-    "stats": Command("the study up to the paired comparisons", _stages("statistics")),
-    "relevance": Command("the study up to the relevance samples", _stages("relevance")),
+    "stats": Command("the study up to the paired comparisons", _stages("compare")),
+    "relevance": Command("the study up to the relevance samples", _stages("explain")),
     "report": Command("the study up to the report, which is written anew", _stages("report")),
     "verify": Command(
         "check a store: exit code 0 when sound, 1 with a line for each damaged unit", _verify, positional="store"
