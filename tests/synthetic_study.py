@@ -70,6 +70,7 @@ def build_study(
         "images": images,
         "classes": len(classes),
         "dropped": [{"id": "class_1/._broken.png", "status": "truncated"}],
+        "same_file_in_several_splits": [["train/a.png", "test/b.png"]],
         "splits": {"train": 160, "validation": 40, "test": images},
         "sha256": "ab" * 32,
     }
@@ -410,8 +411,8 @@ def _samples(
     images["label"] = np.asarray(labels[:count])
     if regions:
         images["boxes"] = boxes
-    images.attrs["regions"] = list(regions)
-    images.attrs["classes"] = list(classes)
+    root.attrs["region_names"] = list(regions)
+    root.attrs["class_names"] = list(classes)
     layout = {
         "grid_rows": rows,
         "grid_cols": cols,
@@ -458,13 +459,13 @@ def _gradcam(
     folder.mkdir(parents=True)
     with (folder / "gradcam_samples.csv").open("w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream)
-        rows.writerow(["file", "image", "condition", "target", "probability"])
+        rows.writerow(["file", "image", "condition", "role", "target", "probability"])
         for i, image in enumerate(ids):
             for c, condition in enumerate(conditions):
                 name = f"sample_{i}_{c}.png"
                 pixels = random.integers(0, 255, size=(grid[0] * patch_px, grid[1] * patch_px, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / name)
-                rows.writerow([name, image, condition, "3", "0.75"])
+                rows.writerow([name, image, condition, "true", "3", "0.75"])
 
 
 def _null(value: Any) -> float | None:

@@ -55,6 +55,8 @@ def layer_curve(results: Results, metric: str, condition: str, region: str | Non
     with np.errstate(invalid="ignore", divide="ignore"):
         half = special.stdtrit(n - 1.0, 0.5 + results.confidence / 2) * np.sqrt(spread / (n - 1.0))
     by_seed = {seed: _mean(array[s], (0, 2)) for s, seed in enumerate(results.seeds) if np.isfinite(array[s]).any()}
+    if results.seed_invariant(condition):  # the one run stands at every seed
+        by_seed = dict(list(by_seed.items())[:1])
     return LayerCurve(mean, mean - half, mean + half, n, by_seed)
 
 

@@ -91,12 +91,13 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradcamSample:
-    """One Grad-CAM picture."""
+    """One Grad-CAM picture; `role` says what the target class is to the image: "true", "other" or "predicted"."""
 
     file: Path
     image: str
     condition: str
     target: str
+    role: str
     probability: float | None
 
 
@@ -389,7 +390,6 @@ def _load_samples(path: Path, table: xr.Dataset) -> Samples | None:
         root = zarr.open_group(path, mode="r")
         images = root["images"]
         assert isinstance(images, zarr.Group)
-        attrs = {**dict(root.attrs), **dict(images.attrs)}
         runs: dict[tuple[str, int], tuple[LayerSamples, ...]] = {}
         logits = {}
         for condition in (str(name) for name in table["condition"].values):
@@ -411,8 +411,8 @@ def _load_samples(path: Path, table: xr.Dataset) -> Samples | None:
             ids=tuple(str(value) for value in np.asarray(_array(images, "id"))),
             labels=tuple(int(value) for value in np.asarray(_array(images, "label"))),
             boxes=np.asarray(_array(images, "boxes"), dtype=np.float64) if "boxes" in images else None,
-            regions=tuple(str(name) for name in _sequence(attrs.get("regions"))),
-            classes=tuple(str(name) for name in _sequence(attrs.get("classes"))),
+            regions=tuple(str(name) for name in _sequence(root.attrs.get("region_names"))),
+            classes=tuple(str(name) for name in _sequence(root.attrs.get("class_names"))),
             runs=runs,
             logits=logits,
         )
@@ -442,6 +442,7 @@ def _load_gradcam(folder: Path) -> Iterator[GradcamSample]:
                 image=row["image"],
                 condition=row["condition"],
                 target=row["target"],
+                role=row.get("role") or "",
                 probability=_number(row.get("probability") or None),
             )
 

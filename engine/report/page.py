@@ -112,13 +112,15 @@ def _maps(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]
                 )
         if grids:
             label = results.title(metric) + ("" if region is None else f": {region}")
-            entries.append({
+            entries.append(
+                {
                     "metric": metric,
                     "label": label,
                     "unit": results.unit(metric),
                     "regional": region is not None,
                     "grids": grids,
-                })
+                }
+            )
     return entries
 
 
@@ -311,6 +313,7 @@ def _gradcam(results: Results) -> list[dict[str, Any]]:
                 "src": data_uri("image/png", content),
                 "condition": sample.condition,
                 "target": sample.target,
+                "role": sample.role,
                 "probability": sample.probability,
             }
         )
@@ -321,7 +324,7 @@ def _provenance(results: Results) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name in ("model", "dataset", "preprocessing"):
         rows += [(f"{name}: {key}", _plain(value)) for key, value in results.attribute(name).items()]
-    named = ("model", "dataset", "preprocessing")
+    named = ("model", "dataset", "preprocessing", "undefined")  # undefined rows are among the data's problems
     rows += [(str(key), _plain(value)) for key, value in sorted(results.table.attrs.items()) if key not in named]
     backends = {str(values.attrs.get("backend", "")) for values in results.table.data_vars.values()} - {""}
     if backends:

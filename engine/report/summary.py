@@ -190,6 +190,9 @@ def _data(results: Results) -> list[str]:
     ]
     if undefined:
         lines += _bullets(undefined)
+    leaks = wording.leaks_sentence(results)
+    if leaks:
+        lines.append(_text(leaks))
     if results.prefix_mass_warning:
         lines.append(_text(results.prefix_mass_warning))
     return lines

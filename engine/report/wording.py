@@ -15,6 +15,7 @@ __all__ = [
     "headline",
     "how_to_read",
     "interval",
+    "leaks_sentence",
     "limits",
     "not_measured",
     "number",
@@ -314,6 +315,18 @@ def accuracy_sentence(results: Results) -> str:
     if not parts:
         return ""
     return f"Test accuracy: {listing(parts)}" + (f"; chance is {100 * chance:.1f} %." if chance is not None else ".")
+
+
+def leaks_sentence(results: Results) -> str:
+    """Images whose bytes stand in more than one split; "" where there are none."""
+    leaks = results.data.get("same_file_in_several_splits") or ()
+    if not leaks:
+        return ""
+    first = ", ".join(str(name) for name in leaks[0])
+    return (
+        f"{count(len(leaks), 'image')} with the same bytes in several splits, so test accuracy is flattered "
+        f"(the first: {first})."
+    )
 
 
 def not_measured() -> tuple[str, ...]:
