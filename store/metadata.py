@@ -78,6 +78,15 @@ class Metadata:
             found = read_attributes(root)
         self._compare(root, found)
         skeleton = self._build(root, str(found.get("created")))
+        try:
+            self._repair(root, ledger, record, skeleton)
+        finally:
+            shutil.rmtree(skeleton)
+        self._compare_images(root)
+        self._compare_manifest(ledger)
+
+    def _repair(self, root: Path, ledger: Ledger, record: dict[str, Any] | None, skeleton: Path) -> None:
+        """Replace what is damaged, in the store or in the ledger, by what the other vouches for."""
         rebuilt = _metadata_record(skeleton)
         if record is None:
             for file, entry in rebuilt["files"].items():
@@ -87,20 +96,17 @@ class Metadata:
                         f"{problem.replace('were committed', 'were expected')}; capture again into another store"
                     )
             ledger.write("metadata", rebuilt)
-        else:
-            for file, entry in record["files"].items():
-                if problem := file_problem(root, file, entry):
-                    if rebuilt["files"].get(file) != entry:
-                        raise StoreError(
-                            f"{root / file} {problem} and cannot be rebuilt from this capture's settings; "
-                            "restore it from a copy or capture again into another store"
-                        )
-                    (root / file).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(skeleton / file, root / file)
-                    sync_directory((root / file).parent)
-        shutil.rmtree(skeleton)
-        self._compare_images(root)
-        self._compare_manifest(ledger)
+            return
+        for file, entry in record["files"].items():
+            if problem := file_problem(root, file, entry):
+                if rebuilt["files"].get(file) != entry:
+                    raise StoreError(
+                        f"{root / file} {problem} and cannot be rebuilt from this capture's settings; "
+                        "restore it from a copy or capture again into another store"
+                    )
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(skeleton / file, root / file)
+                sync_directory((root / file).parent)
 
     def _build(self, root: Path, created: str) -> Path:
         """All metadata in a folder beside the store, forced to disk. Depends on nothing but the arguments."""

@@ -312,7 +312,7 @@ def open_metadata(root: Path) -> tuple[Ledger, dict[str, Any]]:
     if found_schema != SCHEMA:
         raise StoreError(f"{root}: schema is {found_schema!r}; this version reads {SCHEMA!r}")
     check_files(root, record["files"])
-    return ledger, dict(record["attrs"])
+    return ledger, read_attributes(root)  # as the record has them, but in the order they were declared
 
 
 def check_files(root: Path, files: Mapping[str, dict[str, Any]]) -> None:

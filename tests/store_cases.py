@@ -43,7 +43,7 @@ def make_schema(**changes: Any) -> StoreSchema:
         "image_ids": tuple(f"classe é/{row}.png" for row in range(IMAGES)),
         "batch_size": 4,
         "encoding": "fp16",
-        "metrics": {"entropy": {"backend": "numba"}, "region_mass": {"backend": "numba"}},
+        "metrics": {"region_mass": {"backend": "numba"}, "entropy": {"backend": "numba"}},
         "model": {"name": "vit_test", "weights_sha256": "0" * 64},
         "preprocessing": {"mean": [0.5, 0.5, 0.5], "size": [12, 16]},
         "dataset": {"id": "case", "split": "test", "sha256": "1" * 64},

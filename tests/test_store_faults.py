@@ -273,6 +273,7 @@ def test_damaged_metadata_that_cannot_be_rebuilt_stop_a_resume(measured: Path) -
     with pytest.raises(StoreError, match=r"images/label/c\.0 .* cannot be rebuilt"):
         case.AttentionWriter.open(measured, case.make_schema(), **case.fixed() | {"labels": [0] * 11})
     assert file.read_bytes() == damaged
+    assert sorted(entry.name for entry in measured.parent.iterdir()) == ["run.ledger", "run.zarr"]
 
 
 def test_a_store_swapped_with_another_is_noticed(measured: Path, tmp_path: Path) -> None:

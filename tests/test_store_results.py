@@ -32,7 +32,7 @@ def test_only_what_is_missing_is_asked_for(path: Path) -> None:
     assert has_metric(path, "later_a", PARAMS)
     assert not has_metric(path, "later_a", PARAMS | {"code_version": "2"})
     store = AttentionStore.open(path)
-    assert store.metric_names == ("entropy", "region_mass", "later_a", "later_b")
+    assert store.metric_names == ("region_mass", "entropy", "later_a", "later_b")
     values, params = store.read_metric("later_a")
     np.testing.assert_array_equal(values, case.metric("later_a"))
     np.testing.assert_array_equal(store.read_undefined("later_a"), case.counts("later_a"))
@@ -86,7 +86,7 @@ def test_values_with_other_parameters_lie_side_by_side(path: Path) -> None:
         store.read_metric("m")
     with pytest.raises(StoreError, match="has no 'm' with"):
         store.read_metric("m", params={"code_version": "3"})
-    with pytest.raises(StoreError, match="has no metric 'n'; it has entropy, region_mass, m"):
+    with pytest.raises(StoreError, match="has no metric 'n'; it has region_mass, entropy, m"):
         store.read_metric("n")
     # the same name, computed again by the same means as in the capture and by others
     with MetricWriter.open(path, {"entropy": {"backend": "torch"}}) as writer:
