@@ -29,6 +29,8 @@ from store.schema import SCHEMA, StoreError, StoreSchema
 
 __all__ = ["Metadata"]
 
+FileEntries = dict[str, dict[str, Any]]  # path inside the store -> size and SHA-256
+
 
 class Metadata:
     """Everything about a store that is fixed before its first batch, and how it is written, compared, rebuilt."""
@@ -77,36 +79,46 @@ class Metadata:
             record = None
             found = read_attributes(root)
         self._compare(root, found)
-        skeleton = self._build(root, str(found.get("created")))
-        try:
-            self._repair(root, ledger, record, skeleton)
-        finally:
-            shutil.rmtree(skeleton)
+        damaged = {}
+        if record is not None:
+            problems = {file: file_problem(root, file, entry) for file, entry in record["files"].items()}
+            damaged = {file: problem for file, problem in problems.items() if problem}
+        if record is None or damaged:
+            skeleton = self._build(root, str(found.get("created")))
+            try:
+                rebuilt = _metadata_record(skeleton)
+                if record is None:
+                    self._repair_record(root, ledger, rebuilt)
+                else:
+                    self._repair_files(root, damaged, record["files"], rebuilt["files"], skeleton)
+            finally:
+                shutil.rmtree(skeleton)
         self._compare_images(root)
         self._compare_manifest(ledger)
 
-    def _repair(self, root: Path, ledger: Ledger, record: dict[str, Any] | None, skeleton: Path) -> None:
-        """Replace what is damaged, in the store or in the ledger, by what the other vouches for."""
-        rebuilt = _metadata_record(skeleton)
-        if record is None:
-            for file, entry in rebuilt["files"].items():
-                if problem := file_problem(root, file, entry):
-                    raise StoreError(
-                        f"ledger record {ledger.file('metadata')} is damaged and cannot be rebuilt, for {root / file} "
-                        f"{problem.replace('were committed', 'were expected')}; capture again into another store"
-                    )
-            ledger.write("metadata", rebuilt)
-            return
-        for file, entry in record["files"].items():
+    def _repair_record(self, root: Path, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
+        """Write the ledger's record of the metadata again, if the files are what this capture would create."""
+        for file, entry in rebuilt["files"].items():
             if problem := file_problem(root, file, entry):
-                if rebuilt["files"].get(file) != entry:
-                    raise StoreError(
-                        f"{root / file} {problem} and cannot be rebuilt from this capture's settings; "
-                        "restore it from a copy or capture again into another store"
-                    )
-                (root / file).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(skeleton / file, root / file)
-                sync_directory((root / file).parent)
+                raise StoreError(
+                    f"ledger record {ledger.file('metadata')} is damaged and cannot be rebuilt, for {root / file} "
+                    f"{problem.replace('were committed', 'were expected')}; capture again into another store"
+                )
+        ledger.write("metadata", rebuilt)
+
+    def _repair_files(
+        self, root: Path, damaged: dict[str, str], recorded: FileEntries, rebuilt: FileEntries, skeleton: Path
+    ) -> None:
+        """Replace damaged metadata files, if this capture would create the ones the ledger has recorded."""
+        for file, problem in damaged.items():
+            if rebuilt.get(file) != recorded[file]:
+                raise StoreError(
+                    f"{root / file} {problem} and cannot be rebuilt from this capture's settings; "
+                    "restore it from a copy or capture again into another store"
+                )
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(skeleton / file, root / file)
+            sync_directory((root / file).parent)
 
     def _build(self, root: Path, created: str) -> Path:
         """All metadata in a folder beside the store, forced to disk. Depends on nothing but the arguments."""
