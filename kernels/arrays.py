@@ -76,10 +76,10 @@ def from_host(values: np.ndarray, like: Any) -> Any:
 
 
 def to_float64(array: Any) -> np.ndarray:
-    """A float64 NumPy copy, exact for every dtype of `FLOAT_DTYPES`."""
+    """A contiguous float64 NumPy array, exact for every dtype of `FLOAT_DTYPES`."""
     if is_torch(array):
         array = array.detach().double().cpu().numpy()
-    return np.asarray(array, dtype=np.float64)
+    return np.asarray(array, dtype=np.float64, order="C")
 
 
 def flat_index(leading: tuple[int, ...], start: int, stop: int) -> tuple[Any, ...]:

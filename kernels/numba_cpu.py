@@ -51,7 +51,7 @@ DISTANCE, ENTROPY, SPATIAL, RECEIVED = 1, 2, 4, 8
 # How the input's bits are read.
 _FLOAT, _FLOAT16, _BFLOAT16 = 0, 1, 2
 
-_OPTIONS = {"cache": True, "nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
 
 # Numba's `workqueue` threading layer aborts the process when two threads enter a parallel region at once; with
 # OpenMP a second region would only take cores from the first.
@@ -87,43 +87,6 @@ class FromPass:
 
     def __call__(self, result: PassResult) -> np.ndarray:
         return self.read(result)
-
-
-def _region_mass(result: PassResult) -> np.ndarray:
-    assert result.regions is not None  # the entry points refuse region metrics without regions
-    maps = result.class_rows if result.layout.class_token else _mean_row(result.received)
-    return np.asarray(np.einsum("mk,mrk->mr", maps, result.regions))
-
-
-def _mean_row(received: np.ndarray) -> np.ndarray:
-    total = received.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, received / np.where(total > 0, total, 1.0), np.nan)
-
-
-def _class_rows(result: PassResult) -> np.ndarray:
-    if not result.layout.class_token:
-        raise ValueError("this layout has no class token, so there is no class-token row")
-    return result.class_rows
-
-
-def _received_morans_i(result: PassResult) -> np.ndarray:
-    maps = result.received
-    varies = maps.max(axis=-1) - maps.min(axis=-1) > RECEIVED_SPREAD * maps.mean(axis=-1)
-    return np.where(varies, _maps_morans_i(maps, result.layout.grid_cols, result.layout.num_edges), np.nan)
-
-
-distance = FromPass(DISTANCE, lambda result: result.rows[0])
-entropy = FromPass(ENTROPY, lambda result: result.rows[1])
-entropy_normalized = FromPass(ENTROPY, lambda result: result.rows[1] / math.log(result.layout.num_patches))
-morans_i = FromPass(SPATIAL, lambda result: result.rows[2])
-gearys_c = FromPass(SPATIAL, lambda result: result.rows[3])
-prefix_mass = FromPass(0, lambda result: result.prefix_mass)
-morans_i_received = FromPass(RECEIVED, _received_morans_i)
-cls_entropy = FromPass(0, lambda result: _maps_entropy(_class_rows(result)))
-cls_morans_i = FromPass(
-    0, lambda result: _maps_morans_i(_class_rows(result), result.layout.grid_cols, result.layout.num_edges)
-)
-region_mass = FromPass(RECEIVED, _region_mass)
 
 
 def is_compiled() -> bool:
@@ -231,8 +194,8 @@ def _read(
         implementation = spec.implementation("numba")
         assert implementation is not None  # `specs` holds those this backend has code for
         tile = implementation(result)
-        values[spec.name] = tile.reshape(*leading, *tile.shape[1:])
-    return Values(values=values, valid=valid.reshape(*leading, layout.num_tokens))
+        values[spec.name] = tile.reshape((*leading, *tile.shape[1:]))
+    return Values(values=values, valid=valid.reshape((*leading, layout.num_tokens)))
 
 
 @lru_cache(maxsize=16)
@@ -445,12 +408,13 @@ def _holds_negative(x: Any) -> Any:
 def _rescale(x: Any, total: Any) -> Any:
     """Multiply a row of tiny numbers by a power of two, which is exact, so that it sums to about 1; its new sum.
 
-    Squares of such a row would underflow. Two factors, since 2^149 is beyond float32.
+    Squares of such a row would underflow. The greatest power a dtype has leaves subnormal rows at 2^−23, which will do.
     """
-    exponent = -math.frexp(total)[1]
-    one, two = math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+    greatest = 126 if x.itemsize == 4 else 1022
+    exponent = min(-math.frexp(np.float64(total))[1], greatest)
+    factor = x.dtype.type(math.ldexp(1.0, exponent))
     for i in range(x.size):
-        x[i] = x[i] * x.dtype.type(one) * x.dtype.type(two)
+        x[i] *= factor
     return _sum(x)
 
 
@@ -633,10 +597,7 @@ def _logits(q: Any, kt: Any, out: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _greatest(x: Any) -> Any:
-    """The greatest logit; NaN if there is one. −inf for an empty row.
-
-    Four strands: a maximum that must keep NaN does not vectorise by itself.
-    """
+    """The greatest logit; NaN if there is one. −inf for an empty row."""
     top = x.dtype.type(-np.inf)
     for i in range(x.size):
         if not x[i] <= top:
@@ -681,7 +642,7 @@ def _qk_pass(
     has_right: Any,
     needs: Any,
 ) -> Any:
-    """As `_attention_pass`, from query and key: four rows of logits, their softmax, their metrics, and the next four."""
+    """As `_attention_pass`, from query and key: four rows of logits, their softmax and metrics, then the next four."""
     maps, patches = q_starts.size, has_right.size
     tokens = prefix + patches
     rows, mass, received, class_rows, valid = _allocate(maps, tokens, patches, offsets)
@@ -773,3 +734,43 @@ def _maps_entropy(maps: Any) -> Any:
         if total > 0:
             out[m] = max(_row_entropy(maps[m], total), 0.0)
     return out
+
+
+# --- metrics, as read off a pass ------------------------------------------------------------------------------------
+
+
+def _region_mass(result: PassResult) -> np.ndarray:
+    assert result.regions is not None  # the entry points refuse region metrics without regions
+    maps = result.class_rows if result.layout.class_token else _mean_row(result.received)
+    return np.asarray(np.einsum("mk,mrk->mr", maps, result.regions))
+
+
+def _mean_row(received: np.ndarray) -> np.ndarray:
+    total = received.sum(axis=-1, keepdims=True)
+    return np.where(total > 0, received / np.where(total > 0, total, 1.0), np.nan)
+
+
+def _class_rows(result: PassResult) -> np.ndarray:
+    if not result.layout.class_token:
+        raise ValueError("this layout has no class token, so there is no class-token row")
+    return result.class_rows
+
+
+def _received_morans_i(result: PassResult) -> np.ndarray:
+    maps = result.received
+    varies = maps.max(axis=-1) - maps.min(axis=-1) > RECEIVED_SPREAD * maps.mean(axis=-1)
+    return np.where(varies, _maps_morans_i(maps, result.layout.grid_cols, result.layout.num_edges), np.nan)
+
+
+distance = FromPass(DISTANCE, lambda result: result.rows[0])
+entropy = FromPass(ENTROPY, lambda result: result.rows[1])
+entropy_normalized = FromPass(ENTROPY, lambda result: result.rows[1] / math.log(result.layout.num_patches))
+morans_i = FromPass(SPATIAL, lambda result: result.rows[2])
+gearys_c = FromPass(SPATIAL, lambda result: result.rows[3])
+prefix_mass = FromPass(0, lambda result: result.prefix_mass)
+morans_i_received = FromPass(RECEIVED, _received_morans_i)
+cls_entropy = FromPass(0, lambda result: _maps_entropy(_class_rows(result)))
+cls_morans_i = FromPass(
+    0, lambda result: _maps_morans_i(_class_rows(result), result.layout.grid_cols, result.layout.num_edges)
+)
+region_mass = FromPass(RECEIVED, _region_mass)

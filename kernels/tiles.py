@@ -82,8 +82,8 @@ def _measure(
                 values[spec.name] = np.empty((maps, *tile.shape[1:]))
             values[spec.name][start:stop] = tile
     return Values(
-        values={name: array.reshape(*leading, *array.shape[1:]) for name, array in values.items()},
-        valid=valid.reshape(*leading, tokens),
+        values={name: array.reshape((*leading, *array.shape[1:])) for name, array in values.items()},
+        valid=valid.reshape((*leading, tokens)),
     )
 
 

@@ -295,8 +295,8 @@ def _chunked(
             assert implementation is not None  # `specs` holds those this backend has code for
             parts[spec.name].append(implementation(maps))
     values = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    values = {name: tensor.reshape(*leading, *tensor.shape[1:]) for name, tensor in values.items()}
-    valid = torch.cat(valid_parts).reshape(*leading, layout.num_tokens)
+    values = {name: tensor.reshape((*leading, *tensor.shape[1:])) for name, tensor in values.items()}
+    valid = torch.cat(valid_parts).reshape((*leading, layout.num_tokens))
     if is_numpy:
         return Values(values={name: tensor.numpy() for name, tensor in values.items()}, valid=valid.numpy())
     return Values(values=values, valid=valid)
