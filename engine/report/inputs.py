@@ -18,6 +18,7 @@ import xarray as xr
 import zarr
 
 from engine.config import StatisticsConfig
+from kernels import METRICS
 from train.errors import InputError
 
 __all__ = ["GradcamSample", "LayerSamples", "PairedTest", "Results", "Samples", "load_results"]
@@ -271,9 +272,8 @@ def load_results(outputs: Path) -> Results:
             f"{outputs / COMPARISON}: schema is {comparison.get('schema')!r}; this version reads schema 1; "
             "run the comparison stage again"
         )
-    # Zarr lists its arrays in whatever order the file system does; the comparison keeps the study's own.
-    listed = [name.partition("[")[0] for of in (comparison.get("conditions") or {}).values() for name in of]
-    order = {name: index for index, name in reversed(list(enumerate(listed)))}
+    # Zarr lists its arrays in whatever order the file system does: metrics stand in METRICS' order, a user's after them.
+    order = {name: index for index, name in enumerate(METRICS)}
     table = table[sorted((str(name) for name in table.data_vars), key=lambda name: (order.get(name, len(order)), name))]
     sites = tuple(str(site) for site in comparison.get("layers", ()))
     if len(sites) != table.sizes["layer"]:

@@ -19,14 +19,14 @@ from engine.report import wording
 from engine.report.charts import Line, line_chart
 from engine.report.figures import PALETTE
 from engine.report.findings import Comparison, comparisons, layer_curve, metric_relations, survives, training_runs
-from engine.report.inputs import COMPARISON, PairedTest, Results
+from engine.report.inputs import COMPARISON, GradcamSample, PairedTest, Results
 from engine.report.viewer import data_uri, viewer_payload
 
 __all__ = ["render_page"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 HISTOGRAM_BINS = 24
-GRADCAM_BUDGET = 1_500_000
+GRADCAM_BUDGET = 1_300_000
 DOWNLOAD_LIMIT = 1_200_000
 DROPPED_SHOWN = 50
 
@@ -293,14 +293,19 @@ def _training(results: Results) -> dict[str, Any] | None:
     return {"charts": charts, "rows": rows}
 
 
-def _gradcam_that_fit(results: Results) -> list[tuple[Any, bytes]]:
-    fitting, used = [], 0
-    for sample in results.gradcam:
-        content = sample.file.read_bytes()
-        used += len(content)
+def _gradcam_that_fit(results: Results) -> list[tuple[GradcamSample, bytes]]:
+    """Pictures of as many images as fit the budget whole: half an image's conditions compare with nothing."""
+    fitting: list[tuple[GradcamSample, bytes]] = []
+    used = 0
+    for image in dict.fromkeys(sample.image for sample in results.gradcam):
+        pictures = [(sample, sample.file.read_bytes()) for sample in results.gradcam if sample.image == image]
+        used += sum(len(content) for _, content in pictures)
         if used > GRADCAM_BUDGET:
             break
-        fitting.append((sample, content))
+        order = {name: index for index, name in enumerate(results.conditions)}
+        roles = list(dict.fromkeys(sample.role for sample, _ in pictures))
+        pictures.sort(key=lambda pair: (roles.index(pair[0].role), order.get(pair[0].condition, len(order))))
+        fitting += pictures
     return fitting
 
 

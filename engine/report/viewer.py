@@ -14,7 +14,7 @@ from engine.report.inputs import LayerSamples, Results, Samples
 
 __all__ = ["png_data_uri", "viewer_payload"]
 
-BUDGET = 5_500_000
+BUDGET = 5_200_000
 """Bytes of base64 text for all maps: with everything else the page stays below 10 MB."""
 MOST_IMAGES = 8
 STRIDES = (1, 2, 3, 4, 6, 8)

@@ -205,9 +205,11 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
         if survived
         else f"none of the {cells} layer × head × metric cells differs"
     )
+    layers = sum(len(change.layers) for change in comparison.changes)
+    in_layers = f", and {comparison.layers_survived} of {layers} layer means" if layers else ""
     return (
-        f"{comparison.condition} against {comparison.against}: {verdict} beyond the family-wise level α = "
-        f"{results.alpha:g} (sign-flip max-T, n = {count(comparison.n, 'image')})."
+        f"{comparison.condition} against {comparison.against}: {verdict}{in_layers}, at the family-wise level α = "
+        f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = {count(comparison.n, 'image')})."
     )
 
 
@@ -223,16 +225,21 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     if test.mean_against is not None and test.mean_condition is not None:
         values = f"from {quantity(test.mean_against, change.unit)} to {quantity(test.mean_condition, change.unit)} in "
     size = f"{name}: largest difference {values}{where(test)}; {_effect(results, test, change.unit)}"
-    if not change.cells:
-        return f"{size}."
-    if not change.survived:
-        return f"{size}. No layer × head cell survives max-T (0 of {change.defined}), so no change is claimed."
-    directions = []
-    if change.risen:
-        directions.append(f"{change.risen} higher")
-    if change.fallen:
-        directions.append(f"{change.fallen} lower")
-    return f"{size}. {change.survived} of {change.defined} layer × head cells survive max-T ({listing(directions)})."
+    if not change.survived and not change.layers_survived:
+        return f"{size}. Nothing survives max-T ({_tested(change)}), so no change is claimed."
+    parts = []
+    if change.layers:
+        parts.append(f"{change.layers_survived} of {len(change.layers)} layers")
+    if change.cells:
+        directions = [f"{n} {way}" for n, way in ((change.risen, "higher"), (change.fallen, "lower")) if n]
+        detail = f" ({listing(directions)})" if directions else ""
+        parts.append(f"{change.survived} of {change.defined} layer × head cells{detail}")
+    return f"{size}. Surviving max-T: {listing(parts)}."
+
+
+def _tested(change: Change) -> str:
+    layers = [f"0 of {len(change.layers)} layers"] if change.layers else []
+    return listing([*layers, *([f"0 of {change.defined} layer × head cells"] if change.cells else [])])
 
 
 def trend_sentence(results: Results, change: Change) -> str:

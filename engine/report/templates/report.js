@@ -31,7 +31,7 @@
   const pValue = (p) => (p === null ? "undefined" : p < 1e-4 ? "< 0.0001" : p >= 0.9995 ? "1" : String(Number(p.toPrecision(2))));
   const percent = (share) => (100 * share).toFixed(share < 0.0995 ? 1 : 0) + " %";
   const withUnit = (text, unit) => (unit ? text + " " + unit : text);
-  const swatch = (condition) => make("span", { className: "swatch c" + (condition % 6), ariaHidden: "true" });
+  const swatch = (condition) => make("span", { className: "swatch c" + (condition % 6), "aria-hidden": "true" });
 
   function mix(stops, at) {
     const place = Math.min(Math.max(at, 0), 1) * (stops.length - 1);
@@ -84,21 +84,20 @@
 
     function drawGrid(map, grid, limit) {
       const name = data.conditions[grid.condition] + " − " + data.conditions[grid.against];
-      const table = make("table", { className: "heat", role: "grid" });
-      table.append(make("caption", {}, swatch(grid.condition), name));
+      const table = make("table", { className: "heat", role: "grid", "aria-label": map.label + ", " + name + ": layers by heads" });
       const header = make("tr", { role: "row" }, make("th", { scope: "col", title: "layer by head" }, ""));
       for (let head = 0; head < data.heads; head++)
-        header.append(make("th", { scope: "col", ariaLabel: "head " + head }, String(head)));
+        header.append(make("th", { scope: "col", "aria-label": "head " + head }, String(head)));
       table.append(make("thead", {}, header));
       const body = make("tbody");
       grid.cells.forEach((cells, row) => {
         const line = make("tr", { role: "row" });
-        line.append(make("th", { scope: "row", ariaLabel: "layer " + data.layers[row], title: data.sites[row] }, String(data.layers[row])));
+        line.append(make("th", { scope: "row", "aria-label": "layer " + data.layers[row], title: data.sites[row] }, String(data.layers[row])));
         cells.forEach((cell, head) => {
           const known = cell && cell.d !== null;
           const square = make("td", {
             role: "gridcell", tabIndex: -1,
-            ariaLabel: "layer " + data.layers[row] + ", head " + head + ": " + describe(cell),
+            "aria-label": "layer " + data.layers[row] + ", head " + head + ": " + describe(cell),
           }, known && cell.sure ? "●" : "");
           if (known) {
             const rgb = mix(DIVERGING, 0.5 + 0.5 * cell.d / limit);
@@ -128,17 +127,16 @@
         choose(row, head);
         table.querySelector('td[data-row="' + row + '"][data-head="' + head + '"]').focus();
       });
-      return table;
+      return make("figure", {}, make("figcaption", {}, swatch(grid.condition), name), table);
     }
 
     function choose(row, head) {
       chosen = { row, head };
-      for (const table of grids.children)
-        for (const cell of table.querySelectorAll("td")) {
-          const on = Number(cell.dataset.row) === row && Number(cell.dataset.head) === head;
-          cell.classList.toggle("on", on);
-          cell.tabIndex = on ? 0 : -1;
-        }
+      for (const cell of grids.querySelectorAll("td")) {
+        const on = Number(cell.dataset.row) === row && Number(cell.dataset.head) === head;
+        cell.classList.toggle("on", on);
+        cell.tabIndex = on ? 0 : -1;
+      }
       const map = current();
       const parts = [make("h3", {}, "Layer " + data.layers[row] + ", head " + head), make("p", { className: "scope" }, map.label + " · " + data.sites[row])];
       parts.push(make("div", { className: "pairs" }, ...map.grids.map((grid) => make("div", {}, ...cellDetail(map, grid, grid.cells[row][head])))));
@@ -175,7 +173,7 @@
         const most = Math.max(...cell.hist.counts);
         const bars = make("div", {
           className: "hist c" + (grid.condition % 6), role: "img",
-          ariaLabel: "Histogram of the paired differences of " + cell.n + " images, from " + format(cell.hist.low) + " to " + format(cell.hist.high),
+          "aria-label": "Histogram of the paired differences of " + cell.n + " images, from " + format(cell.hist.low) + " to " + format(cell.hist.high),
         });
         for (const count of cell.hist.counts) bars.append(Object.assign(make("i"), { style: "height:" + (100 * count / most) + "%" }));
         const zero = -cell.hist.low / (cell.hist.high - cell.hist.low);
