@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ def as_kind(attention: np.ndarray, dtype: str, kind: str) -> Any:
     return attention.astype(dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected_of(case: Case, dtype: str, reduce: Literal["mean", "none"]) -> Measurement:
     """The reference's answer, worked out once for all backends."""
     attention = as_kind(rounded(case.attention(), dtype), dtype, "torch" if dtype == "bfloat16" else "numpy")
