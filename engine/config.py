@@ -183,7 +183,9 @@ class RelevanceConfig:
     """Relevance maps of sample images."""
 
     __pydantic_config__ = _FORBID
-    methods: tuple[Literal["gradcam"], ...] = _key(("gradcam",), "relevance methods")
+    methods: tuple[Literal["gradcam", "rollout", "generic"], ...] = _key(
+        ("gradcam", "generic"), "gradcam, rollout, generic"
+    )
     images: Count = _key(8, "sample images")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from train.errors import InputError
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["build_table", "measure_store", "read_table", "write_table"]
+__all__ = ["build_table", "measure_store", "missing_metrics", "read_table", "write_table"]
 
 
 def measure_store(path: Path, metrics: Sequence[str], backend: str) -> AttentionStore:
@@ -41,15 +41,7 @@ def measure_store(path: Path, metrics: Sequence[str], backend: str) -> Attention
     """
     store = AttentionStore.open(path)
     chosen = resolve(backend, "cpu").name
-    missing: dict[str, MetricSpec] = {}
-    for name in metrics:
-        spec = load_metric(name)
-        if spec.inputs == "pair":
-            raise InputError(f"{spec.name} compares two captures, and one store was given")
-        if stored_parameters(store, spec) is None:
-            missing[spec.name] = spec
-        else:
-            tqdm.write(f"{path.name}: {spec.name} is there already")
+    missing = missing_metrics(path, metrics)
     if not missing:
         return store
     names = ", ".join(missing)
@@ -77,6 +69,25 @@ def measure_store(path: Path, metrics: Sequence[str], backend: str) -> Attention
     return AttentionStore.open(path)
 
 
+def missing_metrics(path: Path, metrics: Sequence[str]) -> dict[str, MetricSpec]:
+    """The metrics that this version of the code has not left in the store, by name.
+
+    Raises:
+        ValueError: no such metric.
+        InputError: a metric of two captures.
+        StoreError: the store is not there or damaged.
+    """
+    store = AttentionStore.open(path)
+    missing: dict[str, MetricSpec] = {}
+    for name in metrics:
+        spec = load_metric(name)
+        if spec.inputs == "pair":
+            raise InputError(f"{spec.name} compares two captures, and one store was given")
+        if stored_parameters(store, spec) is None:
+            missing[spec.name] = spec
+    return missing
+
+
 def stored_parameters(store: AttentionStore, spec: MetricSpec) -> dict[str, Any] | None:
     """Parameters of the metric's values that this version of the code left in the store, by whatever backend."""
     for parameters in store.metric_params(spec.name):
@@ -92,7 +103,7 @@ def _measure_rows(
     regions = None if store.regions is None else store.regions[rows]
     measured = [
         measure_attention(
-            store.read(layer.layer, images=rows, heads=slice(layer.heads)),
+            store.read_stored(layer.layer, images=rows, heads=slice(layer.heads)),
             TokenLayout.from_dict(layer.layout),
             metrics=specs,
             backend=backend,
@@ -139,20 +150,19 @@ def build_table(
         for seed in seeds
     }
     schema = first.schema
-    class_names = np.array([first.class_names[label] for label in first.labels], dtype=object)
     coords: dict[str, Any] = {
-        "condition": conditions,
+        "condition": _names(conditions),
         "seed": seeds,
-        "image": list(first.image_ids),
+        "image": _names(first.image_ids),
         "layer": [layer.layer for layer in schema.layers],
         "head": np.arange(schema.max_heads),
-        "site": ("layer", [layer.site for layer in schema.layers]),
+        "site": ("layer", _names(layer.site for layer in schema.layers)),
         "label": ("image", first.labels),
-        "class_name": ("image", class_names),
+        "class_name": ("image", _names(first.class_names[label] for label in first.labels)),
         "seed_invariant": ("condition", [condition in seed_invariant for condition in conditions]),
     }
     if schema.regions:
-        coords["region"] = list(schema.regions)
+        coords["region"] = _names(schema.regions)
     variables: dict[str, Any] = {}
     undefined: dict[str, dict[str, int]] = {}
     for name in metrics:
@@ -184,6 +194,11 @@ def build_table(
         variables[spec.name] = (dims, np.stack(columns), described)
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in attributes.items()}
     return xarray.Dataset(variables, coords, plain | {"undefined": json.dumps(undefined)})
+
+
+def _names(names: Iterable[str]) -> np.ndarray:
+    """Strings as objects: Zarr v3 has a type for strings of any length, and none for NumPy's fixed-length ones."""
+    return np.array(list(names), dtype=object)
 
 
 def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:

@@ -53,9 +53,15 @@ def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
 
 def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
-    from engine.measure import measure_store
+    from engine.measure import measure_store, missing_metrics
 
-    measure_store(Path(config.measure.store), config.measure.metrics, config.measure.backend)
+    path = Path(config.measure.store)
+    missing = missing_metrics(path, config.measure.metrics)
+    if not missing:
+        print(f"{path} holds {', '.join(config.measure.metrics)} already")
+        return 0
+    measure_store(path, config.measure.metrics, config.measure.backend)
+    print(f"{path}: measured {', '.join(missing)}")
     return 0
 
 

@@ -1,0 +1,210 @@
+"""The command line as a person meets it: help, exit codes, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from engine.run import COMMANDS, main
+
+TINY = "vit_tiny_patch16_224"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:
+    code = main(command)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1, captured.err
+    return code, captured.err
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("weights")
+    files = {}
+    for name, classes in ((TINY, 2), ("deit3_small_patch16_224", 2), ("swin_tiny_patch4_window7_224", 2)):
+        torch.manual_seed(0)
+        files[name] = folder / f"{name}.safetensors"
+        save_file(timm.create_model(name, num_classes=classes).state_dict(), files[name])
+    return files
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def compare(model: str, a: Path, b: Path, root: Path, outputs: Path) -> list[str]:
+    files = ["--baseline", str(a), "--finetuned", str(b)]
+    return ["compare", *files, "--model.name", model, "--data.root", str(root), "--outputs", str(outputs)]
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from engine.run import main\n"
+        f"for command in {list(COMMANDS)}:\n"
+        "    try:\n"
+        "        main([command, '--help'])\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == 0, command\n"
+        "heavy = {'torch', 'timm', 'peft', 'numba', 'matplotlib', 'xarray', 'zarr', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--train.seeds" in done.stdout
+    assert "--conditions.baseline.lr" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["stduy"], "stduy is not a command; did you mean study?"),
+        (["--train.epoch", "3"], "--train.epoch is not a flag of study; did you mean --train.epochs?"),
+        (["--model.nam", "x"], "--model.nam is not a flag of study; did you mean --model.name?"),
+        (["study", "stray"], "stray is not a flag of study; it stands behind no flag"),
+        (["--train.epochs", "many"], "train.epochs is 'many'"),
+        (["--config", "absent.toml"], "there is no configuration file absent.toml"),
+        (["compare"], "compare needs --baseline"),
+        (["measure"], "measure needs --store"),
+    ],
+)
+def test_mistaken_arguments(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = error_of(capsys, *command)
+    assert code == 2
+    assert message in error
+
+
+def test_mistaken_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text("[capture]\nbatchsize = 4\n", encoding="utf-8")
+    code, error = error_of(capsys, "--config", str(path), "--outputs", str(tmp_path / "out"))
+    assert code == 2
+    assert "capture.batchsize is not a key of the configuration; did you mean capture.batch_size?" in error
+
+
+def test_folders_without_images(weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = tmp_path / "out"
+    cases = {"absent": "does not exist", "empty": "expected class folders", "broken": "no readable image"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "cat").mkdir(parents=True)
+    (tmp_path / "broken" / "cat" / "a.jpg").write_bytes(b"no picture")
+    for name, message in cases.items():
+        command = compare(TINY, weights[TINY], weights[TINY], tmp_path / name, outputs)
+        code, error = error_of(capsys, *command)
+        assert code == 2
+        assert message in error
+        assert str(tmp_path / name) in error
+
+
+def test_wrong_models_and_checkpoints(
+    weights: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = tmp_path / "out"
+    good = weights[TINY]
+    cases = [
+        (compare("vit_tiny_patch16_244", good, good, photos, outputs), "vit_tiny_patch16_224"),
+        (compare(TINY, good, tmp_path / "none.pth", photos, outputs), "none.pth"),
+        (compare(TINY, good, weights["deit3_small_patch16_224"], photos, outputs), "expected"),
+        (compare(TINY, good, photos / "cat" / "0.png", photos, outputs), "0.png"),
+    ]
+    for command, message in cases:
+        code, error = error_of(capsys, *command)
+        assert code == 2
+        assert message in error
+
+
+def test_a_model_whose_attention_cannot_be_captured(
+    weights: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swin = "swin_tiny_patch4_window7_224"
+    code = main(compare(swin, weights[swin], weights[swin], photos, tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "no attention of SwinTransformer can be captured" in error
+    assert "windowed" in error
+
+
+def test_no_network_for_weights(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    store = tmp_path / "s.zarr"
+    code = main(
+        [
+            "capture",
+            "--model.name",
+            "vit_tiny_patch16_224.augreg_in21k",
+            "--data.root",
+            str(photos),
+            "--store",
+            str(store),
+        ]
+    )
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "--model.weights" in error
+    assert not store.exists()
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, error = error_of(capsys, "--outputs", str(tmp_path / "file" / "out"))
+    assert code == 2
+    assert "cannot be written" in error
+    assert "--outputs" in error
+
+
+def test_capture_measure_verify_info(
+    weights: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "maps.zarr"
+    capture = ["capture", "--model.name", TINY, "--model.weights", str(weights[TINY]), "--data.root", str(photos)]
+    capture += ["--store", str(store), "--batch-size", "3", "--model.img_size", "64"]
+    assert main(capture) == 0
+    assert main(["verify", str(store)]) == 0
+    assert main(["measure", "--store", str(store), "--metrics", "distance,entropy_normalized"]) == 0
+    assert "measured entropy_normalized" in capsys.readouterr().out
+    assert main(["measure", "--store", str(store), "--metrics", "distance,entropy_normalized"]) == 0
+    assert "already" in capsys.readouterr().out
+    assert main(["info", str(store)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == "vit-attention/1"
+
+    shard = sorted((store / "attention" / "layer_03").glob("c*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(["verify", str(store)]) == 1
+    assert "layer_03" in capsys.readouterr().out
+    assert main(capture) == 0, "the damaged batch alone is captured again"
+    assert main(["verify", str(store)]) == 0
+    assert main(["verify", str(tmp_path / "none.zarr")]) == 1
+    assert "none.zarr" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_told_to_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.config import load_study
+    from engine.study import Study
+
+    outputs = tmp_path / "out"
+    study = Study(load_study(None, {"outputs": str(outputs)}))
+    with study.opened():
+        code, error = error_of(capsys, "--outputs", str(outputs))
+    assert code == 2
+    assert "another run is writing" in error
