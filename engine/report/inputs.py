@@ -272,9 +272,9 @@ def load_results(outputs: Path) -> Results:
             f"{outputs / COMPARISON}: schema is {comparison.get('schema')!r}; this version reads schema 1; "
             "run the comparison stage again"
         )
-    # Zarr lists its arrays in whatever order the file system does: metrics stand in METRICS' order, a user's after them.
-    order = {name: index for index, name in enumerate(METRICS)}
-    table = table[sorted((str(name) for name in table.data_vars), key=lambda name: (order.get(name, len(order)), name))]
+    # Zarr lists arrays in whatever order the file system does: metrics stand as in METRICS, a user's own after them.
+    names = sorted(str(name) for name in table.data_vars)
+    table = table[[name for name in METRICS if name in names] + [name for name in names if name not in METRICS]]
     sites = tuple(str(site) for site in comparison.get("layers", ()))
     if len(sites) != table.sizes["layer"]:
         raise InputError(
