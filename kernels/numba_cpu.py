@@ -678,8 +678,9 @@ def _qk_pass(
                         line[i] += bias_buffer[start + i] * log2_e
                 top_prefix = _greatest(line[:prefix])
                 top = _greatest(line[prefix:])
-                highest = top_prefix if not top_prefix <= top else top
-                if not abs(highest) < np.inf:  # NaN or infinite logits, or no key at all
+                highest = top_prefix if top_prefix > top else top
+                # NaN logits, infinite ones, or no key at all.
+                if np.isnan(top_prefix) or np.isnan(top) or abs(highest) == np.inf:
                     valid[m, q] = False
                     continue
                 if top == -np.inf:  # the patches are hidden: all mass is on the prefix

@@ -122,7 +122,8 @@ def gini(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
 
 def prefix_mass(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Σ over prefix keys of A_qk, not renormalised; [batch, patch query]."""
-    return np.asarray(layout.prefix(p).sum(axis=-1))
+    invalid = np.isnan(layout.patches(p)).any(axis=-1)  # without prefix keys the sum alone would not tell
+    return np.where(invalid, np.nan, layout.prefix(p).sum(axis=-1))
 
 
 def cls_entropy(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
