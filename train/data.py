@@ -16,6 +16,7 @@ from kernels.layout import TokenLayout
 from train.errors import InputError
 from train.images import decode_image
 from train.manifest import Manifest, Record, build_manifest
+from train.splits import SPLITS
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ class FolderImages(ImageSet):
         *,
         workers: int = 4,
     ) -> None:
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
 
         self.root = Path(root)
         self.records = tuple(records)
@@ -192,8 +193,7 @@ def prepare_folder(
     if manifest is None:
         manifest = build_manifest(root, split=split, seed=seed, workers=workers)
     base = Path(manifest.root)
-    sets = [
-        FolderImages(base, manifest.split(name), manifest.class_names, preprocessing)
-        for name in ("train", "validation", "test")
-    ]
-    return DataSplits(*sets, manifest=manifest)
+    train, validation, test = (
+        FolderImages(base, manifest.split(name), manifest.class_names, preprocessing) for name in SPLITS
+    )
+    return DataSplits(train, validation, test, manifest)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -40,14 +41,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-class _ConvStem(PatchEmbed):  # type: ignore[misc]
+class _ConvStem(PatchEmbed):
     """timm's patch embedding with three convolutions (strides 2, 1, 3) as its projection."""
 
     def __init__(self, *, in_chans: int = 1, embed_dim: int = 64, patch_size: int = _PATCH_SIZE, **kwargs: Any) -> None:
         if patch_size != _PATCH_SIZE:
             raise ValueError(f"the strides of this stem multiply to {_PATCH_SIZE}, not to a patch size of {patch_size}")
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, patch_size=patch_size, **kwargs)
-        self.proj = nn.Sequential(
+        self.proj = nn.Sequential(  # type: ignore[assignment]
             nn.Conv2d(in_chans, 24, 5, stride=2, padding=2, bias=False),
             nn.GroupNorm(4, 24),
             nn.GELU(),
@@ -58,7 +59,7 @@ class _ConvStem(PatchEmbed):  # type: ignore[misc]
         )
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The small model of the embedded study; nothing can be downloaded for it: it is pretrained in the study."""
     arguments: dict[str, Any] = {
@@ -75,6 +76,7 @@ def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     model = build_model_with_cfg(VisionTransformer, "digits_vit", pretrained, **arguments)
     # Sine-cosine positions at half scale: the order of the stem's own output.
     positions = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), dim=model.embed_dim) * 0.5
+    assert model.pos_embed is not None
     with torch.no_grad():
         model.pos_embed[:, : model.num_prefix_tokens].zero_()
         model.pos_embed[0, model.num_prefix_tokens :].copy_(positions)

@@ -103,6 +103,7 @@ def _warp(rng: np.random.Generator, cells: np.ndarray, size: float) -> np.ndarra
     """8×8 cells drawn `size` px large, rotated ±0.2 rad, sheared ±0.15, aspect e^±0.1, cut to what is visible."""
     angle, shear, aspect = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15), np.exp(rng.uniform(-0.1, 0.1))
     scale = size / len(cells)
+    cells = np.pad(cells, 1)  # ink in the outermost cells fades out like the rest
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     forward = rotation @ np.array([[scale * aspect, 0.0], [shear * scale, scale / aspect]])  # cell → px, (row, col)
     side = int(np.ceil(size * 1.5))
@@ -223,8 +224,8 @@ def region_coverage(boxes: np.ndarray, layout: TokenLayout) -> np.ndarray:
         raise ValueError(f"a box leaves the {layout.image_height_px}×{layout.image_width_px} px image of this layout")
     rows = _overlap(boxes[..., 0], boxes[..., 2], layout.grid_rows, layout.patch_height_px)
     cols = _overlap(boxes[..., 1], boxes[..., 3], layout.grid_cols, layout.patch_width_px)
-    coverage = rows[..., :, None] * cols[..., None, :]
-    return coverage.reshape(*boxes.shape[:2], layout.num_patches).astype(np.float32)
+    coverage = (rows[..., :, None] * cols[..., None, :]).astype(np.float32)
+    return np.reshape(coverage, (*boxes.shape[:2], layout.num_patches))
 
 
 def _overlap(start: np.ndarray, end: np.ndarray, patches: int, patch_px: int) -> np.ndarray:
@@ -252,9 +253,9 @@ def prepare_digits(
     if task not in TASKS:
         raise InputError(f"unknown task {task!r} of the digit scenes; expected one of {', '.join(TASKS)}")
     counts = (train_scenes, validation_scenes, test_scenes)
-    sets = [
+    train, validation, test = sets = [
         DigitScenes(task=task, split=split, count=count, seed=seed, preprocessing=preprocessing)
         for split, count in zip(SPLITS, counts, strict=True)
     ]
     records = sorted((record for scenes in sets for record in scenes.records()), key=lambda record: record.id)
-    return DataSplits(*sets, manifest=Manifest("digits", "", CLASS_NAMES, tuple(records)))
+    return DataSplits(train, validation, test, Manifest("digits", "", CLASS_NAMES, tuple(records)))

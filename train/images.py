@@ -40,9 +40,9 @@ def decode_image(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
-            image = Image.open(io.BytesIO(content))
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            opened = Image.open(io.BytesIO(content))
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
     except UnidentifiedImageError as error:
         raise UndecodableError("not an image") from error
     except Image.DecompressionBombError as error:

@@ -110,7 +110,7 @@ def readout(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """Mean, std, size, crop and interpolation from the model's own pretrained_cfg, at the model's actual size."""
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
@@ -152,7 +152,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     if sidecar_path(path).is_file():
         return read_checkpoint(path).tensors
     try:
-        return cast(dict[str, torch.Tensor], load_file(path))
+        return load_file(path)
     except SafetensorError as error:
         raise InputError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
 
@@ -185,7 +185,9 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
         if others:
             logger.info("%s: weights taken from %r; %s not used", path, wrapper, ", ".join(map(repr, others)))
         content = content[wrapper]
-    found = f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+    found = (
+        f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+    )
     raise InputError(
         f"checkpoint {path} holds no state dict ({found}); expected name → tensor, plain or under one of "
         f"{', '.join(WRAPPERS)}"
@@ -193,7 +195,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _plain_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefixes of torch.compile (`_orig_mod.`, anywhere) and DistributedDataParallel (`module.`, in front)."""
+    """Without the prefixes of torch.compile (`_orig_mod.`, anywhere) and DistributedDataParallel (`module.`)."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -219,11 +221,11 @@ def _create(name: str, *, num_classes: int, img_size: int, pretrained: bool = Fa
             raise InputError(
                 f"model.img_size is {img_size}, expected a multiple of the {patch[0]}×{patch[1]} px patches of {name}"
             )
-        return cast(nn.Module, model)
+        return model
     advice = "give a file with --model.weights FILE, or start from random weights with --model.pretrained false"
     try:
         with _offline_if_unreachable():
-            return cast(nn.Module, timm.create_model(name, pretrained=True, **arguments))
+            return timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
         # huggingface_hub's "not in the cache and no connection" is an OSError, as are the socket's own.
         raise InputError(f"pretrained weights of {name} are neither cached nor to be downloaded; {advice}") from error
@@ -264,7 +266,9 @@ def _pretrained_cfg(name: str) -> Any:
     config = timm.get_pretrained_cfg(name, allow_unregistered=False) if _has_tag(name, tag) else None
     if config is None:
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
-        raise InputError(f"model {architecture} has no weights tagged {tag!r}; expected one of {', '.join(tags) or '—'}")
+        raise InputError(
+            f"model {architecture} has no weights tagged {tag!r}; expected one of {', '.join(tags) or '—'}"
+        )
     return config
 
 
@@ -277,7 +281,9 @@ def _has_tag(name: str, tag: str) -> bool:
 def _classifier_names(name: str) -> tuple[str, ...]:
     names = _as_names(_pretrained_cfg(name).classifier)
     if not names:
-        raise InputError(f"timm names no classifier for {name}, so its number of classes cannot be read off a checkpoint")
+        raise InputError(
+            f"timm names no classifier for {name}, so its number of classes cannot be read off a checkpoint"
+        )
     return names
 
 
@@ -322,7 +328,7 @@ def _load(model: nn.Module, state: dict[str, torch.Tensor], path: Path, name: st
 def _resize_positions(
     model: nn.Module, state: dict[str, torch.Tensor], keys: list[str], path: Path
 ) -> dict[str, torch.Tensor]:
-    """Position embeddings at the model's grid, by the family's own `checkpoint_filter_fn`; other weights as they are."""
+    """Position embeddings at the model's grid, by the family's own `checkpoint_filter_fn`; the rest as it is."""
     expected = model.state_dict()
     family = importlib.import_module(type(model).__module__)
     filter_fn = getattr(family, "checkpoint_filter_fn", None)
