@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_study import METRICS, build_study
+from synthetic_study import build_study
 
 from engine.report import viewer, write_report
 from engine.report.figures import render_figures
@@ -22,13 +22,14 @@ from engine.report.page import render_page
 from engine.report.summary import summary_markdown
 from train.errors import InputError
 
+DRAWN = ("distance", "entropy", "region_mass")
 HOSTILE = '<script>alert("x")</script>|`[a](b)`&amp;$x$\n# h'
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole study with its report written."""
-    outputs = build_study(tmp_path_factory.mktemp("study") / "outputs")
+    outputs = build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=DRAWN)
     write_report(outputs)
     return outputs
 
@@ -54,8 +55,8 @@ def payload(page: str) -> dict[str, Any]:
 
 def test_every_file_is_written(study: Path) -> None:
     figures = {path.name for path in (study / "visualizations/figures").iterdir()}
-    stems = {f"layers_{name}" for name in METRICS if name != "region_mass"} | {"region_mass", "accuracy", "training"}
-    stems |= {f"difference_{name}" for name in METRICS}
+    stems = {"layers_distance", "layers_entropy", "region_mass", "accuracy", "training"}
+    stems |= {f"difference_{name}" for name in DRAWN}
     assert figures == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
     for path in (study / "visualizations/figures").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +121,14 @@ def _new(width: float, height: float, rows: int = 1, cols: int = 1, **options: A
 
 
 def _axis_label(results: Results, metric: str) -> str:
-    unit = results.unit(metric)
-    title = literal(results.title(metric))
-    return f"{title} ({literal(unit)})" if unit else title
+    """The unit; the title stands above the axes, and beside them where there is no unit to name."""
+    return literal(results.unit(metric) or results.title(metric))
 
 
 def _note(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, fontsize=7.5, color="#555555", x=0.01, ha="left")
+    """Small print under a figure, broken to its width (17 characters an inch at 7.5 pt)."""
+    lines = textwrap.fill(text, int(17 * figure.get_figwidth()))
+    figure.supxlabel(lines, fontsize=7.5, color="#555555", x=0.01, ha="left", linespacing=1.3)
 
 
 def literal(text: str) -> str:

@@ -20,7 +20,9 @@ __all__ = [
     "comparisons",
     "head_maps",
     "layer_curve",
+    "mean",
     "metric_relations",
+    "survives",
     "training_runs",
 ]
 
@@ -49,15 +51,15 @@ def layer_curve(results: Results, metric: str, condition: str, region: str | Non
     if region is not None:
         values = values.sel(region=region)
     array = values.transpose("seed", "image", "layer", "head").values.astype(np.float64)
-    by_image = _mean(array, (0, 3))
-    mean, n = _mean(by_image, (0,)), np.isfinite(by_image).sum(0)
-    spread = np.where(n > 1, _mean((by_image - mean) ** 2, (0,)), np.nan)  # biased variance
+    by_image = mean(array, (0, 3))
+    centre, n = mean(by_image, (0,)), np.isfinite(by_image).sum(0)
+    spread = np.where(n > 1, mean((by_image - centre) ** 2, (0,)), np.nan)  # biased variance
     with np.errstate(invalid="ignore", divide="ignore"):
         half = special.stdtrit(n - 1.0, 0.5 + results.confidence / 2) * np.sqrt(spread / (n - 1.0))
-    by_seed = {seed: _mean(array[s], (0, 2)) for s, seed in enumerate(results.seeds) if np.isfinite(array[s]).any()}
+    by_seed = {seed: mean(array[s], (0, 2)) for s, seed in enumerate(results.seeds) if np.isfinite(array[s]).any()}
     if results.seed_invariant(condition):  # the one run stands at every seed
         by_seed = dict(list(by_seed.items())[:1])
-    return LayerCurve(mean, mean - half, mean + half, n, by_seed)
+    return LayerCurve(centre, centre - half, centre + half, n, by_seed)
 
 
 def head_maps(results: Results, condition: str, against: str, metric: str, region: str | None) -> dict[str, np.ndarray]:
@@ -259,7 +261,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.asarray((last - (counts + 1) / 2)[inverse])
 
 
-def _mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+def mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     """Mean over what is not NaN; NaN, without a warning, where nothing is left."""
     known = np.isfinite(values)
     count = known.sum(axes)

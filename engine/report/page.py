@@ -18,7 +18,7 @@ from markupsafe import Markup
 from engine.report import wording
 from engine.report.charts import Line, line_chart
 from engine.report.figures import PALETTE
-from engine.report.findings import Comparison, comparisons, layer_curve, metric_relations, survives, training_runs
+from engine.report.findings import Comparison, comparisons, layer_curve, mean, metric_relations, survives, training_runs
 from engine.report.inputs import COMPARISON, GradcamSample, PairedTest, Results
 from engine.report.viewer import data_uri, viewer_payload
 
@@ -94,20 +94,18 @@ def _json(value: Any) -> Markup:
 
 
 def _maps(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """One entry a metric (and region), with a layer × head grid of tests for every comparison."""
+    """One entry a metric (and region), with a grid of tests for every comparison."""
     entries = []
     for metric, region in results.series():
         grids = []
         for comparison in found:
-            tests = results.select(
-                "head", condition=comparison.condition, against=comparison.against, metric=metric, region=region
-            )
-            if tests:
+            cells = _cells(results, comparison, metric, region)
+            if any(cell for row in cells for cell in row):
                 grids.append(
                     {
                         "condition": results.conditions.index(comparison.condition),
                         "against": results.conditions.index(comparison.against),
-                        "cells": _cells(results, comparison, metric, region, tests),
+                        "cells": cells,
                     }
                 )
         if grids:
@@ -125,42 +123,41 @@ def _maps(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]
 
 
 def _cells(
-    results: Results, comparison: Comparison, metric: str, region: str | None, tests: Sequence[PairedTest]
+    results: Results, comparison: Comparison, metric: str, region: str | None
 ) -> list[list[dict[str, Any] | None]]:
+    """[layer][head] of the head-level tests, and behind the heads one column of the layer-level ones."""
     values = results.table[metric] if region is None else results.table[metric].sel(region=region)
     sides = [
-        _mean_over_seeds(values.sel(condition=name).transpose("seed", "image", "layer", "head").values)
+        mean(values.sel(condition=name).transpose("seed", "image", "layer", "head").values.astype(np.float64), (0,))
         for name in (comparison.condition, comparison.against)
     ]
-    paired = sides[0] - sides[1]
-    cells: list[list[dict[str, Any] | None]] = [[None] * int(results.table.sizes["head"]) for _ in results.layers]
-    for test in tests:
-        if test.layer is None or test.head is None:
-            continue
-        row = results.layers.index(test.layer)
-        cells[row][test.head] = {
-            "d": _round(test.difference),
-            "ci": [_round(edge) for edge in test.ci],
-            "dz": _round(test.dz),
-            "p": _round(test.p_max_t),
-            "holm": _round(test.p_holm),
-            "a": _round(test.mean_against),
-            "b": _round(test.mean_condition),
-            "n": test.n,
-            "missing": test.missing,
-            "sure": survives(test, results.alpha),
-            "note": test.degenerate,
-            "hist": _histogram(paired[:, row, test.head]),
-        }
+    over_heads = mean(sides[0], (2,)) - mean(sides[1], (2,))
+    paired = np.concatenate([sides[0] - sides[1], over_heads[..., None]], axis=2)
+    heads = int(results.table.sizes["head"])
+    cells: list[list[dict[str, Any] | None]] = [[None] * (heads + 1) for _ in results.layers]
+    where = {"condition": comparison.condition, "against": comparison.against, "metric": metric, "region": region}
+    for test in (*results.select("head", **where), *results.select("layer", **where)):
+        if test.layer is not None:
+            row, column = results.layers.index(test.layer), heads if test.level == "layer" else test.head
+            if column is not None:
+                cells[row][column] = _cell(results, test, paired[:, row, column])
     return cells
 
 
-def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
-    """[seed, image, layer, head] -> [image, layer, head], over the seeds that are there."""
-    known = np.isfinite(values)
-    count = known.sum(0)
-    total = np.where(known, values, 0.0).astype(np.float64).sum(0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[str, Any]:
+    return {
+        "d": _round(test.difference),
+        "ci": [_round(edge) for edge in test.ci],
+        "dz": _round(test.dz),
+        "p": _round(test.p_max_t),
+        "a": _round(test.mean_against),
+        "b": _round(test.mean_condition),
+        "n": test.n,
+        "missing": test.missing,
+        "sure": survives(test, results.alpha),
+        "note": test.degenerate,
+        "hist": _histogram(differences),
+    }
 
 
 def _histogram(differences: np.ndarray) -> dict[str, Any] | None:

@@ -53,6 +53,7 @@
     let chosen = { row: 0, head: 0 };
     data.maps.forEach((map, index) => select.append(make("option", { value: index }, map.label)));
 
+    const headName = (head) => (head === data.heads ? "mean over heads" : "head " + head);
     const current = () => data.maps[Number(select.value)];
 
     function strongest(map) {
@@ -88,6 +89,8 @@
       const header = make("tr", { role: "row" }, make("th", { scope: "col", title: "layer by head" }, ""));
       for (let head = 0; head < data.heads; head++)
         header.append(make("th", { scope: "col", "aria-label": "head " + head }, String(head)));
+      header.append(make("th", { className: "gap", role: "presentation" }));
+      header.append(make("th", { scope: "col", "aria-label": "mean over heads", title: "mean over heads" }, "mean"));
       table.append(make("thead", {}, header));
       const body = make("tbody");
       grid.cells.forEach((cells, row) => {
@@ -95,9 +98,10 @@
         line.append(make("th", { scope: "row", "aria-label": "layer " + data.layers[row], title: data.sites[row] }, String(data.layers[row])));
         cells.forEach((cell, head) => {
           const known = cell && cell.d !== null;
+          if (head === data.heads) line.append(make("th", { className: "gap", role: "presentation" }));
           const square = make("td", {
             role: "gridcell", tabIndex: -1,
-            "aria-label": "layer " + data.layers[row] + ", head " + head + ": " + describe(cell),
+            "aria-label": "layer " + data.layers[row] + ", " + headName(head) + ": " + describe(cell),
           }, known && cell.sure ? "●" : "");
           if (known) {
             const rgb = mix(DIVERGING, 0.5 + 0.5 * cell.d / limit);
@@ -123,7 +127,7 @@
         if (!step) return;
         event.preventDefault();
         const row = Math.min(Math.max(chosen.row + step[0], 0), data.layers.length - 1);
-        const head = Math.min(Math.max(chosen.head + step[1], 0), data.heads - 1);
+        const head = Math.min(Math.max(chosen.head + step[1], 0), data.heads);
         choose(row, head);
         table.querySelector('td[data-row="' + row + '"][data-head="' + head + '"]').focus();
       });
@@ -138,14 +142,14 @@
         cell.tabIndex = on ? 0 : -1;
       }
       const map = current();
-      const parts = [make("h3", {}, "Layer " + data.layers[row] + ", head " + head), make("p", { className: "scope" }, map.label + " · " + data.sites[row])];
+      const parts = [make("h3", {}, "Layer " + data.layers[row] + ", " + headName(head)), make("p", { className: "scope" }, map.label + " · " + data.sites[row])];
       parts.push(make("div", { className: "pairs" }, ...map.grids.map((grid) => make("div", {}, ...cellDetail(map, grid, grid.cells[row][head])))));
       if (data.viewer && row < data.viewer.layers.length) {
         const go = make("button", { type: "button" }, "Show its attention");
         go.addEventListener("click", () => {
           byId("view-layer").value = row;
           byId("view-layer").dispatchEvent(new Event("change"));
-          byId("view-head").value = head;
+          byId("view-head").value = head === data.heads ? "mean" : head;
           byId("view-head").dispatchEvent(new Event("change"));
           byId("attention").scrollIntoView();
           byId("view-head").focus({ preventScroll: true });
@@ -185,7 +189,7 @@
 
     select.addEventListener("change", drawMaps);
     const heads = data.heads;
-    grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 1.5) + "), 1.9rem)");
+    grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 3.2) + "), 1.9rem)");
     // Open on what the page's first sentence speaks of: regions where there are any, else the first that changed.
     const changed = data.maps.filter((map) => map.grids.some((grid) => grid.cells.flat().some((cell) => cell && cell.sure)));
     const opening = changed.filter((map) => map.regional).pop() ?? changed[0] ?? data.maps[0];
