@@ -61,6 +61,9 @@ def test_reads_select_images_and_heads_as_numpy_does(path: Path, images: Any, he
     store = AttentionStore.open(path)
     whole = store.read(0)
     np.testing.assert_array_equal(store.read(0, images, heads), whole[images][:, heads])
+    stored = store.read_stored(0, images, heads)
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, whole[images][:, heads])
     np.testing.assert_array_equal(store.read_metric("entropy", images)[0], case.metric("entropy")[images])
 
 
