@@ -10,6 +10,7 @@ anything is composed of them.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,11 +43,11 @@ _VISIBLE = 0.15  # share of full ink from which a pixel belongs to a digit's box
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Ink of scikit-learn's digits in 0..1, float64 [digit, 8, 8], and their classes."""
+    """Ink of scikit-learn's digits in 0..1, float64 [digit, 10, 10] with an empty cell all round, and their classes."""
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    return loaded.images / 16.0, loaded.target
+    return np.pad(loaded.images / 16.0, ((0, 0), (1, 1), (1, 1))), loaded.target
 
 
 @lru_cache(maxsize=8)
@@ -74,63 +75,52 @@ def compose_scene(seed: int, task: str, split: str, index: int) -> _Scene:
     rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split), index])
     members = split_digits(seed)[split]
     ink, _ = _digits()
-
-    def draw() -> tuple[int, np.ndarray]:
-        label = int(rng.integers(len(CLASS_NAMES)))
-        return label, ink[rng.choice(members[label])]
-
-    large_class, large = draw()
-    small_class, small = draw()
-    _, other = draw()
-    row, col = rng.integers(1, 5, size=2)  # the fragment is 3×3 of the 8×8 cells, off the empty margin
-    fragment = np.pad(other[row : row + 3, col : col + 3], ((3, 2), (3, 2)))
-    shapes = [
-        (_warp(rng, large, rng.uniform(20, 25)), rng.uniform(0.85, 1.0)),
-        (_warp(rng, small, rng.uniform(16, 20)), rng.uniform(0.55, 0.7)),
-        (_warp(rng, fragment, rng.uniform(16, 20)), rng.uniform(0.4, 0.6)),
-    ]
-    boxes = _place(rng, [shape.shape for shape, _ in shapes])
+    classes = rng.integers(len(CLASS_NAMES), size=3).tolist()
+    large, small, other = (ink[members[label][rng.integers(len(members[label]))]] for label in classes)
+    fragment = np.zeros_like(other)  # 3×3 of the 8×8 cells
+    row, col = rng.integers(2, 6, size=2).tolist()
+    fragment[row : row + 3, col : col + 3] = other[row : row + 3, col : col + 3]
+    shapes = [_warp(rng, large, 20, 25), _warp(rng, small, 16, 20), _warp(rng, fragment, 16, 20)]
+    brightness = rng.uniform((0.85, 0.55, 0.4), (1.0, 0.7, 0.6)).tolist()
+    boxes = _place(rng, [shape.shape for shape in shapes])
     picture = _background(rng)
-    for (shape, brightness), (row0, col0, row1, col1) in zip(shapes, boxes, strict=True):
+    for shape, bright, (row0, col0, row1, col1) in zip(shapes, brightness, boxes.tolist(), strict=True):
         view = picture[row0:row1, col0:col1]
-        view += shape * (brightness - view)
-    picture += rng.normal(0.0, 0.03, picture.shape)
+        view += shape * (bright - view)
+    picture += 0.03 * rng.standard_normal(picture.shape)
     pixels = np.rint(picture.clip(0, 1) * 255).astype(np.uint8)
-    return _Scene(pixels, (large_class, small_class), boxes[:2])
+    return _Scene(pixels, (classes[0], classes[1]), boxes[:2])
 
 
-def _warp(rng: np.random.Generator, cells: np.ndarray, size: float) -> np.ndarray:
-    """8×8 cells drawn `size` px large, rotated ±0.2 rad, sheared ±0.15, aspect e^±0.1, cut to what is visible."""
-    angle, shear, aspect = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15), np.exp(rng.uniform(-0.1, 0.1))
-    scale = size / len(cells)
-    cells = np.pad(cells, 1)  # ink in the outermost cells fades out like the rest
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    forward = rotation @ np.array([[scale * aspect, 0.0], [shear * scale, scale / aspect]])  # cell → px, (row, col)
-    side = int(np.ceil(size * 1.5))
-    inverse = np.linalg.inv(forward)
-    offset = np.full(2, (len(cells) - 1) / 2) - inverse @ np.full(2, (side - 1) / 2)
+def _warp(rng: np.random.Generator, cells: np.ndarray, least_px: float, most_px: float) -> np.ndarray:
+    """A digit's 8×8 cells drawn at a size, rotated ±0.2 rad, sheared ±0.15, aspect e^±0.1, cut to what is visible."""
+    size, angle, shear, stretch = rng.uniform((least_px, -0.2, -0.15, -0.1), (most_px, 0.2, 0.15, 0.1)).tolist()
+    scale, aspect = size / 8, math.exp(stretch)
+    cos, sin = math.cos(angle), math.sin(angle)
+    # px → cell in (row, col): the inverse of a turn after a shear and a stretch.
+    inverse = np.array([[1 / aspect, 0.0], [-shear, aspect]]) @ np.array([[cos, sin], [-sin, cos]]) / scale
+    side = math.ceil(size * 1.5)
+    offset = (len(cells) - 1) / 2 - inverse.sum(axis=1) * (side - 1) / 2
     drawn = ndimage.affine_transform(cells, inverse, offset=offset, output_shape=(side, side), order=1)
     visible = drawn > _VISIBLE
-    if not visible.any():  # an empty corner of a fragment
-        return np.zeros((1, 1))
     rows, cols = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+    if not len(rows):  # a fragment from an empty corner
+        return np.zeros((1, 1))
     return np.asarray(drawn[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
 
 
 def _place(rng: np.random.Generator, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Boxes for all shapes inside the scene that do not touch, int32 [shape, 4]."""
+    """Boxes for all shapes inside the scene that do not touch, int32 [shape, 4]; the first of many tries that fits."""
     sizes = np.array(shapes)
-    for _ in range(10_000):
-        corners = rng.integers(0, SCENE_SIZE - sizes + 1)
-        boxes = np.concatenate([corners, corners + sizes], axis=1)
-        if all(not _touch(boxes[i], boxes[j]) for i in range(len(boxes)) for j in range(i)):
-            return boxes.astype(np.int32)
+    for _ in range(100):
+        first = rng.integers(0, SCENE_SIZE - sizes + 1, size=(64, *sizes.shape))  # [try, shape, (row, col)]
+        last = first + sizes + _GAP
+        apart = (first[:, :, None] >= last[:, None]).any(axis=-1)  # [try, shape, other]: below or right of it
+        fits = (apart | apart.swapaxes(1, 2) | np.eye(len(sizes), dtype=bool)).all(axis=(1, 2))
+        if fits.any():
+            corners = first[fits.argmax()]
+            return np.concatenate([corners, corners + sizes], axis=1).astype(np.int32)
     raise RuntimeError(f"found no place for shapes of {sizes.tolist()} px in a {SCENE_SIZE} px scene")
-
-
-def _touch(a: np.ndarray, b: np.ndarray) -> bool:
-    apart = a[0] >= b[2] + _GAP or b[0] >= a[2] + _GAP or a[1] >= b[3] + _GAP or b[1] >= a[3] + _GAP
-    return not apart
 
 
 @lru_cache(maxsize=1)
