@@ -116,6 +116,11 @@ class Journal:
         tqdm.write(f"{name}: {seconds:.1f} s")
         return digest(left)
 
+    def seconds(self, name: str) -> float | None:
+        """How long the stage took when it was last done."""
+        record = self._last.get(name)
+        return None if record is None else float(record["seconds"])
+
     @staticmethod
     def _name(path: Path, base: Path) -> str:
         return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from engine.sinks import metric_parameters, stack_layers
 from kernels import MetricSpec, TokenLayout, load_metric, measure_attention, resolve
-from store import AttentionStore
-from store.results import MetricWriter
+from store import AttentionStore, MetricWriter, has_metric
 from train.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +82,9 @@ def missing_metrics(path: Path, metrics: Sequence[str]) -> dict[str, MetricSpec]
         spec = load_metric(name)
         if spec.inputs == "pair":
             raise InputError(f"{spec.name} compares two captures, and one store was given")
-        if stored_parameters(store, spec) is None:
+        parameters = stored_parameters(store, spec)
+        # A measurement that was killed has left its parameters and some of its batches.
+        if parameters is None or not has_metric(path, spec.name, parameters):
             missing[spec.name] = spec
     return missing
 

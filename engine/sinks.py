@@ -198,31 +198,41 @@ def capture_to_store(
         code_version=__version__,
         extra={"skipped": [list(item) for item in skipped]},
     )
-    if replace:
-        _remove_other(path, schema)
-    with AttentionWriter.open(
-        path,
-        schema,
-        labels=images.labels,
-        class_names=images.class_names,
-        manifest=None if manifest is None else dict(manifest),
-        regions=next(iter(regions.values())),
-    ) as writer:
+
+    def open_writer() -> AttentionWriter:
+        return AttentionWriter.open(
+            path,
+            schema,
+            labels=images.labels,
+            class_names=images.class_names,
+            manifest=None if manifest is None else dict(manifest),
+            regions=next(iter(regions.values())),
+        )
+
+    try:
+        opened = open_writer()
+    except StoreError as error:
+        if not (replace and _is_other(path, schema)):
+            raise
+        tqdm.write(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
+        shutil.rmtree(path)
+        shutil.rmtree(ledger_path(path), ignore_errors=True)
+        opened = open_writer()
+    with opened as writer:
         batches = [batch for batch in range(schema.num_batches) if batch not in writer.committed]
         _run_batches(model, images, capture, schema, writer, batches, regions, label)
         writer.finish()
     return AttentionStore.open(path)
 
 
-def _remove_other(path: Path, schema: StoreSchema) -> None:
-    """Delete a store that another run left at `path`, and its ledger."""
+def _is_other(path: Path, schema: StoreSchema) -> bool:
+    """Whether a store of another run lies at `path`, or one too damaged to be opened; False for anything else."""
+    if not ledger_path(path).is_dir():
+        return False
     try:
-        if not path.exists() or AttentionStore.open(path).schema == schema:
-            return
-    except StoreError as error:
-        tqdm.write(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
-    shutil.rmtree(path)
-    shutil.rmtree(ledger_path(path), ignore_errors=True)
+        return AttentionStore.open(path).schema != schema
+    except StoreError:
+        return True
 
 
 def metric_parameters(spec: MetricSpec, backend: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 from engine import __version__
-from engine.conditions import Run, StudyData, prepare_data, train_runs
 from engine.config import StudyConfig, study_toml
 from engine.controls import Control, hybrid_control, hybrid_state, lockstep, same_attention_control
 from engine.journal import Journal, digest_path
@@ -29,6 +28,7 @@ from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import Capture, capture_to_store
 from engine.statistics import compare_conditions
+from engine.training import Run, StudyData, prepare_data, train_runs
 from kernels import load_metric
 from store import AttentionStore
 from train.checkpoint import write_atomically

@@ -7,19 +7,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
 from engine import __version__
-from engine.config import ConditionConfig, StudyConfig
+from engine.config import StudyConfig
 from engine.journal import Journal, digest, digest_path
-from train.checkpoint import read_metadata, save_checkpoint, write_atomically
+from train.augment import Augmentation
+from train.checkpoint import read_metadata, save_checkpoint, sidecar_path, write_atomically
+from train.conditions import Hyperparameters, train_condition
 from train.data import DataSplits, ImageSet, Preprocessing, prepare_folder
+from train.embedded import prepare_digits
 from train.errors import InputError
 from train.manifest import Manifest, build_manifest
 from train.models import build_model, load_checkpoint, preprocessing_of
+from train.pretrain import pretrain_digits
 
 __all__ = ["Run", "StudyData", "prepare_data", "train_runs"]
 
@@ -208,14 +212,147 @@ def _load(config: StudyConfig, path: Path) -> torch.nn.Module:
     return load_checkpoint(config.model.name, path, config.model.img_size)
 
 
+def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -> StudyData:
+    """Scenes of the target task, and the backbone pretrained on the source task."""
+    if config.model.name != "digits_vit":
+        raise InputError(
+            f"the digit scenes are 48×48 and grey, made for digits_vit; {config.model.name} needs --data.kind folder"
+        )
+    path = outputs / "checkpoints" / "pretrained.safetensors"
+    settings = dataclasses.asdict(config.pretrain) | {
+        "data_seed": config.data.seed,
+        "validation_scenes": config.data.validation_scenes,
+        "test_scenes": config.data.test_scenes,
+        "precision": config.train.precision,
+        "deterministic": config.train.deterministic,
+        "device": device,
+    }
+
+    def work() -> dict[str, Any]:
+        result = pretrain_digits(checkpoint=path, **settings)
+        tqdm.write(
+            f"pretrained: source task, validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}"
+        )
+        return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
+
+    pretrained = journal.stage("pretrain", settings | {"version": __version__}, [path, sidecar_path(path)], work)
+    preprocessing = preprocessing_of(build_model(config.model.name, num_classes=2))
+    splits = prepare_digits(
+        preprocessing=preprocessing,
+        seed=config.data.seed,
+        train_scenes=config.data.train_scenes,
+        validation_scenes=config.data.validation_scenes,
+        test_scenes=config.data.test_scenes,
+    )
+    return StudyData(splits, preprocessing, "source digits 66/17/17", pretrained, lambda: _load(config, path))
+
+
 def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:
     """Train every condition at every seed, or take the checkpoints that were given.
+
+    Probes come first: the other conditions start from a probe's head, so that all of them begin as the same function.
 
     Returns:
         The runs in the order of the configuration, seeds inside conditions.
     """
+    if all(condition.recipe == "checkpoint" for condition in config.conditions.values()):
+        seed = config.train.seeds[0]
+        return [
+            Run(name, seed, condition.recipe, Path(condition.checkpoint))
+            for name, condition in config.conditions.items()
+        ]
+    probes = [name for name, condition in config.conditions.items() if condition.recipe == "probe"]
+    others = [name for name in config.conditions if name not in probes]
     runs: list[Run] = []
-    for name, condition in config.conditions.items():
-        if condition.recipe == "checkpoint":
-            runs.append(Run(name, config.train.seeds[0], condition.recipe, Path(condition.checkpoint)))
-    return runs
+    results: dict[str, dict[str, Any]] = {}
+    probe: Path | None = None
+    for name in [*probes, *others]:
+        invariant = name in probes
+        for seed in config.train.seeds[:1] if invariant else config.train.seeds:
+            path = outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
+            _train_run(config, data, journal, name, seed, path, probe, outputs, device)
+            sidecar = read_metadata(path)
+            runs.append(Run(name, seed, sidecar["recipe"], path, invariant, sidecar["validation_accuracy"]))
+            kept = ("history", "validation_accuracy", "test_accuracy", "trainable_parameters", "merge_difference")
+            entry = results.setdefault(name, {"recipe": sidecar["recipe"], "seed_invariant": invariant, "seeds": {}})
+            entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {
+                "seconds": journal.seconds(f"train {name} seed {seed}")
+            }
+            if invariant and probe is None:
+                probe = path
+    order = list(config.conditions)
+    document = {name: results[name] for name in order}
+    write_atomically(
+        outputs / "metrics" / "training.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+    )
+    return sorted(runs, key=lambda run: order.index(run.condition))
+
+
+def _train_run(
+    config: StudyConfig,
+    data: StudyData,
+    journal: Journal,
+    name: str,
+    seed: int,
+    path: Path,
+    probe: Path | None,
+    outputs: Path,
+    device: str,
+) -> None:
+    """One condition at one seed: `path` and its sidecar."""
+    condition, shared = config.conditions[name], config.train
+    hyperparameters = Hyperparameters(
+        epochs=condition.epochs or shared.epochs,
+        batch_size=shared.batch_size,
+        lr=condition.lr,
+        weight_decay=shared.weight_decay,
+        warmup_fraction=shared.warmup_fraction,
+        clip_norm=shared.clip_norm,
+        label_smoothing=shared.label_smoothing,
+        layer_decay=condition.layer_decay,
+        rank=condition.rank,
+        alpha=condition.alpha,
+        targets=condition.targets,
+        precision=shared.precision,
+        augmentation=Augmentation(
+            flip=shared.flip, rotation_degrees=shared.rotation_degrees, color_jitter=shared.color_jitter
+        ),
+    )
+    inputs = {
+        "recipe": condition.recipe,
+        "seed": seed,
+        "hyperparameters": dataclasses.asdict(hyperparameters),
+        "pretrained": data.pretrained_digest,
+        "data": data.digest,
+        "img_size": config.model.img_size,
+        "deterministic": shared.deterministic,
+        "device": device,
+        "version": __version__,
+    }
+
+    def work() -> dict[str, Any]:
+        result = train_condition(
+            recipe=cast(Any, condition.recipe),
+            model_name=config.model.name,
+            data=data.splits,
+            checkpoint=path,
+            seed=seed,
+            weights=outputs / "checkpoints" / "pretrained.safetensors",
+            img_size=config.model.img_size,
+            hyperparameters=hyperparameters,
+            probe_checkpoint=probe,
+            device=device,
+            deterministic=shared.deterministic,
+            name=name,
+        )
+        merged = (
+            ""
+            if result.merge_difference is None
+            else f", merging moved no logit by more than {result.merge_difference:.1e}"
+        )
+        tqdm.write(
+            f"{name} seed {seed}: validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}{merged}"
+        )
+        return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
+
+    journal.stage(f"train {name} seed {seed}", inputs, [path, sidecar_path(path)], work)
