@@ -330,6 +330,34 @@ def test_several_seeds_draw_their_spread(tmp_path: Path) -> None:
     assert 'class="thin c0"' not in page
 
 
+def test_some_layers_only_keep_their_numbers(tmp_path: Path) -> None:
+    """A study of layers 1 and 3 of four: nothing may take a layer's number for its place."""
+    outputs = small(tmp_path, gradcam=False)
+    import xarray as xr
+
+    path = outputs / "metrics/attention_metrics.zarr"
+    table = xr.open_zarr(path, consolidated=False).load().isel(layer=[1, 3])
+    for variable in table.variables.values():
+        variable.encoding.clear()
+    shutil.rmtree(path)
+    with pytest.warns(match="string|specification|Unicode"):
+        table.to_zarr(path, zarr_format=3, consolidated=False)
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    comparison["layers"] = [comparison["layers"][layer] for layer in (1, 3)]
+    comparison["tests"] = [test for test in comparison["tests"] if test["layer"] in (None, 1, 3)]
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, page = texts(outputs)
+    shown = payload(page)
+    assert shown["layers"] == [1, 3]
+    assert [layer["layer"] for layer in shown["viewer"]["layers"]] == [0, 1, 2, 3]
+    regional = [test for test in comparison["tests"] if test["level"] == "layer" and test["region"]]
+    most = max(regional, key=lambda test: abs(test["difference"]))["layer"]
+    assert f"differs most in layer {most} (blocks.{most}.attn)" in summary
+    assert "distance: layer 1 " in summary
+    assert {name for name, _ in render_figures(load_results(outputs))} >= {"region_mass.svg", "difference_distance.png"}
+
+
 def test_undefined_values_are_hatched_and_counted(tmp_path: Path) -> None:
     """A whole layer without a value: no NaN reaches the page, and the summary does not average it away."""
     outputs = small(tmp_path, conditions=("baseline", "finetuned"), samples=False, gradcam=False)

@@ -106,6 +106,7 @@ class GradcamSample:
 class LayerSamples:
     """The kept maps of one layer in one run: `attention` [image, head, query, key], read on demand."""
 
+    layer: int
     site: str
     layout: Mapping[str, Any]
     attention: Any
@@ -400,7 +401,12 @@ def _load_samples(path: Path, table: xr.Dataset) -> Samples | None:
                 group = root[name]
                 assert isinstance(group, zarr.Group)
                 runs[condition, seed] = tuple(
-                    LayerSamples(str(array.attrs["site"]), _mapping(array.attrs["layout"]), array)
+                    LayerSamples(
+                        int(key.removeprefix("layer_")),
+                        str(array.attrs["site"]),
+                        _mapping(array.attrs["layout"]),
+                        array,
+                    )
                     for key, array in sorted(group.arrays())
                     if key.startswith("layer_")
                 )

@@ -54,6 +54,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
         ],
         "layers": [
             {
+                "layer": layer.layer,
                 "site": layer.site,
                 "heads": int(layer.attention.shape[1]),
                 "rows": int(layer.layout["grid_rows"]),

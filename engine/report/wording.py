@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.report.findings import SEEDS_NEEDED, Change, Comparison, Relation, layer_curve, training_runs
+from engine.report.findings import SEEDS_NEEDED, Change, Comparison, Relation, layer_curve, survives, training_runs
 from engine.report.inputs import PairedTest, Results
 
 __all__ = [
@@ -132,10 +132,11 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
 def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
     """Where attention on annotated regions moved most, in every condition; "" if no such change survives."""
     candidates = [
-        change.strongest
+        test
         for comparison in found
         for change in comparison.changes
-        if change.region is not None and change.strongest is not None
+        for test in change.layers
+        if change.region is not None and survives(test, results.alpha)
     ]
     if not candidates:
         return ""
@@ -253,9 +254,13 @@ def trend_sentence(results: Results, change: Change) -> str:
         tail = "; no layer survives max-T, so this is no evidence of a trend"
     return (
         f"{what(results, change.metric, change.region)}: "
-        f"layers {layers[0]}–{layers[half - 1]} {quantity(change.shallow, change.unit, difference=True)}, "
-        f"layers {layers[-half]}–{layers[-1]} {quantity(change.deep, change.unit, difference=True)}{tail}."
+        f"{_span(layers[:half])} {quantity(change.shallow, change.unit, difference=True)}, "
+        f"{_span(layers[-half:])} {quantity(change.deep, change.unit, difference=True)}{tail}."
     )
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
 
 
 def relation_sentence(relation: Relation) -> str:

@@ -144,10 +144,11 @@
       const map = current();
       const parts = [make("h3", {}, "Layer " + data.layers[row] + ", " + headName(head)), make("p", { className: "scope" }, map.label + " · " + data.sites[row])];
       parts.push(make("div", { className: "pairs" }, ...map.grids.map((grid) => make("div", {}, ...cellDetail(map, grid, grid.cells[row][head])))));
-      if (data.viewer && row < data.viewer.layers.length) {
+      const shown = data.viewer ? data.viewer.layers.findIndex((layer) => layer.layer === data.layers[row]) : -1;
+      if (shown >= 0) {
         const go = make("button", { type: "button" }, "Show its attention");
         go.addEventListener("click", () => {
-          byId("view-layer").value = row;
+          byId("view-layer").value = shown;
           byId("view-layer").dispatchEvent(new Event("change"));
           byId("view-head").value = head === data.heads ? "mean" : head;
           byId("view-head").dispatchEvent(new Event("change"));
@@ -182,14 +183,14 @@
         for (const count of cell.hist.counts) bars.append(Object.assign(make("i"), { style: "height:" + (100 * count / most) + "%" }));
         const zero = -cell.hist.low / (cell.hist.high - cell.hist.low);
         bars.append(Object.assign(make("b"), { style: "left:calc(" + 100 * zero + "% - 1px)" }));
-        parts.push(bars, make("div", { className: "ends" }, make("span", {}, format(cell.hist.low)), make("span", {}, "each image's difference; stroke: 0"), make("span", {}, format(cell.hist.high))));
+        parts.push(bars, make("div", { className: "ends" }, make("span", {}, format(cell.hist.low)), make("span", {}, "by image; stroke: 0"), make("span", {}, format(cell.hist.high))));
       }
       return parts;
     }
 
     select.addEventListener("change", drawMaps);
     const heads = data.heads;
-    grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 3.2) + "), 1.9rem)");
+    grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 3.2) + "), 1.6rem)");
     // Open on what the page's first sentence speaks of: regions where there are any, else the first that changed.
     const changed = data.maps.filter((map) => map.grids.some((grid) => grid.cells.flat().some((cell) => cell && cell.sure)));
     const opening = changed.filter((map) => map.regional).pop() ?? changed[0] ?? data.maps[0];
@@ -212,7 +213,7 @@
     let drawing = 0;
 
     viewer.images.forEach((image, i) => imageSelect.append(make("option", { value: i }, image.id + " (class " + image.label + ")")));
-    viewer.layers.forEach((layer, l) => layerSelect.append(make("option", { value: l, title: layer.site }, String(data.layers[l] ?? l))));
+    viewer.layers.forEach((layer, l) => layerSelect.append(make("option", { value: l, title: layer.site }, String(layer.layer))));
 
     const layer = () => viewer.layers[Number(layerSelect.value)];
     const image = () => viewer.images[Number(imageSelect.value)];
@@ -378,7 +379,7 @@
         make("span", {}, percent(limit) + " of the attention on patches, the same scale in every map"),
       );
       const head = headSelect.value === "mean" ? "mean over heads" : "head " + headSelect.value;
-      status.textContent = "From the " + queryName() + ", layer " + (data.layers[l] ?? l) + ", " + head + ".";
+      status.textContent = "From the " + queryName() + ", layer " + at.layer + ", " + head + ".";
     }
 
     function frame(made, at, patch, color) {
