@@ -1,0 +1,247 @@
+"""The manifest over a folder with every kind of odd and broken file, and the pictures that come out of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.data import FolderImages, Preprocessing, prepare_folder
+from train.errors import DamagedFileError, InputError
+from train.images import UndecodableError, decode_image
+from train.manifest import Manifest, build_manifest
+from train.splits import split_counts, stratified_split
+
+SMALL = Preprocessing(
+    channels=3,
+    height_px=16,
+    width_px=16,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.5, 0.5, 0.25),
+    interpolation="bicubic",
+    crop_pct=1.0,
+    crop_mode="center",
+)
+
+
+def picture(value: int = 0, size: tuple[int, int] = (20, 24), mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(value)
+    return Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def class_folders(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            (root / name / f"{index}.png").write_bytes(encoded(picture(100 * k + index), "PNG"))
+    return root
+
+
+def odd_files() -> dict[str, tuple[bytes, str]]:
+    """Name → (content, status)."""
+    jpeg = encoded(picture(1), "JPEG")
+    frames = [picture(k, mode="P") for k in range(3)]
+    return {
+        "bmp inside.jpg": (encoded(picture(2), "BMP"), "ok"),
+        "gif.inside.jpg": (encoded(picture(3, mode="P"), "GIF"), "ok"),
+        "png_inside.jpg": (encoded(picture(4), "PNG"), "ok"),
+        "UPPER.JPG": (encoded(picture(5), "JPEG"), "ok"),
+        "animated.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "ok"),
+        "cmyk.jpg": (encoded(picture(6, mode="CMYK"), "JPEG"), "ok"),
+        "grey.jpg": (encoded(picture(7, mode="L"), "JPEG"), "ok"),
+        "deep.png": (encoded(Image.fromarray(np.full((9, 9), 51400, dtype=np.uint16)), "PNG"), "ok"),
+        "palette.png": (encoded(picture(8, mode="P"), "PNG"), "ok"),
+        "empty.jpg": (b"", "empty file"),
+        "half.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "half.png": (encoded(picture(9), "PNG")[:900], "truncated"),
+        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
+        "notes.txt": (b"hello", "not an image"),
+        "._real.jpg": (jpeg, "hidden (._) file"),
+        ".DS_Store": (b"\0\0\0\1Bud1", "hidden file"),
+    }
+
+
+def test_every_odd_file_gets_its_status_and_none_is_substituted(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    files = odd_files()
+    for name, (content, _) in files.items():
+        (root / "dog" / name).write_bytes(content)
+    manifest = build_manifest(root, split="all")
+    found = {record.id: record.status for record in manifest.records}
+    assert {name: found[f"dog/{name}"] for name in files} == {name: status for name, (_, status) in files.items()}
+    assert manifest.class_names == ("cat", "dog")
+    sound = [name for name, (_, status) in files.items() if status == "ok"]
+    assert len(manifest.split("test")) == 20 + len(sound)
+    assert sum(manifest.dropped.values()) == len(files) - len(sound)
+
+    data = prepare_folder(root, preprocessing=SMALL, manifest=manifest)
+    pixels = data.test.pixels(range(len(data.test)))
+    assert pixels.shape == (20 + len(sound), 3, 16, 16)
+    deep = data.test.picture(data.test.ids.index("dog/deep.png"))
+    np.testing.assert_array_equal(deep, np.full((16, 16, 3), 200))  # 51400 / 257
+
+
+def test_decoding_keeps_orientation_first_frame_and_transparency() -> None:
+    wide = np.zeros((10, 30, 3), dtype=np.uint8)
+    wide[:, :15] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to see it upright
+    turned = np.asarray(decode_image(encoded(Image.fromarray(wide), "JPEG", exif=exif)))
+    assert turned.shape == (30, 10, 3)
+    assert turned[:13].mean() > 250 > 5 > turned[17:].mean()
+
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    first = decode_image(encoded(red, "GIF", save_all=True, append_images=[blue]))
+    assert first.getpixel((4, 4)) == (255, 0, 0)
+
+    clear = decode_image(encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), "PNG"))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    cmyk = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
+    assert cmyk.mode == "RGB"
+    assert cmyk.getpixel((4, 4))[0] > 200 > 80 > cmyk.getpixel((4, 4))[2]
+    with pytest.raises(UndecodableError, match="floating-point"):
+        decode_image(encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"))
+
+
+def test_pictures_are_timms_own_evaluation_transform(tmp_path: Path) -> None:
+    from timm.data.transforms_factory import create_transform
+
+    data = prepare_folder(class_folders(tmp_path / "data"), preprocessing=SMALL, split="all").test
+    transform = create_transform(
+        (3, 16, 16), interpolation="bicubic", mean=SMALL.mean, std=SMALL.std, crop_pct=1.0, is_training=False
+    )
+    expected = transform(Image.open(tmp_path / "data" / data.ids[3]))
+    np.testing.assert_allclose(data.batch([3])[0].numpy(), expected.numpy(), atol=1e-6)
+    assert data.picture(3).shape == (16, 16, 3)
+    from kernels.layout import TokenLayout
+
+    layout = TokenLayout(grid_rows=2, grid_cols=2, num_prefix_tokens=0, patch_height_px=8, patch_width_px=8)
+    assert data.regions(layout) is None
+    assert data.region_names == ()
+
+
+def test_a_file_that_changed_or_vanished_is_named(tmp_path: Path) -> None:
+    data = prepare_folder(class_folders(tmp_path / "data"), preprocessing=SMALL, split="all").test
+    (tmp_path / "data" / data.ids[0]).write_bytes(encoded(picture(999), "PNG"))
+    with pytest.raises(InputError, match=r"cat/0\.png has changed"):
+        data.batch([0, 1])
+    (tmp_path / "data" / data.ids[1]).unlink()
+    with pytest.raises(InputError, match=r"cat/1\.png was readable"):
+        data.batch([1])
+
+
+def test_grey_models_get_one_channel(tmp_path: Path) -> None:
+    grey = Preprocessing(**{**SMALL.to_dict(), "channels": 1, "mean": (0.5,), "std": (0.5,)})
+    manifest = build_manifest(class_folders(tmp_path / "data"), split="all")
+    images = FolderImages(manifest.root, manifest.split("test"), manifest.class_names, grey)
+    assert images.batch([0, 1]).shape == (2, 1, 16, 16)
+    assert images.picture(0).shape == (16, 16, 3)
+
+
+def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    manifest = build_manifest(root)
+    manifest.save(tmp_path / "manifest.json")
+    again = Manifest.load(tmp_path / "manifest.json")
+    assert again == manifest
+    assert again.sha256 == manifest.sha256 == build_manifest(root).sha256
+
+    moved = tmp_path / "elsewhere"
+    root.rename(moved)
+    assert build_manifest(moved).sha256 == manifest.sha256
+    assert build_manifest(moved, seed=1).sha256 != manifest.sha256
+    (moved / "cat" / "0.png").write_bytes(encoded(picture(999), "PNG"))
+    assert build_manifest(moved).sha256 != manifest.sha256
+
+    document = json.loads((tmp_path / "manifest.json").read_text())
+    document["records"][0]["label"] = 1
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DamagedFileError, match="do not match"):
+        Manifest.load(tmp_path / "manifest.json")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DamagedFileError, match="not a manifest"):
+        Manifest.load(tmp_path / "manifest.json")
+
+
+def test_stratified_split_is_disjoint_complete_and_by_class(tmp_path: Path) -> None:
+    classes = {"a": [f"a/{k}" for k in range(100)], "b": [f"b/{k}" for k in range(3)]}
+    assigned = stratified_split(classes, seed=42)
+    assert set(assigned) == {*classes["a"], *classes["b"]}
+    count = {split: sum(assigned[i] == split for i in classes["a"]) for split in ("train", "validation", "test")}
+    assert count == {"train": 70, "validation": 15, "test": 15}
+    assert sorted(assigned[i] for i in classes["b"]) == ["test", "train", "validation"]
+    # Another class beside it changes nothing for a class, and neither does the order of its members.
+    alone = stratified_split({"a": classes["a"][::-1]}, seed=42)
+    assert alone == {i: assigned[i] for i in classes["a"]}
+    assert stratified_split(classes, seed=43) != assigned
+    assert split_counts(7, 0.15, 0.15) == (5, 1, 1)
+    with pytest.raises(InputError, match="class 'b' has 2 readable"):
+        stratified_split({"b": classes["b"][:2]}, seed=42)
+
+
+def test_split_by_folders(tmp_path: Path) -> None:
+    for k, name in enumerate(("train", "valid", "test")):
+        class_folders(tmp_path / "data" / name, count=4 - k)
+    manifest = build_manifest(tmp_path / "data", split="folders")
+    assert [len(manifest.split(name)) for name in ("train", "validation", "test")] == [8, 6, 4]
+    assert manifest.split("validation")[0].id == "valid/cat/0.png"
+    # The same pictures were written into all three: that is said, and where.
+    assert ("test/cat/0.png", "train/cat/0.png", "valid/cat/0.png") in manifest.leaks()
+    (tmp_path / "data" / "val").mkdir()
+    with pytest.raises(InputError, match="val and valid, which are both the validation split"):
+        build_manifest(tmp_path / "data", split="folders")
+    class_folders(tmp_path / "flat")
+    with pytest.raises(InputError, match="holds none of train, val"):
+        build_manifest(tmp_path / "flat", split="folders")
+
+
+def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.root is empty"):
+        build_manifest("")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        build_manifest(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file; expected class folders"):
+        build_manifest(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is empty; expected class folders"):
+        build_manifest(tmp_path / "empty")
+    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    with pytest.raises(InputError, match="no file in them"):
+        build_manifest(tmp_path / "hollow")
+    (tmp_path / "hollow" / "cat" / "x.jpg").write_text("<html>")
+    with pytest.raises(InputError, match=r"no readable image among 1 file\(s\) \(1 not an image\)"):
+        build_manifest(tmp_path / "hollow")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "1.png").write_bytes(encoded(picture(), "PNG"))
+    with pytest.raises(InputError, match="but no class folders; expected class folders with images"):
+        build_manifest(tmp_path / "loose")
+    class_folders(tmp_path / "one", classes=("cat",), count=1)
+    with pytest.raises(InputError, match="class 'cat' has 1 readable image"):
+        build_manifest(tmp_path / "one")
+    assert len(build_manifest(tmp_path / "one", split="all").split("test")) == 1
+
+
+def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    (root / "cat" / "again.png").symlink_to(root / "cat" / "0.png")
+    assert build_manifest(root, split="all").dropped == {}
+    (tmp_path / "secret.png").write_bytes(encoded(picture(), "PNG"))
+    (root / "cat" / "out.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match=r"out\.png is a link to .*secret\.png, outside the folder"):
+        build_manifest(root)
+    (root / "cat" / "out.png").unlink()
+    (tmp_path / "bird").mkdir()
+    (root / "bird").symlink_to(tmp_path / "bird")
+    with pytest.raises(InputError, match="outside the folder"):
+        build_manifest(root)
