@@ -46,12 +46,17 @@ __all__ = [
 ]
 
 # What a pass computes besides validity and prefix mass.
-DISTANCE, ENTROPY, SPATIAL, RECEIVED = 1, 2, 4, 8
+DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED = 1, 2, 4, 8, 16
 
 # How the input's bits are read.
 _FLOAT, _FLOAT16, _BFLOAT16 = 0, 1, 2
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+_OPTIONS: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "error_model": "numpy",  # division by zero is no exception: its test would stand in every loop's way
+    "fastmath": {"reassoc", "nsz", "contract"},
+}
 
 # Numba's `workqueue` threading layer aborts the process when two threads enter a parallel region at once; with
 # OpenMP a second region would only take cores from the first.
@@ -284,8 +289,8 @@ _E1, _E2, _E3, _E4, _E5, _E6 = _f32(
     0.0013399930903688073,
     0.00015345810970757157,
 )
-_ONE, _HALF, _TINY32, _LEAST_EXP2 = _f32(1.0, 0.5, 2.0**-126, -126.0)
-_TWO_M24 = np.float32(2.0**-24)
+_ONE, _HALF, _LEAST_EXP2 = _f32(1.0, 0.5, -126.0)
+_TWO_M14 = np.float32(2.0**-14)
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
@@ -301,8 +306,28 @@ def _int_bits(x: Any) -> Any:
     return np.float32(x).view(np.int32)
 
 
+def _signed_bits(x: Any) -> Any:
+    """An integer that is negative where x has its sign bit set."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_signed_bits)
+def _signed_bits_of(x: Any) -> Any:
+    if x == types.float64:
+
+        def double_bits(x: Any) -> Any:
+            return np.float64(x).view(np.int64)
+
+        return double_bits
+
+    def single_bits(x: Any) -> Any:
+        return _int_bits(x)
+
+    return single_bits
+
+
 def _log2(x: Any) -> Any:
-    """log2 x of a normal number or 0; of 0 any finite number, since it is multiplied by 0."""
+    """log2 x of a normal number; of 0 and, in float32, of subnormal numbers any finite number, for x·log2 x is 0."""
     raise NotImplementedError  # compiled code only
 
 
@@ -316,7 +341,7 @@ def _log2_of(x: Any) -> Any:
         return log2_double
 
     def log2(x: Any) -> Any:
-        bits = _int_bits(x if x > _TINY32 else _TINY32)
+        bits = _int_bits(x)  # of 0 and subnormal numbers it makes −127: they weigh nothing
         exponent = (bits - _SQRT_HALF_BITS) >> np.int32(23)
         f = _float_of(bits - (exponent << np.int32(23))) - _ONE  # mantissa in [√½, √2), less 1
         poly = _L0 + f * (_L1 + f * (_L2 + f * (_L3 + f * (_L4 + f * (_L5 + f * _L6)))))
@@ -366,16 +391,15 @@ def _load_of(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
                 for i in range(n):
                     x[i] = _float_of(np.int32(source[i]) << np.int32(16))
             else:
+                # Rebias the exponent by 112; subnormal halves, whose exponent is that of 2^−14 but without the
+                # leading 1, take it on and give it back. Infinity and NaN become numbers from 65,536 on, which no
+                # row that sums to 1 holds and no finite half reaches.
                 for i in range(n):
                     half = np.int32(source[i])
-                    sign = (half & np.int32(0x8000)) << np.int32(16)
-                    size = half & np.int32(0x7FFF)
-                    normal = (size << np.int32(13)) + np.int32(112 << 23)
-                    # Infinity and NaN: the exponent of float32's own.
-                    normal = normal + (np.int32(112 << 23) if size >= np.int32(0x7C00) else np.int32(0))
-                    subnormal = _int_bits(np.float32(size) * _TWO_M24)
-                    bits = subnormal if size < np.int32(0x0400) else normal
-                    x[i] = _float_of(bits | sign)
+                    size = (half & np.int32(0x7FFF)) << np.int32(13)
+                    small = _float_of(size + np.int32(113 << 23)) - _TWO_M14
+                    value = small if size < np.int32(1 << 23) else _float_of(size + np.int32(112 << 23))
+                    x[i] = -value if half & np.int32(0x8000) else value
 
         return load_bits
 
@@ -398,7 +422,12 @@ def _sum(x: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _holds_negative(x: Any) -> Any:
-    found = 0
+    signs = _signed_bits(x[0]) if x.size else 0
+    for i in range(x.size):
+        signs |= _signed_bits(x[i])
+    if signs >= 0:
+        return False
+    found = 0  # a sign bit is set, be it of −0.0, which is not negative
     for i in range(x.size):
         found |= x[i] < 0
     return found != 0
@@ -441,42 +470,58 @@ def _row_entropy(x: Any, total: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _spatial(x: Any, z: Any, total: Any, has_right: Any, grid_cols: Any, num_edges: Any) -> Any:
-    """(Moran's I, Geary's C) of a row laid on the grid; NaN if constant. z is scratch of x's size.
+def _is_constant(x: Any) -> Any:
+    i = 1
+    while i < x.size and x[i] == x[0]:  # of most rows two values suffice
+        i += 1
+    return i >= x.size
 
-    Neighbours are shifts by 1 and by the width of the grid. The mean is taken away twice: the first time it is
-    rounded at the size of x, the second time at the size of z, which near-uniform rows need.
+
+@njit(**_OPTIONS)
+def _centre(x: Any, total: Any, z: Any) -> Any:
+    """z = x − mean; Σ z².
+
+    The mean is taken away twice: the first time it is rounded at the size of x, the second time at the size of z.
+    Rows uniform to 5e-4 need that.
     """
-    n = x.size
-    first = x[0]
-    varies = 0
-    for i in range(n):
-        varies |= x[i] != first
-    if varies == 0:
-        return np.nan, np.nan
-    mean = x.dtype.type(total / n)
+    mean = x.dtype.type(total / x.size)
     rest = x.dtype.type(0)
-    for i in range(n):
+    for i in range(x.size):
         z[i] = x[i] - mean
         rest += z[i]
-    rest = x.dtype.type(rest / n)
+    rest = x.dtype.type(rest / x.size)
     sum_sq = x.dtype.type(0)
-    for i in range(n):
-        z[i] = z[i] - rest
+    for i in range(x.size):
+        z[i] -= rest
         sum_sq += z[i] * z[i]
-    cross = x.dtype.type(0)
-    apart = x.dtype.type(0)
-    for i in range(n - 1):
-        step = z[i] - z[i + 1]
-        cross += has_right[i] * z[i] * z[i + 1]
+    return sum_sq
+
+
+@njit(**_OPTIONS)
+def _morans_i(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: Any) -> Any:
+    """N/S0 · 2 Σ z z over edges / Σ z². Neighbours are shifts, by 1 and by the width of the grid."""
+    # Slices, not z[i + grid_cols]: an index that might be negative keeps a loop from vectorising.
+    right, below = z[1:], z[grid_cols:]
+    cross = z.dtype.type(0)
+    for i in range(right.size):
+        cross += has_right[i] * z[i] * right[i]
+    for i in range(below.size):
+        cross += z[i] * below[i]
+    return np.float64(z.size) / num_edges * np.float64(cross / sum_sq)
+
+
+@njit(**_OPTIONS)
+def _gearys_c(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: Any) -> Any:
+    """(N − 1)/(2 S0) · 2 Σ (z − z)² over edges / Σ z²."""
+    right, below = z[1:], z[grid_cols:]
+    apart = z.dtype.type(0)
+    for i in range(right.size):
+        step = z[i] - right[i]
         apart += has_right[i] * step * step
-    for i in range(n - grid_cols):
-        step = z[i] - z[i + grid_cols]
-        cross += z[i] * z[i + grid_cols]
+    for i in range(below.size):
+        step = z[i] - below[i]
         apart += step * step
-    moran = np.float64(n) / num_edges * np.float64(cross / sum_sq)
-    geary = np.float64(n - 1) / (2 * num_edges) * np.float64(apart / sum_sq)
-    return moran, geary
+    return np.float64(z.size - 1) / (2 * num_edges) * np.float64(apart / sum_sq)
 
 
 @njit(**_OPTIONS)
@@ -484,15 +529,17 @@ def _measure_row(
     x: Any, z: Any, total: Any, patch: Any, grid_cols: Any, num_edges: Any, offsets: Any, has_right: Any, needs: Any
 ) -> Any:
     """(distance, Moran's I, Geary's C) of the row of patch query `patch`."""
-    far = np.float64(0)
-    moran = np.float64(0)
-    geary = np.float64(0)
+    far, moran, geary = np.nan, np.nan, np.nan
     if needs & DISTANCE:
         row, col = patch // grid_cols, patch % grid_cols
         begin = (x.size // grid_cols - 1 - row) * grid_cols
         far = np.float64(_mean_distance(x, total, offsets[col], begin))
-    if needs & SPATIAL:
-        moran, geary = _spatial(x, z, total, has_right, grid_cols, num_edges)
+    if needs & (MORAN | GEARY) and not _is_constant(x):
+        sum_sq = _centre(x, total, z)
+        if needs & MORAN:
+            moran = _morans_i(z, sum_sq, has_right, grid_cols, num_edges)
+        if needs & GEARY:
+            geary = _gearys_c(z, sum_sq, has_right, grid_cols, num_edges)
     return far, moran, geary
 
 
@@ -721,8 +768,9 @@ def _maps_morans_i(maps: Any, grid_cols: Any, num_edges: Any) -> Any:
     has_right[grid_cols - 1 :: grid_cols] = 0.0
     for m in range(count):
         total = _sum(maps[m])
-        if total > 0:
-            out[m] = _spatial(maps[m], z, total, has_right, grid_cols, num_edges)[0]
+        if total > 0 and not _is_constant(maps[m]):
+            sum_sq = _centre(maps[m], total, z)
+            out[m] = _morans_i(z, sum_sq, has_right, grid_cols, num_edges)
     return out
 
 
@@ -766,8 +814,8 @@ def _received_morans_i(result: PassResult) -> np.ndarray:
 distance = FromPass(DISTANCE, lambda result: result.rows[0])
 entropy = FromPass(ENTROPY, lambda result: result.rows[1])
 entropy_normalized = FromPass(ENTROPY, lambda result: result.rows[1] / math.log(result.layout.num_patches))
-morans_i = FromPass(SPATIAL, lambda result: result.rows[2])
-gearys_c = FromPass(SPATIAL, lambda result: result.rows[3])
+morans_i = FromPass(MORAN, lambda result: result.rows[2])
+gearys_c = FromPass(GEARY, lambda result: result.rows[3])
 prefix_mass = FromPass(0, lambda result: result.prefix_mass)
 morans_i_received = FromPass(RECEIVED, _received_morans_i)
 cls_entropy = FromPass(0, lambda result: _maps_entropy(_class_rows(result)))
