@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.report.findings import head_maps, layer_curve
+from engine.report.findings import head_maps, histories, layer_curve
 from engine.report.inputs import Results
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
             yield f"difference_{stem}", _difference_maps(results, metric)
     if any(results.accuracy.get(condition) for condition in results.conditions):
         yield "accuracy", _accuracy(results)
-    if results.training and any(_histories(results, "loss")):
+    if results.training and any(histories(results, "loss")):
         yield "training", _training_curves(results)
     if len(results.seeds) > 1:
         yield "seeds", _seeds(results)
@@ -307,26 +307,16 @@ def _accuracy(results: Results) -> Figure:
     return figure
 
 
-def _histories(results: Results, key: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(condition, epochs, values) of every run that recorded `key` by epoch."""
-    for condition, entry in (results.training or {}).items():
-        for run in (entry.get("seeds") or {}).values():
-            points = [(step["epoch"], step[key]) for step in run.get("history") or () if step.get(key) is not None]
-            if points:
-                epochs, values = np.asarray(points, dtype=np.float64).T
-                yield condition, epochs, values
-
-
 def _training_curves(results: Results) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     styles = condition_styles(results)
     panels = [("loss", "training loss (nat)", 1.0), ("validation_accuracy", "validation accuracy (%)", 100.0)]
-    panels = [panel for panel in panels if any(_histories(results, panel[0]))]
+    panels = [panel for panel in panels if any(histories(results, panel[0]))]
     figure, grid = _new(max(4.2, 3.2 * len(panels)), 3.1, 1, len(panels))
     for axes, (key, label, scale) in zip(grid.flat, panels, strict=True):
         seen: set[str] = set()
-        for condition, epochs, values in _histories(results, key):
+        for condition, epochs, values in histories(results, key):
             style = styles.get(condition, {"color": "#777777"})
             name = None if condition in seen else literal(condition)
             axes.plot(epochs, scale * values, label=name, markeredgecolor="white", markeredgewidth=0.5, **style)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,6 +19,7 @@ __all__ = [
     "changes",
     "comparisons",
     "head_maps",
+    "histories",
     "layer_curve",
     "mean",
     "metric_relations",
@@ -74,6 +75,19 @@ def head_maps(results: Results, condition: str, against: str, metric: str, regio
             value = getattr(test, name)
             array[row, test.head] = np.nan if value is None else value
     return maps
+
+
+def histories(results: Results, key: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(condition, epochs, values) of every training run that recorded `key` by epoch.
+
+    A probe is fitted for several penalties and has no epochs: it has no curve.
+    """
+    for condition, entry in (results.training or {}).items():
+        for run in (entry.get("seeds") or {}).values():
+            steps = [step for step in run.get("history") or () if None not in (step.get("epoch"), step.get(key))]
+            if steps:
+                points = np.asarray([(step["epoch"], step[key]) for step in steps], dtype=np.float64)
+                yield condition, points[:, 0], points[:, 1]
 
 
 def training_runs(results: Results, condition: str) -> int:

@@ -18,7 +18,16 @@ from markupsafe import Markup
 from engine.report import wording
 from engine.report.charts import Line, line_chart
 from engine.report.figures import PALETTE
-from engine.report.findings import Comparison, comparisons, layer_curve, mean, metric_relations, survives, training_runs
+from engine.report.findings import (
+    Comparison,
+    comparisons,
+    histories,
+    layer_curve,
+    mean,
+    metric_relations,
+    survives,
+    training_runs,
+)
 from engine.report.inputs import COMPARISON, GradcamSample, PairedTest, Results
 from engine.report.viewer import data_uri, viewer_payload
 
@@ -257,23 +266,20 @@ def _training(results: Results) -> dict[str, Any] | None:
     """Charts by epoch and a table of recipes; None where nothing was trained here."""
     if not results.training:
         return None
-    charts, rows = [], []
+    charts: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for key, label, scale in (
         ("loss", "training loss", 1.0),
         ("validation_accuracy", "validation accuracy (%)", 100.0),
     ):
-        lines, epochs_seen = [], set()
-        for index, condition in enumerate(results.conditions):
-            runs = (results.training.get(condition) or {}).get("seeds") or {}
-            for order, run in enumerate(runs.values()):
-                points = [(s["epoch"], s[key]) for s in run.get("history") or () if s.get(key) is not None]
-                if points:
-                    epochs, values = zip(*points, strict=True)
-                    epochs_seen |= set(epochs)
-                    color = index % len(PALETTE)
-                    lines.append(Line(condition, color, epochs, scale * np.asarray(values, float), thin=order > 0))
+        lines: list[Line] = []
+        for condition, epochs, values in histories(results, key):
+            color = results.conditions.index(condition) % len(PALETTE) if condition in results.conditions else 0
+            again = any(line.name == condition for line in lines)
+            lines.append(Line(condition, color, epochs.tolist(), scale * values, thin=again))
         if lines:
-            chart = line_chart(lines, title=label, x_label="epoch", y_label=label, x_ticks=sorted(epochs_seen))
+            marks = sorted({epoch for line in lines for epoch in line.x})
+            chart = line_chart(lines, title=label, x_label="epoch", y_label=label, x_ticks=marks)
             charts.append({"title": label, "svg": chart})
     for condition, entry in results.training.items():
         for seed, run in (entry.get("seeds") or {}).items():
@@ -366,14 +372,14 @@ def _downloads(results: Results, summary: str) -> list[dict[str, str]]:
         ("attention_comparison.json", "application/json", (results.outputs / COMPARISON).read_bytes()),
     ]
     if results.training:
+        columns = ("epoch", "penalty", "loss", "train_accuracy", "validation_accuracy")
         history = [
-            [condition, seed, step.get("epoch"), step.get("loss"), step.get("validation_accuracy")]
+            [condition, seed, *(step.get(name) for name in columns)]
             for condition, entry in results.training.items()
             for seed, run in (entry.get("seeds") or {}).items()
             for step in run.get("history") or ()
         ]
-        header = ["condition", "seed", "epoch", "loss", "validation_accuracy"]
-        offered.append(("training.csv", "text/csv", _csv(header, history)))
+        offered.append(("training.csv", "text/csv", _csv(["condition", "seed", *columns], history)))
     if results.study_text:
         offered.append(("study.toml", "application/toml", results.study_text.encode("utf-8")))
     return [
