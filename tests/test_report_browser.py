@@ -170,6 +170,16 @@ def test_it_fits_the_screen_without_an_error(browser: Browser, page: Path, width
     assert (light == "rgb(251, 251, 249)") == (scheme == "light")
 
 
+def test_it_opens_where_the_change_is_largest(browser: Browser, page: Path) -> None:
+    """The map, the cell and the attention that a reader sees first are those that the headline names."""
+    browser.open(page, 1400)
+    browser.wait(READY)
+    headline = browser.run("document.querySelector('.headline').textContent")
+    layer = headline.split("most in layer ")[1].split(" ")[0]
+    assert browser.run("document.querySelector('#map-detail h3').textContent") == f"Layer {layer}, mean over heads"
+    assert f"layer {layer}," in browser.run("document.getElementById('view-status').textContent")
+
+
 def test_a_cell_shows_its_numbers(browser: Browser, page: Path) -> None:
     browser.open(page, 1400)
     browser.wait(READY)
@@ -208,6 +218,8 @@ def test_pointing_at_a_patch_shows_where_it_attends(browser: Browser, page: Path
     browser.open(page, 1400, 4000)
     browser.wait(READY)
     assert "class token" in browser.run("document.getElementById('view-status').textContent")
+    browser.choose("view-layer", "3")
+    browser.wait("document.getElementById('view-status').textContent.includes('layer 3')")
     spot = browser.run(
         "(() => { const r = document.querySelector('#view-panels canvas').getBoundingClientRect();"
         " return [r.left + r.width * 3.5 / 8, r.top + r.height * 5.5 / 8]; })()"

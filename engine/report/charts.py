@@ -12,7 +12,8 @@ from markupsafe import Markup, escape
 __all__ = ["Line", "line_chart", "ticks"]
 
 WIDTH, HEIGHT = 360, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 40
+RIGHT, TOP, BOTTOM = 10, 12, 40
+LABEL, DIGIT = 24, 7.2  # room for the label beside the axis, and for each character of the numbers at it
 SHAPES = {  # marker outlines around 0, 0; the order is that of the conditions' colours
     0: "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
     1: "M-3 -3h6v6h-6z",
@@ -61,12 +62,15 @@ def line_chart(
     low, high = y_range or _range(lines)
     marks = ticks(low, high)
     low, high = min(low, marks[0]), max(high, marks[-1])
+    decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9)) if len(marks) > 1 else 2
+    texts = [f"{mark:.{decimals}f}".replace("-", "−") for mark in marks]
+    left = LABEL + DIGIT * max(len(text) for text in texts)
     x_low, x_high = min(x_ticks), max(x_ticks)
     pad = 0.06 * (x_high - x_low) or 0.5
     x_low, x_high = x_low - pad, x_high + pad
 
     def across(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - x_low) / (x_high - x_low)
+        return left + (WIDTH - left - RIGHT) * (value - x_low) / (x_high - x_low)
 
     def down(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low or 1.0)
@@ -75,18 +79,16 @@ def line_chart(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(f"{title}: {y_label} by {x_label}; the numbers are in the table below")}">'
     ]
-    decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9)) if len(marks) > 1 else 2
-    for mark in marks:
+    for mark, text in zip(marks, texts, strict=True):
         y = down(mark)
-        text = f"{mark:.{decimals}f}".replace("-", "−")
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     step = max(1, -(-len(x_ticks) // 13))
     for value in x_ticks[::step]:
         parts.append(f'<text x="{across(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     parts.append(
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 7}" text-anchor="middle">'
+        f'<line class="axis" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="label" x="{(left + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 7}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
         f'<text class="label" transform="translate(12 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'

@@ -313,7 +313,7 @@ def _gradcam_that_fit(results: Results) -> list[tuple[GradcamSample, bytes]]:
 
 
 def _gradcam(results: Results) -> list[dict[str, Any]]:
-    """Pictures grouped by image, as data URIs."""
+    """Pictures as data URIs, grouped by image and then by what the target class is to it."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for sample, content in _gradcam_that_fit(results):
         groups.setdefault(sample.image, []).append(
@@ -325,7 +325,16 @@ def _gradcam(results: Results) -> list[dict[str, Any]]:
                 "probability": sample.probability,
             }
         )
-    return [{"image": image, "pictures": pictures} for image, pictures in groups.items()]
+    return [
+        {
+            "image": image,
+            "rows": [
+                [picture for picture in pictures if picture["role"] == role]
+                for role in dict.fromkeys(picture["role"] for picture in pictures)
+            ],
+        }
+        for image, pictures in groups.items()
+    ]
 
 
 def _provenance(results: Results) -> list[tuple[str, str]]:

@@ -45,6 +45,8 @@
     [253, 219, 199], [244, 165, 130], [214, 96, 77], [178, 24, 43], [103, 0, 31]];
   const SEQUENTIAL = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
+  let openingLayer = data.layers[data.layers.length - 1];
+
   // ---- Layer × head maps -------------------------------------------------------------------------------------------
   if (data.maps.length) {
     const select = byId("map-metric");
@@ -56,12 +58,17 @@
     const headName = (head) => (head === data.heads ? "mean over heads" : "head " + head);
     const current = () => data.maps[Number(select.value)];
 
-    function strongest(map) {
-      let best = { row: 0, head: 0 }, size = -1;
-      for (const grid of map.grids)
-        grid.cells.forEach((cells, row) => cells.forEach((cell, head) => {
-          if (cell && cell.sure && Math.abs(cell.dz ?? 0) > size) { size = Math.abs(cell.dz ?? 0); best = { row, head }; }
-        }));
+    /** The cell of a map with the largest change that survives, of the means over heads where there are such. */
+    function largest(map) {
+      const best = { row: 0, head: 0, size: -1 };
+      for (const column of [[data.heads], [...Array(data.heads).keys()]]) {
+        for (const grid of map.grids)
+          grid.cells.forEach((cells, row) => column.forEach((head) => {
+            const cell = cells[head];
+            if (cell && cell.sure && Math.abs(cell.d) > best.size) Object.assign(best, { row, head, size: Math.abs(cell.d) });
+          }));
+        if (best.size >= 0) break;
+      }
       return best;
     }
 
@@ -191,11 +198,13 @@
     select.addEventListener("change", drawMaps);
     const heads = data.heads;
     grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 3.2) + "), 1.6rem)");
-    // Open on what the page's first sentence speaks of: regions where there are any, else the first that changed.
-    const changed = data.maps.filter((map) => map.grids.some((grid) => grid.cells.flat().some((cell) => cell && cell.sure)));
-    const opening = changed.filter((map) => map.regional).pop() ?? changed[0] ?? data.maps[0];
+    // Open on what the page's first sentence speaks of: the largest regional change, else the first metric that changed.
+    const regional = data.maps.filter((map) => map.regional && largest(map).size >= 0);
+    regional.sort((one, other) => largest(other).size - largest(one).size);
+    const opening = regional[0] ?? data.maps.find((map) => largest(map).size >= 0) ?? data.maps[0];
     select.value = data.maps.indexOf(opening);
-    chosen = strongest(current());
+    chosen = largest(opening);
+    openingLayer = data.layers[chosen.row];
     drawMaps();
   }
 
@@ -460,7 +469,7 @@
     overlay.addEventListener("change", draw);
     classButton.addEventListener("click", () => setQuery(0));
     fillHeads();
-    layerSelect.value = viewer.layers.length - 1;
+    layerSelect.value = Math.max(viewer.layers.findIndex((layer) => layer.layer === openingLayer), 0);
     fillHeads();
     build();
   }
