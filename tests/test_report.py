@@ -77,6 +77,23 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
         assert (again / path.relative_to(study)).read_bytes() == path.read_bytes(), path.name
 
 
+def test_what_is_no_longer_measured_has_no_figure(tmp_path: Path) -> None:
+    outputs = small(tmp_path, metrics=("distance",), regions=(), conditions=("only",), samples=False, training=False)
+    figures = outputs / "visualizations/figures"
+    figures.mkdir(parents=True)
+    (figures / "layers_entropy.svg").write_text("of an earlier study", encoding="utf-8")
+    written = write_report(outputs)
+    assert {path for path in written if path.parent == figures} == set(figures.iterdir())
+    assert not (figures / "layers_entropy.svg").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) -> None:
+    outputs = small(tmp_path, metrics=("distance",), regions=(), conditions=("only",), samples=False, gradcam=False)
+    (outputs / "visualizations").write_text("a file where a folder must go", encoding="utf-8")
+    with pytest.raises(InputError, match="figures: cannot be written"):
+        write_report(outputs)
+
+
 def test_nothing_heavy_is_imported(study: Path) -> None:
     code = (
         f"import sys; from engine.report.inputs import load_results; from engine.report.page import render_page\n"

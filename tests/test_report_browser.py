@@ -18,6 +18,8 @@ import pytest
 from synthetic_study import build_study
 
 from engine.report import write_report
+from engine.report.inputs import load_results
+from engine.report.page import render_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -168,6 +170,26 @@ def test_it_fits_the_screen_without_an_error(browser: Browser, page: Path, width
     assert browser.run("document.documentElement.scrollWidth") <= width
     light = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (light == "rgb(251, 251, 249)") == (scheme == "light")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"conditions": ("pretrained",), "training": False},
+        {"effect": 0.0, "regions": (), "metrics": ("distance",)},
+        {"samples": False, "gradcam": False, "seeds": (1, 2)},
+    ],
+    ids=["one condition", "no effect", "no samples"],
+)
+def test_a_leaner_study_makes_a_sound_page(browser: Browser, tmp_path: Path, options: dict[str, Any]) -> None:
+    outputs = build_study(tmp_path, **{"metrics": ("distance", "region_mass"), "permutations": 49, **options})
+    page = tmp_path / "report.html"
+    page.write_text(render_page(load_results(outputs), ""), encoding="utf-8")
+    browser.open(page, 360)
+    browser.wait("document.readyState === 'complete'")
+    assert browser.problems() == []
+    assert browser.run("document.documentElement.scrollWidth") <= 360
+    assert browser.run("document.querySelectorAll('.heat td').length > 0") == ("conditions" not in options)
 
 
 def test_it_opens_where_the_change_is_largest(browser: Browser, page: Path) -> None:

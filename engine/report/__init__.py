@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from train.errors import InputError
@@ -16,7 +19,7 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Writes `summary.md`, `report.html` and the figures (SVG and PNG) of the study in a folder.
 
     Needs neither model nor images, takes seconds, and writes the same bytes for the same inputs. Every file is put in
-    place whole, so a run that is killed leaves old or new files and never a torn one.
+    place whole, so a run that is killed leaves no torn one; the folder of figures is replaced as a whole.
 
     Args:
         outputs: the outputs folder, with `metrics/attention_metrics.zarr` and `metrics/attention_comparison.json`;
@@ -35,9 +38,7 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
 
     outputs = Path(outputs)
     results = load_results(outputs)
-    written = []
-    for name, content in render_figures(results):
-        written.append(_replace(outputs / FIGURES / name, content))
+    written = _replace_folder(outputs / FIGURES, render_figures(results))
     summary = summary_markdown(results)
     written.append(_replace(outputs / "summary.md", summary.encode("utf-8")))
     written.append(_replace(outputs / "report.html", render_page(results, summary).encode("utf-8")))
@@ -47,12 +48,32 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
 def _replace(path: Path, content: bytes) -> Path:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         partial.write_bytes(content)
         os.replace(partial, path)
+    return path
+
+
+def _replace_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
+    """Replaces a folder whole: figures of metrics that are no longer measured go with the old one."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    names = []
+    with _writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, content in files:
+            (partial / name).write_bytes(content)
+            names.append(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another --outputs folder"
         ) from error
-    return path

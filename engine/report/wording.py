@@ -294,6 +294,11 @@ def _scope(runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
             f"{runs} training runs of {names} were measured: the seed-level tests speak of training runs like these on "
             "this data; the image-level tests speak of these checkpoints."
         )
+    if runs >= SEEDS_NEEDED:
+        return (
+            f"{runs} training runs of {names} were measured but no test was made over them, so what is said holds for "
+            "these checkpoints and the kind of image they were given, not for fine-tuning as such."
+        )
     if runs > 1:
         return (
             f"{runs} training runs are too few for a seed-level test at .05 (an exact sign flip needs {SEEDS_NEEDED}), "
