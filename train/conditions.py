@@ -30,6 +30,8 @@ Recipe = Literal["probe", "full", "lora", "dora"]
 RECIPES = ("probe", "full", "lora", "dora")
 SEED_INVARIANT = frozenset({"probe"})  # recipes that no seed can change
 
+_MERGE_IMAGES = 8  # on which merging is checked, in float64
+
 # Enters every key: a change of what training computes makes older results another thing.
 _VERSION = 1
 
@@ -172,7 +174,7 @@ def train_condition(
             trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
             history = _fit(module, optimizer, data, hyper, hyper_used["precision"], seed, state_path, key, where, label)
             if recipe != "full":
-                count = min(64, len(data.validation))
+                count = min(_MERGE_IMAGES, len(data.validation))
                 model, difference = merge_adapters(module, data.validation.batch(range(count)).to(where))
             else:
                 model = module

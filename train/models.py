@@ -335,7 +335,7 @@ def _resize_positions(
     if filter_fn is None:
         return state
     try:
-        filtered = filter_fn(dict(state), model)
+        filtered = filter_fn({key: state[key] for key in keys}, model)
     except (RuntimeError, ValueError, AssertionError):
         return state  # not a grid at all: the caller names the key with both shapes
     fitting = {key: filtered[key] for key in keys if key in filtered and filtered[key].shape == expected[key].shape}
