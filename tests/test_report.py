@@ -395,6 +395,7 @@ def test_undefined_values_are_hatched_and_counted(tmp_path: Path) -> None:
 def test_a_failed_control_is_shouted(tmp_path: Path) -> None:
     outputs = small(tmp_path, controls_hold=False, samples=False, gradcam=False, metrics=("distance",), regions=())
     summary, page = texts(outputs)
+    assert summary.splitlines()[2].startswith("**1 of 2 negative controls failed")
     assert "1 of 2 negative controls FAILED" in summary
     assert "1 of 2 negative controls failed" in page
 

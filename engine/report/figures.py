@@ -231,12 +231,19 @@ def _difference_maps(results: Results, metric: str) -> Figure:
     figure, grid = _new(width * cols + 1.3, height * rows + 0.8, rows, cols, sharex=True, sharey=True)
     figure.suptitle(literal(results.title(metric)), x=0.01, ha="left", fontsize=10.0, fontweight="bold")
     colours = matplotlib.colormaps["RdBu_r"]
-    image = None
     for axes, (pair, region), found in zip(grid.flat, panels, maps, strict=True):
         difference = found["difference"]
-        axes.set_facecolor("#f0f0f0")
-        image = axes.imshow(
-            np.ma.masked_invalid(difference), cmap=colours, vmin=-limit, vmax=limit, aspect="equal", origin="upper"
+        axes.set_facecolor("#f3f3f3")
+        marked = found["p_max_t"] <= results.alpha
+        axes.imshow(
+            np.ma.masked_invalid(difference),
+            cmap=colours,
+            vmin=-limit,
+            vmax=limit,
+            # What does not survive is faded, or noise on a narrow scale would look like a finding.
+            alpha=np.where(marked, 1.0, 0.4),
+            aspect="equal",
+            origin="upper",
         )
         for layer, head in zip(*np.nonzero(~np.isfinite(difference)), strict=True):
             axes.add_patch(
@@ -244,7 +251,6 @@ def _difference_maps(results: Results, metric: str) -> Figure:
                     (head - 0.5, layer - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#8a8a8a", linewidth=0
                 )
             )
-        marked = found["p_max_t"] <= results.alpha
         for layer, head in zip(*np.nonzero(marked & np.isfinite(difference)), strict=True):
             dark = abs(difference[layer, head]) > 0.6 * limit
             axes.plot(head, layer, marker="o", markersize=3.2, color="white" if dark else "black", linestyle="none")
@@ -263,15 +269,15 @@ def _difference_maps(results: Results, metric: str) -> Figure:
         axes.set_xlabel("head")
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
-    assert image is not None  # there is at least one panel: the metric has head-level tests
-    bar = figure.colorbar(image, ax=list(grid.flat), shrink=0.85, aspect=22, pad=0.02)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-limit, limit), colours)
+    bar = figure.colorbar(scale, ax=list(grid.flat), shrink=0.85, aspect=22, pad=0.02)
     bar.set_label(
         f"difference ({literal(results.unit(metric))})" if results.unit(metric) else "difference", fontsize=8.5
     )
     bar.outline.set_visible(False)
     hatched = ", hatched: undefined" if any(not np.isfinite(m["difference"]).all() for m in maps) else ""
     n = max((test.n or 0 for test in results.select("head", metric=metric)), default=0)
-    _note(figure, f"Dot: max-T p ≤ {results.alpha:g} in its family{hatched}; n = {n:,} images")
+    _note(figure, f"Dot: max-T p ≤ {results.alpha:g} in its family; faded: above it{hatched}; n = {n:,} images")
     return figure
 
 

@@ -18,7 +18,7 @@ def summary_markdown(results: Results) -> str:
     """The whole of `summary.md`; no date and no path in it, so the same results give the same bytes."""
     found = comparisons(results)
     sections = [
-        ("# Summary", [_text(wording.headline(results, found))]),
+        ("# Summary", [*_alarm(results), _text(wording.headline(results, found))]),
         ("## What was compared", _compared(results, found)),
         ("## Observed patterns", _observed(results, found)),
         ("## Tests", _tests(results, found)),
@@ -33,6 +33,14 @@ def summary_markdown(results: Results) -> str:
     ]
     blocks = ["\n\n".join([title, *body]) for title, body in sections if body]
     return "\n\n".join(blocks) + "\n"
+
+
+def _alarm(results: Results) -> list[str]:
+    failed = sum(not control.get("held") for control in results.controls)
+    if not failed:
+        return []
+    of = f"{failed} of {len(results.controls)} negative controls failed"
+    return [f"**{of}: do not trust the other numbers before this is explained.**"]
 
 
 def _compared(results: Results, found: Sequence[Comparison]) -> list[str]:

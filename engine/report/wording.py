@@ -201,15 +201,15 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
     survived, cells = comparison.survived, comparison.cells
     if not cells:
         return f"No layer × head test of {comparison.condition} against {comparison.against} is defined."
-    verdict = (
-        f"{survived} of {cells} layer × head × metric cells ({100 * survived / cells:.0f} %) differ"
-        if survived
-        else f"none of the {cells} layer × head × metric cells differs"
-    )
     layers = sum(len(change.layers) for change in comparison.changes)
-    in_layers = f", and {comparison.layers_survived} of {layers} layer means" if layers else ""
+    if not survived and not comparison.layers_survived:
+        verdict = f"none of the {cells} layer × head × metric cells" + (f" and {layers} layer means" if layers else "")
+        verdict += " differs"
+    else:
+        verdict = f"{survived} of {cells} layer × head × metric cells ({100 * survived / cells:.0f} %)"
+        verdict += (f" and {comparison.layers_survived} of {layers} layer means" if layers else "") + " differ"
     return (
-        f"{comparison.condition} against {comparison.against}: {verdict}{in_layers}, at the family-wise level α = "
+        f"{comparison.condition} against {comparison.against}: {verdict} at the family-wise level α = "
         f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = {count(comparison.n, 'image')})."
     )
 

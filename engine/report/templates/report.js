@@ -21,7 +21,7 @@
     let text;
     if (size < 1e-4 || size >= 1e6) {
       const [mantissa, exponent] = size.toExponential(digits - 1).split("e");
-      text = mantissa + " × 10^" + Number(exponent);
+      text = mantissa + " × 10" + [...String(Number(exponent))].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻").join("");
     } else {
       text = size.toFixed(Math.max(0, digits - 1 - Math.floor(Math.log10(size))));
     }
@@ -111,7 +111,9 @@
             "aria-label": "layer " + data.layers[row] + ", " + headName(head) + ": " + describe(cell),
           }, known && cell.sure ? "●" : "");
           if (known) {
-            const rgb = mix(DIVERGING, 0.5 + 0.5 * cell.d / limit);
+            const full = mix(DIVERGING, 0.5 + 0.5 * cell.d / limit);
+            // What does not survive is faded, or noise on a narrow scale would look like a finding.
+            const rgb = cell.sure ? full : full.map((value) => Math.round(247 + 0.4 * (value - 247)));
             square.style.background = css(rgb);
             if (0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 120) square.classList.add("white");
           } else square.classList.add("none");
