@@ -376,7 +376,7 @@ def _exp2_of(t: Any) -> Any:
 
 
 def _load(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
-    """Widen buffer[begin : begin + x.size] into x; the exact values."""
+    """Widen buffer[begin : begin + x.size] into x, the exact values; (their sum, whether a sign bit is set)."""
     raise NotImplementedError  # compiled code only
 
 
@@ -385,29 +385,40 @@ def _load_of(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
     if buffer.dtype == types.uint16:
 
         def load_bits(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
-            n = x.size
-            source = buffer[begin : begin + n]
+            source = buffer[begin : begin + x.size]
+            total = np.float32(0)
+            signs = np.int32(0)
             if kind == _BFLOAT16:
-                for i in range(n):
-                    x[i] = _float_of(np.int32(source[i]) << np.int32(16))
+                for i in range(x.size):
+                    bits = np.int32(source[i])
+                    x[i] = _float_of(bits << np.int32(16))
+                    total += x[i]
+                    signs |= bits
             else:
                 # Rebias the exponent by 112; subnormal halves, whose exponent is that of 2^−14 but without the
                 # leading 1, take it on and give it back. Infinity and NaN become numbers from 65,536 on, which no
                 # row that sums to 1 holds and no finite half reaches.
-                for i in range(n):
-                    half = np.int32(source[i])
-                    size = (half & np.int32(0x7FFF)) << np.int32(13)
+                for i in range(x.size):
+                    bits = np.int32(source[i])
+                    size = (bits & np.int32(0x7FFF)) << np.int32(13)
                     small = _float_of(size + np.int32(113 << 23)) - _TWO_M14
                     value = small if size < np.int32(1 << 23) else _float_of(size + np.int32(112 << 23))
-                    x[i] = -value if half & np.int32(0x8000) else value
+                    x[i] = -value if bits & np.int32(0x8000) else value
+                    total += x[i]
+                    signs |= bits
+            return total, signs & np.int32(0x8000) != 0
 
         return load_bits
 
     def load(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
-        n = x.size
-        source = buffer[begin : begin + n]
-        for i in range(n):
+        source = buffer[begin : begin + x.size]
+        total = x.dtype.type(0)
+        signs = _signed_bits(total)
+        for i in range(x.size):
             x[i] = source[i]
+            total += x[i]
+            signs |= _signed_bits(x[i])
+        return total, signs < 0
 
     return load
 
@@ -422,12 +433,8 @@ def _sum(x: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _holds_negative(x: Any) -> Any:
-    signs = _signed_bits(x[0]) if x.size else 0
-    for i in range(x.size):
-        signs |= _signed_bits(x[i])
-    if signs >= 0:
-        return False
-    found = 0  # a sign bit is set, be it of −0.0, which is not negative
+    """Whether a value is below 0; −0.0, which has a sign bit too, is not."""
+    found = 0
     for i in range(x.size):
         found |= x[i] < 0
     return found != 0
@@ -589,12 +596,11 @@ def _attention_pass(
         z = np.empty(patches, offsets.dtype)
         for q in range(tokens):
             begin = starts[m] + q * row_stride
-            _load(buffer, begin, kind, head)
-            _load(buffer, begin + prefix, kind, x)
-            on_prefix = _sum(head)
-            total = _sum(x)
+            on_prefix, head_signs = _load(buffer, begin, kind, head)
+            total, signs = _load(buffer, begin + prefix, kind, x)
             # A sum that is NaN or infinite fails the comparison too.
-            if not abs(on_prefix + total - 1) <= tolerance or _holds_negative(x) or _holds_negative(head):
+            in_range = abs(on_prefix + total - 1) <= tolerance
+            if not in_range or (head_signs and _holds_negative(head)) or (signs and _holds_negative(x)):
                 valid[m, q] = False
                 continue
             if q >= prefix:
