@@ -293,7 +293,9 @@ def _training(results: Results) -> dict[str, Any] | None:
                     "test": run.get("test_accuracy"),
                 }
             )
-    return {"charts": charts, "rows": rows}
+    drawn = {condition for condition, _, _ in histories(results, "loss")}
+    without = [condition for condition in results.training if condition not in drawn]
+    return {"charts": charts, "rows": rows, "without": without}
 
 
 def _gradcam_that_fit(results: Results) -> list[tuple[GradcamSample, bytes]]:

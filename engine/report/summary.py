@@ -85,7 +85,7 @@ def _tests(results: Results, found: Sequence[Comparison]) -> list[str]:
             for test in change.layers:
                 rows.append(
                     [
-                        wording.what(results, change.metric, change.region),
+                        wording.what(change.metric, change.region),
                         str(test.layer),
                         wording.quantity(test.difference, change.unit, difference=True),
                         wording.interval(test),
@@ -163,7 +163,7 @@ def _controls(results: Results) -> list[str]:
         [
             str(control.get("title") or control.get("name")),
             str(control.get("expectation", "")),
-            _value(control.get("value")),
+            wording.plain(control.get("value")),
             "yes" if control.get("held") else "NO",
             str(control.get("detail") or ""),
         ]
@@ -180,7 +180,7 @@ def _data(results: Results) -> list[str]:
     if data.get("classes") is not None:
         facts.append(f"{data['classes']} classes")
     if splits:
-        facts.append("splits: " + ", ".join(f"{name} {_value(size)}" for name, size in splits.items()))
+        facts.append("splits: " + ", ".join(f"{name} {wording.plain(size)}" for name, size in splits.items()))
     lines.append(_text("; ".join(facts) + "."))
     dropped: Sequence[Mapping[str, Any]] = data.get("dropped") or ()
     if dropped:
@@ -210,7 +210,7 @@ def _layer_means(results: Results, found: Sequence[Comparison]) -> list[str]:
     rows = [
         [
             f"{comparison.condition} − {comparison.against}",
-            wording.what(results, test.metric, test.region),
+            wording.what(test.metric, test.region),
             str(test.n if test.n is not None else ""),
             wording.quantity(test.difference, results.unit(test.metric), difference=True),
             wording.number(test.t),
@@ -228,12 +228,6 @@ def _layer_means(results: Results, found: Sequence[Comparison]) -> list[str]:
         "It is given for comparison with such work and for nothing else.",
         _table(["comparison", "metric", "layers", "mean difference", "t", "p (not valid)"], rows),
     ]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else wording.number(value)
 
 
 def _bullets(sentences: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from engine.report.findings import SEEDS_NEEDED, Change, Comparison, Relation, layer_curve, survives, training_runs
 from engine.report.inputs import PairedTest, Results
@@ -12,19 +13,24 @@ __all__ = [
     "accuracy_sentence",
     "change_sentence",
     "comparison_sentence",
+    "count",
     "headline",
     "how_to_read",
     "interval",
     "leaks_sentence",
     "limits",
+    "listing",
     "not_measured",
     "number",
     "p_value",
+    "percent",
+    "plain",
     "quantity",
     "relation_sentence",
     "scope_sentences",
     "signed",
     "trend_sentence",
+    "what",
 ]
 
 
@@ -74,12 +80,20 @@ def interval(test: PairedTest) -> str:
     return "" if low is None or high is None else f"{number(low)} to {number(high)}"
 
 
+def plain(value: Any) -> str:
+    """A recorded value of whatever kind as text; numbers as `number` writes them, counts with separators."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else number(value)
+
+
 def listing(items: Sequence[str]) -> str:
     """ "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
 
 
 def percent(level: float) -> str:
+    """0.95 as "95 %"."""
     return f"{100 * level:g} %"
 
 
@@ -90,12 +104,13 @@ def where(test: PairedTest) -> str:
     return f"layer {test.layer}{site}{head}"
 
 
-def what(results: Results, metric: str, region: str | None) -> str:
+def what(metric: str, region: str | None) -> str:
     """ "region_mass on small digit"."""
     return metric if region is None else f"{metric} on {region}"
 
 
 def count(n: int, noun: str) -> str:
+    """ "1 image", "1,024 images"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
@@ -122,7 +137,7 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
     test = change.strongest
     assert test is not None  # chosen for having one
     return (
-        f"The clearest change is in {what(results, change.metric, change.region)}, {where(test)}: "
+        f"The clearest change is in {what(change.metric, change.region)}, {where(test)}: "
         f"from {quantity(test.mean_against, change.unit)} in {comparison.against} to "
         f"{quantity(test.mean_condition, change.unit)} in {comparison.condition} "
         f"({_effect(results, test, change.unit)})."
@@ -216,7 +231,7 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
 
 def change_sentence(results: Results, comparison: Comparison, change: Change) -> str:
     """One metric in one comparison: size first, then how much of it survives."""
-    name = what(results, change.metric, change.region)
+    name = what(change.metric, change.region)
     if change.identical:
         return f"{name}: no difference at all (exactly 0 in every layer and head)."
     if change.largest is None:
@@ -253,7 +268,7 @@ def trend_sentence(results: Results, change: Change) -> str:
     if change.layers_survived == 0:
         tail = "; no layer survives max-T, so this is no evidence of a trend"
     return (
-        f"{what(results, change.metric, change.region)}: "
+        f"{what(change.metric, change.region)}: "
         f"{_span(layers[:half])} {quantity(change.shallow, change.unit, difference=True)}, "
         f"{_span(layers[-half:])} {quantity(change.deep, change.unit, difference=True)}{tail}."
     )
