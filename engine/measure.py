@@ -194,7 +194,8 @@ def build_table(
         }
         variables[spec.name] = (dims, np.stack(columns), described)
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in attributes.items()}
-    return xarray.Dataset(variables, coords, plain | {"undefined": json.dumps(undefined)})
+    plain |= {"undefined": json.dumps(undefined), "metrics": json.dumps(list(variables))}
+    return xarray.Dataset(variables, coords, plain)
 
 
 def _names(names: Iterable[str]) -> np.ndarray:
@@ -253,7 +254,9 @@ def _long_frame(table: xarray.Dataset) -> Any:
 
 
 def read_table(path: Path) -> xarray.Dataset:
-    """The table of `write_table`, from its Zarr form, in memory."""
+    """The table of `write_table`, from its Zarr form, in memory, its metrics in the order they were asked for."""
     import xarray
 
-    return xarray.load_dataset(path, engine="zarr", consolidated=False)
+    table = xarray.load_dataset(path, engine="zarr", consolidated=False)
+    names: list[str] = json.loads(table.attrs["metrics"])  # a folder's listing has an order of its own
+    return table[names]

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import xarray
 from tqdm import tqdm
 
 from engine import __version__
@@ -26,12 +27,13 @@ from engine.relevance.samples import choose_targets, explain_samples, samples_fo
 from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
-from engine.sinks import Capture, capture_to_store
+from engine.sinks import PREFIX_MASS_WARNING, Capture, capture_to_store
 from engine.statistics import compare_conditions
 from engine.training import Run, StudyData, prepare_data, train_runs
 from kernels import load_metric
 from store import AttentionStore
 from train.checkpoint import write_atomically
+from train.conditions import versions
 from train.data import prepare_folder
 from train.errors import InputError
 from train.manifest import Manifest
@@ -180,6 +182,7 @@ class Study:
                 "controls": json.loads((folder / "controls.json").read_text()),
                 "data": self.data.summary(),
                 "undefined": json.loads(table.attrs["undefined"]),
+                "prefix_mass_warning": prefix_mass_warning(table),
             }
             write_comparison(path, comparison_document(table, tests, extra))
 
@@ -207,10 +210,9 @@ class Study:
             if self._labels_are_classes() and classes > 1:
                 labels = np.asarray(self.data.test.labels)[rows]
                 targets = {"true": labels, "other": choose_targets(labels, classes, self.config.data.seed)}
-            first_of = {run.condition: run for run in reversed(self.runs)}
             for method, folder in folders.items():
                 explained = []
-                for run in sorted(first_of.values(), key=self.runs.index):
+                for run in self._first_runs().values():
                     explained += explain_samples(
                         self._model(run), run.condition, self.data.test, rows, targets, method, device=self.device
                     )
@@ -258,6 +260,13 @@ class Study:
         model = load_checkpoint(self.config.model.name, run.checkpoint, self.config.model.img_size)
         return model.to(self.device).eval()
 
+    def _first_runs(self) -> dict[str, Run]:
+        """Each condition's first run, in the order of the configuration."""
+        first: dict[str, Run] = {}
+        for run in self.runs:
+            first.setdefault(run.condition, run)
+        return first
+
     def _row_metrics(self) -> list[str]:
         return [name for name in self.config.measure.metrics if load_metric(name).inputs == "rows"]
 
@@ -297,7 +306,7 @@ class Study:
     def _controls(self) -> list[Control]:
         """The frozen backbone, a condition against itself, and a hybrid of two conditions."""
         rows = self.control_rows
-        first_of = {run.condition: run for run in reversed(self.runs)}
+        first_of = self._first_runs()
         against = first_of[self.against]
 
         def pair(first: torch.nn.Module, second: torch.nn.Module, label: str) -> Any:
@@ -366,6 +375,7 @@ class Study:
             "dataset": self.data.info("test"),
             "precision": "float32",
             "preprocessing": self.data.preprocessing.to_dict(),
+            "versions": versions(),
             "code_version": __version__,
         }
 
@@ -492,14 +502,27 @@ def resolve_device(device: str) -> str:
 
 def model_info(name: str, weights: Path | None) -> dict[str, Any]:
     """Provenance of a model: its name, the hash of its weights' file, and the versions that ran it."""
-    import timm
+    return {"name": name, "weights_sha256": digest_path(weights) if weights is not None else "", **versions()}
 
-    return {
-        "name": name,
-        "weights_sha256": digest_path(weights) if weights is not None else "",
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-    }
+
+def prefix_mass_warning(table: xarray.Dataset) -> str:
+    """A sentence on the layers whose patches get almost nothing, or "" when there are none."""
+    if "prefix_mass" not in table:
+        return ""
+    means = table["prefix_mass"].mean(["seed", "image", "head"])
+    high = means.where(means > PREFIX_MASS_WARNING, drop=True)
+    layers = ", ".join(
+        f"layer {int(layer)} of {condition.item()} ({float(high.sel(condition=condition, layer=layer)):.2f})"
+        for condition in high["condition"]
+        for layer in high["layer"].values
+        if np.isfinite(high.sel(condition=condition, layer=layer))
+    )
+    if not layers:
+        return ""
+    return (
+        f"Prefix tokens take more than {PREFIX_MASS_WARNING} of the attention in {layers}: there the metrics describe "
+        "how the small remainder is spread over the patches."
+    )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from photographs import write_broken, write_photographs
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
@@ -18,6 +17,7 @@ from timm.utils import AttentionExtract
 from engine.measure import read_table
 from engine.run import main
 from kernels import METRICS, TokenLayout
+from tests.photographs import write_broken, write_photographs
 
 METRIC_NAMES = ("distance", "entropy", "morans_i", "prefix_mass")
 # float32 forward and fused attention on one side, float32 forward and float64 metrics on the other.
