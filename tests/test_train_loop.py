@@ -310,13 +310,14 @@ def test_nan_stops_at_its_step_and_names_images(run: Callable[..., TrainResult],
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_training_mode_puts_everything_back() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_mode_puts_everything_back(precision: str) -> None:
     model = build_model("digits_vit", num_classes=10)
     state = torch.get_rng_state()
 
     def interrupted() -> None:
-        with training_mode(model, CPU, deterministic=True):
-            assert not any(block.attn.fused_attn for block in model.blocks)
+        with training_mode(model, CPU, precision=precision, deterministic=True):
+            assert all(block.attn.fused_attn == (precision == "fp32") for block in model.blocks)
             assert torch.are_deterministic_algorithms_enabled()
             torch.rand(3)
             raise Interrupted
@@ -430,3 +431,35 @@ def test_the_sidecar_says_what_the_weights_are(run: Callable[..., TrainResult]) 
         )
         == result.validation_accuracy
     )
+
+
+def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from train.data import prepare_folder
+
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("dark", "light", "middle")):
+        (tmp_path / "photographs" / name).mkdir(parents=True)
+        for index in range(7):
+            shade = rng.integers(0, 60, (40, 50, 3)) + (0, 180, 90)[k]
+            Image.fromarray(shade.astype(np.uint8)).save(tmp_path / "photographs" / name / f"{index}.jpg")
+    (tmp_path / "photographs" / "dark" / "broken.jpg").write_bytes(b"")
+    preprocessing = preprocessing_of(build_model("test_vit", num_classes=1, img_size=64))
+    data = prepare_folder(tmp_path / "photographs", preprocessing=preprocessing)
+    assert data.manifest.dropped == {"empty file": 1}
+    augmentation = Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2)
+    results = [
+        train_condition(
+            recipe=recipe,
+            model_name="test_vit",
+            img_size=64,
+            data=data,
+            checkpoint=tmp_path / f"{recipe}{again}.safetensors",
+            hyperparameters=replace(HYPER, augmentation=augmentation, batch_size=4),
+        )
+        for recipe in ("probe", "lora", "full")
+        for again in ("", "_again")
+    ]
+    assert [a.sha256 == b.sha256 for a, b in zip(results[::2], results[1::2], strict=True)] == [True] * 3
+    assert results[0].test_accuracy == 1.0, "three shades are told apart by a linear probe"

@@ -63,6 +63,7 @@ def test_every_flipped_bit_is_detected_and_the_file_named(tmp_path: Path) -> Non
         with pytest.raises(DamagedFileError, match=r"small\.safetensors is damaged"):
             load_checkpoint(TINY, path)
     path.write_bytes(content)
+    assert torch.equal(read_checkpoint(path).tensors["weight"], torch.arange(12.0))
     sidecar_path(path).write_text("{")
     with pytest.raises(DamagedFileError, match=r"small\.json is not readable JSON"):
         read_checkpoint(path)

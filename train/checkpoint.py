@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "file_digest",
+    "has_sidecar",
     "read_checkpoint",
+    "read_metadata",
     "save_checkpoint",
     "sidecar_path",
     "state_digest",
@@ -57,13 +59,14 @@ def sidecar_path(path: Path) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, and a machine that loses power, sees all of it or none.
 
-    Temporary file beside it, fsync, rename, fsync of the folder.
+    Temporary file beside it, fsync, rename, fsync of the folder. The temporary name is always the same,
+    so what a killed write leaves is overwritten by the next; a file has one writer.
 
     Raises:
         OSError: the folder is not writable or the disk is full; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -132,6 +135,12 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
     document = {"schema": SCHEMA, "file": path.name, "sha256": sha256, **metadata}
     write_atomically(sidecar_path(path), (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
     return sha256
+
+
+def has_sidecar(path: Path) -> bool:
+    """Whether the JSON file beside a checkpoint, if there is one, is a sidecar of ours."""
+    sidecar = sidecar_path(path)
+    return sidecar.is_file() and SCHEMA.encode() in sidecar.read_bytes()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def train_condition(
     history: list[dict[str, Any]]
     state_path = path.with_suffix(".state.safetensors")
     difference: float | None = None
-    with training_mode(model, where, deterministic=deterministic):
+    with training_mode(model, where, precision=hyper_used["precision"], deterministic=deterministic):
         if recipe == "probe" or probe_checkpoint is None:
             history = fit_probe(model, data.train, data.validation, label_smoothing=hyper.label_smoothing, device=where)
         else:

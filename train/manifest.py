@@ -273,7 +273,7 @@ def _status(path: Path) -> tuple[str, str]:
     except OSError as error:
         return f"unreadable ({error.strerror})", ""
     sha256 = hashlib.sha256(content).hexdigest()
-    if path.name.startswith("."):
+    if path.name.startswith(".") or path.parent.name.startswith("."):
         return "hidden (._) file" if path.name.startswith("._") else "hidden file", sha256
     try:
         decode_image(content)

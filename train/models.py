@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from train.checkpoint import read_checkpoint, sidecar_path
+from train.checkpoint import has_sidecar, read_checkpoint
 from train.data import Preprocessing
 from train.errors import InputError
 
@@ -149,7 +149,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if sidecar_path(path).is_file():
+    if has_sidecar(path):
         return read_checkpoint(path).tensors
     try:
         return load_file(path)

@@ -157,7 +157,7 @@ def pretrain_digits(
 
     groups = _decay_groups(module, cast(Any, model).no_weight_decay(), weight_decay)
     state_path = path.with_suffix(".state.safetensors")
-    with training_mode(module, where, deterministic=deterministic):
+    with training_mode(module, where, precision=precision_used, deterministic=deterministic):
         history = fit(
             module,
             torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True),
