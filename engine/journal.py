@@ -38,14 +38,15 @@ def digest_path(path: Path) -> str:
     ledger = path.with_suffix(".ledger")
     total = hashlib.sha256()
     if path.suffix == ".zarr" and ledger.is_dir():
-        # Metrics that were computed after the capture are not the capture's output.
+        # Metrics computed after the capture have a folder of their own in the ledger; they are not its output.
+        later = tuple(f"{found.relative_to(ledger).as_posix()}/" for found in ledger.glob("metrics/*/*"))
         for record in sorted(ledger.rglob("*.json")):
             name = record.relative_to(ledger).as_posix()
-            if not name.startswith("metrics/"):
+            if not name.startswith(later):
                 total.update(f"{name}\0{digest_path(record)}\0".encode())
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             name = file.relative_to(path).as_posix()
-            if not name.startswith("metrics/"):
+            if not name.startswith(later):
                 total.update(f"{name}\0{file.stat().st_size}\0".encode())
         return total.hexdigest()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):

@@ -284,7 +284,7 @@ METRICS: dict[str, MetricSpec] = {
             implementations=_in("numba", "torch", name="region_mass"),
             bounds=_unit_bounds,
             undefined=f"{_NO_MASS}; region without coverage values (NaN)",
-            title="Attention mass in regions",
+            title="Attention on regions",
         ),
     )
 }

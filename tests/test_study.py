@@ -1,0 +1,220 @@
+"""The study end to end at a small size: every output, controls that can fail, resume, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import load_study
+from engine.controls import hybrid_control, hybrid_state, lockstep, same_attention_control
+from engine.journal import digest_path
+from engine.measure import read_table
+from engine.run import main
+from store import AttentionStore
+from tests.photographs import write_broken, write_photographs
+
+SMALL = [
+    *("--data.train_scenes", "96", "--data.validation_scenes", "48", "--data.test_scenes", "40"),
+    *("--pretrain.scenes", "96", "--pretrain.epochs", "1", "--train.epochs", "1"),
+    *("--statistics.permutations", "199", "--statistics.bootstrap", "99", "--capture.batch_size", "16"),
+    *("--relevance.images", "1", "--capture.samples", "3", "--train.precision", "fp32"),
+]
+
+OUTPUTS = [
+    "checkpoints/baseline_seed1.safetensors",
+    "checkpoints/finetuned_seed1.safetensors",
+    "checkpoints/finetuned_seed2.safetensors",
+    "checkpoints/dora_seed1.safetensors",
+    "checkpoints/dora_seed2.safetensors",
+    "metrics/attention_comparison.json",
+    "metrics/attention_metrics.zarr",
+    "metrics/attention_metrics.h5",
+    "metrics/attention_metrics.csv",
+    "visualizations/gradcam_samples/gradcam_samples.csv",
+    "visualizations/relevance/generic/generic_samples.csv",
+    "visualizations/figures/region_mass.svg",
+    "visualizations/figures/region_mass.png",
+    "samples.zarr",
+    "summary.md",
+    "report.html",
+    "study.toml",
+    "run.jsonl",
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("study") / "out"
+    assert main(["--outputs", str(outputs), "--train.seeds", "1,2", *SMALL]) == 0
+    return outputs
+
+
+def test_every_output_is_there(study: Path) -> None:
+    assert not [name for name in OUTPUTS if not (study / name).exists()]
+    assert not (study / "checkpoints" / "baseline_seed2.safetensors").exists(), "no seed changes a probe's attention"
+
+
+def test_the_table_and_the_comparison_say_the_same(study: Path) -> None:
+    table = read_table(study / "metrics" / "attention_metrics.zarr")
+    assert dict(table.sizes) == {"condition": 3, "seed": 2, "image": 40, "layer": 4, "head": 4, "region": 2}
+    assert list(table["condition"].values) == ["baseline", "finetuned", "dora"]
+    assert list(table["seed_invariant"].values) == [True, False, False]
+    assert not np.isnan(table["distance"].values).any()
+    document = json.loads((study / "metrics" / "attention_comparison.json").read_text())
+    assert document["schema"] == 1
+    assert document["layers"] == [f"blocks.{i}.attn" for i in range(4)]
+    expected = table["entropy"].sel(condition="dora").mean(["seed", "image", "head"]).values
+    np.testing.assert_allclose(document["conditions"]["dora"]["entropy"], expected, rtol=1e-6)
+    keys = {
+        "condition",
+        "against",
+        "metric",
+        "unit_of_inference",
+        "family",
+        "layer",
+        "difference",
+        "dz",
+        "ci",
+        "p",
+        "p_max_t",
+    }
+    assert all(keys <= set(test) for test in document["tests"])
+    assert {test["level"] for test in document["tests"]} == {"head", "layer", "seed", "layer_means"}
+    assert set(document["accuracy"]) == {"baseline", "finetuned", "dora"}
+
+
+def test_every_control_held(study: Path) -> None:
+    controls = json.loads((study / "metrics" / "controls.json").read_text())
+    assert [control["name"] for control in controls] == [
+        "frozen_baseline",
+        "itself_finetuned",
+        "hybrid_finetuned",
+        "itself_dora",
+        "hybrid_dora",
+    ]
+    assert all(control["held"] and control["value"] == 0 for control in controls)
+
+
+def test_regions_are_shares_of_the_class_tokens_attention(study: Path) -> None:
+    table = read_table(study / "metrics" / "attention_metrics.zarr")
+    share = table["region_mass"]
+    assert list(table["region"].values) == ["source_digit", "target_digit"]
+    assert float(share.min()) >= 0
+    assert float(share.sum("region").max()) <= 1 + 1e-6
+    # Attention that is not uniform: the box of the large digit does not get just its share of the image.
+    assert float(share.std("image").min()) > 0
+
+
+def test_a_second_run_does_nothing_that_is_done(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {name: digest_path(study / name) for name in OUTPUTS}
+    assert main(["--outputs", str(study), "--train.seeds", "1,2", *SMALL]) == 0
+    told = capsys.readouterr()
+    assert "train dora seed 2: done already" in told.out
+    assert "statistics: done already" in told.out
+    assert {name: digest_path(study / name) for name in OUTPUTS} == before
+
+
+def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = tmp_path / "out"
+    command = ["--config", str(study / "study.toml"), "--outputs", str(outputs)]
+
+    import engine.sinks
+
+    write_batch = engine.sinks.AttentionWriter.write_batch
+    batches = []
+
+    def interrupted(self, batch, *args, **options):  # type: ignore[no-untyped-def]
+        batches.append(batch)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return write_batch(self, batch, *args, **options)
+
+    monkeypatch.setattr(engine.sinks.AttentionWriter, "write_batch", interrupted)
+    assert main(command) == 130
+    monkeypatch.undo()
+    store = AttentionStore.open(outputs / "captures" / "baseline_seed1.zarr")
+    assert store.committed_images.tolist() == [True] * 16 + [False] * 24, "the first batch is kept"
+    assert main(command) == 0
+    first, second = (read_table(folder / "metrics" / "attention_metrics.zarr") for folder in (study, outputs))
+    assert first.equals(second)
+    assert (study / "summary.md").read_bytes() == (outputs / "summary.md").read_bytes()
+
+
+def test_a_damaged_capture_is_made_again_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = next((study / "captures" / "dora_seed1.zarr" / "metrics" / "distance").rglob("c*0"))
+    shard.unlink()
+    assert main(["stats", "--outputs", str(study)]) == 0
+    told = capsys.readouterr().out
+    assert "capture finetuned_seed1: done already" in told
+    assert "capture dora_seed1: done already" not in told
+    assert AttentionStore.open(study / "captures" / "dora_seed1.zarr").complete
+
+
+def test_a_folder_is_trained_captured_and_reported(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    write_photographs(root, per_class=8, size=64)
+    broken = write_broken(root)
+    outputs = tmp_path / "out"
+    torch.manual_seed(0)
+    command = ["study", "--data.kind", "folder", "--data.root", str(root), "--outputs", str(outputs)]
+    command += ["--model.name", "vit_tiny_patch16_224", "--model.pretrained", "false", "--model.img_size", "32"]
+    command += ["--train.epochs", "1", "--train.batch_size", "4", "--statistics.permutations", "99"]
+    command += ["--capture.sinks", "store", "--conditions.dora.rank", "2", "--relevance.methods", "gradcam"]
+    assert main(command) == 0
+    document = json.loads((outputs / "metrics" / "attention_comparison.json").read_text())
+    assert {entry["id"] for entry in document["data"]["dropped"]} == set(broken)
+    assert all(control["held"] for control in document["controls"])
+    assert document["data"]["splits"]["test"] > 0
+    store = AttentionStore.open(outputs / "captures" / "dora_seed42.zarr")
+    assert store.read(0).shape[1:] == (3, 5, 5)
+
+
+def test_controls_can_fail() -> None:
+    """The instrument is alive: models that differ are found to differ, and where."""
+    from train.models import build_model
+
+    torch.manual_seed(0)
+    one = build_model("digits_vit", num_classes=3)
+    torch.manual_seed(1)
+    other = build_model("digits_vit", num_classes=3)
+
+    class Images:
+        def __len__(self) -> int:
+            return 4
+
+        def batch(self, indices: object) -> torch.Tensor:
+            return torch.randn(4, 1, 48, 48, generator=torch.Generator().manual_seed(0))
+
+    def pair(first: torch.nn.Module, second: torch.nn.Module) -> list:  # type: ignore[type-arg]
+        return lockstep(
+            first, second, Images(), range(4), metrics=["distance", "entropy"], batch_size=4, device="cpu", label="test"
+        )
+
+    assert same_attention_control("n", "t", "e", pair(one, one), 4).held
+    assert not same_attention_control("n", "t", "e", pair(one, other), 4).held
+    mixed = build_model("digits_vit", num_classes=3)
+    mixed.load_state_dict(hybrid_state(one.state_dict(), other.state_dict(), 2))
+    layers = pair(one, mixed)
+    assert [layer.identical for layer in layers] == [True, True, False, False]
+    assert hybrid_control("b", "a", layers, 2, 4, differs=True).held
+    assert not hybrid_control("b", "a", layers, 3, 4, differs=True).held
+    assert not hybrid_control("b", "a", pair(one, one), 2, 4, differs=True).held, "nothing changed where it should"
+    with pytest.raises(ValueError, match="expected 1 to 3"):
+        hybrid_state(one.state_dict(), other.state_dict(), 4)
+
+
+def test_checkpoints_and_training_do_not_mix() -> None:
+    from engine.training import prepare_data
+    from train.errors import InputError
+
+    config = load_study(
+        None, {"conditions": {"a": {"recipe": "checkpoint", "checkpoint": "x.pth"}, "b": {"recipe": "full"}}}
+    )
+    with pytest.raises(InputError, match="a is a given checkpoint and b is trained here"):
+        prepare_data(config, Path("unused"), None, device="cpu")  # type: ignore[arg-type]
