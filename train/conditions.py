@@ -17,6 +17,7 @@ from train.adapters import add_adapters, merge_adapters
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
 from train.data import DataSplits
+from train.digits_vit import TRAINING_THREADS
 from train.errors import DamagedFileError, InputError
 from train.loop import Schedule, accuracy, fit, resolve_precision, settings_key, training_mode
 from train.models import build_model, classifier_name
@@ -162,7 +163,8 @@ def train_condition(
     history: list[dict[str, Any]]
     state_path = path.with_suffix(".state.safetensors")
     difference: float | None = None
-    with training_mode(model, where, precision=hyper_used["precision"], deterministic=deterministic):
+    threads = TRAINING_THREADS if model_name == "digits_vit" else 0
+    with training_mode(model, where, precision=hyper_used["precision"], deterministic=deterministic, threads=threads):
         if recipe == "probe" or probe_checkpoint is None:
             history = fit_probe(model, data.train, data.validation, label_smoothing=hyper.label_smoothing, device=where)
         else:

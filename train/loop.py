@@ -108,17 +108,20 @@ def forward_precision(precision: str, device: torch.device) -> contextlib.Abstra
 
 
 @contextlib.contextmanager
-def training_mode(model: nn.Module, device: torch.device, *, precision: str, deterministic: bool) -> Iterator[None]:
+def training_mode(
+    model: nn.Module, device: torch.device, *, precision: str, deterministic: bool, threads: int = 0
+) -> Iterator[None]:
     """What holds during training alone and is put back after it.
 
     In bf16 on a CPU attention runs in separate operations: forward and backward are 2.4 times as fast as
     with the fused kernel at 65 tokens and 1.4 times at 197 (ViT-S/16); in fp32 the two are alike. Everywhere:
-    deterministic algorithms on request, and the caller's random state untouched. (Flushing denormal numbers
+    deterministic algorithms on request, `threads` of torch's (0: as many as it has), and the caller's random
+    state untouched. (Flushing denormal numbers
     to zero made no difference to the speed, and would depend on which threads exist when it is set.)
     """
     separate = device.type == "cpu" and precision == "bf16"
     fused = [module for module in model.modules() if separate and getattr(module, "fused_attn", False) is True]
-    before = torch.are_deterministic_algorithms_enabled()
+    before, had_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
@@ -126,12 +129,14 @@ def training_mode(model: nn.Module, device: torch.device, *, precision: str, det
         try:
             for module in fused:
                 cast(Any, module).fused_attn = False
+            torch.set_num_threads(threads or had_threads)
             torch.use_deterministic_algorithms(deterministic)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield
         finally:
             for module in fused:
                 cast(Any, module).fused_attn = True
+            torch.set_num_threads(had_threads)
             torch.use_deterministic_algorithms(before)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from train.checkpoint import save_checkpoint
 from train.conditions import finished_metadata, versions
+from train.digits_vit import TRAINING_THREADS
 from train.embedded import DigitScenes, prepare_digits
 from train.loop import Schedule, accuracy, fit, resolve_precision, settings_key, training_mode
 from train.models import build_model, preprocessing_of
@@ -157,7 +158,7 @@ def pretrain_digits(
 
     groups = _decay_groups(module, cast(Any, model).no_weight_decay(), weight_decay)
     state_path = path.with_suffix(".state.safetensors")
-    with training_mode(module, where, precision=precision_used, deterministic=deterministic):
+    with training_mode(module, where, precision=precision_used, deterministic=deterministic, threads=TRAINING_THREADS):
         history = fit(
             module,
             torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True),
