@@ -8,9 +8,9 @@ and not from fine-tuning.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,18 @@ from tqdm import tqdm
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
 from kernels import measure_qk
+from train.data import ImageSet
 
-__all__ = ["Control", "LayerDifference", "hybrid_control", "hybrid_state", "lockstep", "same_attention_control"]
+__all__ = [
+    "Contender",
+    "Control",
+    "LayerDifference",
+    "hybrid_control",
+    "hybrid_state",
+    "lockstep",
+    "negative_controls",
+    "same_attention_control",
+]
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
@@ -65,15 +75,10 @@ class LayerDifference:
     identical: bool
 
 
-class ControlImages(Protocol):
-    def __len__(self) -> int: ...
-    def batch(self, indices: Sequence[int]) -> torch.Tensor: ...
-
-
 def lockstep(
     first: torch.nn.Module,
     second: torch.nn.Module,
-    images: ControlImages,
+    images: ImageSet,
     rows: Sequence[int],
     *,
     metrics: Sequence[str],
@@ -209,6 +214,86 @@ def hybrid_control(
         f"{images} images: largest difference below {largest:g} ({len(below)} layers), above {changed:g} "
         f"({len(above)} layers)",
     )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One condition as the controls need it.
+
+    Args:
+        load: builds its model, in evaluation mode on the controls' device.
+        frozen: its backbone was never trained.
+    """
+
+    load: Callable[[], torch.nn.Module]
+    frozen: bool
+
+
+def negative_controls(
+    contenders: Mapping[str, Contender],
+    against: str,
+    pretrained: Callable[[], torch.nn.Module],
+    images: ImageSet,
+    rows: Sequence[int],
+    *,
+    metrics: Sequence[str],
+    batch_size: int,
+    device: str,
+) -> list[Control]:
+    """Every control a study can make: frozen backbones, each condition against itself, and hybrids with `against`.
+
+    Args:
+        contenders: condition -> its model.
+        against: the condition that the others are compared with; alone, it is compared with itself.
+        pretrained: builds the model that frozen backbones must equal; called only for those.
+        images, rows, metrics, batch_size, device: see `lockstep`.
+    """
+
+    def pair(first: torch.nn.Module, second: torch.nn.Module, what: str) -> list[LayerDifference]:
+        return lockstep(
+            first, second, images, rows, metrics=metrics, batch_size=batch_size, device=device, label=f"control: {what}"
+        )
+
+    controls = []
+    for name, contender in contenders.items():
+        if contender.frozen:
+            controls.append(
+                same_attention_control(
+                    f"frozen_{name}",
+                    f"{name}'s backbone is the pretrained one",
+                    "a frozen backbone attends exactly as the pretrained model, bit for bit",
+                    pair(pretrained(), contender.load(), f"{name} frozen"),
+                    len(rows),
+                )
+            )
+    for name, contender in contenders.items():
+        if name == against and len(contenders) > 1:
+            continue
+        controls.append(
+            same_attention_control(
+                f"itself_{name}",
+                f"{name} against itself",
+                "loaded twice, measured twice: exactly 0 in every layer",
+                pair(contender.load(), contender.load(), f"{name} against itself"),
+                len(rows),
+            )
+        )
+        if name == against:
+            continue
+        lower, upper = contenders[against].load(), contender.load()
+        blocks = len(getattr(lower, "blocks", ()))
+        if blocks < 2:
+            tqdm.write("hybrid control left out: the model has no row of blocks to divide")
+            continue
+        middle = blocks // 2
+        states = lower.state_dict(), upper.state_dict()
+        above = tuple(f"blocks.{block}." for block in range(middle, blocks))
+        differs = any(not torch.equal(states[0][key], states[1][key]) for key in states[0] if key.startswith(above))
+        mixed = contender.load()
+        mixed.load_state_dict(hybrid_state(*states, middle))
+        layers = pair(lower, mixed, f"hybrid with {name}")
+        controls.append(hybrid_control(name, against, layers, middle, len(rows), differs=differs))
+    return controls
 
 
 def _block_of(site: str) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.sinks import metric_parameters, stack_layers
+from engine.sinks import PREFIX_MASS_WARNING, metric_parameters, stack_layers
 from kernels import MetricSpec, TokenLayout, load_metric, measure_attention, resolve
 from store import AttentionStore, MetricWriter, has_metric
 from train.errors import InputError
@@ -20,7 +20,7 @@ from train.errors import InputError
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["build_table", "measure_store", "missing_metrics", "read_table", "write_table"]
+__all__ = ["build_table", "measure_store", "missing_metrics", "prefix_mass_warning", "read_table", "write_table"]
 
 
 def measure_store(path: Path, metrics: Sequence[str], backend: str) -> AttentionStore:
@@ -260,3 +260,23 @@ def read_table(path: Path) -> xarray.Dataset:
     table = xarray.load_dataset(path, engine="zarr", consolidated=False)
     names: list[str] = json.loads(table.attrs["metrics"])  # a folder's listing has an order of its own
     return table[names]
+
+
+def prefix_mass_warning(table: xarray.Dataset) -> str:
+    """A sentence on the layers whose patches get almost nothing, or "" when there are none."""
+    if "prefix_mass" not in table:
+        return ""
+    means = table["prefix_mass"].mean(["seed", "image", "head"])
+    high = means.where(means > PREFIX_MASS_WARNING, drop=True)
+    layers = ", ".join(
+        f"layer {int(layer)} of {condition.item()} ({float(high.sel(condition=condition, layer=layer)):.2f})"
+        for condition in high["condition"]
+        for layer in high["layer"].values
+        if np.isfinite(high.sel(condition=condition, layer=layer))
+    )
+    if not layers:
+        return ""
+    return (
+        f"Prefix tokens take more than {PREFIX_MASS_WARNING} of the attention in {layers}: there the metrics describe "
+        "how the small remainder is spread over the patches."
+    )

@@ -46,7 +46,7 @@ def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
 
 
 def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
-    from engine.study import capture_folder
+    from engine.folder import capture_folder
 
     capture_folder(config)
     return 0

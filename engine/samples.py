@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +19,11 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from train.data import ImageSet
 
-__all__ = ["SampleImages", "add_sample_maps", "choose_samples", "start_samples"]
+__all__ = ["add_sample_maps", "choose_samples", "start_samples"]
 
 SCHEMA = "vit-attention-samples/1"
-
-
-class SampleImages(Protocol):
-    """What samples need of a data set: `train.data` provides it."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def class_names(self) -> Sequence[str]: ...
-    @property
-    def region_names(self) -> Sequence[str]: ...
-    def batch(self, indices: Sequence[int]) -> torch.Tensor: ...
-    def picture(self, index: int) -> np.ndarray: ...
 
 
 def choose_samples(count: int, num_images: int, seed: int) -> list[int]:
@@ -46,14 +32,13 @@ def choose_samples(count: int, num_images: int, seed: int) -> list[int]:
     return sorted(int(row) for row in generator.choice(num_images, size=min(count, num_images), replace=False))
 
 
-def start_samples(path: Path, images: SampleImages, rows: Sequence[int], boxes: np.ndarray | None) -> None:
+def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
     """Begin a samples store with the images themselves; one that is there is replaced.
 
     Args:
         path: the `samples.zarr`.
         images: the data set.
         rows: rows of the samples.
-        boxes: float [image, region, 4] of the whole data set as (row0, col0, row1, col1) px, or None.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -70,8 +55,8 @@ def start_samples(path: Path, images: SampleImages, rows: Sequence[int], boxes: 
     group = root.create_group("images")
     _write(group, "pixels", np.stack([images.picture(row) for row in rows]), ("image", "row", "col", "channel"))
     _write(group, "label", np.asarray(images.labels)[list(rows)], ("image",))
-    if boxes is not None:
-        _write(group, "boxes", boxes[list(rows)].astype(np.float32), ("image", "region", "edge"))
+    if images.boxes is not None:
+        _write(group, "boxes", images.boxes[list(rows)].astype(np.float32), ("image", "region", "edge"))
     names = group.create_array(
         "id", shape=(len(rows),), dtype=str, chunks=(max(len(rows), 1),), dimension_names=["image"]
     )
@@ -81,7 +66,7 @@ def start_samples(path: Path, images: SampleImages, rows: Sequence[int], boxes: 
 
 
 def add_sample_maps(
-    path: Path, name: str, model: torch.nn.Module, images: SampleImages, rows: Sequence[int], *, device: str = "cpu"
+    path: Path, name: str, model: torch.nn.Module, images: ImageSet, rows: Sequence[int], *, device: str = "cpu"
 ) -> None:
     """Add one model's maps of the sample images as the group `name`; one that is there is replaced whole.
 

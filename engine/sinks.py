@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,28 +22,13 @@ from engine.capture import AttentionSite, AttentionTap, CaptureError, attention_
 from kernels import Measurement, MetricSpec, TokenLayout, load_metric, measure_qk, resolve
 from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema
 from store.schema import ledger_path
+from train.data import ImageSet
 from train.errors import InputError
 
-__all__ = ["Capture", "CaptureImages", "capture_to_store", "metric_parameters", "stack_layers"]
+__all__ = ["Capture", "capture_to_store", "metric_parameters", "stack_layers"]
 
 # A layer whose mean prefix mass passes this keeps so little on its patches that 16 bits cost 7e-4 nat and 0.1 of I.
 PREFIX_MASS_WARNING = 0.9
-
-
-class CaptureImages(Protocol):
-    """What capture needs of a data set: `train.data` provides it."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def class_names(self) -> Sequence[str]: ...
-    @property
-    def region_names(self) -> Sequence[str]: ...
-    def __len__(self) -> int: ...
-    def batch(self, indices: Sequence[int]) -> torch.Tensor: ...
-    def regions(self, layout: TokenLayout) -> np.ndarray | None: ...
 
 
 class _BatchSinks:
@@ -132,7 +117,7 @@ class Capture:
 
 def capture_to_store(
     model: torch.nn.Module,
-    images: CaptureImages,
+    images: ImageSet,
     path: Path,
     capture: Capture,
     *,
@@ -242,7 +227,7 @@ def metric_parameters(spec: MetricSpec, backend: str) -> dict[str, Any]:
 
 def _run_batches(
     model: torch.nn.Module,
-    images: CaptureImages,
+    images: ImageSet,
     capture: Capture,
     schema: StoreSchema,
     writer: AttentionWriter,

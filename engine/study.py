@@ -7,39 +7,35 @@ those of the last time and its outputs are as it left them.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-import xarray
 from tqdm import tqdm
 
 from engine import __version__
 from engine.config import StudyConfig, study_toml
-from engine.controls import Control, hybrid_control, hybrid_state, lockstep, same_attention_control
+from engine.controls import Contender, Control, negative_controls
+from engine.folder import capture_settings, manifest_dict, model_info
 from engine.journal import Journal, digest_path
-from engine.measure import build_table, measure_store, read_table, write_table
+from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
+from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.relevance.samples import choose_targets, explain_samples, samples_folder, write_samples
 from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
-from engine.sinks import PREFIX_MASS_WARNING, Capture, capture_to_store
+from engine.sinks import capture_to_store
 from engine.statistics import compare_conditions
 from engine.training import Run, StudyData, prepare_data, train_runs
 from kernels import load_metric
 from store import AttentionStore
-from train.checkpoint import write_atomically
 from train.conditions import versions
-from train.data import prepare_folder
-from train.errors import InputError
-from train.manifest import Manifest
-from train.models import build_model, load_checkpoint, preprocessing_of
+from train.models import load_checkpoint
 
-__all__ = ["STAGES", "Study", "capture_folder", "run_study"]
+__all__ = ["STAGES", "Study", "run_study"]
 
 STAGES = ("train", "capture", "control", "measure", "compare", "explain", "report")
 
@@ -92,12 +88,11 @@ class Study:
     def capture(self) -> None:
         """Needs: checkpoints, test images. Leaves: captures/<condition>_seed<k>.zarr, samples.zarr."""
         samples = self.outputs / "samples.zarr"
-        boxes = getattr(self.data.test, "boxes", None)
         self.journal.stage(
             "samples",
             {"data": self.data.digest, "rows": self.sample_rows, "version": __version__},
             [samples / "images"],
-            lambda: start_samples(samples, self.data.test, self.sample_rows, boxes),
+            lambda: start_samples(samples, self.data.test, self.sample_rows),
         )
         for run in self.runs:
             self._captured[run] = self.journal.stage(
@@ -121,7 +116,7 @@ class Study:
 
         def work() -> None:
             controls = [control.to_dict() for control in self._controls()]
-            _write_json(path, controls)
+            write_json(path, controls)
 
         self.journal.stage("controls", inputs, [path], work)
         for control in json.loads(path.read_text()):
@@ -249,9 +244,9 @@ class Study:
         names = list(self.config.conditions)
         return "baseline" if "baseline" in names else names[0]
 
-    def opened(self) -> _OpenedFolder:
+    def opened(self) -> OutputsFolder:
         """Makes the outputs folder this process's own for the length of a `with` block."""
-        return _OpenedFolder(self.outputs, study_toml(self.config))
+        return OutputsFolder(self.outputs, study_toml(self.config))
 
     def _store_path(self, run: Run) -> Path:
         return self.outputs / "captures" / f"{run.name}.zarr"
@@ -305,69 +300,17 @@ class Study:
 
     def _controls(self) -> list[Control]:
         """The frozen backbone, a condition against itself, and a hybrid of two conditions."""
-        rows = self.control_rows
-        first_of = self._first_runs()
-        against = first_of[self.against]
-
-        def pair(first: torch.nn.Module, second: torch.nn.Module, label: str) -> Any:
-            return lockstep(
-                first,
-                second,
-                self.data.test,
-                rows,
-                metrics=self._row_metrics(),
-                batch_size=self.config.capture.batch_size,
-                device=self.device,
-                label=f"control: {label}",
-            )
-
-        controls = []
-        for run in first_of.values():
-            if run.recipe == "probe":
-                layers = pair(self.data.pretrained_model().to(self.device), self._model(run), f"{run.condition} frozen")
-                controls.append(
-                    same_attention_control(
-                        f"frozen_{run.condition}",
-                        f"{run.condition}'s backbone is the pretrained one",
-                        "a frozen backbone attends exactly as the pretrained model, bit for bit",
-                        layers,
-                        len(rows),
-                    )
-                )
-        for run in first_of.values():
-            if run == against and len(first_of) > 1:
-                continue
-            layers = pair(self._model(run), self._model(run), f"{run.condition} against itself")
-            controls.append(
-                same_attention_control(
-                    f"itself_{run.condition}",
-                    f"{run.condition} against itself",
-                    "loaded twice, measured twice: exactly 0 in every layer",
-                    layers,
-                    len(rows),
-                )
-            )
-            if run == against:
-                continue
-            lower, upper = self._model(against), self._model(run)
-            blocks = len(getattr(lower, "blocks", ()))
-            if blocks < 2:
-                tqdm.write(f"hybrid control left out: {self.config.model.name} has no row of blocks to divide")
-                continue
-            middle = blocks // 2
-            states = lower.state_dict(), upper.state_dict()
-            changed = [key for key in states[0] if states[0][key].shape == states[1][key].shape]
-            differs = any(
-                not torch.equal(states[0][key], states[1][key])
-                for key in changed
-                if key.startswith(tuple(f"blocks.{block}." for block in range(middle, blocks)))
-            )
-            upper.load_state_dict(hybrid_state(*states, middle))
-            layers = pair(lower, upper, f"hybrid with {run.condition}")
-            controls.append(
-                hybrid_control(run.condition, against.condition, layers, middle, len(rows), differs=differs)
-            )
-        return controls
+        first = self._first_runs()
+        return negative_controls(
+            {name: Contender(partial(self._model, run), frozen=run.recipe == "probe") for name, run in first.items()},
+            self.against,
+            lambda: self.data.pretrained_model().to(self.device),
+            self.data.test,
+            self.control_rows,
+            metrics=self._row_metrics(),
+            batch_size=self.config.capture.batch_size,
+            device=self.device,
+        )
 
     def _table_attributes(self) -> dict[str, Any]:
         return {
@@ -400,130 +343,3 @@ class Study:
                 "chance": 1.0 / len(store.class_names),
             }
         return accuracy
-
-
-def capture_folder(config: StudyConfig) -> AttentionStore:
-    """One model's attention on a folder of images, into the store `capture.store`; see `capture_to_store`."""
-    path = Path(config.capture.store)
-    device = resolve_device(config.device)
-    if config.model.weights:
-        model = load_checkpoint(config.model.name, config.model.weights, config.model.img_size)
-    else:
-        model = build_model(
-            config.model.name, num_classes=1000, pretrained=config.model.pretrained, img_size=config.model.img_size
-        )
-    preprocessing = preprocessing_of(model)
-    splits = prepare_folder(
-        config.data.root, preprocessing=preprocessing, split=config.data.split, seed=config.data.seed
-    )
-    manifest = splits.manifest
-    if manifest.dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items())
-        tqdm.write(f"left out: {reasons}")
-    store = capture_to_store(
-        model.to(device).eval(),
-        splits.test,
-        path,
-        capture_settings(config, device),
-        model_info=model_info(config.model.name, Path(config.model.weights) if config.model.weights else None),
-        dataset_info={"id": manifest.kind, "split": f"{config.data.split}/test", "sha256": manifest.sha256},
-        preprocessing=preprocessing.to_dict(),
-        manifest=manifest_dict(manifest),
-        label=f"capture {path.name}",
-    )
-    samples = path.with_name("samples.zarr")
-    rows = choose_samples(config.capture.samples, len(splits.test), config.data.seed)
-    start_samples(samples, splits.test, rows, None)
-    add_sample_maps(samples, path.name.removesuffix(".zarr"), model, splits.test, rows, device=device)
-    return store
-
-
-def capture_settings(config: StudyConfig, device: str) -> Capture:
-    """The capture that a configuration asks for."""
-    return Capture(
-        sinks=config.capture.sinks,
-        metrics=config.measure.metrics,
-        encoding=config.capture.encoding,
-        batch_size=config.capture.batch_size,
-        layers=config.capture.layers,
-        backend=config.measure.backend,
-        device=device,
-    )
-
-
-def manifest_dict(manifest: Manifest) -> dict[str, Any]:
-    """Every file with its status, as plain values; without the folder's own place on this machine."""
-    return {"kind": manifest.kind, "records": [dataclasses.asdict(record) for record in manifest.records]}
-
-
-class _OpenedFolder:
-    """The outputs folder, made, written to and locked; a second process is told to wait."""
-
-    def __init__(self, outputs: Path, study: str) -> None:
-        self._outputs = outputs
-        self._study = study
-        self._lock: IO[str] | None = None
-
-    def __enter__(self) -> None:
-        try:
-            self._outputs.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._outputs / ".lock", "w")
-        except OSError as error:
-            raise InputError(
-                f"outputs folder {self._outputs} cannot be written ({error.strerror}); give another with --outputs"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise InputError(
-                f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
-            ) from error
-        (self._outputs / "metrics").mkdir(exist_ok=True)
-        write_atomically(self._outputs / "study.toml", self._study.encode())
-
-    def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" is cuda where there is one.
-
-    Raises:
-        InputError: cuda was asked for and there is none.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch finds no CUDA device here; use --device cpu or auto")
-    return device
-
-
-def model_info(name: str, weights: Path | None) -> dict[str, Any]:
-    """Provenance of a model: its name, the hash of its weights' file, and the versions that ran it."""
-    return {"name": name, "weights_sha256": digest_path(weights) if weights is not None else "", **versions()}
-
-
-def prefix_mass_warning(table: xarray.Dataset) -> str:
-    """A sentence on the layers whose patches get almost nothing, or "" when there are none."""
-    if "prefix_mass" not in table:
-        return ""
-    means = table["prefix_mass"].mean(["seed", "image", "head"])
-    high = means.where(means > PREFIX_MASS_WARNING, drop=True)
-    layers = ", ".join(
-        f"layer {int(layer)} of {condition.item()} ({float(high.sel(condition=condition, layer=layer)):.2f})"
-        for condition in high["condition"]
-        for layer in high["layer"].values
-        if np.isfinite(high.sel(condition=condition, layer=layer))
-    )
-    if not layers:
-        return ""
-    return (
-        f"Prefix tokens take more than {PREFIX_MASS_WARNING} of the attention in {layers}: there the metrics describe "
-        "how the small remainder is spread over the patches."
-    )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

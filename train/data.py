@@ -67,6 +67,7 @@ class ImageSet(ABC):
         class_names: in label order.
         preprocessing: what `batch` applies.
         region_names: of the regions' axis; empty without regions.
+        boxes: [image, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open; None without boxes.
     """
 
     ids: tuple[str, ...]
@@ -74,6 +75,7 @@ class ImageSet(ABC):
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     region_names: tuple[str, ...] = ()
+    boxes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -145,6 +145,7 @@ class DigitScenes(ImageSet):
     """
 
     region_names = REGION_NAMES
+    boxes: np.ndarray
 
     def __init__(self, *, task: str, split: str, count: int, seed: int, preprocessing: Preprocessing) -> None:
         """Compose `count` scenes; the first of a longer set are those of a shorter one.

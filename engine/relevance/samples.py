@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,23 +17,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.relevance import relevance_maps
+from train.data import ImageSet
 
-__all__ = ["Explained", "SampleSet", "choose_targets", "explain_samples", "samples_folder", "write_samples"]
+__all__ = ["Explained", "choose_targets", "explain_samples", "samples_folder", "write_samples"]
 
 # Pictures are drawn at least this large, whatever the model's input size.
 _PICTURE_PX = 192
 _OVERLAY = 0.55  # share of the heat map's colour where relevance is highest
-
-
-class SampleSet(Protocol):
-    @property
-    def ids(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def class_names(self) -> Sequence[str]: ...
-    def batch(self, indices: Sequence[int]) -> torch.Tensor: ...
-    def picture(self, index: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ def choose_targets(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarra
 def explain_samples(
     model: torch.nn.Module,
     condition: str,
-    images: SampleSet,
+    images: ImageSet,
     rows: Sequence[int],
     targets: Mapping[str, np.ndarray],
     method: str,
@@ -101,7 +90,7 @@ def explain_samples(
     return found
 
 
-def write_samples(folder: Path, method: str, images: SampleSet, explained: Sequence[Explained]) -> None:
+def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequence[Explained]) -> None:
     """One picture a map and `<method>_samples.csv`, in a folder that is replaced whole.
 
     The colours of an image's pictures share one scale over conditions and classes, so that a paler map is a weaker one.
