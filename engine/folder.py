@@ -17,7 +17,7 @@ from store import AttentionStore
 from train.conditions import versions
 from train.data import prepare_folder
 from train.manifest import Manifest
-from train.models import build_model, load_checkpoint, preprocessing_of
+from train.models import build_model, preprocessing_of
 
 __all__ = ["capture_folder", "capture_settings", "manifest_dict", "model_info"]
 
@@ -26,12 +26,13 @@ def capture_folder(config: StudyConfig) -> AttentionStore:
     """One model's attention on a folder of images, into the store `capture.store`; see `capture_to_store`."""
     path = Path(config.capture.store)
     device = resolve_device(config.device)
-    if config.model.weights:
-        model = load_checkpoint(config.model.name, config.model.weights, config.model.img_size)
-    else:
-        model = build_model(
-            config.model.name, num_classes=1000, pretrained=config.model.pretrained, img_size=config.model.img_size
-        )
+    model = build_model(
+        config.model.name,
+        num_classes=None,
+        pretrained=config.model.pretrained,
+        weights=config.model.weights,
+        img_size=config.model.img_size,
+    )
     preprocessing = preprocessing_of(model)
     splits = prepare_folder(
         config.data.root, preprocessing=preprocessing, split=config.data.split, seed=config.data.seed

@@ -7,6 +7,7 @@ is imported before the arguments are known to be sound.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import StudyConfig, config_keys, load_study, nearest, parse_value
-from train.errors import InputError
+from train.errors import InputError, TrainingDivergedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,6 +114,7 @@ COMMANDS: dict[str, Command] = {
         "metrics of a stored capture; needs neither model nor images",
         _measure,
         flags={"--store": "measure.store", "--metrics": "measure.metrics"},
+        defaults={"data.kind": "folder"},  # the metrics of any study, not those of the embedded one
         required=("--store",),
     ),
     "stats": Command("the study up to the paired comparisons", _stages("compare")),
@@ -130,6 +132,7 @@ _CONDITION_FLAG = re.compile(r"--conditions\.([A-Za-z][A-Za-z0-9_-]*)\.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for failure, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _show_log()
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -146,11 +149,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _show_log() -> None:
+    """What the packages log goes to stderr as plain sentences; other libraries' logs stay as they are."""
+    for name in ("engine", "kernels", "store", "train"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not logger.handlers:
+            handler = _StderrHandler()
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what `sys.stderr` is at the time, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _exit_code(error: Exception) -> int | None:
     """Exit code of an error whose message says all a user needs; None for one that is a fault of ours.
 
     Looked up by what is already imported: a store's or a kernel's error cannot come before its module.
     """
+    if isinstance(error, TrainingDivergedError):
+        return 1
     store, kernels = sys.modules.get("store"), sys.modules.get("kernels")
     if store is not None and isinstance(error, store.StoreError):
         return 1

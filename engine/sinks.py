@@ -162,6 +162,8 @@ def capture_to_store(
         if needing and any(region is None for region in regions.values()):
             raise CaptureError(f"{needing[0]} needs images with regions, and this data set has none; leave it out")
     backend = resolve(capture.backend, device.type).name
+    if "metrics" in capture.sinks and backend == "numba":
+        _announce_compilation()
     schema = StoreSchema(
         layers=tuple(
             LayerSchema(layer=site.layer, site=site.name, heads=site.heads, layout=site.layout.to_dict())
@@ -208,6 +210,14 @@ def capture_to_store(
         _run_batches(model, images, capture, schema, writer, batches, regions, label)
         writer.finish()
     return AttentionStore.open(path)
+
+
+def _announce_compilation() -> None:
+    """Say why the first batch takes longer: kernels compile once a machine, and load once a process."""
+    from kernels.numba_cpu import is_compiled
+
+    if not is_compiled():
+        tqdm.write("loading the compiled kernels; the first time on a machine they are compiled, in about 15 s")
 
 
 def _is_other(path: Path, schema: StoreSchema) -> bool:

@@ -31,7 +31,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def build_model(
-    name: str, *, num_classes: int, pretrained: bool = False, weights: str | Path = "", img_size: int = 0
+    name: str, *, num_classes: int | None, pretrained: bool = False, weights: str | Path = "", img_size: int = 0
 ) -> nn.Module:
     """A timm model with a head of `num_classes`, as a start for training.
 
@@ -40,7 +40,7 @@ def build_model(
 
     Args:
         name: a timm model name, or `digits_vit`.
-        num_classes: size of the head.
+        num_classes: size of the head; None: as the model was made, or as many as `weights` holds.
         pretrained: let timm fetch or find its weights; ignored when `weights` is given.
         weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file.
         img_size: input size in pixels; 0: the model's own.
@@ -53,6 +53,8 @@ def build_model(
         return _create(name, num_classes=num_classes, pretrained=pretrained, img_size=img_size)
     path = Path(weights)
     state = read_state_dict(path)
+    if num_classes is None:
+        return load_checkpoint(name, path, img_size)
     model = _create(name, num_classes=num_classes, img_size=img_size)
     for classifier in _classifier_names(name):
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
@@ -202,11 +204,11 @@ def _plain_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def _create(name: str, *, num_classes: int, img_size: int, pretrained: bool = False) -> nn.Module:
+def _create(name: str, *, num_classes: int | None, img_size: int, pretrained: bool = False) -> nn.Module:
     import timm
 
     _pretrained_cfg(name)
-    arguments: dict[str, Any] = {"num_classes": num_classes}
+    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size:
         arguments["img_size"] = img_size
     if not pretrained:
