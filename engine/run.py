@@ -46,6 +46,14 @@ def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
     return run
 
 
+def _report(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.report import write_report
+
+    for path in write_report(config.outputs):
+        print(path)
+    return 0
+
+
 def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from engine.folder import capture_folder
 
@@ -119,7 +127,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "stats": Command("the study up to the paired comparisons", _stages("compare")),
     "relevance": Command("the study up to the relevance samples", _stages("explain")),
-    "report": Command("the study up to the report, which is written anew", _stages("report")),
+    "report": Command("figures, summary and page anew, from the tables and samples of an outputs folder", _report),
     "verify": Command(
         "check a store: exit code 0 when sound, 1 with a line for each damaged unit", _verify, positional="store"
     ),

@@ -217,9 +217,22 @@ class Study:
 
     def report(self) -> None:
         """Needs: every file above. Leaves: visualizations/figures/, summary.md, report.html."""
-        tqdm.write("report")
-        write_report(self.outputs)
-        tqdm.write(f"open {self.outputs / 'report.html'}; the same in words: {self.outputs / 'summary.md'}")
+        outputs = self.outputs
+        inputs = {
+            "metrics": digest_path(outputs / "metrics"),
+            "samples": digest_path(outputs / "samples.zarr"),
+            "gradcam": digest_path(samples_folder(outputs, "gradcam")),
+            "study": digest_path(outputs / "study.toml"),
+            "version": __version__,
+        }
+        page, summary = outputs / "report.html", outputs / "summary.md"
+        left = [page, summary, outputs / "visualizations" / "figures"]
+
+        def work() -> None:
+            write_report(outputs)
+
+        self.journal.stage("report", inputs, left, work)
+        tqdm.write(f"open {page}; the same in words: {summary}")
 
     # ------------------------------------------------------------------------------------------- what they share
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,18 @@ def test_a_second_run_does_nothing_that_is_done(study: Path, capsys: pytest.Capt
     told = capsys.readouterr()
     assert "train dora seed 2: done already" in told.out
     assert "statistics: done already" in told.out
+    assert "report: done already" in told.out
     assert {name: digest_path(study / name) for name in OUTPUTS} == before
+
+
+def test_the_report_needs_neither_images_nor_models(study: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(study, kept, ignore=shutil.ignore_patterns("checkpoints", "captures"))
+    for name in ("report.html", "summary.md"):
+        (kept / name).unlink()
+    assert main(["report", "--outputs", str(kept)]) == 0
+    for name in ("report.html", "summary.md", "visualizations/figures"):
+        assert digest_path(kept / name) == digest_path(study / name)
 
 
 def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
