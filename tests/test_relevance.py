@@ -87,6 +87,16 @@ def test_the_target_class_matters_where_it_should(micro) -> None:  # type: ignor
         )
 
 
+def test_stability_is_a_correlation_near_one_for_these_rules(micro) -> None:  # type: ignore[no-untyped-def]
+    model, arrays = micro
+    images, targets = torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"])
+    for method in METHODS:
+        maps, stability = relevance_maps(model, images, targets, method, return_stability=True)
+        torch.testing.assert_close(maps, relevance_maps(model, images, targets, method))
+        assert stability.shape == (3,)
+        assert float(stability.min()) > 0.9999
+
+
 def test_bad_requests_are_one_sentence(micro) -> None:  # type: ignore[no-untyped-def]
     model, arrays = micro
     images = torch.from_numpy(arrays["x"]).double()

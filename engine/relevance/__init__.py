@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 
@@ -15,15 +16,34 @@ __all__ = ["METHODS", "relevance_maps"]
 
 Method = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
+# Size of the input noise of the stability score, in the model's normalised input units: what rounding could do.
+_NOISE = 1e-7
+
 METHODS: dict[str, Method] = {"gradcam": gradcam_maps, "rollout": rollout_maps, "generic": generic_maps}
 
 
+Targets = torch.Tensor | Sequence[int]
+
+
+@overload
 def relevance_maps(
     model: torch.nn.Module,
     images: torch.Tensor,
-    targets: torch.Tensor | Sequence[int],
+    targets: Targets,
+    method: str = ...,
+    return_stability: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def relevance_maps(
+    model: torch.nn.Module, images: torch.Tensor, targets: Targets, method: str, return_stability: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def relevance_maps(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    targets: Targets,
     method: str = "generic",
-) -> torch.Tensor:
+    return_stability: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """How much each patch of each image mattered for its target class, by one of `METHODS`.
 
     Args:
@@ -32,9 +52,12 @@ def relevance_maps(
         images: what the model takes, [image, channel, row, col].
         targets: a class index an image, [image]. `rollout` does not depend on it.
         method: "gradcam", "rollout" or "generic".
+        return_stability: also return how reproducible each map is.
 
     Returns:
         float32 [image, row, col] on the patch grid, on the images' device; not normalised (0 is "no evidence").
+        With `return_stability`, also float32 [image]: the correlation of each map with the map of the same image
+        under seeded input noise of standard deviation 1e-7; NaN for a map that is constant.
 
     Raises:
         InputError: no such method, or targets that are not one class index an image.
@@ -48,4 +71,17 @@ def relevance_maps(
             f"targets have shape {tuple(classes.shape)} for {images.shape[0]} images; expected one class index an image"
         )
     with evaluating(model), torch.enable_grad():
-        return METHODS[method](model, images.detach(), classes).detach().float()
+        maps = METHODS[method](model, images.detach(), classes).detach()
+        if not return_stability:
+            return maps.float()
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images) * _NOISE
+        again = METHODS[method](model, images.detach() + noise, classes).detach()
+    return maps.float(), _correlation(maps, again)
+
+
+def _correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation of each pair of maps, float32 [image]; NaN where one is constant."""
+    a, b = (values.double().flatten(1) for values in (maps, others))
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    correlation: torch.Tensor = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+    return correlation.float()
