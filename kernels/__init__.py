@@ -3,7 +3,7 @@
 from kernels.backends import BACKENDS, BackendSpec, BackendUnavailableError, resolve
 from kernels.checks import InvalidAttentionError
 from kernels.layout import TokenLayout
-from kernels.measure import measure_attention, measure_qk
+from kernels.measure import measure_attention, measure_pair, measure_qk
 from kernels.metrics import METRICS, Measurement, MetricSpec, load_metric
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TokenLayout",
     "load_metric",
     "measure_attention",
+    "measure_pair",
     "measure_qk",
     "resolve",
 ]

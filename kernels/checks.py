@@ -8,7 +8,14 @@ import numpy as np
 
 from kernels.arrays import dtype_name, host_view, to_float64
 
-__all__ = ["ROW_SUM_TOLERANCE", "InvalidAttentionError", "explain_attention", "explain_qk", "valid_rows"]
+__all__ = [
+    "ROW_SUM_TOLERANCE",
+    "InvalidAttentionError",
+    "explain_attention",
+    "explain_pair",
+    "explain_qk",
+    "valid_rows",
+]
 
 # How far a row's sum may be off 1 by rounding alone. float64 often holds a float32 softmax.
 ROW_SUM_TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4, "float64": 1e-4}
@@ -25,7 +32,7 @@ def valid_rows(p: np.ndarray, tolerance: float) -> np.ndarray:
         return np.asarray((np.abs(total - 1.0) <= tolerance) & ~(p < 0).any(axis=-1))
 
 
-def explain_attention(attention: Any, valid: np.ndarray) -> InvalidAttentionError:
+def explain_attention(attention: Any, valid: np.ndarray, name: str = "attention") -> InvalidAttentionError:
     """The error for attention [*leading, query, key] some of whose rows are invalid; valid is [*leading, query]."""
     where, found = _first(valid)
     row = to_float64(attention[where])
@@ -36,12 +43,19 @@ def explain_attention(attention: Any, valid: np.ndarray) -> InvalidAttentionErro
     elif negative:
         what = f"holds {negative} negative value(s), the least {row.min():.3g}"
     else:
-        name = dtype_name(attention)
-        what = f"sums to {row.sum():.6g}, expected 1 within {ROW_SUM_TOLERANCE[name]:g} for {name}"
+        dtype = dtype_name(attention)
+        what = f"sums to {row.sum():.6g}, expected 1 within {ROW_SUM_TOLERANCE[dtype]:g} for {dtype}"
     return InvalidAttentionError(
-        f"{found}: row attention[{_position(where)}, :] {what}; give post-softmax attention [..., query, key], "
+        f"{found}: row {name}[{_position(where)}, :] {what}; give post-softmax attention [..., query, key], "
         'or pass invalid="mask" to leave such rows out'
     )
+
+
+def explain_pair(attention: Any, other: Any, valid: np.ndarray) -> InvalidAttentionError:
+    """The error for a pair some of whose rows are invalid in either condition; valid is [*leading, query]."""
+    where, _ = _first(valid)
+    in_first = valid_rows(to_float64(attention[where]), ROW_SUM_TOLERANCE[dtype_name(attention)])
+    return explain_attention(other, valid, "other") if in_first else explain_attention(attention, valid)
 
 
 def explain_qk(query: Any, key: Any, bias: Any, valid: np.ndarray) -> InvalidAttentionError:

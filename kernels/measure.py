@@ -1,4 +1,4 @@
-"""`measure_attention` and `measure_qk`: metrics of attention maps, from the maps or from the factors they come from."""
+"""`measure_attention`, `measure_qk`, `measure_pair`: metrics of maps, of their factors, and of two conditions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from kernels.backends import BackendSpec, BackendUnavailableError, resolve
 from kernels.layout import TokenLayout
 from kernels.metrics import Measurement, MetricSpec, load_metric
 
-__all__ = ["measure_attention", "measure_qk"]
+__all__ = ["measure_attention", "measure_pair", "measure_qk"]
 
 CORE_METRICS = ("distance", "entropy", "morans_i")
+PAIR_METRICS = ("js_divergence",)
 
 Invalid = Literal["raise", "mask"]
 Reduce = Literal["mean", "none"]
@@ -60,12 +61,7 @@ def measure_attention(
     """
     specs = _specs(metrics, regions)
     _check_options(invalid, reduce)
-    attention = _float_array(attention, "attention")
-    tokens = layout.num_tokens
-    if attention.ndim < 2 or tuple(attention.shape[-2:]) != (tokens, tokens):
-        raise ValueError(
-            f"attention has shape {tuple(attention.shape)}; expected [..., {tokens}, {tokens}] for {layout}"
-        )
+    attention = _attention(attention, "attention", layout)
     chosen = _choose(backend, (attention,))
     regions = _check_regions(regions, tuple(attention.shape[:-2]), layout)
     return _run(
@@ -141,6 +137,60 @@ def measure_qk(
     )
 
 
+def measure_pair(
+    attention: Any,
+    other: Any,
+    layout: TokenLayout,
+    metrics: Sequence[str | MetricSpec] = PAIR_METRICS,
+    backend: str = "auto",
+    invalid: Invalid = "raise",
+    reduce: Reduce = "mean",
+) -> Measurement:
+    """Pair metrics: how the same rows of post-softmax attention differ between two conditions.
+
+    Args:
+        attention, other: the maps in the first and in the second condition, same kind, shape and dtype, as in
+            `measure_attention`: the same images, heads and tokens in the same places.
+        layout, backend, reduce: as in `measure_attention`.
+        metrics: names of `METRICS` whose inputs are "pair", "module:name" of a user's, or `MetricSpec` objects.
+        invalid: "raise", or "mask": rows invalid in either condition give NaN, are left out and counted once.
+
+    Returns:
+        As `measure_attention`. A row undefined in either condition is undefined.
+
+    Raises:
+        InvalidAttentionError: as `measure_attention`; the message says in which of the two.
+        ValueError: shapes that differ or do not fit the layout, an unknown metric, a metric of one condition.
+        TypeError: not two arrays of one kind and one of the four dtypes.
+        BackendUnavailableError: the backend asked for cannot run on this input.
+    """
+    specs = _load(metrics)
+    for spec in specs:
+        if spec.inputs != "pair":
+            raise ValueError(f"metric {spec.name!r} is of one attention, not of a pair; use measure_attention")
+    _check_options(invalid, reduce)
+    attention, other = _attention(attention, "attention", layout), _attention(other, "other", layout)
+    if arrays.is_torch(attention) != arrays.is_torch(other) or attention.dtype != other.dtype:
+        raise TypeError(f"attention is {_kind(attention)} and other is {_kind(other)}; expected one kind and dtype")
+    if attention.shape != other.shape:
+        raise ValueError(
+            f"attention has shape {tuple(attention.shape)} and other {tuple(other.shape)}; expected the same maps "
+            "in two conditions"
+        )
+    if arrays.is_torch(attention) and attention.device != other.device:
+        raise ValueError(f"attention is on {attention.device} and other on {other.device}; expected one device")
+    return _run(
+        _choose(backend, (attention, other)),
+        specs,
+        lambda module, group: module.measure_pair(attention, other, layout, group),
+        lambda valid: checks.explain_pair(attention, other, valid),
+        like=attention,
+        layout=layout,
+        invalid=invalid,
+        reduce=reduce,
+    )
+
+
 def _run(
     backend: BackendSpec,
     specs: tuple[MetricSpec, ...],
@@ -176,7 +226,7 @@ def _run(
     reduced: dict[str, Any] = {}
     undefined: dict[str, Any] = {}
     for spec in specs:
-        is_rows = spec.inputs == "rows" and values[spec.name].ndim == valid.ndim
+        is_rows = spec.inputs != "regions" and values[spec.name].ndim == valid.ndim
         row_valid = valid[..., layout.num_prefix_tokens :]
         value, count = finish(values[spec.name], row_valid, is_rows, reduce)
         reduced[spec.name] = value if arrays.is_torch(value) else arrays.from_host(value, like)
@@ -222,7 +272,7 @@ def _finish_torch(values: Any, valid: Any, is_rows: bool, reduce: Reduce) -> tup
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan), undefined
 
 
-def _specs(metrics: Sequence[str | MetricSpec], regions: Any) -> tuple[MetricSpec, ...]:
+def _load(metrics: Sequence[str | MetricSpec]) -> tuple[MetricSpec, ...]:
     if isinstance(metrics, str | MetricSpec):
         metrics = (metrics,)
     specs = tuple(m if isinstance(m, MetricSpec) else load_metric(m) for m in metrics)
@@ -231,9 +281,16 @@ def _specs(metrics: Sequence[str | MetricSpec], regions: Any) -> tuple[MetricSpe
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError(f"metrics name one metric twice: {', '.join(names)}")
+    return specs
+
+
+def _specs(metrics: Sequence[str | MetricSpec], regions: Any) -> tuple[MetricSpec, ...]:
+    specs = _load(metrics)
     for spec in specs:
         if spec.inputs == "pair":
-            raise ValueError(f"metric {spec.name!r} compares two conditions; one attention cannot give it")
+            raise ValueError(
+                f"metric {spec.name!r} compares two conditions; one attention cannot give it: use measure_pair"
+            )
         if spec.inputs == "regions" and regions is None:
             raise ValueError(f"metric {spec.name!r} needs regions [..., region, patch]; none were given")
     return specs
@@ -248,6 +305,13 @@ def _check_options(invalid: str, reduce: str) -> None:
 
 def _kind(array: Any) -> str:
     return f"{'torch' if arrays.is_torch(array) else 'NumPy'} {arrays.dtype_name(array)}"
+
+
+def _attention(array: Any, name: str, layout: TokenLayout) -> Any:
+    array, tokens = _float_array(array, name), layout.num_tokens
+    if array.ndim < 2 or tuple(array.shape[-2:]) != (tokens, tokens):
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; expected [..., {tokens}, {tokens}] for {layout}")
+    return array
 
 
 def _float_array(array: Any, name: str) -> Any:

@@ -1,6 +1,19 @@
 """METRICS: one declaration a metric.  <- the seam for a new metric
 
 Tests, benchmarks, the store's columns, the table and the report's headings all iterate `METRICS`.
+
+Published codes measure the same words differently. The names without a suffix renormalise each row over the patches
+and give NaN where there is no value; the other conventions carry their name as a suffix:
+
+    distance_px       the ViT authors: pixels, not renormalised, so that mass on the prefix shortens the distance
+    distance_walmer   Walmer et al.: renormalised, unit square. Its side is the longer side of the grid from first to
+                      last patch centre, so that on g×g patches neighbours are 1/(g−1) apart. Oblong grids and
+                      patches keep their shape. px = side · walmer
+    distance_seed1    not renormalised, over √2·g grid steps (the image diagonal on any grid)
+    entropy_seed1     −ΣP ln(P + 1e-12), not renormalised
+    morans_i_seed1    of each query's mean over keys, which only the prefix mass changes; 0 where Σz² ≤ 1e-8
+
+`distance_px` and the `seed1` metrics have a value on every valid row, 0 on one wholly on the prefix.
 """
 
 from __future__ import annotations
@@ -34,6 +47,7 @@ class MetricSpec:
             p [batch, query, key], all tokens included (`layout.patches(p)` cuts the patches out). Values are
             [batch, patch query] (averaged over the defined queries unless reduce="none") or [batch].
             "regions" metrics take `(p, layout, regions)`, regions [batch, region, patch] -> [batch, region].
+            "pair" metrics take `(p, other, layout)`, the same rows in two conditions -> as without a pair.
         implementations: backend name -> callable, or "module:function" loaded on first use. What a callable is
             given is the backend's own affair. A metric without an entry for a backend is computed from
             `reference` on tiles, and the result says so.
@@ -129,6 +143,14 @@ def _distance_bounds(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, float(layout.distances().max())  # from all mass on the query itself to corner against corner
 
 
+def _distance_px_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, _distance_bounds(layout)[1] * layout.diagonal_px
+
+
+def _distance_walmer_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, _distance_px_bounds(layout)[1] / reference.extent_px(layout)
+
+
 def _entropy_bounds(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, float(np.log(layout.num_patches))
 
@@ -137,6 +159,17 @@ def _morans_i_bounds(layout: TokenLayout) -> tuple[float, float]:
     least, greatest, _, _ = _lattice_spectrum(layout.grid_rows, layout.grid_cols)
     factor = layout.num_patches / (2 * layout.num_edges)
     return factor * least, factor * greatest
+
+
+def _entropy_seed1_bounds(layout: TokenLayout) -> tuple[float, float]:
+    """A row of mass s ≤ 1 has at most s ln(N/s), greatest at s = 1, or at N/e where that is less (N = 2)."""
+    mass = min(1.0, layout.num_patches / np.e)
+    return -float(np.log1p(reference.SEED1_LOG_OFFSET)), float(mass * np.log(layout.num_patches / mass))
+
+
+def _morans_i_seed1_bounds(layout: TokenLayout) -> tuple[float, float]:
+    least, greatest = _morans_i_bounds(layout)
+    return min(least, 0.0), max(greatest, 0.0)
 
 
 def _gearys_c_bounds(layout: TokenLayout) -> tuple[float, float]:
@@ -153,6 +186,10 @@ def _unit_bounds(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, 1.0
 
 
+def _js_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, float(np.log(2.0))
+
+
 def _in(*backends: str, name: str) -> dict[str, Implementation]:
     """A metric's function has the metric's name in every backend's module."""
     modules = {"numba": "kernels.numba_cpu", "torch": "kernels.torch_ops"}
@@ -164,6 +201,8 @@ _CONSTANT = f"constant row; {_NO_MASS}"
 _MORAN = "Moran 1950, doi:10.1093/biomet/37.1-2.17"
 _SHANNON = "Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x"
 _DISTANCE = "Dosovitskiy et al. 2021, arXiv:2010.11929 (there in pixels and not renormalised)"
+_WALMER = "Walmer et al. 2023, arXiv:2212.03862"
+_SEED1 = "the thesis code whose figures the seed1 metrics reproduce"
 
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
@@ -178,6 +217,37 @@ METRICS: dict[str, MetricSpec] = {
             undefined=_NO_MASS,
             source=_DISTANCE,
             title="Attention distance",
+        ),
+        MetricSpec(
+            name="distance_px",
+            unit="px",
+            inputs="rows",
+            reference=reference.distance_px,
+            implementations=_in("numba", "torch", name="distance_px"),
+            bounds=_distance_px_bounds,
+            source="Dosovitskiy et al. 2021, arXiv:2010.11929",
+            title="Attention distance, not renormalised",
+        ),
+        MetricSpec(
+            name="distance_walmer",
+            unit="grid sides",
+            inputs="rows",
+            reference=reference.distance_walmer,
+            implementations=_in("numba", "torch", name="distance_walmer"),
+            bounds=_distance_walmer_bounds,
+            undefined=_NO_MASS,
+            source=_WALMER,
+            title="Attention distance (Walmer)",
+        ),
+        MetricSpec(
+            name="distance_seed1",
+            unit="image diagonals",
+            inputs="rows",
+            reference=reference.distance_seed1,
+            implementations=_in("numba", "torch", name="distance_seed1"),
+            bounds=_distance_bounds,
+            source=_SEED1,
+            title="Attention distance (seed1)",
         ),
         MetricSpec(
             name="entropy",
@@ -202,6 +272,16 @@ METRICS: dict[str, MetricSpec] = {
             title="Normalised entropy",
         ),
         MetricSpec(
+            name="entropy_seed1",
+            unit="nat",
+            inputs="rows",
+            reference=reference.entropy_seed1,
+            implementations=_in("numba", "torch", name="entropy_seed1"),
+            bounds=_entropy_seed1_bounds,
+            source=_SEED1,
+            title="Attention entropy (seed1)",
+        ),
+        MetricSpec(
             name="morans_i",
             unit="1",
             inputs="rows",
@@ -224,6 +304,17 @@ METRICS: dict[str, MetricSpec] = {
             title="Moran's I of received attention",
         ),
         MetricSpec(
+            name="morans_i_seed1",
+            unit="1",
+            inputs="rows",
+            reference=reference.morans_i_seed1,
+            implementations=_in("numba", "torch", name="morans_i_seed1"),
+            bounds=_morans_i_seed1_bounds,
+            undefined="map with an invalid patch query",
+            source=_SEED1,
+            title="Moran's I of the mean over keys (seed1)",
+        ),
+        MetricSpec(
             name="gearys_c",
             unit="1",
             inputs="rows",
@@ -239,7 +330,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="1",
             inputs="rows",
             reference=reference.gini,
-            implementations=_in("torch", name="gini"),
+            implementations=_in("numba", "torch", name="gini"),
             bounds=_gini_bounds,
             undefined=_NO_MASS,
             source="Gini 1912; in this form Sen 1973, doi:10.1093/0198281935.001.0001",
@@ -285,6 +376,17 @@ METRICS: dict[str, MetricSpec] = {
             bounds=_unit_bounds,
             undefined=f"{_NO_MASS}; region without coverage values (NaN)",
             title="Attention on regions",
+        ),
+        MetricSpec(
+            name="js_divergence",
+            unit="nat",
+            inputs="pair",
+            reference=reference.js_divergence,
+            implementations=_in("numba", "torch", name="js_divergence"),
+            bounds=_js_bounds,
+            undefined=f"{_NO_MASS}, in either condition",
+            source="Lin 1991, doi:10.1109/18.61115",
+            title="Jensen–Shannon divergence",
         ),
     )
 }

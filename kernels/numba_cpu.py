@@ -25,28 +25,37 @@ from kernels.arrays import Values, dtype_name, host_view
 from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
-from kernels.reference import RECEIVED_SPREAD
+from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, SEED1_LOG_OFFSET, extent_px
 
 __all__ = [
     "FromPass",
+    "PairResult",
     "PassResult",
     "cls_entropy",
     "cls_morans_i",
     "distance",
+    "distance_px",
+    "distance_seed1",
+    "distance_walmer",
     "entropy",
     "entropy_normalized",
+    "entropy_seed1",
     "gearys_c",
+    "gini",
     "is_compiled",
+    "js_divergence",
     "measure_attention",
+    "measure_pair",
     "measure_qk",
     "morans_i",
     "morans_i_received",
+    "morans_i_seed1",
     "prefix_mass",
     "region_mass",
 ]
 
 # What a pass computes besides validity and prefix mass.
-DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED = 1, 2, 4, 8, 16
+DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED, GINI, ENTROPY_SEED1, PATCH_MASS = 1, 2, 4, 8, 16, 32, 64, 128
 
 # How the input's bits are read.
 _FLOAT, _FLOAT16, _BFLOAT16 = 0, 1, 2
@@ -68,8 +77,10 @@ class PassResult:
     """Arrays of one pass, maps flattened.
 
     Attributes:
-        rows: float [4, map, patch query]: distance, entropy (nat), Moran's I, Geary's C; NaN where undefined.
+        rows: float [6, map, patch query]: distance, entropy (nat), Moran's I, Geary's C, Gini coefficient; NaN where
+            undefined. Then entropy in the `seed1` convention, NaN where invalid.
         prefix_mass: float [map, patch query].
+        patch_mass: float64 [map, patch query], the patches' part of each row; NaN where invalid or not asked for.
         received: float64 [map, patch], sum of the renormalised rows over the defined patch queries.
         class_rows: float64 [map, patch], renormalised; NaN where undefined or without a class token.
         regions: float64 [map, region, patch] or None.
@@ -78,9 +89,21 @@ class PassResult:
     layout: TokenLayout
     rows: np.ndarray
     prefix_mass: np.ndarray
+    patch_mass: np.ndarray
     received: np.ndarray
     class_rows: np.ndarray
     regions: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairResult:
+    """Arrays of one pass over two conditions, maps flattened.
+
+    Attributes:
+        js_divergence: float [map, patch query], in nat; NaN where undefined in either.
+    """
+
+    js_divergence: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +119,7 @@ class FromPass:
 
 def is_compiled() -> bool:
     """Whether a pass has run in this process; the first one compiles for some seconds, unless cached on disk."""
-    return bool(_attention_pass.signatures or _qk_pass.signatures)
+    return bool(_attention_pass.signatures or _qk_pass.signatures or _pair_pass.signatures)
 
 
 def measure_attention(
@@ -172,6 +195,31 @@ def measure_qk(
     return _read(arrays, leading, layout, specs, regions)
 
 
+def measure_pair(attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec]) -> Values:
+    """The pass over the same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
+    name = dtype_name(attention)
+    leading = tuple(attention.shape[:-2])
+    dtype = np.dtype(np.float64 if name == "float64" else np.float32)
+    one, two = (_flat(_bits(host_view(array))) for array in (attention, other))
+    with _one_region:
+        js, valid = _pair_pass(
+            *one,
+            *two,
+            _KINDS.get(name, _FLOAT),
+            layout.num_prefix_tokens,
+            layout.num_patches,
+            _read_only(np.zeros(0, dtype)),
+            ROW_SUM_TOLERANCE[name],
+        )
+    result = PairResult(js)
+    values = {}
+    for spec in specs:
+        implementation = spec.implementation("numba")
+        assert implementation is not None  # `specs` holds those this backend has code for
+        values[spec.name] = implementation(result).reshape((*leading, layout.num_patches))
+    return Values(values=values, valid=valid.reshape((*leading, layout.num_tokens)))
+
+
 _KINDS = {"float16": _FLOAT16, "bfloat16": _BFLOAT16}
 
 
@@ -191,9 +239,9 @@ def _read(
     specs: Sequence[MetricSpec],
     regions: np.ndarray | None,
 ) -> Values:
-    rows, mass, received, class_rows, valid = arrays
+    rows, mass, patch_mass, received, class_rows, valid = arrays
     flat = None if regions is None else regions.reshape(-1, *regions.shape[-2:])
-    result = PassResult(layout, rows, mass, received, class_rows, flat)
+    result = PassResult(layout, rows, mass, patch_mass, received, class_rows, flat)
     values = {}
     for spec in specs:
         implementation = spec.implementation("numba")
@@ -289,6 +337,9 @@ _E1, _E2, _E3, _E4, _E5, _E6 = _f32(
     0.0013399930903688073,
     0.00015345810970757157,
 )
+# φ(t) = Σ_k t^2k / (2k (2k − 1)): at t = ¼ the next term is 1e-17 after k = 11, in float32 1e-8 of φ after k = 5.
+_P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11 = (1.0 / (2 * k * (2 * k - 1)) for k in range(1, 12))
+_S1, _S2, _S3, _S4, _S5 = _f32(_P1, _P2, _P3, _P4, _P5)
 _ONE, _HALF, _LEAST_EXP2 = _f32(1.0, 0.5, -126.0)
 _TWO_M14 = np.float32(2.0**-14)
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
@@ -375,6 +426,27 @@ def _exp2_of(t: Any) -> Any:
     return exp2
 
 
+def _phi_series(s: Any) -> Any:
+    """φ(t) = ½((1+t) ln(1+t) + (1−t) ln(1−t)) for s = t² up to 1/16."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_phi_series)
+def _phi_series_of(s: Any) -> Any:
+    if s == types.float64:
+
+        def phi_double(s: Any) -> Any:
+            last = _P6 + s * (_P7 + s * (_P8 + s * (_P9 + s * (_P10 + s * _P11))))
+            return s * (_P1 + s * (_P2 + s * (_P3 + s * (_P4 + s * (_P5 + s * last)))))
+
+        return phi_double
+
+    def phi(s: Any) -> Any:
+        return s * (_S1 + s * (_S2 + s * (_S3 + s * (_S4 + s * _S5))))
+
+    return phi
+
+
 def _load(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
     """Widen buffer[begin : begin + x.size] into x, the exact values; (their sum, whether a sign bit is set)."""
     raise NotImplementedError  # compiled code only
@@ -432,6 +504,14 @@ def _sum(x: Any) -> Any:
 
 
 @njit(**_OPTIONS)
+def _sum_double(x: Any) -> Any:
+    total = 0.0
+    for i in range(x.size):
+        total += np.float64(x[i])
+    return total
+
+
+@njit(**_OPTIONS)
 def _holds_negative(x: Any) -> Any:
     """Whether a value is below 0; −0.0, which has a sign bit too, is not."""
     found = 0
@@ -474,6 +554,33 @@ def _row_entropy(x: Any, total: Any) -> Any:
     for i in range(x.size):
         weighted += x[i] * _log2(x[i])
     return _LN_2 * (math.log2(np.float64(total)) - np.float64(weighted / total))
+
+
+@njit(**_OPTIONS)
+def _row_entropy_seed1(x: Any, factor: Any) -> Any:
+    """−Σ P ln(P + 1e-12), P = factor·x, in nat."""
+    offset = x.dtype.type(SEED1_LOG_OFFSET)
+    weighted = x.dtype.type(0)
+    for i in range(x.size):
+        p = x[i] * factor
+        weighted += p * _log2(p + offset)
+    return 0.0 - _LN_2 * np.float64(weighted)
+
+
+@njit(**_OPTIONS)
+def _gini(x: Any, total: Any) -> Any:
+    """Σ_ij |x_i − x_j| / (2N Σx), which is Σ_i (2i − N − 1) x_(i) / (N Σx) without a sort.
+
+    Vectors take N² differences faster than a sort moves N numbers up to some thousand patches.
+    """
+    apart = 0.0
+    for i in range(x.size):
+        one = x[i]
+        of_one = x.dtype.type(0)
+        for j in range(x.size):
+            of_one += abs(x[j] - one)
+        apart += np.float64(of_one)
+    return apart / (2.0 * x.size * np.float64(total))
 
 
 @njit(**_OPTIONS)
@@ -535,8 +642,8 @@ def _gearys_c(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: An
 def _measure_row(
     x: Any, z: Any, total: Any, patch: Any, grid_cols: Any, num_edges: Any, offsets: Any, has_right: Any, needs: Any
 ) -> Any:
-    """(distance, Moran's I, Geary's C) of the row of patch query `patch`."""
-    far, moran, geary = np.nan, np.nan, np.nan
+    """(distance, Moran's I, Geary's C, Gini coefficient) of the row of patch query `patch`."""
+    far, moran, geary, unequal = np.nan, np.nan, np.nan, np.nan
     if needs & DISTANCE:
         row, col = patch // grid_cols, patch % grid_cols
         begin = (x.size // grid_cols - 1 - row) * grid_cols
@@ -547,7 +654,9 @@ def _measure_row(
             moran = _morans_i(z, sum_sq, has_right, grid_cols, num_edges)
         if needs & GEARY:
             geary = _gearys_c(z, sum_sq, has_right, grid_cols, num_edges)
-    return far, moran, geary
+    if needs & GINI:
+        unequal = _gini(x, total)
+    return far, moran, geary, unequal
 
 
 @njit(**_OPTIONS)
@@ -560,12 +669,24 @@ def _add_renormalised(x: Any, total: Any, received: Any) -> Any:
 @njit(**_OPTIONS)
 def _allocate(maps: Any, tokens: Any, patches: Any, offsets: Any) -> Any:
     dtype = offsets.dtype
-    rows = np.full((4, maps, patches), np.nan, dtype)
+    rows = np.full((6, maps, patches), np.nan, dtype)
     mass = np.full((maps, patches), np.nan, dtype)
+    patch_mass = np.full((maps, patches), np.nan, np.float64)
     received = np.zeros((maps, patches), np.float64)
     class_rows = np.full((maps, patches), np.nan, np.float64)
     valid = np.ones((maps, tokens), np.bool_)
-    return rows, mass, received, class_rows, valid
+    return rows, mass, patch_mass, received, class_rows, valid
+
+
+@njit(**_OPTIONS)
+def _checked_row(buffer: Any, begin: Any, prefix: Any, kind: Any, head: Any, x: Any, tolerance: Any) -> Any:
+    """Widen one row into head and x; (sum over the patches, whether it is post-softmax attention)."""
+    on_prefix, head_signs = _load(buffer, begin, kind, head)
+    total, signs = _load(buffer, begin + prefix, kind, x)
+    # A sum that is NaN or infinite fails the comparison too.
+    in_range = abs(on_prefix + total - 1) <= tolerance
+    negative = (head_signs and _holds_negative(head)) or (signs and _holds_negative(x))
+    return total, in_range and not negative
 
 
 # --- whole maps -----------------------------------------------------------------------------------------------------
@@ -589,7 +710,7 @@ def _attention_pass(
     """Every row of every map: widened, checked, measured. `starts` [map]; the arrays of `PassResult`, and validity."""
     maps, patches = starts.size, has_right.size
     tokens = prefix + patches
-    rows, mass, received, class_rows, valid = _allocate(maps, tokens, patches, offsets)
+    rows, mass, patch_mass, received, class_rows, valid = _allocate(maps, tokens, patches, offsets)
     for m in prange(maps):
         head = np.empty(prefix, offsets.dtype)
         x = np.empty(patches, offsets.dtype)
@@ -605,6 +726,10 @@ def _attention_pass(
                 continue
             if q >= prefix:
                 mass[m, q - prefix] = on_prefix
+                if needs & PATCH_MASS:
+                    patch_mass[m, q - prefix] = _sum_double(x)
+                if needs & ENTROPY_SEED1:
+                    rows[5, m, q - prefix] = _row_entropy_seed1(x, x.dtype.type(1))
             if total == 0:
                 continue
             if total < 1e-3:
@@ -615,14 +740,14 @@ def _attention_pass(
                     _add_renormalised(x, total, class_rows[m])
                 continue
             patch = q - prefix
-            rows[0, m, patch], rows[2, m, patch], rows[3, m, patch] = _measure_row(
+            rows[0, m, patch], rows[2, m, patch], rows[3, m, patch], rows[4, m, patch] = _measure_row(
                 x, z, total, patch, grid_cols, num_edges, offsets, has_right, needs
             )
             if needs & ENTROPY:
                 rows[1, m, patch] = max(_row_entropy(x, total), 0.0)
             if needs & RECEIVED:
                 _add_renormalised(x, total, received[m])
-    return rows, mass, received, class_rows, valid
+    return rows, mass, patch_mass, received, class_rows, valid
 
 
 @njit(**_OPTIONS)
@@ -698,7 +823,7 @@ def _qk_pass(
     """As `_attention_pass`, from query and key: four rows of logits, their softmax and metrics, then the next four."""
     maps, patches = q_starts.size, has_right.size
     tokens = prefix + patches
-    rows, mass, received, class_rows, valid = _allocate(maps, tokens, patches, offsets)
+    rows, mass, patch_mass, received, class_rows, valid = _allocate(maps, tokens, patches, offsets)
     dtype = offsets.dtype
     padded = (head_dim + 3) // 4 * 4
     log2_e = dtype.type(_LOG2_E)
@@ -739,21 +864,28 @@ def _qk_pass(
                 if top == -np.inf:  # the patches are hidden: all mass is on the prefix
                     if q >= prefix:
                         mass[m, q - prefix] = 1
+                        patch_mass[m, q - prefix] = 0
+                        rows[5, m, q - prefix] = 0
                     continue
                 total, weighted = _weights(line[prefix:], top, x)
-                if prefix > 0 and q >= prefix:
-                    on_prefix, _ = _weights(line[:prefix], highest, head)
-                    on_patches = np.float64(total) * 2.0 ** np.float64(top - highest)
-                    mass[m, q - prefix] = on_prefix / (on_prefix + on_patches)
-                elif q >= prefix:
+                if q >= prefix:
+                    share = 1.0  # of the patches
                     mass[m, q - prefix] = 0
+                    if prefix > 0:
+                        on_prefix, _ = _weights(line[:prefix], highest, head)
+                        on_patches = np.float64(total) * 2.0 ** np.float64(top - highest)
+                        mass[m, q - prefix] = on_prefix / (on_prefix + on_patches)
+                        share = on_patches / (on_prefix + on_patches)
+                    patch_mass[m, q - prefix] = share
+                    if needs & ENTROPY_SEED1:
+                        rows[5, m, q - prefix] = _row_entropy_seed1(x, dtype.type(share / total))
                 if q < prefix:
                     if class_token and q == 0:
                         class_rows[m] = 0.0
                         _add_renormalised(x, total, class_rows[m])
                     continue
                 patch = q - prefix
-                rows[0, m, patch], rows[2, m, patch], rows[3, m, patch] = _measure_row(
+                rows[0, m, patch], rows[2, m, patch], rows[3, m, patch], rows[4, m, patch] = _measure_row(
                     x, z, total, patch, grid_cols, num_edges, offsets, has_right, needs
                 )
                 if needs & ENTROPY:
@@ -761,7 +893,7 @@ def _qk_pass(
                     rows[1, m, patch] = max(nat, 0.0)
                 if needs & RECEIVED:
                     _add_renormalised(x, total, received[m])
-    return rows, mass, received, class_rows, valid
+    return rows, mass, patch_mass, received, class_rows, valid
 
 
 @njit(**_OPTIONS)
@@ -791,6 +923,61 @@ def _maps_entropy(maps: Any) -> Any:
     return out
 
 
+@njit(**_OPTIONS)
+def _row_js_divergence(x: Any, x_total: Any, y: Any, y_total: Any) -> Any:
+    """Σ m φ(t) in nat with m = (p + q)/2, t = (p − q)/(p + q) of the renormalised rows; φ as in the reference."""
+    one, half, quarter = x.dtype.type(1), x.dtype.type(0.5), x.dtype.type(0.25)
+    ln_2 = x.dtype.type(_LN_2)
+    divergence = x.dtype.type(0)
+    for i in range(x.size):
+        p, q = x[i] / x_total, y[i] / y_total
+        total = p + q
+        t = (p - q) / (total if total > 0 else one)
+        up, down = one + t, one - t
+        far = half * ln_2 * (up * _log2(up) + down * _log2(down))
+        divergence += half * total * (far if abs(t) >= quarter else _phi_series(t * t))
+    return divergence
+
+
+@njit(parallel=True, **_OPTIONS)
+def _pair_pass(
+    one_buffer: Any,
+    one_starts: Any,
+    one_stride: Any,
+    two_buffer: Any,
+    two_starts: Any,
+    two_stride: Any,
+    kind: Any,
+    prefix: Any,
+    patches: Any,
+    like: Any,
+    tolerance: Any,
+) -> Any:
+    """Every row of every map in two conditions; arithmetic in the dtype of `like`. (divergences, validity)."""
+    maps = one_starts.size
+    tokens = prefix + patches
+    js = np.full((maps, patches), np.nan, like.dtype)
+    valid = np.ones((maps, tokens), np.bool_)
+    for m in prange(maps):
+        head = np.empty(prefix, like.dtype)
+        x = np.empty(patches, like.dtype)
+        y = np.empty(patches, like.dtype)
+        for q in range(tokens):
+            begin = one_starts[m] + q * one_stride
+            one_total, one_valid = _checked_row(one_buffer, begin, prefix, kind, head, x, tolerance)
+            begin = two_starts[m] + q * two_stride
+            two_total, two_valid = _checked_row(two_buffer, begin, prefix, kind, head, y, tolerance)
+            if not (one_valid and two_valid):
+                valid[m, q] = False
+            elif q >= prefix and one_total > 0 and two_total > 0:
+                if one_total < 1e-3:
+                    one_total = _rescale(x, one_total)
+                if two_total < 1e-3:
+                    two_total = _rescale(y, two_total)
+                js[m, q - prefix] = _row_js_divergence(x, one_total, y, two_total)
+    return js, valid
+
+
 # --- metrics, as read off a pass ------------------------------------------------------------------------------------
 
 
@@ -817,11 +1004,32 @@ def _received_morans_i(result: PassResult) -> np.ndarray:
     return np.where(varies, _maps_morans_i(maps, result.layout.grid_cols, result.layout.num_edges), np.nan)
 
 
+def _distance_seed1(result: PassResult) -> np.ndarray:
+    """A row without mass on the patches has no mean distance, but 0 of this one."""
+    far = np.where(result.patch_mass == 0, 0, result.rows[0])
+    return np.asarray(far * result.patch_mass)
+
+
+def _morans_i_seed1(result: PassResult) -> np.ndarray:
+    x = result.patch_mass / result.layout.num_patches
+    sum_sq = ((x - x.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+    of_mass = _maps_morans_i(x, result.layout.grid_cols, result.layout.num_edges)
+    return np.where(sum_sq <= SEED1_LEAST_SUM_SQ, 0.0, of_mass)
+
+
 distance = FromPass(DISTANCE, lambda result: result.rows[0])
+distance_seed1 = FromPass(DISTANCE | PATCH_MASS, _distance_seed1)
+distance_px = FromPass(DISTANCE | PATCH_MASS, lambda result: _distance_seed1(result) * result.layout.diagonal_px)
+distance_walmer = FromPass(
+    DISTANCE, lambda result: result.rows[0] * (result.layout.diagonal_px / extent_px(result.layout))
+)
 entropy = FromPass(ENTROPY, lambda result: result.rows[1])
 entropy_normalized = FromPass(ENTROPY, lambda result: result.rows[1] / math.log(result.layout.num_patches))
 morans_i = FromPass(MORAN, lambda result: result.rows[2])
 gearys_c = FromPass(GEARY, lambda result: result.rows[3])
+gini = FromPass(GINI, lambda result: result.rows[4])
+entropy_seed1 = FromPass(ENTROPY_SEED1, lambda result: result.rows[5])
+morans_i_seed1 = FromPass(PATCH_MASS, _morans_i_seed1)
 prefix_mass = FromPass(0, lambda result: result.prefix_mass)
 morans_i_received = FromPass(RECEIVED, _received_morans_i)
 cls_entropy = FromPass(0, lambda result: _maps_entropy(_class_rows(result)))
@@ -829,3 +1037,7 @@ cls_morans_i = FromPass(
     0, lambda result: _maps_morans_i(_class_rows(result), result.layout.grid_cols, result.layout.num_edges)
 )
 region_mass = FromPass(RECEIVED, _region_mass)
+
+
+def js_divergence(result: PairResult) -> np.ndarray:
+    return result.js_divergence

@@ -3,7 +3,7 @@
 Each metric takes full post-softmax rows `p`, float64 [batch, query, key] with the prefix tokens included, and the
 `TokenLayout` that says where the patches are. Row metrics return [batch, patch query]; metrics of a whole map
 return [batch]; `region_mass` returns [batch, region]. A row or map without a value is NaN. An invalid row arrives
-as a row of NaN and is left out in the same way.
+as a row of NaN and is left out in the same way. A pair metric takes the same maps in a second condition as well.
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ from kernels.layout import TokenLayout
 
 __all__ = [
     "RECEIVED_SPREAD",
+    "SEED1_LEAST_SUM_SQ",
+    "SEED1_LOG_OFFSET",
     "class_row",
     "cls_entropy",
     "cls_morans_i",
     "distance",
+    "distance_px",
+    "distance_seed1",
+    "distance_walmer",
     "entropy",
     "entropy_normalized",
+    "entropy_seed1",
+    "extent_px",
     "gearys_c",
     "gini",
+    "js_divergence",
     "morans_i",
     "morans_i_received",
+    "morans_i_seed1",
     "prefix_mass",
     "received_map",
     "region_mass",
@@ -34,6 +43,10 @@ __all__ = [
 # A received map whose greatest and least value differ by less than this share of their mean is constant. Rounding of
 # float32 rows alone leaves about 1e-7; the order of a sum would decide whether such a map has a Moran's I.
 RECEIVED_SPREAD = 1e-5
+
+# The constants of the `seed1` convention: what is added inside the logarithm, and the Σz² up to which I is set to 0.
+SEED1_LOG_OFFSET = 1e-12
+SEED1_LEAST_SUM_SQ = 1e-8
 
 
 def softmax_rows(query: np.ndarray, key: np.ndarray, scale: float, bias: np.ndarray | None) -> np.ndarray:
@@ -79,6 +92,34 @@ def distance(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     return np.asarray(np.einsum("bqk,qk->bq", renormalised(p, layout), layout.distances()))
 
 
+def extent_px(layout: TokenLayout) -> float:
+    """From the first to the last patch centre along the longer side of the image; the unit of `distance_walmer`."""
+    down = (layout.grid_rows - 1) * layout.patch_height_px
+    across = (layout.grid_cols - 1) * layout.patch_width_px
+    return float(max(down, across))
+
+
+def distance_px(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Σ_k A_qk ‖c_q − c_k‖ in pixels, over patch keys, not renormalised; [batch, patch query]."""
+    return np.asarray(np.einsum("bqk,qk->bq", layout.patches(p), layout.distances() * layout.diagonal_px))
+
+
+def distance_walmer(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Σ_k p_qk ‖c_q − c_k‖ with the grid's longer side, first to last patch centre, as 1; [batch, patch query].
+
+    On a square grid of square patches that is the distance in grid steps divided by g − 1.
+    """
+    return np.asarray(distance(p, layout) * layout.diagonal_px / extent_px(layout))
+
+
+def distance_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """`distance_px` / √(H² + W²), not renormalised; [batch, patch query].
+
+    On a square grid of square patches that is the distance in grid steps divided by √2·g.
+    """
+    return np.asarray(distance_px(p, layout) / layout.diagonal_px)
+
+
 def entropy(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """−Σ_k p_qk ln p_qk in nat, with 0 ln 0 = 0; [batch, patch query]."""
     return _entropy(renormalised(p, layout))
@@ -87,6 +128,12 @@ def entropy(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
 def entropy_normalized(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """`entropy` / ln(R·C), so that uniform attention is 1 on every grid; [batch, patch query]."""
     return np.asarray(entropy(p, layout) / np.log(layout.num_patches))
+
+
+def entropy_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """−Σ_k A_qk ln(A_qk + 1e-12) in nat, over patch keys, not renormalised; [batch, patch query]."""
+    rows = layout.patches(p)
+    return np.asarray(0.0 - (rows * np.log(rows + SEED1_LOG_OFFSET)).sum(axis=-1))
 
 
 def morans_i(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
@@ -100,6 +147,18 @@ def morans_i_received(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     spread = received.max(axis=-1) - received.min(axis=-1)
     varies = spread > RECEIVED_SPREAD * received.mean(axis=-1)
     return np.where(varies, _morans_i(received, layout), np.nan)
+
+
+def morans_i_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Moran's I of x_q = Σ_k A_qk / N over patch keys, 0 where Σ z_q² ≤ 1e-8; [batch].
+
+    x_q is (1 − mass of q on the prefix) / N: this measures how smoothly the prefix mass varies, not whether the
+    patches attended to lie together. NaN if a patch query's row is invalid.
+    """
+    x = layout.patches(p).sum(axis=-1) / layout.num_patches
+    sum_sq = ((x - x.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+    flat = sum_sq <= SEED1_LEAST_SUM_SQ
+    return np.where(flat, 0.0, _morans_i(np.where(flat[..., np.newaxis], 0.0, x), layout))
 
 
 def gearys_c(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
@@ -144,6 +203,27 @@ def region_mass(p: np.ndarray, layout: TokenLayout, regions: np.ndarray) -> np.n
     """
     row = class_row(p, layout) if layout.class_token else received_map(p, layout)
     return np.asarray(np.einsum("bk,brk->br", row, regions))
+
+
+def js_divergence(p: np.ndarray, other: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """½ Σ_k (p_qk ln(p_qk/m_qk) + p'_qk ln(p'_qk/m_qk)), m = (p + p')/2, in nat; [batch, patch query].
+
+    p and p' are the renormalised rows of the two conditions. Summed as m·φ(t) with t = (p − p')/(p + p') and
+    φ(t) = ½((1+t) ln(1+t) + (1−t) ln(1−t)): no term is negative, so that nearly equal rows keep their digits.
+    """
+    one, two = renormalised(p, layout), renormalised(other, layout)
+    total = one + two
+    t = (one - two) / np.where(total > 0, total, 1.0)
+    return np.asarray((total / 2 * _phi(t)).sum(axis=-1))
+
+
+def _phi(t: np.ndarray) -> np.ndarray:
+    """½((1+t) ln(1+t) + (1−t) ln(1−t)) for |t| ≤ 1; below ¼ as its series Σ_k t^2k / (2k (2k − 1))."""
+    series = sum(t ** (2 * k) / (2 * k * (2 * k - 1)) for k in range(1, 12))  # the next term is below 1e-17
+    far = np.abs(t) >= 0.25
+    up, down = (1.0 + np.where(far, t, 0.0)), (1.0 - np.where(far, t, 0.0))
+    logs = (up * np.log(np.where(up > 0, up, 1.0)) + down * np.log(np.where(down > 0, down, 1.0))) / 2
+    return np.asarray(np.where(far, logs, series))
 
 
 def _over_sum(rows: np.ndarray) -> np.ndarray:

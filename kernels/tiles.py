@@ -16,7 +16,7 @@ from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 
-__all__ = ["measure_attention", "measure_qk"]
+__all__ = ["measure_attention", "measure_pair", "measure_qk"]
 
 TILE_BYTES = 32 * 2**20  # of float64 rows; the definitions make a handful of temporaries of that size
 
@@ -30,6 +30,17 @@ def measure_attention(attention: Any, layout: TokenLayout, specs: Sequence[Metri
         return tile, valid_rows(tile, tolerance)
 
     return _measure(rows, tuple(attention.shape[:-2]), layout, specs, regions)
+
+
+def measure_pair(attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec]) -> Values:
+    """The reference's pass over the same maps [*leading, query, key] in two conditions."""
+    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
+
+    def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+        pair = np.stack([to_float64(array[index]) for array in (attention, other)])
+        return pair, np.asarray(valid_rows(pair, tolerance).all(axis=0))
+
+    return _measure(rows, tuple(attention.shape[:-2]), layout, specs, None)
 
 
 def measure_qk(
@@ -75,7 +86,7 @@ def _measure(
         stop = min(start + step, maps)
         index = flat_index(leading, start, stop)
         p, valid[start:stop] = rows(index)
-        p[~valid[start:stop]] = np.nan
+        p = np.where(valid[start:stop, :, np.newaxis], p, np.nan)  # a copy: p may be the caller's own memory
         for spec in specs:
             tile = _call(spec, p, layout, None if regions is None else to_float64(regions[index]))
             if spec.name not in values:
@@ -88,15 +99,19 @@ def _measure(
 
 
 def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndarray | None) -> np.ndarray:
-    """The definition's values on one tile, shapes checked: a user's metric may return anything."""
-    batch = p.shape[0]
+    """The definition's values on one tile, shapes checked: a user's metric may return anything.
+
+    p is [batch, query, key], of a pair [condition, batch, query, key].
+    """
+    batch = p.shape[-3]
     if spec.inputs == "regions":
         if regions is None:
             raise ValueError(f"metric {spec.name!r} needs regions [image, region, patch]; none were given")
         tile = np.asarray(spec.reference(p, layout, regions), dtype=np.float64)
         expected: tuple[tuple[int, ...], ...] = ((batch, regions.shape[-2]),)
     else:
-        tile = np.asarray(spec.reference(p, layout), dtype=np.float64)
+        arguments = (p[0], p[1]) if spec.inputs == "pair" else (p,)
+        tile = np.asarray(spec.reference(*arguments, layout), dtype=np.float64)
         expected = ((batch, layout.num_patches), (batch,))
     if tile.shape not in expected:
         raise ValueError(

@@ -18,21 +18,29 @@ from kernels.arrays import Values, dtype_name, flat_index
 from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
-from kernels.reference import RECEIVED_SPREAD
+from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, SEED1_LOG_OFFSET, extent_px
 
 __all__ = [
     "MapRows",
+    "PairRows",
     "cls_entropy",
     "cls_morans_i",
     "distance",
+    "distance_px",
+    "distance_seed1",
+    "distance_walmer",
     "entropy",
     "entropy_normalized",
+    "entropy_seed1",
     "gearys_c",
     "gini",
+    "js_divergence",
     "measure_attention",
+    "measure_pair",
     "measure_qk",
     "morans_i",
     "morans_i_received",
+    "morans_i_seed1",
     "prefix_mass",
     "region_mass",
 ]
@@ -108,6 +116,7 @@ class MapRows:
         patches: [map, patch query, patch] in any scale, 0 in invalid rows.
         class_row: [map, patch], or None without a class token.
         prefix_mass: [map, patch query], NaN in invalid rows.
+        patch_mass: float64 [map, patch query], the patches' part of each row before renormalising; NaN in invalid rows.
         regions: [map, region, patch] or None.
     """
 
@@ -116,11 +125,13 @@ class MapRows:
         patches: Tensor,
         class_row: Tensor | None,
         prefix_mass: Tensor,
+        patch_mass: Tensor,
         regions: Tensor | None,
         layout: TokenLayout,
     ) -> None:
         self.rows = PatchMaps(patches, layout)
         self.prefix_mass = prefix_mass
+        self.patch_mass = patch_mass
         self.regions = regions
         self.layout = layout
         self._class_row = class_row
@@ -136,11 +147,40 @@ class MapRows:
         """Σ over the defined patch queries of the renormalised rows; its mean differs by a factor alone."""
         return PatchMaps(self.rows.p.sum(dim=-2, dtype=torch.float64), self.layout)
 
+    @cached_property
+    def mean_distance(self) -> Tensor:
+        """Of the renormalised rows, in image diagonals; 0 where undefined."""
+        p = self.rows.p
+        return (p * _distances(self.layout, p.dtype, p.device)).sum(dim=-1)
+
+
+class PairRows:
+    """What every pair metric reads: the patch rows of a chunk of maps in two conditions, as in `MapRows`."""
+
+    def __init__(self, one: Tensor, other: Tensor, layout: TokenLayout) -> None:
+        self.one = PatchMaps(one, layout)
+        self.other = PatchMaps(other, layout)
+        self.layout = layout
+
+    @cached_property
+    def defined(self) -> Tensor:
+        return (self.one.defined & self.other.defined).squeeze(-1)
+
 
 def distance(maps: MapRows) -> Tensor:
-    p = maps.rows.p
-    weights = _distances(maps.layout, p.dtype, p.device)
-    return _where(maps.rows.defined.squeeze(-1), (p * weights).sum(dim=-1))
+    return _where(maps.rows.defined.squeeze(-1), maps.mean_distance)
+
+
+def distance_px(maps: MapRows) -> Tensor:
+    return distance_seed1(maps) * maps.layout.diagonal_px
+
+
+def distance_walmer(maps: MapRows) -> Tensor:
+    return distance(maps) * (maps.layout.diagonal_px / extent_px(maps.layout))
+
+
+def distance_seed1(maps: MapRows) -> Tensor:
+    return maps.mean_distance * maps.patch_mass.to(maps.mean_distance.dtype)
 
 
 def entropy(maps: MapRows) -> Tensor:
@@ -151,6 +191,11 @@ def entropy_normalized(maps: MapRows) -> Tensor:
     return maps.rows.entropy() / math.log(maps.layout.num_patches)
 
 
+def entropy_seed1(maps: MapRows) -> Tensor:
+    rows = maps.rows.p * maps.patch_mass.to(maps.rows.p.dtype).unsqueeze(-1)
+    return 0.0 - (rows * (rows + SEED1_LOG_OFFSET).log()).sum(dim=-1)
+
+
 def morans_i(maps: MapRows) -> Tensor:
     return maps.rows.morans_i()
 
@@ -159,6 +204,13 @@ def morans_i_received(maps: MapRows) -> Tensor:
     x = maps.received.x.detach()
     varies = x.amax(dim=-1) - x.amin(dim=-1) > RECEIVED_SPREAD * x.mean(dim=-1)
     return _where(varies, maps.received.morans_i())
+
+
+def morans_i_seed1(maps: MapRows) -> Tensor:
+    of_queries = PatchMaps(maps.patch_mass, maps.layout)
+    mean_over_keys = maps.patch_mass.detach() / maps.layout.num_patches
+    sum_sq = (mean_over_keys - mean_over_keys.mean(dim=-1, keepdim=True)).square().sum(dim=-1)
+    return torch.where(sum_sq <= SEED1_LEAST_SUM_SQ, 0.0, of_queries.morans_i())
 
 
 def gearys_c(maps: MapRows) -> Tensor:
@@ -190,6 +242,25 @@ def region_mass(maps: MapRows) -> Tensor:
     return _where(row.defined, (row.p.unsqueeze(-2) * maps.regions).sum(dim=-1))
 
 
+def js_divergence(pair: PairRows) -> Tensor:
+    one, two = pair.one.p, pair.other.p
+    total = one + two
+    t = (one - two) / torch.where(total > 0, total, 1.0)
+    return _where(pair.defined, (total / 2 * _phi(t)).sum(dim=-1))
+
+
+def _phi(t: Tensor) -> Tensor:
+    """½((1+t) ln(1+t) + (1−t) ln(1−t)), below ¼ as its series Σ_k t^2k / (2k (2k − 1)): see the reference."""
+    square = t.square()
+    series = torch.zeros_like(t)
+    for k in range(11, 0, -1):
+        series = (series + 1.0 / (2 * k * (2 * k - 1))) * square
+    tiny = torch.finfo(t.dtype).tiny  # 0 ln tiny = 0, and the gradient at t = ±1 stays finite
+    up, down = 1.0 + t, 1.0 - t
+    logs = (up * up.clamp(min=tiny).log() + down * down.clamp(min=tiny).log()) / 2
+    return torch.where(t.abs() < 0.25, series, logs)
+
+
 def measure_attention(
     attention: Tensor | np.ndarray, layout: TokenLayout, specs: Sequence[MetricSpec], regions: np.ndarray | None
 ) -> Values:
@@ -201,13 +272,14 @@ def measure_attention(
 
     def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
         p = _upcast(flat[start:stop])
-        valid = ((p.detach().sum(dim=-1) - 1.0).abs() <= tolerance) & ~(p.detach() < 0).any(dim=-1)
+        valid = _valid_rows(p, tolerance)
         p = p.masked_fill(~valid.unsqueeze(-1), 0.0)
         query_valid = valid[:, layout.num_prefix_tokens :]
         maps = MapRows(
             patches=layout.patches(p),
             class_row=layout.class_row(p) if layout.class_token else None,
             prefix_mass=_where(query_valid, layout.prefix(p).sum(dim=-1)),
+            patch_mass=_where(query_valid, layout.patches(p).sum(dim=-1, dtype=torch.float64)),
             regions=coverage,
             layout=layout,
         )
@@ -250,14 +322,18 @@ def measure_qk(
         peak = patch_logits.detach().amax(dim=-1, keepdim=True)
         weights = (patch_logits - peak.masked_fill(peak.isneginf(), 0.0)).exp()
         mass = torch.zeros_like(top)
+        on_patches = torch.ones_like(top, dtype=torch.float64)
         if prefix:
             shift = top.masked_fill(~valid, 0.0).unsqueeze(-1)
             shares = (logits - shift).exp()
-            mass = shares[..., :prefix].sum(dim=-1) / torch.where(valid, shares.sum(dim=-1), 1.0)
+            total = torch.where(valid, shares.sum(dim=-1), 1.0)
+            mass = shares[..., :prefix].sum(dim=-1) / total
+            on_patches = shares[..., prefix:].sum(dim=-1, dtype=torch.float64) / total
         maps = MapRows(
             patches=weights[:, prefix:],
             class_row=weights[:, 0] if layout.class_token else None,
             prefix_mass=_where(valid, mass)[:, prefix:],
+            patch_mass=_where(valid, on_patches)[:, prefix:],
             regions=coverage,
             layout=layout,
         )
@@ -266,8 +342,27 @@ def measure_qk(
     return _chunked(chunk, flat_q, leading, layout, specs, regions, is_numpy)
 
 
+def measure_pair(
+    attention: Tensor | np.ndarray, other: Tensor | np.ndarray, layout: TokenLayout, specs: Sequence[MetricSpec]
+) -> Values:
+    """The pass over the same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
+    attention, is_numpy = _tensor(attention)
+    other = _tensor(other)[0]
+    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
+    leading = attention.shape[:-2]
+    one, two = (t.reshape(-1, layout.num_tokens, layout.num_tokens) for t in (attention, other))
+
+    def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[PairRows, Tensor]:
+        p, q = _upcast(one[start:stop]), _upcast(two[start:stop])
+        valid = _valid_rows(p, tolerance) & _valid_rows(q, tolerance)
+        p, q = (t.masked_fill(~valid.unsqueeze(-1), 0.0) for t in (p, q))
+        return PairRows(layout.patches(p), layout.patches(q), layout), valid
+
+    return _chunked(chunk, one, leading, layout, specs, None, is_numpy)
+
+
 # (start, stop, regions of those maps) -> (rows, validity)
-_Chunk = Callable[[int, int, Tensor | None], tuple[MapRows, Tensor]]
+_Chunk = Callable[[int, int, Tensor | None], tuple[MapRows | PairRows, Tensor]]
 
 
 def _chunked(
@@ -319,6 +414,12 @@ def _tensor(array: Tensor | np.ndarray) -> tuple[Tensor, bool]:
 
 def _upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _valid_rows(p: Tensor, tolerance: float) -> Tensor:
+    """Which rows are not negative and sum to 1; a sum that is NaN or infinite fails the comparison."""
+    p = p.detach()
+    return ((p.sum(dim=-1) - 1.0).abs() <= tolerance) & ~(p < 0).any(dim=-1)
 
 
 def _where(defined: Tensor, values: Tensor) -> Tensor:

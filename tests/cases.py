@@ -7,28 +7,43 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import TokenLayout
+from kernels import METRICS, TokenLayout
 
-__all__ = ["CASES", "DTYPES", "FROM_QK", "TOLERANCE", "Case", "layout", "rounded", "vit_qk"]
+__all__ = ["CASES", "DTYPES", "FROM_QK", "TOLERANCE", "Case", "layout", "metrics_for", "rounded", "vit_qk"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Largest absolute error against the float64 reference on the same (rounded) input, in the metric's unit.
 TOLERANCE = {
     "distance": 2e-6,
+    "distance_px": 1e-3,  # 2e-6 of a diagonal of up to 475 px
+    "distance_walmer": 5e-6,  # a diagonal is up to 2.3 sides
+    "distance_seed1": 2e-6,
     "entropy": 1e-5,
     "entropy_normalized": 1e-5,
+    "entropy_seed1": 1e-5,
     "morans_i": 2e-5,
     "morans_i_received": 5e-4,
+    "morans_i_seed1": 2e-5,
     "gearys_c": 5e-5,
     "gini": 5e-6,
     "prefix_mass": 2e-6,
     "cls_entropy": 1e-5,
     "cls_morans_i": 2e-5,
     "region_mass": 2e-6,
+    "js_divergence": 2e-6,
 }
 # The same from float32 query and key, where logits carry rounding of their own.
 FROM_QK = {name: max(tolerance, 2e-5) for name, tolerance in TOLERANCE.items()}
+
+
+def metrics_for(of: TokenLayout) -> list[str]:
+    """The metrics of one attention that this layout has: without a class token, none of its row."""
+    return [
+        name
+        for name, spec in METRICS.items()
+        if spec.inputs != "pair" and (of.class_token or not name.startswith("cls_"))
+    ]
 
 
 def layout(rows: int, cols: int, prefix: int, height: int = 16, width: int = 16) -> TokenLayout:

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import BACKENDS, METRICS, Measurement, measure_attention, measure_qk
+from kernels import BACKENDS, Measurement, measure_attention, measure_qk
 from kernels.reference import softmax_rows
-from tests.cases import CASES, DTYPES, FROM_QK, TOLERANCE, Case, layout, rounded, vit_qk
+from tests.cases import CASES, DTYPES, FROM_QK, TOLERANCE, Case, layout, metrics_for, rounded, vit_qk
 
 FAST = tuple(name for name in BACKENDS if name != "reference")
-
-
-def metrics_for(case_layout: Any) -> list[str]:
-    return [name for name in METRICS if case_layout.class_token or not name.startswith("cls_")]
 
 
 def as_kind(attention: np.ndarray, dtype: str, kind: str) -> Any:
@@ -114,8 +110,8 @@ def test_from_query_and_key_with_bias(backend: str, kind: str) -> None:
         if kind == "every patch hidden":
             of.patches(bias)[:, :, 4] = False
     regions = rng.uniform(size=(2, 2, of.num_patches))
-    got = measure_qk(query, key, of, list(METRICS), 0.3, bias, backend, regions=regions)
-    expected = measure_qk(query, key, of, list(METRICS), 0.3, bias, "reference", regions=regions)
+    got = measure_qk(query, key, of, metrics_for(of), 0.3, bias, backend, regions=regions)
+    expected = measure_qk(query, key, of, metrics_for(of), 0.3, bias, "reference", regions=regions)
     assert_close(got, expected, FROM_QK, f"{backend}, {kind}")
     if kind == "every patch hidden":
         assert got.undefined["entropy"] == 6  # one query in each of 2 × 3 maps

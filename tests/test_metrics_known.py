@@ -10,7 +10,7 @@ import pytest
 
 from kernels import BACKENDS, METRICS, TokenLayout, measure_attention
 from kernels.reference import received_map
-from tests.cases import CASES, TOLERANCE, layout
+from tests.cases import CASES, TOLERANCE, layout, metrics_for
 
 VIT_B16 = layout(14, 14, 1)
 
@@ -84,12 +84,15 @@ class TestOneHot:
     def test_all_mass_on_the_prefix(self, backend: str) -> None:
         attention = np.zeros((1, 197, 197))
         attention[..., 0] = 1.0
-        names = [name for name, spec in METRICS.items() if name != "prefix_mass"]
+        of_whole_rows = ["prefix_mass", "distance_px", "distance_seed1", "entropy_seed1", "morans_i_seed1"]
+        names = [name for name in metrics_for(VIT_B16) if name not in of_whole_rows]
         regions = np.ones((1, 196))
         got = measure_attention(attention, VIT_B16, names, backend, regions=regions)
         assert all(np.isnan(got[name]).all() for name in names)
         assert got.undefined["entropy"] == got.undefined["distance"] == 196
-        assert value(attention, VIT_B16, "prefix_mass", backend) == 1.0
+        not_renormalised = measure_attention(attention, VIT_B16, of_whole_rows, backend)
+        assert [float(not_renormalised[name][0]) for name in of_whole_rows] == [1, 0, 0, 0, 0]
+        assert not any(not_renormalised.undefined.values())
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))

@@ -10,21 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import BACKENDS, METRICS, InvalidAttentionError, TokenLayout, measure_attention
-from tests.cases import CASES, TOLERANCE, Case, layout, rounded
+from tests.cases import CASES, TOLERANCE, Case, layout, metrics_for, rounded
 
 BACKEND_NAMES = list(BACKENDS)
 UNLIMITED = settings(deadline=None, max_examples=60, derandomize=True)
-
-
-def names_for(of: TokenLayout) -> list[str]:
-    return [name for name in METRICS if of.class_token or not name.startswith("cls_")]
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_values_lie_within_the_declared_bounds(backend: str, case: Case) -> None:
     attention, regions = case.attention(), case.regions()
-    got = measure_attention(attention, case.layout, names_for(case.layout), backend, "raise", "none", regions)
+    got = measure_attention(attention, case.layout, metrics_for(case.layout), backend, "raise", "none", regions)
     for name, values in got.items():
         least, greatest = METRICS[name].bounds(case.layout)
         defined = values[~np.isnan(values)]
@@ -57,7 +53,7 @@ def test_mirrored_images_measure_alike(backend: str, flip: str) -> None:
     order = (order[::-1] if flip == "rows" else order[:, ::-1]).ravel()
     tokens = np.concatenate((np.arange(2), 2 + order))
     mirrored = attention[..., tokens, :][..., tokens]
-    names = [name for name in names_for(of) if name != "region_mass"]
+    names = [name for name in metrics_for(of) if name != "region_mass"]
     here, there = (measure_attention(a, of, names, backend) for a in (attention, mirrored))
     for name in names:
         np.testing.assert_allclose(there[name], here[name], rtol=0, atol=1e-12, err_msg=name)
@@ -109,7 +105,7 @@ def test_an_error_or_the_references_answer(made: tuple[TokenLayout, str, np.ndar
     of, dtype, attention = made
     with np.errstate(over="ignore"):
         stored: Any = rounded(attention, dtype).astype(dtype)
-    names = [name for name in names_for(of) if name != "region_mass"]
+    names = [name for name in metrics_for(of) if name != "region_mass"]
     expected = measure_attention(stored, of, names, "reference", "mask")
     got = measure_attention(stored, of, names, backend, "mask")
     assert got.masked == expected.masked
