@@ -9,8 +9,21 @@ import numpy as np
 
 from kernels import METRICS, TokenLayout
 
-__all__ = ["CASES", "DTYPES", "FROM_QK", "TOLERANCE", "Case", "layout", "metrics_for", "rounded", "vit_qk"]
+__all__ = [
+    "CASES",
+    "CPU_BACKENDS",
+    "DTYPES",
+    "FROM_QK",
+    "TOLERANCE",
+    "Case",
+    "layout",
+    "metrics_for",
+    "rounded",
+    "vit_qk",
+]
 
+# What runs on any machine. The backends that need a GPU are held to the same cases in tests of their own.
+CPU_BACKENDS = ("reference", "numba", "torch")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Largest absolute error against the float64 reference on the same (rounded) input, in the metric's unit.

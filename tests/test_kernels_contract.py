@@ -24,7 +24,7 @@ from kernels import (
     measure_qk,
 )
 from kernels.checks import ROW_SUM_TOLERANCE
-from tests.cases import DTYPES, layout, metrics_for
+from tests.cases import CPU_BACKENDS, DTYPES, layout, metrics_for
 
 OF = layout(3, 4, 1)
 N = OF.num_tokens
@@ -39,7 +39,7 @@ def random_rows(*leading: int, seed: int = 0) -> np.ndarray:
 
 
 class TestInvalidRows:
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     @pytest.mark.parametrize(
         ("bad", "words"),
         [
@@ -55,7 +55,7 @@ class TestInvalidRows:
         with pytest.raises(InvalidAttentionError, match=f"^1 of 78 attention rows are invalid: row {words}"):
             measure_attention(attention, OF, backend=backend)
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_mask_leaves_them_out_and_counts(self, backend: str) -> None:
         attention = random_rows(2, 3).astype(np.float32)
         clean = measure_attention(attention, OF, backend=backend, reduce="none")
@@ -71,7 +71,7 @@ class TestInvalidRows:
             assert got[name][1, 2] == pytest.approx(kept.mean(), abs=1e-12)
             np.testing.assert_allclose(got[name][0], clean[name][0].mean(axis=-1, dtype=np.float64), atol=1e-12)
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_a_map_without_a_valid_row_is_nan(self, backend: str) -> None:
         attention = uniform(2)
         attention[0] = np.nan
@@ -82,14 +82,23 @@ class TestInvalidRows:
             assert np.isnan(got[name][0]).all()
         assert got["entropy"][1] == pytest.approx(np.log(12), abs=1e-6)
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    @pytest.mark.parametrize("leading", [(), (2, 3)])
+    def test_masking_leaves_the_input_as_it_was(self, backend: str, leading: tuple[int, ...]) -> None:
+        attention = random_rows(*leading)
+        attention[..., 5, 3] += 0.5
+        before = attention.copy()
+        measure_attention(attention, OF, metrics_for(OF), backend, "mask", regions=np.ones((*leading[:-1], 1, 12)))
+        np.testing.assert_array_equal(attention, before)
+
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_prefix_rows_are_checked_too(self, backend: str) -> None:
         attention = random_rows(1)
         attention[0, 0] *= 1.5
         with pytest.raises(InvalidAttentionError, match=r"attention\[0, 0, :\] sums to 1\.5"):
             measure_attention(attention, OF, backend=backend)
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_rounding_of_each_dtype_is_allowed_and_no_more(self, backend: str, dtype: str) -> None:
         tolerance = ROW_SUM_TOLERANCE[dtype]
@@ -113,7 +122,7 @@ class TestInvalidRows:
 class TestInvalidQueryAndKey:
     query, key = np.random.default_rng(1).normal(size=(2, 2, 3, N, 8)).astype(np.float32)
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_query(self, backend: str, value: float) -> None:
         query = self.query.copy()
@@ -122,7 +131,7 @@ class TestInvalidQueryAndKey:
             measure_qk(query, self.key, OF, backend=backend)
         assert measure_qk(query, self.key, OF, backend=backend, invalid="mask").masked == 1
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_key(self, backend: str) -> None:
         key = self.key.copy()
         key[1, 0, 4, 2] = np.nan
@@ -133,7 +142,7 @@ class TestInvalidQueryAndKey:
         assert np.isnan(got["entropy"][1, 0])
         assert np.isfinite(np.delete(got["entropy"].ravel(), 3)).all()
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_a_query_with_no_key(self, backend: str) -> None:
         mask = np.ones((N, N), dtype=bool)
         mask[7] = False
@@ -143,7 +152,7 @@ class TestInvalidQueryAndKey:
         assert got.masked == 6
         assert got.undefined == {"distance": 0, "entropy": 0, "morans_i": 0}
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_infinite_logits(self, backend: str) -> None:
         bias = np.zeros((N, N), np.float32)
         bias[7, 2] = np.inf
@@ -198,7 +207,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="'pair' compares two conditions"):
             measure_attention(uniform(1), OF, [pair])
 
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_class_metrics_without_a_class_token(self, backend: str) -> None:
         of = layout(2, 2, 0)
         with pytest.raises(ValueError, match="no class token"):
@@ -333,7 +342,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
 
 class TestUserMetrics:
-    @pytest.mark.parametrize("backend", list(BACKENDS))
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
     @pytest.mark.parametrize("kind", ["numpy", "torch"])
     def test_its_reference_alone_is_enough(self, user_module: str, backend: str, kind: str) -> None:
         attention: Any = random_rows(2, 3).astype(np.float32)
@@ -378,7 +387,7 @@ def test_a_measurement_is_a_mapping_that_can_be_printed() -> None:
     assert "morans_i (2, 3); backend='numba'" in repr(got)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_reduce_none_keeps_the_query_axis(backend: str) -> None:
     attention = random_rows(2, 3)
     names = ["distance", "prefix_mass", "morans_i_received", "cls_entropy"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import BACKENDS, Measurement, measure_attention, measure_qk
+from kernels import Measurement, measure_attention, measure_qk
 from kernels.reference import softmax_rows
-from tests.cases import CASES, DTYPES, FROM_QK, TOLERANCE, Case, layout, metrics_for, rounded, vit_qk
+from tests.cases import CASES, CPU_BACKENDS, DTYPES, FROM_QK, TOLERANCE, Case, layout, metrics_for, rounded, vit_qk
 
-FAST = tuple(name for name in BACKENDS if name != "reference")
+FAST = tuple(name for name in CPU_BACKENDS if name != "reference")
 
 
 def as_kind(attention: np.ndarray, dtype: str, kind: str) -> Any:
@@ -161,7 +161,7 @@ def strided(attention: np.ndarray, how: str) -> np.ndarray:
 @pytest.mark.parametrize(
     "how", ["heads last", "every second image", "keys first", "backwards", "part of a larger array"]
 )
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_strides_do_not_matter(backend: str, how: str) -> None:
     of = layout(7, 11, 1)
     attention = CASES[0].make(of, np.random.default_rng(2)).astype(np.float32)
@@ -184,7 +184,7 @@ def test_query_and_key_are_read_in_place_from_a_fused_projection() -> None:
         np.testing.assert_array_equal(got[name], expected[name])
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("leading", [(), (3,), (1, 2, 3), (0, 3)])
 def test_any_leading_axes(backend: str, leading: tuple[int, ...]) -> None:
     of = layout(3, 4, 1)

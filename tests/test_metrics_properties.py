@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import BACKENDS, METRICS, InvalidAttentionError, TokenLayout, measure_attention
-from tests.cases import CASES, TOLERANCE, Case, layout, metrics_for, rounded
+from kernels import METRICS, InvalidAttentionError, TokenLayout, measure_attention
+from tests.cases import CASES, CPU_BACKENDS, TOLERANCE, Case, layout, metrics_for, rounded
 
-BACKEND_NAMES = list(BACKENDS)
 UNLIMITED = settings(deadline=None, max_examples=60, derandomize=True)
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_values_lie_within_the_declared_bounds(backend: str, case: Case) -> None:
     attention, regions = case.attention(), case.regions()
@@ -29,7 +28,7 @@ def test_values_lie_within_the_declared_bounds(backend: str, case: Case) -> None
         assert defined.max() <= greatest + TOLERANCE[name], name
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_prefix_mass_changes_nothing_else(backend: str) -> None:
     """Renormalised metrics see patches alone: more mass on the prefix must not pass for shorter distance."""
     of = layout(7, 11, 1)
@@ -44,7 +43,7 @@ def test_prefix_mass_changes_nothing_else(backend: str) -> None:
     np.testing.assert_allclose(after["prefix_mass"], 0.75 + 0.25 * before["prefix_mass"], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("flip", ["rows", "cols"])
 def test_mirrored_images_measure_alike(backend: str, flip: str) -> None:
     of = layout(5, 8, 2)
@@ -59,7 +58,7 @@ def test_mirrored_images_measure_alike(backend: str, flip: str) -> None:
         np.testing.assert_allclose(there[name], here[name], rtol=0, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_equal_rows_are_their_own_received_map(backend: str) -> None:
     of = layout(6, 7, 1)
     row = np.random.default_rng(2).dirichlet(np.ones(of.num_tokens))
@@ -100,7 +99,7 @@ def hostile(draw: st.DrawFn) -> tuple[TokenLayout, str, np.ndarray]:
 
 
 @UNLIMITED
-@given(hostile(), st.sampled_from([name for name in BACKEND_NAMES if name != "reference"]))
+@given(hostile(), st.sampled_from([name for name in CPU_BACKENDS if name != "reference"]))
 def test_an_error_or_the_references_answer(made: tuple[TokenLayout, str, np.ndarray], backend: str) -> None:
     of, dtype, attention = made
     with np.errstate(over="ignore"):
