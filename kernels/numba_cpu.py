@@ -569,18 +569,29 @@ def _row_entropy_seed1(x: Any, factor: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _gini(x: Any, total: Any) -> Any:
-    """Σ_ij |x_i − x_j| / (2N Σx), which is Σ_i (2i − N − 1) x_(i) / (N Σx) without a sort.
+    """Σ_i<j |x_i − x_j| / (N Σx), which is Σ_i (2i − N − 1) x_(i) / (N Σx) without a sort.
 
-    Vectors take N² differences faster than a sort moves N numbers up to some thousand patches.
+    Vectors take N²/2 differences faster than a sort orders N numbers: 1.4 µs against 7.2 at 196, 39 against 73 at
+    1,369. Four values at a time, so that the others are loaded once for four.
     """
+    zero = x.dtype.type(0)
+    fours = x.size // 4 * 4
     apart = 0.0
-    for i in range(x.size):
-        one = x[i]
-        of_one = x.dtype.type(0)
-        for j in range(x.size):
-            of_one += abs(x[j] - one)
-        apart += np.float64(of_one)
-    return apart / (2.0 * x.size * np.float64(total))
+    for i in range(0, fours, 4):
+        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        apart += np.float64(abs(a - b) + abs(a - c) + abs(a - d) + abs(b - c) + abs(b - d) + abs(c - d))
+        rest = x[i + 4 :]
+        of_a, of_b, of_c, of_d = zero, zero, zero, zero
+        for j in range(rest.size):
+            of_a += abs(rest[j] - a)
+            of_b += abs(rest[j] - b)
+            of_c += abs(rest[j] - c)
+            of_d += abs(rest[j] - d)
+        apart += np.float64(of_a) + np.float64(of_b) + np.float64(of_c) + np.float64(of_d)
+    for i in range(fours, x.size):
+        for j in range(i + 1, x.size):
+            apart += np.float64(abs(x[i] - x[j]))
+    return apart / (x.size * np.float64(total))
 
 
 @njit(**_OPTIONS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import METRICS, TokenLayout
+from kernels import BACKENDS, METRICS, TokenLayout
 
 __all__ = [
     "CASES",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 # What runs on any machine. The backends that need a GPU are held to the same cases in tests of their own.
-CPU_BACKENDS = ("reference", "numba", "torch")
+CPU_BACKENDS = tuple(name for name, spec in BACKENDS.items() if "cpu" in spec.devices)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Largest absolute error against the float64 reference on the same (rounded) input, in the metric's unit.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import METRICS, InvalidAttentionError, TokenLayout, measure_attention
+from kernels import METRICS, InvalidAttentionError, TokenLayout, measure_attention, measure_pair
 from tests.cases import CASES, CPU_BACKENDS, TOLERANCE, Case, layout, metrics_for, rounded
 
 UNLIMITED = settings(deadline=None, max_examples=60, derandomize=True)
@@ -119,3 +119,27 @@ def test_an_error_or_the_references_answer(made: tuple[TokenLayout, str, np.ndar
         raised = measure_attention(stored, of, names, backend)
         for name in names:
             np.testing.assert_array_equal(raised[name], got[name])
+
+
+@UNLIMITED
+@given(hostile(), st.integers(0, 2**32 - 1), st.sampled_from([name for name in CPU_BACKENDS if name != "reference"]))
+def test_a_pair_gives_an_error_or_the_references_answer(
+    made: tuple[TokenLayout, str, np.ndarray], seed: int, backend: str
+) -> None:
+    of, dtype, attention = made
+    noise = np.random.default_rng(seed).uniform(0.5, 2.0, size=attention.shape)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        changed = attention * noise
+        changed /= changed.sum(axis=-1, keepdims=True)
+        one: Any = rounded(attention, dtype).astype(dtype)
+        two: Any = rounded(changed, dtype).astype(dtype)
+    expected = measure_pair(one, two, of, backend="reference", invalid="mask", reduce="none")
+    got = measure_pair(one, two, of, backend=backend, invalid="mask", reduce="none")
+    assert got.masked == expected.masked
+    assert got.undefined == expected.undefined
+    np.testing.assert_allclose(
+        got["js_divergence"], expected["js_divergence"], rtol=0, atol=TOLERANCE["js_divergence"], equal_nan=True
+    )
+    if expected.masked:
+        with pytest.raises(InvalidAttentionError, match="attention rows are invalid"):
+            measure_pair(one, two, of, backend=backend)
