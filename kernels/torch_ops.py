@@ -116,7 +116,8 @@ class MapRows:
         patches: [map, patch query, patch] in any scale, 0 in invalid rows.
         class_row: [map, patch], or None without a class token.
         prefix_mass: [map, patch query], NaN in invalid rows.
-        patch_mass: float64 [map, patch query], the patches' part of each row before renormalising; NaN in invalid rows.
+        patch_mass: called when first needed; float64 [map, patch query], the patches' part of each row before
+            renormalising, NaN in invalid rows.
         regions: [map, region, patch] or None.
     """
 
@@ -125,16 +126,20 @@ class MapRows:
         patches: Tensor,
         class_row: Tensor | None,
         prefix_mass: Tensor,
-        patch_mass: Tensor,
+        patch_mass: Callable[[], Tensor],
         regions: Tensor | None,
         layout: TokenLayout,
     ) -> None:
         self.rows = PatchMaps(patches, layout)
         self.prefix_mass = prefix_mass
-        self.patch_mass = patch_mass
+        self._patch_mass = patch_mass
         self.regions = regions
         self.layout = layout
         self._class_row = class_row
+
+    @cached_property
+    def patch_mass(self) -> Tensor:
+        return self._patch_mass()
 
     @cached_property
     def class_row(self) -> PatchMaps:
@@ -279,7 +284,7 @@ def measure_attention(
             patches=layout.patches(p),
             class_row=layout.class_row(p) if layout.class_token else None,
             prefix_mass=_where(query_valid, layout.prefix(p).sum(dim=-1)),
-            patch_mass=_where(query_valid, layout.patches(p).sum(dim=-1, dtype=torch.float64)),
+            patch_mass=lambda: _where(query_valid, layout.patches(p).sum(dim=-1, dtype=torch.float64)),
             regions=coverage,
             layout=layout,
         )
@@ -321,19 +326,15 @@ def measure_qk(
         patch_logits = logits[..., prefix:]
         peak = patch_logits.detach().amax(dim=-1, keepdim=True)
         weights = (patch_logits - peak.masked_fill(peak.isneginf(), 0.0)).exp()
-        mass = torch.zeros_like(top)
-        on_patches = torch.ones_like(top, dtype=torch.float64)
-        if prefix:
-            shift = top.masked_fill(~valid, 0.0).unsqueeze(-1)
-            shares = (logits - shift).exp()
-            total = torch.where(valid, shares.sum(dim=-1), 1.0)
-            mass = shares[..., :prefix].sum(dim=-1) / total
-            on_patches = shares[..., prefix:].sum(dim=-1, dtype=torch.float64) / total
+        shift = top.masked_fill(~valid, 0.0)
+        on_prefix = (logits[..., :prefix] - shift.unsqueeze(-1)).exp().sum(dim=-1)
+        on_patches = weights.sum(dim=-1) * (peak.squeeze(-1) - shift).exp()
+        total = torch.where(valid, on_prefix + on_patches, 1.0)
         maps = MapRows(
             patches=weights[:, prefix:],
             class_row=weights[:, 0] if layout.class_token else None,
-            prefix_mass=_where(valid, mass)[:, prefix:],
-            patch_mass=_where(valid, on_patches)[:, prefix:],
+            prefix_mass=_where(valid, on_prefix / total)[:, prefix:],
+            patch_mass=lambda: _where(valid, on_patches / total)[:, prefix:].double(),
             regions=coverage,
             layout=layout,
         )

@@ -135,7 +135,7 @@ def test_a_sink_on_the_prefix_costs_no_accuracy(backend: str, bias: float) -> No
     query, key = vit_qk(of, 16, np.random.default_rng(8))
     sink = np.zeros(of.num_tokens, np.float32)
     sink[: of.num_prefix_tokens] = bias
-    names = ["distance", "entropy", "morans_i", "prefix_mass"]
+    names = ["distance", "entropy", "morans_i", "prefix_mass", "distance_px", "entropy_seed1"]
     got = measure_qk(query, key, of, names, bias=sink, backend=backend)
     expected = measure_qk(query, key, of, names, bias=sink, backend="reference")
     assert_close(got, expected, FROM_QK, backend)
