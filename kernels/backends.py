@@ -7,10 +7,11 @@ substituted. `auto` chooses by the input's device, and the choice is recorded in
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
-__all__ = ["BACKENDS", "BackendSpec", "BackendUnavailableError", "resolve"]
+__all__ = ["BACKENDS", "CUDA_BACKENDS", "BackendSpec", "BackendUnavailableError", "resolve"]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -26,12 +27,21 @@ class BackendSpec:
         module: imported on first use; its `measure_attention` and `measure_qk` are the passes (as in `kernels.tiles`).
         devices: torch device types (NumPy input counts as "cpu") whose data it reads in place.
         note: one line for `--help` and the docs.
+        emulator: environment variable under which the backend's compiler runs kernels on the CPU, for tests; it must
+            be set before the backend is first used, and opens "cpu".
     """
 
     name: str
     module: str
     devices: tuple[str, ...]
     note: str
+    emulator: str = ""
+
+    @property
+    def readable_devices(self) -> tuple[str, ...]:
+        """`devices`, and "cpu" under the emulator."""
+        emulated = bool(self.emulator) and os.environ.get(self.emulator, "0") not in ("", "0")
+        return (*self.devices, "cpu") if emulated else self.devices
 
     def load(self) -> ModuleType:
         """Import the backend's module.
@@ -58,12 +68,26 @@ BACKENDS: dict[str, BackendSpec] = {
     )
 }
 
+# These run on a CUDA device alone; what goes through every backend on any machine goes through `BACKENDS`.
+CUDA_BACKENDS: dict[str, BackendSpec] = {
+    spec.name: spec
+    for spec in (
+        BackendSpec(
+            "triton",
+            "kernels.triton_gpu",
+            ("cuda",),
+            "fused CUDA kernels, from maps or from query and key",
+            emulator="TRITON_INTERPRET",
+        ),
+    )
+}
+
 
 def resolve(backend: str, device: str) -> BackendSpec:
     """The backend that will run on data of this device type.
 
     Args:
-        backend: a name of `BACKENDS`, or "auto": numba for "cpu", torch otherwise.
+        backend: a name of `BACKENDS` or `CUDA_BACKENDS`, or "auto": numba for "cpu", torch otherwise.
         device: torch device type of the data, "cpu" for NumPy.
 
     Raises:
@@ -72,10 +96,11 @@ def resolve(backend: str, device: str) -> BackendSpec:
     """
     if backend == "auto":
         backend = "numba" if device == "cpu" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
-    spec = BACKENDS[backend]
-    if device not in spec.devices:
+    known = {**BACKENDS, **CUDA_BACKENDS}
+    if backend not in known:
+        raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(known)}")
+    spec = known[backend]
+    if device not in spec.readable_devices:
         raise BackendUnavailableError(
             f"backend {backend!r} reads data on {' or '.join(spec.devices)}, but the attention is on {device!r}; "
             "move it there first or choose another backend"

@@ -1,0 +1,348 @@
+"""The CUDA backends against the float64 reference, over the cases of the CPU backends.
+
+On a CUDA device they run on it. Without one, Triton's interpreter and numba's CUDA simulator run them, each in a
+process of its own (both read their environment variable at import) and on small grids: this file starts those
+processes and is what they run. Neither sees what a compiler would refuse, so Triton's kernels are also compiled here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import METRICS, BackendUnavailableError, InvalidAttentionError, measure_attention, measure_qk
+from kernels.backends import CUDA_BACKENDS
+from tests.cases import CASES, FROM_QK, TOLERANCE, Case, layout, near_uniform, rounded, vit_qk
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EMULATED = tuple(name for name, spec in CUDA_BACKENDS.items() if "cpu" in spec.readable_devices)
+DEVICE = "cpu" if EMULATED or not torch.cuda.is_available() else "cuda"
+# Empty in an ordinary process without a CUDA device: pytest then skips what takes a backend.
+RUNNABLE = EMULATED or (tuple(CUDA_BACKENDS) if DEVICE == "cuda" else ())
+if EMULATED == ("numba_cuda",):
+    sys.setswitchinterval(1e-5)  # the simulator's threads wait for each other by spinning, 5 ms a turn otherwise
+FROM_FACTORS = tuple(name for name in RUNNABLE if name != "numba_cuda")
+
+# Row metrics the kernels compute themselves; the class token's row is a row like others.
+OWN = (
+    "distance",
+    "entropy",
+    "entropy_normalized",
+    "morans_i",
+    "gearys_c",
+    "prefix_mass",
+    "cls_entropy",
+    "cls_morans_i",
+)
+DTYPES_OF = {
+    "triton": ("float16", "bfloat16", "float32"),
+    "numba_cuda": ("float16", "bfloat16", "float32", "float64"),
+}
+
+OF = layout(3, 4, 1)
+N = OF.num_tokens
+
+
+def small(case: Case) -> Case:
+    """The case on at most 3×5 patches: an emulator takes milliseconds a row."""
+    of = case.layout
+    if DEVICE == "cuda":
+        return case
+    return replace(case, layout=replace(of, grid_rows=min(of.grid_rows, 3), grid_cols=min(of.grid_cols, 5)))
+
+
+def names_for(of: Any) -> list[str]:
+    return [name for name in OWN if of.class_token or not name.startswith("cls_")]
+
+
+def on_device(values: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(values).to(getattr(torch, dtype)).to(DEVICE)
+
+
+def assert_close(got: Any, expected: Any, tolerances: dict[str, float], context: str) -> None:
+    """Values, the places without one, and the counts of undefined rows."""
+    assert got.masked == expected.masked, context
+    for name in expected:
+        ours, theirs = got[name].cpu().numpy(), expected[name].cpu().numpy()
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs), err_msg=f"{context}: {name}, NaN")
+        undefined = got.undefined_rows[name].cpu().numpy(), expected.undefined_rows[name].cpu().numpy()
+        np.testing.assert_array_equal(*undefined, err_msg=f"{context}: {name}, undefined")
+        worst = np.abs(ours - theirs)[~np.isnan(theirs)].max(initial=0.0)
+        assert worst <= tolerances[name], f"{context}: {name} is off by {worst:.2e}, allowed {tolerances[name]:.0e}"
+
+
+def agree_on(attention: torch.Tensor, of: Any, backend: str, reduce: Any = "none") -> None:
+    got = measure_attention(attention, of, names_for(of), backend, "mask", reduce)
+    assert (got.backend, got.from_reference) == (backend, ())
+    expected = measure_attention(attention.cpu(), of, names_for(of), "reference", "mask", reduce)
+    assert_close(got, expected, TOLERANCE, f"{backend}, {attention.dtype}")
+
+
+@pytest.mark.skipif(bool(RUNNABLE), reason="the backends run in this very process")
+@pytest.mark.parametrize("backend", list(CUDA_BACKENDS))
+def test_everything_below_through_the_emulator(backend: str) -> None:
+    environment = {**os.environ, CUDA_BACKENDS[backend].emulator: "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu_backends.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= len(CASES) + 10, done.stdout[-2000:]
+
+
+class TestStoredMaps:
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_agree_with_the_reference(self, backend: str, case: Case) -> None:
+        dtypes = DTYPES_OF[backend]
+        if EMULATED and CASES.index(case) % 4 != 3:
+            dtypes = ("float32",)  # an emulator takes seconds; on a device every case has every dtype
+        case = small(case)
+        for dtype in dtypes:
+            attention = rounded(case.attention()[:, :2], dtype)
+            agree_on(on_device(attention, dtype), case.layout, backend)
+
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_rows_longer_than_a_tile(self, backend: str) -> None:
+        of = layout(5, 13, 1)  # 65 patches: two tiles of keys, the last one all but empty
+        attention = near_uniform(of, np.random.default_rng(11))[:1, :1]
+        agree_on(on_device(attention, "float32"), of, backend, "mean")
+
+    @pytest.mark.parametrize("how", ["heads last", "keys first", "every second image", "part of a larger array"])
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_are_read_in_place_whatever_their_strides(self, backend: str, how: str) -> None:
+        attention = torch.from_numpy(CASES[0].make(OF, np.random.default_rng(2))[:, :1].astype(np.float32)).to(DEVICE)
+        larger = torch.full((2, 1, N, N + 3), torch.nan, device=DEVICE)
+        larger[..., 1:-2] = attention
+        view = {
+            "heads last": attention.transpose(0, 2).contiguous().transpose(0, 2),
+            "keys first": attention.mT.contiguous().mT,
+            "every second image": attention.repeat_interleave(2, dim=0)[::2],
+            "part of a larger array": larger[..., 1:-2],
+        }[how]
+        assert torch.equal(view, attention)
+        assert not view.is_contiguous()
+        got = measure_attention(view, OF, backend=backend)
+        expected = measure_attention(attention, OF, backend=backend)
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
+
+    @pytest.mark.parametrize("leading", [(), (1, 2, 1), (0, 3)])
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_any_leading_axes(self, backend: str, leading: tuple[int, ...]) -> None:
+        attention = torch.full((*leading, N, N), 1 / N, device=DEVICE)
+        got = measure_attention(attention, OF, ["entropy", "morans_i"], backend)
+        assert tuple(got["entropy"].shape) == leading
+        np.testing.assert_allclose(got["entropy"].cpu(), np.log(12), rtol=0, atol=1e-6)
+        assert bool(got["morans_i"].isnan().all())  # constant rows
+
+    @pytest.mark.parametrize(
+        ("bad", "words"), [(np.nan, "NaN"), (np.inf, "NaN"), (-0.25, "negative"), (0.9, "sums to")]
+    )
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_invalid_rows(self, backend: str, bad: float, words: str) -> None:
+        values = np.random.default_rng(0).dirichlet(np.ones(N), size=(2, 2, N))
+        values[1, 1, 5, 3] = bad
+        values[0, 1, 0, 0] = bad  # a prefix query's row, on a prefix key
+        attention = on_device(values, "float32")
+        with pytest.raises(InvalidAttentionError, match=f"^2 of {4 * N} .*attention\\[0, 1, 0, :\\] .*{words}"):
+            measure_attention(attention, OF, backend=backend)
+        got = measure_attention(attention, OF, list(OWN), backend, "mask", "none")
+        assert got.masked == 2
+        assert torch.nonzero(got["entropy"].isnan()).tolist() == [[1, 1, 4]]
+        assert torch.nonzero(got["cls_entropy"].isnan()).tolist() == [[0, 1]]
+        agree_on(attention, OF, backend)
+
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_other_metrics_come_from_the_reference_and_are_named(self, backend: str) -> None:
+        attention = torch.from_numpy(CASES[0].make(OF, np.random.default_rng(2))[:, :1].astype(np.float32)).to(DEVICE)
+        got = measure_attention(attention, OF, ["gini", "distance", "morans_i_received"], backend)
+        expected = measure_attention(attention.cpu(), OF, ["gini", "distance", "morans_i_received"], "reference")
+        assert got.from_reference == ("gini", "morans_i_received")
+        assert_close(got, expected, TOLERANCE, backend)
+
+
+class TestQueryAndKey:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    @pytest.mark.parametrize(
+        ("rows", "cols", "prefix", "head_dim"), [(5, 13, 1, 130), (4, 5, 0, 6), (1, 7, 5, 33), (5, 4, 2, 1)]
+    )
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_agree_with_the_reference(
+        self, backend: str, dtype: str, rows: int, cols: int, prefix: int, head_dim: int
+    ) -> None:
+        of = layout(rows, cols, prefix)
+        query, key = (on_device(a[:1, :1], dtype) for a in vit_qk(of, head_dim, np.random.default_rng(3)))
+        got = measure_qk(query, key, of, names_for(of), backend=backend, reduce="none")
+        expected = measure_qk(query.cpu(), key.cpu(), of, names_for(of), backend="reference", reduce="none")
+        assert got.from_reference == ()
+        assert_close(got, expected, FROM_QK, f"{backend}, {dtype}")
+
+    @pytest.mark.parametrize(
+        "kind", ["head", "image and head", "query", "key", "half", "boolean", "boolean key", "every patch hidden"]
+    )
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_bias(self, backend: str, kind: str) -> None:
+        rng = np.random.default_rng(5)
+        query, key = (torch.from_numpy(a).to(DEVICE) for a in vit_qk(OF, 16, rng))
+        shapes = {"head": (3, N, N), "image and head": (2, 3, N, N), "query": (N, 1), "key": (N,), "half": (N, N)}
+        if kind in shapes:
+            bias = on_device(rng.normal(size=shapes[kind]), "float16" if kind == "half" else "float32")
+        else:
+            shown = rng.uniform(size=(1, N) if kind == "boolean key" else (2, 1, N, N)) < 0.6
+            shown[..., 0] = True
+            if kind == "every patch hidden":
+                OF.patches(shown)[:, :, 4] = False
+            bias = torch.from_numpy(shown).to(DEVICE)
+        got = measure_qk(query, key, OF, list(OWN), 0.3, bias, backend)
+        expected = measure_qk(query.cpu(), key.cpu(), OF, list(OWN), 0.3, bias.cpu(), "reference")
+        assert_close(got, expected, FROM_QK, f"{backend}, {kind}")
+        if kind == "every patch hidden":
+            assert got.undefined["entropy"] == 6  # one query in each of 2 × 3 maps
+
+    @pytest.mark.parametrize("sink", [-90.0, 90.0])
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_a_sink_on_the_prefix_costs_no_accuracy(self, backend: str, sink: float) -> None:
+        query, key = (torch.from_numpy(a[:1]).to(DEVICE) for a in vit_qk(OF, 16, np.random.default_rng(8)))
+        bias = torch.zeros(N, device=DEVICE)
+        bias[: OF.num_prefix_tokens] = sink
+        got = measure_qk(query, key, OF, list(OWN), bias=bias, backend=backend)
+        expected = measure_qk(query.cpu(), key.cpu(), OF, list(OWN), bias=bias.cpu(), backend="reference")
+        assert_close(got, expected, FROM_QK, backend)
+
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_views_of_the_fused_projection_are_read_in_place(self, backend: str) -> None:
+        fused = torch.randn(2, N, 3, 3, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        query, key, _ = fused.permute(2, 0, 3, 1, 4).unbind(0)
+        assert not query.is_contiguous()
+        got = measure_qk(query, key, OF, backend=backend)
+        expected = measure_qk(query.contiguous(), key.contiguous(), OF, backend=backend)
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_logits_without_a_value(self, backend: str, bad: float) -> None:
+        query, key = (torch.from_numpy(a[:1]).to(DEVICE) for a in vit_qk(OF, 16, np.random.default_rng(9)))
+        query[0, 1, 4, 2] = bad
+        with pytest.raises(InvalidAttentionError, match=r"query\[0, 1, 4, :\] holds NaN or infinite values"):
+            measure_qk(query, key, OF, backend=backend)
+        got = measure_qk(query, key, OF, list(OWN), backend=backend, invalid="mask", reduce="none")
+        assert got.masked == 1
+        assert torch.nonzero(got["morans_i"].isnan()).tolist() == [[0, 1, 3]]
+
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_equal_keys_make_constant_rows(self, backend: str) -> None:
+        query = torch.randn(1, 1, N, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        got = measure_qk(query, torch.zeros_like(query), OF, list(OWN), backend=backend)
+        assert got.undefined == {name: {"morans_i": 12, "gearys_c": 12, "cls_morans_i": 1}.get(name, 0) for name in OWN}
+        assert got["entropy"].item() == pytest.approx(np.log(12), abs=1e-6)
+
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_a_query_with_no_key_is_invalid(self, backend: str) -> None:
+        query, key = (torch.from_numpy(a[:1, :1]).to(DEVICE) for a in vit_qk(OF, 16, np.random.default_rng(9)))
+        shown = torch.ones(N, N, dtype=torch.bool, device=DEVICE)
+        shown[2] = False
+        with pytest.raises(InvalidAttentionError, match="the mask leaves query 0, 0, 2 no key to attend to"):
+            measure_qk(query, key, OF, bias=shown, backend=backend)
+
+
+@pytest.fixture
+def metrics_kept() -> Iterator[None]:
+    """Loading a backend enters its implementations in `METRICS`; afterwards they are gone for the process's others."""
+    before = {name: dict(spec.implementations) for name, spec in METRICS.items()}
+    yield
+    for name, spec in METRICS.items():
+        implementations = cast(dict[str, Any], spec.implementations)
+        implementations.clear()
+        implementations.update(before[name])
+
+
+class TestRefusals:
+    @pytest.mark.skipif(bool(EMULATED), reason="emulators read the CPU's memory")
+    @pytest.mark.parametrize("backend", list(CUDA_BACKENDS))
+    @pytest.mark.usefixtures("metrics_kept")
+    def test_data_on_the_cpu(self, backend: str) -> None:
+        attention = torch.full((1, N, N), 1 / N)
+        with pytest.raises(BackendUnavailableError, match=f"'{backend}' reads data on cuda, but .* is on 'cpu'"):
+            measure_attention(attention, OF, backend=backend)
+        # The variable set too late, when the compiler is already imported, changes nothing.
+        module = CUDA_BACKENDS[backend].load()
+        with pytest.raises(BackendUnavailableError, match=f"{CUDA_BACKENDS[backend].emulator}=1 before"):
+            module.measure_attention(attention, OF, [METRICS["distance"]], None)
+
+    @pytest.mark.skipif("triton" not in RUNNABLE, reason="triton does not run in this process")
+    def test_triton_reads_no_float64(self) -> None:
+        attention = torch.full((1, N, N), 1 / N, dtype=torch.float64, device=DEVICE)
+        with pytest.raises(BackendUnavailableError, match="but the data is float64"):
+            measure_attention(attention, OF, backend="triton")
+
+    @pytest.mark.skipif("numba_cuda" not in RUNNABLE, reason="numba_cuda does not run in this process")
+    def test_numba_cuda_measures_stored_maps_alone(self) -> None:
+        query = torch.zeros(1, N, 8, device=DEVICE)
+        with pytest.raises(BackendUnavailableError, match="measures stored attention"):
+            measure_qk(query, query, OF, backend="numba_cuda")
+
+
+# ViT-B/16 at 224 px, all metrics.
+GEOMETRY = {"PREFIX": 1, "PATCHES": 196, "GRID_COLS": 14, "NUM_EDGES": 364, "BLOCK_P": 16, "NEEDS": 15}
+POINTERS = {"starts": "*i64", "distances": "*fp32", "planes": "*fp32", "valid": "*i8"}
+
+
+@pytest.mark.usefixtures("metrics_kept")
+class TestTritonCompiles:
+    """Through to machine code, which takes no device: the interpreter lets pass what the compiler refuses."""
+
+    @staticmethod
+    def compiled(kernel: Any, constants: dict[str, int], types: dict[str, str], options: dict[str, int]) -> Any:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        source = ASTSource(
+            fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in constants.items()}
+        )
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    @pytest.fixture(autouse=True)
+    def _own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    @pytest.mark.skipif("triton" in EMULATED, reason="the interpreter replaces the compiler")
+    @pytest.mark.parametrize("dtype", ["fp16", "i16"])
+    def test_from_stored_maps(self, dtype: str) -> None:
+        from kernels import triton_gpu
+
+        block_q, block_k = triton_gpu.ATTENTION_TILE
+        constants = {**GEOMETRY, "BLOCK_Q": block_q, "BLOCK_K": block_k, "IS_BFLOAT16": dtype == "i16"}
+        types = {**POINTERS, "attention": f"*{dtype}", "tolerance": "fp32"}
+        options = {"num_warps": triton_gpu.ATTENTION_WARPS}
+        binary = self.compiled(triton_gpu._attention_kernel, constants, types, options)
+        assert len(binary.asm["cubin"]) > 0
+
+    @pytest.mark.skipif("triton" in EMULATED, reason="the interpreter replaces the compiler")
+    @pytest.mark.parametrize(("dtype", "bias"), [("bf16", ""), ("fp16", "i8")])
+    def test_from_query_and_key(self, dtype: str, bias: str) -> None:
+        from kernels import triton_gpu
+
+        block_q, block_k = triton_gpu.QK_TILE
+        constants = {**GEOMETRY, "BLOCK_Q": block_q, "BLOCK_K": block_k, "HEAD_DIM": 64, "BLOCK_D": 64}
+        constants |= {"HAS_BIAS": bool(bias), "IS_MASK": bool(bias), "WIDEN": False}
+        types = {**POINTERS, "q_starts": "*i64", "k_starts": "*i64", "b_starts": "*i64", "factor": "fp32"}
+        types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
+        options = {"num_warps": triton_gpu.QK_WARPS, "num_stages": 2}
+        binary = self.compiled(triton_gpu._qk_kernel, constants, types, options)
+        assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
