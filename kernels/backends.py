@@ -79,6 +79,13 @@ CUDA_BACKENDS: dict[str, BackendSpec] = {
             "fused CUDA kernels, from maps or from query and key",
             emulator="TRITON_INTERPRET",
         ),
+        BackendSpec(
+            "numba_cuda",
+            "kernels.numba_cuda",
+            ("cuda",),
+            "CUDA kernel for stored maps",
+            emulator="NUMBA_ENABLE_CUDASIM",
+        ),
     )
 }
 
