@@ -336,7 +336,7 @@ class TestCrossMetricCorrelation:
         assert chosen[3]["rho"] == pytest.approx(images.statistic, rel=1e-9)
 
     def test_metrics_that_rise_together(self, table: xr.Dataset) -> None:
-        double = table[["distance"]].assign(entropy=-2 * table.distance.assign_attrs(units="nat"))
+        double = table[["distance"]].assign(entropy=(-2 * table.distance).assign_attrs(units="nat"))
         assert all(entry["rho"] == pytest.approx(-1) for entry in cross_metric_correlation(double))
 
     def test_metric_that_does_not_vary_has_no_correlation(self, table: xr.Dataset) -> None:
