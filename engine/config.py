@@ -162,7 +162,7 @@ class MeasureConfig:
     metrics: tuple[str, ...] = _key(
         ("distance", "entropy", "morans_i", "prefix_mass"), "metric names, or module:name of your own"
     )
-    backend: str = _key("auto", "auto, reference, numba, torch")
+    backend: str = _key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
     store: str = _key("", "measure: the store to read")
 
 

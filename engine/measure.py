@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.sinks import PREFIX_MASS_WARNING, metric_parameters, stack_layers
+from engine.sinks import PREFIX_MASS_WARNING, metric_parameters, metrics_of_one_capture, stack_layers
 from kernels import MetricSpec, TokenLayout, load_metric, measure_attention, resolve
 from store import AttentionStore, MetricWriter, has_metric
 from train.errors import InputError
@@ -72,16 +72,12 @@ def missing_metrics(path: Path, metrics: Sequence[str]) -> dict[str, MetricSpec]
     """The metrics that this version of the code has not left in the store, by name.
 
     Raises:
-        ValueError: no such metric.
-        InputError: a metric of two captures.
+        InputError: no such metric, or one of two captures.
         StoreError: the store is not there or damaged.
     """
     store = AttentionStore.open(path)
     missing: dict[str, MetricSpec] = {}
-    for name in metrics:
-        spec = load_metric(name)
-        if spec.inputs == "pair":
-            raise InputError(f"{spec.name} compares two captures, and one store was given")
+    for spec in metrics_of_one_capture(metrics):
         parameters = stored_parameters(store, spec)
         # A measurement that was killed has left its parameters and some of its batches.
         if parameters is None or not has_metric(path, spec.name, parameters):

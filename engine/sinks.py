@@ -25,7 +25,7 @@ from store.schema import ledger_path
 from train.data import ImageSet
 from train.errors import InputError
 
-__all__ = ["Capture", "capture_to_store", "metric_parameters", "stack_layers"]
+__all__ = ["Capture", "capture_to_store", "metric_parameters", "metrics_of_one_capture", "stack_layers"]
 
 # A layer whose mean prefix mass passes this keeps so little on its patches that 16 bits cost 7e-4 nat and 0.1 of I.
 PREFIX_MASS_WARNING = 0.9
@@ -156,7 +156,7 @@ def capture_to_store(
     for name, reason in skipped:
         tqdm.write(f"{label}: {name} is left out: {reason}")
     regions = {site.layout: images.regions(site.layout) for site in sites}
-    specs = [spec if isinstance(spec, MetricSpec) else load_metric(spec) for spec in capture.metrics]
+    specs = metrics_of_one_capture(capture.metrics)
     if "metrics" in capture.sinks:
         needing = [spec.name for spec in specs if spec.inputs == "regions"]
         if needing and any(region is None for region in regions.values()):
@@ -228,6 +228,24 @@ def _is_other(path: Path, schema: StoreSchema) -> bool:
         return AttentionStore.open(path).schema != schema
     except StoreError:
         return True
+
+
+def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
+    """The metrics of these names, all of which can be computed from one capture.
+
+    Raises:
+        InputError: no such metric, or one that compares two captures.
+    """
+    specs = []
+    for metric in metrics:
+        try:
+            spec = metric if isinstance(metric, MetricSpec) else load_metric(metric)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if spec.inputs == "pair":
+            raise InputError(f"{spec.name} compares two captures, and measure.metrics are those of one; leave it out")
+        specs.append(spec)
+    return specs
 
 
 def metric_parameters(spec: MetricSpec, backend: str) -> dict[str, Any]:

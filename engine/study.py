@@ -27,7 +27,7 @@ from engine.relevance.samples import choose_targets, explain_samples, samples_fo
 from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
-from engine.sinks import capture_to_store
+from engine.sinks import capture_to_store, metrics_of_one_capture
 from engine.statistics import compare_conditions
 from engine.training import Run, StudyData, prepare_data, train_runs
 from kernels import load_metric
@@ -56,6 +56,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     Raises:
         InputError: whatever the configuration asks for that cannot be had, with what to do.
     """
+    metrics_of_one_capture(config.measure.metrics)  # a mistaken name is found before anything is trained
     study = Study(config)
     with study.opened():
         for stage in STAGES[: STAGES.index(last) + 1]:

@@ -82,6 +82,8 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         (["study", "stray"], "stray is not a flag of study; it stands behind no flag"),
         (["--train.epochs", "many"], "train.epochs is 'many'"),
         (["--config", "absent.toml"], "there is no configuration file absent.toml"),
+        (["--measure.metrics", "entropi"], "no metric is called 'entropi'; did you mean 'entropy'?"),
+        (["--measure.metrics", "js_divergence"], "js_divergence compares two captures"),
         (["compare"], "compare needs --baseline"),
         (["measure"], "measure needs --store"),
     ],
