@@ -125,8 +125,8 @@ COMMANDS: dict[str, Command] = {
         defaults={"data.kind": "folder"},  # the metrics of any study, not those of the embedded one
         required=("--store",),
     ),
-    "stats": Command("the study up to the paired comparisons", _stages("compare")),
-    "relevance": Command("the study up to the relevance samples", _stages("explain")),
+    "stats": Command("the study up to the paired comparisons", _stages("statistics")),
+    "relevance": Command("the study up to the relevance samples", _stages("relevance")),
     "report": Command("figures, summary and page anew, from the tables and samples of an outputs folder", _report),
     "verify": Command(
         "check a store: exit code 0 when sound, 1 with a line for each damaged unit", _verify, positional="store"

@@ -37,7 +37,7 @@ from train.models import load_checkpoint
 
 __all__ = ["STAGES", "Study", "run_study"]
 
-STAGES = ("train", "capture", "control", "measure", "compare", "explain", "report")
+STAGES = ("train", "capture", "controls", "measure", "statistics", "relevance", "report")
 
 # Controls look at every image of a small test split and at a seeded sample of a large one.
 CONTROL_IMAGES = 256
@@ -103,7 +103,7 @@ class Study:
                 lambda run=run: self._capture_run(run),  # type: ignore[misc]
             )
 
-    def control(self) -> None:
+    def controls(self) -> None:
         """Needs: checkpoints, test images. Leaves: metrics/controls.json, comparisons whose true answer is zero."""
         path = self.outputs / "metrics" / "controls.json"
         inputs = {
@@ -111,7 +111,10 @@ class Study:
             "pretrained": self.data.pretrained_digest,
             "data": self.data.digest,
             "rows": self.control_rows,
+            "against": self.against,
             "metrics": self._row_metrics(),
+            "batch_size": self.config.capture.batch_size,
+            "device": self.device,
             "version": __version__,
         }
 
@@ -149,7 +152,7 @@ class Study:
 
         self.journal.stage("measure", inputs, outputs, work)
 
-    def compare(self) -> None:
+    def statistics(self) -> None:
         """Needs: the table, controls. Leaves: metrics/attention_comparison.json."""
         config = self.config.statistics
         folder = self.outputs / "metrics"
@@ -184,7 +187,7 @@ class Study:
 
         self.journal.stage("statistics", inputs, [path], work)
 
-    def explain(self) -> None:
+    def relevance(self) -> None:
         """Needs: checkpoints, test images. Leaves: visualizations/gradcam_samples/ and relevance/."""
         config = self.config.relevance
         rows = self.sample_rows[: config.images]
