@@ -72,13 +72,20 @@ class DataConfig:
     """Which images."""
 
     __pydantic_config__ = _FORBID
-    kind: Literal["digits", "folder"] = _key(
-        "digits", "digits: embedded scenes of handwritten digits; folder: class folders under root"
+    kind: Literal["digits", "folder", "indoor67", "sports100"] = _key(
+        "digits",
+        "digits: embedded scenes of handwritten digits; folder: class folders under root; indoor67: MIT Indoor-67; "
+        "sports100: 100 Sports",
     )
-    root: str = _key("", "the folder of class folders (or of train/, val/ and test/ with class folders in each)")
-    split: Literal["stratified", "folders", "all"] = _key(
-        "stratified",
-        "stratified: 70/15/15 within each class; folders: train/val/test folders; all: every image is test",
+    root: str = _key(
+        "",
+        "the folder of class folders (or of train/, val/ and test/ with class folders in each); indoor67: of Images/ "
+        "and the official lists",
+    )
+    split: Literal["auto", "stratified", "official", "folders", "all"] = _key(
+        "auto",
+        "stratified: 70/15/15 within each class; official: indoor67's lists; folders: train/val/test folders; "
+        "all: every image is test; auto: folders for sports100, else stratified",
     )
     seed: int = _key(42, "seed of the split, or of the composed scenes")
     train_scenes: Count = _key(8000, "digits: scenes in the target task's training split")

@@ -13,6 +13,7 @@ from engine.journal import digest_path
 from engine.outputs import resolve_device
 from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import Capture, capture_to_store
+from engine.training import image_kind
 from store import AttentionStore
 from train.conditions import versions
 from train.data import prepare_folder
@@ -35,7 +36,11 @@ def capture_folder(config: StudyConfig) -> AttentionStore:
     )
     preprocessing = preprocessing_of(model)
     splits = prepare_folder(
-        config.data.root, preprocessing=preprocessing, split=config.data.split, seed=config.data.seed
+        config.data.root,
+        preprocessing=preprocessing,
+        kind=image_kind(config),
+        split=config.data.split,
+        seed=config.data.seed,
     )
     manifest = splits.manifest
     if manifest.dropped:
@@ -47,7 +52,7 @@ def capture_folder(config: StudyConfig) -> AttentionStore:
         path,
         capture_settings(config, device),
         model_info=model_info(config.model.name, Path(config.model.weights) if config.model.weights else None),
-        dataset_info={"id": manifest.kind, "split": f"{config.data.split}/test", "sha256": manifest.sha256},
+        dataset_info={"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256},
         preprocessing=preprocessing.to_dict(),
         manifest=manifest_dict(manifest),
         label=f"capture {path.name}",

@@ -19,13 +19,14 @@ from train.augment import Augmentation
 from train.checkpoint import read_metadata, save_checkpoint, sidecar_path, write_atomically
 from train.conditions import Hyperparameters, train_condition
 from train.data import DataSplits, ImageSet, Preprocessing, prepare_folder
+from train.datasets import DataKind, build_manifest
 from train.embedded import prepare_digits
 from train.errors import InputError
-from train.manifest import Manifest, build_manifest
+from train.manifest import Manifest
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.pretrain import pretrain_digits
 
-__all__ = ["Run", "StudyData", "prepare_data", "train_runs"]
+__all__ = ["Run", "StudyData", "image_kind", "prepare_data", "train_runs"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,12 @@ class StudyData:
     Args:
         splits: train, validation and test images with their manifest.
         preprocessing: read off the model.
-        split: name of the split's rule.
         pretrained_digest: hash of the pretrained weights; "" where only given checkpoints are compared.
         pretrained_model: builds the pretrained model.
     """
 
     splits: DataSplits
     preprocessing: Preprocessing
-    split: str
     pretrained_digest: str
     pretrained_model: Callable[[], torch.nn.Module]
 
@@ -83,7 +82,7 @@ class StudyData:
     def info(self, split: str) -> dict[str, Any]:
         """Provenance of one split: {id, split, sha256}."""
         manifest = self.splits.manifest
-        return {"id": manifest.kind, "split": f"{self.split}/{split}", "sha256": manifest.sha256}
+        return {"id": manifest.kind, "split": f"{manifest.rule}/{split}", "sha256": manifest.sha256}
 
     def summary(self) -> dict[str, Any]:
         """What the report says of the data: counts, splits, and every file that was left out with its reason."""
@@ -94,7 +93,7 @@ class StudyData:
             "images": sum(len(images) for images in splits.values()),
             "classes": len(manifest.class_names),
             "splits": {name: len(images) for name, images in splits.items()},
-            "split": self.split,
+            "split": manifest.rule,
             "dropped": [
                 {"id": record.id, "status": record.status} for record in manifest.records if record.status != "ok"
             ],
@@ -140,7 +139,7 @@ def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> 
     def no_pretrained() -> torch.nn.Module:
         raise InputError("given checkpoints say nothing of the pretrained model that they started from")
 
-    return StudyData(splits, preprocessing, config.data.split, "", no_pretrained)
+    return StudyData(splits, preprocessing, "", no_pretrained)
 
 
 def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
@@ -175,7 +174,18 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
         "version": __version__,
     }
     pretrained = journal.stage("pretrained", inputs, [path], work)
-    return StudyData(splits, preprocessing, config.data.split, pretrained, lambda: _load(config, path))
+    return StudyData(splits, preprocessing, pretrained, lambda: _load(config, path))
+
+
+def image_kind(config: StudyConfig) -> DataKind:
+    """The layout of the pictures on disk that the study names.
+
+    Raises:
+        InputError: the study names none.
+    """
+    if config.data.kind == "digits":
+        raise InputError("data.kind is digits, which has no pictures on disk; use --data.kind folder")
+    return config.data.kind
 
 
 def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preprocessing: Preprocessing) -> DataSplits:
@@ -183,6 +193,7 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
     path = outputs / "manifest.json"
     root = Path(config.data.root)
     inputs = {
+        "kind": config.data.kind,
         "root": str(root.resolve()),
         "files": _listing(root),
         "split": config.data.split,
@@ -191,13 +202,15 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
     }
 
     def work() -> None:
-        build_manifest(config.data.root, split=config.data.split, seed=config.data.seed).save(path)
+        build_manifest(config.data.root, kind=image_kind(config), split=config.data.split, seed=config.data.seed).save(
+            path
+        )
 
     journal.stage("data", inputs, [path], work)
     splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path))
     if not len(splits.test):
         raise InputError(
-            f"{root} gives no test image with split {config.data.split}; add images, or use --data.split all"
+            f"{root} gives no test image with split {splits.manifest.rule}; add images, or use --data.split all"
         )
     return splits
 
@@ -244,7 +257,7 @@ def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -
         validation_scenes=config.data.validation_scenes,
         test_scenes=config.data.test_scenes,
     )
-    return StudyData(splits, preprocessing, "source digits 66/17/17", pretrained, lambda: _load(config, path))
+    return StudyData(splits, preprocessing, pretrained, lambda: _load(config, path))
 
 
 def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from train.data import FolderImages, Preprocessing, prepare_folder
+from train.datasets import build_manifest
 from train.errors import DamagedFileError, InputError
 from train.images import UndecodableError, decode_image
-from train.manifest import Manifest, build_manifest
+from train.manifest import Manifest
 from train.splits import split_counts, stratified_split
 
 SMALL = Preprocessing(

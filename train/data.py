@@ -8,14 +8,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kernels.layout import TokenLayout
+from train.datasets import DataKind, SplitRule, build_manifest
 from train.errors import InputError
 from train.images import decode_image
-from train.manifest import Manifest, Record, build_manifest
+from train.manifest import Manifest, Record
 from train.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -182,18 +183,19 @@ def prepare_folder(
     root: str | Path,
     *,
     preprocessing: Preprocessing,
-    split: Literal["stratified", "folders", "all"] = "stratified",
+    kind: DataKind = "folder",
+    split: SplitRule = "auto",
     seed: int = 42,
     manifest: Manifest | None = None,
     workers: int = 0,
 ) -> DataSplits:
-    """The images of a folder in three splits; see `build_manifest` for the layout and the errors.
+    """The images of a data set in three splits; see `build_manifest` for layouts and errors.
 
     Args:
         manifest: one built before of the same folder, so that no file is decoded again.
     """
     if manifest is None:
-        manifest = build_manifest(root, split=split, seed=seed, workers=workers)
+        manifest = build_manifest(root, kind=kind, split=split, seed=seed, workers=workers)
     base = Path(manifest.root)
     train, validation, test = (
         FolderImages(base, manifest.split(name), manifest.class_names, preprocessing) for name in SPLITS

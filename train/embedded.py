@@ -249,4 +249,6 @@ def prepare_digits(
         for split, count in zip(SPLITS, counts, strict=True)
     ]
     records = sorted((record for scenes in sets for record in scenes.records()), key=lambda record: record.id)
-    return DataSplits(train, validation, test, Manifest("digits", "", CLASS_NAMES, tuple(records)))
+    return DataSplits(
+        train, validation, test, Manifest("digits", "", CLASS_NAMES, tuple(records), "source digits 66/17/17")
+    )

@@ -25,10 +25,13 @@ SPLIT_FOLDERS = {
 
 
 def split_counts(count: int, validation: float, test: float) -> tuple[int, int, int]:
-    """How many of `count` images go to train, validation and test: rounded, and at least one to each from 3 on."""
+    """How many of `count` images go to train, validation and test.
+
+    Rounded, and from 3 on at least one to each split whose share is not 0.
+    """
     least = 1 if count >= 3 else 0
-    n_validation = max(least, round(count * validation))
-    n_test = max(least, round(count * test))
+    n_validation = max(least, round(count * validation)) if validation else 0
+    n_test = max(least, round(count * test)) if test else 0
     return count - n_validation - n_test, n_validation, n_test
 
 

@@ -1,0 +1,247 @@
+"""Data sets on disk → one manifest: class folders, MIT Indoor-67 and 100 Sports, with every quirk of their files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from train.errors import InputError
+from train.listing import CLASS_FOLDERS, Entry, Status, class_files, examine, inside, list_lines, split_folders
+from train.manifest import Manifest, Record
+from train.splits import SPLIT_FOLDERS, stratified_split
+
+__all__ = ["KINDS", "DataKind", "SplitRule", "build_manifest"]
+
+logger = logging.getLogger(__name__)
+
+DataKind = Literal["folder", "indoor67", "sports100"]
+SplitRule = Literal["auto", "stratified", "official", "folders", "all"]
+
+OFFICIAL_LISTS = {"TrainImages.txt": "train", "TestImages.txt": "test"}
+# Share of the official training list, class by class, on which the best epoch is chosen: the lists have no such part.
+OFFICIAL_VALIDATION = 0.15
+
+_INDOOR67 = (
+    "get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from https://web.mit.edu/torralba/www/indoor.html and "
+    "lay them out as root/Images/<class>/<image>.jpg, root/TrainImages.txt and root/TestImages.txt"
+)
+_SPORTS100 = (
+    "get the archive from https://www.kaggle.com/datasets/gpiosenka/sports-classification and unpack it, so that "
+    "root/train, root/valid and root/test hold a folder for each sport"
+)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a data set names: files, the folder that ids are relative to, and hashes of the lists that were read."""
+
+    root: Path
+    entries: Sequence[Entry]
+    lists: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A layout on disk.
+
+    Args:
+        read: root, rule → what is there.
+        rules: the ways it can be split; the first is its own.
+        advice: where to get it and how to lay it out.
+    """
+
+    read: Callable[[Path, str], _Source]
+    rules: tuple[SplitRule, ...]
+    advice: str
+
+
+def build_manifest(
+    root: str | Path,
+    *,
+    kind: DataKind = "folder",
+    split: SplitRule = "auto",
+    seed: int = 42,
+    workers: int = 0,
+) -> Manifest:
+    """Read a data set, decoding every file once.
+
+    Unreadable files keep their record, with the reason as status; nothing is put in their place. Files with the
+    same bytes go to the same split, where the split is drawn here.
+
+    Args:
+        root: `folder`: class folders, or train, val (valid, validation) and test folders with class folders in each;
+            `indoor67`: Images/ with class folders, TrainImages.txt, TestImages.txt; `sports100`: train, valid, test.
+        kind: the layout.
+        split: `stratified`: 70/15/15 within each class; `official`: Indoor-67's lists, 15 % of each class of the
+            training list as validation; `folders`: as they lie; `all`: everything into test; `auto`: the first of
+            the layout's own (folder and indoor67 stratified, sports100 folders).
+        seed: of a split that is drawn.
+        workers: decoding threads; 0: one a processor, at most 16.
+
+    Raises:
+        InputError: no such folder, a file instead of one, another layout, a rule that the layout does not have, no
+            readable image, a class too small to split, a link or a list that leaves the folder.
+    """
+    layout = KINDS[kind]
+    advice = f"; {layout.advice}"
+    if not str(root):
+        raise InputError(f"data.root is empty; give the folder with --data.root DIR{advice}")
+    folder = Path(root)
+    if not folder.exists():
+        raise InputError(f"folder {folder} does not exist; give the folder with --data.root DIR{advice}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file{advice}")
+    rule = layout.rules[0] if split == "auto" else split
+    if rule not in layout.rules:
+        raise InputError(f"data.split {rule} is no split of {kind}; expected one of {', '.join(layout.rules)}")
+    source = layout.read(folder.resolve(), rule)
+    if not source.entries:
+        raise InputError(f"folder {folder} holds class folders but no file in them{advice}")
+    statuses = examine([entry.path for entry in source.entries], workers)
+    manifest = _decide(source, statuses, kind, rule, seed, layout.advice)
+    _log(manifest)
+    return manifest
+
+
+def _decide(source: _Source, statuses: Sequence[Status], kind: str, rule: str, seed: int, advice: str) -> Manifest:
+    """Labels, splits and records of files whose status is known."""
+    readable = [entry for entry, status in zip(source.entries, statuses, strict=True) if status.text == "ok"]
+    if not readable:
+        counts = Counter(status.text for status in statuses).most_common()
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts)
+        raise InputError(
+            f"folder {source.root} holds no readable image among {len(statuses)} file(s) ({reasons}); {advice}"
+        )
+    class_names = tuple(sorted({entry.class_name for entry in readable}))
+    for name in sorted({entry.class_name for entry in source.entries} - set(class_names)):
+        logger.warning("class folder %r holds no readable image and is left out", name)
+    hashes = {entry.id: status.sha256 for entry, status in zip(source.entries, statuses, strict=True)}
+    drawn: dict[str, str] = {}
+    if rule == "stratified":
+        drawn = _draw(readable, hashes, seed=seed, test=0.15)
+    elif rule == "official":
+        drawn = _draw([e for e in readable if e.split == "train"], hashes, seed=seed, test=0.0)
+    labels = {name: label for label, name in enumerate(class_names)}
+    records = []
+    for entry, status in zip(source.entries, statuses, strict=True):
+        split = drawn.get(entry.id, entry.split) if status.text == "ok" else entry.split
+        label = labels.get(entry.class_name, -1)
+        records.append(Record(entry.id, label, entry.class_name, split, status.text, status.sha256))
+    records.sort(key=lambda record: record.id)
+    return Manifest(kind, str(source.root), class_names, tuple(records), rule, source.lists)
+
+
+def _draw(entries: Sequence[Entry], hashes: Mapping[str, str], *, seed: int, test: float) -> dict[str, str]:
+    """id → split, class by class; copies of a file follow the first of them."""
+    classes: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        classes[entry.class_name].append(entry.id)
+    drawn = stratified_split(classes, seed=seed, validation=OFFICIAL_VALIDATION, test=test)
+    first: dict[str, str] = {}
+    return {identity: first.setdefault(hashes[identity], drawn[identity]) for identity in sorted(drawn)}
+
+
+def _read_folder(root: Path, rule: str) -> _Source:
+    if rule == "folders":
+        return _Source(root, [entry for base, split in split_folders(root) for entry in class_files(base, root, split)])
+    entries = class_files(root, root, "test" if rule == "all" else "")
+    names = sorted({entry.class_name for entry in entries})
+    if len(names) > 1 and all(name.lower() in SPLIT_FOLDERS for name in names):
+        raise InputError(
+            f"folder {root} holds {', '.join(names)}, which are splits and no classes; use --data.split folders"
+        )
+    return _Source(root, entries)
+
+
+def _read_indoor67(root: Path, rule: str) -> _Source:
+    """All images below Images/, or those that the official lists name; ids are as in the lists."""
+    images = root / "Images"
+    if not images.is_dir():
+        hint = f"; {root.parent} is the root" if root.name == "Images" else ""
+        raise InputError(f"folder {root} holds no folder Images{hint}; {_INDOOR67}")
+    if rule != "official":
+        return _Source(images, class_files(images, images, "test" if rule == "all" else ""))
+    entries: list[Entry] = []
+    lists: dict[str, str] = {}
+    place: dict[str, str] = {}
+    for list_name, split in OFFICIAL_LISTS.items():
+        path = root / list_name
+        if not path.is_file():
+            raise InputError(f"folder {root} holds no {list_name}, the official split; {_INDOOR67}")
+        content = path.read_bytes()
+        lists[list_name] = hashlib.sha256(content).hexdigest()
+        for name in list_lines(path, content):
+            if name in place:
+                raise InputError(f"{path} names {name}, which {place[name]} names already; get the lists anew")
+            place[name] = list_name
+            for parent in (images / name).relative_to(images).parents:
+                inside(images / parent, images)
+            entries.append(Entry(inside(images / name, images), name, name.split("/")[0], split))
+    return _Source(images, entries, lists)
+
+
+def _read_sports100(root: Path, rule: str) -> _Source:
+    """train, valid and test; `sports.csv`, where it is there, is compared with them and not trusted."""
+    try:
+        bases = split_folders(root)
+    except InputError as error:
+        raise InputError(f"folder {root} holds no folders train, valid and test; {_SPORTS100}") from error
+    entries = [
+        entry
+        for base, split in bases
+        for entry in class_files(base, root, {"folders": split, "all": "test"}.get(rule, ""))
+    ]
+    return _Source(root, entries, _compare_with_csv(root / "sports.csv", entries))
+
+
+def _compare_with_csv(path: Path, entries: Sequence[Entry]) -> dict[str, str]:
+    """Say where the table and the folders differ; its hash, or nothing without a table."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    try:
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+        table = {row["filepaths"]: row["labels"] for row in rows if row["filepaths"]}
+    except (UnicodeDecodeError, KeyError, csv.Error) as error:
+        logger.warning("%s cannot be read as a table with filepaths and labels (%r); the folders decide", path, error)
+        return {}
+    labels = {entry.id: entry.class_name for entry in entries}
+    for what, names in (
+        ("that it names and that are not there", table.keys() - labels.keys()),
+        ("that are there and that it does not name", labels.keys() - table.keys()),
+        ("that it labels otherwise than their folder", {n for n in labels if table.get(n, labels[n]) != labels[n]}),
+    ):
+        if names:
+            logger.warning("%s: %d file(s) %s, for example %s; the folders decide", path, len(names), what, min(names))
+    return {path.name: hashlib.sha256(content).hexdigest()}
+
+
+KINDS: dict[str, _Kind] = {
+    "folder": _Kind(_read_folder, ("stratified", "folders", "all"), CLASS_FOLDERS),
+    "indoor67": _Kind(_read_indoor67, ("stratified", "official", "all"), _INDOOR67),
+    "sports100": _Kind(_read_sports100, ("folders", "stratified", "all"), _SPORTS100),
+}
+
+
+def _log(manifest: Manifest) -> None:
+    count = Counter(record.split for record in manifest.records if record.status == "ok")
+    logger.info(
+        "%s: %d readable images in %d classes, split %s (%s)",
+        manifest.root,
+        sum(count.values()),
+        len(manifest.class_names),
+        manifest.rule,
+        ", ".join(f"{name} {number}" for name, number in sorted(count.items())),
+    )
+    for reason, number in manifest.dropped.items():
+        logger.warning("%d file(s) left out of every condition: %s", number, reason)
+    leaks = manifest.leaks()
+    if leaks:
+        logger.warning("%d image(s) lie in more than one split, for example %s", len(leaks), " and ".join(leaks[0]))
