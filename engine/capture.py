@@ -7,18 +7,18 @@ that stream a data set through it are in `engine.sinks`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from engine.interception import FunctionCall, ModelInterception
+from engine.interception import FunctionCall, ModelInterception, named_modules, unwrapped
+from engine.layouts import CaptureError, LayoutError, patch_stem, token_layout, vision_module
 from kernels import TokenLayout
-from train.errors import InputError
 
 __all__ = [
     "AttentionCall",
@@ -37,16 +37,12 @@ __all__ = [
 Callback = Callable[["AttentionSite", torch.Tensor, torch.Tensor, float, torch.Tensor | None], None]
 
 
-class CaptureError(InputError):
-    """A model whose attention cannot be captured; the message names the model and the reasons."""
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
     """One attention call of a model whose map is [image, head, prefix + grid, prefix + grid].
 
     Args:
-        name: the module that makes the call, e.g. "blocks.0.attn".
+        name: the module that makes the call, e.g. "blocks.0.attn", named as in the model without wrappers.
         layer: index among the measurable sites in depth order, from 0.
         heads: number of heads.
         layout: where its tokens lie.
@@ -64,12 +60,18 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         with AttentionTap(model, on_attention=callback) as tap:
             model(images)
 
+    Works for timm, Hugging Face and torchvision models; in eval and train mode (maps are those before dropout); under
+    autocast (query and key have the type that the kernel computes in); with gradient checkpointing (what is recomputed
+    in the backward pass is not handed over again); wrapped by peft, by DistributedDataParallel and by `torch.compile`,
+    whose graphs run uncompiled inside the context. Several taps may be open at once, on one model or on several.
+
     Args:
-        model: any uncompiled model that computes attention by `F.scaled_dot_product_attention`.
+        model: any model that computes attention by `F.scaled_dot_product_attention`, directly or in
+            `nn.MultiheadAttention`.
         on_attention: called as `(site, query, key, scale, bias)` in depth order, while the forward pass is running;
             query and key are [image, head, token, head_dim] after RoPE and q/k-norm, scale multiplies q·k, bias is
             None, additive or boolean (True = attend), broadcastable to [image, head, query, key]. They are the
-            model's own tensors: read them, don't keep them.
+            model's own tensors, part of its autograd graph if there is one: read them, don't keep them.
         layers: layers to hand over, counted in depth order from 0 over the measurable sites; None: all.
         on_unmeasurable: what to do with a call whose map does not have that shape (windowed, pooled keys,
             class-attention, attention pooling): "skip" lists it in `skipped`, "raise" raises.
@@ -79,8 +81,9 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         skipped: list of (module name, reason).
 
     Raises:
-        CaptureError: after the first forward pass, if it had no measurable site (or none of the chosen layers).
-        TypeError: the model is wrapped by `torch.compile`.
+        CaptureError: the model's patch grid is unknown; after the first forward pass, if it had no measurable site
+            (or none of the chosen layers); at the end of the context, if no forward pass of the model ran inside.
+        TypeError: a wrapper hides the model's operations, see `engine.interception.unwrapped`.
     """
 
     def __init__(
@@ -93,91 +96,111 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
     ) -> None:
         if on_unmeasurable not in ("skip", "raise"):
             raise ValueError(f"on_unmeasurable is {on_unmeasurable!r}; expected 'skip' or 'raise'")
-        self.model = model
+        self.model = unwrapped(model)
         self.sites: dict[str, AttentionSite] = {}
         self.skipped: list[tuple[str, str]] = []
         self._callback = on_attention
         self._layers = None if layers is None else frozenset(layers)
         self._on_unmeasurable = on_unmeasurable
         self._interception = ModelInterception(model, {F.scaled_dot_product_attention: self._attend})
-        self._vision = vision_module(model)
-        self._image_shape: tuple[int, ...] | None = None
-        self._seen_in_forward: dict[str, int] = {}
-        self._hooks: list[Any] = []
+        self._vision = vision_module(self.model)
+        self._images = 0  # in the batch whose forward pass is running
+        self._layout: TokenLayout | str = "no images passed through its patch embedding"  # or why there is none
+        self._calls: dict[str, int] = {}  # a site's calls in this forward pass
+        self._ran: set[str] = set()  # attention modules that ran, whether or not their call was seen
+        self._checked = False
+        self._open = ExitStack()
 
     def __enter__(self) -> AttentionTap:
-        self._hooks.append(self._vision.register_forward_pre_hook(self._note_image_shape, with_kwargs=True))
-        self._hooks.append(self.model.register_forward_hook(self._after_forward))
-        self._interception.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(
+                patch_stem(self._vision).register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+            )
+            for name, module in _attention_modules(self.model):
+                stack.enter_context(module.register_forward_pre_hook(self._note_run(name)))
+            stack.enter_context(self.model.register_forward_hook(self._after_forward))
+            stack.enter_context(self._interception)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._interception.__exit__(exc_type, exc, traceback)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._open.close()
+        if exc_type is None and not self._checked:
+            self._check()  # a forward pass by parts, as by `forward_features`, or none
 
-    def _note_image_shape(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        images = args[0] if args else next(iter(kwargs.values()), None)
-        self._image_shape = tuple(images.shape) if isinstance(images, torch.Tensor) and images.ndim == 4 else None
-        self._seen_in_forward.clear()
+    def _begin_forward(self, stem: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = args[0] if args else next(iter(kwargs.values()))
+        self._images = images.shape[0]
+        self._calls.clear()
+        try:
+            self._layout = token_layout(
+                self._vision, images.shape, kwargs.get("patch_coord"), kwargs.get("patch_valid")
+            )
+        except LayoutError as error:
+            self._layout = str(error)
+
+    def _note_run(self, name: str) -> Callable[[torch.nn.Module, Any], None]:
+        def note(module: torch.nn.Module, args: Any) -> None:
+            self._ran.add(name)
+
+        return note
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        name = type(self.model).__name__
+        if not self._checked:
+            self._check()
+
+    def _check(self) -> None:
+        """After the first forward pass: what was measurable, and what was not seen at all."""
+        self._checked = True
+        seen = {name.partition("#")[0] for name in (*self.sites, *(name for name, _ in self.skipped))}
+        for name in sorted(self._ran, key=_natural):
+            if not any(other == name or other.startswith(f"{name}.") for other in seen):
+                self._skip(name, "it does not call F.scaled_dot_product_attention")
+        model = type(self.model).__name__
         if not self.sites:
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in self.skipped)
+            reasons = _grouped(self.skipped) or (
+                "no forward pass of it ran inside the context"
+                if not self._images
+                else "its forward pass never called F.scaled_dot_product_attention"
+            )
             raise CaptureError(
-                f"no attention of {name} can be captured: "
-                + (reasons or "its forward pass never called F.scaled_dot_product_attention")
-                + "; expected self-attention over all patches of the image"
+                f"no attention of {model} can be captured: {reasons}; expected self-attention over all patches of the "
+                "image"
             )
         if self._layers is not None and (missing := sorted(self._layers - {s.layer for s in self.sites.values()})):
             raise CaptureError(
-                f"{name} has no layer {missing[0]}; its measurable layers are 0 to {len(self.sites) - 1}"
+                f"{model} has no layer {missing[0]}; its measurable layers are 0 to {len(self.sites) - 1}"
             )
 
     def _attend(self, call: FunctionCall) -> Any:
-        read = read_attention_call(call)
+        if call.module is None or torch._C._current_graph_task_id() != -1:
+            return call.run()  # another model's, or recomputed in the backward pass by gradient checkpointing
+        read = _by_head(read_attention_call(call), call.caller, self._images)
         name = call.module or type(self.model).__name__
-        count = self._seen_in_forward[name] = self._seen_in_forward.get(name, 0) + 1
+        count = self._calls[name] = self._calls.get(name, 0) + 1
         if count > 1:
             name = f"{name}#{count}"  # a module that attends twice in one forward pass has two sites
-        layout = token_layout(self._vision, self._image_shape)
-        reason = self._unmeasurable(read, layout)
-        if reason is not None:
-            if self._on_unmeasurable == "raise":
-                raise CaptureError(f"the attention of {name} cannot be measured: {reason}")
-            if (name, reason) not in self.skipped:
-                self.skipped.append((name, reason))
+        layout = self._layout
+        reason = layout if isinstance(layout, str) else _unmeasurable(read, layout, self._images)
+        if isinstance(layout, str) or reason is not None:
+            self._skip(name, str(reason))
             return call.run()
         site = self.sites.get(name)
         if site is None or site.layout != layout:
             layer = len(self.sites) if site is None else site.layer
             site = self.sites[name] = AttentionSite(name, layer, read.query.shape[1], layout)
         if self._layers is None or site.layer in self._layers:
-            self._callback(site, read.query, read.key, read.scale, read.bias)
+            with _no_autocast(read.query):  # measuring is no part of the model
+                self._callback(site, read.query, read.key, read.scale, read.bias)
         return call.run()
 
-    def _unmeasurable(self, call: AttentionCall, layout: TokenLayout) -> str | None:
-        """Why the map of this call is not [image, head, prefix + grid, prefix + grid]; None when it is."""
-        query, key = call.query, call.key
-        if call.causal:
-            return "it is causal: no query sees the whole grid"
-        if query.ndim != 4 or key.ndim != 4:
-            return f"query and key are {query.ndim}- and {key.ndim}-dimensional, expected [image, head, token, dim]"
-        if query.shape[1] != key.shape[1]:
-            return f"{query.shape[1]} query heads share {key.shape[1]} key heads"
-        tokens = layout.num_tokens
-        if query.shape[2] != tokens or key.shape[2] != tokens:
-            return (
-                f"its map is {query.shape[2]}×{key.shape[2]} tokens, expected {tokens}×{tokens} ({layout}): "
-                "windowed, pooled or class attention"
-            )
-        if self._image_shape is not None and query.shape[0] != self._image_shape[0]:
-            return f"its batch holds {query.shape[0]} windows for {self._image_shape[0]} images"
-        return None
+    def _skip(self, name: str, reason: str) -> None:
+        if self._on_unmeasurable == "raise":
+            raise CaptureError(f"the attention of {name} cannot be measured: {reason}")
+        if (name, reason) not in self.skipped:
+            self.skipped.append((name, reason))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,63 +216,109 @@ class AttentionCall:
 
 
 def read_attention_call(call: FunctionCall) -> AttentionCall:
-    """Names the arguments of an intercepted attention call and fills in the default scale, head_dim ** -0.5."""
+    """Names the arguments of an intercepted attention call, as the kernel gets them.
+
+    The default scale, head_dim ** -0.5, is filled in; under autocast, tensors have the type that it casts them to.
+    """
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
     scale = given.get("scale")
+    query, key, value, bias = (_autocast(given.get(name)) for name in names[:4])
     return AttentionCall(
-        query=given["query"],
-        key=given["key"],
-        value=given["value"],
-        bias=given.get("attn_mask"),
-        scale=float(scale) if scale is not None else 1.0 / math.sqrt(given["query"].shape[-1]),
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        scale=float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1]),
         causal=bool(given.get("is_causal", False)),
     )
 
 
-def vision_module(model: torch.nn.Module) -> torch.nn.Module:
-    """The part of `model` that cuts images into patches (the model itself for timm models).
-
-    Raises:
-        CaptureError: no module has a `patch_embed` with a `patch_size`.
-    """
-    for module in model.modules():
-        if hasattr(getattr(module, "patch_embed", None), "patch_size"):
-            return module
-    raise CaptureError(
-        f"{type(model).__name__} has no patch_embed with a patch_size, so the grid of its tokens is unknown; "
-        "expected a Vision Transformer with timm's interface"
-    )
+def _autocast(tensor: Any) -> Any:
+    """What autocast, if it is on, makes of an operand of attention: everything but float64 becomes its type."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def token_layout(vision: torch.nn.Module, image_shape: Sequence[int] | None = None) -> TokenLayout:
-    """Grid, prefix and patch size as the model states them; the grid follows the input for dynamic sizes.
+def _no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on the tensor's device: under it a product of float32 is computed in 16 bits."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
-    Args:
-        vision: a module with `patch_embed` (timm's interface).
-        image_shape: shape of its input [image, channel, row, col], if known.
-    """
-    embed: Any = vision.patch_embed
-    patch = embed.patch_size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    if image_shape is not None and hasattr(embed, "dynamic_feat_size"):
-        rows, cols = embed.dynamic_feat_size(tuple(image_shape[-2:]))
-    else:
-        rows, cols = embed.grid_size
-    return TokenLayout(
-        grid_rows=rows,
-        grid_cols=cols,
-        num_prefix_tokens=getattr(vision, "num_prefix_tokens", 0),
-        patch_height_px=patch_height,
-        patch_width_px=patch_width,
-        class_token=getattr(vision, "cls_token", None) is not None,
+
+def _by_head(call: AttentionCall, caller: torch.nn.Module | None, images: int) -> AttentionCall:
+    """A call whose images and heads share one axis, [image · head, token, dim], with an axis for each (views)."""
+    heads = getattr(caller, "num_heads", None)
+    if not isinstance(heads, int) or any(t.ndim != 3 for t in (call.query, call.key)):
+        return call
+    if images == 0 or call.query.shape[0] != images * heads or call.key.shape[0] != images * heads:
+        return call
+    query, key, value = (t.unflatten(0, (images, heads)) for t in (call.query, call.key, call.value))
+    bias = call.bias
+    if bias is not None and bias.ndim == 3:
+        bias = bias.unflatten(0, (images, heads)) if bias.shape[0] > 1 else bias.unsqueeze(0)
+    return replace(call, query=query, key=key, value=value, bias=bias)
+
+
+def _unmeasurable(call: AttentionCall, layout: TokenLayout, images: int) -> str | None:
+    """Why the map of this call is not [image, head, prefix + grid, prefix + grid]; None when it is."""
+    query, key = call.query, call.key
+    tokens = layout.num_tokens
+    if call.causal:
+        return "it is causal: no query sees the whole grid"
+    queries, keys = query.shape[-2], key.shape[-2]
+    if (queries, keys) != (tokens, tokens):
+        if queries == 1:
+            kind = "attention pooling or class attention"
+        elif queries != keys:
+            kind = "pooled keys or cross-attention"
+        else:
+            kind = "windowed, or over another grid than the patches'"
+        return f"its map is {queries}×{keys} tokens, expected {tokens}×{tokens} ({layout}): {kind}"
+    if query.ndim != 4 or key.ndim != 4:
+        return f"query and key are {query.ndim}- and {key.ndim}-dimensional, expected [image, head, token, dim]"
+    if query.shape[1] != key.shape[1]:
+        return f"{query.shape[1]} query heads share {key.shape[1]} key heads"
+    if query.shape[0] != images:
+        return f"its batch holds {query.shape[0]} windows for {images} images"
+    return None
+
+
+def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Innermost modules that state a number of heads: those that should be seen attending when they run."""
+    stated = [
+        (name, module)
+        for name, module in named_modules(model)
+        if any(isinstance(getattr(module, key, None), int) for key in ("num_heads", "num_attention_heads"))
+    ]
+    outer = {".".join(name.split(".")[:depth]) for name, _ in stated for depth in range(len(name.split("."))) if name}
+    return ((name, module) for name, module in stated if name not in outer)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key by which blocks.2 stands before blocks.10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _grouped(skipped: list[tuple[str, str]]) -> str:
+    """Skipped sites in one line, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{names[0] if len(names) == 1 else f'{names[0]} … {names[-1]} ({len(names)} calls)'}: {reason}"
+        for reason, names in by_reason.items()
     )
 
 
 def attention_map(query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
     """softmax(scale · q kᵀ + bias) in float32 (float64 for float64 input), [image, head, query, key]."""
     precise = torch.promote_types(query.dtype, torch.float32)
-    logits = (query.to(precise) * scale) @ key.to(precise).transpose(-2, -1)
+    with _no_autocast(query):
+        logits = (query.to(precise) * scale) @ key.to(precise).transpose(-2, -1)
     if bias is not None:
         logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias.to(precise)
     return logits.softmax(dim=-1)

@@ -1,15 +1,17 @@
-"""AttentionTap against timm's own unfused maps, and what it refuses."""
+"""AttentionTap: the model stays as it was; layers, several taps, exceptions, train mode, autocast. One ViT for all."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import timm
 import torch
-from timm.utils import AttentionExtract
+from torch.utils.checkpoint import checkpoint
 
-from engine.capture import AttentionSite, AttentionTap, CaptureError, capture_attention
-from engine.interception import ModelInterception
+from engine.capture import AttentionSite, AttentionTap, CaptureError, attention_map, capture_attention
 from kernels import TokenLayout
 
 
@@ -21,43 +23,6 @@ def random_model(name: str, **options: object) -> torch.nn.Module:
 def images_for(model: torch.nn.Module, count: int = 2) -> torch.Tensor:
     height, width = model.patch_embed.img_size
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def unfused_maps(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """Post-softmax maps by timm's own extractor, which needs fused attention off."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    with torch.inference_mode():
-        return list(AttentionExtract(model, method="hook")(images).values())
-
-
-FAMILIES = [
-    ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, (4, 4, 1)),
-    ("vit_small_patch14_reg4_dinov2", {"img_size": 70, "depth": 2}, (5, 5, 5)),
-    ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}, (4, 4, 2)),
-    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, (4, 4, 1)),
-    ("vit_tiny_patch16_224", {"img_size": (32, 96), "depth": 1}, (2, 6, 1)),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "layout"), FAMILIES, ids=lambda value: str(value))
-def test_maps_equal_the_unfused_models(name: str, options: dict[str, object], layout: tuple[int, int, int]) -> None:
-    model = random_model(name, **options)
-    images = images_for(model)
-    sites: list[AttentionSite] = []
-    with torch.inference_mode(), AttentionTap(model, lambda site, *call: sites.append(site)):
-        model(images)
-    maps = capture_attention(model, images)
-    assert [site.name for site in sites] == list(maps) == [f"blocks.{i}.attn" for i in range(len(maps))]
-    assert [site.layer for site in sites] == list(range(len(maps)))
-    grid = sites[0].layout
-    assert (grid.grid_rows, grid.grid_cols, grid.num_prefix_tokens) == layout
-    expected = unfused_maps(model, images)
-    assert len(expected) == len(maps)
-    for captured, unfused in zip(maps.values(), expected, strict=True):
-        assert captured.dtype == torch.float32
-        torch.testing.assert_close(captured, unfused, atol=1e-6, rtol=0)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -99,37 +64,9 @@ def test_gradients_flow_with_trainable_parameters_under_no_grad() -> None:
         assert len(capture_attention(model, images_for(model))) == 1
 
 
-def test_windowed_attention_is_refused_by_name_and_reason() -> None:
-    model = random_model("swin_tiny_patch4_window7_224")
-    with pytest.raises(CaptureError, match=r"no attention of SwinTransformer can be captured.*49×49 tokens"):
-        capture_attention(model, images_for(model, 1))
-
-
-def test_attention_pooling_is_skipped_and_listed_or_raises() -> None:
-    model = random_model("vit_base_patch16_siglip_224", img_size=64, depth=1)
-    tap = AttentionTap(model, lambda *call: None)
-    with torch.inference_mode(), tap:
-        model(images_for(model))
-    assert list(tap.sites) == ["blocks.0.attn"]
-    assert [name for name, _ in tap.skipped] == ["attn_pool"]
-    assert "1×16 tokens" in tap.skipped[0][1]
-    with (
-        pytest.raises(CaptureError, match="attn_pool cannot be measured"),
-        torch.inference_mode(),
-        AttentionTap(model, lambda *call: None, on_unmeasurable="raise"),
-    ):
-        model(images_for(model))
-
-
 def test_a_model_without_attention_is_refused() -> None:
-    with pytest.raises(CaptureError, match="has no patch_embed"):
+    with pytest.raises(CaptureError, match="ResNet has no known patch embedding"):
         capture_attention(timm.create_model("resnet18", num_classes=2), torch.zeros(1, 3, 64, 64))
-
-
-def test_a_compiled_model_is_refused_with_the_way_out() -> None:
-    model = torch.compile(random_model("vit_tiny_patch16_224", img_size=64, depth=1))
-    with pytest.raises(TypeError, match="_orig_mod"):
-        ModelInterception(model, {})
 
 
 def test_an_exception_in_the_forward_leaves_nothing_behind() -> None:
@@ -144,17 +81,6 @@ def test_an_exception_in_the_forward_leaves_nothing_behind() -> None:
     assert len(capture_attention(model, images_for(model))) == 1
 
 
-def test_a_bias_reaches_the_map() -> None:
-    model = random_model("beit_base_patch16_224", img_size=64, depth=1)
-    for block in model.blocks:
-        torch.nn.init.normal_(block.attn.relative_position_bias_table, std=1.0)
-    images = images_for(model)
-    maps = capture_attention(model, images)
-    (expected,) = unfused_maps(model, images)
-    torch.testing.assert_close(maps["blocks.0.attn"], expected, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(maps["blocks.0.attn"].sum(-1), 1.0, atol=1e-5)
-
-
 def test_layouts_are_plain_numbers() -> None:
     layout = TokenLayout(grid_rows=2, grid_cols=3, num_prefix_tokens=1, patch_height_px=4, patch_width_px=4)
     assert TokenLayout.from_dict(layout.to_dict()) == layout
@@ -162,3 +88,177 @@ def test_layouts_are_plain_numbers() -> None:
     assert layout.num_edges == 7
     with pytest.raises(ValueError, match="grid_rows is 0"):
         TokenLayout(grid_rows=0, grid_cols=3, num_prefix_tokens=1, patch_height_px=4, patch_width_px=4)
+
+
+def test_a_forward_pass_by_parts_is_seen() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    sites: list[str] = []
+    with torch.inference_mode(), AttentionTap(model, lambda site, *call: sites.append(site.name)) as tap:
+        model.forward_features(images_for(model))
+        model.forward_features(images_for(model))
+    assert sites == 2 * ["blocks.0.attn", "blocks.1.attn"]
+    assert list(tap.sites) == ["blocks.0.attn", "blocks.1.attn"]
+
+
+def test_a_context_in_which_the_model_never_ran_is_an_error() -> None:
+    model, other = (random_model("vit_tiny_patch16_224", img_size=64, depth=1) for _ in range(2))
+    with pytest.raises(CaptureError, match="no forward pass of it ran"), AttentionTap(model, lambda *call: None):
+        other(images_for(other))
+
+
+def test_each_of_two_taps_sees_its_own_model_alone() -> None:
+    one = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    two = random_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    seen: list[tuple[str, str, int]] = []
+
+    def keep(which: str) -> Callable[..., None]:
+        return lambda site, query, *call: seen.append((which, site.name, query.shape[2]))
+
+    with torch.inference_mode(), AttentionTap(one, keep("one")), AttentionTap(two, keep("two")):
+        one(images_for(one))
+        two(images_for(two))
+    assert seen == [("one", "blocks.0.attn", 17), ("one", "blocks.1.attn", 17), ("two", "blocks.0.attn", 5)]
+
+
+def test_two_taps_on_one_model_see_the_same_calls() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    model.blocks[0].attn.fused_attn = False
+    outer: list[torch.Tensor] = []
+    inner: list[torch.Tensor] = []
+    with torch.inference_mode(), AttentionTap(model, lambda site, query, *call: outer.append(query)):
+        with AttentionTap(model, lambda site, query, *call: inner.append(query)):
+            model(images_for(model))
+        assert model.blocks[0].attn.fused_attn is True, "the outer tap still needs it"
+        model(images_for(model))
+    assert model.blocks[0].attn.fused_attn is False
+    assert len(inner) == 2
+    assert len(outer) == 4
+    assert all(torch.equal(a, b) for a, b in zip(inner, outer, strict=False))
+
+
+def test_a_tap_is_not_entered_twice_at_once() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    tap = AttentionTap(model, lambda *call: None)
+    with torch.inference_mode():
+        with tap:
+            model(images_for(model))
+            with pytest.raises(RuntimeError, match="open already"), tap:
+                pass
+            model(images_for(model))
+        with tap:  # one after the other is fine
+            model(images_for(model))
+
+
+def test_a_model_that_calls_another_inside_its_forward_has_its_own_sites_alone() -> None:
+    teacher = random_model("vit_tiny_patch16_224", img_size=64, depth=1)
+
+    class Student(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.backbone(images) - self.backbone(images).detach()
+
+    student = Student()
+    sites: list[str] = []
+    with torch.inference_mode(), AttentionTap(student, lambda site, *call: sites.append(site.name)):
+        student(images_for(teacher))
+        teacher(images_for(teacher))
+    assert sites == 2 * ["backbone.blocks.0.attn", "backbone.blocks.1.attn"]
+
+
+def test_another_thread_is_not_seen() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    images = images_for(model)
+    sites: list[str] = []
+    with torch.no_grad(), AttentionTap(model, lambda site, *call: sites.append(site.name)):
+        model(images)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(model, images).result()
+        model(images)
+    assert sites == 2 * ["blocks.0.attn"]
+
+
+def test_train_mode_hands_over_maps_before_dropout_with_their_graph() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=2, attn_drop_rate=0.5, drop_path_rate=0.5)
+    images = images_for(model)
+    expected = capture_attention(model, images)["blocks.0.attn"]
+    model.train()
+    entropies: list[torch.Tensor] = []
+
+    def keep(site: AttentionSite, *call: Any) -> None:
+        attention = attention_map(*call)
+        if site.layer == 0:
+            torch.testing.assert_close(attention, expected, atol=1e-6, rtol=0)
+        entropies.append(-(attention * attention.log()).sum(-1).mean())
+
+    with AttentionTap(model, keep):
+        model(images)
+    assert model.training
+    sum(entropies).backward()  # type: ignore[union-attr]
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_dropped_patches_are_listed_not_measured() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=1, patch_drop_rate=0.5).train()
+    with (
+        pytest.raises(CaptureError, match="its map is 9×9 tokens, expected 17×17"),
+        AttentionTap(model, lambda *call: None),
+    ):
+        model(images_for(model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_gradient_checkpointing_recomputes_is_not_handed_over_again(reentrant: bool) -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=2).train()
+    images = images_for(model)
+    plain = torch.autograd.grad(model(images).sum(), model.blocks[0].attn.qkv.weight)[0]
+    model.blocks = Checkpointed(*model.blocks, reentrant=reentrant)
+    sites: list[str] = []
+    with AttentionTap(model, lambda site, *call: sites.append(site.name)) as tap:
+        model(images.requires_grad_()).sum().backward()
+    assert sites == ["blocks.0.attn", "blocks.1.attn"] == list(tap.sites)
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight.grad, plain)
+
+
+class Checkpointed(torch.nn.Sequential):
+    """Blocks of which each is recomputed in the backward pass."""
+
+    def __init__(self, *blocks: torch.nn.Module, reentrant: bool) -> None:
+        super().__init__(*blocks)
+        self.reentrant = reentrant
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for block in self:
+            tokens = checkpoint(block, tokens, use_reentrant=self.reentrant)
+        return tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_under_autocast_q_and_k_are_what_the_kernel_computes_with(name: str, dtype: torch.dtype) -> None:
+    model = random_model(name, img_size=56 if "14" in name else 64, depth=2)
+    images = images_for(model)
+    plain: list[torch.Tensor] = []
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def keep(site: AttentionSite, query: torch.Tensor, key: torch.Tensor, *call: Any) -> None:
+        seen.append((query.dtype, key.dtype))
+        plain.append(attention_map(query, key, *call))
+
+    with torch.inference_mode(), AttentionTap(model, keep):
+        with torch.autocast("cpu", dtype):
+            model(images)
+        model(images)
+    half, single = plain[:2], plain[2:]
+    assert seen == 2 * [(dtype, dtype)] + 2 * [(torch.float32, torch.float32)]
+    for mixed, exact in zip(half, single, strict=True):
+        torch.testing.assert_close(mixed, exact, atol=2e-2, rtol=0)
+
+
+def test_a_model_in_half_precision_hands_over_its_own_type() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=1).bfloat16()
+    (attention,) = capture_attention(model, images_for(model).bfloat16()).values()
+    assert attention.dtype == torch.float32
+    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
