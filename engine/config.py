@@ -50,6 +50,8 @@ _FORBID = {"extra": "forbid"}
 
 def _key(default: Any, help: str) -> Any:
     """A configuration key with its one-line help."""
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -182,6 +184,11 @@ class StatisticsConfig:
     bootstrap: Count = _key(2000, "resamples of the BCa intervals")
     confidence: Proportion = _key(0.95, "coverage of the intervals")
     alpha: Proportion = _key(0.05, "level below which an adjusted p-value is marked")
+    power: Annotated[float, Ge(0.5), Lt(1.0)] = _key(0.8, "power of the minimum detectable effect, from 0.5")
+    equivalence: dict[str, Rate] = _key(
+        {}, "bounds of equivalence tests (TOST) in each metric's unit, set before looking: distance=0.01,entropy=0.1"
+    )
+    cluster_alpha: Proportion = _key(0.05, "level whose critical t makes neighbouring layers a cluster")
     seed: int = _key(0, "seed of flips and resamples")
 
 
@@ -238,7 +245,7 @@ def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, datacla
 
 
 def parse_value(dotted: str, text: str) -> Any:
-    """A flag's text as a configuration value: `a,b,c` becomes a list where the key holds one."""
+    """A flag's text as a configuration value: a list where the key holds one (`a,b,c`), or a table (`a=1,b=2`)."""
     *sections, name = dotted.split(".")
     cls: Any = StudyConfig
     for section in sections:
@@ -246,9 +253,19 @@ def parse_value(dotted: str, text: str) -> Any:
             cls = ConditionConfig
             break
         cls = typing.get_type_hints(cls)[section]
-    if typing.get_origin(typing.get_type_hints(cls)[name]) is tuple:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
+    kind = typing.get_origin(typing.get_type_hints(cls)[name])
+    if kind not in (tuple, dict):
+        return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if kind is tuple:
+        return parts
+    table = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"--{dotted}: {part!r} is not of the form name=value; write a=1,b=2")
+        table[key.strip()] = value.strip()
+    return table
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

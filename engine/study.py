@@ -28,7 +28,8 @@ from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import capture_to_store, metrics_of_one_capture
-from engine.statistics import compare_conditions
+from engine.statistics import analyse
+from engine.statistics.conditions import check_bounds
 from engine.training import Run, StudyData, prepare_data, train_runs
 from kernels import load_metric
 from store import AttentionStore
@@ -56,7 +57,9 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     Raises:
         InputError: whatever the configuration asks for that cannot be had, with what to do.
     """
-    metrics_of_one_capture(config.measure.metrics)  # a mistaken name is found before anything is trained
+    # What is mistaken is found before anything is trained.
+    metrics_of_one_capture(config.measure.metrics)
+    check_bounds(config.statistics.equivalence, [load_metric(name).name for name in config.measure.metrics])
     study = Study(config)
     with study.opened():
         for stage in STAGES[: STAGES.index(last) + 1]:
@@ -166,17 +169,9 @@ class Study:
 
         def work() -> None:
             table = read_table(folder / "attention_metrics.zarr")
-            tests = []
-            if table.sizes["condition"] > 1:
-                tests = compare_conditions(
-                    table,
-                    against=self.against,
-                    permutations=config.permutations,
-                    bootstrap=config.bootstrap,
-                    confidence=config.confidence,
-                    seed=config.seed,
-                )
-            extra = {
+            results: dict[str, Any] = analyse(table, against=self.against, **dataclasses.asdict(config))
+            tests = results.pop("tests")
+            extra = results | {
                 "accuracy": self._accuracy(),
                 "controls": json.loads((folder / "controls.json").read_text()),
                 "data": self.data.summary(),

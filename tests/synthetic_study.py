@@ -1,7 +1,7 @@
 """A small outputs folder like a study's, made of seeded noise in a second: what the report's tests read.
 
-Maps are drawn, not measured, and the tests in `attention_comparison.json` are computed here with plain NumPy, so the
-report is tested without a model, images or the statistics that it reads.
+Maps are drawn, not measured, so the report is tested without a model or images; what it reads of inference is written
+by `engine.statistics` with few resamples, as in a study.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 import xarray as xr
 import zarr
 from PIL import Image
+
+from engine.report.comparison import comparison_document
+from engine.statistics import analyse
 
 METRICS: Mapping[str, tuple[str, str, float, float]] = {
     # name: (units, title, level, spread)
@@ -48,6 +51,7 @@ def build_study(
     gradcam: bool = True,
     controls_hold: bool = True,
     permutations: int = 499,
+    equivalence: Mapping[str, float] | None = None,
 ) -> Path:
     """Writes a whole study's tables below `outputs` and returns it. `effect` 0 is a study in which nothing differs."""
     random = np.random.default_rng(20)
@@ -60,7 +64,9 @@ def build_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's remark that string arrays have no specification yet
         table.to_zarr(outputs / "metrics/attention_metrics.zarr", mode="w", zarr_format=3, consolidated=False)
-    comparison = _comparison(table, seeds, permutations)
+    analyses = analyse(table, against=conditions[0], permutations=permutations, bootstrap=60, equivalence=equivalence)
+    tests = analyses.pop("tests")
+    comparison = comparison_document(table, tests, analyses)
     comparison["controls"] = _controls(controls_hold)
     comparison["accuracy"] = {
         name: {str(seed): {"validation": 0.9 - 0.05 * c, "test": 0.89 - 0.05 * c, "chance": 0.25} for seed in seeds}
@@ -86,7 +92,8 @@ def build_study(
         _gradcam(random, outputs, conditions, ids[:2], grid, patch_px)
     (outputs / "study.toml").write_text(
         'outputs = "outputs"\n\n[model]\nname = "digits_vit"\n\n[statistics]\nalpha = 0.05\nconfidence = 0.95\n'
-        f"permutations = {permutations}\n",
+        f"permutations = {permutations}\n\n[statistics.equivalence]\n"
+        + "".join(f"{metric} = {bound}\n" for metric, bound in (equivalence or {}).items()),
         encoding="utf-8",
     )
     lines = [
@@ -160,175 +167,6 @@ def _table(
         "preprocessing": json.dumps({"mean": [0.5], "std": [0.5], "input_size": [48, 48]}),
     }
     return xr.Dataset(variables, coords, attrs)
-
-
-def _paired(a: np.ndarray, b: np.ndarray, permutations: int) -> dict[str, np.ndarray]:
-    """Paired statistics over axis 0 of a, b [image, test], and sign-flip max-T over all the tests."""
-    difference = b - a
-    n = len(difference)
-    mean = difference.mean(0)
-    deviation = difference.std(0, ddof=1)
-    error = deviation / np.sqrt(n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where(deviation > 0, mean / error, 0.0)
-        dz = np.where(deviation > 0, mean / deviation, np.nan)
-    flips = np.random.default_rng(0).choice([-1.0, 1.0], size=(permutations, n))
-    flipped = flips @ difference / n
-    squares = (difference**2).sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        null = np.abs(flipped) / np.sqrt(np.maximum(squares / n - flipped**2, 0) / (n - 1))
-    greatest = np.nan_to_num(null).max(1)
-    beyond = (greatest[:, None] >= np.abs(t)[None]).sum(0)
-    p_max_t = (beyond + 1) / (permutations + 1)
-    from scipy import stats
-
-    p = 2 * stats.t.sf(np.abs(t), n - 1)
-    return {
-        "mean_against": a.mean(0),
-        "mean_condition": b.mean(0),
-        "difference": mean,
-        "low": mean - 2.02 * error,
-        "high": mean + 2.02 * error,
-        "dz": dz,
-        "gz": dz * (1 - 3 / (4 * (n - 1) - 1)),
-        "t": t,
-        "p": p,
-        "p_wilcoxon": p,
-        "p_max_t": p_max_t,
-        "p_holm": np.minimum(p * len(p), 1.0),
-        "p_bh": np.minimum(p * 2, 1.0),
-    }
-
-
-def _comparison(table: xr.Dataset, seeds: Sequence[int], permutations: int) -> dict[str, Any]:
-    conditions = [str(name) for name in table["condition"].values]
-    sites = [str(site) for site in table["site"].values]
-    means = table.mean(dim=[d for d in table.dims if d not in ("condition", "layer", "region")])
-    comparison: dict[str, Any] = {
-        "schema": 1,
-        "layers": sites,
-        "conditions": {
-            condition: {
-                str(name): [float(v) for v in np.atleast_1d(values.sel(condition=condition).mean("region").values)]
-                if "region" in values.dims
-                else [float(v) for v in values.sel(condition=condition).values]
-                for name, values in means.data_vars.items()
-            }
-            for condition in conditions
-        },
-        "tests": [],
-    }
-    for condition in conditions[1:]:
-        for level in ("head", "layer"):
-            keys: list[dict[str, Any]] = []
-            columns: list[tuple[np.ndarray, np.ndarray]] = []
-            for name, values in table.mean("seed").data_vars.items():
-                for region in table["region"].values if "region" in values.dims else [None]:
-                    chosen = values if region is None else values.sel(region=region)
-                    a, b = (chosen.sel(condition=c).values.astype(float) for c in (conditions[0], condition))
-                    for layer in range(len(sites)):
-                        for head in range(table.sizes["head"]) if level == "head" else [None]:
-                            pair = [v[:, layer, head] if head is not None else v[:, layer].mean(-1) for v in (a, b)]
-                            columns.append((pair[0], pair[1]))
-                            keys.append(
-                                {
-                                    "metric": str(name),
-                                    "unit": values.attrs.get("units") or table[name].attrs["units"],
-                                    "region": None if region is None else str(region),
-                                    "layer": layer,
-                                    "site": sites[layer],
-                                    "head": head,
-                                }
-                            )
-            a, b = (np.stack([column[side] for column in columns], axis=1) for side in (0, 1))
-            found = _paired(a, b, permutations)
-            for index, key in enumerate(keys):
-                entry = {name: _null(column[index]) for name, column in found.items()}
-                ci = [entry.pop("low"), entry.pop("high")]
-                comparison["tests"].append(
-                    {
-                        "condition": condition,
-                        "against": conditions[0],
-                        "level": level,
-                        "unit_of_inference": "image",
-                        "family": f"{level} × metric",
-                        "n": len(a),
-                        "missing": 0,
-                        "ci": ci,
-                        **key,
-                        **entry,
-                    }
-                )
-        comparison["tests"] += _layer_means(comparison, table, conditions[0], condition)
-        if len(seeds) > 1:
-            comparison["tests"] += _over_seeds(table, conditions[0], condition)
-    return comparison
-
-
-def _layer_means(comparison: dict[str, Any], table: xr.Dataset, against: str, condition: str) -> list[dict[str, Any]]:
-    from scipy import stats
-
-    tests = []
-    for metric, values in comparison["conditions"][condition].items():
-        base = comparison["conditions"][against][metric]
-        found = stats.ttest_rel(values, base)
-        difference = float(np.mean(np.subtract(values, base)))
-        tests.append(
-            {
-                "condition": condition,
-                "against": against,
-                "metric": metric,
-                "unit": table[metric].attrs["units"],
-                "region": None,
-                "level": "layer_means",
-                "unit_of_inference": "layer",
-                "family": "none",
-                "layer": None,
-                "site": None,
-                "head": None,
-                "n": len(values),
-                "missing": 0,
-                "difference": difference,
-                "ci": [None, None],
-                "t": _null(found.statistic),
-                "p": _null(found.pvalue),
-            }
-        )
-    return tests
-
-
-def _over_seeds(table: xr.Dataset, against: str, condition: str) -> list[dict[str, Any]]:
-    tests = []
-    for metric, values in table.data_vars.items():
-        if "region" in values.dims:
-            continue
-        by_seed = values.mean(["image", "head"])
-        for layer in range(table.sizes["layer"]):
-            d = (by_seed.sel(condition=condition) - by_seed.sel(condition=against)).values[:, layer].astype(float)
-            flips = np.array(np.meshgrid(*[[-1, 1]] * len(d))).reshape(len(d), -1)
-            p = float((np.abs(d @ flips) >= abs(d.sum()) - 1e-12).mean())
-            tests.append(
-                {
-                    "condition": condition,
-                    "against": against,
-                    "metric": str(metric),
-                    "unit": table[metric].attrs["units"],
-                    "region": None,
-                    "level": "seed",
-                    "unit_of_inference": "training run",
-                    "family": "layer × metric over seeds",
-                    "layer": layer,
-                    "site": f"blocks.{layer}.attn",
-                    "head": None,
-                    "n": len(d),
-                    "missing": 0,
-                    "difference": float(d.mean()),
-                    "ci": [None, None],
-                    "p": p,
-                    "p_max_t": p,
-                }
-            )
-    return tests
 
 
 def _controls(held: bool) -> list[dict[str, Any]]:
@@ -469,11 +307,6 @@ def _gradcam(
                 pixels = random.integers(0, 255, size=(grid[0] * patch_px, grid[1] * patch_px, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / name)
                 rows.writerow([name, image, condition, "true", "3", "0.75"])
-
-
-def _null(value: Any) -> float | None:
-    number = float(value)
-    return number if np.isfinite(number) else None
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from engine.config import EMBEDDED_STUDY, StudyConfig, config_keys, load_study, study_toml
+from engine.config import EMBEDDED_STUDY, StudyConfig, config_keys, load_study, parse_value, study_toml
 from train.errors import InputError
 
 
@@ -77,3 +78,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_defaults_are_valid() -> None:
     assert StudyConfig().measure.metrics == ("distance", "entropy", "morans_i", "prefix_mass")
     assert load_study(None, {"data.kind": "folder"}) == StudyConfig(data=StudyConfig().data.__class__(kind="folder"))
+
+
+def test_a_table_of_numbers_is_a_flag() -> None:
+    value = parse_value("statistics.equivalence", "distance=0.01, entropy=0.1")
+    config = load_study(None, {"statistics.equivalence": value})
+    assert config.statistics.equivalence == {"distance": 0.01, "entropy": 0.1}
+    assert tomllib.loads(study_toml(config))["statistics"]["equivalence"] == {"distance": 0.01, "entropy": 0.1}
+    with pytest.raises(InputError, match="'distance' is not of the form name=value"):
+        parse_value("statistics.equivalence", "distance")
+    with pytest.raises(InputError, match=r"statistics\.equivalence\.distance.*greater than 0"):
+        load_study(None, {"statistics.equivalence": {"distance": "0"}})

@@ -12,8 +12,16 @@ import pytest
 import scipy.stats
 import xarray as xr
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
 
-from engine.statistics import compare_conditions, compare_paired, cross_metric_correlation, layer_trend
+from engine.statistics import (
+    compare_conditions,
+    compare_paired,
+    cross_metric_correlation,
+    layer_trend,
+    minimum_detectable_effect,
+)
+from engine.statistics.bootstrap import bootstrap_interval
 from train.errors import InputError
 
 CONDITIONS, SEEDS, IMAGES, LAYERS, HEADS = ("baseline", "finetuned", "dora"), (42, 43, 44), 12, 4, 3
@@ -43,7 +51,7 @@ def make_table() -> xr.Dataset:
             "site": ("layer", [f"blocks.{i}.attn" for i in range(LAYERS)]),
             "head": np.arange(HEADS),
             "region": ["target_digit", "other_digit"],
-            "class_name": ("image", ["a", "b"] * (IMAGES // 2)),
+            "class_name": ("image", ["a", "b", "c"] * (IMAGES // 3)),
             "seed_invariant": ("condition", [True, False, False]),
         },
     )
@@ -69,12 +77,13 @@ def test_every_family_is_complete(tests: list[dict[str, Any]]) -> None:
     sizes = {
         "head": LAYERS * HEADS * columns,
         "layer": LAYERS * columns,
+        "class": LAYERS * columns,
         "layer_means": columns,
         "seed": LAYERS * columns,
     }
     assert found == {(condition, level): n for condition in ("finetuned", "dora") for level, n in sizes.items()}
     assert all(test["family_size"] == sizes[test["level"]] for test in tests)
-    assert len({test["family"] for test in tests}) == 8
+    assert len({test["family"] for test in tests}) == 10
     assert {test["against"] for test in tests} == {"baseline"}
 
 
@@ -83,7 +92,8 @@ def test_entries_have_the_same_keys_and_are_plain_json(tests: list[dict[str, Any
     assert json.loads(json.dumps(tests, allow_nan=False)) == tests
     required = (
         "condition against metric unit region level unit_of_inference family layer site head n missing mean_against "
-        "mean_condition difference dz gz ci t p p_wilcoxon p_max_t p_holm p_bh p_floor degenerate"
+        "mean_condition difference dz gz ci t p p_wilcoxon p_max_t p_holm p_bh p_floor "
+        "sd mde_dz mde tost_bound p_tost p_tost_holm ci_nested nested_levels degenerate"
     )
     assert set(required.split()) <= set(tests[0])
 
@@ -149,6 +159,61 @@ def test_layer_means_are_the_published_test_and_say_what_is_wrong_with_it(
     assert "not independent samples" in test["unit_of_inference"]
 
 
+def test_class_level_counts_every_class_alike(table: xr.Dataset) -> None:
+    uneven = table.assign_coords(class_name=("image", ["a"] * 7 + ["b"] * 3 + ["c"] * 2))
+    d = (table.sel(condition="finetuned").mean("seed") - table.sel(condition="baseline", seed=42)).distance
+    means = d.astype(np.float64).mean("head").groupby(uneven.class_name).mean()
+    expected = scipy.stats.ttest_1samp(means, 0)
+    found = pick(compare_conditions(uneven, **FAST), condition="finetuned", level="class", metric="distance")
+    np.testing.assert_allclose([test["difference"] for test in found], means.mean("class_name"), rtol=1e-5)
+    np.testing.assert_allclose([test["t"] for test in found], expected.statistic, rtol=1e-4)
+    assert {(test["n"], test["p_floor"]) for test in found} == {(3, 2 / 8)}
+    assert all(test["mde_dz"] is None for test in found)  # three classes cannot give a p of .05
+    assert "class" in found[0]["unit_of_inference"]
+    unnamed = compare_conditions(table.drop_vars("class_name"), **FAST)
+    assert not pick(unnamed, level="class")
+
+
+def test_nested_interval_resamples_runs_classes_and_images(table: xr.Dataset, tests: list[dict[str, Any]]) -> None:
+    found = pick(tests, condition="finetuned", level="layer", metric="distance")
+    assert {test["nested_levels"] for test in found} == {"seed > class > image"}
+    d = (table.sel(condition="finetuned") - table.sel(condition="baseline", seed=42)).distance.astype(np.float64)
+    flat = d.mean("head").transpose("seed", "image", "layer").values.reshape(-1, LAYERS)
+    codes = np.stack([np.repeat(np.arange(3), IMAGES), np.tile(np.arange(IMAGES) % 3, 3)], axis=1)
+    low, high = bootstrap_interval(flat, resamples=100, confidence=0.95, seed=0, groups=codes)
+    np.testing.assert_allclose([test["ci_nested"] for test in found], np.stack([low, high], 1), rtol=1e-4, atol=1e-8)
+    (one, *_) = pick(compare_conditions(table.isel(seed=[0]), **FAST), condition="dora", level="layer")
+    assert one["nested_levels"] == "class > image"
+    assert one["ci_nested"][0] < one["difference"] < one["ci_nested"][1]
+    (neither, *_) = pick(compare_conditions(table.isel(seed=[0]).drop_vars("class_name"), **FAST), level="layer")
+    assert neither["ci_nested"] is neither["nested_levels"] is None
+
+
+def test_minimum_detectable_effect_is_of_this_n_spread_and_family(tests: list[dict[str, Any]]) -> None:
+    (test,) = pick(tests, condition="dora", level="head", metric="distance", layer=1, head=0)
+    expected = minimum_detectable_effect(IMAGES, family_size=test["family_size"])
+    assert test["mde_dz"] == pytest.approx(expected)
+    assert test["mde"] == pytest.approx(expected * test["difference"] / test["dz"])
+    assert {test["mde"] for test in pick(tests, level="seed")} == {None}  # three runs cannot give a p of .05
+
+
+def test_equivalence_is_tested_where_a_bound_is_set(table: xr.Dataset) -> None:
+    tests = compare_conditions(table, equivalence={"distance": 0.3}, **FAST)
+    (test,) = pick(tests, condition="dora", level="layer", metric="distance", layer=2)
+    against, condition = (
+        table.distance.sel(condition=name).astype(np.float64).mean("seed").mean("head").sel(layer=2)
+        for name in ("baseline", "dora")
+    )
+    assert test["p_tost"] == pytest.approx(ttost_paired(condition.values, against.values, -0.3, 0.3)[0], rel=1e-6)
+    family = pick(tests, condition="dora", level="layer", metric="distance")
+    adjusted = multipletests([test["p_tost"] for test in family], method="holm")[1]
+    np.testing.assert_allclose([test["p_tost_holm"] for test in family], adjusted)
+    assert {test["p_tost"] for test in pick(tests, metric="region_mass")} == {None}
+    assert {test["p_tost"] for test in pick(tests, level="layer_means")} == {None}
+    with pytest.raises(InputError, match="bound for 'entropy'"):
+        compare_conditions(table, equivalence={"entropy": 0.3}, **FAST)
+
+
 def test_seed_level_flips_runs_and_states_the_least_p(table: xr.Dataset, tests: list[dict[str, Any]]) -> None:
     found = pick(tests, condition="finetuned", level="seed", metric="distance")
     runs = table.distance.astype(np.float64).mean(("image", "head"))
@@ -186,13 +251,13 @@ def test_six_seeds_can_reach_five_percent() -> None:
 
 def test_one_seed_makes_no_claim_about_training(table: xr.Dataset) -> None:
     tests = compare_conditions(table.isel(seed=[0]), **FAST)
-    assert {test["level"] for test in tests} == {"head", "layer", "layer_means"}
+    assert {test["level"] for test in tests} == {"head", "layer", "class", "layer_means"}
 
 
 def test_a_condition_that_no_seed_changes_has_no_seed_level(table: xr.Dataset) -> None:
     same = table.sel(condition=["baseline", "baseline"]).assign_coords(condition=["baseline", "again"])
     tests = compare_conditions(same, **FAST)
-    assert {test["level"] for test in tests} == {"head", "layer", "layer_means"}
+    assert {test["level"] for test in tests} == {"head", "layer", "class", "layer_means"}
     for test in tests:
         assert test["difference"] == 0
         assert test["t"] == 0

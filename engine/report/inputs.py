@@ -32,7 +32,7 @@ STUDY = Path("study.toml")
 RUN_LOG = Path("run.jsonl")
 
 TABLE_DIMS = ("condition", "seed", "image", "layer", "head")
-LEVELS = ("head", "layer", "seed", "layer_means")
+LEVELS = ("head", "layer", "class", "seed", "layer_means")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

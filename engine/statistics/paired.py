@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from engine.statistics.bootstrap import bootstrap_interval
+from engine.statistics.equivalence import tost
 from engine.statistics.multiplicity import benjamini_hochberg, holm
 from engine.statistics.permutation import sign_flip
 
@@ -20,8 +21,8 @@ __all__ = ["compare_paired"]
 Floats = NDArray[np.float64]
 
 _VARIABLES = (
-    *("difference", "ci_low", "ci_high", "dz", "gz", "t", "n", "missing"),
-    *("p_t", "p_wilcoxon", "p_sign_flip", "p_max_t", "p_holm", "p_bh"),
+    *("difference", "ci_low", "ci_high", "sd", "dz", "gz", "t", "n", "missing"),
+    *("p_t", "p_wilcoxon", "p_sign_flip", "p_max_t", "p_holm", "p_bh", "p_tost", "p_tost_holm"),
 )
 
 
@@ -33,12 +34,13 @@ def compare_paired(
     groups: Any = None,
     confidence: float = 0.95,
     bootstrap: int = 2000,
+    equivalence: Any = None,
 ) -> xr.Dataset:
     """Compare two conditions measured on the same images; b − a is tested in every element of the trailing axes.
 
-    All trailing elements together are one family for `p_max_t`, `p_holm` and `p_bh`. The unit is the image (the leading
-    axis): the p-values and the BCa interval speak of these two checkpoints, not of fine-tuning, unless the leading axis
-    holds training runs.
+    All trailing elements together are one family for `p_max_t`, `p_holm`, `p_bh` and `p_tost_holm`. The unit is the
+    image (the leading axis): the p-values and the BCa interval speak of these two checkpoints, not of fine-tuning,
+    unless the leading axis holds training runs.
 
     A pair with a NaN or an infinity on either side is left out of its own test only, and counted in `missing`.
     Degenerate tests keep their meaning and touch no other test:
@@ -57,12 +59,15 @@ def compare_paired(
             percentile interval of the nested bootstrap. The p-values do not use them.
         confidence: coverage of the interval.
         bootstrap: resamples of the interval; 0 leaves `ci_low` and `ci_high` NaN.
+        equivalence: bounds of the TOST equivalence test in the unit of the input, set before looking: a positive number
+            or an array of the trailing shape, NaN where there is none. None: no such test, `p_tost` is NaN.
     Returns:
-        Dataset over the trailing axes: `difference` (mean of b − a), `ci_low`, `ci_high`, in the unit of the input;
-        `dz` (mean / standard deviation of the differences), `gz` (dz with Hedges' correction, NaN below 3 pairs), `t`,
-        `n`, `missing`; `p_t` (paired t-test), `p_wilcoxon` (signed ranks, zeros dropped), `p_sign_flip` (this test
-        alone), `p_max_t` (sign flip, family-wise), `p_holm` and `p_bh` (both of p_t). All tests are two-sided. The
-        attributes say how it was computed; `p_floor` is the least value that p_sign_flip and p_max_t can take.
+        Dataset over the trailing axes: `difference` (mean of b − a), `ci_low`, `ci_high`, `sd` (standard deviation of
+        the differences) in the unit of the input; `dz` (difference / sd), `gz` (dz with Hedges' correction, NaN below 3
+        pairs), `t`, `n`, `missing`; `p_t` (paired t-test), `p_wilcoxon` (signed ranks, zeros dropped), `p_sign_flip`
+        (this test alone), `p_max_t` (sign flip, family-wise), `p_holm` and `p_bh` (both of p_t), `p_tost` (that the
+        difference lies beyond the bound) and `p_tost_holm`. All tests of a difference are two-sided. The attributes say
+        how it was computed; `p_floor` is the least value that p_sign_flip and p_max_t can take.
     Raises:
         ValueError: shapes, dimensions or coordinates of a and b differ; fewer than 2 images; groups of another length;
             a parameter out of range.
@@ -91,8 +96,11 @@ def compare_paired(
     result["p_wilcoxon"] = _wilcoxon(d)
     result["p_sign_flip"], result["p_max_t"] = flips.p, flips.p_max_t
     result["p_holm"], result["p_bh"] = holm(result["p_t"]), benjamini_hochberg(result["p_t"])
-
     shape = first.shape[1:]
+    bound = _equivalence_bounds(equivalence, shape)
+    result["p_tost"] = tost(result["difference"], result["sd"], result["n"], bound)
+    result["p_tost_holm"] = holm(result["p_tost"])
+
     return xr.Dataset(
         {name: (frame.dims, result[name].reshape(shape)) for name in _VARIABLES},
         coords=frame.coords,
@@ -116,6 +124,16 @@ def _check_parameters(permutations: int, confidence: float, bootstrap: int) -> N
         raise ValueError(f"confidence must lie between 0 and 1, for example 0.95; found {confidence}")
     if bootstrap < 0:
         raise ValueError(f"bootstrap must be a number of resamples, or 0 for no interval; found {bootstrap}")
+
+
+def _equivalence_bounds(equivalence: Any, shape: tuple[int, ...]) -> Floats:
+    """One bound a test, [test]; NaN for none."""
+    bounds = np.asarray(np.nan if equivalence is None else equivalence, dtype=np.float64)
+    if bounds.shape not in ((), shape):
+        raise ValueError(f"equivalence has the shape {bounds.shape}; expected one number or the trailing shape {shape}")
+    if (bounds <= 0).any() or np.isinf(bounds).any():
+        raise ValueError("equivalence bounds must be positive numbers, in the unit of the values; found others")
+    return np.broadcast_to(bounds, shape).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,7 @@ def _summary(d: Floats) -> dict[str, Any]:
     p_t = 2 * stats.t.sf(np.abs(t), np.maximum(n - 1, 1))
     return {
         "difference": mean,
+        "sd": np.where(enough, sd, np.nan),
         "dz": dz,
         "gz": dz * _hedges_correction(n),
         "t": t,

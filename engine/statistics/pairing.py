@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from train.errors import InputError
 
-__all__ = ["MetricPairs", "check_table", "defined_mean", "existing_heads", "paired_metrics"]
+__all__ = ["MetricPairs", "check_table", "defined_mean", "existing_heads", "other_conditions", "paired_metrics"]
 
 Floats = NDArray[np.float64]
 
@@ -53,6 +53,34 @@ class MetricPairs:
         """Means over heads, then over images, run by run, [seed, layer]."""
         against, condition = (defined_mean(defined_mean(x, axis=3), axis=1) for x in (self.against, self.condition))
         return against, condition
+
+    def over_classes(self, classes: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Means over seeds, heads, then over the images of each class that have a pair, [class, layer].
+
+        Args:
+            classes: class of each image, from 0 without gaps, [image].
+        """
+        of = [np.flatnonzero(classes == code) for code in range(int(classes.max()) + 1)]
+        against, condition = (np.stack([defined_mean(x[rows], axis=0) for rows in of]) for x in self.over_heads())
+        return against, condition
+
+    def image_differences(self) -> Floats:
+        """Condition − against, seeds and heads averaged, [image, layer]."""
+        against, condition = self.over_heads()
+        return condition - against
+
+    def run_differences(self) -> Floats:
+        """Condition − against of every run and image, heads averaged, [seed, image, layer]."""
+        return defined_mean(self.condition, axis=3) - defined_mean(self.against, axis=3)
+
+    def cell_differences(self) -> Floats:
+        """Condition − against, seeds and images averaged, [layer, head]."""
+        against, condition = self.over_seeds()
+        return defined_mean(condition - against, axis=0)
+
+    def identity(self) -> dict[str, Any]:
+        """What was measured, as every entry of the results names it."""
+        return {"metric": self.metric, "unit": self.unit, "region": self.region}
 
 
 def defined_mean(values: Floats, axis: int | tuple[int, ...]) -> Floats:
@@ -98,6 +126,11 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
 def _nearest(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def other_conditions(table: xr.Dataset, against: str) -> list[str]:
+    """The conditions to compare with `against`, in the table's order."""
+    return [str(name) for name in table["condition"].values if name != against]
 
 
 def existing_heads(table: xr.Dataset) -> NDArray[np.bool_]:

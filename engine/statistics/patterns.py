@@ -14,7 +14,7 @@ from scipy import stats
 from engine.statistics.conditions import IMAGES
 from engine.statistics.entries import interval, number, numbers, why_degenerate
 from engine.statistics.paired import compare_paired
-from engine.statistics.pairing import MetricPairs, check_table, defined_mean, existing_heads, paired_metrics
+from engine.statistics.pairing import check_table, defined_mean, existing_heads, other_conditions, paired_metrics
 
 __all__ = ["cross_metric_correlation", "layer_trend"]
 
@@ -55,9 +55,9 @@ def layer_trend(
     shallow, deep = layers[:half], layers[-half:]
     layer_ids = table["layer"].values
     entries: list[dict[str, Any]] = []
-    for condition in _others(table, against):
+    for condition in other_conditions(table, against):
         pairs = list(paired_metrics(table, condition, against, names))
-        differences = [_image_differences(metric) for metric in pairs]  # [image, layer]
+        differences = [metric.image_differences() for metric in pairs]  # [image, layer]
         a, b = (np.stack([d[:, part].mean(axis=1) for d in differences], axis=1) for part in (shallow, deep))
         result = compare_paired(a, b, permutations=permutations, seed=seed, confidence=confidence, bootstrap=bootstrap)
         values = {str(name): result[name].values for name in result.data_vars}
@@ -68,7 +68,7 @@ def layer_trend(
                 {
                     "condition": condition,
                     "against": against,
-                    **_identity(metric),
+                    **metric.identity(),
                     "unit_of_inference": IMAGES,
                     "family": f"{condition} against {against}, deep against shallow layers: metric",
                     "family_size": result.attrs["family_size"],
@@ -107,10 +107,10 @@ def cross_metric_correlation(
     table = table[names]
     heads = existing_heads(table)
     entries = []
-    for condition in _others(table, against):
+    for condition in other_conditions(table, against):
         pairs = list(paired_metrics(table, condition, against, names))
-        cells = [_cell_differences(metric)[heads] for metric in pairs]
-        images = [_image_differences(metric) for metric in pairs]
+        cells = [metric.cell_differences()[heads] for metric in pairs]
+        images = [metric.image_differences() for metric in pairs]
         for first, second in combinations(range(len(pairs)), 2):
             identity = {
                 "condition": condition,
@@ -127,26 +127,6 @@ def cross_metric_correlation(
                 layer = int(table["layer"].values[i])
                 entries.append({**identity, "over": "images", "layer": layer, "rho": number(rho), "n": n})
     return entries
-
-
-def _others(table: xr.Dataset, against: str) -> list[str]:
-    return [str(name) for name in table["condition"].values if name != against]
-
-
-def _identity(metric: MetricPairs) -> dict[str, Any]:
-    return {"metric": metric.metric, "unit": metric.unit, "region": metric.region}
-
-
-def _image_differences(metric: MetricPairs) -> Floats:
-    """Condition − against, seeds and heads averaged, [image, layer]."""
-    against, condition = metric.over_heads()
-    return condition - against
-
-
-def _cell_differences(metric: MetricPairs) -> Floats:
-    """Condition − against, seeds and images averaged, [layer, head]."""
-    against, condition = metric.over_seeds()
-    return defined_mean(condition - against, axis=0)
 
 
 def _spearman(first: Floats, second: Floats) -> tuple[float, int]:

@@ -8,15 +8,56 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SignFlip", "sign_flip"]
+__all__ = ["BLOCK_BYTES", "Patterns", "SignFlip", "normalised", "sign_flip", "sign_patterns", "t_squared"]
 
 Floats = NDArray[np.float64]
 
 # Flips of one block: the block's signs and its sums stay below this, whatever the number of images.
-_BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 32 * 2**20
 # A flipped sum that equals the observed one is rounded differently by the matrix product (about 1e-15 of a
 # statistic scaled to variance 1). Statistics closer than this count as equal, as they do in exact arithmetic.
 _TIE = 1e-10
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The sign patterns that units are flipped by.
+
+    Attributes:
+        units: number of units.
+        exact: whether all 2^n patterns are enumerated; else they are drawn.
+        count: patterns behind a p-value, the observed one included.
+        seed: of drawn patterns.
+    """
+
+    units: int
+    exact: bool
+    count: int
+    seed: int
+
+    @property
+    def floor(self) -> float:
+        """Least p-value attainable: an enumeration holds the observed pattern and its mirror image."""
+        return (2 if self.exact else 1) / self.count
+
+    def blocks(self, rows: int) -> Iterator[Floats]:
+        """±1 [pattern, unit], at most `rows` patterns at a time; the patterns do not depend on `rows`."""
+        if self.exact:
+            return _all_signs(self.units, rows)
+        return _random_signs(self.units, self.count - 1, rows, self.seed)
+
+    def p(self, reached: NDArray[np.int64]) -> Floats:
+        """p-values from how many of the patterns in `blocks` reach the observed statistic."""
+        observed = 0 if self.exact else 1  # an enumeration holds the observed pattern already
+        result: Floats = (reached + observed) / self.count
+        return result
+
+
+def sign_patterns(units: int, permutations: int, seed: int) -> Patterns:
+    """All 2^n patterns when these are no more than B + 1, so that p = (number reaching the observed)/2^n;
+    else B random ones, p = (b + 1)/(B + 1)."""
+    exact = units < 63 and 2**units <= permutations + 1
+    return Patterns(units, exact, 2**units if exact else permutations + 1, seed)
 
 
 @dataclass(frozen=True)
@@ -39,7 +80,7 @@ class SignFlip:
 
 
 def sign_flip(
-    differences: Floats, *, permutations: int = 9999, seed: int = 0, block_bytes: int = _BLOCK_BYTES
+    differences: Floats, *, permutations: int = 9999, seed: int = 0, block_bytes: int = BLOCK_BYTES
 ) -> SignFlip:
     """Two-sided sign-flip test of every column, with max-T over all columns.
 
@@ -54,8 +95,7 @@ def sign_flip(
 
     Args:
         differences: float64 [unit, test]; NaN marks a missing pair.
-        permutations: random patterns drawn (B); p = (b + 1)/(B + 1). When 2^n ≤ B + 1 for the n units with any value,
-            all patterns are enumerated instead and p = (number reaching the observed)/2^n.
+        permutations: random patterns drawn (B); all 2^n for the n units with any value when that is not more.
         seed: of the random patterns, which do not depend on `block_bytes`.
         block_bytes: working memory of one block of patterns.
     Returns:
@@ -69,14 +109,11 @@ def sign_flip(
     tested = valid.sum(axis=0) >= 2
     units = valid[:, tested].any(axis=1)
     p, p_max_t = np.full(n_tests, np.nan), np.full(n_tests, np.nan)
-    n_units = int(units.sum())
-    exact = n_units < 63 and 2**n_units <= permutations + 1
-    patterns = 2**n_units if exact else permutations + 1
-    floor = (2 if exact else 1) / patterns
+    patterns = sign_patterns(int(units.sum()), permutations, seed)
     if not tested.any():
-        return SignFlip(p, p_max_t, exact, patterns, floor)
+        return SignFlip(p, p_max_t, patterns.exact, patterns.count, patterns.floor)
 
-    z = _normalised(differences[np.ix_(units, tested)])
+    z = normalised(differences[np.ix_(units, tested)])
     counts = valid[:, tested].sum(axis=0)
     balanced = bool((counts == counts[0]).all())
     observed = np.abs(z.sum(axis=0))
@@ -85,22 +122,20 @@ def sign_flip(
     rows = max(1, block_bytes // (8 * (z.shape[0] + 2 * z.shape[1])))
     reached = np.zeros(z.shape[1], dtype=np.int64)
     greatest = []
-    for signs in _all_signs(n_units, rows) if exact else _random_signs(n_units, permutations, rows, seed):
+    for signs in patterns.blocks(rows):
         r = np.abs(signs @ z)
         reached += (r >= threshold).sum(axis=0)
         # With equal n, t grows with r: the greatest r is the greatest t and no division is needed.
-        greatest.append((r if balanced else _t_squared(r, counts)).max(axis=1))
+        greatest.append((r if balanced else t_squared(r, counts)).max(axis=1))
     statistic = np.sort(np.concatenate(greatest))
-    limit = threshold if balanced else _t_squared(threshold, counts)
+    limit = threshold if balanced else t_squared(threshold, counts)
     reached_by_greatest = statistic.size - np.searchsorted(statistic, limit, side="left")
 
-    observed_pattern = 0 if exact else 1  # an enumeration holds the observed pattern already
-    p[tested] = (reached + observed_pattern) / patterns
-    p_max_t[tested] = (reached_by_greatest + observed_pattern) / patterns
-    return SignFlip(p, p_max_t, exact, patterns, floor)
+    p[tested], p_max_t[tested] = patterns.p(reached), patterns.p(reached_by_greatest)
+    return SignFlip(p, p_max_t, patterns.exact, patterns.count, patterns.floor)
 
 
-def _normalised(differences: Floats) -> Floats:
+def normalised(differences: Floats) -> Floats:
     """Columns divided by their root sum of squares; 0 for missing values and for columns of zeros."""
     d = np.nan_to_num(differences, nan=0.0)
     greatest = np.abs(d).max(axis=0)
@@ -110,7 +145,7 @@ def _normalised(differences: Floats) -> Floats:
     return d
 
 
-def _t_squared(r: Floats, counts: NDArray[np.int64]) -> Floats:
+def t_squared(r: Floats, counts: NDArray[np.int64]) -> Floats:
     """t² of r = Σ s·d / √Σd² for tests of `counts` pairs; infinite where all flipped differences are equal."""
     r2 = r * r
     with np.errstate(divide="ignore"):
