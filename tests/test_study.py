@@ -84,7 +84,9 @@ def test_the_table_and_the_comparison_say_the_same(study: Path) -> None:
         "p_max_t",
     }
     assert all(keys <= set(test) for test in document["tests"])
-    assert {test["level"] for test in document["tests"]} == {"head", "layer", "seed", "layer_means"}
+    assert {test["level"] for test in document["tests"]} == {"head", "layer", "class", "seed", "layer_means"}
+    for part in ("trends", "clusters", "relations"):
+        assert isinstance(document[part], list), part
     assert set(document["accuracy"]) == {"baseline", "finetuned", "dora"}
 
 
