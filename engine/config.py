@@ -156,7 +156,9 @@ class CaptureConfig:
     sinks: tuple[Literal["metrics", "store"], ...] = _key(
         ("metrics",), "metrics: measure on the spot; store: keep the maps"
     )
-    encoding: Literal["fp16"] = _key("fp16", "how stored maps are encoded")
+    encoding: Literal["fp16", "bf16", "qk"] = _key(
+        "fp16", "how attention is stored: fp16 or bf16: its maps; qk: the query and key they are made of"
+    )
     batch_size: Count = _key(32, "images a forward pass, and a shard of the store")
     layers: tuple[int, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
     samples: Natural = _key(8, "seeded images whose whole maps are kept for the report")
@@ -173,6 +175,7 @@ class MeasureConfig:
     )
     backend: str = _key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
     store: str = _key("", "measure: the store to read")
+    against: str = _key("", "measure: the second condition's store, which pair metrics compare with")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,278 +1,243 @@
-"""Store batches × METRICS → table [condition, seed, image, layer, head]."""
+"""Metrics of a stored capture: shards are read ahead, measured, and the values written back into the store."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from engine.sinks import PREFIX_MASS_WARNING, metric_parameters, metrics_of_one_capture, stack_layers
-from kernels import MetricSpec, TokenLayout, load_metric, measure_attention, resolve
-from store import AttentionStore, MetricWriter, has_metric
+from engine.batch_sinks import stack_layers
+from engine.progress import ImageProgress
+from engine.sinks import load_metrics, metric_parameters
+from kernels import MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk, resolve
+from store import AttentionStore, Factors, MetricWriter, has_metric
+from store.arrays import attention_arrays
+from store.commit import available_cpus
+from store.encodings import softmax_maps
 from train.errors import InputError
 
-if TYPE_CHECKING:
-    import xarray
+__all__ = ["measure_store", "missing_metrics", "stored_parameters"]
 
-__all__ = ["build_table", "measure_store", "missing_metrics", "prefix_mass_warning", "read_table", "write_table"]
+# Threads that decode ahead; the kernels take what they leave, and every CPU when they wait.
+READ_THREADS = max(1, available_cpus() // 2)
 
 
-def measure_store(path: Path, metrics: Sequence[str], backend: str) -> AttentionStore:
+def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Path | None = None) -> AttentionStore:
     """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
+
+    Shards are read and decoded ahead by threads while those before them are measured.
 
     Args:
         path: the store. Batches its capture has not committed yet are left out, which is said.
         metrics: names or `module:name`.
         backend: see `kernels.resolve`.
+        against: the second condition's store, for pair metrics: the same images, layers and heads.
 
     Returns:
         The store, with every metric's values in it.
 
     Raises:
-        InputError: a metric that the store cannot give: no maps were stored, or it has no regions.
-        StoreError: the store is not there or damaged.
+        InputError: a metric that the stores cannot give: no maps were stored, there are no regions, no second store
+            was named for a pair metric, or it is not over the same images and layers.
+        StoreError: a store is not there or damaged.
     """
     store = AttentionStore.open(path)
     chosen = resolve(backend, "cpu").name
-    missing = missing_metrics(path, metrics)
+    missing = missing_metrics(path, metrics, against)
     if not missing:
         return store
-    names = ", ".join(missing)
-    if not store.schema.encoding:
-        raise InputError(
-            f"{path} holds no attention maps, so {names} cannot be computed from it; capture again with "
-            f"capture.sinks store, or with {names} in measure.metrics"
-        )
-    if not store.complete:
+    pairs = any(spec.inputs == "pair" for spec in missing.values())
+    other = _second_store(store, missing, against) if pairs else None
+    _require_maps(store, missing)
+    images = store.committed_images
+    if other is not None:
+        images = images & other.committed_images
+    if not images.all():
         tqdm.write(
-            f"{path.name}: only {int(store.committed_images.sum())} of {store.schema.num_images} images are captured; "
+            f"{path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
             "the others are left out"
         )
-    parameters = {name: metric_parameters(spec, chosen) for name, spec in missing.items()}
+    parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     with MetricWriter.open(path, parameters, region_metrics=needing) as writer:
-        images = {batch: store.schema.batch_rows(batch) for batch in sorted(writer.missing)}
-        total = sum(rows.stop - rows.start for rows in images.values())
-        with tqdm(total=total, desc=f"measure {path.name}", unit="image", disable=None) as progress:
-            for batch, rows in images.items():
-                specs = [missing[name] for name in writer.missing[batch]]
-                values, undefined = _measure_rows(store, rows, specs, chosen)
-                writer.write_batch(batch, values, undefined)
-                progress.update(rows.stop - rows.start)
+        batches = [batch for batch in sorted(writer.missing) if images[store.schema.batch_rows(batch)].all()]
+        _measure_batches(writer, store, other, missing, batches, chosen)
     return AttentionStore.open(path)
 
 
-def missing_metrics(path: Path, metrics: Sequence[str]) -> dict[str, MetricSpec]:
+def missing_metrics(path: Path, metrics: Sequence[str], against: Path | None = None) -> dict[str, MetricSpec]:
     """The metrics that this version of the code has not left in the store, by name.
 
     Raises:
-        InputError: no such metric, or one of two captures.
-        StoreError: the store is not there or damaged.
+        InputError: no such metric, or a pair metric without a second store.
+        StoreError: a store is not there or damaged.
     """
     store = AttentionStore.open(path)
     missing: dict[str, MetricSpec] = {}
-    for spec in metrics_of_one_capture(metrics):
-        parameters = stored_parameters(store, spec)
+    specs = load_metrics(metrics)
+    other = _second_store(store, {spec.name: spec for spec in specs}, against)
+    for spec in specs:
+        parameters = stored_parameters(store, spec, other)
         # A measurement that was killed has left its parameters and some of its batches.
         if parameters is None or not has_metric(path, spec.name, parameters):
             missing[spec.name] = spec
     return missing
 
 
-def stored_parameters(store: AttentionStore, spec: MetricSpec) -> dict[str, Any] | None:
+def stored_parameters(
+    store: AttentionStore, spec: MetricSpec, other: AttentionStore | None = None
+) -> dict[str, Any] | None:
     """Parameters of the metric's values that this version of the code left in the store, by whatever backend."""
     for parameters in store.metric_params(spec.name):
-        if metric_parameters(spec, parameters["backend"]) == parameters:
+        if metric_parameters(spec, parameters["backend"], other) == parameters:
             return parameters
     return None
 
 
-def _measure_rows(
-    store: AttentionStore, rows: slice, specs: Sequence[MetricSpec], backend: str
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of some images."""
-    regions = None if store.regions is None else store.regions[rows]
-    measured = [
-        measure_attention(
-            store.read_stored(layer.layer, images=rows, heads=slice(layer.heads)),
-            TokenLayout.from_dict(layer.layout),
-            metrics=specs,
-            backend=backend,
-            regions=regions,
+def _second_store(
+    store: AttentionStore, specs: Mapping[str, MetricSpec], against: Path | None
+) -> AttentionStore | None:
+    """The store that pair metrics compare with; None when there are none."""
+    pairs = [name for name, spec in specs.items() if spec.inputs == "pair"]
+    if not pairs:
+        if against is not None:
+            raise InputError(f"--against {against} is given, but none of {', '.join(specs)} compares two captures")
+        return None
+    if against is None:
+        raise InputError(f"{pairs[0]} compares two captures; name the other one with --against T.zarr")
+    other = AttentionStore.open(against)
+    if other.image_ids != store.image_ids:
+        raise InputError(
+            f"{other.path} was captured over other images than {store.path}; a pair metric compares the same images"
         )
-        for layer in store.schema.layers
-    ]
-    names = [spec.name for spec in specs]
-    return (
-        {name: stack_layers([layer[name] for layer in measured], np.nan) for name in names},
-        {name: stack_layers([layer.undefined_rows[name] for layer in measured], -1) for name in names},
-    )
+    if [dataclasses.replace(layer, factors=None) for layer in other.schema.layers] != [
+        dataclasses.replace(layer, factors=None) for layer in store.schema.layers
+    ]:
+        raise InputError(
+            f"{other.path} has other layers, heads or tokens than {store.path}; a pair metric compares models of one "
+            "architecture at one input size"
+        )
+    _require_maps(other, specs)
+    return other
 
 
-def build_table(
-    stores: Mapping[tuple[str, int], AttentionStore],
-    metrics: Sequence[str],
-    *,
-    seed_invariant: Sequence[str],
-    attributes: Mapping[str, Any],
-) -> xarray.Dataset:
-    """One variable a metric over (condition, seed, image, layer, head[, region]).
+def _require_maps(store: AttentionStore, specs: Iterable[str]) -> None:
+    if not store.schema.encoding:
+        names = ", ".join(specs)
+        raise InputError(
+            f"{store.path} holds no attention maps, so {names} cannot be computed from it; capture again with "
+            f"capture.sinks store, or with {names} in measure.metrics"
+        )
+
+
+def _measure_batches(
+    writer: MetricWriter,
+    store: AttentionStore,
+    other: AttentionStore | None,
+    missing: Mapping[str, MetricSpec],
+    batches: Sequence[int],
+    backend: str,
+) -> None:
+    """Measure batch by batch, layer by layer, in the order in which shards are read ahead."""
+    schema = store.schema
+    requests = [(layer.layer, schema.batch_rows(batch)) for batch in batches for layer in schema.layers]
+    ours = store.read_ahead(requests, threads=READ_THREADS)
+    theirs = iter(()) if other is None else other.read_ahead(requests, threads=READ_THREADS)
+    total = sum(schema.batch_rows(batch).stop - schema.batch_rows(batch).start for batch in batches)
+    image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
+    with ImageProgress(f"measure {store.path.name}", total, 0, image_bytes) as progress:
+        for batch in batches:
+            rows = schema.batch_rows(batch)
+            specs = [missing[name] for name in writer.missing[batch]]
+            regions = None if store.regions is None else store.regions[rows]
+            measured = []
+            for layer in schema.layers:
+                attention = Stored(next(ours), store.precision(layer.layer))
+                compared = None if other is None else Stored(next(theirs), other.precision(layer.layer))
+                layout = TokenLayout.from_dict(layer.layout)
+                measured.append(_measure_layer(attention, compared, layout, specs, backend, regions))
+            names = [spec.name for spec in specs]
+            writer.write_batch(
+                batch,
+                {name: stack_layers([values[name] for values, _ in measured], np.nan) for name in names},
+                {name: stack_layers([counts[name] for _, counts in measured], -1) for name in names},
+            )
+            progress.update(rows.stop - rows.start)
+        writer.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One layer of some images as a store keeps it.
 
     Args:
-        stores: (condition, seed) -> its capture, all over the same images.
-        metrics: names or `module:name`; each must be in every store.
-        seed_invariant: conditions captured once; their values stand at every seed.
-        attributes: of the data set (model, dataset, precision, …).
-
-    Raises:
-        InputError: the captures are not over the same images, layers and heads.
+        attention: maps [image, head, query, key], or their factors.
+        precision: of either, see `store.precisions`.
     """
-    import xarray
 
-    first = next(iter(stores.values()))
-    conditions = list(dict.fromkeys(condition for condition, _ in stores))
-    seeds = sorted({seed for condition, seed in stores if condition not in seed_invariant}) or [next(iter(stores))[1]]
-    for key, store in stores.items():
-        _require_same(first, store, key)
-    pick = {
-        (condition, seed): stores.get((condition, seed))
-        or next(store for (name, _), store in stores.items() if name == condition)
-        for condition in conditions
-        for seed in seeds
-    }
-    schema = first.schema
-    coords: dict[str, Any] = {
-        "condition": _names(conditions),
-        "seed": seeds,
-        "image": _names(first.image_ids),
-        "layer": [layer.layer for layer in schema.layers],
-        "head": np.arange(schema.max_heads),
-        "site": ("layer", _names(layer.site for layer in schema.layers)),
-        "label": ("image", first.labels),
-        "class_name": ("image", _names(first.class_names[label] for label in first.labels)),
-        "seed_invariant": ("condition", [condition in seed_invariant for condition in conditions]),
-    }
-    if schema.regions:
-        coords["region"] = _names(schema.regions)
-    variables: dict[str, Any] = {}
-    undefined: dict[str, dict[str, int]] = {}
-    for name in metrics:
-        spec = load_metric(name)
-        backends = set()
-        columns = []
-        for condition in conditions:
-            of_seeds = []
-            for seed in seeds:
-                store = pick[condition, seed]
-                parameters = stored_parameters(store, spec)
-                if parameters is None:
-                    raise InputError(f"{store.path} has no {spec.name}; measure it first")
-                values, _ = store.read_metric(spec.name, params=parameters)
-                of_seeds.append(values)
-                backends.add(parameters["backend"])
-                counts = store.read_undefined(spec.name, params=parameters)
-                per_condition = undefined.setdefault(spec.name, {})
-                per_condition[condition] = per_condition.get(condition, 0) + int(counts.clip(min=0).sum())
-            columns.append(np.stack(of_seeds))
-        dims = ("condition", "seed", "image", "layer", "head") + (("region",) if spec.inputs == "regions" else ())
-        described = {
-            "units": spec.unit,
-            "title": spec.title or spec.name,
-            "undefined": spec.undefined,
-            "source": spec.source,
-            "backend": ", ".join(sorted(backends)),
-        }
-        variables[spec.name] = (dims, np.stack(columns), described)
-    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in attributes.items()}
-    plain |= {"undefined": json.dumps(undefined), "metrics": json.dumps(list(variables))}
-    return xarray.Dataset(variables, coords, plain)
+    attention: np.ndarray | Factors
+    precision: str
+
+    def maps(self) -> tuple[Any, str]:
+        """Maps as kernels take them, and their precision: as stored, or float32 computed from query and key."""
+        if not isinstance(self.attention, Factors):
+            return _kernel_array(self.attention, self.precision), self.precision
+        images, heads, tokens, _ = self.attention.query.shape
+        out = np.empty((images, heads, tokens, tokens), np.float32)
+        softmax_maps(self.attention, self.precision, out)
+        return out, "float32"
 
 
-def _names(names: Iterable[str]) -> np.ndarray:
-    """Strings as objects: Zarr v3 has a type for strings of any length, and none for NumPy's fixed-length ones."""
-    return np.array(list(names), dtype=object)
-
-
-def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:
-    if store.image_ids != first.image_ids:
-        raise InputError(f"{key[0]} seed {key[1]} was captured over other images than {first.path.name}; capture again")
-    if store.sites != first.sites or store.schema.max_heads != first.schema.max_heads:
-        raise InputError(
-            f"{key[0]} seed {key[1]} has other layers or heads than {first.path.name}; "
-            "only models of one architecture can be compared"
-        )
-
-
-def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
-    """Write `attention_metrics` as .zarr, .h5 and .csv; each appears whole or not at all.
-
-    The CSV is long: one row a (condition, seed, image, layer, head), one column a metric (`metric[region]`).
-    """
-    from store.hdf5 import write_table as write_hdf5
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
-    partial = paths[0].with_name(".attention_metrics.zarr.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    table.to_zarr(partial, mode="w", zarr_format=3, consolidated=False)
-    shutil.rmtree(paths[0], ignore_errors=True)
-    os.replace(partial, paths[0])
-    write_hdf5(table, paths[1])
-    csv = paths[2].with_name(".attention_metrics.csv.partial")
-    _long_frame(table).to_csv(csv, index=False, float_format="%.7g", lineterminator="\n")
-    os.replace(csv, paths[2])
-    return paths
-
-
-def _long_frame(table: xarray.Dataset) -> Any:
-    import pandas
-
-    axes = ["condition", "seed", "image", "layer", "head"]
-    columns = {}
-    for name, values in table.data_vars.items():
-        if "region" in values.dims:
-            for region in table["region"].values:
-                columns[f"{name}[{region}]"] = values.sel(region=region, drop=True)
+def _measure_layer(
+    attention: Stored,
+    other: Stored | None,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    backend: str,
+    regions: np.ndarray | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Each metric's values [image, head(, region)] and undefined-row counts [image, head] of one layer."""
+    measurements = []
+    if of_one := [spec for spec in specs if spec.inputs != "pair"]:
+        stored = attention.attention
+        if isinstance(stored, Factors):
+            query, key = (_kernel_array(part, attention.precision) for part in (stored.query, stored.key))
+            bias: Any = stored.bias
+            if bias is not None and isinstance(query, torch.Tensor):
+                bias = torch.from_numpy(bias)
+            measured = measure_qk(query, key, layout, of_one, stored.scale, bias, backend, regions=regions)
         else:
-            columns[str(name)] = values
-    index = pandas.MultiIndex.from_product([table[axis].values for axis in axes], names=axes)
-    flat = {name: values.transpose(*axes).values.ravel() for name, values in columns.items()}
-    frame = pandas.DataFrame(flat, index=index).reset_index()
-    site = dict(zip(table["layer"].values, table["site"].values, strict=True))
-    frame.insert(axes.index("layer") + 1, "site", frame["layer"].map(site))
-    return frame.dropna(how="all", subset=list(flat))
-
-
-def read_table(path: Path) -> xarray.Dataset:
-    """The table of `write_table`, from its Zarr form, in memory, its metrics in the order they were asked for."""
-    import xarray
-
-    table = xarray.load_dataset(path, engine="zarr", consolidated=False)
-    names: list[str] = json.loads(table.attrs["metrics"])  # a folder's listing has an order of its own
-    return table[names]
-
-
-def prefix_mass_warning(table: xarray.Dataset) -> str:
-    """A sentence on the layers whose patches get almost nothing, or "" when there are none."""
-    if "prefix_mass" not in table:
-        return ""
-    means = table["prefix_mass"].mean(["seed", "image", "head"])
-    high = means.where(means > PREFIX_MASS_WARNING, drop=True)
-    layers = ", ".join(
-        f"layer {int(layer)} of {condition.item()} ({float(high.sel(condition=condition, layer=layer)):.2f})"
-        for condition in high["condition"]
-        for layer in high["layer"].values
-        if np.isfinite(high.sel(condition=condition, layer=layer))
-    )
-    if not layers:
-        return ""
+            maps = _kernel_array(stored, attention.precision)
+            measured = measure_attention(maps, layout, of_one, backend, regions=regions)
+        measurements.append(measured)
+    if of_two := [spec for spec in specs if spec.inputs == "pair"]:
+        assert other is not None  # `_second_store` refuses pair metrics without one
+        ours, theirs = _in_one_precision(attention.maps(), other.maps())
+        measurements.append(measure_pair(ours, theirs, layout, of_two, backend))
     return (
-        f"Prefix tokens take more than {PREFIX_MASS_WARNING} of the attention in {layers}: there the metrics describe "
-        "how the small remainder is spread over the patches."
+        {name: values for measured in measurements for name, values in measured.items()},
+        {name: counts for measured in measurements for name, counts in measured.undefined_rows.items()},
     )
+
+
+def _in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:
+    """Both maps in the coarser of their precisions: what remains of a difference is not the rounding of one alone."""
+    coarser = max(ours[1], theirs[1], key=("float32", "float16", "bfloat16").index)
+    first, second = (
+        maps if precision == coarser else torch.as_tensor(maps).to(getattr(torch, coarser))
+        for maps, precision in (ours, theirs)
+    )
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return first, second
+    return torch.as_tensor(first), torch.as_tensor(second)
+
+
+def _kernel_array(values: np.ndarray, precision: str) -> Any:
+    """Stored values as kernels take them: NumPy, or a torch view of bfloat16's bits."""
+    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if precision == "bfloat16" else values

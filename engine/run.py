@@ -65,11 +65,12 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from engine.measure import measure_store, missing_metrics
 
     path = Path(config.measure.store)
-    missing = missing_metrics(path, config.measure.metrics)
+    against = Path(config.measure.against) if config.measure.against else None
+    missing = missing_metrics(path, config.measure.metrics, against)
     if not missing:
         print(f"{path} holds {', '.join(config.measure.metrics)} already")
         return 0
-    measure_store(path, config.measure.metrics, config.measure.backend)
+    measure_store(path, config.measure.metrics, config.measure.backend, against)
     print(f"{path}: measured {', '.join(missing)}")
     return 0
 
@@ -121,7 +122,7 @@ COMMANDS: dict[str, Command] = {
     "measure": Command(
         "metrics of a stored capture; needs neither model nor images",
         _measure,
-        flags={"--store": "measure.store", "--metrics": "measure.metrics"},
+        flags={"--store": "measure.store", "--metrics": "measure.metrics", "--against": "measure.against"},
         defaults={"data.kind": "folder"},  # the metrics of any study, not those of the embedded one
         required=("--store",),
     ),

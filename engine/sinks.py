@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +19,21 @@ import torch
 from tqdm import tqdm
 
 from engine import __version__
-from engine.capture import AttentionSite, AttentionTap, CaptureError, attention_map, discover_sites, evaluating
-from kernels import Measurement, MetricSpec, TokenLayout, load_metric, measure_qk, resolve
-from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema
+from engine.batch_sinks import BatchSinks, discover_factors, one_bias
+from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
+from engine.progress import ImageProgress
+from kernels import MetricSpec, TokenLayout, load_metric, resolve
+from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
+from store.arrays import attention_arrays
+from store.encodings import resolve_encoding
 from store.schema import ledger_path
 from train.data import ImageSet
 from train.errors import InputError
 
-__all__ = ["Capture", "capture_to_store", "metric_parameters", "metrics_of_one_capture", "stack_layers"]
+__all__ = ["Capture", "capture_to_store", "load_metrics", "metric_parameters", "metrics_of_one_capture"]
 
 # A layer whose mean prefix mass passes this keeps so little on its patches that 16 bits cost 7e-4 nat and 0.1 of I.
 PREFIX_MASS_WARNING = 0.9
-
-
-class _BatchSinks:
-    """Collects what one batch's forward pass leaves for the writer: metric values, maps, or both."""
-
-    def __init__(self, capture: Capture, regions: Mapping[TokenLayout, np.ndarray | None]) -> None:
-        self._capture = capture
-        self._regions = regions
-        self.measurements: list[Measurement] = []
-        self.attention: dict[int, torch.Tensor] = {}
-        self.prefix_mass: dict[int, float] = {}
-
-    def __call__(
-        self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> None:
-        capture = self._capture
-        if "metrics" in capture.sinks:
-            regions = self._regions[site.layout]
-            self.measurements.append(
-                measure_qk(
-                    query,
-                    key,
-                    site.layout,
-                    metrics=capture.metrics,
-                    scale=scale,
-                    bias=bias,
-                    backend=capture.backend,
-                    regions=None if regions is None else torch.from_numpy(regions).to(query.device),
-                )
-            )
-        if "store" in capture.sinks:
-            maps = attention_map(query, key, scale, bias)
-            self.prefix_mass[site.layer] = float(site.layout.prefix(maps).sum(dim=-1).mean())
-            self.attention[site.layer] = maps.to(torch.float16).cpu()
-
-    def metric_values(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of the batch.
-
-        Layers with fewer heads than the widest are filled with NaN and −1.
-        """
-        names = list(self.measurements[0]) if self.measurements else []
-        values = {name: stack_layers([m[name] for m in self.measurements], np.nan) for name in names}
-        counts = {name: stack_layers([m.undefined_rows[name] for m in self.measurements], -1) for name in names}
-        return values, counts
-
-
-def stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:
-    """Arrays [image, head, ...] of several layers as one [image, layer, head, ...]."""
-    arrays = [torch.as_tensor(layer).cpu().numpy() for layer in layers]
-    heads = max(array.shape[1] for array in arrays)
-    padded = [
-        np.pad(array, [(0, 0), (0, heads - array.shape[1])] + [(0, 0)] * (array.ndim - 2), constant_values=fill)
-        for array in arrays
-    ]
-    return np.stack(padded, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +80,8 @@ def capture_to_store(
 ) -> AttentionStore:
     """Stream a data set's attention into a store, resuming at the first batch that is not committed.
 
-    Batches are decoded one ahead and written one behind the forward pass, each by one thread, so memory holds three
-    batches whatever the data set's size.
+    Images are decoded one batch ahead. A layer's attention is encoded and written while the next layers are computed;
+    the writer holds back the forward pass when more than a few layers wait, so memory does not grow with the data set.
 
     Args:
         model: see `AttentionTap`.
@@ -155,33 +105,41 @@ def capture_to_store(
     sites, skipped, num_classes = discover_sites(model, first, capture.layers or None)
     for name, reason in skipped:
         tqdm.write(f"{label}: {name} is left out: {reason}")
+    factors: dict[int, FactorSchema] = {}
+    biases: dict[int, torch.Tensor] = {}
+    if "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors:
+        some = images.batch(list(range(min(2, len(images))))).to(device)
+        factors, biases = discover_factors(model, some, capture.layers)
     regions = {site.layout: images.regions(site.layout) for site in sites}
-    specs = metrics_of_one_capture(capture.metrics)
-    if "metrics" in capture.sinks:
-        needing = [spec.name for spec in specs if spec.inputs == "regions"]
-        if needing and any(region is None for region in regions.values()):
-            raise CaptureError(f"{needing[0]} needs images with regions, and this data set has none; leave it out")
+    specs = metrics_of_one_capture(capture.metrics) if "metrics" in capture.sinks else []
+    needing = [spec.name for spec in specs if spec.inputs == "regions"]
+    if needing and any(region is None for region in regions.values()):
+        raise CaptureError(f"{needing[0]} needs images with regions, and this data set has none; leave it out")
     backend = resolve(capture.backend, device.type).name
-    if "metrics" in capture.sinks and backend == "numba":
+    if specs and backend == "numba":
         _announce_compilation()
     schema = StoreSchema(
         layers=tuple(
-            LayerSchema(layer=site.layer, site=site.name, heads=site.heads, layout=site.layout.to_dict())
+            LayerSchema(
+                layer=site.layer,
+                site=site.name,
+                heads=site.heads,
+                layout=site.layout.to_dict(),
+                factors=factors.get(site.layer),
+            )
             for site in sites
         ),
         image_ids=tuple(images.ids),
         batch_size=capture.batch_size,
         encoding=capture.encoding if "store" in capture.sinks else "",
-        metrics={spec.name: metric_parameters(spec, backend) for spec in specs} if "metrics" in capture.sinks else {},
+        metrics={spec.name: metric_parameters(spec, backend) for spec in specs},
         model=dict(model_info),
         preprocessing=dict(preprocessing),
         dataset=dict(dataset_info),
         precision=str(first.dtype).removeprefix("torch."),
         num_classes=num_classes,
         regions=tuple(images.region_names),
-        region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions")
-        if "metrics" in capture.sinks
-        else (),
+        region_metrics=tuple(needing),
         code_version=__version__,
         extra={"skipped": [list(item) for item in skipped]},
     )
@@ -194,6 +152,7 @@ def capture_to_store(
             class_names=images.class_names,
             manifest=None if manifest is None else dict(manifest),
             regions=next(iter(regions.values())),
+            biases=biases,
         )
 
     try:
@@ -206,8 +165,7 @@ def capture_to_store(
         shutil.rmtree(ledger_path(path), ignore_errors=True)
         opened = open_writer()
     with opened as writer:
-        batches = [batch for batch in range(schema.num_batches) if batch not in writer.committed]
-        _run_batches(model, images, capture, schema, writer, batches, regions, label)
+        _run_batches(model, images, capture, writer, specs, regions, biases, label)
         writer.finish()
     return AttentionStore.open(path)
 
@@ -230,82 +188,104 @@ def _is_other(path: Path, schema: StoreSchema) -> bool:
         return True
 
 
+def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
+    """The metrics of these names.
+
+    Raises:
+        InputError: no such metric.
+    """
+    try:
+        return [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     """The metrics of these names, all of which can be computed from one capture.
 
     Raises:
         InputError: no such metric, or one that compares two captures.
     """
-    specs = []
-    for metric in metrics:
-        try:
-            spec = metric if isinstance(metric, MetricSpec) else load_metric(metric)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    specs = load_metrics(metrics)
+    for spec in specs:
         if spec.inputs == "pair":
-            raise InputError(f"{spec.name} compares two captures, and measure.metrics are those of one; leave it out")
-        specs.append(spec)
+            raise InputError(
+                f"{spec.name} compares two captures, and here there is one; leave it out, or measure stored captures "
+                "with --against"
+            )
     return specs
 
 
-def metric_parameters(spec: MetricSpec, backend: str) -> dict[str, Any]:
-    """What identifies a metric's numbers in a store: its unit, the backend and the code that made them."""
-    return {"unit": spec.unit, "backend": backend, "code_version": __version__}
+def metric_parameters(spec: MetricSpec, backend: str, other: AttentionStore | None = None) -> dict[str, Any]:
+    """What identifies a metric's numbers in a store: its unit, the backend and the code that made them.
+
+    Args:
+        other: the store that a pair metric compares with; its name and its capture's hash are among them.
+    """
+    parameters = {"unit": spec.unit, "backend": backend, "code_version": __version__}
+    if spec.inputs != "pair" or other is None:
+        return parameters
+    return parameters | {"against": {"store": other.path.name, "capture": other.digest}}
+
+
+def _add_attention(
+    writer: AttentionWriter, biases: Mapping[int, torch.Tensor], batch: int, layer: int, attention: Any
+) -> None:
+    """Hand a layer to the writer; a bias that was one for all images must have stayed the same."""
+    if layer in biases and not torch.equal(one_bias(attention.bias), biases[layer]):
+        raise CaptureError(
+            f"the bias of layer {layer} changes from batch to batch though not from image to image, which the encoding "
+            "qk cannot keep; use fp16 or bf16"
+        )
+    writer.add_attention(batch, layer, attention)
 
 
 def _run_batches(
     model: torch.nn.Module,
     images: ImageSet,
     capture: Capture,
-    schema: StoreSchema,
     writer: AttentionWriter,
-    batches: Sequence[int],
+    specs: Sequence[MetricSpec],
     regions: Mapping[TokenLayout, np.ndarray | None],
+    biases: Mapping[int, torch.Tensor],
     label: str,
 ) -> None:
-    """Forward passes over the batches that are missing, decoding one ahead and writing one behind."""
+    """Forward passes over the batches that are missing, images decoded one batch ahead."""
     device = torch.device(capture.device)
+    schema = writer.schema
+    image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
 
     def rows_of(batch: int) -> list[int]:
         rows = schema.batch_rows(batch)
         return list(range(rows.start, rows.stop))
 
     prefix_mass: dict[int, list[float]] = {}
+    batches = writer.missing
+    done = schema.num_images - sum(len(rows_of(batch)) for batch in batches)
     with (
         ThreadPoolExecutor(1, "decode") as decoder,
-        ThreadPoolExecutor(1, "write") as writing,
         evaluating(model),
         torch.inference_mode(),
-        tqdm(total=schema.num_images, desc=label, unit="image", disable=None) as progress,
+        ImageProgress(label, schema.num_images, done, image_bytes) as progress,
     ):
-        progress.update(schema.num_images - sum(len(rows_of(batch)) for batch in batches))
         ahead: Future[torch.Tensor] | None = None
-        behind: Future[None] | None = None
         for position, batch in enumerate(batches):
             rows = rows_of(batch)
             pixels = ahead.result() if ahead is not None else images.batch(rows)
             if position + 1 < len(batches):
                 ahead = decoder.submit(images.batch, rows_of(batches[position + 1]))
             of_batch = {layout: None if r is None else r[rows] for layout, r in regions.items()}
-            sinks = _BatchSinks(capture, of_batch)
+            add_attention = partial(_add_attention, writer, biases, batch)
+            sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention)
             with AttentionTap(model, sinks, layers=capture.layers or None):
                 logits = model(pixels.to(device, non_blocking=True))
-            for layer, mass in sinks.prefix_mass.items():
-                prefix_mass.setdefault(layer, []).append(mass)
+            sinks.finish()
             values, counts = sinks.metric_values()
-            if behind is not None:
-                behind.result()  # one batch in flight: back-pressure, and a failed write stops the run here
-            behind = writing.submit(
-                writer.write_batch,
-                batch,
-                attention=sinks.attention,
-                metrics=values,
-                undefined=counts,
-                logits=logits.float().cpu().numpy(),
-            )
+            writer.commit(batch, values, counts, logits.float().cpu().numpy() if schema.num_classes else None)
+            for layer, mass in sinks.prefix_mass().items():
+                prefix_mass.setdefault(layer, []).append(mass)
             progress.update(len(rows))
-        if behind is not None:
-            behind.result()
+        writer.flush()
     for layer, masses in sorted(prefix_mass.items()):
         if np.mean(masses) > PREFIX_MASS_WARNING:
             tqdm.write(

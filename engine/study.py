@@ -21,7 +21,7 @@ from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
 from engine.folder import capture_settings, manifest_dict, model_info
 from engine.journal import Journal, digest_path
-from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
+from engine.measure import measure_store
 from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.relevance.samples import choose_targets, explain_samples, samples_folder, write_samples
 from engine.report import write_report
@@ -30,6 +30,7 @@ from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import capture_to_store, metrics_of_one_capture
 from engine.statistics import analyse
 from engine.statistics.conditions import check_bounds
+from engine.table import build_table, prefix_mass_warning, read_table, write_table
 from engine.training import Run, StudyData, prepare_data, train_runs
 from kernels import load_metric
 from store import AttentionStore

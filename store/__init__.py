@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from store.schema import SCHEMA, LayerSchema, StoreError, StoreSchema
+from store.schema import SCHEMA, FactorSchema, LayerSchema, StoreError, StoreSchema
 
 if TYPE_CHECKING:
     from store.arrays import estimate_bytes as estimate_bytes
     from store.arrays import require_free_disk as require_free_disk
+    from store.encodings import Factors as Factors
     from store.reader import AttentionStore as AttentionStore
     from store.results import MetricWriter as MetricWriter
     from store.results import has_metric as has_metric
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "AttentionStore": "store.reader",
     "AttentionWriter": "store.writer",
+    "Factors": "store.encodings",
     "MetricWriter": "store.results",
     "estimate_bytes": "store.arrays",
     "has_metric": "store.results",
@@ -31,6 +33,8 @@ __all__ = [
     "SCHEMA",
     "AttentionStore",
     "AttentionWriter",
+    "FactorSchema",
+    "Factors",
     "LayerSchema",
     "MetricWriter",
     "StoreError",

@@ -7,10 +7,11 @@ layer has to be fsynced, not four a shard.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from store.encodings import Array, resolve_encoding
-from store.schema import StoreError, StoreSchema, layer_path, metric_path
+from store.encodings import resolve_encoding
+from store.precisions import FILL, Array, storage_dtype
+from store.schema import LayerSchema, StoreError, StoreSchema, layer_path, metric_path
 
 __all__ = [
     "ArraySpec",
@@ -31,15 +33,17 @@ __all__ = [
     "create_group",
     "create_metric_group",
     "estimate_bytes",
+    "layer_arrays",
+    "layer_attributes",
     "metric_arrays",
-    "open_array",
     "read_attributes",
+    "read_constant",
     "require_free_disk",
+    "shared_biases",
     "store_files",
 ]
 
 CHUNK_IMAGES = 4  # images a chunk: 1-4 serve reading single images, more serve nothing (notes: layout table)
-NOT_COUNTED = -1  # fill of `undefined`: not committed, or a head this layer does not have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +53,7 @@ class ArraySpec:
     Args:
         path: inside the store.
         shape, dims: of the whole array.
-        dtype: NumPy dtype.
-        fill: value of what was never written.
+        precision: see `store.precisions`.
         batch: rows a file.
         chunk: rows a chunk.
         sharded: a file is a shard of chunks (with an index), not a single chunk.
@@ -60,12 +63,26 @@ class ArraySpec:
     path: str
     shape: tuple[int, ...]
     dims: tuple[str, ...]
-    dtype: str
-    fill: float
+    precision: str
     batch: int
     chunk: int
     sharded: bool = False
     attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the stored values."""
+        return storage_dtype(self.precision)
+
+    @property
+    def fill(self) -> float:
+        """Value of what was never written."""
+        return FILL[self.precision]
+
+    @property
+    def shard_chunks(self) -> int:
+        """Chunks a file; 0 if it is a single one, without an index."""
+        return self.batch // self.chunk if self.sharded else 0
 
     def file(self, batch: int) -> str:
         """The file, inside the store, that a batch fills."""
@@ -74,39 +91,57 @@ class ArraySpec:
     @property
     def row_bytes(self) -> int:
         """Bytes an image before compression."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
 
 def batch_arrays(schema: StoreSchema) -> list[ArraySpec]:
     """Every array that a capture batch fills: attention, logits, metrics."""
     arrays = [*attention_arrays(schema)]
     if schema.num_classes:
-        arrays.append(_per_batch(schema, "logits", {"class": schema.num_classes}, "float32", float("nan")))
+        arrays.append(_per_batch(schema, "logits", {"class": schema.num_classes}, "float32"))
     for name, params in schema.metrics.items():
         arrays += metric_arrays(schema, name, params, regions=name in schema.region_metrics)
     return arrays
 
 
 def attention_arrays(schema: StoreSchema) -> list[ArraySpec]:
-    """attention/layer_00, …; none when only metrics are kept."""
+    """attention/layer_00, …, or their query and key; none when only metrics are kept."""
     if not schema.encoding:
         return []
-    encoding = resolve_encoding(schema.encoding)
+    return [array for layer in schema.layers for array in layer_arrays(schema, layer).values()]
+
+
+def layer_arrays(schema: StoreSchema, layer: LayerSchema) -> dict[str, ArraySpec]:
+    """The arrays that keep one layer, by the name of the part."""
     chunk = max(rows for rows in range(1, CHUNK_IMAGES + 1) if schema.batch_size % rows == 0)
-    return [
-        ArraySpec(
-            path=layer_path(layer.layer),
-            shape=(schema.num_images, layer.heads, layer.tokens, layer.tokens),
-            dims=("image", "head", "query", "key"),
-            dtype=encoding.dtype,
-            fill=encoding.fill,
+    return {
+        part.name: ArraySpec(
+            path=f"{layer_path(layer.layer)}/{part.name}".rstrip("/"),
+            shape=(schema.num_images, *part.shape),
+            dims=("image", *part.dims),
+            precision=part.precision,
             batch=schema.batch_size,
             chunk=chunk,
             sharded=True,
-            attributes={"site": layer.site, "layer": layer.layer, "layout": layer.layout},
+            attributes={} if part.name else layer_attributes(layer),
         )
+        for part in resolve_encoding(schema.encoding).parts(layer)
+    }
+
+
+def shared_biases(schema: StoreSchema) -> dict[int, tuple[int, ...]]:
+    """(head, query, key) of the layers whose bias is one for all images."""
+    return {
+        layer.layer: layer.factors.bias_shape
         for layer in schema.layers
-    ]
+        if layer.factors is not None and layer.factors.bias == "shared"
+    }
+
+
+def layer_attributes(layer: LayerSchema) -> dict[str, Any]:
+    """What a layer's array, or the group of its query and key, says about itself."""
+    factors = {"factors": asdict(layer.factors)} if layer.factors is not None else {}
+    return {"site": layer.site, "layer": layer.layer, "layout": layer.layout, **factors}
 
 
 def metric_arrays(schema: StoreSchema, name: str, params: Mapping[str, Any], *, regions: bool) -> list[ArraySpec]:
@@ -115,25 +150,24 @@ def metric_arrays(schema: StoreSchema, name: str, params: Mapping[str, Any], *, 
     axes = {"layer": len(schema.layers), "head": schema.max_heads}
     region = {"region": len(schema.regions)} if regions else {}
     return [
-        _per_batch(schema, f"{group}/value", axes | region, "float32", float("nan")),
-        _per_batch(schema, f"{group}/undefined", axes, "int32", NOT_COUNTED),
+        _per_batch(schema, f"{group}/value", axes | region, "float32"),
+        _per_batch(schema, f"{group}/undefined", axes, "int32"),
     ]
 
 
-def _per_batch(schema: StoreSchema, path: str, axes: dict[str, int], dtype: str, fill: float) -> ArraySpec:
+def _per_batch(schema: StoreSchema, path: str, axes: dict[str, int], precision: str) -> ArraySpec:
     return ArraySpec(
         path=path,
         shape=(schema.num_images, *axes.values()),
         dims=("image", *axes),
-        dtype=dtype,
-        fill=fill,
+        precision=precision,
         batch=schema.batch_size,
         chunk=schema.batch_size,
     )
 
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
-    """One chunk, one thread: zarr switches Blosc's own threads off, which would make bytes differ from run to run."""
+    """The codecs behind the bytes; `store.shards` writes the same."""
     if dtype.kind in "OTU":
         return [ZstdCodec(level=3), Crc32cCodec()]
     return [
@@ -166,9 +200,9 @@ def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:
             shape=array.shape,
             chunks=(array.chunk, *row),
             shards=(array.batch, *row) if array.sharded else None,
-            dtype=array.dtype,
-            fill_value=array.fill,
-            compressors=_compressors(np.dtype(array.dtype)),
+            dtype=array.dtype.newbyteorder("="),
+            fill_value=bool(array.fill) if array.precision == "bool" else array.fill,
+            compressors=_compressors(array.dtype),
             dimension_names=array.dims,
             attributes=array.attributes,
             chunk_key_encoding={"name": "default", "separator": "."},
@@ -192,10 +226,9 @@ def create_constant(root: Path, path: str, dims: tuple[str, ...], values: Array,
     array[...] = values
 
 
-def open_array(root: Path, path: str, *, writable: bool = False) -> zarr.Array[Any]:
-    """An array of the store. Chunks of nothing but the fill value are written like any other: no file means lost."""
-    array = zarr.open_array(LocalStore(root, read_only=not writable), path=path, mode="r+" if writable else "r")
-    return array.with_config({"write_empty_chunks": True})
+def read_constant(root: Path, path: str) -> Array:
+    """A whole small array that never changes."""
+    return np.asarray(zarr.open_array(LocalStore(root, read_only=True), path=path, mode="r")[...])
 
 
 def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
@@ -211,7 +244,7 @@ def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
     for array in batch_arrays(schema):
         chunks = -(-images // array.chunk)
         total += images * array.row_bytes + 64 * chunks  # Blosc header, checksum and index entry a chunk
-    return total
+    return total + sum(4 * math.prod(shape) for shape in shared_biases(schema).values())
 
 
 def require_free_disk(path: Path, schema: StoreSchema, batches: int | None = None) -> None:

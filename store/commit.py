@@ -2,52 +2,166 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from store.arrays import ArraySpec, open_array
-from store.encodings import Array, as_floats
-from store.ledger import PARTIAL, Ledger, LedgerError, batch_name, describe_file, file_problem, sync_directory
+from store.arrays import ArraySpec
+from store.ledger import PARTIAL, Ledger, LedgerError, batch_name, file_problem, sync_directory
+from store.precisions import Array, as_numbers, cast
 from store.schema import StoreError
+from store.shards import FileEntry, encode_chunk, write_file
 
-__all__ = ["check_names", "check_shape", "commit_batch", "metric_values", "skeleton_path", "sound_batches", "sweep"]
+__all__ = [
+    "Committer",
+    "available_cpus",
+    "check_names",
+    "check_shape",
+    "float32",
+    "metric_values",
+    "skeleton_path",
+    "sound_batches",
+    "sweep",
+]
+
+FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
+FILE_THREADS = 2  # one file is written while the other is being forced to disk
+COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one a metric of a measurement
 
 
-def commit_batch(
-    root: Path,
-    ledger: Ledger,
-    record: str,
-    batch: int,
-    rows: slice,
-    values: Iterable[tuple[ArraySpec, Array]],
-) -> None:
-    """Write one file of each array, force them to disk, then commit them by one ledger record.
+def available_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0))
 
-    Raises:
-        StoreError: the disk failed or is full; nothing of the batch is committed.
+
+class Committer:
+    """Encodes, writes and commits in the background, in bounded memory. One writer's own.
+
+    `put` starts a file: its chunks are encoded in parallel and written as they become ready, one sequential write and
+    one fsync a file. `commit` follows when the files it names are on disk. Both return at once, unless as much is
+    under way as memory may hold: that is the back-pressure. What fails in the background is raised by the next call.
+
+    Args:
+        root: the store.
+        ledger: its ledger.
+        threads: that encode; None: one a CPU.
     """
-    files: dict[str, dict[str, Any]] = {}
-    folders: set[Path] = set()
-    try:
-        for array, data in values:
-            file = array.file(batch)
-            # What an earlier, uncommitted or damaged try left would be read and merged into a last, short shard.
-            (root / file).unlink(missing_ok=True)
-            open_array(root, array.path, writable=True)[rows] = data
-            files[file] = describe_file(root, file, sync=True)
-            folders.add((root / file).parent)
-        for folder in folders:
+
+    def __init__(self, root: Path, ledger: Ledger, *, threads: int | None = None) -> None:
+        self._root = root
+        self._ledger = ledger
+        self._slots = threading.BoundedSemaphore(FILES_IN_FLIGHT)
+        self._codec = ThreadPoolExecutor(threads or available_cpus(), "encode")
+        self._files = ThreadPoolExecutor(FILE_THREADS, "write")
+        self._commits = ThreadPoolExecutor(1, "commit")
+        self._pending: deque[Future[None]] = deque()
+        self._failure: StoreError | None = None
+        self.told = False  # whether some call has raised the failure
+
+    def put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
+        """Start the file that a batch fills. The values are kept until it is written: do not change them.
+
+        Args:
+            array: whose file it is.
+            batch: its number.
+            values: [image, *array.shape[1:]] of at most `array.batch` images.
+            precision: of the values; cast to the array's own chunk by chunk, while they are in cache.
+
+        Raises:
+            StoreError: an earlier file or commit failed.
+        """
+        self._slots.acquire()
+        try:
+            self._raise_failure()
+            chunks = [
+                self._codec.submit(_encode, array, values[begin : begin + array.chunk], precision)
+                for begin in range(0, len(values), array.chunk)
+            ]
+            path = self._root / array.file(batch)
+            written = self._files.submit(
+                self._guarded, batch, write_file, path, chunks, shard_chunks=array.shard_chunks
+            )
+        except BaseException:
+            self._slots.release()
+            raise
+        written.add_done_callback(lambda _: self._slots.release())
+        return written
+
+    def commit(self, record: str, batch: int, files: Mapping[str, Future[FileEntry]], done: Callable[[], None]) -> None:
+        """Commit a batch by one ledger record, when its files and their names are on disk; then call `done`.
+
+        Raises:
+            StoreError: an earlier file or commit failed.
+        """
+
+        def work() -> None:
+            entries = {file: future.result() for file, future in files.items()}
+            self._guarded(batch, self._write_record, record, batch, entries)
+            done()
+
+        self._raise_failure()
+        while len(self._pending) >= COMMITS_IN_FLIGHT:
+            self._wait()
+        self._pending.append(self._commits.submit(work))
+
+    def flush(self) -> None:
+        """Wait until everything is committed.
+
+        Raises:
+            StoreError: the disk failed or is full; what was committed before is intact.
+        """
+        while self._pending:
+            self._wait()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Wait for what is under way and end the threads."""
+        for executor in (self._codec, self._files, self._commits):
+            executor.shutdown(wait=True)
+
+    def _write_record(self, record: str, batch: int, entries: Mapping[str, FileEntry]) -> None:
+        for folder in {(self._root / file).parent for file in entries}:
             sync_directory(folder)
-        ledger.write(record, {"batch": batch, "files": files})
-    except OSError as error:
-        raise StoreError(
-            f"batch {batch} of {root} could not be written: {error}; the batches committed before it are intact, "
-            "run again to go on"
-        ) from error
+        self._ledger.write(record, {"batch": batch, "files": dict(entries)})
+
+    def _guarded(self, batch: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do some of a batch's work; a disk's failure becomes the sentence that ends the run."""
+        try:
+            return work(*args, **kwargs)
+        except OSError as error:
+            self._failure = StoreError(
+                f"batch {batch} of {self._root} could not be written: {error}; the batches committed before it are "
+                "intact, run again to go on"
+            )
+            raise self._failure from error
+
+    def _wait(self) -> None:
+        try:
+            self._pending.popleft().result()
+        except BaseException:
+            self.told = True
+            raise
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self.told = True
+            raise self._failure
+
+
+def _encode(array: ArraySpec, values: Array, precision: str) -> tuple[bytes, bytes]:
+    """One chunk; rows that it has and the array lacks hold the fill value."""
+    if len(values) < array.chunk:
+        whole = np.full((array.chunk, *array.shape[1:]), array.fill, array.dtype)
+        whole[: len(values)] = cast(values, precision, array.precision)
+        return encode_chunk(whole, array.precision, array.precision)
+    return encode_chunk(values, precision, array.precision)
 
 
 def metric_values(
@@ -59,7 +173,7 @@ def metric_values(
         StoreError: another shape or dtype.
     """
     array, given = value
-    values = as_floats(given, f"metric {name!r}").astype(np.float32, copy=False)
+    values = float32(given, f"metric {name!r}")
     check_shape(f"metric {name!r}", values, (images, *array.shape[1:]))
     array_of_counts, given_counts = undefined
     counts = np.asarray(given_counts)
@@ -67,6 +181,18 @@ def metric_values(
         raise StoreError(f"undefined counts of {name!r} have dtype {counts.dtype}; expected integers")
     check_shape(f"undefined counts of {name!r}", counts, (images, *array_of_counts.shape[1:]))
     return [(array, values), (array_of_counts, counts.astype(np.int32))]
+
+
+def float32(values: Any, what: str) -> Array:
+    """Floating-point values as float32.
+
+    Raises:
+        StoreError: as `as_numbers`.
+    """
+    array, precision = as_numbers(values, what)
+    if precision == "bool":
+        raise StoreError(f"{what} has dtype bool; expected floating point")
+    return cast(array, precision, "float32")
 
 
 def sound_batches(

@@ -1,9 +1,8 @@
-"""ENCODINGS: how a layer's attention becomes bytes.  <- the seam for a new encoding
+"""ENCODINGS: what is kept of a layer's attention, and how its maps come back.  <- the seam for a new encoding
 
-An encoding turns float maps into the array that Zarr holds and back. The codec chain behind it is the same
-for all: bytes -> Blosc (lz4, level 5, bitshuffle) -> CRC-32C, inside a shard whose index has a CRC-32C too.
-Measured on a trained ViT's maps, it takes 0.75 of raw fp16; zstd-1 takes 0.71-0.74 at a third of the speed.
-Without the CRC-32C, 58 of 60 flipped bits read back wrong in silence; with it, none.
+An encoding names the arrays that keep a layer (`Part`) and splits what a capture gives into them. The codec chain
+behind all is the same (see `store.shards`). It takes 0.75 of raw fp16 on a trained ViT's maps; zstd-1 takes 0.71-0.74
+at a third of the speed. Without the CRC-32C, 58 of 60 flipped bits read back wrong in silence; with it, none.
 """
 
 from __future__ import annotations
@@ -14,11 +13,56 @@ from typing import Any
 
 import numpy as np
 
-from store.schema import StoreError
+from store.precisions import Array, as_numbers, widen
+from store.schema import FactorSchema, LayerSchema, StoreError
 
-__all__ = ["ENCODINGS", "Encoding", "as_floats", "resolve_encoding"]
+__all__ = [
+    "ENCODINGS",
+    "Encoding",
+    "Factors",
+    "Part",
+    "bias_dims",
+    "factor_schema",
+    "resolve_encoding",
+    "shared_bias",
+    "softmax_maps",
+    "with_all_axes",
+]
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Numbers = tuple[Array, str]  # values and their precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What one layer's attention is made of: softmax(scale · query·keyᵀ + bias).
+
+    Args:
+        query, key: [image, head, token, head_dim], after any rotary embedding and normalisation.
+        scale: factor of q·k.
+        bias: additive, or boolean (True = attend), broadcastable to [image, head, query, key]; None: none.
+    """
+
+    query: Any
+    key: Any
+    scale: float
+    bias: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One array that keeps a part of a layer's attention.
+
+    Args:
+        name: behind the layer's path; "": the layer is this array.
+        dims: behind `image`.
+        shape: of an image.
+        precision: see `store.precisions`.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    precision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +71,17 @@ class Encoding:
 
     Args:
         name: what a user writes in `capture.encoding`.
-        dtype: NumPy dtype of the stored array.
-        fill: value of rows never written; decodes to NaN.
-        encode: float [image, head, query, key] -> stored array of the same shape.
-        decode: (stored array, out), out float32 of the same shape to write into: a layer of ViT-B for 32 images
-            is 60 MB, which is not to be copied twice.
-        note: one line on what it costs, for the docs.
+        note: one line on what it costs.
+        keeps_factors: whether query and key are kept, not the maps.
+        parts: a layer's arrays that grow with the images.
+        split: (layer, attention as captured) -> values of each part by name, and their precision.
     """
 
     name: str
-    dtype: str
-    fill: float
-    encode: Callable[[Array], Array]
-    decode: Callable[[Array, Array], None]
     note: str
-
-
-ENCODINGS: dict[str, Encoding] = {
-    encoding.name: encoding
-    for encoding in (
-        Encoding(
-            name="fp16",
-            dtype="float16",
-            fill=float("nan"),
-            encode=lambda maps: maps.astype(np.float16, copy=False),
-            decode=lambda stored, out: np.copyto(out, stored),
-            note="half precision; at most 1.5e-5 nat of entropy on the maps tried",
-        ),
-    )
-}
+    keeps_factors: bool
+    parts: Callable[[LayerSchema], tuple[Part, ...]]
+    split: Callable[[LayerSchema, Any], dict[str, Numbers]]
 
 
 def resolve_encoding(name: str) -> Encoding:
@@ -69,16 +95,174 @@ def resolve_encoding(name: str) -> Encoding:
     return ENCODINGS[name]
 
 
-def as_floats(values: Any, what: str) -> Array:
-    """A floating-point NumPy view of an array or CPU tensor.
+# --------------------------------------------------------------------------------------------------------------- maps
+
+
+def _keeping_maps(name: str, precision: str, note: str) -> Encoding:
+    def parts(layer: LayerSchema) -> tuple[Part, ...]:
+        return (Part("", ("head", "query", "key"), (layer.heads, layer.tokens, layer.tokens), precision),)
+
+    def split(layer: LayerSchema, attention: Any) -> dict[str, Numbers]:
+        what = f"attention of layer {layer.layer}"
+        if isinstance(attention, Factors):
+            raise StoreError(f"{what} is given as query and key; {name} keeps maps [image, head, query, key]")
+        return {"": as_numbers(attention, what)}
+
+    return Encoding(name, note, False, parts, split)
+
+
+# ------------------------------------------------------------------------------------------------------------ factors
+
+
+def factor_schema(factors: Factors, heads: int) -> FactorSchema:
+    """What is fixed about a layer's factors, read off those of two images or more (one, if there are no more).
+
+    float16 and bfloat16 are kept as they are; float32 is kept as float16.
 
     Raises:
-        StoreError: it is not on the CPU, needs gradients, or is not floating point.
+        StoreError: not floating point, or a bias that is no [image, head, query, key].
     """
-    try:
-        array = np.asarray(values)
-    except (TypeError, RuntimeError) as error:
-        raise StoreError(f"{what} cannot be read as a NumPy array: {error}") from error
-    if array.dtype.kind != "f":
-        raise StoreError(f"{what} has dtype {array.dtype}; expected floating point")
-    return array
+    query, precision = as_numbers(factors.query, "query")
+    images = query.shape[0]
+    kind, shape, bias_precision = "", (), "float32"
+    if factors.bias is not None:
+        bias, bias_precision = as_numbers(factors.bias, "bias")
+        bias = bias[(np.newaxis,) * (4 - bias.ndim)]
+        if bias.ndim != 4 or bias.shape[0] not in (1, images) or bias.shape[1] not in (1, heads):
+            raise StoreError(f"bias has shape {bias.shape}; expected [image, head, query, key], or 1 in place of some")
+        # Expanded over the images, it is one bias for all.
+        kind = "shared" if bias.shape[0] == 1 or bias.strides[0] == 0 else "image"
+        shape = bias.shape[1:]
+    return FactorSchema(
+        head_dim=query.shape[-1],
+        precision="bfloat16" if precision == "bfloat16" else "float16",
+        scale=float(factors.scale),
+        bias=kind,
+        bias_shape=shape,
+        bias_precision="bool" if bias_precision == "bool" else "float32",
+    )
+
+
+def bias_dims(layer: LayerSchema) -> tuple[str, ...]:
+    """Dimensions of a layer's kept bias behind `image`: those along which it is not constant."""
+    return tuple(("head", "query_token", "key_token")[axis] for axis in _varying(_factors(layer).bias_shape))
+
+
+def shared_bias(layer: LayerSchema, bias: Any) -> Array:
+    """The bias of all images as it is kept: over `bias_dims`.
+
+    Raises:
+        StoreError: another shape than the schema's.
+    """
+    values, precision = as_numbers(bias, f"bias of layer {layer.layer}")
+    factors = _factors(layer)
+    values = values[(np.newaxis,) * (4 - values.ndim)]
+    if precision == "bfloat16":
+        wide = np.empty(values.shape, np.float32)
+        widen(values, precision, wide)
+        values = wide
+    if values.shape[1:] != factors.bias_shape:
+        raise StoreError(f"bias of layer {layer.layer} has shape {values.shape}; expected [1, *{factors.bias_shape}]")
+    return np.ascontiguousarray(values[0].astype(factors.bias_precision, copy=False)).reshape(_kept(factors.bias_shape))
+
+
+def with_all_axes(layer: LayerSchema, kept: Array) -> Array:
+    """A kept bias with the axes that were left out, broadcastable to [(image,) head, query, key]."""
+    factors = _factors(layer)
+    return kept.reshape(*(kept.shape[:1] if factors.bias == "image" else ()), *factors.bias_shape)
+
+
+def _factors(layer: LayerSchema) -> FactorSchema:
+    assert layer.factors is not None  # StoreSchema refuses such a layer
+    return layer.factors
+
+
+def _varying(shape: tuple[int, ...]) -> list[int]:
+    """Axes of (head, query, key) along which a bias is not constant: the others are not kept."""
+    return [axis for axis, size in enumerate(shape) if size > 1]
+
+
+def _kept(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _varying(shape))
+
+
+def _factor_parts(layer: LayerSchema) -> tuple[Part, ...]:
+    factors = _factors(layer)
+    shape = (layer.heads, layer.tokens, factors.head_dim)
+    dims = ("head", "token", "dim")
+    parts = [Part("query", dims, shape, factors.precision), Part("key", dims, shape, factors.precision)]
+    if factors.bias == "image":
+        parts.append(Part("bias", bias_dims(layer), _kept(factors.bias_shape), factors.bias_precision))
+    return tuple(parts)
+
+
+def _split_factors(layer: LayerSchema, attention: Any) -> dict[str, Numbers]:
+    what = f"attention of layer {layer.layer}"
+    if not isinstance(attention, Factors):
+        raise StoreError(f"{what} is a {type(attention).__name__}; the qk encoding takes Factors(query, key, scale)")
+    fixed = _factors(layer)
+    if float(attention.scale) != fixed.scale:
+        raise StoreError(f"{what} has scale {attention.scale}; the store's schema has {fixed.scale}")
+    if (attention.bias is None) != (fixed.bias == ""):
+        raise StoreError(f"{what} comes {'without' if attention.bias is None else 'with'} a bias, unlike the first one")
+    numbers = {
+        name: as_numbers(getattr(attention, name), f"{name} of layer {layer.layer}") for name in ("query", "key")
+    }
+    for name, (values, precision) in numbers.items():
+        if fixed.precision == "float16" and precision in ("float32", "float64"):
+            largest = max(float(values.max()), -float(values.min()), 0.0)
+            if not largest < 65520:  # NaN too
+                raise StoreError(
+                    f"{name} of layer {layer.layer} reaches {largest:.3g}, which float16 cannot hold; keep maps with "
+                    "encoding fp16 or bf16, or run the model in bfloat16"
+                )
+    if fixed.bias == "image":
+        bias, precision = as_numbers(attention.bias, f"bias of layer {layer.layer}")
+        bias = bias[(np.newaxis,) * (4 - bias.ndim)]
+        images = numbers["query"][0].shape[0]
+        bias = np.broadcast_to(bias, (images, *bias.shape[1:])) if bias.shape[0] == 1 else bias
+        if bias.shape[1:] != fixed.bias_shape:
+            raise StoreError(
+                f"bias of layer {layer.layer} has shape {bias.shape}; expected {fixed.bias_shape} an image"
+            )
+        numbers["bias"] = (bias.reshape(images, *_kept(fixed.bias_shape)), precision)
+    return numbers
+
+
+def softmax_maps(factors: Factors, precision: str, out: Array) -> None:
+    """softmax(scale · q kᵀ + bias), image by image, in float32.
+
+    Args:
+        factors: as they are stored, in `precision`; the bias float32 or boolean.
+        out: float32 [image, head, query, key].
+    """
+    shape = factors.query.shape[1:]
+    query, key = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    for image, logits in enumerate(out):
+        widen(factors.query[image], precision, query)
+        widen(factors.key[image], precision, key)
+        np.matmul(query * np.float32(factors.scale), key.swapaxes(-2, -1), out=logits)
+        bias = factors.bias[image] if factors.bias is not None and factors.bias.ndim == 4 else factors.bias
+        if bias is not None and bias.dtype == bool:
+            np.copyto(logits, -np.inf, where=~bias)
+        elif bias is not None:
+            logits += bias
+        logits -= logits.max(axis=-1, keepdims=True)
+        np.exp(logits, out=logits)
+        logits /= logits.sum(axis=-1, keepdims=True)
+
+
+ENCODINGS: dict[str, Encoding] = {
+    encoding.name: encoding
+    for encoding in (
+        _keeping_maps("fp16", "float16", "maps in half precision: 1.5e-5 nat of entropy, 1.2e-5 of Moran's I"),
+        _keeping_maps("bf16", "bfloat16", "maps in bfloat16: three quarters of fp16's bytes, eight times its error"),
+        Encoding(
+            "qk",
+            "query and key in 16 bits, exact for a model that ran in them; 2·head_dim/tokens of fp16's bytes",
+            True,
+            _factor_parts,
+            _split_factors,
+        ),
+    )
+}

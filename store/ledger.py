@@ -3,7 +3,7 @@
 run.ledger/  lock                       held (flock) by the one writer
              metadata.json              hashes of every zarr.json and of images/{id, label, regions}
              manifest.json              every file of the data set with its status
-             batch_000000.json          hashes and sizes of every shard the batch filled
+             batch_000000.json          hashes and sizes of every shard the batch filled (see `store.shards`)
              complete.json              written by `finish`: how many batches there must be
              metrics/<name>/<params hash>/{metadata, batch_000000}.json     metrics computed later
 
@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from store.schema import StoreError
+from store.shards import PARTIAL, FileEntry, ShardError, describe_shard
 
 __all__ = ["PARTIAL", "Ledger", "LedgerError", "batch_name", "describe_file", "file_problem", "sync_directory"]
-
-PARTIAL = ".partial"  # suffix of everything unfinished, zarr-python's and ours
 
 
 class LedgerError(StoreError):
@@ -50,7 +49,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def describe_file(root: Path, path: str, *, sync: bool = False) -> dict[str, Any]:
+def describe_file(root: Path, path: str, *, sync: bool = False) -> FileEntry:
     """Size and SHA-256 of a file of the store, optionally after forcing it to disk."""
     with open(root / path, "rb") as file:
         if sync:
@@ -58,7 +57,7 @@ def describe_file(root: Path, path: str, *, sync: bool = False) -> dict[str, Any
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def file_problem(root: Path, path: str, expected: dict[str, Any], *, content: bool = True) -> str:
+def file_problem(root: Path, path: str, expected: FileEntry, *, content: bool = True) -> str:
     """What is wrong with a file of the store, "" if nothing.
 
     Args:
@@ -69,10 +68,16 @@ def file_problem(root: Path, path: str, expected: dict[str, Any], *, content: bo
         size = (root / path).stat().st_size
         if size != expected["bytes"]:
             return f"has {size} bytes; {expected['bytes']} were committed"
-        if content and describe_file(root, path)["sha256"] != expected["sha256"]:
+        if not content:
+            return ""
+        sharded = "chunks" in expected
+        found = describe_shard(root / path, expected["chunks"]) if sharded else describe_file(root, path)
+        if found["sha256"] != expected["sha256"]:
             return "its content changed after it was committed (SHA-256 differs)"
     except FileNotFoundError:
         return "is missing"
+    except ShardError as error:
+        return f"its content changed after it was committed ({error})"
     return ""
 
 

@@ -18,14 +18,17 @@ from store.arrays import (
     create_constant,
     create_group,
     create_metric_group,
-    open_array,
+    layer_attributes,
     read_attributes,
+    read_constant,
+    shared_biases,
     store_files,
 )
-from store.commit import check_shape, skeleton_path
-from store.encodings import Array, as_floats
+from store.commit import check_names, check_shape, float32, skeleton_path
+from store.encodings import bias_dims, shared_bias
 from store.ledger import Ledger, LedgerError, describe_file, file_problem, sync_directory
-from store.schema import SCHEMA, StoreError, StoreSchema
+from store.precisions import Array
+from store.schema import SCHEMA, StoreError, StoreSchema, layer_path
 
 __all__ = ["Metadata"]
 
@@ -42,17 +45,25 @@ class Metadata:
         class_names: Sequence[str],
         manifest: dict[str, Any] | None,
         regions: Array | None,
+        biases: Mapping[int, Any] | None,
     ) -> None:
         self.schema = schema
         self.labels = np.asarray(labels, dtype=np.int64)
         check_shape("labels", self.labels, (schema.num_images,))
-        self.regions = None if regions is None else as_floats(regions, "regions").astype(np.float32, copy=False)
+        self.regions = None if regions is None else float32(regions, "regions")
         if (self.regions is None) != (not schema.regions):
             raise StoreError(f"schema.regions is {list(schema.regions)}, but regions are given: {regions is not None}")
         if self.regions is not None:
             shape = (schema.num_images, len(schema.regions))
             if self.regions.ndim != 3 or self.regions.shape[:2] != shape:
                 raise StoreError(f"regions has shape {self.regions.shape}; expected {shape} and the patches")
+        check_names("layers with a shared bias", biases or {}, shared_biases(schema))
+        # path -> dimensions and values of the biases that all images share
+        self.biases = {
+            f"{layer_path(layer.layer)}/bias": (bias_dims(layer), shared_bias(layer, (biases or {})[layer.layer]))
+            for layer in schema.layers
+            if layer.layer in shared_biases(schema)
+        }
         try:
             self.manifest = json.loads(json.dumps(manifest, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -94,6 +105,7 @@ class Metadata:
             finally:
                 shutil.rmtree(skeleton)
         self._compare_images(root)
+        self._compare_biases(root)
         self._compare_manifest(ledger)
 
     def _repair_record(self, root: Path, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
@@ -130,7 +142,12 @@ class Metadata:
             create_group(skeleton, group)
         for name, params in schema.metrics.items():
             create_metric_group(skeleton, name, params)
+        for layer in schema.layers:
+            if layer.factors is not None:
+                create_group(skeleton, layer_path(layer.layer), layer_attributes(layer))
         create_arrays(skeleton, batch_arrays(schema))
+        for path, (dims, values) in self.biases.items():
+            create_constant(skeleton, path, dims, values, {})
         create_constant(skeleton, "images/id", ("image",), np.array(schema.image_ids, dtype=object), {})
         create_constant(skeleton, "images/label", ("image",), self.labels, {})
         if self.regions is not None:
@@ -162,7 +179,7 @@ class Metadata:
         if self.regions is not None:
             expected["images/regions"] = self.regions
         for path, ours in expected.items():
-            theirs = np.asarray(open_array(root, path)[...])
+            theirs = read_constant(root, path)
             if theirs.shape != ours.shape:
                 raise StoreError(f"{root}: {path} has shape {theirs.shape}; expected {ours.shape}")
             same = (theirs == ours) | ((theirs != theirs) & (ours != ours))  # NaN is the same as NaN
@@ -173,6 +190,14 @@ class Metadata:
                 raise StoreError(
                     f"{root} was captured with another {path}: row {row}{values}; "
                     "capture into another store, or delete this one and its ledger"
+                )
+
+    def _compare_biases(self, root: Path) -> None:
+        for path, (_, ours) in self.biases.items():
+            if not np.array_equal(read_constant(root, path), ours):
+                raise StoreError(
+                    f"{root} was captured with another bias in {path}; capture into another store, or delete this one "
+                    "and its ledger"
                 )
 
     def _compare_manifest(self, ledger: Ledger) -> None:

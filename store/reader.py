@@ -1,21 +1,25 @@
-"""Reading a store: committed batches only, every byte checked, float32 out."""
+"""Reading a store: committed batches only, every byte checked, chunks decoded in parallel, float32 out."""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from store.arrays import ArraySpec, batch_arrays, metric_arrays, open_array, read_attributes
-from store.encodings import Array, resolve_encoding
-from store.ledger import Ledger, LedgerError, batch_name, file_problem
+from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, read_attributes, read_constant
+from store.encodings import Factors, softmax_maps, with_all_axes
+from store.ledger import Ledger, file_problem
+from store.precisions import Array
+from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
     SCHEMA,
+    LayerSchema,
     StoreError,
     StoreSchema,
     layer_path,
@@ -25,8 +29,6 @@ from store.schema import (
 )
 
 __all__ = ["AttentionStore", "check_files", "open_metadata"]
-
-Rows = slice | Sequence[int] | Array
 
 
 class AttentionStore:
@@ -58,7 +60,8 @@ class AttentionStore:
         self.class_names = tuple(attrs["class_names"])
         self._ledger = ledger
         self._arrays = {array.path: array for array in batch_arrays(self.schema)}
-        self._records = _Records(ledger, self.schema)
+        self._records = Records(ledger, self.schema)
+        self._biases: dict[int, Array] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -70,17 +73,17 @@ class AttentionStore:
         root = store_path(path)
         try:
             ledger, attrs = open_metadata(root)
-            return cls(root, ledger, attrs, [str(name) for name in _read_constant(root, "images/id")])
+            return cls(root, ledger, attrs, [str(name) for name in read_constant(root, "images/id")])
         except OSError as error:
             raise StoreError(f"{root} cannot be read: {error}") from error
 
     @cached_property
     def labels(self) -> Array:
-        return _read_constant(self.path, "images/label")
+        return read_constant(self.path, "images/label")
 
     @cached_property
     def regions(self) -> Array | None:
-        return _read_constant(self.path, "images/regions") if self.schema.regions else None
+        return read_constant(self.path, "images/regions") if self.schema.regions else None
 
     @property
     def committed_batches(self) -> tuple[int, ...]:
@@ -110,6 +113,11 @@ class AttentionStore:
         manifest: dict[str, Any] = self._ledger.read("manifest")["manifest"]
         return manifest
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the record of this capture's metadata: what tells it from every other capture."""
+        return hashlib.sha256(self._ledger.file("metadata").read_bytes()).hexdigest()
+
     def layout(self, layer: int) -> dict[str, int | bool]:
         """`TokenLayout.to_dict()` of a layer's maps."""
         self._check_layer(layer)
@@ -123,8 +131,17 @@ class AttentionStore:
         """
         return self._records.files(batch)
 
+    def precision(self, layer: int) -> str:
+        """Number format of what `read_stored` or `read_factors` gives: "float16", or "bfloat16" (as uint16 bits).
+
+        Raises:
+            StoreError: no such layer, or no attention is stored.
+        """
+        arrays = self._layer_arrays(layer)
+        return arrays["query" if "query" in arrays else ""].precision
+
     def read(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Array:
-        """Post-softmax attention of one layer, float32 [image, head, query, key].
+        """Post-softmax attention of one layer, float32 [image, head, query, key], whatever its encoding.
 
         Args:
             layer: one of `layers`.
@@ -134,33 +151,101 @@ class AttentionStore:
             StoreError: no such layer or rows, no attention stored, rows of batches that are not committed, or a
                 shard that is missing, truncated or damaged (array and batch are named).
         """
-        return self._read_maps(layer, images, heads, as_stored=False)
+        arrays = self._layer_arrays(layer)
+        if "query" not in arrays:
+            return self._begin(arrays[""], images, columns=heads, wide=True)()
+        factors = self.read_factors(layer, images, heads)
+        tokens = arrays["query"].shape[2]
+        maps = np.empty((*factors.query.shape[:2], tokens, tokens), dtype=np.float32)
+        softmax_maps(factors, self.precision(layer), maps)
+        return maps
 
     def read_stored(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Array:
-        """The same maps in the precision they are stored in (float16): half the bytes of `read`, nothing widened.
+        """The same maps in the precision they are stored in: half the bytes of `read`, nothing widened.
+
+        Raises:
+            StoreError: as `read`; or query and key are stored, not maps.
+        """
+        arrays = self._layer_arrays(layer)
+        if "query" in arrays:
+            raise StoreError(f"{self.path} keeps query and key, not maps; use read_factors, or read for float32 maps")
+        return self._begin(arrays[""], images, columns=heads)()
+
+    def read_factors(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Factors:
+        """Query and key of one layer, [image, head, token, head_dim] as they are stored, with scale and bias.
+
+        The bias is float32 or boolean, [(image,) head, query, key] with 1 where it is constant along an axis.
+
+        Raises:
+            StoreError: as `read`; or maps are stored, not query and key.
+        """
+        return self._begin_factors(layer, images, heads)()
+
+    def read_ahead(
+        self, requests: Iterable[tuple[int, slice]], *, threads: int | None = None, ahead: int = 2
+    ) -> Iterator[Array | Factors]:
+        """What is stored of several (layer, images), in order, the next ones being read while one is used.
+
+        Maps as `read_stored` has them, or `Factors` as `read_factors`.
+
+        Args:
+            requests: layer and rows of each.
+            threads: that decode; None: one a CPU.
+            ahead: requests under way while one is used.
 
         Raises:
             StoreError: as `read`.
         """
-        return self._read_maps(layer, images, heads, as_stored=True)
+        under_way: deque[Callable[[], Array | Factors]] = deque()
+        for layer, images in requests:
+            arrays = self._layer_arrays(layer)
+            if "query" in arrays:
+                under_way.append(self._begin_factors(layer, images, slice(None), threads))
+            else:
+                under_way.append(self._begin(arrays[""], images, threads=threads))
+            if len(under_way) > ahead:
+                yield under_way.popleft()()
+        while under_way:
+            yield under_way.popleft()()
 
-    def _read_maps(self, layer: int, images: Rows, heads: Rows, *, as_stored: bool) -> Array:
+    def _layer_arrays(self, layer: int) -> dict[str, ArraySpec]:
+        """The arrays that keep a layer, by the name of the part."""
         self._check_layer(layer)
         if not self.schema.encoding:
             raise StoreError(f"{self.path} holds metrics only; capture with the `store` sink to keep attention")
-        array = self._arrays[layer_path(layer)]
-        columns = _positions(heads, array.shape[1], "heads")
-        encoding = resolve_encoding(self.schema.encoding)
-        whole = np.array_equal(columns, np.arange(array.shape[1]))
-        rows = _positions(images, self.schema.num_images, "images")
-        maps = np.empty((rows.size, columns.size, *array.shape[2:]), dtype=encoding.dtype if as_stored else np.float32)
-        for where, stored in self._batches(array, rows, self._records):
-            chosen = stored if whole else stored[:, columns]
-            if as_stored:
-                maps[where] = chosen
-            else:
-                encoding.decode(chosen, maps[where])
-        return maps
+        return layer_arrays(self.schema, self._layer_schema(layer))
+
+    def _layer_schema(self, layer: int) -> LayerSchema:
+        return self.schema.layers[self.layers.index(layer)]
+
+    def _begin_factors(
+        self, layer: int, images: Rows, heads: Rows, threads: int | None = None
+    ) -> Callable[[], Factors]:
+        """Begin to read query, key and bias; the result waits for them."""
+        arrays, described = self._layer_arrays(layer), self._layer_schema(layer)
+        fixed = described.factors
+        if fixed is None:
+            raise StoreError(f"{self.path} keeps maps, not query and key; use read or read_stored")
+        chosen = {name: slice(None) if name == "bias" else heads for name in arrays}
+        parts = {
+            name: self._begin(array, images, columns=chosen[name], threads=threads) for name, array in arrays.items()
+        }
+
+        def finish() -> Factors:
+            stored = {name: wait() for name, wait in parts.items()}
+            if fixed.bias == "shared":
+                stored["bias"] = self._shared_bias(layer)
+            bias = with_all_axes(described, stored["bias"]) if fixed.bias else None
+            if bias is not None and bias.shape[-3] > 1:
+                bias = bias[..., positions(heads, described.heads, "heads"), :, :]
+            return Factors(query=stored["query"], key=stored["key"], scale=fixed.scale, bias=bias)
+
+        return finish
+
+    def _shared_bias(self, layer: int) -> Array:
+        if layer not in self._biases:
+            self._biases[layer] = read_constant(self.path, f"{layer_path(layer)}/bias")
+        return self._biases[layer]
 
     def read_logits(self, images: Rows = slice(None)) -> Array:
         """The model's logits, float32 [image, class].
@@ -170,7 +255,7 @@ class AttentionStore:
         """
         if not self.schema.num_classes:
             raise StoreError(f"{self.path} holds no logits")
-        return self._gather(self._arrays["logits"], images, self._records)
+        return self._begin(self._arrays["logits"], images)()
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -196,7 +281,7 @@ class AttentionStore:
         """
         chosen = self._choose(name, params)
         array, records = self._metric(name, chosen, "value")
-        return self._gather(array, images, records), chosen
+        return self._begin(array, images, records)(), chosen
 
     def read_undefined(self, name: str, images: Rows = slice(None), params: Mapping[str, Any] | None = None) -> Array:
         """How many rows of each map had no value, int32 [image, layer, head]; −1 for heads a layer does not have.
@@ -205,7 +290,7 @@ class AttentionStore:
             StoreError: as `read_metric`.
         """
         array, records = self._metric(name, self._choose(name, params), "undefined")
-        return self._gather(array, images, records)
+        return self._begin(array, images, records)()
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layouts:
@@ -232,7 +317,7 @@ class AttentionStore:
             raise StoreError(f"{self.path} has {name!r} with several parameters: {stored}; say which by `params`")
         return stored[0]
 
-    def _metric(self, name: str, params: dict[str, Any], part: str) -> tuple[ArraySpec, _Records]:
+    def _metric(self, name: str, params: dict[str, Any], part: str) -> tuple[ArraySpec, Records]:
         group = metric_path(name, params)
         if f"{group}/{part}" in self._arrays:
             return self._arrays[f"{group}/{part}"], self._records
@@ -240,71 +325,12 @@ class AttentionStore:
         check_files(self.path, record["files"])
         arrays = metric_arrays(self.schema, name, params, regions=bool(record["regions"]))
         array = next(array for array in arrays if array.path == f"{group}/{part}")
-        return array, _Records(self._ledger, self.schema, f"{group}/")
+        return array, Records(self._ledger, self.schema, f"{group}/")
 
-    def _gather(self, array: ArraySpec, images: Rows, records: _Records) -> Array:
-        rows = _positions(images, self.schema.num_images, "images")
-        values = np.empty((rows.size, *array.shape[1:]), dtype=array.dtype)
-        for where, stored in self._batches(array, rows, records):
-            values[where] = stored
-        return values
-
-    def _batches(self, array: ArraySpec, rows: Array, records: _Records) -> Iterator[tuple[slice, Array]]:
-        """Stored rows, in runs that lie in one batch: (the run in `rows`, what is stored there)."""
-        source = open_array(self.path, array.path)
-        batches = rows // self.schema.batch_size
-        starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
-        for start, stop in itertools.pairwise([*starts, rows.size]):
-            batch = int(batches[start])
-            file = array.file(batch)
-            if problem := file_problem(self.path, file, records.files(batch)[file], content=False):
-                raise StoreError(f"{array.path}, batch {batch}: {self.path / file} {problem}; capture this batch again")
-            wanted = rows[start:stop]
-            first, last = int(wanted.min()), int(wanted.max())
-            try:
-                stored = np.asarray(source[first : last + 1])
-            except Exception as error:  # zarr and its codecs raise whatever they meet first
-                raise StoreError(
-                    f"{array.path}, batch {batch}: {self.path / file} is damaged ({error}); capture this batch again"
-                ) from error
-            in_order = wanted.size == last - first + 1 and bool((np.diff(wanted) == 1).all())
-            yield slice(start, stop), stored if in_order else stored[wanted - first]
-
-
-class _Records:
-    """The committed batches of one capture or of one metric computed later."""
-
-    def __init__(self, ledger: Ledger, schema: StoreSchema, folder: str = "") -> None:
-        self._folder = folder
-        self._ledger = ledger
-        self._files: dict[int, dict[str, Any]] = {}
-        self._damaged: dict[int, str] = {}
-        for batch in range(schema.num_batches):
-            name = folder + batch_name(batch)
-            if ledger.exists(name):
-                try:
-                    self._files[batch] = ledger.read(name)["files"]
-                except LedgerError as error:  # told when a row of this batch is asked for
-                    self._damaged[batch] = str(error)
-
-    @property
-    def sound(self) -> set[int]:
-        return set(self._files)
-
-    def files(self, batch: int) -> dict[str, Any]:
-        """The hashes of a committed batch's files.
-
-        Raises:
-            StoreError: the batch is not committed, or its record is damaged.
-        """
-        if batch in self._damaged:
-            raise StoreError(f"batch {batch} cannot be trusted: {self._damaged[batch]}; write this batch again")
-        if batch not in self._files:
-            what = f"of {self._folder.rstrip('/')} " if self._folder else ""
-            raise StoreError(
-                f"batch {batch} {what}is not committed in {self._ledger.path}; resume the run that writes it"
-            )
-        return self._files[batch]
+    def _begin(
+        self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any
+    ) -> Callable[[], Array]:
+        return begin_rows(self.path, array, images, records or self._records, **options)
 
 
 def open_metadata(root: Path) -> tuple[Ledger, dict[str, Any]]:
@@ -339,17 +365,3 @@ def check_files(root: Path, files: Mapping[str, dict[str, Any]]) -> None:
     for file, entry in files.items():
         if problem := file_problem(root, file, entry):
             raise StoreError(f"{root / file} {problem}; resume the capture to rebuild it")
-
-
-def _read_constant(root: Path, path: str) -> Array:
-    return np.asarray(open_array(root, path)[...])
-
-
-def _positions(selection: Rows, length: int, what: str) -> Array:
-    try:
-        positions = np.arange(length)[selection]
-    except IndexError as error:
-        raise StoreError(f"{what}: {error}; there are {length}") from error
-    if positions.ndim != 1:
-        raise StoreError(f"{what} must be a slice or a list of numbers, found {selection!r}")
-    return positions

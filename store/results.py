@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from store.arrays import create_arrays, create_metric_group, metric_arrays
-from store.commit import commit_batch, metric_values, sound_batches, sweep
+from store.commit import Committer, metric_values, sound_batches, sweep
 from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem, sync_directory
 from store.reader import AttentionStore, open_metadata
 from store.schema import StoreError, StoreSchema, ledger_path, metric_path, store_path
@@ -67,6 +67,7 @@ class MetricWriter:
             name: metric_arrays(store.schema, name, params, regions=name in regions) for name, params in metrics.items()
         }
         self._resources = contextlib.ExitStack()
+        self._committer = Committer(store.path, self._ledger)
 
     @classmethod
     def open(
@@ -104,7 +105,7 @@ class MetricWriter:
         return writer
 
     def write_batch(self, batch: int, metrics: Mapping[str, Any], undefined: Mapping[str, Any]) -> None:
-        """Write and commit what `missing` lists for a batch.
+        """Write and commit what `missing` lists for a batch; returns while that is under way, `flush` waits.
 
         Args:
             metrics: name -> float [image, layer, head(, region)].
@@ -127,11 +128,23 @@ class MetricWriter:
             checked[name] = metric_values(name, images, (value, metrics[name]), (counts, undefined[name]))
         for name, values in checked.items():
             record = f"{metric_path(name, self._metrics[name])}/{batch_name(batch)}"
-            commit_batch(self.path, self._ledger, record, batch, rows, values)
+            files = {
+                array.file(batch): self._committer.put(array, batch, data, array.precision) for array, data in values
+            }
+            self._committer.commit(record, batch, files, lambda: None)
         del self.missing[batch]
 
+    def flush(self) -> None:
+        """Wait until everything given to `write_batch` is committed.
+
+        Raises:
+            StoreError: the disk failed or is full; what was committed before is intact.
+        """
+        self._committer.flush()
+
     def close(self) -> None:
-        """Let another writer in. What was committed stays."""
+        """Wait for what is under way, then let another writer in. What was committed stays."""
+        self._committer.close()
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -140,7 +153,11 @@ class MetricWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None and not self._committer.told:
+                self.flush()
+        finally:
+            self.close()
 
     def _prepare(self, store: AttentionStore) -> None:
         """Make each metric's arrays where they are not there yet, and find what is missing."""

@@ -1,7 +1,8 @@
 """What a store looks like on disk: names, attributes, versions. Nothing here does I/O.
 
 run.zarr/            attrs: schema "vit-attention/1", model, preprocessing, layout, encoding, precision, …
-  attention/layer_00 [image, head, query, key]      when the `store` sink ran
+  attention/layer_00 [image, head, query, key]      when the `store` sink ran (fp16, bf16)
+  attention/layer_00/{query, key} [image, head, token, dim], bias                 (qk)
   images/{id, label, regions}   logits [image, class]
   metrics/<name>/<params hash>/value [image, layer, head(, region)]
 run.ledger/          one record a committed batch, beside the store
@@ -20,6 +21,7 @@ from typing import Any
 
 __all__ = [
     "SCHEMA",
+    "FactorSchema",
     "LayerSchema",
     "StoreError",
     "StoreSchema",
@@ -72,20 +74,52 @@ def ledger_path(store: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FactorSchema:
+    """What is fixed about a layer whose query and key are kept.
+
+    Args:
+        head_dim: length of a query.
+        precision: of the stored query and key, "float16" or "bfloat16".
+        scale: factor of q·k in the logits.
+        bias: "": none; "shared": one for all images; "image": one for each.
+        bias_shape: (head, query, key) of an image's bias, 1 where it is constant along an axis; () without one.
+        bias_precision: "float32" (additive) or "bool" (True = attend).
+    """
+
+    head_dim: int
+    precision: str
+    scale: float
+    bias: str = ""
+    bias_shape: tuple[int, ...] = ()
+    bias_precision: str = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSchema:
-    """One layer's array.
+    """One layer's attention.
 
     Args:
         layer: index in depth order, from 0.
         site: the module's name, e.g. "blocks.0.attn".
         heads: number of heads.
         layout: `TokenLayout.to_dict()` of its maps (kept as plain numbers: this package imports nothing).
+        factors: what is fixed about its query and key, with the encoding "qk" alone.
     """
 
     layer: int
     site: str
     heads: int
     layout: dict[str, int | bool]
+    factors: FactorSchema | None = None
+
+    @classmethod
+    def from_attrs(cls, attrs: Mapping[str, Any]) -> LayerSchema:
+        """Back from JSON."""
+        values = dict(attrs)
+        if values.get("factors") is not None:
+            factors = dict(values["factors"])
+            values["factors"] = FactorSchema(**factors | {"bias_shape": tuple(factors["bias_shape"])})
+        return cls(**values)
 
     @property
     def tokens(self) -> int:
@@ -103,7 +137,7 @@ class StoreSchema:
         layers: the captured layers in depth order.
         image_ids: readable images of the manifest, in row order.
         batch_size: images a capture batch; also the length of a shard.
-        encoding: "fp16", or "" when no attention is stored (metrics only).
+        encoding: "fp16", "bf16", "qk", or "" when no attention is stored (metrics only).
         metrics: metric name -> parameters (backend, code version, …) of the `metrics` sink.
         model: {name, weights_sha256, timm, torch, …}
         preprocessing: mean, std, input size, interpolation, crop of the model's own configuration.
@@ -140,6 +174,8 @@ class StoreSchema:
         numbers = [layer.layer for layer in self.layers]
         if numbers != sorted(set(numbers)):
             raise StoreError(f"layers are {numbers}; expected different numbers in depth order")
+        if any((layer.factors is None) == (self.encoding == "qk") for layer in self.layers):
+            raise StoreError(f"encoding is {self.encoding!r}; qk's layers, and no others, describe query and key")
         strangers = [name for name in self.region_metrics if name not in self.metrics]
         if strangers or (self.region_metrics and not self.regions):
             raise StoreError(
@@ -186,7 +222,7 @@ class StoreSchema:
             raise StoreError(f"the store's schema is {found!r}; this version reads {SCHEMA!r}")
         values = {key: attrs[key] for key in cls.__dataclass_fields__ if key in attrs}
         try:
-            values["layers"] = tuple(LayerSchema(**layer) for layer in values["layers"])
+            values["layers"] = tuple(LayerSchema.from_attrs(layer) for layer in values["layers"])
             values["regions"] = tuple(values["regions"])
             values["region_metrics"] = tuple(values["region_metrics"])
             return cls(**values, image_ids=tuple(image_ids))

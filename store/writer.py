@@ -3,6 +3,8 @@
 A batch is committed in this order: its files closed and fsynced, their directories fsynced, then its ledger
 record by temporary file, fsync and rename. A killed run therefore leaves committed batches and, at worst,
 files that no record names; the next run writes those again and ends with the same bytes.
+
+All of it happens in the background, so that the forward pass goes on: a layer is encoded while the next is computed.
 """
 
 from __future__ import annotations
@@ -10,24 +12,32 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
-from store.arrays import ArraySpec, batch_arrays, require_free_disk
-from store.commit import check_names, check_shape, commit_batch, metric_values, sound_batches, sweep
-from store.encodings import Array, as_floats, resolve_encoding
+from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, require_free_disk
+from store.commit import Committer, check_names, check_shape, float32, metric_values, sound_batches, sweep
+from store.encodings import resolve_encoding
 from store.ledger import Ledger, LedgerError, batch_name
 from store.metadata import Metadata
-from store.schema import StoreError, StoreSchema, layer_path, ledger_path, metric_path, store_path
+from store.precisions import Array
+from store.schema import StoreError, StoreSchema, ledger_path, store_path
+from store.shards import FileEntry
 
 __all__ = ["AttentionWriter"]
 
 
 class AttentionWriter:
     """The one writer of a store. Use `AttentionWriter.open`, as a context manager.
+
+        with AttentionWriter.open(path, schema, labels=labels, class_names=names) as writer:
+            for batch in writer.missing:
+                for layer in ...:
+                    writer.add_attention(batch, layer, maps)
+                writer.commit(batch, metrics, undefined, logits)
+            writer.finish()
 
     Attributes:
         path: the store.
@@ -42,7 +52,12 @@ class AttentionWriter:
         self.committed: set[int] = set()
         self._ledger = ledger
         self._resources = resources
-        self._arrays = {array.path: array for array in batch_arrays(schema)}
+        self._layers = {layer.layer: layer for layer in schema.layers} if schema.encoding else {}
+        self._attention = {number: layer_arrays(schema, layer) for number, layer in self._layers.items()}
+        self._logits = next((array for array in batch_arrays(schema) if array.path == "logits"), None)
+        self._committer = Committer(path, ledger)
+        self._files: dict[int, dict[int, dict[str, Future[FileEntry]]]] = {}  # batch -> layer -> file
+        self._submitted: set[int] = set()
 
     @classmethod
     def open(
@@ -54,6 +69,7 @@ class AttentionWriter:
         class_names: Sequence[str],
         manifest: dict[str, Any] | None = None,
         regions: Array | None = None,
+        biases: Mapping[int, Any] | None = None,
     ) -> Self:
         """Create a store, or resume one whose schema is equal in every field.
 
@@ -64,6 +80,7 @@ class AttentionWriter:
             class_names: names of the classes.
             manifest: every file of the data set with its status, kept in the ledger.
             regions: float32 [image, region, patch], coverage of patches by the regions of `schema.regions`.
+            biases: layer -> bias [1, head, query, key] of the layers whose bias is one for all images (encoding qk).
 
         Raises:
             StoreError: the store is being written by another process, is of another schema (the first key
@@ -71,7 +88,7 @@ class AttentionWriter:
                 not a store, or does not fit on the disk.
         """
         root = store_path(path)
-        fixed = Metadata(schema, labels, class_names, manifest, regions)
+        fixed = Metadata(schema, labels, class_names, manifest, regions, biases)
         ledger = Ledger(ledger_path(root))
         exists = root.exists() and not (root.is_dir() and not any(root.iterdir()))
         if exists and not ledger.exists("metadata"):
@@ -95,20 +112,52 @@ class AttentionWriter:
             writer._resources = resources.pop_all()
         return writer
 
-    def write_batch(
+    @property
+    def missing(self) -> list[int]:
+        """Batches still to be written, ascending."""
+        return [batch for batch in range(self.schema.num_batches) if batch not in self.committed]
+
+    def add_attention(self, batch: int, layer: int, attention: Any) -> None:
+        """Start to write one layer of one batch; returns while it is being written, or waits while others are.
+
+        Args:
+            batch: its number; rows `schema.batch_rows(batch)`.
+            layer: its number.
+            attention: post-softmax maps [image, head, query, key], or `Factors` with the encoding "qk"; float, NumPy
+                or CPU tensors. They are read later: do not change them.
+
+        Raises:
+            StoreError: no such layer, another shape, the batch or the layer was written already, or the disk failed
+                or is full, in which case the batches committed before are intact.
+        """
+        images = self._images(batch)
+        if layer not in self._layers:
+            kept = ", ".join(map(str, self._layers)) or "none: it keeps metrics only"
+            raise StoreError(f"layer is {layer!r}; {self.path} keeps layers {kept}")
+        if layer in self._files.get(batch, {}):
+            raise StoreError(f"layer {layer} of batch {batch} of {self.path} was written already")
+        parts = resolve_encoding(self.schema.encoding).split(self._layers[layer], attention)
+        arrays = self._attention[layer]
+        for name, (values, _) in parts.items():
+            check_shape(f"{name or 'attention'} of layer {layer}", values, (images, *arrays[name].shape[1:]))
+        self._files.setdefault(batch, {})[layer] = {
+            arrays[name].file(batch): self._committer.put(arrays[name], batch, values, precision)
+            for name, (values, precision) in parts.items()
+        }
+
+    def commit(
         self,
         batch: int,
-        attention: Mapping[int, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         undefined: Mapping[str, Any] | None = None,
         logits: Any = None,
     ) -> None:
-        """Write and commit everything of one batch. Batches may come in any order, one at a time, from any thread.
+        """Commit a batch, every layer of which was added. Batches may come in any order, from one thread.
+
+        Returns while it is being written; `finish` and `flush` wait.
 
         Args:
-            batch: its number; rows `schema.batch_rows(batch)`.
-            attention: layer -> post-softmax maps [image, head, query, key], float, NumPy or CPU tensor;
-                every layer of the schema, or nothing if the schema has no encoding.
+            batch: its number.
             metrics: name -> values [image, layer, head(, region)]; every metric of the schema.
             undefined: name -> number of rows without a value, integer [image, layer, head].
             logits: [image, class], if the schema has classes.
@@ -118,38 +167,44 @@ class AttentionWriter:
                 the disk failed or is full, in which case the batches committed before are intact.
         """
         schema = self.schema
-        if not 0 <= batch < schema.num_batches:
-            raise StoreError(f"batch is {batch}; this store has batches 0 to {schema.num_batches - 1}")
-        if batch in self.committed:
-            raise StoreError(f"batch {batch} of {self.path} is committed already")
-        rows = schema.batch_rows(batch)
-        images = rows.stop - rows.start
-
-        layers = schema.layers if schema.encoding else ()
-        attention, metrics, undefined = attention or {}, metrics or {}, undefined or {}
-        check_names("layers of attention", attention, [layer.layer for layer in layers])
+        images = self._images(batch)
+        metrics, undefined = metrics or {}, undefined or {}
+        check_names("layers of attention", self._files.get(batch, {}), self._layers)
         check_names("metrics", metrics, schema.metrics)
         check_names("undefined counts", undefined, schema.metrics)
-
         values: list[tuple[ArraySpec, Array]] = []
-        for layer in layers:
-            array = self._arrays[layer_path(layer.layer)]
-            maps = as_floats(attention[layer.layer], f"attention of layer {layer.layer}")
-            check_shape(f"attention of layer {layer.layer}", maps, (images, *array.shape[1:]))
-            values.append((array, resolve_encoding(schema.encoding).encode(maps)))
-        if schema.num_classes:
+        if self._logits is not None:
             if logits is None:
                 raise StoreError(f"logits are missing; expected [{images}, {schema.num_classes}]")
-            scores = as_floats(logits, "logits").astype(np.float32, copy=False)
+            scores = float32(logits, "logits")
             check_shape("logits", scores, (images, schema.num_classes))
-            values.append((self._arrays["logits"], scores))
+            values.append((self._logits, scores))
         for name, params in schema.metrics.items():
-            group = metric_path(name, params)
-            value, counts = self._arrays[f"{group}/value"], self._arrays[f"{group}/undefined"]
+            value, counts = metric_arrays(schema, name, params, regions=name in schema.region_metrics)
             values += metric_values(name, images, (value, metrics[name]), (counts, undefined[name]))
 
-        commit_batch(self.path, self._ledger, batch_name(batch), batch, rows, values)
-        self.committed.add(batch)
+        files = {file: written for layer in self._files.pop(batch, {}).values() for file, written in layer.items()}
+        for array, data in values:
+            files[array.file(batch)] = self._committer.put(array, batch, data, array.precision)
+        self._submitted.add(batch)
+        self._committer.commit(batch_name(batch), batch, files, lambda: self.committed.add(batch))
+
+    def flush(self) -> None:
+        """Wait until every batch given to `commit` is committed.
+
+        Raises:
+            StoreError: the disk failed or is full; the batches committed before are intact.
+        """
+        self._committer.flush()
+
+    def _images(self, batch: int) -> int:
+        """How many images a batch that may still be written has."""
+        if not 0 <= batch < self.schema.num_batches:
+            raise StoreError(f"batch is {batch}; this store has batches 0 to {self.schema.num_batches - 1}")
+        if batch in self.committed or batch in self._submitted:
+            raise StoreError(f"batch {batch} of {self.path} is committed already")
+        rows = self.schema.batch_rows(batch)
+        return int(rows.stop - rows.start)
 
     def finish(self) -> None:
         """Declare the capture complete: from now on a missing record is damage, not work to do.
@@ -157,11 +212,11 @@ class AttentionWriter:
         Raises:
             StoreError: batches are missing, or the disk failed or is full.
         """
-        missing = [batch for batch in range(self.schema.num_batches) if batch not in self.committed]
-        if missing:
+        self.flush()
+        if self.missing:
             raise StoreError(
-                f"{self.path} is not complete: {len(missing)} of {self.schema.num_batches} batches are missing, "
-                f"the first is {missing[0]}"
+                f"{self.path} is not complete: {len(self.missing)} of {self.schema.num_batches} batches are missing, "
+                f"the first is {self.missing[0]}"
             )
         if not self._ledger.exists("complete"):
             try:
@@ -170,7 +225,8 @@ class AttentionWriter:
                 raise StoreError(f"{self.path} could not be finished: {error}; run again to finish it") from error
 
     def close(self) -> None:
-        """Let another writer in. What was committed stays."""
+        """Wait for what is under way, then let another writer in. What was committed stays."""
+        self._committer.close()
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -179,7 +235,11 @@ class AttentionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None and not self._committer.told:
+                self.flush()
+        finally:
+            self.close()
 
 
 def _drop_unsound(root: Path, ledger: Ledger, schema: StoreSchema) -> set[int]:

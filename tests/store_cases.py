@@ -1,6 +1,6 @@
 """A small seeded capture for the store's tests, and a script that writes it and can be killed at any step.
 
-    python tests/store_cases.py STORE [--kill-at N | --count | --wait]
+    python tests/store_cases.py STORE [--kill-at N | --count | --wait] [--encoding NAME]
 
 `--kill-at N` ends the process by SIGKILL at the N-th file operation (open for writing, rename, remove, mkdir) on
 the store or its ledger; `--count` prints how many there are; `--wait` says "ready" before it begins.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from store import AttentionStore, AttentionWriter, LayerSchema, StoreSchema
+from store import AttentionStore, AttentionWriter, Factors, FactorSchema, LayerSchema, StoreSchema
 from store.results import MetricWriter
 
 LAYOUT: dict[str, int | bool] = {
@@ -31,18 +31,37 @@ TOKENS = 14
 HEADS = (3, 2)  # a head less in layer 1: the metrics' head axis is padded
 IMAGES = 11  # batches of 4, 4 and 3
 CLASSES = 5
+HEAD_DIM = 6
+# A bias that all images share in layer 0, a mask of each image's own in layer 1.
+FACTORS = (
+    FactorSchema(head_dim=HEAD_DIM, precision="float16", scale=0.4, bias="shared", bias_shape=(3, TOKENS, TOKENS)),
+    FactorSchema(
+        head_dim=HEAD_DIM,
+        precision="bfloat16",
+        scale=0.5,
+        bias="image",
+        bias_shape=(1, 1, TOKENS),
+        bias_precision="bool",
+    ),
+)
 LATER = {"later_a": {"backend": "numba", "code_version": "1"}, "later_b": {"radius": 2}}
 
 
-def make_schema(**changes: Any) -> StoreSchema:
+def make_schema(encoding: str = "fp16", **changes: Any) -> StoreSchema:
     values: dict[str, Any] = {
         "layers": tuple(
-            LayerSchema(layer=layer, site=f"blocks.{layer}.attn", heads=heads, layout=dict(LAYOUT))
+            LayerSchema(
+                layer=layer,
+                site=f"blocks.{layer}.attn",
+                heads=heads,
+                layout=dict(LAYOUT),
+                factors=FACTORS[layer] if encoding == "qk" else None,
+            )
             for layer, heads in enumerate(HEADS)
         ),
         "image_ids": tuple(f"classe é/{row}.png" for row in range(IMAGES)),
         "batch_size": 4,
-        "encoding": "fp16",
+        "encoding": encoding,
         "metrics": {"region_mass": {"backend": "numba"}, "entropy": {"backend": "numba"}},
         "model": {"name": "vit_test", "weights_sha256": "0" * 64},
         "preprocessing": {"mean": [0.5, 0.5, 0.5], "size": [12, 16]},
@@ -56,9 +75,11 @@ def make_schema(**changes: Any) -> StoreSchema:
     return StoreSchema(**(values | changes))
 
 
-def fixed() -> dict[str, Any]:
+def fixed(schema: StoreSchema | None = None) -> dict[str, Any]:
     """What `AttentionWriter.open` takes besides the schema."""
+    with_factors = schema is not None and schema.encoding == "qk"
     return {
+        "biases": {0: factors(0, slice(None)).bias} if with_factors else None,
         "labels": np.arange(IMAGES) % CLASSES,
         "class_names": [f"class {index}" for index in range(CLASSES)],
         "manifest": {"files": [{"id": "broken.png", "status": "unreadable"}]},
@@ -70,6 +91,46 @@ def maps(layer: int) -> np.ndarray[Any, Any]:
     """Post-softmax attention of all images, float32 [image, head, query, key]."""
     rng = np.random.default_rng(10 + layer)
     return rng.dirichlet(np.full(TOKENS, 0.5), size=(IMAGES, HEADS[layer], TOKENS)).astype(np.float32)
+
+
+def factors(layer: int, rows: slice) -> Factors:
+    """Query, key and bias of some images, float32; layer 1's query and key are bfloat16's numbers."""
+    rng = np.random.default_rng(20 + layer)
+    query, key = rng.normal(size=(2, IMAGES, HEADS[layer], TOKENS, HEAD_DIM)).astype(np.float32)
+    if layer == 0:
+        bias = rng.normal(size=(1, HEADS[0], TOKENS, TOKENS)).astype(np.float32)
+        return Factors(query=query[rows], key=key[rows], scale=FACTORS[0].scale, bias=bias)
+    query, key = ((values.view(np.uint32) & 0xFFFF0000).view(np.float32) for values in (query, key))
+    mask = rng.random((IMAGES, 1, 1, TOKENS)) > 0.3
+    mask[..., 0] = True
+    return Factors(query=query[rows], key=key[rows], scale=FACTORS[1].scale, bias=mask[rows])
+
+
+def attention(schema: StoreSchema, layer: int, rows: slice) -> Any:
+    """What `add_attention` takes."""
+    return factors(layer, rows) if schema.encoding == "qk" else maps(layer)[rows]
+
+
+def expected(encoding: str, layer: int) -> np.ndarray[Any, Any]:
+    """What `read` must give for all images, to the last bit for maps and to rounding for factors, float32."""
+    if encoding == "fp16":
+        return maps(layer).astype(np.float16).astype(np.float32)
+    if encoding == "bf16":
+        bits = maps(layer).view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    kept = factors(layer, slice(None))
+    query, key = kept.query.astype(np.float64), kept.key.astype(np.float64)
+    if layer == 0:
+        query, key = (values.astype(np.float16).astype(np.float64) for values in (query, key))
+    logits = kept.scale * query @ key.swapaxes(-2, -1)
+    logits = np.where(kept.bias, logits, -np.inf) if kept.bias.dtype == bool else logits + kept.bias
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def check_maps(found: np.ndarray[Any, Any], encoding: str, layer: int, rows: Any = slice(None)) -> None:
+    """Maps of some images are what must come back."""
+    np.testing.assert_allclose(found, expected(encoding, layer)[rows], rtol=0, atol=1e-6 if encoding == "qk" else 0)
 
 
 def metric(name: str) -> np.ndarray[Any, Any]:
@@ -93,20 +154,22 @@ def write(writer: AttentionWriter, batch: int) -> None:
     """Write one batch of the case."""
     schema = writer.schema
     rows = schema.batch_rows(batch)
-    writer.write_batch(
+    for layer in schema.layers if schema.encoding else ():
+        writer.add_attention(batch, layer.layer, attention(schema, layer.layer, rows))
+    writer.commit(
         batch,
-        {layer.layer: maps(layer.layer)[rows] for layer in schema.layers} if schema.encoding else None,
         {name: metric(name)[rows] for name in schema.metrics},
         {name: counts(name)[rows] for name in schema.metrics},
         logits()[rows] if schema.num_classes else None,
     )
+    writer.flush()
 
 
 def capture(path: Path, schema: StoreSchema | None = None) -> list[int]:
     """Write what is missing of the case and finish; return the batches that were."""
     schema = schema or make_schema()
-    with AttentionWriter.open(path, schema, **fixed()) as writer:
-        missing = [batch for batch in range(schema.num_batches) if batch not in writer.committed]
+    with AttentionWriter.open(path, schema, **fixed(schema)) as writer:
+        missing = writer.missing
         for batch in missing:
             write(writer, batch)
         writer.finish()
@@ -134,8 +197,8 @@ def check_values(path: Path) -> None:
     """The store holds the whole case."""
     store = AttentionStore.open(path)
     assert store.complete
-    for layer in store.layers:
-        np.testing.assert_array_equal(store.read(layer), maps(layer).astype(np.float16).astype(np.float32))
+    for layer in store.layers if store.schema.encoding else ():
+        check_maps(store.read(layer), store.schema.encoding, layer)
     for name in store.schema.metrics:
         np.testing.assert_array_equal(store.read_metric(name)[0], metric(name))
         np.testing.assert_array_equal(store.read_undefined(name), counts(name))
@@ -144,7 +207,7 @@ def check_values(path: Path) -> None:
 
 def _main(arguments: list[str]) -> None:
     path = Path(arguments[0])
-    kill_at = int(arguments[2]) if "--kill-at" in arguments else None
+    kill_at = int(arguments[arguments.index("--kill-at") + 1]) if "--kill-at" in arguments else None
     operations = 0
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
@@ -162,7 +225,8 @@ def _main(arguments: list[str]) -> None:
     sys.addaudithook(hook)
     if "--wait" in arguments:
         print("ready", flush=True)
-    capture(path)
+    encoding = arguments[arguments.index("--encoding") + 1] if "--encoding" in arguments else "fp16"
+    capture(path, make_schema(encoding))
     measure(path)
     if "--count" in arguments:
         print(operations)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,22 @@ from store.verify import verify
 SCRIPT = Path(case.__file__)
 
 
-@pytest.fixture(scope="module")
-def unkilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+@dataclass(frozen=True)
+class Unkilled:
     """A run that nobody killed, and how many file operations it takes."""
+
+    path: Path
+    encoding: str
+    operations: int
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16", "qk"])
+def unkilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Unkilled:
     path = tmp_path_factory.mktemp("unkilled") / "run.zarr"
-    run = subprocess.run([sys.executable, SCRIPT, path, "--count"], capture_output=True, text=True, check=True)
+    command = [sys.executable, SCRIPT, path, "--count", "--encoding", request.param]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert verify(path) == []
-    return path, int(run.stdout)
+    return Unkilled(path, request.param, int(run.stdout))
 
 
 def check_after_a_kill(path: Path) -> None:
@@ -36,21 +46,22 @@ def check_after_a_kill(path: Path) -> None:
     assert verify(path) == []
     store = AttentionStore.open(path)
     committed = np.flatnonzero(store.committed_images)
-    np.testing.assert_array_equal(store.read(0, committed), np.float32(np.float16(case.maps(0)[committed])))
+    case.check_maps(store.read(1, committed), store.schema.encoding, 1, committed)
     np.testing.assert_array_equal(store.read_metric("entropy", committed)[0], case.metric("entropy")[committed])
 
 
-def finish_and_compare(path: Path, unkilled: Path) -> None:
-    case.capture(path)
+def finish_and_compare(path: Path, unkilled: Unkilled) -> None:
+    case.capture(path, case.make_schema(unkilled.encoding))
     case.measure(path)
     assert verify(path) == []
     for part in ("attention", "metrics", "logits", "images"):
-        assert case.file_bytes(path / part) == case.file_bytes(unkilled / part)
+        assert case.file_bytes(path / part) == case.file_bytes(unkilled.path / part)
     assert not list(path.parent.rglob("*.partial"))
 
 
-def kill_at(path: Path, step: int) -> None:
-    process = subprocess.run([sys.executable, SCRIPT, path, "--kill-at", str(step)], capture_output=True, check=False)
+def kill_at(path: Path, step: int, encoding: str) -> None:
+    command = [sys.executable, SCRIPT, path, "--kill-at", str(step), "--encoding", encoding]
+    process = subprocess.run(command, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -60,27 +71,28 @@ def spread(steps: int, count: int, seed: int) -> list[int]:
     return [rng.randint(1 + index * steps // count, (index + 1) * steps // count) for index in range(count)]
 
 
-def test_killed_at_any_file_operation(tmp_path: Path, unkilled: tuple[Path, int]) -> None:
-    for step in spread(unkilled[1], 8, seed=0):
+def test_killed_at_any_file_operation(tmp_path: Path, unkilled: Unkilled) -> None:
+    """The last third of a run's operations write batches; those before it make the metadata."""
+    for step in spread(unkilled.operations, 3, seed=len(unkilled.encoding)):
         path = tmp_path / str(step) / "run.zarr"
         path.parent.mkdir()
-        kill_at(path, step)
+        kill_at(path, step, unkilled.encoding)
         check_after_a_kill(path)
-        finish_and_compare(path, unkilled[0])
+        finish_and_compare(path, unkilled)
 
 
-def test_killed_again_while_resuming(tmp_path: Path, unkilled: tuple[Path, int]) -> None:
+def test_killed_again_while_resuming(tmp_path: Path, unkilled: Unkilled) -> None:
     path = tmp_path / "run.zarr"
-    for step in (40, 90, 150):
-        kill_at(path, step)
+    for step in (40, 90):
+        kill_at(path, step, unkilled.encoding)
         check_after_a_kill(path)
-    finish_and_compare(path, unkilled[0])
+    finish_and_compare(path, unkilled)
 
 
 def test_a_reader_during_a_write_sees_whole_batches_only(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     seen = set()
-    with subprocess.Popen([sys.executable, SCRIPT, path]) as process:
+    with subprocess.Popen([sys.executable, SCRIPT, path, "--encoding", "qk"]) as process:
         while process.poll() is None:
             check_after_a_kill(path)
             if path.exists():
@@ -92,30 +104,33 @@ def test_a_reader_during_a_write_sees_whole_batches_only(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_200_file_operations(tmp_path: Path, unkilled: tuple[Path, int]) -> None:
-    for step in spread(unkilled[1], 200, seed=1):
+def test_killed_at_200_file_operations(tmp_path: Path, unkilled: Unkilled) -> None:
+    """200 with each encoding."""
+    for step in spread(unkilled.operations, 200, seed=1):
         path = tmp_path / "run" / "run.zarr"
         path.parent.mkdir()
-        kill_at(path, step)
+        kill_at(path, step, unkilled.encoding)
         check_after_a_kill(path)
-        finish_and_compare(path, unkilled[0])
+        finish_and_compare(path, unkilled)
         shutil.rmtree(path.parent)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_100_random_moments(tmp_path: Path, unkilled: tuple[Path, int]) -> None:
+def test_killed_at_100_random_moments(tmp_path: Path, unkilled: Unkilled) -> None:
     rng = random.Random(2)
     for _ in range(100):
         path = tmp_path / "run" / "run.zarr"
         path.parent.mkdir()
-        with subprocess.Popen([sys.executable, SCRIPT, path, "--wait"], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, SCRIPT, path, "--wait", "--encoding", unkilled.encoding], stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             process.stdout.readline()
             time.sleep(rng.uniform(0, 0.5))
             process.kill()
         check_after_a_kill(path)
-        finish_and_compare(path, unkilled[0])
+        finish_and_compare(path, unkilled)
         shutil.rmtree(path.parent)
 
 
@@ -123,10 +138,21 @@ def test_killed_at_100_random_moments(tmp_path: Path, unkilled: tuple[Path, int]
 
 
 @pytest.fixture
-def measured(tmp_path: Path, unkilled: tuple[Path, int]) -> Path:
+def measured(tmp_path: Path, unkilled: Unkilled) -> Path:
     """A copy of the complete store with its ledger."""
-    shutil.copytree(unkilled[0].parent, tmp_path / "copy")
+    shutil.copytree(unkilled.path.parent, tmp_path / "copy")
     return tmp_path / "copy" / "run.zarr"
+
+
+def resume(path: Path, unkilled: Unkilled) -> list[int]:
+    """Write again what is damaged; the batches that were."""
+    return case.capture(path, case.make_schema(unkilled.encoding))
+
+
+def shard(path: Path, layer: int, batch: int) -> Path:
+    """A shard of a layer: of its maps, or of its queries."""
+    folder = path / f"attention/layer_{layer:02d}"
+    return (folder / "query" if (folder / "query").is_dir() else folder) / f"c.{batch}.0.0.0"
 
 
 def flip(file: Path, bit: int) -> None:
@@ -138,15 +164,16 @@ def flip(file: Path, bit: int) -> None:
 def targets(path: Path) -> dict[str, list[Path]]:
     """Files of the store and its ledger, by kind."""
     ledger = path.with_name("run.ledger")
+    shared = set((path / "attention/layer_00/bias").glob("c.*"))
     return {
-        "shard": sorted((path / "attention").rglob("c.*")),
+        "shard": sorted(set((path / "attention").rglob("c.*")) - shared),
         "metric": sorted([*(path / "metrics").rglob("c.*"), *(path / "logits").glob("c.*")]),
-        "metadata": sorted([*path.rglob("zarr.json"), *(path / "images").rglob("c.*")]),
+        "metadata": sorted([*path.rglob("zarr.json"), *(path / "images").rglob("c.*"), *shared]),
         "ledger": sorted(ledger.rglob("*.json")),
     }
 
 
-def check_flips(path: Path, count: int, seed: int) -> None:
+def check_flips(path: Path, unkilled: Unkilled, count: int, seed: int) -> None:
     """Flip a bit, expect its file and no other to be named, resume, expect the original store."""
     rng = random.Random(seed)
     before = case.file_bytes(path.parent)
@@ -162,7 +189,7 @@ def check_flips(path: Path, count: int, seed: int) -> None:
         where = f"bit {bit} of {file.relative_to(path.parent)}"
         damages = verify(path)
         assert [damage.unit for damage in damages] == [str(file.relative_to(path.parent))], where
-        case.capture(path)
+        resume(path, unkilled)
         case.measure(path)
         assert verify(path) == [], where
         after = case.file_bytes(path.parent)
@@ -170,14 +197,15 @@ def check_flips(path: Path, count: int, seed: int) -> None:
         assert after == {name: content for name, content in before.items() if name != "run.ledger/lock"}, where
 
 
-def test_every_flipped_bit_is_named_and_healed(measured: Path) -> None:
-    check_flips(measured, 60, seed=0)
+def test_every_flipped_bit_is_named_and_healed(measured: Path, unkilled: Unkilled) -> None:
+    check_flips(measured, unkilled, 16, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_1000_flipped_bits_are_named_and_healed(measured: Path) -> None:
-    check_flips(measured, 1000, seed=1)
+def test_1000_flipped_bits_are_named_and_healed(measured: Path, unkilled: Unkilled) -> None:
+    """1,000 with each encoding."""
+    check_flips(measured, unkilled, 1000, seed=1)
 
 
 def test_readers_meet_no_flipped_bit_in_silence(measured: Path) -> None:
@@ -186,10 +214,11 @@ def test_readers_meet_no_flipped_bit_in_silence(measured: Path) -> None:
     for _ in range(40):
         file = rng.choice(targets(measured)["shard"])
         bit = rng.randrange(8 * file.stat().st_size)
-        layer, batch = int(file.parent.name[-2:]), int(file.name.split(".")[1])
+        array, batch = str(file.parent.relative_to(measured)), int(file.name.split(".")[1])
+        layer = int(array.split("_")[1][:2])
         flip(file, bit)
         store = AttentionStore.open(measured)
-        with pytest.raises(StoreError, match=rf"attention/layer_0{layer}, batch {batch}: .* is damaged"):
+        with pytest.raises(StoreError, match=rf"{array}, batch {batch}: .* is damaged"):
             store.read(layer)
         flip(file, bit)
         assert np.isfinite(store.read(layer)).all()
@@ -222,35 +251,35 @@ def read_all(path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
-def test_truncated_shard(measured: Path, keep: float) -> None:
-    file = measured / "attention/layer_01/c.2.0.0.0"
+def test_truncated_shard(measured: Path, unkilled: Unkilled, keep: float) -> None:
+    file = shard(measured, 1, 2)
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content))])
-    assert [damage.unit for damage in verify(measured)] == ["run.zarr/attention/layer_01/c.2.0.0.0"]
-    with pytest.raises(StoreError, match=r"attention/layer_01, batch 2: .* bytes; \d+ were committed"):
+    assert [damage.unit for damage in verify(measured)] == [str(file.relative_to(measured.parent))]
+    with pytest.raises(StoreError, match=r"attention/layer_01.*, batch 2: .* bytes; \d+ were committed"):
         AttentionStore.open(measured).read(1)
-    assert case.capture(measured) == [2]
+    assert resume(measured, unkilled) == [2]
     assert file.read_bytes() == content
     assert verify(measured) == []
 
 
-def test_missing_shard(measured: Path) -> None:
-    file = measured / "attention/layer_00/c.1.0.0.0"
+def test_missing_shard(measured: Path, unkilled: Unkilled) -> None:
+    file = shard(measured, 0, 1)
     content = file.read_bytes()
     file.unlink()
-    assert [str(damage) for damage in verify(measured)] == ["run.zarr/attention/layer_00/c.1.0.0.0 is missing"]
+    assert [str(damage) for damage in verify(measured)] == [f"{file.relative_to(measured.parent)} is missing"]
     store = AttentionStore.open(measured)
-    with pytest.raises(StoreError, match=r"attention/layer_00, batch 1: .*is missing"):
+    with pytest.raises(StoreError, match=r"attention/layer_00.*, batch 1: .*is missing"):
         store.read(0)
     assert np.isfinite(store.read(0, slice(8, 11))).all()  # the other batches are as good as before
-    assert case.capture(measured) == [1]
+    assert resume(measured, unkilled) == [1]
     assert file.read_bytes() == content
 
 
-def test_missing_record_of_a_complete_capture(measured: Path) -> None:
+def test_missing_record_of_a_complete_capture(measured: Path, unkilled: Unkilled) -> None:
     (measured.with_name("run.ledger") / "batch_000001.json").unlink()
     assert [str(damage) for damage in verify(measured)] == ["run.ledger/batch_000001.json is missing"]
-    assert case.capture(measured) == [1]
+    assert resume(measured, unkilled) == [1]
     assert verify(measured) == []
 
 
@@ -265,18 +294,19 @@ def test_strange_files_are_named(measured: Path) -> None:
     ]
 
 
-def test_damaged_metadata_that_cannot_be_rebuilt_stop_a_resume(measured: Path) -> None:
+def test_damaged_metadata_that_cannot_be_rebuilt_stop_a_resume(measured: Path, unkilled: Unkilled) -> None:
     """Other labels would rebuild another file: the damage is named, nothing is overwritten."""
     file = measured / "images/label/c.0"
     flip(file, 100)
     damaged = file.read_bytes()
+    schema = case.make_schema(unkilled.encoding)
     with pytest.raises(StoreError, match=r"images/label/c\.0 .* cannot be rebuilt"):
-        case.AttentionWriter.open(measured, case.make_schema(), **case.fixed() | {"labels": [0] * 11})
+        case.AttentionWriter.open(measured, schema, **case.fixed(schema) | {"labels": [0] * 11})
     assert file.read_bytes() == damaged
     assert sorted(entry.name for entry in measured.parent.iterdir()) == ["run.ledger", "run.zarr"]
 
 
-def test_a_store_swapped_with_another_is_noticed(measured: Path, tmp_path: Path) -> None:
+def test_a_store_swapped_with_another_is_noticed(measured: Path, unkilled: Unkilled, tmp_path: Path) -> None:
     """Two records of sound content under each other's names."""
     ledger = measured.with_name("run.ledger")
     first, second = ledger / "batch_000000.json", ledger / "batch_000001.json"
@@ -287,4 +317,4 @@ def test_a_store_swapped_with_another_is_noticed(measured: Path, tmp_path: Path)
         "run.ledger/batch_000000.json",
         "run.ledger/batch_000001.json",
     ]
-    assert case.capture(measured) == [0, 1]
+    assert resume(measured, unkilled) == [0, 1]

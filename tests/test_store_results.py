@@ -44,6 +44,7 @@ def test_only_what_is_missing_is_asked_for(path: Path) -> None:
 def test_a_measurement_goes_on_where_it_stopped(path: Path) -> None:
     with MetricWriter.open(path, {"later_a": PARAMS}) as writer:
         writer.write_batch(1, {"later_a": case.metric("later_a")[4:8]}, {"later_a": case.counts("later_a")[4:8]})
+        writer.flush()
         assert sorted(writer.missing) == [0, 2]
     assert not has_metric(path, "later_a", PARAMS)
     store = AttentionStore.open(path)

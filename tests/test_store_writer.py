@@ -67,14 +67,19 @@ def test_reads_select_images_and_heads_as_numpy_does(path: Path, images: Any, he
     np.testing.assert_array_equal(store.read_metric("entropy", images)[0], case.metric("entropy")[images])
 
 
-def test_tensors_are_taken_as_they_are(path: Path) -> None:
-    schema = case.make_schema(metrics={}, region_metrics=(), num_classes=0)
+@pytest.mark.parametrize("encoding", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_every_precision_are_taken_as_they_are(path: Path, encoding: str, dtype: torch.dtype) -> None:
+    schema = case.make_schema(encoding, metrics={}, region_metrics=(), num_classes=0)
+    given = {layer: torch.from_numpy(case.maps(layer)[:4]).to(dtype) for layer in (0, 1)}
     with AttentionWriter.open(path, schema, **case.fixed()) as writer:
-        rows = schema.batch_rows(0)
-        writer.write_batch(0, {layer: torch.from_numpy(case.maps(layer)[rows]) for layer in (0, 1)})
+        for layer, maps in given.items():
+            writer.add_attention(0, layer, maps)
+        writer.commit(0)
         with pytest.raises(StoreError, match="attention of layer 0 cannot be read as a NumPy array"):
-            writer.write_batch(1, {layer: torch.zeros(4, 3, 14, 14, requires_grad=True) for layer in (0, 1)})
-    np.testing.assert_array_equal(AttentionStore.open(path).read(1, rows), np.float32(np.float16(case.maps(1)[rows])))
+            writer.add_attention(1, 0, torch.zeros(4, 3, 14, 14, requires_grad=True))
+    kept = given[1].to({"fp16": torch.float16, "bf16": torch.bfloat16}[encoding]).float().numpy()
+    np.testing.assert_array_equal(AttentionStore.open(path).read(1, slice(0, 4)), kept)
 
 
 def test_plain_zarr_and_xarray_read_it_without_this_project(path: Path) -> None:
@@ -137,8 +142,9 @@ def test_maps_of_nothing_but_nan_are_kept_not_lost(path: Path) -> None:
     schema = case.make_schema(metrics={}, region_metrics=(), num_classes=0)
     with AttentionWriter.open(path, schema, **case.fixed()) as writer:
         for batch in range(3):
-            rows = schema.batch_rows(batch)
-            writer.write_batch(batch, {layer: np.full_like(case.maps(layer)[rows], np.nan) for layer in (0, 1)})
+            for layer in (0, 1):
+                writer.add_attention(batch, layer, np.full_like(case.maps(layer)[schema.batch_rows(batch)], np.nan))
+            writer.commit(batch)
         writer.finish()
     assert verify(path) == []
     assert np.isnan(AttentionStore.open(path).read(0)).all()
@@ -265,9 +271,7 @@ def test_a_second_writer_is_refused_even_from_another_process(path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": {0: case.maps(0)[:4]}}, r"layers of attention are \[0\]; the store's schema has \[0, 1\]"),
-        ({"attention": {0: case.maps(0)[:3], 1: case.maps(1)[:4]}}, r"shape \(3, 3, 14, 14\); expected \(4, 3, 14"),
-        ({"attention": {0: np.ones((4, 3, 14, 14), int), 1: case.maps(1)[:4]}}, "dtype int64; expected floating point"),
+        ({"layers": (0,)}, r"layers of attention are \[0\]; the store's schema has \[0, 1\]"),
         ({"metrics": {}}, r"metrics are \[\]; the store's schema has \['entropy', 'region_mass'\]"),
         ({"undefined": {}}, "undefined counts are"),
         ({"logits": None}, "logits are missing"),
@@ -277,18 +281,41 @@ def test_a_second_writer_is_refused_even_from_another_process(path: Path) -> Non
 )
 def test_a_wrong_batch_is_refused_and_commits_nothing(path: Path, changes: dict[str, Any], message: str) -> None:
     names = ("entropy", "region_mass")
-    batch: dict[str, Any] = {
+    whole: dict[str, Any] = {
         "batch": 0,
-        "attention": {layer: case.maps(layer)[:4] for layer in (0, 1)},
+        "layers": (0, 1),
         "metrics": {name: case.metric(name)[:4] for name in names},
         "undefined": {name: case.counts(name)[:4] for name in names},
         "logits": case.logits()[:4],
     }
+    wrong = whole | changes
+    layers = wrong.pop("layers")
     with AttentionWriter.open(path, case.make_schema(), **case.fixed()) as writer:
+        for layer in layers:
+            writer.add_attention(0, layer, case.maps(layer)[:4])
         with pytest.raises(StoreError, match=message):
-            writer.write_batch(**batch | changes)
+            writer.commit(**wrong)
+        for layer in whole.pop("layers")[len(layers) :]:
+            writer.add_attention(0, layer, case.maps(layer)[:4])
+        writer.commit(**whole)
+        writer.flush()
+        assert writer.committed == {0}
+
+
+def test_wrong_attention_is_refused(path: Path) -> None:
+    with AttentionWriter.open(path, case.make_schema(), **case.fixed()) as writer:
+        for layer, maps, message in (
+            (0, case.maps(0)[:3], r"shape \(3, 3, 14, 14\); expected \(4, 3, 14, 14\)"),
+            (0, np.ones((4, 3, 14, 14), int), "dtype int64; expected floating point"),
+            (2, case.maps(0)[:4], "layer is 2; .* keeps layers 0, 1"),
+            (0, case.factors(0, slice(0, 4)), "is given as query and key; fp16 keeps maps"),
+        ):
+            with pytest.raises(StoreError, match=message):
+                writer.add_attention(0, layer, maps)
+        writer.add_attention(0, 0, case.maps(0)[:4])
+        with pytest.raises(StoreError, match=r"layer 0 of batch 0 .* was written already"):
+            writer.add_attention(0, 0, case.maps(0)[:4])
         assert writer.committed == set()
-        writer.write_batch(**batch)
 
 
 def test_bad_schemas_are_refused() -> None:
@@ -323,7 +350,9 @@ def test_the_estimate_bounds_what_is_written(path: Path) -> None:
     with AttentionWriter.open(path, schema, **case.fixed()) as writer:
         for batch in range(3):
             rows = schema.batch_rows(batch)
-            writer.write_batch(batch, {0: noise[rows], 1: noise[rows, :2]})
+            writer.add_attention(batch, 0, noise[rows])
+            writer.add_attention(batch, 1, noise[rows, :2])
+            writer.commit(batch)
     written = sum(len(content) for content in case.file_bytes(path.parent).values())
     assert written <= estimate_bytes(schema)
     attention = sum(layer.heads * layer.tokens**2 * 2 * 11 for layer in schema.layers)

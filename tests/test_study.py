@@ -13,8 +13,8 @@ import torch
 from engine.config import load_study
 from engine.controls import hybrid_control, hybrid_state, lockstep, same_attention_control
 from engine.journal import digest_path
-from engine.measure import read_table
 from engine.run import main
+from engine.table import read_table
 from store import AttentionStore
 from tests.photographs import write_broken, write_photographs
 
@@ -140,16 +140,16 @@ def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
 
     import engine.sinks
 
-    write_batch = engine.sinks.AttentionWriter.write_batch
+    commit = engine.sinks.AttentionWriter.commit
     batches = []
 
     def interrupted(self, batch, *args, **options):  # type: ignore[no-untyped-def]
         batches.append(batch)
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return write_batch(self, batch, *args, **options)
+        return commit(self, batch, *args, **options)
 
-    monkeypatch.setattr(engine.sinks.AttentionWriter, "write_batch", interrupted)
+    monkeypatch.setattr(engine.sinks.AttentionWriter, "commit", interrupted)
     assert main(command) == 130
     monkeypatch.undo()
     store = AttentionStore.open(outputs / "captures" / "baseline_seed1.zarr")

@@ -1,0 +1,175 @@
+"""What one batch's forward pass hands over: measured on the spot, passed on to the store's writer, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
+from store import Factors, FactorSchema, StoreSchema
+from store.encodings import factor_schema
+
+__all__ = ["BatchSinks", "discover_factors", "one_bias", "stack_layers"]
+
+_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class BatchSinks:
+    """Takes what one batch's forward pass hands over: measures it on the spot, and passes it on to the writer.
+
+    A layer goes to the writer when the next one arrives: by then its copy to the host has run beside a whole block.
+
+    Args:
+        schema: of the store; without an encoding no attention is passed on.
+        metrics: to measure; none when maps are only stored.
+        backend: that measures.
+        regions: layout -> coverage [image, region, patch] of this batch's images, or None.
+        add_attention: called with each layer and its maps or `Factors`.
+
+    Attributes:
+        measurements: of each layer, in depth order.
+    """
+
+    def __init__(
+        self,
+        schema: StoreSchema,
+        metrics: Sequence[MetricSpec],
+        backend: str,
+        regions: Mapping[TokenLayout, np.ndarray | None],
+        add_attention: Callable[[int, Any], None],
+    ) -> None:
+        self._encoding = schema.encoding
+        self._metrics = metrics
+        self._backend = backend
+        self._regions = regions
+        self._layers = {layer.layer: layer for layer in schema.layers}
+        self._add_attention = add_attention
+        self._arriving: tuple[int, Callable[[], Any]] | None = None
+        self._prefix_mass: dict[int, torch.Tensor] = {}
+        self.measurements: list[Measurement] = []
+
+    def __call__(
+        self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> None:
+        if self._metrics:
+            regions = self._regions[site.layout]
+            self.measurements.append(
+                measure_qk(
+                    query,
+                    key,
+                    site.layout,
+                    metrics=self._metrics,
+                    scale=scale,
+                    bias=bias,
+                    backend=self._backend,
+                    regions=None if regions is None else torch.from_numpy(regions).to(query.device),
+                )
+            )
+        if self._encoding:
+            self._pass_on()
+            factors = self._layers[site.layer].factors
+            if factors is None:
+                maps = attention_map(query, key, scale, bias)
+                self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).mean()
+                self._arriving = site.layer, _to_host(maps, _PRECISION[self._encoding], copy=False)
+            else:
+                parts = [_to_host(part, getattr(torch, factors.precision)) for part in (query, key)]
+                added = None if bias is None else _to_host(bias, bias.dtype)
+                self._arriving = (
+                    site.layer,
+                    lambda: Factors(
+                        query=parts[0](), key=parts[1](), scale=scale, bias=None if added is None else added()
+                    ),
+                )
+
+    def finish(self) -> None:
+        """Pass on the last layer."""
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._arriving is not None:
+            layer, attention = self._arriving
+            self._arriving = None
+            self._add_attention(layer, attention())
+
+    def prefix_mass(self) -> dict[int, float]:
+        """Mean mass that each layer whose maps were kept gives to its prefix tokens."""
+        return {layer: float(mass) for layer, mass in self._prefix_mass.items()}
+
+    def metric_values(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of the batch.
+
+        Layers with fewer heads than the widest are filled with NaN and −1.
+        """
+        names = list(self.measurements[0]) if self.measurements else []
+        values = {name: stack_layers([m[name] for m in self.measurements], np.nan) for name in names}
+        counts = {name: stack_layers([m.undefined_rows[name] for m in self.measurements], -1) for name in names}
+        return values, counts
+
+
+def _to_host(values: torch.Tensor, precision: torch.dtype, *, copy: bool = True) -> Callable[[], torch.Tensor]:
+    """Start to bring values to the host; the result waits for them.
+
+    From a GPU they come in `precision`, pinned and asynchronously. On a CPU they keep their own, for the writer narrows
+    them chunk by chunk (torch's cast to float16 ran at 0.25 GB/s), and are copied if they are the model's.
+    """
+    if values.device.type == "cpu":
+        own = values.clone(memory_format=torch.contiguous_format) if copy else values
+        return lambda: own
+    host = torch.empty(values.shape, dtype=precision, pin_memory=True)
+    host.copy_(values.to(precision), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
+
+
+def stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:
+    """Arrays [image, head, ...] of several layers as one [image, layer, head, ...]."""
+    arrays = [torch.as_tensor(layer).cpu().numpy() for layer in layers]
+    heads = max(array.shape[1] for array in arrays)
+    padded = [
+        np.pad(array, [(0, 0), (0, heads - array.shape[1])] + [(0, 0)] * (array.ndim - 2), constant_values=fill)
+        for array in arrays
+    ]
+    return np.stack(padded, axis=1)
+
+
+def discover_factors(
+    model: torch.nn.Module, images: torch.Tensor, layers: Sequence[int]
+) -> tuple[dict[int, FactorSchema], dict[int, torch.Tensor]]:
+    """What is fixed about each layer's query and key, and the biases that all images share, [1, head, query, key].
+
+    Args:
+        model: see `AttentionTap`.
+        images: two: from one alone, a bias of each image cannot be told from one for all.
+        layers: to look at; empty: all.
+    """
+    schemas: dict[int, FactorSchema] = {}
+    biases: dict[int, torch.Tensor] = {}
+
+    def describe(
+        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> None:
+        bias = None if bias is None else bias.cpu()
+        schema = factor_schema(Factors(query=query.cpu(), key=key.cpu(), scale=scale, bias=bias), site.heads)
+        schemas[site.layer] = schema
+        if bias is not None and schema.bias == "shared":
+            biases[site.layer] = one_bias(bias).clone()
+
+    with evaluating(model), torch.inference_mode(), AttentionTap(model, describe, layers=layers or None):
+        model(images)
+    return schemas, biases
+
+
+def one_bias(bias: torch.Tensor) -> torch.Tensor:
+    """[1, head, query, key] of a bias that all images share."""
+    return bias[(None,) * (4 - bias.ndim)][:1]

@@ -1,0 +1,45 @@
+"""Progress over images: images/s, and GB/s of attention before compression."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+__all__ = ["ImageProgress"]
+
+
+class ImageProgress:
+    """A progress bar, off when not in a terminal.
+
+    Args:
+        label: what is being done.
+        total: images.
+        done: of them done already, by an earlier run.
+        image_bytes: of attention an image, as stored before compression; 0: none is stored, and no GB/s shown.
+        options: of tqdm.
+    """
+
+    def __init__(self, label: str, total: int, done: int, image_bytes: int, **options: Any) -> None:
+        self._bar = tqdm(total=total, initial=done, desc=label, unit="image", **{"disable": None} | options)
+        self._image_bytes = image_bytes
+        self._begin = time.monotonic()
+        self._bytes = 0
+
+    def update(self, images: int) -> None:
+        """So many images more are done."""
+        self._bytes += images * self._image_bytes
+        if self._bytes:
+            rate = self._bytes / max(time.monotonic() - self._begin, 1e-9)
+            self._bar.set_postfix_str(f"{rate / 1e9:.2f} GB/s", refresh=False)
+        self._bar.update(images)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

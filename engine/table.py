@@ -1,0 +1,186 @@
+"""Stores -> table [condition, seed, image, layer, head], as Zarr, HDF5 and CSV."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.measure import stored_parameters
+from engine.sinks import PREFIX_MASS_WARNING
+from kernels import load_metric
+from store import AttentionStore
+from train.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["build_table", "prefix_mass_warning", "read_table", "write_table"]
+
+
+def build_table(
+    stores: Mapping[tuple[str, int], AttentionStore],
+    metrics: Sequence[str],
+    *,
+    seed_invariant: Sequence[str],
+    attributes: Mapping[str, Any],
+) -> xarray.Dataset:
+    """One variable a metric over (condition, seed, image, layer, head[, region]).
+
+    Args:
+        stores: (condition, seed) -> its capture, all over the same images.
+        metrics: names or `module:name`; each must be in every store.
+        seed_invariant: conditions captured once; their values stand at every seed.
+        attributes: of the data set (model, dataset, precision, …).
+
+    Raises:
+        InputError: the captures are not over the same images, layers and heads.
+    """
+    import xarray
+
+    first = next(iter(stores.values()))
+    conditions = list(dict.fromkeys(condition for condition, _ in stores))
+    seeds = sorted({seed for condition, seed in stores if condition not in seed_invariant}) or [next(iter(stores))[1]]
+    for key, store in stores.items():
+        _require_same(first, store, key)
+    pick = {
+        (condition, seed): stores.get((condition, seed))
+        or next(store for (name, _), store in stores.items() if name == condition)
+        for condition in conditions
+        for seed in seeds
+    }
+    schema = first.schema
+    coords: dict[str, Any] = {
+        "condition": _names(conditions),
+        "seed": seeds,
+        "image": _names(first.image_ids),
+        "layer": [layer.layer for layer in schema.layers],
+        "head": np.arange(schema.max_heads),
+        "site": ("layer", _names(layer.site for layer in schema.layers)),
+        "label": ("image", first.labels),
+        "class_name": ("image", _names(first.class_names[label] for label in first.labels)),
+        "seed_invariant": ("condition", [condition in seed_invariant for condition in conditions]),
+    }
+    if schema.regions:
+        coords["region"] = _names(schema.regions)
+    variables: dict[str, Any] = {}
+    undefined: dict[str, dict[str, int]] = {}
+    for name in metrics:
+        spec = load_metric(name)
+        backends = set()
+        columns = []
+        for condition in conditions:
+            of_seeds = []
+            for seed in seeds:
+                store = pick[condition, seed]
+                parameters = stored_parameters(store, spec)
+                if parameters is None:
+                    raise InputError(f"{store.path} has no {spec.name}; measure it first")
+                values, _ = store.read_metric(spec.name, params=parameters)
+                of_seeds.append(values)
+                backends.add(parameters["backend"])
+                counts = store.read_undefined(spec.name, params=parameters)
+                per_condition = undefined.setdefault(spec.name, {})
+                per_condition[condition] = per_condition.get(condition, 0) + int(counts.clip(min=0).sum())
+            columns.append(np.stack(of_seeds))
+        dims = ("condition", "seed", "image", "layer", "head") + (("region",) if spec.inputs == "regions" else ())
+        described = {
+            "units": spec.unit,
+            "title": spec.title or spec.name,
+            "undefined": spec.undefined,
+            "source": spec.source,
+            "backend": ", ".join(sorted(backends)),
+        }
+        variables[spec.name] = (dims, np.stack(columns), described)
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in attributes.items()}
+    plain |= {"undefined": json.dumps(undefined), "metrics": json.dumps(list(variables))}
+    return xarray.Dataset(variables, coords, plain)
+
+
+def _names(names: Iterable[str]) -> np.ndarray:
+    """Strings as objects: Zarr v3 has a type for strings of any length, and none for NumPy's fixed-length ones."""
+    return np.array(list(names), dtype=object)
+
+
+def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:
+    if store.image_ids != first.image_ids:
+        raise InputError(f"{key[0]} seed {key[1]} was captured over other images than {first.path.name}; capture again")
+    if store.sites != first.sites or store.schema.max_heads != first.schema.max_heads:
+        raise InputError(
+            f"{key[0]} seed {key[1]} has other layers or heads than {first.path.name}; "
+            "only models of one architecture can be compared"
+        )
+
+
+def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
+    """Write `attention_metrics` as .zarr, .h5 and .csv; each appears whole or not at all.
+
+    The CSV is long: one row a (condition, seed, image, layer, head), one column a metric (`metric[region]`).
+    """
+    from store.hdf5 import write_table as write_hdf5
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
+    partial = paths[0].with_name(".attention_metrics.zarr.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    table.to_zarr(partial, mode="w", zarr_format=3, consolidated=False)
+    shutil.rmtree(paths[0], ignore_errors=True)
+    os.replace(partial, paths[0])
+    write_hdf5(table, paths[1])
+    csv = paths[2].with_name(".attention_metrics.csv.partial")
+    _long_frame(table).to_csv(csv, index=False, float_format="%.7g", lineterminator="\n")
+    os.replace(csv, paths[2])
+    return paths
+
+
+def _long_frame(table: xarray.Dataset) -> Any:
+    import pandas
+
+    axes = ["condition", "seed", "image", "layer", "head"]
+    columns = {}
+    for name, values in table.data_vars.items():
+        if "region" in values.dims:
+            for region in table["region"].values:
+                columns[f"{name}[{region}]"] = values.sel(region=region, drop=True)
+        else:
+            columns[str(name)] = values
+    index = pandas.MultiIndex.from_product([table[axis].values for axis in axes], names=axes)
+    flat = {name: values.transpose(*axes).values.ravel() for name, values in columns.items()}
+    frame = pandas.DataFrame(flat, index=index).reset_index()
+    site = dict(zip(table["layer"].values, table["site"].values, strict=True))
+    frame.insert(axes.index("layer") + 1, "site", frame["layer"].map(site))
+    return frame.dropna(how="all", subset=list(flat))
+
+
+def read_table(path: Path) -> xarray.Dataset:
+    """The table of `write_table`, from its Zarr form, in memory, its metrics in the order they were asked for."""
+    import xarray
+
+    table = xarray.load_dataset(path, engine="zarr", consolidated=False)
+    names: list[str] = json.loads(table.attrs["metrics"])  # a folder's listing has an order of its own
+    return table[names]
+
+
+def prefix_mass_warning(table: xarray.Dataset) -> str:
+    """A sentence on the layers whose patches get almost nothing, or "" when there are none."""
+    if "prefix_mass" not in table:
+        return ""
+    means = table["prefix_mass"].mean(["seed", "image", "head"])
+    high = means.where(means > PREFIX_MASS_WARNING, drop=True)
+    layers = ", ".join(
+        f"layer {int(layer)} of {condition.item()} ({float(high.sel(condition=condition, layer=layer)):.2f})"
+        for condition in high["condition"]
+        for layer in high["layer"].values
+        if np.isfinite(high.sel(condition=condition, layer=layer))
+    )
+    if not layers:
+        return ""
+    return (
+        f"Prefix tokens take more than {PREFIX_MASS_WARNING} of the attention in {layers}: there the metrics describe "
+        "how the small remainder is spread over the patches."
+    )

@@ -1,0 +1,198 @@
+"""Rows of a store's arrays: from committed batches only, every byte checked, chunks decoded in parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.arrays import ArraySpec
+from store.commit import available_cpus
+from store.ledger import Ledger, LedgerError, batch_name, file_problem
+from store.precisions import Array, widen
+from store.schema import StoreError, StoreSchema
+from store.shards import ShardError, decode_chunk, read_chunks, scratch
+
+__all__ = ["Records", "Rows", "begin_rows", "positions"]
+
+Rows = slice | Sequence[int] | Array
+
+
+class Records:
+    """The committed batches of one capture or of one metric computed later."""
+
+    def __init__(self, ledger: Ledger, schema: StoreSchema, folder: str = "") -> None:
+        self._folder = folder
+        self._ledger = ledger
+        self._files: dict[int, dict[str, Any]] = {}
+        self._damaged: dict[int, str] = {}
+        for batch in range(schema.num_batches):
+            name = folder + batch_name(batch)
+            if ledger.exists(name):
+                try:
+                    self._files[batch] = ledger.read(name)["files"]
+                except LedgerError as error:  # told when a row of this batch is asked for
+                    self._damaged[batch] = str(error)
+
+    @property
+    def sound(self) -> set[int]:
+        return set(self._files)
+
+    def files(self, batch: int) -> dict[str, Any]:
+        """The hashes of a committed batch's files.
+
+        Raises:
+            StoreError: the batch is not committed, or its record is damaged.
+        """
+        if batch in self._damaged:
+            raise StoreError(f"batch {batch} cannot be trusted: {self._damaged[batch]}; write this batch again")
+        if batch not in self._files:
+            what = f"of {self._folder.rstrip('/')} " if self._folder else ""
+            raise StoreError(
+                f"batch {batch} {what}is not committed in {self._ledger.path}; resume the run that writes it"
+            )
+        return self._files[batch]
+
+
+def begin_rows(
+    root: Path,
+    array: ArraySpec,
+    images: Rows,
+    records: Records,
+    *,
+    columns: Rows = slice(None),
+    wide: bool = False,
+    threads: int | None = None,
+) -> Callable[[], Array]:
+    """Begin to read rows of an array; what is returned waits for them and gives them.
+
+    Args:
+        root: the store.
+        array: of the store.
+        images: rows, a slice or numbers in any order.
+        records: the committed batches.
+        columns: of the second axis (heads), as `images`.
+        wide: as float32, instead of what is stored.
+        threads: that decode; None: one a CPU.
+
+    Raises:
+        StoreError: no such rows, rows of batches that are not committed, or (from the returned call, too) a file that
+            is missing, truncated or damaged.
+    """
+    rows = positions(images, array.shape[0], "images")
+    chosen: Array | None = None
+    if len(array.shape) > 1:
+        chosen = positions(columns, array.shape[1], "heads")
+        if np.array_equal(chosen, np.arange(array.shape[1])):
+            chosen = None
+    width = array.shape[1:2] if chosen is None else (chosen.size,)
+    out = np.empty((rows.size, *width, *array.shape[2:]), np.float32 if wide else array.dtype)
+    runs: list[tuple[int, _Run, list[Future[None]]]] = []
+    batches = rows // array.batch
+    starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
+    for start, stop in itertools.pairwise([*starts, rows.size]):
+        batch = int(batches[start])
+        file = root / array.file(batch)
+        entry = records.files(batch)[array.file(batch)]
+        if problem := file_problem(root, array.file(batch), entry, content=False):
+            raise StoreError(f"{array.path}, batch {batch}: {file} {problem}; capture this batch again")
+        run = _Run(array, rows[start:stop] - batch * array.batch, chosen, out[start:stop], wide)
+        with _named(array, batch, file):
+            decoders = _decoders(threads or available_cpus())
+            futures = read_chunks(file, run.rows, array.chunk, array.shard_chunks, run.place, decoders)
+        runs.append((batch, run, futures))
+
+    def finish() -> Array:
+        for batch, run, futures in runs:
+            with _named(array, batch, root / array.file(batch)):
+                for future in futures:
+                    future.result()
+            run.finish()
+        return out
+
+    return finish
+
+
+@contextlib.contextmanager
+def _named(array: ArraySpec, batch: int, file: Path) -> Iterator[None]:
+    """Errors inside say which array, batch and file."""
+    try:
+        yield
+    except (ShardError, OSError) as error:
+        raise StoreError(
+            f"{array.path}, batch {batch}: {file} is damaged ({error}); capture this batch again"
+        ) from error
+
+
+class _Run:
+    """Rows of one file on their way into an array.
+
+    Args:
+        array: whose file it is.
+        wanted: rows of the file, in any order.
+        columns: of the second axis; None: all.
+        out: where they belong, [row, ...].
+        wide: float32, instead of what is stored.
+    """
+
+    def __init__(self, array: ArraySpec, wanted: Array, columns: Array | None, out: Array, wide: bool) -> None:
+        self.rows = slice(int(wanted.min()), int(wanted.max()) + 1)
+        self._array = array
+        self._columns = columns
+        self._wide = wide
+        self._order = wanted - self.rows.start
+        self._out = out
+        in_order = wanted.size == self.rows.stop - self.rows.start and bool((np.diff(wanted) == 1).all())
+        self._target = out if in_order else np.empty((self.rows.stop - self.rows.start, *out.shape[1:]), out.dtype)
+
+    def place(self, number: int, data: Array) -> None:
+        """Decode a chunk to where its rows belong."""
+        array = self._array
+        first = number * array.chunk  # of the chunk's rows, in the file
+        begin, end = max(first, self.rows.start), min(first + array.chunk, self.rows.stop)
+        out = self._target[begin - self.rows.start : end - self.rows.start]
+        if not self._wide and self._columns is None and end - begin == array.chunk:
+            decode_chunk(data, out)
+            return
+        chunk = scratch("decoded", array.chunk * array.row_bytes).view(array.dtype)
+        chunk = chunk.reshape(array.chunk, *array.shape[1:])
+        decode_chunk(data, chunk)
+        rows = chunk[begin - first : end - first]
+        if self._columns is not None:
+            rows = rows[:, self._columns]
+        if self._wide:
+            widen(rows, array.precision, out)
+        else:
+            out[...] = rows
+
+    def finish(self) -> None:
+        """Put rows that were not wanted in order into theirs."""
+        if self._target is not self._out:
+            self._out[...] = self._target[self._order]
+
+
+@lru_cache
+def _decoders(threads: int) -> ThreadPoolExecutor:
+    """The process's threads that decode chunks; they are idle when nobody reads."""
+    return ThreadPoolExecutor(threads, "decode")
+
+
+def positions(selection: Rows, length: int, what: str) -> Array:
+    """A slice or a list of numbers as row numbers.
+
+    Raises:
+        StoreError: there are no such rows.
+    """
+    try:
+        numbers = np.arange(length)[selection]
+    except IndexError as error:
+        raise StoreError(f"{what}: {error}; there are {length}") from error
+    if numbers.ndim != 1:
+        raise StoreError(f"{what} must be a slice or a list of numbers, found {selection!r}")
+    return numbers
