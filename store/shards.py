@@ -24,7 +24,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc
+from numcodecs import blosc  # type: ignore[import-untyped]
 
 from store.precisions import Array, cast
 from store.schema import StoreError
