@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kernels import BACKENDS, TokenLayout, measure_attention, measure_qk
+from kernels.threads import set_num_threads
 from tests.cases import layout, trained
 
 CORE = ("distance", "entropy", "morans_i")
@@ -82,10 +83,8 @@ def test_core_metrics_of_one_image(benchmark: Any, run: Callable[[], Any]) -> No
 
 
 def main(rounds: int = 7) -> None:
-    import numba
-
     torch.set_num_threads(1)
-    numba.set_num_threads(1)
+    set_num_threads(1)
     runs = contenders()
     for run in runs.values():
         run()

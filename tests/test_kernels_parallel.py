@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,12 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
 
 from kernels import METRICS, measure_attention, measure_qk
+from kernels.threads import num_threads, over_parts, set_num_threads
 from tests.cases import CASES, layout, vit_qk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,16 +27,15 @@ ATTENTION = CASES[0].make(OF, np.random.default_rng(1)).astype(np.float16)
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts numba's thread count back."""
-    before = numba.get_num_threads()
+    """Takes the setting back."""
     yield
-    numba.set_num_threads(before)
+    set_num_threads(None)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(threads: None) -> None:
     results = []
-    for count in sorted({1, numba.config.NUMBA_NUM_THREADS}):
-        numba.set_num_threads(count)
+    for count in (1, 2, 5):
+        set_num_threads(count)
         results.append((measure_attention(ATTENTION, OF, NAMES), measure_qk(QUERY, KEY, OF, NAMES)))
     for from_maps, from_qk in results[1:]:
         for name in NAMES:
@@ -72,7 +72,7 @@ def test_worker_threads_may_measure_at_once() -> None:
 
 
 def test_torch_goes_on_working_in_between() -> None:
-    """As capture does it: a parallel region of torch's pool, one of numba's, and so on, in a worker thread too."""
+    """As capture does it: a parallel region of torch's pool, a measurement, and so on, in a worker thread too."""
     matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     product = matrix @ matrix
     expected = measure_qk(QUERY, KEY, OF)
@@ -94,30 +94,68 @@ def test_torch_goes_on_working_in_between() -> None:
     assert not failures
 
 
-@pytest.mark.slow
-def test_workqueue_threads_may_measure_at_once() -> None:
-    """Numba's fallback where no OpenMP library is found aborts the process on concurrent use: a lock prevents it."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_measures(threads: None) -> None:
+    """A pool of threads does not survive a fork; a data loader's worker may fork at any time."""
     code = (
-        "import numba, numpy as np\n"
-        "from concurrent.futures import ThreadPoolExecutor\n"
+        "import os, sys\n"
+        "import numpy as np\n"
         "from kernels import measure_attention\n"
+        "from kernels.threads import set_num_threads\n"
         "from tests.cases import layout\n"
-        "of = layout(7, 6, 1)\n"
-        "a = np.full((64, 43, 43), 1 / 43, np.float32)\n"
-        "with ThreadPoolExecutor(4) as pool:\n"
-        "    list(pool.map(lambda _: measure_attention(a, of, 'entropy'), range(200)))\n"
-        "print(numba.threading_layer())\n"
+        "of = layout(3, 4, 1)\n"
+        "a = np.full((8, 13, 13), 1 / 13, np.float32)\n"
+        "set_num_threads(2)\n"
+        "expected = measure_attention(a, of, 'distance')['distance']\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if np.array_equal(measure_attention(a, of, 'distance')['distance'], expected) else 3)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "workqueue"
+
+
+class TestThreads:
+    @pytest.mark.parametrize("count", [0, 1, 7, 100])
+    def test_parts_make_up_the_whole(self, threads: None, count: int) -> None:
+        set_num_threads(3)
+        seen: list[int] = []
+        over_parts(lambda begin, end: seen.extend(range(begin, end)), count)
+        assert sorted(seen) == list(range(count))
+
+    def test_the_first_failure_is_raised_when_all_have_ended(self, threads: None) -> None:
+        set_num_threads(4)
+        ended: list[int] = []
+
+        def run(begin: int, end: int) -> None:
+            if begin == 0:
+                raise KeyError("the first part")
+            ended.append(begin)
+
+        with pytest.raises(KeyError, match="the first part"):
+            over_parts(run, 64)
+        before = list(ended)
+        over_parts(lambda begin, end: None, 64)  # the pool still works
+        assert ended == before
+
+    def test_the_number_comes_from_the_setting_then_the_environment(
+        self, threads: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+        assert num_threads() == 3
+        set_num_threads(2)
+        assert num_threads() == 2
+        set_num_threads(None)
+        monkeypatch.delenv("NUMBA_NUM_THREADS")
+        assert num_threads() >= 1
+
+    def test_nonsense_is_refused(self, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match="0 threads were asked for"):
+            set_num_threads(0)
+        monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
+        with pytest.raises(ValueError, match="NUMBA_NUM_THREADS is 'many'"):
+            num_threads()
 
 
 def test_importing_kernels_stays_light() -> None:

@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import Measurement, measure_attention, measure_qk
+from kernels import Measurement, measure_attention, measure_qk, numba_cpu
 from kernels.reference import softmax_rows
 from tests.cases import CASES, CPU_BACKENDS, DTYPES, FROM_QK, TOLERANCE, Case, layout, metrics_for, rounded, vit_qk
 
-FAST = tuple(name for name in CPU_BACKENDS if name != "reference")
+ANY_CPU = "numba on any CPU"
+FAST = (*(name for name in CPU_BACKENDS if name != "reference"), ANY_CPU)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend's name; for `ANY_CPU` numba without the loops for AVX-512, which it takes where there is none."""
+    if request.param == ANY_CPU:
+        monkeypatch.setattr(numba_cpu, "has_vector_loops", lambda: False)
+        return "numba"
+    return str(request.param)
 
 
 def as_kind(attention: np.ndarray, dtype: str, kind: str) -> Any:
@@ -47,7 +57,7 @@ def assert_close(got: Any, expected: Any, tolerances: dict[str, float], context:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 def test_agrees_with_the_reference(backend: str, case: Case, dtype: str) -> None:
     attention = rounded(case.attention(), dtype)
     names, regions = metrics_for(case.layout), case.regions()
@@ -62,7 +72,7 @@ def test_agrees_with_the_reference(backend: str, case: Case, dtype: str) -> None
         assert_close(got, expected, TOLERANCE, f"{backend}, {dtype}, reduce={reduce}")
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 def test_torch_and_numpy_input_give_the_same_bits(backend: str) -> None:
     case = CASES[0]
     attention = rounded(case.attention(), "float16").astype(np.float16)
@@ -75,7 +85,7 @@ def test_torch_and_numpy_input_give_the_same_bits(backend: str) -> None:
         np.testing.assert_array_equal(from_torch[name].numpy(), from_numpy[name])
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "cols", "prefix", "head_dim"), [(14, 14, 1, 64), (7, 11, 0, 6), (1, 13, 5, 33), (5, 4, 2, 1)]
@@ -91,7 +101,7 @@ def test_from_query_and_key(backend: str, dtype: str, rows: int, cols: int, pref
     assert_close(got, expected, FROM_QK, f"{backend}, {dtype}")
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 @pytest.mark.parametrize(
     "kind", ["head", "image and head", "query", "key", "boolean", "boolean key", "every patch hidden"]
 )
@@ -127,7 +137,7 @@ def test_query_and_key_agree_with_the_map_they_make() -> None:
         np.testing.assert_allclose(from_qk[name], from_map[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 @pytest.mark.parametrize("bias", [-90.0, 90.0])
 def test_a_sink_on_the_prefix_costs_no_accuracy(backend: str, bias: float) -> None:
     """From query and key the prefix cancels: 1 − 1e-39 of the mass there leaves the metrics as they were."""
@@ -161,7 +171,7 @@ def strided(attention: np.ndarray, how: str) -> np.ndarray:
 @pytest.mark.parametrize(
     "how", ["heads last", "every second image", "keys first", "backwards", "part of a larger array"]
 )
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, ANY_CPU], indirect=True)
 def test_strides_do_not_matter(backend: str, how: str) -> None:
     of = layout(7, 11, 1)
     attention = CASES[0].make(of, np.random.default_rng(2)).astype(np.float32)
@@ -184,7 +194,7 @@ def test_query_and_key_are_read_in_place_from_a_fused_projection() -> None:
         np.testing.assert_array_equal(got[name], expected[name])
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, ANY_CPU], indirect=True)
 @pytest.mark.parametrize("leading", [(), (3,), (1, 2, 3), (0, 3)])
 def test_any_leading_axes(backend: str, leading: tuple[int, ...]) -> None:
     of = layout(3, 4, 1)

@@ -1,0 +1,631 @@
+"""The passes for CPUs with AVX-512, in float32: sixteen lanes at a time, every sum of a row in one sweep over it.
+
+What they compute are the core metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the
+ordinary (invalid, almost without mass on the patches, almost constant) and metrics beyond the core take the way of
+`numba_rows`, row by row; which way a row takes depends on that row alone.
+
+Stored maps: lanes are the patches of one grid row, so that neighbours are the next lane and the previous register.
+Moran's I is centred by the mean known beforehand, (1 − prefix mass)/N, and the small rest δ of the mean is taken out
+of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(z−δ)(z'−δ) = Σzz' − δ Σ deg z + δ²E. Where
+that would cancel nine tenths of Σz² or more, the row is out of the ordinary.
+
+From query and key: lanes are sixteen queries, rows of a tile in cache are keys, so no sum runs across lanes. Prefix
+tokens follow the patches, as queries and as keys.
+
+Rounding as in `numba_math`: log2 to 1.9e-6 (degree 6 on [1, 2)), 2^t to 1.1e-7 (degree 5 on [0, 1)), least-squares
+fits reweighted until the greatest error was least.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from kernels.lanes import (
+    WIDTH,
+    dot_tile,
+    either,
+    exponent,
+    first,
+    fma,
+    fraction,
+    greater,
+    holds_sign,
+    keep,
+    load,
+    load_kept,
+    mantissa,
+    next_lane,
+    splat,
+    store,
+    sums_of_eight,
+    times_power,
+    transpose,
+)
+from kernels.numba_math import CALLED_FROM_PYTHON, LEAST_EXP2, LN_2, LOG2_E, OPTIONS, load_row, log2, sources
+from kernels.numba_rows import (
+    CLASS_ROW,
+    DISTANCE,
+    ENTROPY,
+    ENTROPY_SEED1,
+    MORAN,
+    PATCH_MASS,
+    add_renormalised,
+    attention_row,
+    measure_row,
+    qk_row,
+    row_entropy_seed1,
+)
+
+__all__ = ["passes"]
+
+_CORE = DISTANCE | ENTROPY | MORAN
+
+# log2 m = Σ c_k m^k on [1, 2).
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (
+    np.float32(c)
+    for c in (
+        -3.0400373935699463,
+        6.112950801849365,
+        -5.3419671058654785,
+        3.286508560180664,
+        -1.266907811164856,
+        0.275145947933197,
+        -0.025690775364637375,
+    )
+)
+# 2^f = Σ c_k f^k on [0, 1).
+_E0, _E1, _E2, _E3, _E4, _E5 = (
+    np.float32(c)
+    for c in (
+        0.9999998807907104,
+        0.6931547522544861,
+        0.24013970792293549,
+        0.05586624518036842,
+        0.008942830376327038,
+        0.0018964604241773486,
+    )
+)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any value whose own weighs something
+
+
+# --- sums of a row --------------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def _block_sums(
+    buffer: Any, begin: Any, mean: Any, cols: Any, rows: Any, kept: Any, distances: Any, at: Any, pitch: Any, col: Any
+) -> Any:
+    """Sums, lane by lane, over the grid rows of `kept` columns from column `col` on, `cols` being the grid's.
+
+    `buffer[begin]` is the row's first patch, `distances[at]` its distance, grid rows of which are `pitch` apart.
+    (Σ x, Σ x·d, Σ x·(log2 x − _L0), Σ z, Σ z², Σ z·z' over edges, z of the first grid row, of the last, signs).
+    """
+    mask = first(kept)
+    inner = first(min(cols - col - 1, WIDTH))  # lanes with a neighbour to the right
+    nothing, tiny, centre = splat(_ZERO), splat(_TINY), splat(mean)
+    c1, c2, c3, c4, c5, c6 = splat(_L1), splat(_L2), splat(_L3), splat(_L4), splat(_L5), splat(_L6)
+    total, far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing, nothing
+    above = nothing
+    top = keep(mask, load(buffer, begin + col) - centre)
+    here, there = begin + col, at + col
+    for _ in range(rows):
+        x = load_kept(buffer, here, mask)
+        signs = either(signs, x)
+        total = total + x
+        far = fma(x, load(distances, there), far)
+        safe = x + tiny
+        part = mantissa(safe)
+        log = fma(part, fma(part, fma(part, fma(part, fma(part, fma(part, c6, c5), c4), c3), c2), c1), exponent(safe))
+        weighted = fma(x, log, weighted)
+        z = keep(mask, x - centre)
+        rest = rest + z
+        square = fma(z, z, square)
+        if kept < WIDTH or col + WIDTH == cols:
+            right = next_lane(z, inner)
+        else:
+            right = load(buffer, here + 1) - centre  # lane 15's neighbour is in the next block
+        cross = fma(z, right + above, cross)
+        above = z
+        here += cols
+        there += pitch
+    return total, far, weighted, rest, square, cross, top, above, signs
+
+
+@njit(**OPTIONS)
+def _row_sums(
+    buffer: Any,
+    begin: Any,
+    mean: Any,
+    cols: Any,
+    rows: Any,
+    distances: Any,
+    at: Any,
+    degrees: Any,
+    sums: Any,
+    out_at: Any,
+) -> None:
+    """Writes (Σ x, Σ x·d, Σ x·(log2 x − _L0), Σ z, Σ z², Σ deg·z, Σ z·z' over edges, 0) of one row to `sums`.
+
+    `degrees` [col] are the neighbours of a patch in an inner grid row. Σ x is NaN where a sign bit is set.
+    """
+    pitch = degrees.size
+    kept = min(cols, WIDTH)
+    total, far, weighted, rest, square, cross, top, bottom, signs = _block_sums(
+        buffer, begin, mean, cols, rows, kept, distances, at, pitch, 0
+    )
+    degree = fma(rest, load(degrees, 0), splat(_ZERO)) - top - bottom
+    for col in range(WIDTH, cols, WIDTH):
+        kept = min(cols - col, WIDTH)
+        total_, far_, weighted_, rest_, square_, cross_, top, bottom, signs_ = _block_sums(
+            buffer, begin, mean, cols, rows, kept, distances, at, pitch, col
+        )
+        degree = degree + (fma(rest_, load(degrees, col), splat(_ZERO)) - top - bottom)
+        total, far, weighted = total + total_, far + far_, weighted + weighted_
+        rest, square, cross, signs = rest + rest_, square + square_, cross + cross_, either(signs, signs_)
+    store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
+    if holds_sign(signs):
+        sums[out_at] = np.nan
+
+
+@njit(**OPTIONS)
+def _moran(rest: Any, square: Any, degree: Any, cross: Any, n: Any, num_edges: Any) -> Any:
+    """(Moran's I, whether it can be trusted) from sums about a mean that is off by δ = Σz/N."""
+    delta = rest / n
+    about_mean = square - delta * rest
+    edges = cross - delta * degree + delta * delta * num_edges
+    return n / num_edges * edges / about_mean, about_mean > np.float32(0.1) * square
+
+
+# --- stored maps ----------------------------------------------------------------------------------------------------
+
+
+def _as_stored(buffer: Any) -> Any:
+    """The buffer as `numba_rows` takes it: half floats of both kinds as uint16."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_as_stored)
+def _as_stored_of(buffer: Any) -> Any:
+    if buffer.dtype == types.int16:
+
+        def as_bits(buffer: Any) -> Any:
+            return buffer.view(np.uint16)
+
+        return as_bits
+
+    def as_it_is(buffer: Any) -> Any:
+        return buffer
+
+    return as_it_is
+
+
+@njit(**OPTIONS)
+def _map_sums(
+    buffer: Any, kind: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
+) -> None:
+    """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query]."""
+    prefix, _, cols, _ = shape
+    distances, degrees = wide
+    patches = tables[1].size
+    rows = patches // cols
+    on_prefix = np.empty(prefix, np.float32)
+    at_end = np.zeros(patches + WIDTH, buffer.dtype)
+    for patch in range(patches):
+        begin = start + (prefix + patch) * row_stride
+        load_row(_as_stored(buffer), begin, kind, on_prefix)
+        mass = _ZERO
+        for i in range(prefix):
+            mass += on_prefix[i]
+        head[patch] = mass
+        mean = (_ONE - mass) / np.float32(patches)
+        row, col = patch // cols, patch % cols
+        at = (rows - 1 - row) * degrees.size
+        begin += prefix
+        if begin + at_end.size <= buffer.size:
+            _row_sums(buffer, begin, mean, cols, rows, distances[col], at, degrees, sums, 8 * patch)
+        else:  # whole registers would reach beyond the memory
+            for i in range(patches):
+                at_end[i] = buffer[begin + i]
+            _row_sums(at_end, 0, mean, cols, rows, distances[col], at, degrees, sums, 8 * patch)
+
+
+@njit(**OPTIONS)
+def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums: Any, done: Any, out: Any) -> None:
+    """Writes the core metrics of the rows whose sums allow it, and which those are to `done` [patch query]."""
+    num_edges = np.float32(shape[3])
+    rows, mass = out[0], out[1]
+    n = np.float32(head.size)
+    for patch in range(head.size):
+        total, far, weighted, rest, square, degree, cross = (
+            sums[8 * patch],
+            sums[8 * patch + 1],
+            sums[8 * patch + 2],
+            sums[8 * patch + 3],
+            sums[8 * patch + 4],
+            sums[8 * patch + 5],
+            sums[8 * patch + 6],
+        )
+        moran, trusted = _moran(rest, square, degree, cross, n, num_edges)
+        # A sum that is NaN or infinite fails the comparisons too.
+        done[patch] = trusted and total >= np.float32(1e-3) and abs(head[patch] + total - _ONE) <= tolerance
+        if done[patch]:
+            mass[m, patch] = head[patch]
+            if needs & DISTANCE:
+                rows[0, m, patch] = far / total
+            if needs & ENTROPY:
+                nat = np.float32(LN_2) * (log2(total) - (weighted / total + _L0))
+                rows[1, m, patch] = max(nat, _ZERO)
+            if needs & MORAN:
+                rows[2, m, patch] = moran
+
+
+# --- from query and key ---------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def _exp2(t: Any) -> Any:
+    """2^t of finite t, or NaN."""
+    part = fraction(t)
+    c0, c1, c2, c3, c4, c5 = splat(_E0), splat(_E1), splat(_E2), splat(_E3), splat(_E4), splat(_E5)
+    return times_power(fma(part, fma(part, fma(part, fma(part, fma(part, c5, c4), c3), c2), c1), c0), t)
+
+
+@njit(**OPTIONS)
+def _pack(
+    buffer: Any,
+    kind: Any,
+    start: Any,
+    stride: Any,
+    prefix: Any,
+    patches: Any,
+    head_dim: Any,
+    factor: Any,
+    sixteen: Any,
+    panels: Any,
+) -> None:
+    """Tokens as panels [sixteen tokens, dim, token of the sixteen], patches first, times `factor`; 0 beyond the last.
+
+    `sixteen` is a scratch [16, dim rounded up to 16] of zeros beyond `head_dim`.
+    """
+    tokens = prefix + patches
+    padded = sixteen.shape[1]
+    flat = sixteen.reshape(-1)
+    for begin in range(0, tokens, WIDTH):
+        for row in range(WIDTH):
+            line = sixteen[row, :head_dim]
+            place = begin + row
+            if place < tokens:
+                token = place + prefix if place < patches else place - patches
+                load_row(buffer, start + token * stride, kind, line)
+                for i in range(head_dim):
+                    line[i] *= factor
+            else:
+                for i in range(head_dim):
+                    line[i] = _ZERO
+        for dim in range(0, padded, WIDTH):
+            transpose(flat, dim, padded, panels, begin * padded + dim * WIDTH)
+
+
+@njit(**OPTIONS)
+def _add_bias(tile: Any, bias: Any, start: Any, stride: Any, prefix: Any, patches: Any, begin: Any) -> None:
+    """Adds the bias of the queries from place `begin` on, in binary logarithms, to a tile of logits."""
+    tokens = prefix + patches
+    log2_e = np.float32(LOG2_E)
+    for lane in range(min(WIDTH, tokens - begin)):
+        place = begin + lane
+        query = place + prefix if place < patches else place - patches
+        line = start + query * stride
+        for key in range(patches):
+            tile[key * WIDTH + lane] += bias[line + prefix + key] * log2_e
+        for key in range(prefix):
+            tile[(patches + key) * WIDTH + lane] += bias[line + key] * log2_e
+
+
+@njit(**OPTIONS)
+def _tile_logits(keys: Any, queries: Any, query_at: Any, tokens: Any, head_dim: Any, padded: Any, tile: Any) -> None:
+    """tile [token, query of the sixteen], binary logarithms; rows beyond `tokens` up to a multiple of 4 are 0."""
+    for begin in range(0, tokens, WIDTH):
+        panel = begin * padded
+        if begin + WIDTH <= tokens:
+            dot_tile(WIDTH, keys, panel, queries, query_at, head_dim, tile, begin * WIDTH)
+        else:
+            for row in range(0, tokens - begin, 4):
+                dot_tile(4, keys, panel + row, queries, query_at, head_dim, tile, (begin + row) * WIDTH)
+
+
+@njit(**OPTIONS)
+def _softmax_sums(tile: Any, patches: Any, prefix: Any, distances: Any, at: Any, sums: Any) -> None:
+    """The patches of a tile become 2^(logit − the greatest); sums and mass lane by lane.
+
+    Writes Σ x, Σ x·d, Σ x·log2 x and the mass on the prefix to sums[0], [1], [2] and [7], and Σ x on the patches,
+    as a share of the whole row's greatest, to sums[8].
+    """
+    top = load(tile, 0)
+    for key in range(1, patches):
+        top = greater(top, load(tile, key * WIDTH))
+    least, nothing = splat(LEAST_EXP2), splat(_ZERO)
+    total, far, weighted = nothing, nothing, nothing
+    for key in range(patches):
+        t = greater(least, load(tile, key * WIDTH) - top)  # NaN stays
+        x = _exp2(t)
+        store(tile, key * WIDTH, x)
+        total = total + x
+        far = fma(x, load(distances, at + key * WIDTH), far)
+        weighted = fma(x, t, weighted)
+    highest = top
+    for key in range(patches, patches + prefix):
+        highest = greater(highest, load(tile, key * WIDTH))
+    on_prefix = nothing
+    for key in range(patches, patches + prefix):
+        on_prefix = on_prefix + _exp2(greater(least, load(tile, key * WIDTH) - highest))
+    on_patches = total * _exp2(greater(least, top - highest))
+    store(sums[0], 0, total)
+    store(sums[1], 0, far)
+    store(sums[2], 0, weighted)
+    store(sums[7], 0, on_prefix)
+    store(sums[8], 0, on_patches)
+
+
+@njit(**OPTIONS)
+def _centred_sums(tile: Any, rows: Any, cols: Any, sums: Any) -> None:
+    """The patches of a tile less their mean, the sum being in sums[0]; sums for `_moran` to sums[3] … [6]."""
+    n = np.float32(rows * cols)
+    means = sums[9]
+    for lane in range(WIDTH):
+        means[lane] = sums[0, lane] / n
+    mean, nothing = load(means, 0), splat(_ZERO)
+    rest, square, border, cross = nothing, nothing, nothing, nothing
+    at = 0
+    for row in range(rows):
+        left = nothing
+        in_row = nothing
+        for col in range(cols):
+            z = load(tile, at) - mean
+            store(tile, at, z)
+            in_row = in_row + z
+            square = fma(z, z, square)
+            if row > 0:
+                cross = fma(z, left + load(tile, at - cols * WIDTH), cross)
+            else:
+                cross = fma(z, left, cross)
+            if col == 0 or col == cols - 1:
+                border = border + z
+                if cols == 1:
+                    border = border + z
+            left = z
+            at += WIDTH
+        rest = rest + in_row
+        if row == 0 or row == rows - 1:
+            border = border + in_row
+            if rows == 1:
+                border = border + in_row
+    store(sums[3], 0, rest)
+    store(sums[4], 0, square)
+    store(sums[5], 0, fma(rest, splat(np.float32(4)), nothing) - border)
+    store(sums[6], 0, cross)
+
+
+@njit(**OPTIONS)
+def _lane_logits(
+    keys: Any, queries: Any, place: Any, prefix: Any, patches: Any, head_dim: Any, padded: Any, logits: Any
+) -> None:
+    """The logits of one query anew, [token] with prefix tokens first, for `qk_row`."""
+    of_query = place // WIDTH * WIDTH * padded + place % WIDTH
+    for key in range(prefix + patches):
+        of_key = key // WIDTH * WIDTH * padded + key % WIDTH
+        dot = _ZERO
+        for i in range(head_dim):
+            dot += keys[of_key + i * WIDTH] * queries[of_query + i * WIDTH]
+        logits[key + prefix if key < patches else key - patches] = dot
+
+
+@njit(**OPTIONS)
+def _column(tile: Any, lane: Any, x: Any) -> None:
+    for key in range(x.size):
+        x[key] = tile[key * WIDTH + lane]
+
+
+@njit(**OPTIONS)
+def _attention_map(
+    buffer: Any,
+    kind: Any,
+    m: Any,
+    start: Any,
+    row_stride: Any,
+    shape: Any,
+    tables: Any,
+    wide: Any,
+    tolerance: Any,
+    needs: Any,
+    out: Any,
+) -> None:
+    """Map `m`, which starts at buffer[start]: the core by its sums, and row by row what they cannot tell."""
+    prefix, patches = shape[0], tables[1].size
+    head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
+    done = np.empty(patches, np.bool_)
+    scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
+    _map_sums(buffer, kind, start, row_stride, shape, tables, wide, head, sums)
+    _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
+    stored = _as_stored(buffer)
+    for q in range(prefix + patches):
+        ordinary = q >= prefix and done[q - prefix]
+        left = needs & ~_CORE if ordinary else needs
+        if left or not ordinary:
+            begin = start + q * row_stride
+            attention_row(stored, begin, kind, m, q, shape, tables, tolerance, left, scratch, out)
+
+
+@njit(**OPTIONS)
+def _beyond_core(
+    tile: Any, begin: Any, m: Any, sums: Any, shape: Any, tables: Any, needs: Any, x: Any, z: Any, out: Any
+) -> None:
+    """What is asked for beside the core, of the ordinary queries of a tile that is not centred yet."""
+    prefix, class_token = shape[0], shape[1]
+    rows, patch_mass, class_rows = out[0], out[2], out[4]
+    for lane in range(min(WIDTH, prefix + x.size - begin)):
+        patch, total = begin + lane, sums[0, lane]
+        if not _is_ordinary(sums, lane):
+            continue
+        if patch < x.size:
+            _column(tile, lane, x)
+            share = np.float64(sums[8, lane]) / (np.float64(sums[7, lane]) + np.float64(sums[8, lane]))
+            if needs & PATCH_MASS:
+                patch_mass[m, patch] = share
+            if needs & ENTROPY_SEED1:
+                rows[5, m, patch] = row_entropy_seed1(x, np.float32(share / total))
+            measure_row(x, z, total, m, patch, shape, tables, needs & ~_CORE, out)
+        elif patch == x.size and class_token and needs & CLASS_ROW:
+            _column(tile, lane, x)
+            class_rows[m] = 0.0
+            add_renormalised(x, total, class_rows[m])
+
+
+@njit(**OPTIONS)
+def _is_ordinary(sums: Any, lane: Any) -> Any:
+    """Whether a query's softmax sums are numbers: not so with NaN or infinite logits, or without patches to see."""
+    return sums[0, lane] < np.inf and sums[7, lane] < np.inf
+
+
+@njit(**OPTIONS)
+def _core_of_tile(begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: Any, out: Any) -> None:
+    """Writes the core metrics of sixteen queries; `done` [lane] is 1, 0, or −1 where Moran's I alone is missing."""
+    rows, mass = out[0], out[1]
+    n, num_edges = np.float32(mass.shape[1]), np.float32(shape[3])
+    for lane in range(min(WIDTH, shape[0] + mass.shape[1] - begin)):
+        patch, total = begin + lane, sums[0, lane]
+        done[lane] = _is_ordinary(sums, lane)
+        if not done[lane] or patch >= mass.shape[1]:
+            continue
+        mass[m, patch] = sums[7, lane] / (sums[7, lane] + sums[8, lane])
+        if needs & DISTANCE:
+            rows[0, m, patch] = sums[1, lane] / total
+        if needs & ENTROPY:
+            nat = np.float32(LN_2) * (log2(total) - sums[2, lane] / total)
+            rows[1, m, patch] = max(nat, _ZERO)
+        if needs & MORAN:
+            moran, trusted = _moran(sums[3, lane], sums[4, lane], sums[5, lane], sums[6, lane], n, num_edges)
+            # Rows that are constant but for rounding, 1e-6 of the mean, are not for these sums to judge.
+            spread = np.float32(1e-6) * total / n
+            if trusted and sums[4, lane] > n * spread * spread:
+                rows[2, m, patch] = moran
+            else:
+                done[lane] = -1
+
+
+@njit(**OPTIONS)
+def _qk_map(
+    m: Any,
+    queries: Any,
+    keys: Any,
+    head_dim: Any,
+    padded: Any,
+    of_bias: Any,
+    shape: Any,
+    tables: Any,
+    near: Any,
+    needs: Any,
+    out: Any,
+) -> None:
+    """Map `m` from its panels, sixteen queries at a time. `of_bias` is (memory, start or −1, stride)."""
+    bias, bias_start, bias_stride = of_bias
+    (prefix, _, cols, _), patches = shape, tables[1].size
+    tokens = prefix + patches
+    mass = out[1]
+    tile = np.empty((tokens + 3) // 4 * 4 * WIDTH, np.float32)
+    sums, done = np.empty((10, WIDTH), np.float32), np.empty(WIDTH, np.int8)
+    logits = np.empty(tokens, np.float32)
+    scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
+    for begin in range(0, tokens, WIDTH):
+        _tile_logits(keys, queries, begin * padded, tokens, head_dim, padded, tile)
+        if bias_start >= 0:
+            _add_bias(tile, bias, bias_start, bias_stride, prefix, patches, begin)
+        _softmax_sums(tile, patches, prefix, near, begin * patches, sums)
+        if needs & ~_CORE:
+            _beyond_core(tile, begin, m, sums, shape, tables, needs, scratch[1], scratch[2], out)
+        if needs & MORAN:
+            _centred_sums(tile, patches // cols, cols, sums)
+        _core_of_tile(begin, m, sums, shape, needs, done, out)
+        for lane in range(min(WIDTH, tokens - begin)):
+            if done[lane] == 1:
+                continue
+            place = begin + lane
+            q = place + prefix if place < patches else place - patches
+            _lane_logits(keys, queries, place, prefix, patches, head_dim, padded, logits)
+            if bias_start >= 0:
+                line = bias_start + q * bias_stride
+                for key in range(tokens):
+                    logits[key] += bias[line + key] * np.float32(LOG2_E)
+            if done[lane] == 0:
+                qk_row(logits, m, q, shape, tables, needs, scratch, out)
+            else:
+                on_prefix = mass[m, place]  # what is written already does not depend on what is asked for
+                qk_row(logits, m, q, shape, tables, MORAN, scratch, out)
+                mass[m, place] = on_prefix
+
+
+@lru_cache(maxsize=1)
+def passes() -> SimpleNamespace:
+    """`attention` and `qk` as those of `numba_loops`, with one more argument each:
+
+    attention  wide: distances [grid column, …] and degrees [column], grid rows padded to whole registers
+    qk         near: distances [sixteen queries, key, query of the sixteen], flat
+    """
+    of = sources()  # a part of the key under which compiled code is kept
+
+    @njit(**CALLED_FROM_PYTHON)
+    def attention(
+        maps: Any,
+        kind: Any,
+        shape: Any,
+        tables: Any,
+        wide: Any,
+        tolerance: Any,
+        needs: Any,
+        out: Any,
+        begin: Any,
+        end: Any,
+    ) -> None:
+        _ = of
+        buffer, starts, row_stride = maps
+        for m in range(begin, end):
+            _attention_map(buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
+
+    @njit(**CALLED_FROM_PYTHON)
+    def qk(
+        queries: Any,
+        keys: Any,
+        kind: Any,
+        scale: Any,
+        bias: Any,
+        shape: Any,
+        tables: Any,
+        near: Any,
+        needs: Any,
+        out: Any,
+        begin: Any,
+        end: Any,
+    ) -> None:
+        _ = of
+        prefix, patches = shape[0], tables[1].size
+        q_buffer, q_starts, q_stride, head_dim = queries
+        k_buffer, k_starts, k_stride, _ = keys
+        bias_buffer, bias_starts, bias_stride = bias
+        padded = (head_dim + WIDTH - 1) // WIDTH * WIDTH
+        size = (prefix + patches + WIDTH - 1) // WIDTH * WIDTH * padded
+        sixteen = np.zeros((WIDTH, padded), np.float32)
+        of_queries, of_keys = np.empty(size, np.float32), np.empty(size, np.float32)
+        factor = np.float32(scale * LOG2_E)  # logits in binary logarithms, for 2^t
+        for m in range(begin, end):
+            _pack(q_buffer, kind, q_starts[m], q_stride, prefix, patches, head_dim, factor, sixteen, of_queries)
+            _pack(k_buffer, kind, k_starts[m], k_stride, prefix, patches, head_dim, _ONE, sixteen, of_keys)
+            of_bias = (bias_buffer, bias_starts[m] if bias_starts.size > 0 else -1, bias_stride)
+            _qk_map(m, of_queries, of_keys, head_dim, padded, of_bias, shape, tables, near, needs, out)
+
+    return SimpleNamespace(attention=attention, qk=qk)
