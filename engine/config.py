@@ -200,8 +200,8 @@ class RelevanceConfig:
     """Relevance maps of sample images."""
 
     __pydantic_config__ = _FORBID
-    methods: tuple[Literal["gradcam", "rollout", "generic"], ...] = _key(
-        ("gradcam", "generic"), "gradcam, rollout, generic"
+    methods: tuple[Literal["gradcam", "rollout", "generic", "lrp"], ...] = _key(
+        ("gradcam", "generic"), "gradcam, rollout, generic, lrp"
     )
     images: Count = _key(8, "sample images")
 

@@ -97,16 +97,21 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
     Args:
         model: see `unwrapped` for the wrappers that may be around it.
         handlers: torch function -> handler; a handler gets the `FunctionCall` and returns the call's result.
+        others: handler of every other torch function; None: they run as they are.
 
     Raises:
         TypeError: see `unwrapped`.
     """
 
     def __init__(
-        self, model: torch.nn.Module, handlers: Mapping[Callable[..., Any], Callable[[FunctionCall], Any]]
+        self,
+        model: torch.nn.Module,
+        handlers: Mapping[Callable[..., Any], Callable[[FunctionCall], Any]],
+        others: Callable[[FunctionCall], Any] | None = None,
     ) -> None:
         self.model = unwrapped(model)
         self._handlers = dict(handlers)
+        self._others = others
         self._running: list[tuple[str, torch.nn.Module]] = []
         self._thread = 0
         self._open: ExitStack | None = None
@@ -149,7 +154,7 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
             self._running.pop()
 
     def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        handler = self._handlers.get(func)
+        handler = self._handlers.get(func, self._others)
         if handler is None:
             return func(*args, **kwargs)
         name, module = self._running[-1] if self._running else (None, None)

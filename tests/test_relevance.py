@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def micro() -> tuple[torch.nn.Module, dict[str, np.ndarray]]:
 def test_maps_equal_the_published_codes_in_float64(micro, method: str, key: str) -> None:  # type: ignore[no-untyped-def]
     model, arrays = micro
     with torch.enable_grad():
-        maps = METHODS[method](model, torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"]))
+        maps = METHODS[method](model, torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"]), None)
     expected = arrays[key].reshape(maps.shape)
     np.testing.assert_allclose(maps.numpy(), expected, atol=1e-12 * np.abs(expected).max(), rtol=0)
 
@@ -64,6 +65,29 @@ def test_gradcam_follows_its_formula(micro) -> None:  # type: ignore[no-untyped-
     assert float(maps.max()) > 0
 
 
+def test_gradcam_equals_the_grad_cam_package(micro) -> None:  # type: ignore[no-untyped-def]
+    """Before resizing: the package's own up-sampling and scaling of each map to 0..1 come after."""
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model, arrays = micro
+    images, targets = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["cls"])
+    single = copy.deepcopy(model).float()
+
+    def grid(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, single.num_prefix_tokens :].reshape(len(tokens), 4, 4, -1).permute(0, 3, 1, 2)
+
+    with GradCAM(single, [single.blocks[-1].norm1], reshape_transform=grid) as cam:
+        cam(images, [ClassifierOutputTarget(int(target)) for target in targets])
+        activations, gradients = (
+            kept[0].numpy() for kept in (cam.activations_and_grads.activations, cam.activations_and_grads.gradients)
+        )
+        expected = cam.get_cam_image(images, single.blocks[-1].norm1, None, activations, gradients, False).clip(min=0)
+    maps = relevance_maps(single, images, targets, "gradcam").numpy()
+    for ours, theirs in zip(maps, expected, strict=True):
+        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] >= 0.9999
+
+
 def test_weights_and_flags_are_left_alone_and_frozen_models_work(micro) -> None:  # type: ignore[no-untyped-def]
     model, arrays = micro
     images, targets = torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"])
@@ -90,7 +114,7 @@ def test_the_target_class_matters_where_it_should(micro) -> None:  # type: ignor
 def test_stability_is_a_correlation_near_one_for_these_rules(micro) -> None:  # type: ignore[no-untyped-def]
     model, arrays = micro
     images, targets = torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"])
-    for method in METHODS:
+    for method in ("gradcam", "rollout", "generic"):
         maps, stability = relevance_maps(model, images, targets, method, return_stability=True)
         torch.testing.assert_close(maps, relevance_maps(model, images, targets, method))
         assert stability.shape == (3,)
@@ -104,6 +128,8 @@ def test_bad_requests_are_one_sentence(micro) -> None:  # type: ignore[no-untype
         relevance_maps(model, images, [0, 0, 0], "saliency")
     with pytest.raises(InputError, match="expected one class index an image"):
         relevance_maps(model, images, [0, 0], "generic")
+    with pytest.raises(InputError, match="batch_size is 0"):
+        relevance_maps(model, images, [0, 0, 0], "generic", batch_size=0)
     with pytest.raises(InputError, match="the model has 5 classes"):
         relevance_maps(model, images, [0, 9, 0], "generic")
 

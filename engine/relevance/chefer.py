@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.capture import CaptureError, attention_map, read_attention_call, token_layout, vision_module
+from engine.capture import AttentionCall, attention_map, read_attention_call
 from engine.interception import FunctionCall, ModelInterception
+from engine.layouts import CaptureError, token_layout, vision_module
+from engine.relevance.chain import check_call, product_row, read_tokens, with_identity
 from engine.relevance.targets import class_logits
 from kernels import TokenLayout
 
@@ -21,80 +23,81 @@ __all__ = ["generic_maps", "rollout_maps"]
 
 @dataclass(frozen=True)
 class _Layer:
-    attention: torch.Tensor  # [image, head, query, key]
+    module: str
+    query: torch.Tensor  # [image, head, query, dim]
+    key: torch.Tensor  # [image, head, key, dim]
     value: torch.Tensor  # [image, head, key, dim]
+    scale: float
+    bias: torch.Tensor | None
     output: torch.Tensor  # [image, head, query, dim], part of the graph
+
+    def attention(self) -> torch.Tensor:
+        """[image, head, query, key]; made when needed, so that one layer's maps are in memory at a time."""
+        return attention_map(self.query, self.key, self.scale, self.bias)
 
 
 def _record(
-    model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor
+    model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, list[_Layer], TokenLayout]:
-    """Target logits and every layer's attention, values and output, by one forward pass."""
+    """Target logits and every layer's attention call, by one forward pass."""
     layout = token_layout(vision_module(model), images.shape)
     layers: list[_Layer] = []
+    pooled = False
 
     def attend(call: FunctionCall) -> torch.Tensor:
-        read = read_attention_call(call)
-        if read.query.shape[-2:-1] != (layout.num_tokens,) or read.key.shape[-2:-1] != (layout.num_tokens,):
-            raise CaptureError(
-                f"relevance through {call.module} is not defined: its map is "
-                f"{read.query.shape[-2]}×{read.key.shape[-2]} tokens, expected {layout.num_tokens}×{layout.num_tokens}"
-            )
+        nonlocal pooled
+        read: AttentionCall = read_attention_call(call)
+        pooled = check_call(read, call.module, layout, images.shape[0], pooled)
         output: torch.Tensor = call.run()
         if not output.requires_grad:
-            # The lowest layer of a frozen model: gradients are wanted at its output all the same.
+            # The lowest layer: weights and images are constants, and gradients are wanted at its output.
             output = output.detach().requires_grad_()
-        with torch.no_grad():
-            layers.append(
-                _Layer(attention_map(read.query, read.key, read.scale, read.bias), read.value.detach(), output)
-            )
+        query, key, value = (tensor.detach() for tensor in (read.query, read.key, read.value))
+        layers.append(_Layer(call.module or "the model", query, key, value, read.scale, read.bias, output))
         return output
 
-    with ModelInterception(model, {F.scaled_dot_product_attention: attend}):
-        logits = class_logits(model, images, targets)
+    interception = ModelInterception(model, {F.scaled_dot_product_attention: attend})
+    logits = class_logits(model, images, targets, dtype, interception)
     if not layers:
         raise CaptureError(f"{type(model).__name__} made no attention call that relevance could follow")
     return logits, layers, layout
 
 
-def _readout(relevance: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """The class token's row over the patches, or without one the mean over patch queries, [image, row, col]."""
-    row: torch.Tensor = layout.class_row(relevance) if layout.class_token else layout.patches(relevance).mean(dim=-2)
-    return row.reshape(-1, layout.grid_rows, layout.grid_cols)
-
-
-def rollout_maps(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Product over layers of rownorm(mean_h A + I): where the class token's information could have come from.
+def rollout_maps(
+    model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Product over layers of rownorm(mean_h A + I): where the information that is read out could have come from.
 
     Args:
-        model, images, targets: see `relevance_maps`; the target class does not change the map.
+        model, images, targets, dtype: see `relevance_maps`; the target class does not change the map.
 
     Returns:
         [image, row, col].
     """
-    _, layers, layout = _record(model, images, targets)
-    identity = torch.eye(layout.num_tokens, device=images.device, dtype=layers[0].attention.dtype)
-    rollout = identity
+    logits, layers, layout = _record(model, images, targets, dtype)
+    (gradient,) = torch.autograd.grad(logits.sum(), [layers[-1].output])
+    steps = []
     for layer in layers:
-        step = layer.attention.mean(dim=1) + identity
-        rollout = (step / step.sum(dim=-1, keepdim=True)) @ rollout
-    return _readout(rollout, layout)
+        step = with_identity(layer.attention().mean(dim=1))
+        steps.append(step / step.sum(dim=-1, keepdim=True))
+    return product_row(steps, read_tokens(gradient, layers[-1].module), layout)
 
 
-def generic_maps(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """R ← R + ĀR from R = I, Ā = mean_h (∇A ⊙ A)⁺, read at the class token's row over the patches.
+def generic_maps(
+    model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """R ← R + ĀR from R = I, Ā = mean_h (∇A ⊙ A)⁺, read where the prediction is read out.
 
     Args:
-        model, images, targets: see `relevance_maps`.
+        model, images, targets, dtype: see `relevance_maps`.
 
     Returns:
         [image, row, col].
     """
-    logits, layers, layout = _record(model, images, targets)
+    logits, layers, layout = _record(model, images, targets, dtype)
     gradients = torch.autograd.grad(logits.sum(), [layer.output for layer in layers])
-    relevance = torch.eye(layout.num_tokens, device=images.device, dtype=layers[0].attention.dtype)
+    steps = []
     for layer, gradient in zip(layers, gradients, strict=True):
         of_attention = gradient @ layer.value.transpose(-2, -1)
-        weighted = (of_attention * layer.attention).clamp(min=0).mean(dim=1)
-        relevance = relevance + weighted @ relevance
-    return _readout(relevance, layout)
+        steps.append(with_identity(of_attention.mul_(layer.attention()).clamp_(min=0).mean(dim=1)))
+    return product_row(steps, read_tokens(gradients[-1], layers[-1].module), layout)

@@ -6,31 +6,42 @@ from typing import Any
 
 import torch
 
-from engine.capture import CaptureError, token_layout, vision_module
+from engine.layouts import CaptureError, token_layout, vision_module
+from engine.relevance.chain import transformer_blocks
 from engine.relevance.targets import class_logits
 
 __all__ = ["gradcam_maps"]
 
+# What a block's first norm is called by timm, Hugging Face (two) and torchvision.
+_FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "ln_1")
 
-def gradcam_maps(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+
+def gradcam_maps(
+    model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """ReLU(Σ_c α_c A_c) over the patches, α_c the mean over patches of ∂y_target / ∂A_c.
 
     A is the output of the last block's first norm. Later places give all-zero maps where the head reads the class
     token alone: no gradient reaches the other tokens there.
 
     Args:
-        model, images, targets: see `relevance_maps`.
+        model, images, targets, dtype: see `relevance_maps`.
 
     Returns:
         [image, row, col].
 
     Raises:
-        CaptureError: the model has no `blocks[-1].norm1`.
+        CaptureError: the model's last block has no first norm.
     """
-    vision: Any = vision_module(model)
-    norm = getattr(vision.blocks[-1], "norm1", None) if len(getattr(vision, "blocks", ())) else None
+    blocks = transformer_blocks(model)
+    norm = next(
+        (getattr(block, name) for _, block in blocks[-1:] for name in _FIRST_NORMS if hasattr(block, name)), None
+    )
     if norm is None:
-        raise CaptureError(f"Grad-CAM needs blocks[-1].norm1, which {type(model).__name__} does not have")
+        raise CaptureError(
+            f"Grad-CAM needs the norm before the last block's attention ({', '.join(_FIRST_NORMS)}), which "
+            f"{type(model).__name__} does not have; use another method"
+        )
     activations: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -41,12 +52,12 @@ def gradcam_maps(model: torch.nn.Module, images: torch.Tensor, targets: torch.Te
 
     hook = norm.register_forward_hook(keep)
     try:
-        logits = class_logits(model, images, targets)
+        logits = class_logits(model, images, targets, dtype)
     finally:
         hook.remove()
     (tokens,) = activations
     (gradients,) = torch.autograd.grad(logits.sum(), [tokens])
-    layout = token_layout(vision, images.shape)
+    layout = token_layout(vision_module(model), images.shape)
     start = layout.num_prefix_tokens
     weights = gradients[:, start:].mean(dim=1, keepdim=True)
     maps = (weights * tokens[:, start:]).sum(dim=-1).relu()

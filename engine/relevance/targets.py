@@ -1,6 +1,9 @@
-"""The scalar that is explained: one logit an image."""
+"""The scalar that is explained: one logit an image, of a model whose weights are constants."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -9,13 +12,35 @@ from train.errors import InputError
 __all__ = ["class_logits"]
 
 
-def class_logits(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The target class's logit of each image, [image].
+def class_logits(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    around: AbstractContextManager[Any] | None = None,
+) -> torch.Tensor:
+    """The target class's logit of each image, [image], in a graph that holds no weights.
+
+    The forward pass runs on detached weights, so that nothing is kept for their gradients, whatever they require; the
+    model itself is not touched.
+
+    Args:
+        model, images, targets: see `relevance_maps`.
+        dtype: floating-point type of the forward pass; None: the model's own.
+        around: context of the forward pass alone.
 
     Raises:
         InputError: a target that is not a class of the model.
     """
-    logits: torch.Tensor = model(images)
+
+    def constant(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+
+    weights = {name: constant(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    inputs = constant(images)
+    with around or nullcontext():
+        output = torch.func.functional_call(model, weights, (inputs,))
+    logits: torch.Tensor = getattr(output, "logits", output)  # Hugging Face's models return a record
     classes = logits.shape[-1]
     if bool(((targets < 0) | (targets >= classes)).any()):
         raise InputError(
