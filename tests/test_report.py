@@ -221,6 +221,123 @@ def test_a_page_of_a_large_model_stays_small(tmp_path: Path, monkeypatch: pytest
     assert "every 2nd row" in page
 
 
+@pytest.mark.slow
+def test_the_page_of_a_12_by_12_model_is_below_ten_megabytes(tmp_path: Path) -> None:
+    """Twelve layers of twelve heads, all metrics and regions, three conditions, whole maps of noise: the worst case."""
+    outputs = build_study(
+        tmp_path / "outputs", layers=12, heads=12, grid=(14, 14), patch_px=16, images=300, permutations=49
+    )
+    page = texts(outputs)[1]
+    assert len(page.encode()) < 10e6
+    shown = payload(page)
+    assert len(shown["viewer"]["images"]) >= 2
+    assert len(shown["images"]) >= 200
+    assert "too large for a page: metrics/attention_comparison.json in the outputs folder" in page
+
+
+def test_every_metric_has_a_verdict(study: Path) -> None:
+    """Which layers changed, by how much, is it certain: read off the first screen."""
+    from engine.report.findings import comparisons
+    from engine.report.verdicts import verdicts
+
+    results = load_results(study)
+    page = (study / "report.html").read_text(encoding="utf-8")
+    for comparison in comparisons(results):
+        rows = verdicts(results, comparison)
+        assert len(rows) == 4  # distance, entropy, and two regions
+        for row in rows:
+            where = {"condition": comparison.condition, "metric": row.metric, "region": row.region or None}
+            tests = results.select("layer", **where)
+            found = [test for test in tests if test.survives(0.05)]
+            assert row.certain == bool(found)
+            shown = max(found or tests, key=lambda test: abs(test.difference or 0))
+            assert row.layer == shown.layer
+            assert row.verdict.startswith("yes, p" if found else "not shown, p")
+            assert row.difference in page
+    first = page.index('class="verdicts"')
+    assert first < page.index('id="maps"')
+
+
+def test_pairs_of_values_survive_the_eight_bits(study: Path) -> None:
+    """Unpacked as the page unpacks them, a cell's pairs are the table's values to half a step of its range."""
+    import base64
+    import zlib
+
+    results = load_results(study)
+    shown = payload((study / "report.html").read_text(encoding="utf-8"))
+    rows = [list(results.table["image"].values).index(name) for name in shown["images"]]
+    entry = next(entry for entry in shown["maps"] if entry["metric"] == "entropy")
+    content = zlib.decompress(base64.b64decode(entry["pairs"]))
+    low, high = np.frombuffer(content, "<f4", 2 * 4 * 5).reshape(2, 4, 5)
+    steps = np.frombuffer(content, np.uint8, offset=8 * 4 * 5).reshape(4, 5, 3, len(rows))
+    values = low[..., None, None] + (high - low)[..., None, None] * (steps / 254)
+    stored = results.table["entropy"].mean("seed").transpose("layer", "head", "condition", "image").values[..., rows]
+    stored = np.concatenate([stored, stored.mean(1, keepdims=True)], axis=1)
+    half = ((high - low) / 254 / 2)[..., None, None]
+    assert (np.abs(values - stored) <= 1.01 * half + 1e-6).all()
+    assert {sample["id"] for sample in shown["viewer"]["images"]} <= set(shown["images"])
+
+
+def test_equivalence_is_said_where_a_bound_was_set(tmp_path: Path) -> None:
+    outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"), regions=(), equivalence={"distance": 1})
+    summary, page = texts(outputs)
+    assert "Equivalent within ±1.00 image diagonals (TOST, Holm): all 4 layers." in summary
+    assert "within ±1.00 in all 4" in page
+    assert "◍" in page
+    cell = payload(page)["maps"][0]["grids"][0]["cells"][0][0]
+    assert (cell["bound"], cell["within"], cell["sure"]) == (1, True, False)
+    summary, page = texts(small(tmp_path / "without", conditions=("baseline", "finetuned"), samples=False))
+    assert "TOST" not in summary
+    assert "shown to lie within the bounds" not in page
+
+
+def test_what_an_absent_finding_means_is_said(tmp_path: Path) -> None:
+    """No difference found: how large a one would have been found."""
+    outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"), regions=(), samples=False)
+    test = load_results(outputs).select("layer")[0]
+    assert test.mde_dz is not None
+    summary, _ = texts(outputs)
+    assert f"dz {test.mde_dz:.2f} or more would have been found with a power of 80 %" in summary
+    assert "would have been found with a power of 80 %" in summary.split("## Observed patterns")[1]
+
+
+def test_patterns_along_the_layers_come_from_their_tests(study: Path) -> None:
+    results = load_results(study)
+    summary = (study / "summary.md").read_text(encoding="utf-8")
+    clusters = results.clusters(condition="dora", metric="entropy")
+    assert clusters
+    for cluster in clusters:
+        assert f"{cluster.direction} in layer" in summary
+    assert "cluster permutation over images" in summary
+    (trend,) = results.trends(condition="dora", metric="distance")
+    assert trend.p_max_t is not None
+    assert ("no evidence that the change differs with depth" in summary) == any(
+        not one.survives(0.05) for one in results.analyses.trends
+    )
+    assert "within a layer" in summary.split("## Between metrics")[1]
+    assert "classes counts alike" in summary.split("## Classes")[1]
+
+
+def test_tables_can_be_downloaded_whole(study: Path) -> None:
+    import base64
+    import csv
+    import io
+
+    page = (study / "report.html").read_text(encoding="utf-8")
+    files = dict(re.findall(r'<a download="([^"]+)" href="data:[^,]+,([^"]+)"', page))
+    assert {"tests.csv", "trends.csv", "clusters.csv", "relations.csv", "layer_curves.csv", "training.csv"} <= set(
+        files
+    )
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(files["tests.csv"]).decode("utf-8"))))
+    results = load_results(study)
+    assert len(rows) == len(results.analyses.tests)
+    for row, test in zip(rows, results.analyses.tests, strict=True):
+        assert row["family"] == test.family
+        assert row["ci_low"] == ("" if test.ci[0] is None else repr(test.ci[0]))
+    clusters = list(csv.DictReader(io.StringIO(base64.b64decode(files["clusters.csv"]).decode("utf-8"))))
+    assert [row["layers"] for row in clusters] == [" ".join(map(str, c.layers)) for c in results.analyses.clusters]
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     outputs = small(
         tmp_path,
@@ -281,7 +398,7 @@ def test_conditions_that_are_the_same_are_called_the_same(tmp_path: Path) -> Non
     [
         ((42,), "these two checkpoints", "training runs like these"),
         ((1, 2, 3), "3 training runs are too few for a seed-level test", "training runs like these"),
-        (tuple(range(6)), "speak of training runs like these", "too few"),
+        (tuple(range(6)), "speak of training runs like these", "runs are too few"),
     ],
 )
 def test_claims_fit_the_unit(tmp_path: Path, seeds: tuple[int, ...], says: str, never: str) -> None:
@@ -343,7 +460,7 @@ def test_several_seeds_draw_their_spread(tmp_path: Path) -> None:
     drawn = dict(render_figures(results))
     assert {"seeds.svg", "seeds.png"} <= set(drawn)
     page = render_page(results, "")
-    assert page.count('class="thin c1"') == 3 * 3  # distance and two regions
+    assert page.count('class="thin c1"') == 2 * 3 * 3  # curves and differences of distance and two regions, three runs
     assert 'class="thin c0"' not in page
 
 
@@ -362,7 +479,9 @@ def test_some_layers_only_keep_their_numbers(tmp_path: Path) -> None:
     path = outputs / "metrics/attention_comparison.json"
     comparison = json.loads(path.read_text(encoding="utf-8"))
     comparison["layers"] = [comparison["layers"][layer] for layer in (1, 3)]
-    comparison["tests"] = [test for test in comparison["tests"] if test["layer"] in (None, 1, 3)]
+    for part in ("tests", "relations"):
+        comparison[part] = [entry for entry in comparison[part] if entry["layer"] in (None, 1, 3)]
+    comparison["trends"] = comparison["clusters"] = []
     path.write_text(json.dumps(comparison), encoding="utf-8")
     summary, page = texts(outputs)
     shown = payload(page)
@@ -371,7 +490,7 @@ def test_some_layers_only_keep_their_numbers(tmp_path: Path) -> None:
     regional = [test for test in comparison["tests"] if test["level"] == "layer" and test["region"]]
     most = max(regional, key=lambda test: abs(test["difference"]))["layer"]
     assert f"differs most in layer {most} (blocks.{most}.attn)" in summary
-    assert "distance: layer 1 " in summary
+    assert 'data-label="largest change">layer 0' not in page
     assert {name for name, _ in render_figures(load_results(outputs))} >= {"region_mass.svg", "difference_distance.png"}
 
 
@@ -413,6 +532,14 @@ def _break(outputs: Path, fault: str) -> None:
             comparison.write_text(comparison.read_text(encoding="utf-8")[:500], encoding="utf-8")
         case "schema":
             comparison.write_text('{"schema": 2}', encoding="utf-8")
+        case "trends":
+            entries = json.loads(comparison.read_text(encoding="utf-8"))
+            entries["trends"][1]["deep_layers"] = 3
+            comparison.write_text(json.dumps(entries), encoding="utf-8")
+        case "level":
+            entries = json.loads(comparison.read_text(encoding="utf-8"))
+            entries["tests"][2]["level"] = "token"
+            comparison.write_text(json.dumps(entries), encoding="utf-8")
         case "other run":
             entries = json.loads(comparison.read_text(encoding="utf-8"))
             entries["layers"].pop()
@@ -438,6 +565,8 @@ def _break(outputs: Path, fault: str) -> None:
         ("torn comparison", "attention_comparison.json", "cannot be read as JSON"),
         ("schema", "attention_comparison.json", "schema is 2"),
         ("other run", "attention_comparison.json", "lists 3 layers but"),
+        ("trends", "attention_comparison.json", "trends[1].deep_layers is 3; expected whole numbers"),
+        ("level", "attention_comparison.json", "tests[2].level is 'token'; expected one of head, layer"),
         ("other condition", "attention_comparison.json", "names condition 'lora'"),
         ("gradcam outside", "gradcam_samples.csv", "does not lie beside it"),
         ("samples", "samples.zarr", "run capture again"),

@@ -278,6 +278,57 @@ def test_the_image_takes_arrow_keys_and_heads_can_be_chosen(browser: Browser, pa
     assert browser.problems() == []
 
 
+def test_a_verdict_leads_to_its_map_and_its_attention(browser: Browser, page: Path) -> None:
+    browser.open(page, 1400)
+    browser.wait(READY)
+    button = "document.querySelector('.verdicts button[data-show=\"{}\"]')"
+    row = browser.run(f"(() => {{ const b = {button.format('map')}; return {{...b.dataset}}; }})()")
+    browser.run(f"{button.format('map')}.click()")
+    assert (
+        browser.run("document.querySelector('#map-detail h3').textContent") == f"Layer {row['layer']}, mean over heads"
+    )
+    data = json.loads(browser.run("document.getElementById('payload').textContent"))
+    chosen = data["maps"][int(browser.run("document.getElementById('map-metric').value"))]
+    assert (chosen["metric"], chosen["region"] or "") == (row["metric"], row["region"])
+    browser.run(f"{button.format('attention')}.click()")
+    browser.wait(f"document.getElementById('view-status').textContent.includes('layer {row['layer']},')")
+    assert browser.problems() == []
+
+
+def test_pairs_of_a_cell_are_the_images_of_the_table(browser: Browser, page: Path) -> None:
+    """Every image is a point; those above the diagonal are the ones that rose; a ringed one leads to its attention."""
+    browser.open(page, 800)
+    browser.wait(READY)
+    browser.choose("map-metric", "0")
+    browser.run('document.querySelector(\'td[data-row="2"][data-head="1"]\').click()')
+    browser.wait("document.querySelectorAll('.plot').length === 2")
+    results = load_results(page.parent)
+    values = results.table["distance"].mean("seed").isel(layer=2, head=1)
+    d = (values.sel(condition="finetuned") - values.sel(condition="baseline")).values
+    plot = "document.querySelector('.plot')"
+    assert browser.run(f"{plot}.children.length") == len(d) == 40
+    label = browser.run(f"{plot}.getAttribute('aria-label')")
+    higher = int(label.split(": ")[1].split(" higher")[0])
+    assert abs(higher - int((d > 0).sum())) <= 2  # eight bits: pairs a step apart may tie
+    assert browser.run(f"{plot}.querySelectorAll('.sample').length") == 3
+    browser.run(f"{plot}.querySelectorAll('.sample')[1].click()")
+    browser.wait("document.getElementById('view-status').textContent.includes('layer 2, head 1')")
+    image = browser.run("document.getElementById('view-image').selectedOptions[0].textContent")
+    assert image.split(" (")[0] == browser.run(f"{plot}.querySelectorAll('.sample')[1].title").split(":")[0]
+    assert browser.problems() == []
+
+
+def test_several_runs_say_which_one_is_shown(browser: Browser, tmp_path: Path) -> None:
+    outputs = build_study(tmp_path, metrics=("distance",), regions=(), seeds=(3, 4), permutations=49, gradcam=False)
+    page = tmp_path / "report.html"
+    page.write_text(render_page(load_results(outputs), ""), encoding="utf-8")
+    browser.open(page, 800)
+    browser.wait(READY)
+    assert browser.problems() == []
+    assert "seed 3" in browser.run("document.querySelectorAll('#view-panels p')[4].textContent")
+    assert browser.run("document.querySelectorAll('#seeds polyline').length") == 4  # two runs of two conditions
+
+
 def test_a_cell_leads_to_its_attention(browser: Browser, page: Path) -> None:
     browser.open(page, 1400)
     browser.wait(READY)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-__all__ = ["Line", "line_chart", "ticks"]
+__all__ = ["Bar", "Line", "line_chart", "ticks"]
 
 WIDTH, HEIGHT = 360, 240
 RIGHT, TOP, BOTTOM = 10, 12, 40
+BAR = 5.5  # height of a marked stretch
 LABEL, DIGIT = 24, 7.2  # room for the label beside the axis, and for each character of the numbers at it
 SHAPES = {  # marker outlines around 0, 0; the order is that of the conditions' colours
     0: "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
@@ -37,6 +38,16 @@ class Line:
     thin: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A stretch of the x axis, marked at the foot of a chart in a condition's colour."""
+
+    name: str
+    color: int
+    first: float
+    last: float
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that span low to high."""
     if not high > low:
@@ -57,9 +68,13 @@ def line_chart(
     y_label: str,
     x_ticks: Sequence[float],
     y_range: tuple[float, float] | None = None,
+    bars: Sequence[Bar] = (),
+    zero: bool = False,
 ) -> Markup:
-    """SVG of some lines; what it shows in words is its accessible name. NaN breaks a line."""
+    """SVG of some lines; what it shows in words is its accessible name. NaN breaks a line. `zero` marks that level."""
     low, high = y_range or _range(lines)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
     marks = ticks(low, high)
     low, high = min(low, marks[0]), max(high, marks[-1])
     decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9)) if len(marks) > 1 else 2
@@ -72,8 +87,10 @@ def line_chart(
     def across(value: float) -> float:
         return left + (WIDTH - left - RIGHT) * (value - x_low) / (x_high - x_low)
 
+    foot = BOTTOM + BAR * len({bar.color for bar in bars})  # lines stay above the bars
+
     def down(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low or 1.0)
+        return TOP + (HEIGHT - TOP - foot) * (high - value) / (high - low or 1.0)
 
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -93,6 +110,16 @@ def line_chart(
         f'<text class="label" transform="translate(12 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
+    if zero:
+        parts.append(f'<line class="axis" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{down(0):.1f}" y2="{down(0):.1f}"/>')
+    rows = {color: row for row, color in enumerate(dict.fromkeys(bar.color for bar in bars))}
+    for bar in bars:
+        y, half = HEIGHT - BOTTOM - BAR * (rows[bar.color] + 1), 0.3
+        start, end = max(across(bar.first - half), left), min(across(bar.last + half), WIDTH - RIGHT)
+        parts.append(
+            f'<rect class="bar c{bar.color}" x="{start:.1f}" y="{y:.1f}" width="{end - start:.1f}" '
+            f'height="{BAR - 1.5}"><title>{escape(bar.name)}</title></rect>'
+        )
     for line in lines:
         if line.low is not None and line.high is not None:
             for run in _runs(np.asarray(line.low) + np.asarray(line.high)):

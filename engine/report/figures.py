@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PALETTE", "condition_styles", "file_stem", "render_figures"]
+__all__ = ["PALETTE", "STYLE", "condition_styles", "file_stem", "render_figures"]
 
 # Okabe & Ito's palette without its yellow (too pale for a line) and black; blue and vermilion, the pair that is told
 # apart best, come first. Shapes and dashes repeat the distinction for print in grey.
@@ -25,7 +25,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (6, 1.6)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (8, 2)))
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vit-attention-engine",
     "svg.fonttype": "path",
     "font.family": "sans-serif",
@@ -75,7 +75,7 @@ def render_figures(results: Results) -> Iterator[tuple[str, bytes]]:
     """(file name, bytes) of every figure that these results have something for, SVG and PNG."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for stem, figure in _figures(results):
             yield f"{stem}.svg", _bytes(figure, "svg")
             figure.set_layout_engine("none")  # laid out once is laid out for both: a quarter of the time

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from scipy import special
 
-from engine.report.inputs import PairedTest, Results
+from engine.report.analyses import Cluster, PairedTest, Relation, Trend
+from engine.report.inputs import Results
 
 __all__ = [
     "Change",
     "Comparison",
     "LayerCurve",
-    "Relation",
+    "cell_relations",
     "changes",
     "comparisons",
     "head_maps",
     "histories",
     "layer_curve",
     "mean",
-    "metric_relations",
-    "survives",
     "training_runs",
 ]
 
@@ -64,9 +62,9 @@ def layer_curve(results: Results, metric: str, condition: str, region: str | Non
 
 
 def head_maps(results: Results, condition: str, against: str, metric: str, region: str | None) -> dict[str, np.ndarray]:
-    """`difference` and `p_max_t` as [layer, head]; NaN where there is no test or no value."""
+    """`difference`, `p_max_t` and `p_tost_holm` as [layer, head]; NaN where there is no test or no value."""
     shape = (results.table.sizes["layer"], results.table.sizes["head"])
-    maps = {"difference": np.full(shape, np.nan), "p_max_t": np.full(shape, np.nan)}
+    maps = {name: np.full(shape, np.nan) for name in ("difference", "p_max_t", "p_tost_holm")}
     for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
         if test.layer is None or test.head is None:
             continue
@@ -108,8 +106,12 @@ class Change:
         layers: layer-level tests in depth order; layers_survived counts those that survive max-T.
         largest: the layer-level test with the greatest |difference| (head-level where no layer test exists).
         strongest: the greatest |dz| among layer-level tests that survive, or None.
-        shallow, deep: mean layer-level difference of the lower and the upper half; the middle layer of an odd
-            number belongs to neither. None below two layers.
+        equivalent: layers whose difference is shown to lie within `bound`; None where no bound was set.
+        detectable: the layer-level tests' largest minimum detectable effect, in the metric's unit; None where no p can
+            fall to α.
+        classes: class-level tests, and how many of the surviving layers survive there too, or None without classes.
+        trend: the deep half against the shallow half; None below two layers.
+        clusters: the runs of neighbouring layers that survive.
     """
 
     metric: str
@@ -124,8 +126,12 @@ class Change:
     layers_survived: int
     largest: PairedTest | None
     strongest: PairedTest | None
-    shallow: float | None
-    deep: float | None
+    bound: float | None
+    equivalent: int | None
+    detectable: float | None
+    classes: tuple[PairedTest, ...]
+    trend: Trend | None
+    clusters: tuple[Cluster, ...]
 
     @property
     def survived(self) -> int:
@@ -144,6 +150,7 @@ class Comparison:
     changes: tuple[Change, ...]
     seed_tests: tuple[PairedTest, ...]
     layer_means: tuple[PairedTest, ...]
+    relations: tuple[Relation, ...]
 
     @property
     def cells(self) -> int:
@@ -184,6 +191,7 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
                 changes=changes(results, condition, against),
                 seed_tests=results.select("seed", condition=condition, against=against),
                 layer_means=results.select("layer_means", condition=condition, against=against),
+                relations=results.relations(condition=condition, against=against),
             )
         )
     return tuple(found)
@@ -199,11 +207,12 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
         if not heads and not layers:
             continue
         defined = [test for test in heads if test.difference is not None]
-        surviving = [test for test in defined if survives(test, results.alpha)]
-        surviving_layers = [test for test in layers if survives(test, results.alpha)]
+        surviving = [test for test in defined if test.survives(results.alpha)]
+        surviving_layers = [test for test in layers if test.survives(results.alpha)]
         sized = [test for test in layers or heads if test.difference is not None]
         every = [test.difference for test in (*heads, *layers) if test.difference is not None]
-        shallow, deep = _halves(layers, results.layers)
+        bounds = [test.tost_bound for test in layers if test.tost_bound is not None]
+        detectable = [test.mde for test in layers if test.mde is not None]
         found.append(
             Change(
                 metric=metric,
@@ -218,61 +227,25 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
                 layers_survived=len(surviving_layers),
                 largest=max(sized, key=lambda test: abs(test.difference or 0.0), default=None),
                 strongest=max(surviving_layers, key=lambda test: abs(test.dz or 0.0), default=None),
-                shallow=shallow,
-                deep=deep,
+                bound=bounds[0] if bounds else None,
+                equivalent=sum(test.equivalent(results.alpha) for test in layers) if bounds else None,
+                detectable=max(detectable, default=None),
+                classes=results.select("class", **where),
+                trend=next(iter(results.trends(**where)), None),
+                clusters=results.clusters(**where),
             )
         )
     return tuple(found)
 
 
-def survives(test: PairedTest, alpha: float) -> bool:
-    """Whether a test survives its family's max-T test."""
-    return test.difference is not None and test.p_max_t is not None and test.p_max_t <= alpha
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relation:
-    """Spearman's rank correlation of two metrics' differences over the layer × head cells. Descriptive only."""
-
-    first: str
-    second: str
-    rho: float
-    cells: int
-
-
-def metric_relations(results: Results, condition: str, against: str) -> tuple[Relation, ...]:
-    """How the differences of each two metrics go together over the cells where both have one (at least five)."""
-    maps = {
-        metric: head_maps(results, condition, against, metric, region)["difference"].ravel()
-        for metric, region in results.series()
-        if region is None
-    }
-    found = []
-    for first, second in combinations(maps, 2):
-        both = np.isfinite(maps[first]) & np.isfinite(maps[second])
-        a, b = _ranks(maps[first][both]), _ranks(maps[second][both])
-        if both.sum() < 5 or np.ptp(a) == 0 or np.ptp(b) == 0:
-            continue
-        rho = float(np.corrcoef(a, b)[0, 1])
-        found.append(Relation(first=first, second=second, rho=rho, cells=int(both.sum())))
-    return tuple(found)
-
-
-def _halves(tests: tuple[PairedTest, ...], layers: tuple[int, ...]) -> tuple[float | None, float | None]:
-    by_layer = {test.layer: test.difference for test in tests if test.difference is not None}
-    half = len(layers) // 2
-    lower = [by_layer[layer] for layer in layers[:half] if layer in by_layer]
-    upper = [by_layer[layer] for layer in layers[len(layers) - half :] if layer in by_layer]
-    if not lower or not upper:
-        return None, None
-    return float(np.mean(lower)), float(np.mean(upper))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, ties sharing their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts + 1) / 2)[inverse])
+def cell_relations(comparison: Comparison) -> Iterator[tuple[Relation, tuple[Relation, ...]]]:
+    """Each two metrics' relation over the cells, with those over images within the layers; regions are left out."""
+    plain = [relation for relation in comparison.relations if relation.region is None is relation.with_region]
+    for relation in plain:
+        if relation.over == "cells":
+            pair = (relation.metric, relation.with_metric)
+            within = (other for other in plain if other.over == "images" and (other.metric, other.with_metric) == pair)
+            yield relation, tuple(within)
 
 
 def mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

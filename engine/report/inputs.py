@@ -5,23 +5,23 @@ Nothing here needs the model, the images or a deep-learning package: the report 
 
 from __future__ import annotations
 
-import csv
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
-import zarr
 
 from engine.config import StatisticsConfig
+from engine.report.analyses import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
+from engine.report.kept import GradcamSample, Samples, load_gradcam, load_samples
+from engine.report.reading import brief, load_json
 from kernels import METRICS
 from train.errors import InputError
 
-__all__ = ["GradcamSample", "LayerSamples", "PairedTest", "Results", "Samples", "load_results"]
+__all__ = ["COMPARISON", "Results", "load_results"]
 
 METRICS_TABLE = Path("metrics/attention_metrics.zarr")
 COMPARISON = Path("metrics/attention_comparison.json")
@@ -32,108 +32,6 @@ STUDY = Path("study.toml")
 RUN_LOG = Path("run.jsonl")
 
 TABLE_DIMS = ("condition", "seed", "image", "layer", "head")
-LEVELS = ("head", "layer", "class", "seed", "layer_means")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedTest:
-    """One paired comparison, `condition` − `against`, as `attention_comparison.json` holds it.
-
-    `level` says what one test covers: "head" (a layer and head), "layer" (a layer, mean over its heads),
-    "seed" (differences between training runs) or "layer_means" (the t-test over layer means, kept for
-    comparison only). Numbers are in `unit`; None where the file holds null.
-    """
-
-    condition: str
-    against: str
-    metric: str
-    unit: str
-    level: str
-    unit_of_inference: str
-    family: str
-    region: str | None = None
-    layer: int | None = None
-    site: str | None = None
-    head: int | None = None
-    n: int | None = None
-    missing: int | None = None
-    mean_against: float | None = None
-    mean_condition: float | None = None
-    difference: float | None = None
-    dz: float | None = None
-    gz: float | None = None
-    ci: tuple[float | None, float | None] = (None, None)
-    t: float | None = None
-    p: float | None = None
-    p_wilcoxon: float | None = None
-    p_max_t: float | None = None
-    p_holm: float | None = None
-    p_bh: float | None = None
-    ci_method: str = ""
-    degenerate: str = ""
-
-
-_REQUIRED = ("condition", "against", "metric", "unit", "level", "unit_of_inference", "family")
-_COUNTS = ("layer", "head", "n", "missing")
-_NUMBERS = (
-    "mean_against",
-    "mean_condition",
-    "difference",
-    "dz",
-    "gz",
-    "t",
-    "p",
-    "p_wilcoxon",
-    "p_max_t",
-    "p_holm",
-    "p_bh",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradcamSample:
-    """One Grad-CAM picture; `role` says what the target class is to the image: "true", "other" or "predicted"."""
-
-    file: Path
-    image: str
-    condition: str
-    target: str
-    role: str
-    probability: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSamples:
-    """The kept maps of one layer in one run: `attention` [image, head, query, key], read on demand."""
-
-    layer: int
-    site: str
-    layout: Mapping[str, Any]
-    attention: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """The sample images and the whole attention maps kept for them.
-
-    Args:
-        pixels: uint8 [image, row, col, channel].
-        ids, labels: of the images.
-        boxes: float [image, region, 4], (row0, col0, row1, col1) in pixels, or None.
-        regions: names of the boxes.
-        classes: class names, or empty.
-        runs: (condition, seed) -> layers in depth order.
-        logits: (condition, seed) -> [image, class].
-    """
-
-    pixels: np.ndarray
-    ids: tuple[str, ...]
-    labels: tuple[int, ...]
-    boxes: np.ndarray | None
-    regions: tuple[str, ...]
-    classes: tuple[str, ...]
-    runs: Mapping[tuple[str, int], tuple[LayerSamples, ...]]
-    logits: Mapping[tuple[str, int], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +42,7 @@ class Results:
         outputs: the folder.
         table: dims (condition, seed, image, layer, head[, region]), one variable a metric.
         sites: layer -> module name, in depth order.
-        tests: every paired comparison of the study.
+        analyses: tests, trends, clusters and relations.
         controls, accuracy, data, undefined: as in `attention_comparison.json`.
         prefix_mass_warning: what capture had to say about prefix mass, or "".
         training: `training.json`, or None where nothing was trained.
@@ -158,7 +56,7 @@ class Results:
     outputs: Path
     table: xr.Dataset
     sites: tuple[str, ...]
-    tests: tuple[PairedTest, ...]
+    analyses: Analyses
     controls: tuple[Mapping[str, Any], ...] = ()
     accuracy: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -202,6 +100,11 @@ class Results:
         return float(self._statistics("alpha", StatisticsConfig().alpha))
 
     @property
+    def power(self) -> float:
+        """Power of the minimum detectable effects."""
+        return float(self._statistics("power", StatisticsConfig().power))
+
+    @property
     def confidence(self) -> float:
         """Coverage of the intervals."""
         return float(self._statistics("confidence", StatisticsConfig().confidence))
@@ -236,17 +139,25 @@ class Results:
 
     def comparisons(self) -> tuple[tuple[str, str], ...]:
         """(condition, against) pairs that were tested, in the table's order of conditions."""
-        pairs = {(test.condition, test.against) for test in self.tests}
+        pairs = {(test.condition, test.against) for test in self.analyses.tests}
         order = {name: index for index, name in enumerate(self.conditions)}
         return tuple(sorted(pairs, key=lambda pair: (order[pair[0]], order[pair[1]])))
 
     def select(self, level: str, **where: Any) -> tuple[PairedTest, ...]:
         """Tests of a level whose fields equal `where`."""
-        return tuple(
-            test
-            for test in self.tests
-            if test.level == level and all(getattr(test, key) == value for key, value in where.items())
-        )
+        return tuple(test for test in self.analyses.tests if test.level == level and _matches(test, where))
+
+    def trends(self, **where: Any) -> tuple[Trend, ...]:
+        """Trends whose fields equal `where`."""
+        return tuple(trend for trend in self.analyses.trends if _matches(trend, where))
+
+    def clusters(self, **where: Any) -> tuple[Cluster, ...]:
+        """Clusters that survive, whose fields equal `where`."""
+        return tuple(c for c in self.analyses.clusters if c.survives(self.alpha) and _matches(c, where))
+
+    def relations(self, **where: Any) -> tuple[Relation, ...]:
+        """Relations whose fields equal `where`."""
+        return tuple(relation for relation in self.analyses.relations if _matches(relation, where))
 
     def series(self) -> Iterator[tuple[str, str | None]]:
         """(metric, region): one entry a metric, or one a region for metrics that have regions."""
@@ -258,6 +169,10 @@ class Results:
                 yield metric, None
 
 
+def _matches(entry: Any, where: Mapping[str, Any]) -> bool:
+    return all(getattr(entry, key) == value for key, value in where.items())
+
+
 def load_results(outputs: Path) -> Results:
     """Everything the report needs, from the outputs folder alone.
 
@@ -267,7 +182,7 @@ def load_results(outputs: Path) -> Results:
     if not outputs.is_dir():
         raise InputError(f"{outputs}: no such folder; expected the outputs folder of a study")
     table = _load_table(outputs / METRICS_TABLE)
-    comparison = _load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
+    comparison = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
     if comparison.get("schema") != 1:
         raise InputError(
             f"{outputs / COMPARISON}: schema is {comparison.get('schema')!r}; this version reads schema 1; "
@@ -282,25 +197,25 @@ def load_results(outputs: Path) -> Results:
             f"{outputs / COMPARISON}: lists {len(sites)} layers but {METRICS_TABLE} has {table.sizes['layer']}; "
             "they come from different runs, so run the comparison stage again"
         )
-    tests = tuple(_load_tests(comparison.get("tests", ()), outputs / COMPARISON))
-    _check_names(tests, table, outputs / COMPARISON)
+    analyses = load_analyses(comparison, outputs / COMPARISON)
+    _check_names(analyses, table, outputs / COMPARISON)
     training = None
     if (outputs / TRAINING).exists():
-        training = _load_json(outputs / TRAINING, "written by the train stage")
+        training = load_json(outputs / TRAINING, "written by the train stage")
     study, study_text = _load_study(outputs / STUDY)
     return Results(
         outputs=outputs,
         table=table,
         sites=sites,
-        tests=tests,
+        analyses=analyses,
         controls=tuple(comparison.get("controls", ())),
         accuracy=comparison.get("accuracy") or {},
         data=comparison.get("data") or {},
         undefined=comparison.get("undefined") or {},
         prefix_mass_warning=_sentence(comparison.get("prefix_mass_warning")),
         training=training,
-        samples=_load_samples(outputs / SAMPLES, table),
-        gradcam=tuple(_load_gradcam(outputs / GRADCAM)),
+        samples=load_samples(outputs / SAMPLES, table),
+        gradcam=tuple(load_gradcam(outputs / GRADCAM)),
         study=study,
         study_text=study_text,
         stage_seconds=_load_stage_seconds(outputs / RUN_LOG),
@@ -314,7 +229,7 @@ def _load_table(path: Path) -> xr.Dataset:
         # consolidated=False: works whether or not the writer consolidated, without xarray's warning.
         table: xr.Dataset = xr.open_zarr(path, consolidated=False).load()
     except Exception as error:  # zarr, xarray and the codecs share no base class
-        raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({_brief(error)})") from error
+        raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({brief(error)})") from error
     missing = [name for name in TABLE_DIMS if name not in table.dims]
     if missing or not table.data_vars:
         what = f"no dimension {', '.join(missing)}" if missing else "no metric"
@@ -331,126 +246,22 @@ def _load_table(path: Path) -> xr.Dataset:
     return table
 
 
-def _load_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; it is {hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({_brief(error)}); it is {hint}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def _load_tests(entries: Any, path: Path) -> Iterator[PairedTest]:
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: tests is a {type(entries).__name__}; expected a list")
-    known = {f.name for f in fields(PairedTest)}
-    for index, entry in enumerate(entries):
-        absent = [key for key in _REQUIRED if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
-        if absent:
-            raise InputError(f"{path}: tests[{index}] has no {absent[0]}; expected a string")
-        if entry["level"] not in LEVELS:
-            raise InputError(f"{path}: tests[{index}].level is {entry['level']!r}; expected one of {', '.join(LEVELS)}")
-        values = {key: value for key, value in entry.items() if key in known}
-        try:
-            for key in _NUMBERS:
-                values[key] = _number(entry.get(key))
-            for key in _COUNTS:
-                values[key] = None if entry.get(key) is None else int(entry[key])
-            low, high = entry.get("ci") or (None, None)
-            values["ci"] = (_number(low), _number(high))
-            for key in ("ci_method", "degenerate"):
-                values[key] = str(entry.get(key) or "")
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: tests[{index}] holds something that is not a number ({error})") from error
-        yield PairedTest(**values)
-
-
-def _check_names(tests: tuple[PairedTest, ...], table: xr.Dataset, path: Path) -> None:
+def _check_names(analyses: Analyses, table: xr.Dataset, path: Path) -> None:
     conditions = {str(name) for name in table["condition"].values}
     metrics = {str(name) for name in table.data_vars}
     known = {axis: [int(value) for value in table[axis].values] for axis in ("layer", "head")}
-    for index, test in enumerate(tests):
-        for name in (test.condition, test.against):
-            if name not in conditions:
-                raise InputError(f"{path}: tests[{index}] names condition {name!r}, which {METRICS_TABLE} has not")
-        if test.metric not in metrics:
-            raise InputError(f"{path}: tests[{index}] names metric {test.metric!r}, which {METRICS_TABLE} has not")
-        for axis, values in known.items():
-            value = getattr(test, axis)
-            if value is not None and value not in values:
-                raise InputError(f"{path}: tests[{index}].{axis} is {value}, which {METRICS_TABLE} has not")
-
-
-def _load_samples(path: Path, table: xr.Dataset) -> Samples | None:
-    if not path.exists():
-        return None
-    try:
-        root = zarr.open_group(path, mode="r")
-        images = root["images"]
-        assert isinstance(images, zarr.Group)
-        runs: dict[tuple[str, int], tuple[LayerSamples, ...]] = {}
-        logits = {}
-        for condition in (str(name) for name in table["condition"].values):
-            for seed in (int(value) for value in table["seed"].values):
-                name = f"{condition}_seed{seed}"
-                if name not in root:
-                    continue
-                group = root[name]
-                assert isinstance(group, zarr.Group)
-                runs[condition, seed] = tuple(
-                    LayerSamples(
-                        int(key.removeprefix("layer_")),
-                        str(array.attrs["site"]),
-                        _mapping(array.attrs["layout"]),
-                        array,
-                    )
-                    for key, array in sorted(group.arrays())
-                    if key.startswith("layer_")
-                )
-                if "logits" in group:
-                    logits[condition, seed] = np.asarray(_array(group, "logits"))
-        return Samples(
-            pixels=np.asarray(_array(images, "pixels")),
-            ids=tuple(str(value) for value in np.asarray(_array(images, "id"))),
-            labels=tuple(int(value) for value in np.asarray(_array(images, "label"))),
-            boxes=np.asarray(_array(images, "boxes"), dtype=np.float64) if "boxes" in images else None,
-            regions=tuple(str(name) for name in _sequence(root.attrs.get("region_names"))),
-            classes=tuple(str(name) for name in _sequence(root.attrs.get("class_names"))),
-            runs=runs,
-            logits=logits,
-        )
-    except Exception as error:  # zarr and the codecs share no base class
-        raise InputError(
-            f"{path}: cannot be read as the sample maps that capture keeps ({_brief(error)}); run capture again"
-        ) from error
-
-
-def _load_gradcam(folder: Path) -> Iterator[GradcamSample]:
-    table = folder / "gradcam_samples.csv"
-    if not table.exists():
-        return
-    with table.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
-        missing = {"file", "image", "condition", "target"} - set(rows.fieldnames or ())
-        if missing:
-            raise InputError(f"{table}: has no column {sorted(missing)[0]}; run the relevance stage again")
-        for row in rows:
-            file = folder / row["file"]
-            if file.resolve().parent != folder.resolve():
-                raise InputError(f"{table}: names {row['file']!r}, which does not lie beside it")
-            if not file.is_file():
-                raise InputError(f"{file}: not found, though {table.name} lists it; run the relevance stage again")
-            yield GradcamSample(
-                file=file,
-                image=row["image"],
-                condition=row["condition"],
-                target=row["target"],
-                role=row.get("role") or "",
-                probability=_number(row.get("probability") or None),
-            )
+    for part in ("tests", "trends", "clusters", "relations"):
+        for index, entry in enumerate(getattr(analyses, part)):
+            where = f"{path}: {part}[{index}]"
+            for name in (entry.condition, entry.against):
+                if name not in conditions:
+                    raise InputError(f"{where} names condition {name!r}, which {METRICS_TABLE} has not")
+            if entry.metric not in metrics:
+                raise InputError(f"{where} names metric {entry.metric!r}, which {METRICS_TABLE} has not")
+            for axis, values in known.items():
+                value = getattr(entry, axis, None)
+                if value is not None and value not in values:
+                    raise InputError(f"{where}.{axis} is {value}, which {METRICS_TABLE} has not")
 
 
 def _load_study(path: Path) -> tuple[dict[str, Any], str]:
@@ -460,7 +271,7 @@ def _load_study(path: Path) -> tuple[dict[str, Any], str]:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text), text
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as TOML ({_brief(error)})") from error
+        raise InputError(f"{path}: cannot be read as TOML ({brief(error)})") from error
 
 
 def _load_stage_seconds(path: Path) -> dict[str, float]:
@@ -480,42 +291,7 @@ def _load_stage_seconds(path: Path) -> dict[str, float]:
     return seconds
 
 
-def _number(value: Any) -> float | None:
-    """None for null and NaN; "inf" and "-inf" are numbers."""
-    if value is None:
-        return None
-    number = float(value)
-    return None if np.isnan(number) else number
-
-
 def _sentence(value: Any) -> str:
     if not value:
         return ""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _array(group: zarr.Group, name: str) -> Any:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise TypeError(f"{name} is a group; expected an array")
-    return array[...]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"layout is a {type(value).__name__}; expected an object")
-    return value
-
-
-def _sequence(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise TypeError(f"names are a {type(value).__name__}; expected a list")
-    return value
-
-
-def _brief(error: Exception) -> str:
-    """The first line of an error's text, short enough for one sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from engine.report import wording
-from engine.report.findings import Comparison, comparisons, metric_relations, training_runs
+from engine.report import cautions, text, wording
+from engine.report.findings import Comparison, cell_relations, comparisons, training_runs
 from engine.report.inputs import Results
 
 __all__ = ["summary_markdown"]
@@ -22,14 +22,15 @@ def summary_markdown(results: Results) -> str:
         ("## What was compared", _compared(results, found)),
         ("## Observed patterns", _observed(results, found)),
         ("## Tests", _tests(results, found)),
-        ("## Shallow and deep layers", _trends(results, found)),
-        ("## Between metrics", _relations(results, found)),
+        ("## Along the layers", _along_layers(results, found)),
+        ("## Between metrics", _relations(found)),
+        ("## Classes", _sensitivity(results, found)),
         ("## Negative controls", _controls(results)),
         ("## Data", _data(results)),
         ("## The t-test over layer means", _layer_means(results, found)),
-        ("## Limits", _bullets(wording.limits(results, found))),
-        ("## What the metrics do not measure", _bullets(wording.not_measured())),
-        ("## How to read the numbers", _bullets(wording.how_to_read())),
+        ("## Limits", _bullets(cautions.limits(results, found))),
+        ("## What the metrics do not measure", _bullets(cautions.not_measured())),
+        ("## How to read the numbers", _bullets(cautions.how_to_read())),
     ]
     blocks = ["\n\n".join([title, *body]) for title, body in sections if body]
     return "\n\n".join(blocks) + "\n"
@@ -55,8 +56,8 @@ def _compared(results: Results, found: Sequence[Comparison]) -> list[str]:
         _text(
             f"Model: {model.get('name', 'not recorded')}. Data: {dataset.get('id', 'not recorded')}"
             + (f", split {dataset['split']}" if dataset.get("split") else "")
-            + f", {wording.count(results.num_images, 'image')}. {wording.count(len(results.sites), 'layer')}, "
-            f"{wording.count(int(results.table.sizes['head']), 'head')} a layer. "
+            + f", {text.count(results.num_images, 'image')}. {text.count(len(results.sites), 'layer')}, "
+            f"{text.count(int(results.table.sizes['head']), 'head')} a layer. "
             f"Forward pass in {results.table.attrs.get('precision', 'a precision that was not recorded')}."
         ),
         _table(["condition", "recipe", "training runs"], rows),
@@ -85,66 +86,70 @@ def _tests(results: Results, found: Sequence[Comparison]) -> list[str]:
             for test in change.layers:
                 rows.append(
                     [
-                        wording.what(change.metric, change.region),
+                        text.what(change.metric, change.region),
                         str(test.layer),
-                        wording.quantity(test.difference, change.unit, difference=True),
-                        wording.interval(test),
-                        "" if test.dz is None else wording.number(test.dz),
-                        wording.p_value(test.p_max_t),
-                        wording.p_value(test.p_holm),
-                        wording.p_value(test.p_bh),
+                        text.quantity(test.difference, change.unit, difference=True),
+                        text.interval(test.ci),
+                        "" if test.dz is None else text.number(test.dz),
+                        text.p_value(test.p_max_t),
+                        text.p_value(test.p_holm),
+                        text.p_value(test.p_bh),
                     ]
                 )
         if rows:
-            confidence = wording.percent(results.confidence)
+            confidence = text.percent(results.confidence)
             header = ["metric", "layer", "difference", f"{confidence} CI", "dz", "p max-T", "p Holm", "p BH"]
             lines.append(
                 f"Layer by layer, {_text(comparison.condition)} − {_text(comparison.against)} "
                 "(mean over heads, paired by image):"
             )
             lines.append(_table(header, rows))
-        lines += _seed_level(results, comparison)
+        over_runs = wording.seed_sentence(results, comparison)
+        if over_runs:
+            lines.append(_text(over_runs))
     return lines
 
 
-def _seed_level(results: Results, comparison: Comparison) -> list[str]:
-    tests = comparison.seed_tests
-    if not tests:
-        return []
-    runs = max((test.n or 0 for test in tests), default=0)
-    surviving = [test for test in tests if test.p_max_t is not None and test.p_max_t <= results.alpha]
-    sentence = (
-        f"Over {wording.count(runs, 'training run')}, {len(surviving)} of {len(tests)} seed-level tests of "
-        f"{comparison.condition} against {comparison.against} survive at α = {results.alpha:g}."
-    )
-    if not comparison.speaks_of_runs:
-        sentence += f" With {runs} runs the smallest p that can occur is {2.0 ** (1 - runs):.3g}."
-    return [_text(sentence)]
-
-
-def _trends(results: Results, found: Sequence[Comparison]) -> list[str]:
+def _along_layers(results: Results, found: Sequence[Comparison]) -> list[str]:
     lines = []
     for comparison in found:
-        sentences = [wording.trend_sentence(results, change) for change in comparison.changes]
-        if any(sentences):
+        pair = f"{_text(comparison.condition)} − {_text(comparison.against)}"
+        clusters = [sentence for change in comparison.changes if (sentence := wording.cluster_sentence(change))]
+        if clusters:
             lines.append(
-                f"{_text(comparison.condition)} − {_text(comparison.against)}, mean over the lower and the upper half "
-                "of the layers (descriptive):"
+                f"{pair}, runs of neighbouring layers that change in one direction (cluster permutation over images, "
+                "heads averaged; a p speaks of the whole run and not of any one layer in it):"
             )
-            lines += _bullets(sentence for sentence in sentences if sentence)
+            lines += _bullets(clusters)
+        trends = [sentence for change in comparison.changes if (sentence := wording.trend_sentence(results, change))]
+        if trends:
+            lines.append(f"{pair}, lower against upper half of the layers (paired over images, max-T over metrics):")
+            lines += _bullets(trends)
     return lines
 
 
-def _relations(results: Results, found: Sequence[Comparison]) -> list[str]:
+def _sensitivity(results: Results, found: Sequence[Comparison]) -> list[str]:
     lines = []
     for comparison in found:
-        relations = metric_relations(results, comparison.condition, comparison.against)
-        if relations:
+        sentences = [sentence for change in comparison.changes if (sentence := wording.class_sentence(results, change))]
+        if sentences:
+            lines.append(f"{_text(comparison.condition)} − {_text(comparison.against)}:")
+            lines += _bullets(sentences)
+    if lines:
+        lines.insert(0, "Does a finding hang on a few large classes? Here every class counts alike and is one unit.")
+    return lines
+
+
+def _relations(found: Sequence[Comparison]) -> list[str]:
+    lines = []
+    for comparison in found:
+        sentences = [wording.relation_sentence(*pair) for pair in cell_relations(comparison)]
+        if any(sentences):
             lines.append(
                 f"Differences {_text(comparison.condition)} − {_text(comparison.against)}. Cells of one model are not "
                 "independent, so no p-value is given:"
             )
-            lines += _bullets(wording.relation_sentence(relation) for relation in relations)
+            lines += _bullets(filter(None, sentences))
     return lines
 
 
@@ -163,7 +168,7 @@ def _controls(results: Results) -> list[str]:
         [
             str(control.get("title") or control.get("name")),
             str(control.get("expectation", "")),
-            wording.plain(control.get("value")),
+            text.plain(control.get("value")),
             "yes" if control.get("held") else "NO",
             str(control.get("detail") or ""),
         ]
@@ -176,22 +181,22 @@ def _data(results: Results) -> list[str]:
     data = results.data
     splits: Mapping[str, Any] = data.get("splits") or {}
     lines = []
-    facts = [wording.count(results.num_images, "image") + " measured"]
+    facts = [text.count(results.num_images, "image") + " measured"]
     if data.get("classes") is not None:
         facts.append(f"{data['classes']} classes")
     if splits:
-        facts.append("splits: " + ", ".join(f"{name} {wording.plain(size)}" for name, size in splits.items()))
+        facts.append("splits: " + ", ".join(f"{name} {text.plain(size)}" for name, size in splits.items()))
     lines.append(_text("; ".join(facts) + "."))
     dropped: Sequence[Mapping[str, Any]] = data.get("dropped") or ()
     if dropped:
-        lines.append(_text(f"{wording.count(len(dropped), 'file')} could not be used and left out of every condition:"))
+        lines.append(_text(f"{text.count(len(dropped), 'file')} could not be used and left out of every condition:"))
         lines += _bullets(f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:DROPPED_SHOWN])
         if len(dropped) > DROPPED_SHOWN:
             lines.append(f"… and {len(dropped) - DROPPED_SHOWN} more, listed in metrics/attention_comparison.json.")
     else:
         lines.append("No file had to be left out.")
     undefined = [
-        f"{metric} in {condition}: {wording.count(int(rows), 'row')} without a value, left out of the means"
+        f"{metric} in {condition}: {text.count(int(rows), 'row')} without a value, left out of the means"
         for metric, by_condition in results.undefined.items()
         for condition, rows in by_condition.items()
         if rows
@@ -210,11 +215,11 @@ def _layer_means(results: Results, found: Sequence[Comparison]) -> list[str]:
     rows = [
         [
             f"{comparison.condition} − {comparison.against}",
-            wording.what(test.metric, test.region),
+            text.what(test.metric, test.region),
             str(test.n if test.n is not None else ""),
-            wording.quantity(test.difference, results.unit(test.metric), difference=True),
-            wording.number(test.t),
-            wording.p_value(test.p),
+            text.quantity(test.difference, results.unit(test.metric), difference=True),
+            text.number(test.t),
+            text.p_value(test.p),
         ]
         for comparison in found
         for test in comparison.layer_means

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.inputs import LayerSamples, Results, Samples
+from engine.report.inputs import Results
+from engine.report.kept import LayerSamples, Samples
 
 __all__ = ["png_data_uri", "viewer_payload"]
 
-BUDGET = 5_200_000
+BUDGET = 4_800_000
 """Bytes of base64 text for all maps: with everything else the page stays below 10 MB."""
 MOST_IMAGES = 8
 STRIDES = (1, 2, 3, 4, 6, 8)
@@ -65,6 +66,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
             }
             for layer in layers
         ],
+        "seeds": len(results.seeds) > 1,
         "stride": stride,
         "kept": len(samples.ids),
         "maps": blobs,

@@ -1,117 +1,27 @@
-"""Sentences made of the numbers, and the cautions that go with them. Plain text: whoever prints it escapes it."""
+"""Sentences made of the numbers. Plain text: whoever prints it escapes it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
-from engine.report.findings import SEEDS_NEEDED, Change, Comparison, Relation, layer_curve, survives, training_runs
-from engine.report.inputs import PairedTest, Results
+from engine.report import text
+from engine.report.analyses import PairedTest, Relation
+from engine.report.findings import SEEDS_NEEDED, Change, Comparison, layer_curve
+from engine.report.inputs import Results
 
 __all__ = [
     "accuracy_sentence",
     "change_sentence",
+    "class_sentence",
+    "cluster_sentence",
     "comparison_sentence",
-    "count",
     "headline",
-    "how_to_read",
-    "interval",
     "leaks_sentence",
-    "limits",
-    "listing",
-    "not_measured",
-    "number",
-    "p_value",
-    "percent",
-    "plain",
-    "quantity",
     "relation_sentence",
     "scope_sentences",
-    "signed",
+    "seed_sentence",
     "trend_sentence",
-    "what",
 ]
-
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number in three significant digits, with a true minus; "undefined" for None and NaN."""
-    if value is None or math.isnan(value):
-        return "undefined"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    size = abs(value)
-    if size == 0:
-        text = "0"
-    elif size < 1e-4 or size >= 1e6:
-        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
-        text = f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
-    else:
-        decimals = max(0, digits - 1 - math.floor(math.log10(size)))
-        text = f"{size:.{decimals}f}"
-    return f"−{text}" if value < 0 else text
-
-
-def signed(value: float | None) -> str:
-    """A number with its sign, for differences."""
-    text = number(value)
-    return f"+{text}" if value is not None and value > 0 else text
-
-
-def quantity(value: float | None, unit: str, *, difference: bool = False) -> str:
-    """A number with its unit."""
-    text = signed(value) if difference else number(value)
-    return f"{text} {unit}" if unit and text != "undefined" else text
-
-
-def p_value(value: float | None) -> str:
-    """Two significant digits; below 1e-4 only that, for no model is right to more."""
-    if value is None:
-        return "undefined"
-    return "1" if value >= 0.9995 else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
-
-
-def interval(test: PairedTest) -> str:
-    """ "low to high" of a test's interval, or "" where it has none."""
-    low, high = test.ci
-    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
-
-
-def plain(value: Any) -> str:
-    """A recorded value of whatever kind as text; numbers as `number` writes them, counts with separators."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else number(value)
-
-
-def listing(items: Sequence[str]) -> str:
-    """ "a, b and c"."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
-
-
-def percent(level: float) -> str:
-    """0.95 as "95 %"."""
-    return f"{100 * level:g} %"
-
-
-def where(test: PairedTest) -> str:
-    """ "layer 2 (blocks.2.attn), head 1"."""
-    site = f" ({test.site})" if test.site else ""
-    head = "" if test.head is None else f", head {test.head}"
-    return f"layer {test.layer}{site}{head}"
-
-
-def what(metric: str, region: str | None) -> str:
-    """ "region_mass on small digit"."""
-    return metric if region is None else f"{metric} on {region}"
-
-
-def count(n: int, noun: str) -> str:
-    """ "1 image", "1,024 images"."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def headline(results: Results, found: Sequence[Comparison]) -> str:
@@ -119,7 +29,7 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
     if not found:
         return "One condition was measured, so nothing is compared."
     if all(comparison.identical for comparison in found):
-        names = listing([comparison.condition for comparison in found])
+        names = text.listing([comparison.condition for comparison in found])
         return (
             f"Every measured value of {names} equals that of {found[0].against} exactly: the attention did not change."
         )
@@ -137,9 +47,9 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
     test = change.strongest
     assert test is not None  # chosen for having one
     return (
-        f"The clearest change is in {what(change.metric, change.region)}, {where(test)}: "
-        f"from {quantity(test.mean_against, change.unit)} in {comparison.against} to "
-        f"{quantity(test.mean_condition, change.unit)} in {comparison.condition} "
+        f"The clearest change is in {text.what(change.metric, change.region)}, {text.where(test)}: "
+        f"from {text.quantity(test.mean_against, change.unit)} in {comparison.against} to "
+        f"{text.quantity(test.mean_condition, change.unit)} in {comparison.condition} "
         f"({_effect(results, test, change.unit)})."
     )
 
@@ -151,7 +61,7 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
         for comparison in found
         for change in comparison.changes
         for test in change.layers
-        if change.region is not None and survives(test, results.alpha)
+        if change.region is not None and test.survives(results.alpha)
     ]
     if not candidates:
         return ""
@@ -165,9 +75,10 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
             condition: float(layer_curve(results, best.metric, condition, region).mean[row])
             for condition in results.conditions
         }
-        parts.append(f"on {region}, {listing([f'{number(share, 2)} in {name}' for name, share in shares.items()])}")
+        each = text.listing([f"{text.number(share, 2)} in {name}" for name, share in shares.items()])
+        parts.append(f"on {region}, {each}")
     return (
-        f"Attention on the annotated regions differs most in {where(best)}. {_lead(results, best.metric)} "
+        f"Attention on the annotated regions differs most in {text.where(best)}. {_lead(results, best.metric)} "
         f"{'; '.join(parts)}."
     )
 
@@ -179,30 +90,45 @@ def _lead(results: Results, metric: str) -> str:
 
 def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
     sentences = []
+    nothing: dict[str, list[str]] = {}  # pairs of which the same can be said share their sentence
     for comparison in found:
-        survived = comparison.survived
-        if survived:
+        if comparison.survived:
             sentences.append(
-                f"{survived} of {comparison.cells} layer × head × metric cells differ between {comparison.condition} "
-                f"and {comparison.against} after the family-wise correction, but no layer as a whole does."
+                f"{comparison.survived} of {comparison.cells} layer × head × metric cells differ between "
+                f"{comparison.condition} and {comparison.against} after the family-wise correction, but no layer as a "
+                "whole does."
             )
-        else:
-            sentences.append(
-                f"No difference between {comparison.condition} and {comparison.against} survives the family-wise test "
-                f"(0 of {comparison.cells} layer × head × metric cells at α = {results.alpha:g})."
-            )
-    return " ".join(sentences)
+            continue
+        said = (
+            f"survives the family-wise test (0 of {comparison.cells} layer × head × metric cells at α = "
+            f"{results.alpha:g}){_power_clause(results, comparison)}."
+        )
+        nothing.setdefault(said, []).append(f"{comparison.condition} and {comparison.against}")
+    return " ".join(
+        [*(f"No difference between {', or '.join(pairs)} {said}" for said, pairs in nothing.items()), *sentences]
+    )
+
+
+def _power_clause(results: Results, comparison: Comparison) -> str:
+    """How large an effect on a layer would have been found, so that finding none has a meaning."""
+    effects = [test.mde_dz for change in comparison.changes for test in change.layers if test.mde_dz is not None]
+    if not effects:
+        return ""
+    return (
+        f"; a layer's effect of dz {text.number(max(effects), 2)} or more would have been found with a power of "
+        f"{text.percent(results.power)}"
+    )
 
 
 def _effect(results: Results, test: PairedTest, unit: str) -> str:
     """The effect first: difference with interval, dz, then the adjusted p-value."""
-    parts = [f"difference {quantity(test.difference, unit, difference=True)}"]
-    if interval(test):
-        parts.append(f"{percent(results.confidence)} CI {interval(test)}")
+    parts = [f"difference {text.quantity(test.difference, unit, difference=True)}"]
+    if text.interval(test.ci):
+        parts.append(f"{text.percent(results.confidence)} CI {text.interval(test.ci)}")
     if test.dz is not None:
-        parts.append(f"dz {number(test.dz)}")
+        parts.append(f"dz {text.number(test.dz)}")
     if test.p_max_t is not None:
-        parts.append(f"max-T p {p_value(test.p_max_t)}")
+        parts.append(f"max-T p {text.p_value(test.p_max_t)}")
     return ", ".join(parts)
 
 
@@ -211,7 +137,7 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
     if comparison.identical:
         return (
             f"{comparison.condition} and {comparison.against} do not differ at all: every difference is exactly 0 in "
-            f"{count(comparison.n, 'image')}."
+            f"{text.count(comparison.n, 'image')}."
         )
     survived, cells = comparison.survived, comparison.cells
     if not cells:
@@ -225,13 +151,14 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
         verdict += (f" and {comparison.layers_survived} of {layers} layer means" if layers else "") + " differ"
     return (
         f"{comparison.condition} against {comparison.against}: {verdict} at the family-wise level α = "
-        f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = {count(comparison.n, 'image')})."
+        f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = "
+        f"{text.count(comparison.n, 'image')})."
     )
 
 
 def change_sentence(results: Results, comparison: Comparison, change: Change) -> str:
     """One metric in one comparison: size first, then how much of it survives."""
-    name = what(change.metric, change.region)
+    name = text.what(change.metric, change.region)
     if change.identical:
         return f"{name}: no difference at all (exactly 0 in every layer and head)."
     if change.largest is None:
@@ -239,47 +166,101 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     test = change.largest
     values = ""
     if test.mean_against is not None and test.mean_condition is not None:
-        values = f"from {quantity(test.mean_against, change.unit)} to {quantity(test.mean_condition, change.unit)} in "
-    size = f"{name}: largest difference {values}{where(test)}; {_effect(results, test, change.unit)}"
+        means = (text.quantity(mean, change.unit) for mean in (test.mean_against, test.mean_condition))
+        values = f"from {' to '.join(means)} in "
+    size = f"{name}: largest difference {values}{text.where(test)}; {_effect(results, test, change.unit)}"
+    tail = _equivalence(change)
     if not change.survived and not change.layers_survived:
-        return f"{size}. Nothing survives max-T ({_tested(change)}), so no change is claimed."
+        found = ""
+        if change.detectable is not None:
+            found = (
+                f"; a change of {text.quantity(change.detectable, change.unit)} in a layer would have been found with "
+                f"a power of {text.percent(results.power)}"
+            )
+        return f"{size}. Nothing survives max-T ({_tested(change)}), so no change is claimed{found}.{tail}"
     parts = []
     if change.layers:
         parts.append(f"{change.layers_survived} of {len(change.layers)} layers")
     if change.cells:
         directions = [f"{n} {way}" for n, way in ((change.risen, "higher"), (change.fallen, "lower")) if n]
-        detail = f" ({listing(directions)})" if directions else ""
+        detail = f" ({text.listing(directions)})" if directions else ""
         parts.append(f"{change.survived} of {change.defined} layer × head cells{detail}")
-    return f"{size}. Surviving max-T: {listing(parts)}."
+    return f"{size}. Surviving max-T: {text.listing(parts)}.{tail}"
+
+
+def _equivalence(change: Change) -> str:
+    """Where the difference is shown to be smaller than the bound, with a space before it; "" without a bound."""
+    if change.bound is None or change.equivalent is None:
+        return ""
+    layers, bound = len(change.layers), text.quantity(change.bound, change.unit)
+    if change.equivalent == 0:
+        return f" No layer is shown to be equivalent within ±{bound} (TOST, Holm)."
+    return f" Equivalent within ±{bound} (TOST, Holm): {text.share(change.equivalent, layers)} layers."
 
 
 def _tested(change: Change) -> str:
     layers = [f"0 of {len(change.layers)} layers"] if change.layers else []
-    return listing([*layers, *([f"0 of {change.defined} layer × head cells"] if change.cells else [])])
+    return text.listing([*layers, *([f"0 of {change.defined} layer × head cells"] if change.cells else [])])
 
 
 def trend_sentence(results: Results, change: Change) -> str:
-    """Lower against upper half of the layers; "" where there are no halves."""
-    if change.shallow is None or change.deep is None or change.identical:
+    """Deep half of the layers against the shallow half; "" where there are no halves."""
+    trend = change.trend
+    if trend is None or trend.difference is None or change.identical:
         return ""
-    layers, half = results.layers, len(results.layers) // 2
-    same = change.shallow * change.deep >= 0
-    tail = "" if same else "; the sign turns with depth, so a mean over layers hides it"
-    if change.layers_survived == 0:
-        tail = "; no layer survives max-T, so this is no evidence of a trend"
-    return (
-        f"{what(change.metric, change.region)}: "
-        f"{_span(layers[:half])} {quantity(change.shallow, change.unit, difference=True)}, "
-        f"{_span(layers[-half:])} {quantity(change.deep, change.unit, difference=True)}{tail}."
+    halves = (
+        f"{text.what(change.metric, change.region)}: "
+        f"{text.span(trend.shallow_layers)} {text.quantity(trend.shallow, change.unit, difference=True)}, "
+        f"{text.span(trend.deep_layers)} {text.quantity(trend.deep, change.unit, difference=True)}"
     )
+    size = f"deep − shallow {text.quantity(trend.difference, change.unit, difference=True)}"
+    if text.interval(trend.ci):
+        size += f", {text.percent(results.confidence)} CI {text.interval(trend.ci)}"
+    size += f", max-T p {text.p_value(trend.p_max_t)}"
+    if not trend.survives(results.alpha):
+        return f"{halves}; {size}: no evidence that the change differs with depth."
+    opposite = (trend.shallow or 0.0) * (trend.deep or 0.0) < 0
+    tail = "; the halves change in opposite directions, so a mean over layers hides it" if opposite else ""
+    return f"{halves}; {size}{tail}."
 
 
-def _span(layers: Sequence[int]) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
+def cluster_sentence(change: Change) -> str:
+    """Where along the layers a metric changes, cluster by cluster; "" where nothing survives."""
+    if not change.clusters:
+        return ""
+    parts = [f"{c.direction} in {text.span(c.layers)} (cluster p {text.p_value(c.p)})" for c in change.clusters]
+    return f"{text.what(change.metric, change.region)}: {text.listing(parts)}."
 
 
-def relation_sentence(relation: Relation) -> str:
-    """Two metrics' differences over the cells, in words that fit the coefficient."""
+def class_sentence(results: Results, change: Change) -> str:
+    """Whether the layers that survive over images also do when every class counts alike; "" without classes."""
+    over_classes = {test.layer: test for test in change.classes if test.difference is not None}
+    found = [test for test in change.layers if test.survives(results.alpha) and test.layer in over_classes]
+    if not found:
+        return ""
+    same = [test for test in found if (test.difference or 0.0) * (over_classes[test.layer].difference or 0.0) > 0]
+    also = [test for test in found if over_classes[test.layer].survives(results.alpha)]
+    classes = max(over_classes[test.layer].n or 0 for test in found)
+    name = text.what(change.metric, change.region)
+    sentence = (
+        f"{name}: of {text.count(len(found), 'layer')} that differ{'s' if len(found) == 1 else ''} over images, "
+        f"{len(same)} keep{'s' if len(same) == 1 else ''} the sign when each of {classes} classes counts alike"
+    )
+    floor = over_classes[found[0].layer].p_floor
+    if floor is not None and floor > results.alpha:
+        return f"{sentence}; {classes} classes are too few for a test (its least p is {text.p_value(floor)})."
+    return f"{sentence}, and {len(also)} survive{'s' if len(also) == 1 else ''} max-T over classes."
+
+
+def relation_sentence(relation: Relation, by_layer: Sequence[Relation]) -> str:
+    """Two metrics' differences over the cells, in words that fit the coefficient; "" where it is undefined.
+
+    Args:
+        relation: over the layer × head cells.
+        by_layer: the same two metrics' relations over images, one a layer.
+    """
+    if relation.rho is None:
+        return ""
     size = abs(relation.rho)
     if size < 0.3:
         verdict = "change largely apart from each other"
@@ -287,10 +268,33 @@ def relation_sentence(relation: Relation) -> str:
         verdict = "tend to rise and fall together" if size < 0.7 else "rise and fall together"
     else:
         verdict = "tend to move in opposite directions" if size < 0.7 else "move in opposite directions"
+    over_images = [other.rho for other in by_layer if other.rho is not None]
+    within = f"; over images within a layer {_rho(min(over_images))} to {_rho(max(over_images))}" if over_images else ""
     return (
-        f"{relation.first} and {relation.second} {verdict} "
-        f"(Spearman ρ = {relation.rho:+.2f} over {relation.cells} layer × head cells).".replace("-", "−")
+        f"{relation.metric} and {relation.with_metric} {verdict} "
+        f"(Spearman ρ = {_rho(relation.rho)} over {relation.n} layer × head cells{within})."
     )
+
+
+def _rho(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def seed_sentence(results: Results, comparison: Comparison) -> str:
+    """What the tests over training runs say; "" where there are none."""
+    tests = comparison.seed_tests
+    if not tests:
+        return ""
+    runs = max((test.n or 0 for test in tests), default=0)
+    survived = sum(test.survives(results.alpha) for test in tests)
+    sentence = (
+        f"Over {text.count(runs, 'training run')}, {text.share(survived, len(tests))} seed-level tests of "
+        f"{comparison.condition} against {comparison.against} survive{'s' if survived == 1 else ''} at α = "
+        f"{results.alpha:g}."
+    )
+    if not comparison.speaks_of_runs:
+        sentence += f" With {runs} runs the smallest p that can occur is {2.0 ** (1 - runs):.3g}."
+    return sentence
 
 
 def scope_sentences(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
@@ -302,7 +306,7 @@ def scope_sentences(results: Results, found: Sequence[Comparison]) -> tuple[str,
 
 
 def _scope(runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
-    names = listing([member.condition for member in members])
+    names = text.listing([member.condition for member in members])
     pairs = "; ".join(f"{member.condition} and {member.against}" for member in members)
     if of_runs:
         return (
@@ -346,7 +350,8 @@ def accuracy_sentence(results: Results) -> str:
             parts.append(f"{condition} {100 * sum(values) / len(values):.1f} %{runs_note}")
     if not parts:
         return ""
-    return f"Test accuracy: {listing(parts)}" + (f"; chance is {100 * chance:.1f} %." if chance is not None else ".")
+    tail = f"; chance is {100 * chance:.1f} %." if chance is not None else "."
+    return f"Test accuracy: {text.listing(parts)}{tail}"
 
 
 def leaks_sentence(results: Results) -> str:
@@ -356,64 +361,6 @@ def leaks_sentence(results: Results) -> str:
         return ""
     first = ", ".join(str(name) for name in leaks[0])
     return (
-        f"{count(len(leaks), 'image')} with the same bytes in several splits, so test accuracy is flattered "
+        f"{text.count(len(leaks), 'image')} with the same bytes in several splits, so test accuracy is flattered "
         f"(the first: {first})."
     )
-
-
-def not_measured() -> tuple[str, ...]:
-    """What the metrics cannot show, whatever their values."""
-    return (
-        "Understanding. A compact or coherent map says where weight lies, not that a model recognises what lies there; "
-        "local is not the same as on the object, and coherent is not the same as meaningful.",
-        "Correctness. No ground truth says which attention is right. Mass on an annotated region says how much weight "
-        "falls in a box, not that it belongs there.",
-        "Explanation. Attention weights are one factor of a block. Values, output projections, MLPs and the residual "
-        "stream shape the prediction too, and a patch with little weight can still decide it.",
-        "Cause. Training changed the weights and the attention changed with them; that a change in attention brings "
-        "about a change in accuracy is not tested here. It may be incidental.",
-        "Quality. More local, more concentrated or more coherent attention is not better attention.",
-        "Grad-CAM pictures show where a class score responds to features, for a few images picked by seed. They "
-        "illustrate; no claim of this report rests on them.",
-    )
-
-
-def how_to_read() -> tuple[str, ...]:
-    """How to use the numbers."""
-    return (
-        "Read sizes before p-values: with many images the smallest difference is “significant”. The "
-        "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
-        "images.",
-        "A marked cell survives the sign-flip max-T test over its whole family, so the chance of even one false mark "
-        "in the family is at most α. An unmarked cell is not shown to be unchanged.",
-        "Look at depth: opposite changes in lower and upper layers cancel in a mean over layers.",
-        "Look across metrics: distance, entropy and Moran's I of one map are not independent. Agreement between them "
-        "is not three pieces of evidence.",
-        "Spatial metrics are taken over patches alone, each row renormalised; what goes to class and register tokens "
-        "is prefix_mass. Read the two together.",
-        "Moran's I is not 0 under no association but −1/(N−1) for N patches.",
-        "Check the negative controls first: if one failed, none of the other numbers can be trusted.",
-    )
-
-
-def limits(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
-    """The limits of this very study."""
-    runs = max((training_runs(results, condition) for condition in results.conditions), default=1)
-    images = count(results.num_images, "image")
-    scope = [
-        f"One architecture, one data set, {images}, "
-        f"{'one checkpoint' if runs == 1 else f'{runs} training runs'} a condition: nothing here carries over to other "
-        "models, data or tasks without being measured there.",
-        *scope_sentences(results, found),
-        "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
-        "independent than that.",
-        "All findings are correlational: the conditions differ in all that training changed, not in attention alone.",
-        "Only attention weights after the softmax were analysed, and only of layers whose map is tokens by tokens.",
-        "Attention was described after training; it was not a training target.",
-    ]
-    if len(results.conditions) > 2:
-        scope.append(
-            "Each condition is tested against the first in a family of its own: the family-wise level holds within a "
-            "comparison, not over all of them."
-        )
-    return tuple(scope)

@@ -1,0 +1,146 @@
+"""The page's layer × head maps: a test for every cell, its differences by image, and its pairs of values."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.report.analyses import PairedTest
+from engine.report.findings import Comparison, mean
+from engine.report.inputs import Results
+
+__all__ = ["maps_payload", "scatter_images"]
+
+HISTOGRAM_BINS = 24
+SCATTER_IMAGES = 256
+SCATTER_BUDGET = 1_500_000
+"""Bytes of all paired values before deflating: a 12 × 12 model, six metrics and three conditions have 256 images."""
+LEVELS = 255
+"""Values of a cell are kept as 0 to 254 of its range; 255 is missing."""
+
+
+def maps_payload(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """One entry a metric (and region), with a grid of tests for every comparison and the values behind the cells."""
+    shown = scatter_images(results)
+    entries = []
+    for metric, region in results.series():
+        values = _by_cell(results, metric, region)
+        grids = []
+        for comparison in found:
+            cells = _cells(results, comparison, metric, region, values)
+            if any(cell for row in cells for cell in row):
+                grids.append(
+                    {
+                        "condition": results.conditions.index(comparison.condition),
+                        "against": results.conditions.index(comparison.against),
+                        "cells": cells,
+                    }
+                )
+        if grids:
+            label = results.title(metric) + ("" if region is None else f": {region}")
+            entries.append(
+                {
+                    "metric": metric,
+                    "region": region,
+                    "label": label,
+                    "unit": results.unit(metric),
+                    "grids": grids,
+                    "pairs": _packed(values[:, shown]),
+                }
+            )
+    return entries
+
+
+def scatter_images(results: Results) -> list[int]:
+    """Positions of the images whose values the page holds: those with kept maps, then seeded ones, as many as fit."""
+    images = [str(name) for name in results.table["image"].values]
+    cells = len(results.layers) * (int(results.table.sizes["head"]) + 1) * len(results.conditions)
+    series = max(1, sum(1 for _ in results.series()))
+    most = min(len(images), SCATTER_IMAGES, max(16, SCATTER_BUDGET // (cells * series)))
+    kept = dict.fromkeys(results.samples.ids) if results.samples else {}
+    first = [images.index(name) for name in kept if name in set(images)][:most]
+    others = [int(i) for i in np.random.default_rng(0).permutation(len(images)) if i not in set(first)]
+    return sorted(first + others[: most - len(first)])
+
+
+def _by_cell(results: Results, metric: str, region: str | None) -> np.ndarray:
+    """[condition, image, layer, head + 1]: means over seeds, and behind the heads their mean."""
+    values = results.table[metric] if region is None else results.table[metric].sel(region=region)
+    array = mean(values.transpose("condition", "seed", "image", "layer", "head").values.astype(np.float64), (1,))
+    return np.concatenate([array, mean(array, (3,))[..., None]], axis=3)
+
+
+def _cells(
+    results: Results, comparison: Comparison, metric: str, region: str | None, values: np.ndarray
+) -> list[list[dict[str, Any] | None]]:
+    """[layer][head] of the head-level tests, and behind the heads one column of the layer-level ones."""
+    condition, against = (results.conditions.index(name) for name in (comparison.condition, comparison.against))
+    paired = values[condition] - values[against]
+    heads = int(results.table.sizes["head"])
+    cells: list[list[dict[str, Any] | None]] = [[None] * (heads + 1) for _ in results.layers]
+    where = {"condition": comparison.condition, "against": comparison.against, "metric": metric, "region": region}
+    for test in (*results.select("head", **where), *results.select("layer", **where)):
+        if test.layer is not None:
+            row, column = results.layers.index(test.layer), heads if test.level == "layer" else test.head
+            if column is not None:
+                cells[row][column] = _cell(results, test, paired[:, row, column])
+    return cells
+
+
+def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[str, Any]:
+    cell = {
+        "d": _round(test.difference),
+        "ci": [_round(edge) for edge in test.ci],
+        "dz": _round(test.dz),
+        "p": _round(test.p_max_t),
+        "a": _round(test.mean_against),
+        "b": _round(test.mean_condition),
+        "mde": _round(test.mde),
+        "n": test.n,
+        "missing": test.missing,
+        "sure": test.survives(results.alpha),
+        "note": test.degenerate,
+        "hist": _histogram(differences),
+    }
+    if test.tost_bound is not None:
+        cell |= {"bound": _round(test.tost_bound), "tost": _round(test.p_tost_holm)}
+        cell["within"] = test.equivalent(results.alpha)
+    return cell
+
+
+def _histogram(differences: np.ndarray) -> dict[str, Any] | None:
+    """Counts of the paired differences over images, over a range that includes 0; None where there is nothing."""
+    known = differences[np.isfinite(differences)]
+    if known.size == 0:
+        return None
+    low, high = min(0.0, float(known.min())), max(0.0, float(known.max()))
+    if high <= low:
+        return None
+    counts, _ = np.histogram(known, bins=HISTOGRAM_BINS, range=(low, high))
+    return {"low": _round(low), "high": _round(high), "counts": [int(count) for count in counts]}
+
+
+def _packed(values: np.ndarray) -> str:
+    """Values [condition, image, layer, head + 1] for the scatter plots, deflated, as base64.
+
+    float32 [layer, head + 1] of each cell's least and of its greatest value over all conditions, then uint8
+    [layer, head + 1, condition, image].
+    """
+    known = np.isfinite(values)
+    low = np.where(known, values, np.inf).min(axis=(0, 1))
+    high = np.where(known, values, -np.inf).max(axis=(0, 1))
+    low, high = np.where(np.isfinite(low), low, 0.0), np.where(np.isfinite(high), high, 0.0)
+    spread = np.where(high > low, high - low, 1.0)
+    fractions = (np.where(known, values, low) - low) / spread
+    steps = np.where(known, np.rint((LEVELS - 1) * fractions), LEVELS).astype(np.uint8)
+    content = low.astype("<f4").tobytes() + high.astype("<f4").tobytes() + steps.transpose(2, 3, 0, 1).tobytes()
+    return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
+
+
+def _round(value: float | None) -> float | None:
+    """Six significant digits: more than a reader needs, fewer bytes."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")

@@ -1,0 +1,254 @@
+
+/** Layer × head maps, and what lies behind a cell: its numbers, its differences, its pairs. */
+(() => {
+  const { data, byId, make, format, signed, pValue, withUnit, swatch, mix, css, gradient, DIVERGING } = page;
+  if (!data.maps.length) return;
+
+  const select = byId("map-metric"), grids = byId("map-grids"), detail = byId("map-detail");
+  const opened = new Map(); // series -> its unpacked pairs
+  let chosen = { row: 0, head: 0 };
+  let turn = 0;
+  data.maps.forEach((map, index) => select.append(make("option", { value: index }, map.label)));
+
+  const headName = (head) => (head === data.heads ? "mean over heads" : "head " + head);
+  const current = () => data.maps[Number(select.value)];
+  const pairName = (grid) => data.conditions[grid.condition] + " − " + data.conditions[grid.against];
+
+  /** The cell of a map with the largest change that survives, of the means over heads where there are such. */
+  function largest(map) {
+    const best = { row: 0, head: 0, size: -1 };
+    for (const column of [[data.heads], [...Array(data.heads).keys()]]) {
+      for (const grid of map.grids)
+        grid.cells.forEach((cells, row) => column.forEach((head) => {
+          const cell = cells[head];
+          if (cell && cell.sure && Math.abs(cell.d) > best.size) Object.assign(best, { row, head, size: Math.abs(cell.d) });
+        }));
+      if (best.size >= 0) break;
+    }
+    return best;
+  }
+
+  const MARKS = { sure: "●", within: "≈", both: "◍" };
+  const mark = (cell) => (cell.sure && cell.within ? MARKS.both : cell.sure ? MARKS.sure : cell.within ? MARKS.within : "");
+
+  function describe(cell) {
+    if (!cell || cell.d === null) return "undefined";
+    const within = cell.within ? ", shown to lie within ±" + format(cell.bound) : "";
+    return signed(cell.d) + (cell.sure ? ", survives max-T" : ", does not survive max-T") + within;
+  }
+
+  function drawMaps() {
+    const map = current();
+    const sizes = map.grids.flatMap((grid) => grid.cells.flat()).filter((cell) => cell && cell.d !== null);
+    const limit = Math.max(...sizes.map((cell) => Math.abs(cell.d)), 0) || 1;
+    grids.replaceChildren(...map.grids.map((grid) => drawGrid(map, grid, limit)));
+    byId("map-scale").replaceChildren(
+      make("span", {}, "−" + format(limit)),
+      Object.assign(make("i"), { style: "background:" + gradient(DIVERGING) }),
+      make("span", {}, withUnit("+" + format(limit), map.unit)),
+    );
+    choose(chosen.row, chosen.head);
+  }
+
+  function drawGrid(map, grid, limit) {
+    const table = make("table", { className: "heat", role: "grid", "aria-label": map.label + ", " + pairName(grid) + ": layers by heads" });
+    const header = make("tr", { role: "row" }, make("th", { scope: "col", title: "layer by head" }, ""));
+    for (let head = 0; head < data.heads; head++)
+      header.append(make("th", { scope: "col", "aria-label": "head " + head }, String(head)));
+    header.append(make("th", { className: "gap", role: "presentation" }));
+    header.append(make("th", { scope: "col", "aria-label": "mean over heads", title: "mean over heads" }, "mean"));
+    table.append(make("thead", {}, header));
+    const body = make("tbody");
+    grid.cells.forEach((cells, row) => {
+      const line = make("tr", { role: "row" });
+      line.append(make("th", { scope: "row", "aria-label": "layer " + data.layers[row], title: data.sites[row] }, String(data.layers[row])));
+      cells.forEach((cell, head) => {
+        const known = cell && cell.d !== null;
+        if (head === data.heads) line.append(make("th", { className: "gap", role: "presentation" }));
+        const square = make("td", {
+          role: "gridcell", tabIndex: -1,
+          "aria-label": "layer " + data.layers[row] + ", " + headName(head) + ": " + describe(cell),
+        }, known ? mark(cell) : "");
+        if (known) {
+          const full = mix(DIVERGING, 0.5 + 0.5 * cell.d / limit);
+          // What does not survive is faded, or noise on a narrow scale would look like a finding.
+          const rgb = cell.sure ? full : full.map((value) => Math.round(247 + 0.4 * (value - 247)));
+          square.style.background = css(rgb);
+          if (0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 120) square.classList.add("white");
+        } else square.classList.add("none");
+        square.dataset.row = row;
+        square.dataset.head = head;
+        line.append(square);
+      });
+      body.append(line);
+    });
+    table.append(body);
+    const pick = (event) => {
+      const cell = event.target.closest("td");
+      if (cell) choose(Number(cell.dataset.row), Number(cell.dataset.head));
+    };
+    table.addEventListener("click", pick);
+    table.addEventListener("focusin", pick);
+    table.addEventListener("keydown", (event) => {
+      const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const row = Math.min(Math.max(chosen.row + step[0], 0), data.layers.length - 1);
+      const head = Math.min(Math.max(chosen.head + step[1], 0), data.heads);
+      choose(row, head);
+      table.querySelector('td[data-row="' + row + '"][data-head="' + head + '"]').focus();
+    });
+    return make("figure", {}, make("figcaption", {}, swatch(grid.condition), pairName(grid)), table);
+  }
+
+  /** Shows a cell in every comparison at once. */
+  function choose(row, head) {
+    chosen = { row, head };
+    for (const cell of grids.querySelectorAll("td")) {
+      const on = Number(cell.dataset.row) === row && Number(cell.dataset.head) === head;
+      cell.classList.toggle("on", on);
+      cell.tabIndex = on ? 0 : -1;
+    }
+    const map = current();
+    const parts = [make("h3", {}, "Layer " + data.layers[row] + ", " + headName(head)), make("p", { className: "scope" }, map.label + " · " + data.sites[row])];
+    const shown = page.viewer ? page.viewer.layer(data.layers[row]) : -1;
+    if (shown >= 0) {
+      const go = make("button", { type: "button" }, "Show its attention");
+      go.addEventListener("click", () => page.viewer.show({ layer: shown, head: head === data.heads ? "mean" : head }));
+      parts.push(make("p", {}, go));
+    }
+    const blocks = map.grids.map((grid) => {
+      const cell = grid.cells[row][head];
+      const pairs = make("div", { className: "pairplot" });
+      return { grid, cell, pairs, element: make("div", {}, ...cellDetail(map, grid, cell), cell && cell.d !== null ? pairs : null) };
+    });
+    parts.push(make("div", { className: "pairs" }, ...blocks.map((block) => block.element)));
+    detail.replaceChildren(...parts);
+    drawPairs(map, row, head, blocks);
+  }
+
+  function cellDetail(map, grid, cell) {
+    const title = make("h4", {}, swatch(grid.condition), data.conditions[grid.condition] + " against " + data.conditions[grid.against]);
+    if (!cell || cell.d === null) return [title, make("p", {}, "No value: undefined, or there is no such head in this layer.")];
+    const rows = [["difference", withUnit(signed(cell.d), map.unit)]];
+    if (cell.ci[0] !== null && cell.ci[1] !== null)
+      rows.push([100 * data.confidence + " % CI", format(cell.ci[0]) + " to " + format(cell.ci[1])]);
+    if (cell.a !== null && cell.b !== null) rows.push(["means", format(cell.a) + " → " + format(cell.b)]);
+    rows.push(["dz", cell.dz === null ? "undefined" : format(cell.dz)]);
+    rows.push(["p, max-T", pValue(cell.p) + (cell.sure ? " (survives)" : " (does not survive)")]);
+    if (cell.bound !== undefined)
+      rows.push(["within ±" + format(cell.bound), (cell.within ? "yes" : "not shown") + ", TOST p " + pValue(cell.tost)]);
+    if (cell.mde !== null) rows.push(["detectable", "from " + format(cell.mde) + " (power " + 100 * data.power + " %)"]);
+    rows.push(["images", cell.n + (cell.missing ? " (" + cell.missing + " missing)" : "")]);
+    if (cell.note) rows.push(["note", cell.note]);
+    const list = make("dl");
+    for (const [name, value] of rows) list.append(make("dt", {}, name), make("dd", {}, value));
+    const parts = [title, list];
+    if (cell.hist) {
+      const most = Math.max(...cell.hist.counts);
+      const bars = make("div", {
+        className: "hist c" + (grid.condition % 6), role: "img",
+        "aria-label": "Histogram of the paired differences of " + cell.n + " images, from " + format(cell.hist.low) + " to " + format(cell.hist.high),
+      });
+      for (const count of cell.hist.counts) bars.append(Object.assign(make("i"), { style: "height:" + (100 * count / most) + "%" }));
+      const zero = -cell.hist.low / (cell.hist.high - cell.hist.low);
+      bars.append(Object.assign(make("b"), { style: "left:calc(" + 100 * zero + "% - 1px)" }));
+      parts.push(bars, make("div", { className: "ends" }, make("span", {}, format(cell.hist.low)), make("span", {}, "by image; stroke: 0"), make("span", {}, format(cell.hist.high))));
+    }
+    return parts;
+  }
+
+  // ---- Pairs of values: one point an image, condition against baseline ------------------------------------------------
+
+  async function unpack(map) {
+    if (!opened.has(map)) opened.set(map, page.inflate(map.pairs).then((content) => {
+      const cells = data.layers.length * (data.heads + 1);
+      const edges = new Float32Array(content, 0, 2 * cells);
+      return { low: edges.subarray(0, cells), high: edges.subarray(cells), steps: new Uint8Array(content, 8 * cells) };
+    }));
+    return opened.get(map);
+  }
+
+  /** Values of one condition in one cell, an image each; NaN where there is none. */
+  function values(pairs, row, head, condition) {
+    const cell = row * (data.heads + 1) + head, n = data.images.length;
+    const start = (cell * data.conditions.length + condition) * n;
+    const spread = pairs.high[cell] - pairs.low[cell];
+    return Array.from(pairs.steps.subarray(start, start + n), (step) => (step === 255 ? NaN : pairs.low[cell] + spread * step / 254));
+  }
+
+  async function drawPairs(map, row, head, blocks) {
+    const mine = ++turn;
+    let pairs;
+    try {
+      pairs = await unpack(map);
+    } catch (error) {
+      for (const block of blocks) block.pairs.textContent = "This browser cannot unpack the pairs; any browser from 2023 on can.";
+      return;
+    }
+    if (mine !== turn) return; // another cell has been chosen since
+    const cell = row * (data.heads + 1) + head, low = pairs.low[cell], high = pairs.high[cell];
+    for (const block of blocks) {
+      const { grid } = block;
+      const across = values(pairs, row, head, grid.against), up = values(pairs, row, head, grid.condition);
+      const place = (value) => (high > low ? 100 * (value - low) / (high - low) : 50);
+      const plot = make("div", { className: "plot c" + (grid.condition % 6), role: "img" });
+      let above = 0, below = 0;
+      across.forEach((from, image) => {
+        const to = up[image];
+        if (Number.isNaN(from) || Number.isNaN(to)) return;
+        if (to > from) above++; else if (to < from) below++;
+        const dot = make("i", { title: data.images[image] + ": " + format(from) + " → " + format(to) });
+        dot.style.left = place(from) + "%";
+        dot.style.bottom = place(to) + "%";
+        plot.append(dot);
+        const sample = page.viewer ? page.viewer.image(data.images[image]) : -1;
+        if (sample >= 0) {
+          dot.className = "sample";
+          dot.addEventListener("click", () => page.viewer.show({
+            image: sample, layer: page.viewer.layer(data.layers[row]), head: head === data.heads ? "mean" : head,
+          }));
+        }
+      });
+      const of = data.images.length < data.allImages ? data.images.length + " of " + data.allImages + " images" : data.allImages + " images";
+      plot.setAttribute("aria-label", "Pairs of " + of + ": " + above + " higher in " + data.conditions[grid.condition] + ", " + below + " lower");
+      block.pairs.replaceChildren(
+        make("p", { className: "axis up" }, "↑ " + data.conditions[grid.condition]),
+        plot,
+        make("div", { className: "ends" }, make("span", {}, format(low)), make("span", {}, data.conditions[grid.against] + " →"), make("span", {}, format(high))),
+        make("p", { className: "scope" }, of + ": " + above + " above the diagonal (higher), " + below + " below."
+          + (plot.querySelector(".sample") ? " Ringed: images whose attention is kept; press one to see it." : "")),
+      );
+    }
+  }
+
+  // ---- From the overview, and where to open ---------------------------------------------------------------------------
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-show]");
+    if (!button) return;
+    const index = data.maps.findIndex((map) => map.metric === button.dataset.metric && (map.region ?? "") === button.dataset.region);
+    select.value = index;
+    chosen = { row: data.layers.indexOf(Number(button.dataset.layer)), head: data.heads };
+    drawMaps();
+    if (button.dataset.show === "attention" && page.viewer) {
+      page.viewer.show({ layer: page.viewer.layer(data.layers[chosen.row]), head: "mean" });
+      return;
+    }
+    byId("maps").scrollIntoView();
+    grids.querySelector("td.on").focus({ preventScroll: true });
+  });
+
+  select.addEventListener("change", drawMaps);
+  const heads = data.heads;
+  grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 3.2) + "), 1.6rem)");
+  // Open on what the page's first sentence speaks of: the largest regional change, else the first metric that changed.
+  const regional = data.maps.filter((map) => map.region !== null && largest(map).size >= 0);
+  regional.sort((one, other) => largest(other).size - largest(one).size);
+  const opening = regional[0] ?? data.maps.find((map) => largest(map).size >= 0) ?? data.maps[0];
+  select.value = data.maps.indexOf(opening);
+  chosen = largest(opening);
+  const openingLayer = page.viewer ? page.viewer.layer(data.layers[chosen.row]) : -1;
+  if (openingLayer >= 0) page.viewer.open({ layer: openingLayer, head: "mean" });
+  drawMaps();
+})();

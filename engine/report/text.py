@@ -1,0 +1,118 @@
+"""Numbers, units and lists as the report writes them. Plain text: whoever prints it escapes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from engine.report.analyses import Interval, PairedTest
+
+__all__ = [
+    "count",
+    "interval",
+    "listing",
+    "number",
+    "p_value",
+    "percent",
+    "plain",
+    "quantity",
+    "share",
+    "signed",
+    "span",
+    "what",
+    "where",
+]
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number in three significant digits, with a true minus; "undefined" for None and NaN."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size == 0:
+        text = "0"
+    elif size < 1e-4 or size >= 1e6:
+        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+        text = f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    else:
+        decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+        text = f"{size:.{decimals}f}"
+    return f"−{text}" if value < 0 else text
+
+
+def signed(value: float | None) -> str:
+    """A number with its sign, for differences."""
+    text = number(value)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
+def quantity(value: float | None, unit: str, *, difference: bool = False) -> str:
+    """A number with its unit."""
+    text = signed(value) if difference else number(value)
+    return f"{text} {unit}" if unit and text != "undefined" else text
+
+
+def p_value(value: float | None) -> str:
+    """Two significant digits; below 1e-4 only that, for no model is right to more."""
+    if value is None:
+        return "undefined"
+    return "1" if value >= 0.9995 else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def interval(ci: Interval) -> str:
+    """ "low to high" of an interval, or "" where there is none."""
+    low, high = ci
+    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def plain(value: Any) -> str:
+    """A recorded value of whatever kind as text; numbers as `number` writes them, counts with separators."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else number(value)
+
+
+def listing(items: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def percent(level: float) -> str:
+    """0.95 as "95 %"."""
+    return f"{100 * level:g} %"
+
+
+def where(test: PairedTest) -> str:
+    """ "layer 2 (blocks.2.attn), head 1"."""
+    site = f" ({test.site})" if test.site else ""
+    head = "" if test.head is None else f", head {test.head}"
+    return f"layer {test.layer}{site}{head}"
+
+
+def what(metric: str, region: str | None) -> str:
+    """ "region_mass on small digit"."""
+    return metric if region is None else f"{metric} on {region}"
+
+
+def count(n: int, noun: str) -> str:
+    """ "1 image", "1,024 images"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def span(layers: Sequence[int]) -> str:
+    """ "layer 3", "layers 0–2", or where layers in between were not measured "layers 0, 2 and 5"."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers[-1] - layers[0] == len(layers) - 1:
+        return f"layers {layers[0]}–{layers[-1]}"
+    return f"layers {listing([str(layer) for layer in layers])}"
+
+
+def share(part: int, whole: int) -> str:
+    """ "3 of 4", "all 4", "none of 4"."""
+    return f"none of {whole}" if part == 0 else f"all {whole}" if part == whole > 1 else f"{part} of {whole}"

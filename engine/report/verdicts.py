@@ -1,0 +1,102 @@
+"""Which layers changed, by how much, and is it certain: one row a metric, for the reader with a minute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.report import text
+from engine.report.findings import Change, Comparison
+from engine.report.inputs import Results
+
+__all__ = ["Verdict", "verdicts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One metric of one comparison in words; `layer` is where its largest change is, None where there is none.
+
+    `runs` says in how many layers the change survives the sign flip over training runs; "" where there is one run.
+    """
+
+    metric: str
+    region: str
+    name: str
+    layers: str
+    change: str
+    difference: str
+    interval: str
+    verdict: str
+    runs: str
+    certain: bool
+    layer: int | None
+
+
+def verdicts(results: Results, comparison: Comparison) -> list[Verdict]:
+    """The rows of a comparison: metrics that changed first, each by its own largest change."""
+    rows = [_verdict(results, comparison, change) for change in comparison.changes]
+    return sorted(rows, key=lambda row: not row.certain)
+
+
+def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdict:
+    found = [test for test in change.layers if test.survives(results.alpha)]
+    # What is shown as the largest change is one that is certain, where there is any.
+    test = max(found, key=lambda test: abs(test.difference or 0.0), default=change.largest)
+    title = results.title(change.metric)
+    name = title if change.region is None else f"{title}: {change.region}"
+    if test is None or test.difference is None:
+        return Verdict(
+            metric=change.metric,
+            region=change.region or "",
+            name=name,
+            layers="–",
+            change="undefined",
+            difference="–",
+            interval="",
+            verdict="nothing to test",
+            runs="",
+            certain=False,
+            layer=None,
+        )
+    unit = change.unit
+    means = f"{text.number(test.mean_against)} → {text.quantity(test.mean_condition, unit)}"
+    return Verdict(
+        metric=change.metric,
+        region=change.region or "",
+        name=name,
+        layers=_layers([test.layer for test in found if test.layer is not None], len(change.layers)),
+        change=f"layer {test.layer}: {means}",
+        difference=text.signed(test.difference),
+        interval=text.interval(test.ci),
+        verdict=_certainty(results, change, test.p_max_t, bool(found)),
+        runs=_over_runs(results, comparison, change),
+        certain=bool(found),
+        layer=test.layer,
+    )
+
+
+def _layers(found: list[int], of: int) -> str:
+    if not found:
+        return f"none of {of}"
+    return (
+        f"all {of}" if len(found) == of > 1 else f"{text.span(sorted(found)).split(' ', 1)[1]} ({len(found)} of {of})"
+    )
+
+
+def _over_runs(results: Results, comparison: Comparison, change: Change) -> str:
+    tests = [t for t in comparison.seed_tests if t.metric == change.metric and t.region == change.region]
+    if not tests:
+        return ""
+    if not comparison.speaks_of_runs:
+        return f"{comparison.runs} are too few"
+    return f"{text.share(sum(test.survives(results.alpha) for test in tests), len(tests))} layers"
+
+
+def _certainty(results: Results, change: Change, p: float | None, found: bool) -> str:
+    if change.identical:
+        return "exactly the same"
+    verdict = f"yes, p {text.p_value(p)}" if found else f"not shown, p {text.p_value(p)}"
+    if not found and change.survived:
+        verdict += f"; but {text.count(change.survived, 'single head')}"
+    if change.equivalent and change.bound is not None:
+        verdict += f"; within ±{text.number(change.bound)} in {text.share(change.equivalent, len(change.layers))}"
+    return verdict
