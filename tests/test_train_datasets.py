@@ -1,4 +1,4 @@
-"""Indoor-67 and 100 Sports as they lie on people's disks: layout, lists, odd and broken files, and what is said of them."""
+"""Indoor-67 and 100 Sports as they lie on people's disks: layout, lists, odd and broken files."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_list_cannot_reach_out_over_a_link(rooms: Path, tmp_path: Path) -> Non
     (rooms / "Images" / "garage").symlink_to(outside)
     with open(rooms / "TrainImages.txt", "a", encoding="utf-8") as file:
         file.write("\ngarage/x.jpg")
-    with pytest.raises(InputError, match="is a link to .*, outside the folder"):
+    with pytest.raises(InputError, match=r"is a link to .*, outside the folder"):
         build_manifest(rooms, kind="indoor67", split="official")
 
 
