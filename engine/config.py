@@ -90,6 +90,8 @@ class DataConfig:
         "all: every image is test; auto: folders for sports100, else stratified",
     )
     seed: int = _key(42, "seed of the split, or of the composed scenes")
+    cache: bool = _key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
+    cache_folder: str = _key("", "folder of the image cache; empty: cache/ in the outputs folder")
     train_scenes: Count = _key(8000, "digits: scenes in the target task's training split")
     validation_scenes: Count = _key(1024, "digits: scenes in each validation split")
     test_scenes: Count = _key(1024, "digits: scenes in each test split")

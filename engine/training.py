@@ -207,7 +207,8 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
         )
 
     journal.stage("data", inputs, [path], work)
-    splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path))
+    cache = (config.data.cache_folder or outputs / "cache") if config.data.cache else None
+    splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path), cache=cache)
     if not len(splits.test):
         raise InputError(
             f"{root} gives no test image with split {splits.manifest.rule}; add images, or use --data.split all"
