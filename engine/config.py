@@ -117,10 +117,15 @@ class TrainConfig:
     seeds: tuple[int, ...] = _key((42,), "one training run a condition and seed")
     epochs: Count = _key(30, "passes over the training split")
     batch_size: Count = _key(64, "images a step")
+    accumulate: Count = _key(1, "forward and backward passes that a step's images are divided into, to save memory")
     weight_decay: NonNegative = _key(0.05, "AdamW's decoupled weight decay")
     warmup_fraction: Fraction = _key(0.1, "share of the steps in linear warm-up, cosine after it")
     label_smoothing: Fraction = _key(0.1, "mass moved from the true class to all")
     clip_norm: NonNegative = _key(1.0, "gradient norm above which gradients are scaled down; 0: never")
+    ema_decay: Fraction = _key(
+        0.0, "decay of a moving average of the weights, which is then validated and kept; 0: none"
+    )
+    patience: Natural = _key(0, "epochs without a better validation accuracy after which training stops; 0: never")
     flip: bool = _key(True, "augment with horizontal flips")
     rotation_degrees: NonNegative = _key(10.0, "augment with rotations up to this many degrees either way")
     color_jitter: NonNegative = _key(0.2, "augment brightness, contrast and saturation by up to this fraction")
@@ -128,6 +133,7 @@ class TrainConfig:
         "auto", "forward precision; auto: bf16 where the device has it in hardware"
     )
     deterministic: bool = _key(True, "deterministic algorithms, the same result on the same machine")
+    tensorboard: bool = _key(False, "write the curves for TensorBoard too, into tensorboard/ (needs the extra)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +151,13 @@ class ConditionConfig:
     )
     rank: Count = _key(8, "lora, dora: rank")
     alpha: Rate = _key(16.0, "lora, dora: scale numerator")
-    targets: str = _key(r"blocks\.\d+\.attn\.(qkv|proj)", "lora, dora: regular expression of the adapted linear layers")
+    targets: str = _key(
+        r"blocks\.\d+\.attn\.(qkv|proj)",
+        "lora, dora: regular expression of the adapted linear layers, or attention, mlp, block9_fc1",
+    )
+    init: Literal["paper", "pissa", "olora", "eva"] = _key(
+        "paper", "lora, dora: initial values; paper: Kaiming and zero; pissa: singular vectors; olora; eva: from images"
+    )
     epochs: Natural = _key(0, "passes over the training split; 0: train.epochs")
     checkpoint: str = _key("", "checkpoint: the file")
 

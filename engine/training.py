@@ -17,11 +17,13 @@ from engine.config import StudyConfig
 from engine.journal import Journal, digest, digest_path
 from train.augment import Augmentation
 from train.checkpoint import read_metadata, save_checkpoint, sidecar_path, write_atomically
-from train.conditions import Hyperparameters, train_condition
+from train.conditions import train_condition
 from train.data import DataSplits, ImageSet, Preprocessing, prepare_folder
 from train.datasets import DataKind, build_manifest
 from train.embedded import prepare_digits
 from train.errors import InputError
+from train.history import history_path, tensorboard_writer
+from train.hyperparameters import Hyperparameters
 from train.manifest import Manifest
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.pretrain import pretrain_digits
@@ -318,15 +320,19 @@ def _train_run(
     hyperparameters = Hyperparameters(
         epochs=condition.epochs or shared.epochs,
         batch_size=shared.batch_size,
+        accumulate=shared.accumulate,
         lr=condition.lr,
         weight_decay=shared.weight_decay,
         warmup_fraction=shared.warmup_fraction,
         clip_norm=shared.clip_norm,
+        ema_decay=shared.ema_decay,
+        patience=shared.patience,
         label_smoothing=shared.label_smoothing,
         layer_decay=condition.layer_decay,
         rank=condition.rank,
         alpha=condition.alpha,
         targets=condition.targets,
+        init=condition.init,
         precision=shared.precision,
         augmentation=Augmentation(
             flip=shared.flip, rotation_degrees=shared.rotation_degrees, color_jitter=shared.color_jitter
@@ -357,6 +363,7 @@ def _train_run(
             probe_checkpoint=probe,
             device=device,
             deterministic=shared.deterministic,
+            on_epoch=tensorboard_writer(outputs / "tensorboard" / path.stem) if shared.tensorboard else None,
             name=name,
         )
         merged = (
@@ -369,4 +376,5 @@ def _train_run(
         )
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
-    journal.stage(f"train {name} seed {seed}", inputs, [path, sidecar_path(path)], work)
+    left = [path, sidecar_path(path), history_path(path)]
+    journal.stage(f"train {name} seed {seed}", inputs, left, work)

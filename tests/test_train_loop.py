@@ -14,15 +14,19 @@ import torch
 from torch import nn
 
 import train.loop
+import train.state
 from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint, state_digest
-from train.conditions import Hyperparameters, TrainResult, train_condition
+from train.conditions import TrainResult, train_condition
 from train.data import DataSplits, ImageSet
 from train.embedded import DigitScenes, prepare_digits
 from train.errors import InputError, TrainingDivergedError
-from train.loop import Schedule, epoch_order, learning_rate, training_mode
+from train.evaluation import Evaluation, evaluate
+from train.hyperparameters import Hyperparameters
+from train.loop import Schedule, epoch_order, learning_rate
 from train.models import build_model, load_checkpoint, preprocessing_of
+from train.precision import training_mode
 from train.pretrain import pretrain_digits
 from train.probe import fit_probe
 
@@ -162,8 +166,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 ) -> None:
     drop = replace(HYPER, augmentation=Augmentation(rotation_degrees=5))
     whole = run("whole", recipe=recipe, hyperparameters=drop)
-    monkeypatch.setattr(train.loop, "SAVE_SECONDS", 0.0)  # save at every step
-    monkeypatch.setattr(train.loop, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)  # save at every step
+    monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
     steps = 0
     real = train.loop.learning_rate
 
@@ -198,7 +202,7 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_left_aside(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = run("whole")
-    real = train.loop._Saver.save
+    real = train.state.StateFile.save
 
     def stop_after_saving(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
@@ -206,14 +210,14 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_left_aside(
 
     state = whole.checkpoint.with_name("cut.state.safetensors")
     for damage in (False, True):
-        monkeypatch.setattr(train.loop._Saver, "save", stop_after_saving)
+        monkeypatch.setattr(train.state.StateFile, "save", stop_after_saving)
         with pytest.raises(KeyboardInterrupt):
             run("cut", **({} if damage else {"seed": 5}))
         if damage:
             content = bytearray(state.read_bytes())
             content[-100] ^= 1
             state.write_bytes(content)
-        monkeypatch.setattr(train.loop._Saver, "save", real)
+        monkeypatch.setattr(train.state.StateFile, "save", real)
         assert run("cut").sha256 == whole.sha256
         whole.checkpoint.with_name("cut.safetensors").unlink()
     assert "is damaged (its digest differs); training begins anew" in caplog.text
@@ -235,8 +239,8 @@ def test_the_best_epoch_is_kept(run: Callable[..., TrainResult], monkeypatch: py
     real = train.loop.learning_rate
     # The first epoch of a longer run at the shorter run's rates.
     monkeypatch.setattr(train.loop, "learning_rate", lambda step, total, schedule: real(min(step, 4), 5, schedule))
-    worse = iter([0.9, 0.2, 0.2, 0.0, 0.0])
-    monkeypatch.setattr("train.conditions.accuracy", lambda *arguments, **options: next(worse))
+    worse = iter(Evaluation(accuracy, 1.0) for accuracy in (0.9, 0.2, 0.2, 0.0, 0.0))
+    monkeypatch.setattr("train.conditions.evaluate", lambda *arguments, **options: next(worse))
     long = run("long", hyperparameters=replace(HYPER, epochs=3))
     assert [entry["validation_accuracy"] for entry in long.history] == [0.9, 0.2, 0.2]
     assert state_digest(weights(long)) == state_digest(weights(short))
@@ -422,13 +426,13 @@ def test_the_sidecar_says_what_the_weights_are(run: Callable[..., TrainResult]) 
     assert document["preprocessing"]["mean"] == [0.25]
     model = load_checkpoint("digits_vit", result.checkpoint)
     assert (
-        train.loop.accuracy(
+        evaluate(
             model,
             prepare_digits(
                 preprocessing=preprocessing_of(model), train_scenes=1, validation_scenes=16, test_scenes=1
             ).validation,
             CPU,
-        )
+        ).accuracy
         == result.validation_accuracy
     )
 

@@ -5,25 +5,50 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from typing import Any, cast
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from train.errors import InputError
 
-__all__ = ["MERGE_TOLERANCE", "MergeError", "add_adapters", "merge_adapters"]
+__all__ = ["INITS", "MERGE_TOLERANCE", "TARGETS", "Init", "MergeError", "add_adapters", "merge_adapters"]
 
 logger = logging.getLogger(__name__)
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit; peft's merges on timm's qkv were within 1e-6
+
+# Placements by name; anything else is a regular expression.
+TARGETS = {
+    "attention": r"blocks\.\d+\.attn\.(qkv|proj)",
+    "mlp": r"blocks\.\d+\.mlp\.(fc1|fc2)",
+    "block9_fc1": r"blocks\.9\.mlp\.fc1",  # behind block 9's attention: the attention of blocks 0 to 9 cannot change
+}
+
+Init = Literal["paper", "pissa", "olora", "eva"]
+# What peft calls them. paper: A Kaiming-uniform, B zero (Hu et al. 2021). pissa: the principal singular vectors of the
+# weight, which keeps the rest (Meng et al. 2024). olora: a QR decomposition of it (Büyükakyüz 2024). eva: A from the
+# singular vectors of the layer's inputs on training images, B zero (Paischer et al. 2024).
+INITS: dict[str, bool | str] = {"paper": True, "pissa": "pissa", "olora": "olora", "eva": "eva"}
 
 
 class MergeError(RuntimeError):
     """The merged model does not compute what the adapted one did."""
 
 
-def add_adapters(model: nn.Module, *, kind: str, rank: int, alpha: float, targets: str, seed: int) -> nn.Module:
+def add_adapters(
+    model: nn.Module,
+    *,
+    kind: str,
+    rank: int,
+    alpha: float,
+    targets: str,
+    seed: int,
+    init: Init = "paper",
+    batches: Sequence[torch.Tensor] = (),
+) -> nn.Module:
     """A peft model around `model` with low-rank updates on `targets`; everything else is frozen.
 
     On timm's fused `qkv`, A is shared by q, k and v, B has its own rows for each; DoRA's magnitude is
@@ -34,15 +59,21 @@ def add_adapters(model: nn.Module, *, kind: str, rank: int, alpha: float, target
         kind: "lora" or "dora".
         rank: of the updates.
         alpha: updates are scaled by alpha / rank.
-        targets: regular expression that matches whole module names. A bare "proj" would take the patch
-            embedding's convolution too, so names are matched in full.
-        seed: of A's initial values (B begins at 0).
+        targets: a name of `TARGETS`, or a regular expression that matches whole module names. A bare "proj" would
+            take the patch embedding's convolution too, so names are matched in full.
+        seed: of A's initial values where they are random.
+        init: see `INITS`; whichever it is, the adapted model begins as the function that `model` is.
+        batches: eva: training images, float32 [image, channel, row, col] each.
 
     Raises:
-        InputError: nothing matches, or something that is not linear.
+        InputError: nothing matches, or something that is not linear, an unknown init, a rank that a layer or the
+            images do not have.
     """
     import peft
 
+    if init not in INITS:
+        raise InputError(f"unknown init {init!r} of adapters; expected one of {', '.join(INITS)}")
+    targets = TARGETS.get(targets, targets)
     try:
         pattern = re.compile(targets)
     except re.error as error:
@@ -58,16 +89,48 @@ def add_adapters(model: nn.Module, *, kind: str, rank: int, alpha: float, target
             raise InputError(
                 f"targets {targets!r} match {name}, a {type(module).__name__}; expected linear layers alone"
             )
+        if rank > min(module.in_features, module.out_features):
+            raise InputError(
+                f"rank {rank} is more than {name} has ({module.out_features}×{module.in_features}); give a lower one"
+            )
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=cast(int, alpha),  # peft divides by it; any number will do
         target_modules=targets,
         use_dora=kind == "dora",
         lora_dropout=0.0,
+        init_lora_weights=cast(Any, INITS[init]),
+        # rho 1: every layer keeps the rank that was asked for.
+        eva_config=peft.EvaConfig(rho=1.0) if init == "eva" else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(nn.Module, peft.get_peft_model(cast(Any, model), config))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="lora with eva initialization")  # advice on very large models
+            adapted = cast(nn.Module, peft.get_peft_model(cast(Any, model), config))
+        if init == "eva":
+            _initialize_eva(adapted, batches)
+    return adapted
+
+
+def _initialize_eva(adapted: nn.Module, batches: Sequence[torch.Tensor]) -> None:
+    import peft
+
+    try:
+        peft.initialize_lora_eva_weights(
+            cast(Any, adapted),
+            dataloader=list(batches),
+            forward_fn=lambda model, images: model(images),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=None,
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"init eva cannot be computed on {sum(map(len, batches))} training images ({error}); give more images, a "
+            "lower rank, or another init"
+        ) from error
 
 
 @torch.no_grad()

@@ -3,67 +3,45 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from train.adapters import add_adapters, merge_adapters
-from train.augment import Augmentation
+from train.adapters import TARGETS, add_adapters, merge_adapters
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
+from train.compress import compress
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
 from train.errors import DamagedFileError, InputError
-from train.loop import Schedule, accuracy, fit, resolve_precision, settings_key, training_mode
+from train.evaluation import evaluate
+from train.history import write_history
+from train.hyperparameters import ADAPTERS, SEED_INVARIANT, Hyperparameters, Recipe, check_condition
+from train.loop import epoch_order, fit
 from train.models import build_model, classifier_name
+from train.parallel import Workers
+from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
+from train.state import StateFile, settings_key
 
-__all__ = ["RECIPES", "Hyperparameters", "TrainResult", "finished_metadata", "train_condition", "versions"]
+__all__ = ["TrainResult", "finished_metadata", "train_condition", "versions"]
 
 logger = logging.getLogger(__name__)
 
-Recipe = Literal["probe", "full", "lora", "dora"]
-RECIPES = ("probe", "full", "lora", "dora")
-SEED_INVARIANT = frozenset({"probe"})  # recipes that no seed can change
-
 _MERGE_IMAGES = 8  # on which merging is checked, in float64
+_EVA_BATCHES = 4  # of training images whose activations make EVA's directions
 
 # Enters every key: a change of what training computes makes older results another thing.
-_VERSION = 1
+_VERSION = 2
 
-
-@dataclass(frozen=True, kw_only=True)
-class Hyperparameters:
-    """Numbers of one condition; those that a recipe does not use have no effect on it.
-
-    Args:
-        epochs, batch_size, lr, warmup_fraction, clip_norm, precision: see `train.loop.Schedule`; precision
-            may be "auto".
-        weight_decay: AdamW's, of matrices (timm leaves biases, norms and position embeddings out); none on adapters.
-        label_smoothing: mass moved from the true class to all, in the probe too.
-        layer_decay: full: each block's rate is this times the rate of the block above it.
-        rank, alpha, targets: lora, dora; see `train.adapters.add_adapters`.
-        augmentation: of every recipe but the probe, whose features are computed once.
-    """
-
-    epochs: int = 30
-    batch_size: int = 64
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.1
-    clip_norm: float = 1.0
-    label_smoothing: float = 0.1
-    layer_decay: float = 0.75
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str = r"blocks\.\d+\.attn\.(qkv|proj)"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    augmentation: Augmentation = field(default_factory=Augmentation)
+OnEpoch = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +88,7 @@ def train_condition(
     probe_checkpoint: str | Path | None = None,
     device: str = "cpu",
     deterministic: bool = True,
+    on_epoch: OnEpoch | None = None,
     name: str = "",
 ) -> TrainResult:
     """Train one condition from the pretrained backbone to a checkpoint.
@@ -117,14 +96,16 @@ def train_condition(
     All recipes read out as the model does (a ViT with a class token: from that token) through one linear
     classifier, and all but the probe start from the probe's. A finished checkpoint of the same inputs is
     taken as it is; an interrupted run goes on from its training state, and a Ctrl-C leaves that state.
+    The processes of a group that was joined before (torchrun) train together; the first one writes.
 
     Args:
         data: train, validation and test images; the best epoch is chosen on validation.
         checkpoint: the `.safetensors` file to write; a `.json` sidecar and, while it runs, a
-            `.state.safetensors` lie beside it.
+            `.state.safetensors` lie beside it, and `.history.jsonl` with a line an epoch.
         weights, pretrained, img_size: the start, as for `train.models.build_model`.
         probe_checkpoint: a finished probe of the same backbone and data, so that it is not fitted again.
         device: "cpu" or "cuda".
+        on_epoch: gets the history so far after each epoch; what it raises ends the run, which can go on later.
         name: the condition's name in progress bars; the recipe when empty.
 
     Raises:
@@ -135,54 +116,66 @@ def train_condition(
     began = time.monotonic()
     hyper = hyperparameters or Hyperparameters()
     path, where = Path(checkpoint), torch.device(device)
-    _check(recipe, data, hyper)
+    check_condition(recipe, data, hyper)
+    precision = resolve_precision(hyper.precision, where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights that come from no file
         model = build_model(
             model_name, num_classes=len(data.class_names), pretrained=pretrained, weights=weights, img_size=img_size
         )
     backbone = _backbone_digest(model)
-    hyper_used = {**asdict(hyper), "precision": resolve_precision(hyper.precision, where)}
-    key = settings_key(
-        version=_VERSION,
-        recipe=recipe,
-        model=model_name,
-        backbone=backbone,
-        dataset=data.manifest.sha256,
-        preprocessing=data.train.preprocessing.to_dict(),
-        seed=None if recipe in SEED_INVARIANT else seed,
-        hyperparameters=_used_by(recipe, hyper_used),
-        deterministic=deterministic,
-        device=where.type,
-    )
+    own_head = recipe != "probe" and hyper.head == "own"
+    settings = {
+        "recipe": recipe,
+        "model": model_name,
+        "backbone": backbone,
+        "dataset": data.manifest.sha256,
+        "preprocessing": data.train.preprocessing.to_dict(),
+        "seed": None if recipe in SEED_INVARIANT else seed,
+        "hyperparameters": hyper.used_by(recipe, precision),
+        "deterministic": deterministic,
+        "device": where.type,
+        **({"head": state_digest(_head(model).state_dict())} if own_head else {}),
+    }
+    key = settings_key(version=_VERSION, **settings)
     if (done := finished_metadata(path, key)) is not None:
         return _result(path, done, began, reused=True)
 
     model.to(where)
+    workers = Workers.current()
     label = f"{name or recipe} seed {seed}"
-    history: list[dict[str, Any]]
-    state_path = path.with_suffix(".state.safetensors")
-    difference: float | None = None
+    state_file = StateFile(path.with_suffix(".state.safetensors"), key, writes=workers.first)
     threads = TRAINING_THREADS if model_name == "digits_vit" else 0
-    with training_mode(model, where, precision=hyper_used["precision"], deterministic=deterministic, threads=threads):
-        if recipe == "probe" or probe_checkpoint is None:
+    difference: float | None = None
+    with training_mode(model, where, precision=precision, deterministic=deterministic, threads=threads):
+        if not own_head and (recipe == "probe" or probe_checkpoint is None):
             history = fit_probe(model, data.train, data.validation, label_smoothing=hyper.label_smoothing, device=where)
-        else:
-            _take_head(model, Path(probe_checkpoint), backbone)
+        elif not own_head:
+            _take_head(model, Path(cast(Any, probe_checkpoint)), backbone)
         if recipe == "probe":
             trainable = sum(parameter.numel() for parameter in _head(model).parameters())
         else:
-            module, optimizer = _prepare(model, recipe, hyper, seed)
+            if recipe in ADAPTERS:
+                module, optimizer = _adapted(model, recipe, hyper, data, seed, where)
+            else:
+                module, optimizer = model, _full_optimizer(model, hyper)
             trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-            history = _fit(module, optimizer, data, hyper, hyper_used["precision"], seed, state_path, key, where, label)
-            if recipe != "full":
+
+            def each_epoch(history: Sequence[Mapping[str, Any]]) -> None:
+                if workers.first:
+                    write_history(path, history)
+                    if on_epoch is not None:
+                        on_epoch(history)
+
+            history = _fit(
+                module, optimizer, data, hyper, precision, seed, state_file, where, each_epoch, workers, label
+            )
+            model = module
+            if recipe in ADAPTERS:
                 count = min(_MERGE_IMAGES, len(data.validation))
                 model, difference = merge_adapters(module, data.validation.batch(range(count)).to(where))
-            else:
-                model = module
         model.eval()
-        validation_accuracy = accuracy(model, data.validation, where)
-        test_accuracy = accuracy(model, data.test, where)
+        validation, test = (evaluate(model, images, where, workers=workers) for images in (data.validation, data.test))
     if recipe == "probe" and _backbone_digest(model) != backbone:
         raise RuntimeError(f"{label}: the frozen backbone changed while the probe was fitted")
 
@@ -194,68 +187,72 @@ def train_condition(
         "recipe": recipe,
         "seed": seed,
         "seed_invariant": recipe in SEED_INVARIANT,
-        "hyperparameters": _used_by(recipe, hyper_used),
+        "hyperparameters": settings["hyperparameters"],
         "dataset": {"kind": data.manifest.kind, "sha256": data.manifest.sha256},
         "preprocessing": data.train.preprocessing.to_dict(),
         "backbone": backbone,
-        "validation_accuracy": validation_accuracy,
-        "test_accuracy": test_accuracy,
+        "validation_accuracy": validation.accuracy,
+        "test_accuracy": test.accuracy,
         "trainable_parameters": trainable,
         "merge_difference": difference,
         "history": history,
         "versions": versions(),
         "key": key,
     }
-    metadata["sha256"] = save_checkpoint(path, model.state_dict(), metadata)
-    state_path.unlink(missing_ok=True)
-    return _result(path, metadata, began, reused=False)
+    if workers.first:
+        write_history(path, history)
+        save_checkpoint(path, model.state_dict(), metadata)
+        state_file.remove()
+    workers.wait()
+    return _result(path, read_metadata(path), began, reused=False)
 
 
-def _check(recipe: str, data: DataSplits, hyper: Hyperparameters) -> None:
-    if recipe not in RECIPES:
-        raise InputError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
-    for split, images in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if not len(images):
-            raise InputError(
-                f"the {split} split has no images, and training needs all three; use --data.split stratified, or "
-                "folders with train, val and test"
-            )
-    if hyper.epochs < 1 or hyper.batch_size < 1:
-        raise InputError(f"epochs {hyper.epochs} and batch_size {hyper.batch_size} must both be at least 1")
+def _full_optimizer(model: nn.Module, hyper: Hyperparameters) -> torch.optim.Optimizer:
+    """Over all weights, with timm's layer-wise rates and its choice of what decays."""
+    from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+
+    kept_out: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_layer_decay(
+        model, weight_decay=hyper.weight_decay, no_weight_decay_list=kept_out, layer_decay=hyper.layer_decay
+    )
+    return _adamw(groups, hyper.lr)
 
 
-def _used_by(recipe: str, hyper: dict[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters that a recipe's result depends on."""
-    if recipe == "probe":
-        return {"label_smoothing": hyper["label_smoothing"]}
-    others = {"rank", "alpha", "targets"} if recipe == "full" else {"layer_decay", "weight_decay"}
-    return {name: value for name, value in hyper.items() if name not in others}
-
-
-def _prepare(
-    model: nn.Module, recipe: str, hyper: Hyperparameters, seed: int
+def _adapted(
+    model: nn.Module, recipe: str, hyper: Hyperparameters, data: DataSplits, seed: int, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """What is trained and its optimizer."""
-    groups: list[Any]
-    if recipe == "full":
-        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+    """The model with adapters, its frozen weights compressed on request, and an optimizer over what is trained.
 
-        groups = param_groups_layer_decay(
-            model,
-            weight_decay=hyper.weight_decay,
-            no_weight_decay_list=cast(Any, model).no_weight_decay(),
-            layer_decay=hyper.layer_decay,
-        )
-        module = model
-    else:
-        head = _head(model)
-        module = add_adapters(model, kind=recipe, rank=hyper.rank, alpha=hyper.alpha, targets=hyper.targets, seed=seed)
+    The classifier is trained whole, unless it is itself a target.
+    """
+    classifier = classifier_name(model)
+    head_adapted = re.fullmatch(TARGETS.get(hyper.targets, hyper.targets), classifier) is not None
+    compress(model, hyper.compression, sparsity=hyper.sparsity, keep=() if head_adapted else (classifier,))
+    batches = []
+    if hyper.init == "eva":
+        order = epoch_order(seed, 0, len(data.train))[: _EVA_BATCHES * hyper.batch_size]
+        parts = np.array_split(order, -(-len(order) // hyper.batch_size))
+        batches = [data.train.batch(part).to(device) for part in parts]
+    head = model.get_submodule(classifier)
+    module = add_adapters(
+        model,
+        kind=recipe,
+        rank=hyper.rank,
+        alpha=hyper.alpha,
+        targets=hyper.targets,
+        seed=seed,
+        init=hyper.init,
+        batches=batches,
+    )
+    if not head_adapted:
         head.requires_grad_(True)
-        groups = [
-            {"params": [parameter for parameter in module.parameters() if parameter.requires_grad], "weight_decay": 0.0}
-        ]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return module, _adamw([{"params": trained, "weight_decay": 0.0}], hyper.lr)
+
+
+def _adamw(groups: Any, lr: float) -> torch.optim.Optimizer:
     # The rate of every step is set by the loop. β₂ .98: runs of a few hundred steps have no time for .999.
-    return module, torch.optim.AdamW(groups, lr=hyper.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
 def _fit(
@@ -265,9 +262,10 @@ def _fit(
     hyper: Hyperparameters,
     precision: str,
     seed: int,
-    state_path: Path,
-    key: str,
+    state_file: StateFile,
     device: torch.device,
+    on_epoch: OnEpoch,
+    workers: Workers,
     label: str,
 ) -> list[dict[str, Any]]:
     labels = torch.from_numpy(data.train.labels).to(device)
@@ -282,20 +280,20 @@ def _fit(
         optimizer,
         loss_of,
         train=data.train,
-        validate=lambda: accuracy(module, data.validation, device, precision=precision),
-        schedule=Schedule(
-            epochs=hyper.epochs,
-            batch_size=hyper.batch_size,
-            lr=hyper.lr,
-            warmup_fraction=hyper.warmup_fraction,
-            clip_norm=hyper.clip_norm,
+        validate=lambda: evaluate(
+            module,
+            data.validation,
+            device,
             precision=precision,
-            seed=seed,
+            label_smoothing=hyper.label_smoothing,
+            workers=workers,
         ),
-        state_path=state_path,
-        key=key,
+        schedule=hyper.schedule(precision, seed),
+        state_file=state_file,
         device=device,
         augmentation=hyper.augmentation,
+        on_epoch=on_epoch,
+        workers=workers,
         label=label,
     )
 

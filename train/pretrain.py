@@ -18,8 +18,11 @@ from train.checkpoint import save_checkpoint
 from train.conditions import finished_metadata, versions
 from train.digits_vit import TRAINING_THREADS
 from train.embedded import DigitScenes, prepare_digits
-from train.loop import Schedule, accuracy, fit, resolve_precision, settings_key, training_mode
+from train.evaluation import evaluate
+from train.loop import Schedule, fit
 from train.models import build_model, preprocessing_of
+from train.precision import resolve_precision, training_mode
+from train.state import StateFile, settings_key
 
 __all__ = ["PretrainResult", "pretrain_digits", "token_targets"]
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_NAME = "digits_vit"
 BACKGROUND_WEIGHT = 0.15  # of a background token's loss; a digit's is 1
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,21 +160,20 @@ def pretrain_digits(
         return loss + per_token, logits
 
     groups = _decay_groups(module, cast(Any, model).no_weight_decay(), weight_decay)
-    state_path = path.with_suffix(".state.safetensors")
+    state_file = StateFile(path.with_suffix(".state.safetensors"), key)
     with training_mode(module, where, precision=precision_used, deterministic=deterministic, threads=TRAINING_THREADS):
         history = fit(
             module,
             torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True),
             loss_of,
             train=train,
-            validate=lambda: accuracy(model, data.validation, where, precision=precision_used),
+            validate=lambda: evaluate(model, data.validation, where, precision=precision_used),
             schedule=Schedule(epochs=epochs, batch_size=batch_size, lr=lr, precision=precision_used, seed=seed),
-            state_path=state_path,
-            key=key,
+            state_file=state_file,
             device=where,
             label="pretraining",
         )
-        scores = [accuracy(model, images, where) for images in (data.validation, data.test)]
+        scores = [evaluate(model, images, where).accuracy for images in (data.validation, data.test)]
     metadata = {
         "model": MODEL_NAME,
         "num_classes": 10,
@@ -188,7 +190,7 @@ def pretrain_digits(
         "key": key,
     }
     metadata["sha256"] = save_checkpoint(path, model.state_dict(), metadata)
-    state_path.unlink(missing_ok=True)
+    state_file.remove()
     return _result(path, metadata, began, reused=False)
 
 

@@ -1,0 +1,469 @@
+"""What the loop offers beside the plain run: parts of a batch, averages, early ends, the state before, adapters' inits."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train.state
+from engine.capture import capture_attention
+from tests.miniatures import write_sports100
+from train.adapters import INITS, TARGETS, add_adapters, merge_adapters
+from train.augment import Augmentation
+from train.checkpoint import read_checkpoint
+from train.compress import compress
+from train.conditions import TrainResult, train_condition
+from train.data import DataSplits, FolderImages, prepare_folder
+from train.embedded import prepare_digits
+from train.errors import InputError, TrainingDivergedError
+from train.evaluation import Evaluation, evaluate
+from train.history import history_path
+from train.hyperparameters import Hyperparameters
+from train.loop import Schedule, fit
+from train.models import build_model, preprocessing_of
+from train.state import StateFile
+
+CPU = torch.device("cpu")
+HYPER = Hyperparameters(epochs=3, batch_size=8, lr=1e-3, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSplits:
+    preprocessing = preprocessing_of(build_model("digits_vit", num_classes=10))
+    return prepare_digits(preprocessing=preprocessing, train_scenes=20, validation_scenes=8, test_scenes=8)
+
+
+@pytest.fixture(scope="module")
+def backbone(data: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
+    train_condition(recipe="probe", model_name="digits_vit", data=data, checkpoint=path, hyperparameters=HYPER)
+    return path
+
+
+@pytest.fixture
+def run(data: DataSplits, backbone: Path, tmp_path: Path) -> Callable[..., TrainResult]:
+    def run(name: str = "a", recipe: str = "full", hyper: dict[str, Any] | None = None, **changes: Any) -> TrainResult:
+        arguments: dict[str, Any] = {
+            "model_name": "digits_vit",
+            "data": data,
+            "checkpoint": tmp_path / f"{name}.safetensors",
+            "weights": backbone,
+            "hyperparameters": replace(HYPER, **(hyper or {})),
+            "probe_checkpoint": backbone,
+            **changes,
+        }
+        return train_condition(recipe=recipe, **arguments)  # type: ignore[arg-type]
+
+    return run
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return read_checkpoint(result.checkpoint).tensors
+
+
+def test_parts_of_a_batch_give_the_same_up_to_rounding(run: Callable[..., TrainResult]) -> None:
+    whole, parts = (run(f"parts{n}", hyper={"accumulate": n, "lr": 1e-4}) for n in (1, 3))
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, atol=2e-5, rtol=0)
+    for one, other in zip(whole.history, parts.history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["train_accuracy"] == other["train_accuracy"]
+
+
+def test_the_average_of_the_weights_is_what_is_kept(data: DataSplits, tmp_path: Path) -> None:
+    """One weight that rises by 1 a step: its average is known."""
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+    module = Counter()
+
+    def loss_of(images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return -module.weight, torch.zeros(len(indices), 10)
+
+    seen: list[float] = []
+
+    def validate() -> Evaluation:
+        seen.append(module.weight.item())
+        return Evaluation(len(seen) / 10, 0.0)
+
+    fit(
+        module,
+        torch.optim.SGD(module.parameters(), lr=1.0),
+        loss_of,
+        train=data.train,
+        validate=validate,
+        schedule=Schedule(epochs=2, batch_size=10, lr=1.0, ema_decay=0.5, warmup_fraction=0.0, clip_norm=0.0),
+        state_file=StateFile(tmp_path / "s.safetensors", "key"),
+        device=CPU,
+    )
+    value, average, expected = 0.0, 0.0, []
+    for step in range(4):
+        value += 0.5 * (1 + math.cos(math.pi * max(0, step - 1) / 3)) if step else 1.0
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * value
+        expected.append(average)
+    assert seen == pytest.approx([expected[1], expected[3]], abs=1e-6)
+    assert module.weight.item() == pytest.approx(expected[3], abs=1e-6)
+
+
+def test_an_averaged_run_resumes_to_the_same_bytes(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hyper = {"ema_decay": 0.9}
+    whole = run("whole", hyper=hyper)
+    assert whole.sha256 != run("plain").sha256
+
+    def stop(history: Sequence[Any]) -> None:
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", hyper=hyper, on_epoch=stop)
+    resumed = run("cut", hyper=hyper)
+    assert resumed.sha256 == whole.sha256
+    assert resumed.history == whole.history
+
+
+def test_training_ends_early_and_stays_ended(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"given": iter([0.5, 0.9, 0.9, 0.1, 0.2, 0.0, 0.0])}
+    monkeypatch.setattr(
+        "train.conditions.evaluate", lambda *arguments, **options: Evaluation(next(scores["given"]), 1.0)
+    )
+    result = run(hyper={"epochs": 20, "patience": 2})
+    assert [entry["validation_accuracy"] for entry in result.history] == [0.5, 0.9, 0.9, 0.1]
+    scores["given"] = iter([0.5, 0.9, 0.9, 0.1])
+
+    def stop(history: Sequence[Any]) -> None:
+        if len(history) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", hyper={"epochs": 20, "patience": 2}, on_epoch=stop)
+    scores["given"] = iter([0.0, 0.0])  # nothing is trained any more, so only the result is looked at
+    assert run("cut", hyper={"epochs": 20, "patience": 2}).sha256 == result.sha256
+
+
+def interrupted_after(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """A run named `cut` that saved at every step and was cut after some."""
+    monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
+    real, saves = StateFile.save, 0
+
+    def stop_after_saving(self: StateFile, *arguments: Any) -> None:
+        nonlocal saves
+        real(self, *arguments)
+        saves += 1
+        if saves == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StateFile, "save", stop_after_saving)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.setattr(StateFile, "save", real)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "both", "gone"])
+def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    whole = run("whole")
+    interrupted_after(run, monkeypatch, 5)
+    last = whole.checkpoint.with_name("cut.state.safetensors")
+    before = whole.checkpoint.with_name("cut.state.previous.safetensors")
+    content = bytearray(last.read_bytes())
+    content[-50] ^= 1
+    if damage == "gone":
+        last.unlink()
+    else:
+        last.write_bytes(content[:-10] if damage == "cut" else content)
+    if damage == "both":
+        before.write_bytes(b"no state")
+    resumed = run("cut")
+    assert resumed.sha256 == whole.sha256
+    assert resumed.history == whole.history
+    assert not last.exists()
+    assert not before.exists()
+    if damage == "both":
+        assert "cut.state.safetensors is damaged (its digest differs); the state before it is taken" in caplog.text
+        assert "cut.state.previous.safetensors is damaged" in caplog.text
+        assert "; training begins anew" in caplog.text
+    else:
+        assert "going on at step 4 of 9" in caplog.text or "going on at step 4 of 9" in str(caplog.records)
+        assert ("the state before it is taken" in caplog.text) == (damage != "gone")
+
+
+def test_history_is_json_lines_and_is_whole_after_a_resume(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("whole")
+    lines = [json.loads(line) for line in history_path(whole.checkpoint).read_text().splitlines()]
+    assert lines == whole.history
+    assert set(lines[0]) == {"epoch", "loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr"}
+    interrupted_after(run, monkeypatch, 4)
+    resumed = run("cut")
+    assert history_path(resumed.checkpoint).read_bytes() == history_path(whole.checkpoint).read_bytes()
+
+
+def test_tensorboard_gets_every_epoch_once(run: Callable[..., TrainResult], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from train.history import tensorboard_writer
+
+    result = run(on_epoch=tensorboard_writer(tmp_path / "events"))
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    found = events.Scalars("loss")
+    assert [event.step for event in found] == [0, 1, 2]
+    np.testing.assert_allclose([event.value for event in found], [entry["loss"] for entry in result.history], rtol=1e-6)
+
+
+def test_weights_that_diverge_after_the_last_step_are_not_kept(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.conditions.evaluate", lambda *arguments, **options: Evaluation(0.9, math.nan))
+    with pytest.raises(TrainingDivergedError, match=r"validation loss nan after step 2 \(epoch 0\); lower"):
+        run()
+
+
+def test_evaluation_is_accuracy_and_cross_entropy(data: DataSplits) -> None:
+    torch.manual_seed(0)
+    model = build_model("digits_vit", num_classes=10).eval()
+    found = evaluate(model, data.test, CPU, batch_size=3, label_smoothing=0.1)
+    logits, labels = model(data.test.batch(range(8))), torch.from_numpy(data.test.labels)
+    assert found.accuracy == float((logits.argmax(1) == labels).double().mean())
+    assert found.loss == pytest.approx(
+        nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item(), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("init", list(INITS))
+def test_every_init_begins_as_the_model_and_merges(kind: str, init: Any) -> None:
+    torch.manual_seed(0)
+    model = build_model("test_vit", num_classes=5, img_size=32).eval()
+    images = torch.randn(12, 3, 32, 32)
+    before = model(images)
+    arguments: dict[str, Any] = {"kind": kind, "rank": 3, "alpha": 6, "targets": "attention", "seed": 1, "init": init}
+    adapted = add_adapters(model, batches=[images[:6], images[6:]], **arguments).eval()
+    torch.testing.assert_close(adapted(images), before, atol=1e-5, rtol=0)
+    ranks = {p.shape[0] for name, p in adapted.named_parameters() if "lora_A" in name}
+    assert ranks == {3}
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    merged, difference = merge_adapters(adapted, images)
+    assert difference < 1e-5
+    torch.testing.assert_close(merged(images), adapted(images), atol=1e-5, rtol=0)
+
+
+def test_pissa_takes_the_principal_part_and_eva_the_inputs(data: DataSplits) -> None:
+    torch.manual_seed(0)
+    model = build_model("digits_vit", num_classes=10).eval()
+    weight = model.get_submodule("blocks.0.attn.qkv").weight.detach().clone()
+    inputs: list[torch.Tensor] = []
+    images = data.train.batch(range(20))
+    hook = model.get_submodule("blocks.0.attn.qkv").register_forward_pre_hook(
+        lambda layer, given: inputs.append(given[0].flatten(0, 1))
+    )
+    model(images)
+    hook.remove()
+    arguments: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 4, "targets": r"blocks\.0\.attn\.qkv", "seed": 0}
+    import copy
+
+    adapted = add_adapters(copy.deepcopy(model), init="pissa", **arguments)
+    parts = {name.split(".")[-3]: p for name, p in adapted.named_parameters() if "lora_" in name}
+    left, values, right = torch.linalg.svd(weight)
+    principal = left[:, :4] @ values[:4].diag() @ right[:4]
+    torch.testing.assert_close(parts["lora_B"] @ parts["lora_A"], principal, atol=1e-4, rtol=0)
+
+    adapted = add_adapters(copy.deepcopy(model), init="eva", batches=[images[:10], images[10:]], **arguments)
+    directions = next(p for name, p in adapted.named_parameters() if "lora_A" in name)
+    centred = inputs[0] - inputs[0].mean(dim=0)
+    _, _, expected = torch.linalg.svd(centred, full_matrices=False)
+    overlap = torch.linalg.svdvals(nn.functional.normalize(directions) @ expected[:4].T)
+    assert overlap.min() > 0.95, "the same four directions"
+    with pytest.raises(InputError, match="init eva cannot be computed on 0 training images"):
+        add_adapters(copy.deepcopy(model), init="eva", **arguments)
+
+
+def test_ranks_and_inits_that_do_not_exist() -> None:
+    arguments: dict[str, Any] = {"kind": "lora", "alpha": 4, "targets": "attention", "seed": 0}
+    with pytest.raises(InputError, match=r"rank 65 is more than blocks\.0\.attn\.qkv has \(192×64\)"):
+        add_adapters(build_model("test_vit", num_classes=5), rank=65, **arguments)
+    with pytest.raises(InputError, match="unknown init 'svd' of adapters; expected one of paper, pissa"):
+        add_adapters(build_model("test_vit", num_classes=5), rank=2, init="svd", **arguments)  # type: ignore[arg-type]
+
+
+def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:
+    torch.manual_seed(0)
+    model = build_model("vit_tiny_patch16_224", num_classes=4, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = capture_attention(model, images)
+    adapted = add_adapters(model, kind="dora", rank=4, alpha=8, targets="block9_fc1", seed=0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    merged, _ = merge_adapters(adapted, images)
+    after = capture_attention(merged, images)
+    same = [np.array_equal(before[site], after[site]) for site in before]
+    assert same == [True] * 10 + [False] * 2
+
+
+def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> None:
+    write_sports100(tmp_path / "sports", train=6, held_out=3)
+    preprocessing = preprocessing_of(build_model("test_vit", num_classes=1, img_size=32))
+    plain = prepare_folder(tmp_path / "sports", kind="sports100", preprocessing=preprocessing)
+    cached = prepare_folder(
+        tmp_path / "sports", kind="sports100", preprocessing=preprocessing, manifest=plain.manifest, cache=tmp_path
+    )
+    records, names = plain.manifest.split("train"), plain.class_names
+    sources = {
+        "one": replace(plain, train=FolderImages(plain.manifest.root, records, names, preprocessing, workers=1)),
+        "seven": replace(plain, train=FolderImages(plain.manifest.root, records, names, preprocessing, workers=7)),
+        "cached": cached,
+    }
+    hyper = replace(
+        HYPER, epochs=1, augmentation=Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2), batch_size=5
+    )
+    digests = {
+        train_condition(
+            recipe="lora",
+            model_name="test_vit",
+            img_size=32,
+            data=source,
+            checkpoint=tmp_path / f"{name}.safetensors",
+            hyperparameters=hyper,
+        ).sha256
+        for name, source in sources.items()
+    }
+    assert len(digests) == 1
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
+    write_sports100(tmp_path / "sports", train=4, held_out=2)
+    preprocessing = preprocessing_of(build_model("test_resnet", num_classes=1))
+    data = prepare_folder(tmp_path / "sports", kind="sports100", preprocessing=preprocessing)
+    torch.manual_seed(0)
+    start = build_model("test_resnet", num_classes=3)
+    from safetensors.torch import save_file
+
+    save_file(start.state_dict(), tmp_path / "start.safetensors")
+    arguments: dict[str, Any] = {
+        "model_name": "test_resnet",
+        "data": data,
+        "weights": tmp_path / "start.safetensors",
+    }
+    adapted = train_condition(
+        recipe="lora",
+        checkpoint=tmp_path / "a.safetensors",
+        hyperparameters=replace(HYPER, epochs=1, targets="fc", rank=2, head="own"),
+        **arguments,
+    )
+    changed = {n for n, t in start.state_dict().items() if not torch.equal(t, weights(adapted)[n])}
+    assert changed == {"fc.weight"}, "the head's bias and every statistic are frozen"
+    full = train_condition(
+        recipe="full", checkpoint=tmp_path / "b.safetensors", hyperparameters=replace(HYPER, epochs=1), **arguments
+    )
+    assert not torch.equal(start.state_dict()["bn1.running_mean"], weights(full)["bn1.running_mean"])
+
+
+def test_compressed_weights_are_what_the_papers_say() -> None:
+    torch.manual_seed(0)
+    for name, first, head in (("test_vit", "patch_embed.proj", "head"), ("test_resnet", "conv1.0", "fc")):
+        before = build_model(name, num_classes=5)
+        layers = {n: m for n, m in before.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        assert next(iter(layers)) == first
+        for kind in ("plain", "sparse", "int1"):
+            after = build_model(name, num_classes=5)
+            after.load_state_dict(before.state_dict())
+            share = compress(after, kind, sparsity=0.6, keep=(head,))  # type: ignore[arg-type]
+            changed = {n for n, t in before.state_dict().items() if not torch.equal(t, after.state_dict()[n])}
+            if kind == "plain":
+                assert not changed
+                assert share == 0
+                continue
+            assert changed == {f"{n}.weight" for n in layers if n not in (first, head)}
+            assert 0.5 < share < 1
+            for layer in changed:
+                old, new = before.state_dict()[layer], after.state_dict()[layer]
+                if kind == "sparse":
+                    assert int((new == 0).sum()) == round(0.6 * new.numel())
+                    assert old[new == 0].abs().max() <= old[new != 0].abs().min()
+                    assert torch.equal(new[new != 0], old[new != 0])
+                else:
+                    rows = new.flatten(1)
+                    torch.testing.assert_close(rows.abs(), old.flatten(1).abs().mean(1, keepdim=True).expand_as(rows))
+                    assert torch.equal(rows.sign(), torch.where(old.flatten(1) < 0, -1.0, 1.0))
+
+
+def test_compression_needs_adapters(run: Callable[..., TrainResult]) -> None:
+    with pytest.raises(InputError, match="compression int1 is of weights below adapters; recipe full has none"):
+        run(hyper={"compression": "int1"})
+    assert TARGETS["block9_fc1"] == r"blocks\.9\.mlp\.fc1"
+
+
+KILLED = """
+import os, sys
+import train.state
+from pathlib import Path
+from train.conditions import train_condition
+from train.embedded import prepare_digits
+from train.hyperparameters import Hyperparameters
+from train.models import build_model, preprocessing_of
+from train.state import StateFile
+
+folder, stop = Path(sys.argv[1]), int(sys.argv[2])
+train.state.SAVE_SECONDS, train.state.SAVE_SHARE = 0.0, 1e9
+written = 0
+real = os.replace
+
+def replace(*arguments):
+    global written
+    written += 1
+    if written == stop:
+        os.kill(os.getpid(), 9)
+    real(*arguments)
+
+os.replace = replace
+data = prepare_digits(preprocessing=preprocessing_of(build_model("digits_vit", num_classes=10)), train_scenes=20,
+                      validation_scenes=8, test_scenes=8)
+result = train_condition(recipe="dora", model_name="digits_vit", data=data, checkpoint=folder / "a.safetensors",
+                         hyperparameters=Hyperparameters(epochs=3, batch_size=8, lr=1e-3, precision="fp32"))
+print(result.sha256)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_write_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    def start(folder: str, stop: int) -> subprocess.CompletedProcess[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        command = [sys.executable, "-c", KILLED, str(tmp_path / folder), str(stop)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    whole = start("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    content = (tmp_path / "whole" / "a.safetensors").read_bytes(), (tmp_path / "whole" / "a.json").read_bytes()
+    for stop in (1, 2, 3, 8, 17, 23, 24):
+        killed = start(f"cut{stop}", stop)
+        assert killed.returncode == -9, f"{stop}: {killed.stdout} {killed.stderr}"
+        again = start(f"cut{stop}", 0)
+        assert again.stdout == whole.stdout, again.stderr
+        folder = tmp_path / f"cut{stop}"
+        assert ((folder / "a.safetensors").read_bytes(), (folder / "a.json").read_bytes()) == content

@@ -1,0 +1,185 @@
+"""The state of a training run between two steps: written now and then, so that a killed run goes on to the same bits.
+
+Everything random is a function of seed, epoch and step, so weights, the optimizer's moments and the step are all.
+Two files are kept, the last state and the one before it: damage to the last costs the steps since the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.checkpoint import state_digest, write_atomically
+from train.errors import DamagedFileError
+
+__all__ = ["Progress", "StateFile", "TrainingState", "settings_key", "trained_tensors"]
+
+logger = logging.getLogger(__name__)
+
+SAVE_SECONDS = 20.0  # between saves of the training state …
+SAVE_SHARE = 0.02  # … or more where a save is slow: this share of the time at most
+
+
+@dataclass
+class Progress:
+    """Where a run stands, besides the tensors.
+
+    Args:
+        step: steps done.
+        loss_sum, hits, seen: over the images of the epoch that has begun.
+        best: accuracy on validation of the best epoch so far.
+        history: one dict an epoch.
+    """
+
+    step: int = 0
+    loss_sum: float = 0.0
+    hits: int = 0
+    seen: int = 0
+    best: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def epochs_since_best(self) -> int:
+        """Epochs since the first best one; 0 before the first."""
+        scores = [entry["validation_accuracy"] for entry in self.history]
+        return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+
+@dataclass
+class TrainingState:
+    """All that a run needs to go on.
+
+    Args:
+        module, optimizer: hold the weights and the moments themselves.
+        best: the weights of the best epoch so far.
+        average: moving average of the weights; empty without one.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that training changes: parameters with gradients, and buffers."""
+    tensors = {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return tensors | dict(module.named_buffers())
+
+
+def settings_key(**settings: Any) -> str:
+    """sha256 of JSON values, whatever order they are given in."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class StateFile:
+    """A training state on disk: safetensors whose header holds key, progress and a digest of the tensors.
+
+    Args:
+        path: of the last state; the one before it is `previous` beside it.
+        key: of everything the result depends on; a state of another key is left aside.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, path: Path, key: str, *, writes: bool = True) -> None:
+        self.path, self.key, self.writes = path, key, writes
+        self._last = time.monotonic()
+        self._wait = SAVE_SECONDS
+
+    @property
+    def previous(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
+
+    def due(self) -> bool:
+        """Whether it is time for another save, so that saving takes 2 % of the time at most."""
+        return self.writes and time.monotonic() - self._last >= self._wait
+
+    def save(self, state: TrainingState) -> None:
+        """Write the state; the last one becomes the one before.
+
+        Raises:
+            OSError: the disk is full or the folder is not writable; the state before is still there.
+        """
+        from safetensors.torch import save
+
+        if not self.writes:
+            return
+        start = time.monotonic()
+        tensors = {f"module/{name}": tensor for name, tensor in trained_tensors(state.module).items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
+        tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
+        for index, moments in state.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(tensor) for name, tensor in moments.items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        header = {"key": self.key, "progress": json.dumps(asdict(state.progress)), "tensors": state_digest(tensors)}
+        content = save(tensors, metadata=header)
+        if self.path.is_file():
+            os.replace(self.path, self.previous)
+        write_atomically(self.path, content)
+        self._last = time.monotonic()
+        self._wait = max(SAVE_SECONDS, (self._last - start) / SAVE_SHARE)
+
+    def restore(self, state: TrainingState) -> None:
+        """Put the last sound state of this key into `state`; without one, leave it as it is, at the beginning."""
+        for path, otherwise in ((self.path, "the state before it is taken"), (self.previous, "training begins anew")):
+            if not path.is_file():
+                continue
+            try:
+                header, tensors = _read(path)
+            except DamagedFileError as error:
+                logger.warning("%s; %s", error, otherwise if self.previous.is_file() else "training begins anew")
+                continue
+            if header["key"] != self.key:
+                logger.info("training state %s is of other settings or data; training begins anew", path)
+                return
+            _put(state, json.loads(header["progress"]), tensors)
+            return
+
+    def remove(self) -> None:
+        """Once the result is saved."""
+        if self.writes:
+            self.path.unlink(missing_ok=True)
+            self.previous.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DamagedFileError(f"training state {path} is damaged ({error})") from error
+    if header.get("tensors") != state_digest(tensors):
+        raise DamagedFileError(f"training state {path} is damaged (its digest differs)")
+    return header, tensors
+
+
+def _put(state: TrainingState, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    parts: dict[str, dict[str, torch.Tensor]] = {"module": {}, "best": {}, "average": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    own = trained_tensors(state.module)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(parts["module"][name])
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        index, _, moment = name.partition("/")
+        moments.setdefault(int(index), {})[moment] = tensor
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    state.progress = Progress(**progress)
+    state.best = {name: tensor.to(own[name].device) for name, tensor in parts["best"].items()}
+    state.average = {name: tensor.to(own[name].device) for name, tensor in parts["average"].items()}
