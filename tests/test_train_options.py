@@ -1,4 +1,4 @@
-"""What the loop offers beside the plain run: parts of a batch, averages, early ends, the state before, adapters' inits."""
+"""What the loop offers beside the plain run: parts of a batch, averages, early ends, older states, adapters' inits."""
 
 from __future__ import annotations
 
@@ -192,6 +192,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(
         last.write_bytes(content[:-10] if damage == "cut" else content)
     if damage == "both":
         before.write_bytes(b"no state")
+    caplog.set_level("INFO", logger="train")
     resumed = run("cut")
     assert resumed.sha256 == whole.sha256
     assert resumed.history == whole.history
@@ -202,7 +203,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(
         assert "cut.state.previous.safetensors is damaged" in caplog.text
         assert "; training begins anew" in caplog.text
     else:
-        assert "going on at step 4 of 9" in caplog.text or "going on at step 4 of 9" in str(caplog.records)
+        assert "full seed 42: going on at step 4 of 9" in caplog.text
         assert ("the state before it is taken" in caplog.text) == (damage != "gone")
 
 
@@ -451,6 +452,7 @@ print(result.sha256)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kill_9_at_any_write_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     def start(folder: str, stop: int) -> subprocess.CompletedProcess[str]:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -460,7 +462,7 @@ def test_kill_9_at_any_write_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole = start("whole", 0)
     assert whole.returncode == 0, whole.stderr
     content = (tmp_path / "whole" / "a.safetensors").read_bytes(), (tmp_path / "whole" / "a.json").read_bytes()
-    for stop in (1, 2, 3, 8, 17, 23, 24):
+    for stop in (2, 9, 23):
         killed = start(f"cut{stop}", stop)
         assert killed.returncode == -9, f"{stop}: {killed.stdout} {killed.stderr}"
         again = start(f"cut{stop}", 0)
