@@ -28,6 +28,7 @@ __all__ = [
     "RelevanceConfig",
     "StatisticsConfig",
     "StudyConfig",
+    "SweepConfig",
     "TrainConfig",
     "config_keys",
     "load_study",
@@ -221,6 +222,29 @@ class RelevanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Adapters of several ranks on compressed backbones (the command sweep)."""
+
+    __pydantic_config__ = _FORBID
+    init: Literal["paper_init", "svd_init"] = _key(
+        "paper_init", "initial values of adapters; paper_init: Kaiming and zero; svd_init: singular vectors (PiSSA)"
+    )
+    recipe: Literal["lora", "dora"] = _key("lora", "kind of adapters")
+    bases: tuple[Literal["plain", "sparse", "int1"], ...] = _key(
+        ("plain", "sparse", "int1"), "backbones; sparse: smallest weights set to 0; int1: weights of one bit"
+    )
+    sparsity: Fraction = _key(0.5, "sparse: share of each layer's weights that become 0")
+    ranks: tuple[Count, ...] = _key((1, 2, 4, 8, 16, 32), "ranks of the adapters")
+    trials: Count = _key(20, "trials of hyper-parameters for each backbone and rank")
+    epochs: Natural = _key(0, "passes over the training split in a trial; 0: train.epochs")
+    lr_low: Rate = _key(1e-4, "lower end of the learning rates that are tried")
+    lr_high: Rate = _key(3e-2, "upper end of the learning rates that are tried")
+    targets: str = _key(
+        "", "regular expression of the adapted layers; empty: attention of a transformer, else the classifier"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """A whole study."""
 
@@ -242,6 +266,7 @@ class StudyConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     relevance: RelevanceConfig = field(default_factory=RelevanceConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -24,14 +24,19 @@ __all__ = [
     "Contender",
     "Control",
     "LayerDifference",
+    "first_reached_block",
     "hybrid_control",
     "hybrid_state",
     "lockstep",
     "negative_controls",
     "same_attention_control",
+    "untouched_control",
 ]
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+# Parts of a block that come after its attention map: what they change is seen from the next block on.
+_AFTER_ATTENTION = re.compile(r"blocks\.(\d+)\.(attn\.proj|ls1|norm2|mlp|ls2)\.")
+_READOUT = ("norm.", "fc_norm.", "head", "attn_pool.")
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def hybrid_state(
 
     def from_upper(key: str) -> bool:
         match = _BLOCK.search(key)
-        return int(match[1]) >= first_block if match else key.startswith(("norm.", "fc_norm.", "head", "attn_pool."))
+        return int(match[1]) >= first_block if match else key.startswith(_READOUT)
 
     return {key: (upper if from_upper(key) else lower)[key] for key in lower}
 
@@ -216,6 +221,47 @@ def hybrid_control(
     )
 
 
+def first_reached_block(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> int:
+    """The first block whose attention can differ between two states of one model; past the last where none can.
+
+    A weight before the blocks reaches block 0, one behind a block's attention map the next block, the readout none.
+    """
+    last = max((int(match[1]) for key in one if (match := _BLOCK.search(key))), default=-1)
+    return min((_reach(key, last) for key in one if not torch.equal(one[key], other[key])), default=last + 1)
+
+
+def _reach(key: str, last: int) -> int:
+    if match := _AFTER_ATTENTION.search(key):
+        return int(match[1]) + 1
+    if match := _BLOCK.search(key):
+        return int(match[1])
+    return last + 1 if key.startswith(_READOUT) else 0
+
+
+def untouched_control(
+    condition: str, against: str, layers: Sequence[LayerDifference], first_block: int, images: int
+) -> Control:
+    """Blocks that fine-tuning cannot reach must attend as in the other condition, bit for bit; the ones above must not.
+
+    `first_block` is what `first_reached_block` says of the two conditions.
+    """
+    below = [layer for layer in layers if _block_of(layer.site) < first_block]
+    above = [layer for layer in layers if _block_of(layer.site) >= first_block]
+    largest = max((max([layer.attention, *layer.metrics.values()]) for layer in below), default=0.0)
+    changed = max((layer.attention for layer in above), default=0.0)
+    held = bool(below) and all(layer.identical for layer in below) and largest == 0.0 and (changed > 0.0 or not above)
+    return Control(
+        f"untouched_{condition}",
+        f"Blocks that {condition} could not change",
+        f"no weight that differs from {against} reaches the attention of blocks 0 to {first_block - 1}: exactly 0 there"
+        + (", and not 0 above" if above else ""),
+        largest,
+        held,
+        f"{images} images: largest difference below block {first_block} {largest:g} ({len(below)} layers), from there "
+        f"on {changed:g} ({len(above)} layers)",
+    )
+
+
 @dataclass(frozen=True)
 class Contender:
     """One condition as the controls need it.
@@ -240,7 +286,8 @@ def negative_controls(
     batch_size: int,
     device: str,
 ) -> list[Control]:
-    """Every control a study can make: frozen backbones, each condition against itself, and hybrids with `against`.
+    """Every control a study can make: frozen backbones, each condition against itself, hybrids with `against`, and
+    the blocks that a condition could not change.
 
     Args:
         contenders: condition -> its model.
@@ -288,11 +335,18 @@ def negative_controls(
         middle = blocks // 2
         states = lower.state_dict(), upper.state_dict()
         above = tuple(f"blocks.{block}." for block in range(middle, blocks))
-        differs = any(not torch.equal(states[0][key], states[1][key]) for key in states[0] if key.startswith(above))
+        differs = any(
+            _reach(key, blocks - 1) < blocks and not torch.equal(states[0][key], states[1][key])
+            for key in states[0]
+            if key.startswith(above)
+        )
         mixed = contender.load()
         mixed.load_state_dict(hybrid_state(*states, middle))
         layers = pair(lower, mixed, f"hybrid with {name}")
         controls.append(hybrid_control(name, against, layers, middle, len(rows), differs=differs))
+        if (first := first_reached_block(*states)) > 0:
+            layers = pair(lower, upper, f"blocks that {name} could not change")
+            controls.append(untouched_control(name, against, layers, first, len(rows)))
     return controls
 
 

@@ -75,6 +75,13 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.sweep import run_sweep
+
+    run_sweep(config)
+    return 0
+
+
 def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from store.verify import verify
 
@@ -129,6 +136,13 @@ COMMANDS: dict[str, Command] = {
     "stats": Command("the study up to the paired comparisons", _stages("statistics")),
     "relevance": Command("the study up to the relevance samples", _stages("relevance")),
     "report": Command("figures, summary and page anew, from the tables and samples of an outputs folder", _report),
+    "sweep": Command(
+        "adapters of several ranks on a plain, a pruned and a binarised backbone, their hyper-parameters by Optuna",
+        _sweep,
+        flags={"--init": "sweep.init"},
+        defaults={"data.kind": "folder", "model.name": "resnet18", "train.epochs": "10"},
+        required=("--data.root",),
+    ),
     "verify": Command(
         "check a store: exit code 0 when sound, 1 with a line for each damaged unit", _verify, positional="store"
     ),

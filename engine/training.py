@@ -28,7 +28,7 @@ from train.manifest import Manifest
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.pretrain import pretrain_digits
 
-__all__ = ["Run", "StudyData", "image_kind", "prepare_data", "train_runs"]
+__all__ = ["Run", "StudyData", "image_kind", "prepare_data", "shared_hyperparameters", "train_runs"]
 
 
 @dataclass(frozen=True)
@@ -304,6 +304,26 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
     return sorted(runs, key=lambda run: order.index(run.condition))
 
 
+def shared_hyperparameters(config: StudyConfig) -> Hyperparameters:
+    """Those of `[train]`, which all conditions share."""
+    shared = config.train
+    return Hyperparameters(
+        epochs=shared.epochs,
+        batch_size=shared.batch_size,
+        accumulate=shared.accumulate,
+        weight_decay=shared.weight_decay,
+        warmup_fraction=shared.warmup_fraction,
+        clip_norm=shared.clip_norm,
+        ema_decay=shared.ema_decay,
+        patience=shared.patience,
+        label_smoothing=shared.label_smoothing,
+        precision=shared.precision,
+        augmentation=Augmentation(
+            flip=shared.flip, rotation_degrees=shared.rotation_degrees, color_jitter=shared.color_jitter
+        ),
+    )
+
+
 def _train_run(
     config: StudyConfig,
     data: StudyData,
@@ -317,26 +337,15 @@ def _train_run(
 ) -> None:
     """One condition at one seed: `path` and its sidecar."""
     condition, shared = config.conditions[name], config.train
-    hyperparameters = Hyperparameters(
+    hyperparameters = dataclasses.replace(
+        shared_hyperparameters(config),
         epochs=condition.epochs or shared.epochs,
-        batch_size=shared.batch_size,
-        accumulate=shared.accumulate,
         lr=condition.lr,
-        weight_decay=shared.weight_decay,
-        warmup_fraction=shared.warmup_fraction,
-        clip_norm=shared.clip_norm,
-        ema_decay=shared.ema_decay,
-        patience=shared.patience,
-        label_smoothing=shared.label_smoothing,
         layer_decay=condition.layer_decay,
         rank=condition.rank,
         alpha=condition.alpha,
         targets=condition.targets,
         init=condition.init,
-        precision=shared.precision,
-        augmentation=Augmentation(
-            flip=shared.flip, rotation_degrees=shared.rotation_degrees, color_jitter=shared.color_jitter
-        ),
     )
     inputs = {
         "recipe": condition.recipe,

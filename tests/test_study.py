@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from engine.config import load_study
-from engine.controls import hybrid_control, hybrid_state, lockstep, same_attention_control
+from engine.controls import (
+    first_reached_block,
+    hybrid_control,
+    hybrid_state,
+    lockstep,
+    same_attention_control,
+    untouched_control,
+)
 from engine.journal import digest_path
 from engine.run import main
 from engine.table import read_table
@@ -219,6 +226,20 @@ def test_controls_can_fail() -> None:
     assert hybrid_control("b", "a", layers, 2, 4, differs=True).held
     assert not hybrid_control("b", "a", layers, 3, 4, differs=True).held
     assert not hybrid_control("b", "a", pair(one, one), 2, 4, differs=True).held, "nothing changed where it should"
+    changed = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    changed["head.weight"] += 1
+    assert first_reached_block(one.state_dict(), changed) == 4, "the readout reaches no attention"
+    changed["blocks.1.mlp.fc1.weight"] += 0.1
+    assert first_reached_block(one.state_dict(), changed) == 2, "what lies behind block 1's attention"
+    mixed.load_state_dict(changed)
+    layers = pair(one, mixed)
+    assert untouched_control("b", "a", layers, 2, 4).held
+    assert not untouched_control("b", "a", layers, 3, 4).held
+    assert not untouched_control("b", "a", pair(one, one), 2, 4).held
+    changed["blocks.1.attn.qkv.weight"] += 0.1
+    assert first_reached_block(one.state_dict(), changed) == 1
+    changed["pos_embed"] += 0.1
+    assert first_reached_block(one.state_dict(), changed) == 0
     with pytest.raises(ValueError, match="expected 1 to 3"):
         hybrid_state(one.state_dict(), other.state_dict(), 4)
 

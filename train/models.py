@@ -21,7 +21,15 @@ from train.checkpoint import has_sidecar, read_checkpoint
 from train.data import Preprocessing
 from train.errors import InputError
 
-__all__ = ["build_model", "classifier_name", "load_checkpoint", "preprocessing_of", "read_state_dict", "readout"]
+__all__ = [
+    "build_model",
+    "classifier_name",
+    "head_size",
+    "load_checkpoint",
+    "preprocessing_of",
+    "read_state_dict",
+    "readout",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +94,18 @@ def load_checkpoint(model_name: str, path: str | Path, img_size: int = 0) -> nn.
     model = _create(model_name, num_classes=0 if head is None else int(head.shape[0]), img_size=img_size)
     _load(model, state, Path(path), model_name)
     return model.eval()
+
+
+def head_size(name: str, *, pretrained: bool, weights: str | Path) -> int | None:
+    """Classes of the trained head that the start of `build_model` comes with; None where no head is trained.
+
+    Raises:
+        InputError: unknown name, a bad file.
+    """
+    if weights:
+        head = read_state_dict(Path(weights)).get(f"{_classifier_names(name)[0]}.weight")
+        return None if head is None else int(head.shape[0])
+    return int(_pretrained_cfg(name).num_classes) if pretrained else None
 
 
 def classifier_name(model: nn.Module) -> str:

@@ -1,0 +1,121 @@
+"""The sweep: how much accuracy adapters of each rank bring to a plain, pruned or binarised backbone.
+
+outputs/sweep/<recipe>_<init>/
+    evaluation.csv                                       one row a backbone and rank
+    acc_quant=<base>_r=<rank>.png  loss_quant=….png      curves of the best trial
+    quant=<base>_r=<rank>_eval_acc=<accuracy>.safetensors  its weights, adapters merged, with a .json beside
+    quant=<base>_r=<rank>_optimization_history.html      all trials
+    trials.jsonl                                         Optuna's storage: what is there is not done again
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.config import StudyConfig, study_toml
+from engine.journal import Journal
+from engine.outputs import OutputsFolder, resolve_device
+from engine.report.sweep import curves_png, evaluation_csv, history_html
+from engine.training import StudyData, prepare_data, shared_hyperparameters
+from train.adapters import Init
+from train.checkpoint import write_atomically
+from train.conditions import train_condition
+from train.errors import InputError
+from train.models import classifier_name, head_size
+from train.sweep import SweepPlan, sweep_rank
+
+__all__ = ["run_sweep"]
+
+# The names of the study that the sweep comes from.
+INITS: dict[str, Init] = {"paper_init": "paper", "svd_init": "pissa"}
+
+
+def run_sweep(config: StudyConfig) -> Path:
+    """Sweep every backbone and rank of `config.sweep`, doing only what is not done yet.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        InputError: digit scenes without a digit model, no images, adapters that do not fit, a learning-rate range
+            that is none.
+    """
+    sweep = config.sweep
+    if not sweep.lr_low < sweep.lr_high:
+        raise InputError(f"sweep.lr_low {sweep.lr_low:g} must be below sweep.lr_high {sweep.lr_high:g}")
+    outputs = Path(config.outputs)
+    device = resolve_device(config.device)
+    folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
+    with OutputsFolder(outputs, study_toml(config)):
+        journal = Journal(outputs / "run.jsonl")
+        data = prepare_data(config, outputs, journal, device=device)
+        plan = _plan(config, data, folder, outputs, device)
+        results = []
+        for base in sweep.bases:
+            for rank in sweep.ranks:
+                result = sweep_rank(plan, base, rank, data.splits)
+                results.append(result)
+                name = f"quant={base}_r={rank}"
+                title = f"{config.model.name}, {base}, {sweep.recipe} rank {rank}, {sweep.init}"
+                write_atomically(folder / f"acc_{name}.png", curves_png(result.history, "accuracy", title))
+                write_atomically(folder / f"loss_{name}.png", curves_png(result.history, "loss", title))
+                page = history_html(result, title)
+                write_atomically(folder / f"{name}_optimization_history.html", page.encode())
+                table = evaluation_csv(results, sweep.recipe, sweep.init)
+                write_atomically(folder / "evaluation.csv", table.encode())
+                tqdm.write(
+                    f"{base} rank {rank}: test {result.test_accuracy:.1%} "
+                    f"(without adapters {result.without_adapters:.1%}), validation {result.validation_accuracy:.1%}"
+                )
+    tqdm.write(f"open {folder / 'evaluation.csv'}")
+    return folder
+
+
+def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, device: str) -> SweepPlan:
+    """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
+    sweep, model = config.sweep, config.model
+    pretrained = data.pretrained_model()
+    # A transformer's attention; in another model the classifier, as in the study that the sweep comes from.
+    usual = "attention" if hasattr(pretrained, "blocks") else re.escape(classifier_name(pretrained))
+    hyperparameters = replace(
+        shared_hyperparameters(config),
+        epochs=sweep.epochs or config.train.epochs,
+        targets=sweep.targets or usual,
+        init=INITS[sweep.init],
+        sparsity=sweep.sparsity,
+    )
+    weights = outputs / "checkpoints" / "pretrained.safetensors"
+    classes = len(data.splits.class_names)
+    probe: Path | None = None
+    if head_size(model.name, pretrained=model.pretrained, weights=model.weights) != classes:
+        probe = outputs / "checkpoints" / "sweep_probe.safetensors"
+        train_condition(
+            recipe="probe",
+            model_name=model.name,
+            data=data.splits,
+            checkpoint=probe,
+            weights=weights,
+            img_size=model.img_size,
+            hyperparameters=hyperparameters,
+            device=device,
+            deterministic=config.train.deterministic,
+            name="probe",
+        )
+    return SweepPlan(
+        model_name=model.name,
+        img_size=model.img_size,
+        weights=weights,
+        probe=probe,
+        recipe=sweep.recipe,
+        hyperparameters=hyperparameters,
+        lr_range=(sweep.lr_low, sweep.lr_high),
+        trials=sweep.trials,
+        seed=config.train.seeds[0],
+        device=device,
+        deterministic=config.train.deterministic,
+        folder=folder,
+    )
