@@ -53,15 +53,20 @@ def as_numbers(values: Any, what: str) -> tuple[Array, str]:
     return array, array.dtype.name
 
 
-def cast(values: Array, precision: str, to: str) -> Array:
-    """Values as the bytes of another precision, contiguous; rounded to nearest, ties to even."""
+def cast(values: Array, precision: str, to: str, room: Array | None = None) -> Array:
+    """Values as the bytes of another precision, contiguous; rounded to nearest, ties to even.
+
+    Args:
+        room: bytes where 16-bit floats narrowed from longer ones may be put, so that no fresh pages are needed.
+    """
     if precision == to:
         return np.ascontiguousarray(values)
     if precision in ("float32", "float64") and to in ("float16", "bfloat16"):
         from store import halves
 
         single = np.ascontiguousarray(values, dtype=np.float32)
-        out = np.empty(single.shape, np.uint16)
+        out = np.empty(single.size, np.uint16) if room is None else room[: 2 * single.size].view(np.uint16)
+        out = out.reshape(single.shape)
         bits = single.reshape(-1).view(np.uint32)
         if to == "float16":
             halves.float32_to_float16(single.reshape(-1), bits, out.reshape(-1))

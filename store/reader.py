@@ -16,7 +16,7 @@ from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, r
 from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, file_problem
 from store.precisions import Array
-from store.rows import Records, Rows, begin_rows, positions
+from store.rows import Records, Rooms, Rows, begin_rows, positions
 from store.schema import (
     SCHEMA,
     LayerSchema,
@@ -186,7 +186,7 @@ class AttentionStore:
     ) -> Iterator[Array | Factors]:
         """What is stored of several (layer, images), in order, the next ones being read while one is used.
 
-        Maps as `read_stored` has them, or `Factors` as `read_factors`.
+        Maps as `read_stored` has them, or `Factors` as `read_factors`; each is overwritten after the next is asked for.
 
         Args:
             requests: layer and rows of each.
@@ -197,16 +197,22 @@ class AttentionStore:
             StoreError: as `read`.
         """
         under_way: deque[Callable[[], Array | Factors]] = deque()
+        rooms = Rooms()
+
+        def use(found: Array | Factors) -> Iterator[Array | Factors]:
+            yield found
+            rooms.give_back(*((found.query, found.key) if isinstance(found, Factors) else (found,)))
+
         for layer, images in requests:
             arrays = self._layer_arrays(layer)
             if "query" in arrays:
-                under_way.append(self._begin_factors(layer, images, slice(None), threads))
+                under_way.append(self._begin_factors(layer, images, slice(None), threads=threads, room=rooms))
             else:
-                under_way.append(self._begin(arrays[""], images, threads=threads))
+                under_way.append(self._begin(arrays[""], images, threads=threads, room=rooms))
             if len(under_way) > ahead:
-                yield under_way.popleft()()
+                yield from use(under_way.popleft()())
         while under_way:
-            yield under_way.popleft()()
+            yield from use(under_way.popleft()())
 
     def _layer_arrays(self, layer: int) -> dict[str, ArraySpec]:
         """The arrays that keep a layer, by the name of the part."""
@@ -218,18 +224,14 @@ class AttentionStore:
     def _layer_schema(self, layer: int) -> LayerSchema:
         return self.schema.layers[self.layers.index(layer)]
 
-    def _begin_factors(
-        self, layer: int, images: Rows, heads: Rows, threads: int | None = None
-    ) -> Callable[[], Factors]:
+    def _begin_factors(self, layer: int, images: Rows, heads: Rows, **options: Any) -> Callable[[], Factors]:
         """Begin to read query, key and bias; the result waits for them."""
         arrays, described = self._layer_arrays(layer), self._layer_schema(layer)
         fixed = described.factors
         if fixed is None:
             raise StoreError(f"{self.path} keeps maps, not query and key; use read or read_stored")
         chosen = {name: slice(None) if name == "bias" else heads for name in arrays}
-        parts = {
-            name: self._begin(array, images, columns=chosen[name], threads=threads) for name, array in arrays.items()
-        }
+        parts = {name: self._begin(array, images, columns=chosen[name], **options) for name, array in arrays.items()}
 
         def finish() -> Factors:
             stored = {name: wait() for name, wait in parts.items()}
