@@ -32,7 +32,7 @@ from store.shards import encode_chunk
 from tests.cases import layout, trained
 
 VIT_B16: TokenLayout = layout(14, 14, 1)
-HEADS, HEAD_DIM, BATCH, BATCHES, LAYERS = 12, 64, 32, 2, 12
+HEADS, HEAD_DIM, BATCH, BATCHES, LAYERS = 12, 64, 32, 4, 12
 CORE = ("distance", "entropy", "morans_i")
 CHUNK = 4
 
