@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
-from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
+from engine.transfer import HostCopies, HostCopy
+from kernels import MetricSpec, TokenLayout, measure_qk
 from store import Factors, FactorSchema, StoreSchema
 from store.encodings import factor_schema
 
@@ -21,7 +23,8 @@ _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class BatchSinks:
     """Takes what one batch's forward pass hands over: measures it on the spot, and passes it on to the writer.
 
-    A layer goes to the writer when the next one arrives: by then its copy to the host has run beside a whole block.
+    Nothing is waited for while the model runs: values go to the host by `HostCopies`, and a layer is passed on to the
+    writer when as many others as may be on their way have followed it.
 
     Args:
         schema: of the store; without an encoding no attention is passed on.
@@ -29,9 +32,7 @@ class BatchSinks:
         backend: that measures.
         regions: layout -> coverage [image, region, patch] of this batch's images, or None.
         add_attention: called with each layer and its maps or `Factors`.
-
-    Attributes:
-        measurements: of each layer, in depth order.
+        copies: to the host, from the device the model runs on.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class BatchSinks:
         backend: str,
         regions: Mapping[TokenLayout, np.ndarray | None],
         add_attention: Callable[[int, Any], None],
+        copies: HostCopies,
     ) -> None:
         self._encoding = schema.encoding
         self._metrics = metrics
@@ -48,53 +50,58 @@ class BatchSinks:
         self._regions = regions
         self._layers = {layer.layer: layer for layer in schema.layers}
         self._add_attention = add_attention
-        self._arriving: tuple[int, Callable[[], Any]] | None = None
+        self._copies = copies
+        self._arriving: deque[tuple[int, Callable[[], Any]]] = deque()
         self._prefix_mass: dict[int, torch.Tensor] = {}
-        self.measurements: list[Measurement] = []
+        self._measured: list[dict[str, tuple[HostCopy, HostCopy]]] = []  # a layer: name -> values, undefined rows
 
     def __call__(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
     ) -> None:
         if self._metrics:
             regions = self._regions[site.layout]
-            self.measurements.append(
-                measure_qk(
-                    query,
-                    key,
-                    site.layout,
-                    metrics=self._metrics,
-                    scale=scale,
-                    bias=bias,
-                    backend=self._backend,
-                    regions=None if regions is None else torch.from_numpy(regions).to(query.device),
-                )
+            measured = measure_qk(
+                query,
+                key,
+                site.layout,
+                metrics=self._metrics,
+                scale=scale,
+                bias=bias,
+                backend=self._backend,
+                regions=None if regions is None else torch.from_numpy(regions).to(query.device),
+            )
+            start = self._copies.start
+            self._measured.append(
+                {name: (start(values), start(measured.undefined_rows[name])) for name, values in measured.items()}
             )
         if self._encoding:
-            self._pass_on()
             factors = self._layers[site.layer].factors
             if factors is None:
                 maps = attention_map(query, key, scale, bias)
                 self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).mean()
-                self._arriving = site.layer, _to_host(maps, _PRECISION[self._encoding], copy=False)
+                arriving: Callable[[], Any] = self._copies.start(maps, _PRECISION[self._encoding])
             else:
-                parts = [_to_host(part, getattr(torch, factors.precision)) for part in (query, key)]
-                added = None if bias is None else _to_host(bias, bias.dtype)
-                self._arriving = (
-                    site.layer,
-                    lambda: Factors(
-                        query=parts[0](), key=parts[1](), scale=scale, bias=None if added is None else added()
-                    ),
-                )
+                arriving = self._start_factors(query, key, scale, bias, getattr(torch, factors.precision))
+            self._arriving.append((site.layer, arriving))
+            self._pass_on(self._copies.depth)
+
+    def _start_factors(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, precision: torch.dtype
+    ) -> Callable[[], Factors]:
+        start = self._copies.start
+        parts = start(query, precision, shared=True), start(key, precision, shared=True)
+        added = None if bias is None else start(bias, shared=True)
+        return lambda: Factors(query=parts[0](), key=parts[1](), scale=scale, bias=None if added is None else added())
 
     def finish(self) -> None:
-        """Pass on the last layer."""
-        self._pass_on()
+        """Pass on the last layers."""
+        self._pass_on(0)
 
-    def _pass_on(self) -> None:
-        if self._arriving is not None:
-            layer, attention = self._arriving
-            self._arriving = None
-            self._add_attention(layer, attention())
+    def _pass_on(self, leave: int) -> None:
+        """Hand the layers that have arrived to the writer, waiting for those beyond the last `leave`."""
+        while len(self._arriving) > leave:
+            layer, arrived = self._arriving.popleft()
+            self._add_attention(layer, arrived())
 
     def prefix_mass(self) -> dict[int, float]:
         """Mean mass that each layer whose maps were kept gives to its prefix tokens."""
@@ -105,31 +112,10 @@ class BatchSinks:
 
         Layers with fewer heads than the widest are filled with NaN and −1.
         """
-        names = list(self.measurements[0]) if self.measurements else []
-        values = {name: stack_layers([m[name] for m in self.measurements], np.nan) for name in names}
-        counts = {name: stack_layers([m.undefined_rows[name] for m in self.measurements], -1) for name in names}
+        names = list(self._measured[0]) if self._measured else []
+        values = {name: stack_layers([layer[name][0]() for layer in self._measured], np.nan) for name in names}
+        counts = {name: stack_layers([layer[name][1]() for layer in self._measured], -1) for name in names}
         return values, counts
-
-
-def _to_host(values: torch.Tensor, precision: torch.dtype, *, copy: bool = True) -> Callable[[], torch.Tensor]:
-    """Start to bring values to the host; the result waits for them.
-
-    From a GPU they come in `precision`, pinned and asynchronously. On a CPU they keep their own, for the writer narrows
-    them chunk by chunk (torch's cast to float16 ran at 0.25 GB/s), and are copied if they are the model's.
-    """
-    if values.device.type == "cpu":
-        own = values.clone(memory_format=torch.contiguous_format) if copy else values
-        return lambda: own
-    host = torch.empty(values.shape, dtype=precision, pin_memory=True)
-    host.copy_(values.to(precision), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> torch.Tensor:
-        copied.synchronize()
-        return host
-
-    return wait
 
 
 def stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:

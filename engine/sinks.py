@@ -22,6 +22,7 @@ from engine import __version__
 from engine.batch_sinks import BatchSinks, discover_factors, one_bias
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
 from engine.progress import ImageProgress
+from engine.transfer import HostCopies, pinned
 from kernels import MetricSpec, TokenLayout, load_metric, resolve
 from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
@@ -259,7 +260,11 @@ def _run_batches(
         rows = schema.batch_rows(batch)
         return list(range(rows.start, rows.stop))
 
+    def decode(batch: int) -> torch.Tensor:
+        return pinned(images.batch(rows_of(batch)), device)
+
     prefix_mass: dict[int, list[float]] = {}
+    copies = HostCopies(device)
     batches = writer.missing
     done = schema.num_images - sum(len(rows_of(batch)) for batch in batches)
     with (
@@ -271,12 +276,12 @@ def _run_batches(
         ahead: Future[torch.Tensor] | None = None
         for position, batch in enumerate(batches):
             rows = rows_of(batch)
-            pixels = ahead.result() if ahead is not None else images.batch(rows)
+            pixels = ahead.result() if ahead is not None else decode(batch)
             if position + 1 < len(batches):
-                ahead = decoder.submit(images.batch, rows_of(batches[position + 1]))
+                ahead = decoder.submit(decode, batches[position + 1])
             of_batch = {layout: None if r is None else r[rows] for layout, r in regions.items()}
             add_attention = partial(_add_attention, writer, biases, batch)
-            sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention)
+            sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies)
             with AttentionTap(model, sinks, layers=capture.layers or None):
                 logits = model(pixels.to(device, non_blocking=True))
             sinks.finish()
