@@ -116,7 +116,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             stack.enter_context(
                 patch_stem(self._vision).register_forward_pre_hook(self._begin_forward, with_kwargs=True)
             )
-            for name, module in _attention_modules(self.model):
+            for name, module in () if self._checked else _attention_modules(self.model):
                 stack.enter_context(module.register_forward_pre_hook(self._note_run(name)))
             stack.enter_context(self.model.register_forward_hook(self._after_forward))
             stack.enter_context(self._interception)
@@ -292,7 +292,7 @@ def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.M
     stated = [
         (name, module)
         for name, module in named_modules(model)
-        if any(isinstance(getattr(module, key, None), int) for key in ("num_heads", "num_attention_heads"))
+        if any(isinstance(vars(module).get(key), int) for key in ("num_heads", "num_attention_heads"))
     ]
     outer = {".".join(name.split(".")[:depth]) for name, _ in stated for depth in range(len(name.split("."))) if name}
     return ((name, module) for name, module in stated if name not in outer)
