@@ -28,15 +28,16 @@ __all__ = [
     "either",
     "exponent",
     "first",
+    "first_lane",
     "fma",
     "fraction",
     "greater",
     "holds_sign",
     "keep",
     "load",
-    "load_kept",
     "mantissa",
     "next_lane",
+    "prefetch",
     "splat",
     "store",
     "sums_of_eight",
@@ -175,15 +176,19 @@ def load(typing: Any, array: Any, position: Any) -> Any:
 
 
 @_intrinsic
-def load_kept(typing: Any, array: Any, position: Any, mask: Any) -> Any:
-    """As `load`; lanes outside the mask are 0, though their items must lie within the array too."""
+def prefetch(typing: Any, array: Any, position: Any) -> Any:
+    """Asks for the cache line of array[position], which need not lie within the array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, position, bits = arguments
-        widened = _widened(context, builder, signature.args[0], array, position)
-        return builder.select(_as_mask(builder, bits), widened, _vector(0.0))
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        to_read, keep_close, of_data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        signature_of = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, signature_of, "llvm.prefetch.p0")
+        builder.call(function, [address, to_read, keep_close, of_data])
+        return context.get_dummy_value()
 
-    return _lanes(array, types.int64, mask), generate
+    return types.void(array, types.int64), generate
 
 
 @_intrinsic
@@ -199,23 +204,22 @@ def store(typing: Any, array: Any, position: Any, value: Any) -> Any:
 
 
 @_intrinsic
-def transpose(typing: Any, source: Any, begin: Any, stride: Any, target: Any, at: Any) -> Any:
-    """target[at + 16 i + j] = source[begin + j · stride + i] for i, j of 0 … 15, all float32.
+def transpose(typing: Any, source: Any, begin: Any, stride: Any, factor: Any, target: Any, at: Any) -> Any:
+    """target[at + 16 i + j] = factor · source[begin + j · stride + i] for i, j of 0 … 15, widened.
 
     Four rounds in which pairs of rows exchange halves, quarters, …: 64 shuffles for 256 items.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, begin, stride, target, at = arguments
+        source, begin, stride, factor, target, at = arguments
         whole = stride.type
+        times = _splatted(builder, factor)
 
         def shifted(position: Any, row: int, step: Any) -> Any:
             return builder.add(position, builder.mul(step, ir.Constant(whole, row)))
 
         rows = [
-            builder.load(
-                _address(context, builder, signature.args[0], source, shifted(begin, j, stride), _F32), align=4
-            )
+            builder.fmul(times, _widened(context, builder, signature.args[0], source, shifted(begin, j, stride)))
             for j in range(WIDTH)
         ]
         half = WIDTH // 2
@@ -231,10 +235,10 @@ def transpose(typing: Any, source: Any, begin: Any, stride: Any, target: Any, at
             half //= 2
         for i in range(WIDTH):
             position = shifted(at, i, ir.Constant(whole, WIDTH))
-            builder.store(rows[i], _address(context, builder, signature.args[3], target, position, _F32), align=4)
+            builder.store(rows[i], _address(context, builder, signature.args[4], target, position, _F32), align=4)
         return context.get_dummy_value()
 
-    return types.void(source, types.int64, types.int64, target, types.int64), generate
+    return types.void(source, types.int64, types.int64, types.float32, target, types.int64), generate
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------
@@ -348,6 +352,16 @@ def times_power(typing: Any, value: Any, power: Any) -> Any:
 
 
 # --- across lanes ---------------------------------------------------------------------------------------------------
+
+
+@_intrinsic
+def first_lane(typing: Any, value: Any) -> Any:
+    """Lane 0 as a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.extract_element(arguments[0], ir.Constant(_I32, 0))
+
+    return types.float32(_lanes), generate
 
 
 @_intrinsic

@@ -244,6 +244,10 @@ def _finish_numpy(
     values: np.ndarray, valid: np.ndarray, is_rows: bool, reduce: Reduce
 ) -> tuple[np.ndarray, np.ndarray]:
     """(values or their mean over defined rows, undefined rows [*leading]); valid is [*leading, patch query]."""
+    if is_rows and reduce == "mean":
+        total = values.sum(axis=-1, dtype=np.float64)
+        if not np.isnan(total).any():  # every row has a value, as nearly always
+            return np.asarray(total / values.shape[-1]), np.zeros(values.shape[:-1], np.int64)
     defined = ~np.isnan(values)
     if not is_rows:
         missing = ~defined if defined.ndim == valid.ndim - 1 else (~defined).sum(axis=-1)

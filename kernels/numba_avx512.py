@@ -32,15 +32,16 @@ from kernels.lanes import (
     either,
     exponent,
     first,
+    first_lane,
     fma,
     fraction,
     greater,
     holds_sign,
     keep,
     load,
-    load_kept,
     mantissa,
     next_lane,
+    prefetch,
     splat,
     store,
     sums_of_eight,
@@ -91,6 +92,7 @@ _E0, _E1, _E2, _E3, _E4, _E5 = (
         0.0018964604241773486,
     )
 )
+_AHEAD = 1024  # items by which memory is asked for in advance
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any value whose own weighs something
 
@@ -100,23 +102,29 @@ _TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any valu
 
 @njit(**OPTIONS)
 def _block_sums(
-    buffer: Any, begin: Any, mean: Any, cols: Any, rows: Any, kept: Any, distances: Any, at: Any, pitch: Any, col: Any
+    buffer: Any,
+    begin: Any,
+    mean: Any,
+    cols: Any,
+    rows: Any,
+    distances: Any,
+    at: Any,
+    degrees: Any,
+    col: Any,
+    in_next_block: Any,
 ) -> Any:
-    """Sums, lane by lane, over the grid rows of `kept` columns from column `col` on, `cols` being the grid's.
-
-    `buffer[begin]` is the row's first patch, `distances[at]` its distance, grid rows of which are `pitch` apart.
-    (Σ x, Σ x·d, Σ x·(log2 x − _L0), Σ z, Σ z², Σ z·z' over edges, z of the first grid row, of the last, signs).
-    """
-    mask = first(kept)
+    """The sums of `_row_sums`, lane by lane, over the up to sixteen grid columns from `col` on; then the signs."""
+    pitch = degrees.size
     inner = first(min(cols - col - 1, WIDTH))  # lanes with a neighbour to the right
     nothing, tiny, centre = splat(_ZERO), splat(_TINY), splat(mean)
     c1, c2, c3, c4, c5, c6 = splat(_L1), splat(_L2), splat(_L3), splat(_L4), splat(_L5), splat(_L6)
     total, far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing, nothing
     above = nothing
-    top = keep(mask, load(buffer, begin + col) - centre)
+    top = load(buffer, begin + col) - centre
     here, there = begin + col, at + col
     for _ in range(rows):
-        x = load_kept(buffer, here, mask)
+        prefetch(buffer, here + _AHEAD)
+        x = load(buffer, here)
         signs = either(signs, x)
         total = total + x
         far = fma(x, load(distances, there), far)
@@ -124,18 +132,24 @@ def _block_sums(
         part = mantissa(safe)
         log = fma(part, fma(part, fma(part, fma(part, fma(part, fma(part, c6, c5), c4), c3), c2), c1), exponent(safe))
         weighted = fma(x, log, weighted)
-        z = keep(mask, x - centre)
+        z = x - centre
         rest = rest + z
         square = fma(z, z, square)
-        if kept < WIDTH or col + WIDTH == cols:
-            right = next_lane(z, inner)
-        else:
+        if in_next_block:
             right = load(buffer, here + 1) - centre  # lane 15's neighbour is in the next block
+        else:
+            right = next_lane(z, inner)
         cross = fma(z, right + above, cross)
         above = z
         here += cols
         there += pitch
-    return total, far, weighted, rest, square, cross, top, above, signs
+    # Lanes beyond the grid row have summed up what lies there; none has met another.
+    degree = fma(rest, load(degrees, col), nothing) - top - above
+    mask = first(min(cols - col, WIDTH))
+    return (
+        *(keep(mask, total), keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
+        *(keep(mask, degree), keep(mask, cross), keep(mask, signs)),
+    )
 
 
 @njit(**OPTIONS)
@@ -155,20 +169,22 @@ def _row_sums(
 
     `degrees` [col] are the neighbours of a patch in an inner grid row. Σ x is NaN where a sign bit is set.
     """
-    pitch = degrees.size
-    kept = min(cols, WIDTH)
-    total, far, weighted, rest, square, cross, top, bottom, signs = _block_sums(
-        buffer, begin, mean, cols, rows, kept, distances, at, pitch, 0
-    )
-    degree = fma(rest, load(degrees, 0), splat(_ZERO)) - top - bottom
-    for col in range(WIDTH, cols, WIDTH):
-        kept = min(cols - col, WIDTH)
-        total_, far_, weighted_, rest_, square_, cross_, top, bottom, signs_ = _block_sums(
-            buffer, begin, mean, cols, rows, kept, distances, at, pitch, col
+    if cols <= WIDTH:
+        total, far, weighted, rest, square, degree, cross, signs = _block_sums(
+            buffer, begin, mean, cols, rows, distances, at, degrees, 0, False
         )
-        degree = degree + (fma(rest_, load(degrees, col), splat(_ZERO)) - top - bottom)
-        total, far, weighted = total + total_, far + far_, weighted + weighted_
-        rest, square, cross, signs = rest + rest_, square + square_, cross + cross_, either(signs, signs_)
+        store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
+        if holds_sign(signs):
+            sums[out_at] = np.nan
+        return
+    total, far, weighted, rest, square, degree, cross, signs = _block_sums(
+        buffer, begin, mean, cols, rows, distances, at, degrees, 0, True
+    )
+    for col in range(WIDTH, cols, WIDTH):
+        more = _block_sums(buffer, begin, mean, cols, rows, distances, at, degrees, col, col + WIDTH < cols)
+        total, far, weighted, rest = total + more[0], far + more[1], weighted + more[2], rest + more[3]
+        square, degree, cross = square + more[4], degree + more[5], cross + more[6]
+        signs = either(signs, more[7])
     store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
     if holds_sign(signs):
         sums[out_at] = np.nan
@@ -208,32 +224,39 @@ def _as_stored_of(buffer: Any) -> Any:
 
 @njit(**OPTIONS)
 def _map_sums(
-    buffer: Any, kind: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
+    buffer: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
 ) -> None:
     """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query]."""
     prefix, _, cols, _ = shape
     distances, degrees = wide
     patches = tables[1].size
     rows = patches // cols
-    on_prefix = np.empty(prefix, np.float32)
-    at_end = np.zeros(patches + WIDTH, buffer.dtype)
+    tokens = prefix + patches
+    at_end = np.zeros(tokens + WIDTH, buffer.dtype)
     for patch in range(patches):
         begin = start + (prefix + patch) * row_stride
-        load_row(_as_stored(buffer), begin, kind, on_prefix)
-        mass = _ZERO
-        for i in range(prefix):
-            mass += on_prefix[i]
-        head[patch] = mass
-        mean = (_ONE - mass) / np.float32(patches)
         row, col = patch // cols, patch % cols
-        at = (rows - 1 - row) * degrees.size
-        begin += prefix
+        at = (col * (2 * rows - 1) + rows - 1 - row) * degrees.size
         if begin + at_end.size <= buffer.size:
-            _row_sums(buffer, begin, mean, cols, rows, distances[col], at, degrees, sums, 8 * patch)
+            head[patch] = _prefix_sum(buffer, begin, prefix)
+            mean = (_ONE - head[patch]) / np.float32(patches)
+            _row_sums(buffer, begin + prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
         else:  # whole registers would reach beyond the memory
-            for i in range(patches):
+            for i in range(tokens):
                 at_end[i] = buffer[begin + i]
-            _row_sums(at_end, 0, mean, cols, rows, distances[col], at, degrees, sums, 8 * patch)
+            head[patch] = _prefix_sum(at_end, 0, prefix)
+            mean = (_ONE - head[patch]) / np.float32(patches)
+            _row_sums(at_end, prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
+
+
+@njit(**OPTIONS)
+def _prefix_sum(buffer: Any, begin: Any, prefix: Any) -> Any:
+    """The mass on the prefix; NaN where a value is negative."""
+    total = _ZERO
+    for i in range(prefix):
+        value = first_lane(load(buffer, begin + i))
+        total += value if value >= _ZERO else np.float32(np.nan)
+    return total
 
 
 @njit(**OPTIONS)
@@ -292,25 +315,30 @@ def _pack(
 ) -> None:
     """Tokens as panels [sixteen tokens, dim, token of the sixteen], patches first, times `factor`; 0 beyond the last.
 
-    `sixteen` is a scratch [16, dim rounded up to 16] of zeros beyond `head_dim`.
+    Dimensions are padded to a multiple of 16 with what comes along; no sum reaches them. `sixteen` is a scratch
+    [16, padded dim] for tokens that do not follow each other, or whose padding would reach beyond the memory.
     """
     tokens = prefix + patches
     padded = sixteen.shape[1]
     flat = sixteen.reshape(-1)
     for begin in range(0, tokens, WIDTH):
+        first_row = start + (prefix + begin) * stride
+        in_place = begin + WIDTH <= patches and first_row + (WIDTH - 1) * stride + padded <= buffer.size
+        if in_place:
+            for dim in range(0, padded, WIDTH):
+                transpose(buffer, first_row + dim, stride, factor, panels, begin * padded + dim * WIDTH)
+            continue
         for row in range(WIDTH):
             line = sixteen[row, :head_dim]
             place = begin + row
             if place < tokens:
                 token = place + prefix if place < patches else place - patches
-                load_row(buffer, start + token * stride, kind, line)
-                for i in range(head_dim):
-                    line[i] *= factor
+                load_row(_as_stored(buffer), start + token * stride, kind, line)
             else:
                 for i in range(head_dim):
                     line[i] = _ZERO
         for dim in range(0, padded, WIDTH):
-            transpose(flat, dim, padded, panels, begin * padded + dim * WIDTH)
+            transpose(flat, dim, padded, factor, panels, begin * padded + dim * WIDTH)
 
 
 @njit(**OPTIONS)
@@ -451,7 +479,7 @@ def _attention_map(
     head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
     done = np.empty(patches, np.bool_)
     scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
-    _map_sums(buffer, kind, start, row_stride, shape, tables, wide, head, sums)
+    _map_sums(buffer, start, row_stride, shape, tables, wide, head, sums)
     _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
     stored = _as_stored(buffer)
     for q in range(prefix + patches):
@@ -574,7 +602,7 @@ def _qk_map(
 def passes() -> SimpleNamespace:
     """`attention` and `qk` as those of `numba_loops`, with one more argument each:
 
-    attention  wide: distances [grid column, …] and degrees [column], grid rows padded to whole registers
+    attention  wide: distances [grid column, …], flat, and degrees [column], grid rows padded to whole registers
     qk         near: distances [sixteen queries, key, query of the sixteen], flat
     """
     of = sources()  # a part of the key under which compiled code is kept

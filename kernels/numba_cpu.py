@@ -71,7 +71,7 @@ class PassResult:
 
     Attributes:
         rows: float [6, map, patch query]: distance, entropy (nat), Moran's I, Geary's C, Gini coefficient; NaN where
-            undefined. Then entropy in the `seed1` convention, NaN where invalid.
+            undefined. Then entropy in the `seed1` convention, NaN where invalid. Of those asked for alone.
         prefix_mass: float [map, patch query].
         patch_mass: float64 [map, patch query], the patches' part of each row; NaN where invalid or not asked for.
         received: float64 [map, patch], sum of the renormalised rows over the defined patch queries.
@@ -142,11 +142,9 @@ def measure_attention(
     maps = _flat(_bits(host_view(attention)))
     kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
     tolerance, needs = ROW_SUM_TOLERANCE[name], _needs(specs, layout)
-    out = _outputs(math.prod(leading), layout, tables[0].dtype)
+    out = _outputs(math.prod(leading), layout, tables[0].dtype, needs)
     if name != "float64" and has_vector_loops():
-        if kind == BFLOAT16:
-            maps = (_read_only(maps[0].view(np.int16)), *maps[1:])
-        run = partial(vector_passes().attention, maps, kind, shape, tables, _wide_tables(layout))
+        run = partial(vector_passes().attention, _as_typed_bits(maps, kind), kind, shape, tables, _wide_tables(layout))
     else:
         run = partial(passes().attention, maps, kind, shape, tables)
     over_parts(partial(run, tolerance, needs, out), math.prod(leading))
@@ -176,13 +174,17 @@ def measure_qk(
         of_bias = (_read_only(np.zeros(0, compute)), np.zeros(0, np.int64), 0)
     else:
         of_bias = _flat(_additive(bias, compute))
-    out = _outputs(math.prod(leading), layout, compute)
-    arguments = (queries, keys, _KINDS.get(name, FLOAT), scale, of_bias, _shape(layout), tables)
+    needs = _needs(specs, layout)
+    out = _outputs(math.prod(leading), layout, compute, needs)
+    kind = _KINDS.get(name, FLOAT)
+    if name != "float64" and has_vector_loops():
+        queries, keys = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
+    arguments = (queries, keys, kind, scale, of_bias, _shape(layout), tables)
     if name != "float64" and has_vector_loops():
         run = partial(vector_passes().qk, *arguments, _near_table(layout))
     else:
         run = partial(passes().qk, *arguments)
-    over_parts(partial(run, _needs(specs, layout), out), math.prod(leading))
+    over_parts(partial(run, needs, out), math.prod(leading))
     return _read(out, leading, layout, specs, regions)
 
 
@@ -222,15 +224,22 @@ def _needs(specs: Sequence[MetricSpec], layout: TokenLayout) -> int:
     return needs
 
 
-def _outputs(maps: int, layout: TokenLayout, dtype: np.dtype[Any]) -> tuple[np.ndarray, ...]:
-    """What a pass fills in: the arrays of `PassResult`, all undefined, and validity [map, query], all valid."""
+def _outputs(maps: int, layout: TokenLayout, dtype: np.dtype[Any], needs: int) -> tuple[np.ndarray, ...]:
+    """What a pass fills in: the arrays of `PassResult`, undefined, and validity [map, query], all valid.
+
+    What is not needed is left uninitialised or without maps: at a millisecond an image a pass would notice.
+    """
     patches = layout.num_patches
+    rows = np.empty((6, maps, patches), dtype)
+    for i, need in enumerate((DISTANCE, ENTROPY, MORAN, GEARY, GINI, ENTROPY_SEED1)):
+        if needs & need:
+            rows[i] = np.nan
     return (
-        np.full((6, maps, patches), np.nan, dtype),
+        rows,
         np.full((maps, patches), np.nan, dtype),
-        np.full((maps, patches), np.nan),
-        np.zeros((maps, patches)),
-        np.full((maps, patches), np.nan),
+        np.full((maps if needs & PATCH_MASS else 0, patches), np.nan),
+        np.zeros((maps if needs & RECEIVED else 0, patches)),
+        np.full((maps if needs & CLASS_ROW else 0, patches), np.nan),
         np.ones((maps, layout.num_tokens), np.bool_),
     )
 
@@ -292,12 +301,12 @@ def _tables(layout: TokenLayout, double: bool) -> tuple[np.ndarray, np.ndarray]:
 def _wide_tables(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
     """(distances, degrees) with grid rows padded to whole registers.
 
-    distances[c] is offsets[c] of `_tables`, 0 in the padding; degrees [column] are a patch's neighbours in a grid row
+    distances are `_tables`' offsets, flat, 0 in the padding; degrees [column] are a patch's neighbours in a grid row
     that is neither first nor last.
     """
     cols, down = layout.grid_cols, 2 * layout.grid_rows - 1
     pitch = -(-cols // WIDTH) * WIDTH
-    distances = _aligned((cols, down * pitch))
+    distances = _aligned((cols * down * pitch,))
     distances.reshape(cols, down, pitch)[:, :, :cols] = _tables(layout, False)[0].reshape(cols, down, cols)
     degrees = _aligned((pitch,))
     degrees[:cols] = 4
@@ -330,6 +339,11 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16) if array.dtype == np.float16 else array
+
+
+def _as_typed_bits(memory: tuple[Any, ...], kind: int) -> tuple[Any, ...]:
+    """Memory whose item type tells the kind of half float, as `kernels.lanes` takes it: int16 for bfloat16."""
+    return (_read_only(memory[0].view(np.int16)), *memory[1:]) if kind == BFLOAT16 else memory
 
 
 def _flat(array: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

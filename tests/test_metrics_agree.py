@@ -73,6 +73,23 @@ def test_agrees_with_the_reference(backend: str, case: Case, dtype: str) -> None
 
 
 @pytest.mark.parametrize("backend", FAST, indirect=True)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("key", [0, 1, 2, 17, 18, 19, 101])
+def test_a_negative_value_is_found_wherever_it_is(backend: str, dtype: str, key: int) -> None:
+    """Its row sums to 1 all the same. Keys 0 and 1 are the prefix; 17 is the last of a register, 18 and 19 end a row."""
+    of = layout(5, 20, 2)
+    attention = np.full((1, 2, of.num_tokens, of.num_tokens), 1 / of.num_tokens)
+    attention[0, 1, 7, key] *= -1
+    attention[0, 1, 7, (key + 1) % of.num_tokens] *= 3
+    attention[0, 0, 4, key] = -0.0  # as good as 0
+    attention[0, 0, 4, (key + 1) % of.num_tokens] *= 2
+    got = measure_attention(attention.astype(dtype), of, ["distance", "prefix_mass"], backend, "mask", "none")
+    assert got.masked == 1
+    assert np.argwhere(np.isnan(got["distance"])).tolist() == [[0, 1, 5]]
+    assert np.argwhere(np.isnan(got["prefix_mass"])).tolist() == [[0, 1, 5]]
+
+
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 def test_torch_and_numpy_input_give_the_same_bits(backend: str) -> None:
     case = CASES[0]
     attention = rounded(case.attention(), "float16").astype(np.float16)
