@@ -22,6 +22,7 @@ __all__ = [
     "CaptureConfig",
     "ConditionConfig",
     "DataConfig",
+    "Hdf5Config",
     "MeasureConfig",
     "ModelConfig",
     "PretrainConfig",
@@ -194,6 +195,18 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hdf5Config:
+    """Attention to and from HDF5: the commands export and import."""
+
+    __pydantic_config__ = _FORBID
+    file: str = _key("", "export: the file to write; import: the file to read")
+    grid: tuple[Count, ...] = _key((), "import: rows and columns of patches, where the file does not say it")
+    prefix_tokens: Natural = _key(1, "import: class and register tokens before the patches")
+    patch_px: tuple[Count, ...] = _key((16, 16), "import: height and width of a patch in pixels")
+    class_token: bool = _key(True, "import: whether the first prefix token is a class token")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
     """Paired comparisons."""
 
@@ -264,6 +277,7 @@ class StudyConfig:
     )
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    hdf5: Hdf5Config = field(default_factory=Hdf5Config)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     relevance: RelevanceConfig = field(default_factory=RelevanceConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -82,6 +82,21 @@ def _sweep(config: StudyConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.exchange import export_hdf5
+
+    print(export_hdf5(config))
+    return 0
+
+
+def _import(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.exchange import import_hdf5
+
+    store = import_hdf5(config)
+    print(f"{store.path}: {len(store.image_ids)} images, {len(store.layers)} layers")
+    return 0
+
+
 def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from store.verify import verify
 
@@ -132,6 +147,26 @@ COMMANDS: dict[str, Command] = {
         flags={"--store": "measure.store", "--metrics": "measure.metrics", "--against": "measure.against"},
         defaults={"data.kind": "folder"},  # the metrics of any study, not those of the embedded one
         required=("--store",),
+    ),
+    "export": Command(
+        "a store's attention as one HDF5 file",
+        _export,
+        flags={"--store": "measure.store", "--hdf5": "hdf5.file"},
+        defaults={"data.kind": "folder"},
+        required=("--store", "--hdf5"),
+    ),
+    "import": Command(
+        "a store of the attention in an HDF5 file of your own: [image, head, query, key] a layer",
+        _import,
+        flags={
+            "--hdf5": "hdf5.file",
+            "--store": "capture.store",
+            "--grid": "hdf5.grid",
+            "--encoding": "capture.encoding",
+            "--batch-size": "capture.batch_size",
+        },
+        defaults={"data.kind": "folder"},
+        required=("--hdf5", "--store"),
     ),
     "stats": Command("the study up to the paired comparisons", _stages("statistics")),
     "relevance": Command("the study up to the relevance samples", _stages("relevance")),
