@@ -88,7 +88,7 @@ def build_table(
                 per_condition = undefined.setdefault(spec.name, {})
                 per_condition[condition] = per_condition.get(condition, 0) + int(counts.clip(min=0).sum())
             columns.append(np.stack(of_seeds))
-        dims = ("condition", "seed", "image", "layer", "head") + (("region",) if spec.inputs == "regions" else ())
+        dims = ("condition", "seed", *spec.axes)
         described = {
             "units": spec.unit,
             "title": spec.title or spec.name,

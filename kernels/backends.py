@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
-__all__ = ["BACKENDS", "CUDA_BACKENDS", "BackendSpec", "BackendUnavailableError", "resolve"]
+__all__ = ["BACKENDS", "BackendSpec", "BackendUnavailableError", "resolve"]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -65,13 +65,6 @@ BACKENDS: dict[str, BackendSpec] = {
         BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
         BackendSpec("numba", "kernels.numba_cpu", ("cpu",), "compiled CPU loops, one pass; the default without a GPU"),
         BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
-    )
-}
-
-# These run on a CUDA device alone; what goes through every backend on any machine goes through `BACKENDS`.
-CUDA_BACKENDS: dict[str, BackendSpec] = {
-    spec.name: spec
-    for spec in (
         BackendSpec(
             "triton",
             "kernels.triton_gpu",
@@ -94,7 +87,7 @@ def resolve(backend: str, device: str) -> BackendSpec:
     """The backend that will run on data of this device type.
 
     Args:
-        backend: a name of `BACKENDS` or `CUDA_BACKENDS`, or "auto": numba for "cpu", torch otherwise.
+        backend: a name of `BACKENDS`, or "auto": numba for "cpu", torch otherwise.
         device: torch device type of the data, "cpu" for NumPy.
 
     Raises:
@@ -103,10 +96,9 @@ def resolve(backend: str, device: str) -> BackendSpec:
     """
     if backend == "auto":
         backend = "numba" if device == "cpu" else "torch"
-    known = {**BACKENDS, **CUDA_BACKENDS}
-    if backend not in known:
-        raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(known)}")
-    spec = known[backend]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+    spec = BACKENDS[backend]
     if device not in spec.readable_devices:
         raise BackendUnavailableError(
             f"backend {backend!r} reads data on {' or '.join(spec.devices)}, but the attention is on {device!r}; "

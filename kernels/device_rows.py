@@ -1,16 +1,16 @@
 """What the CUDA backends share: where rows lie in memory, the values of every row, and the metrics read off them.
 
 A kernel gives each token's row five values; a metric is a view of one of them. So the two backends differ in their
-kernels alone, and `declare` is where they say which metrics they have code for.
+kernels alone, and the implementations that `METRICS` names for them are here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,20 +18,26 @@ from torch import Tensor
 
 from kernels.arrays import Values
 from kernels.layout import TokenLayout
-from kernels.metrics import METRICS, MetricSpec
+from kernels.metrics import MetricSpec
 
 __all__ = [
     "DISTANCE",
     "ENTROPY",
     "GEARY",
-    "IMPLEMENTATIONS",
     "MORAN",
     "PLANES",
     "FromRows",
     "RowValues",
-    "declare",
+    "cls_entropy",
+    "cls_morans_i",
+    "distance",
     "distances",
+    "entropy",
+    "entropy_normalized",
+    "gearys_c",
+    "morans_i",
     "needs_of",
+    "prefix_mass",
     "read_values",
     "starts",
     "tensor_of",
@@ -77,27 +83,14 @@ class FromRows:
         return self.read(rows)
 
 
-IMPLEMENTATIONS: dict[str, FromRows] = {
-    "distance": FromRows(DISTANCE, lambda rows: rows.patch_queries("distance")),
-    "entropy": FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy")),
-    "entropy_normalized": FromRows(
-        ENTROPY, lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches)
-    ),
-    "morans_i": FromRows(MORAN, lambda rows: rows.patch_queries("morans_i")),
-    "gearys_c": FromRows(GEARY, lambda rows: rows.patch_queries("gearys_c")),
-    "prefix_mass": FromRows(0, lambda rows: rows.patch_queries("prefix_mass")),
-    "cls_entropy": FromRows(ENTROPY, lambda rows: rows.class_query("entropy")),
-    "cls_morans_i": FromRows(MORAN, lambda rows: rows.class_query("morans_i")),
-}
-
-
-def declare(backend: str) -> None:
-    """Enter this backend's metrics in `METRICS`; its module calls it, so they are there once it is loaded.
-
-    A metric that is not in `IMPLEMENTATIONS` is computed from its `reference` on tiles, and the result says so.
-    """
-    for name, implementation in IMPLEMENTATIONS.items():
-        cast(MutableMapping[str, Any], METRICS[name].implementations)[backend] = implementation
+distance = FromRows(DISTANCE, lambda rows: rows.patch_queries("distance"))
+entropy = FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy"))
+entropy_normalized = FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches))
+morans_i = FromRows(MORAN, lambda rows: rows.patch_queries("morans_i"))
+gearys_c = FromRows(GEARY, lambda rows: rows.patch_queries("gearys_c"))
+prefix_mass = FromRows(0, lambda rows: rows.patch_queries("prefix_mass"))
+cls_entropy = FromRows(ENTROPY, lambda rows: rows.class_query("entropy"))
+cls_morans_i = FromRows(MORAN, lambda rows: rows.class_query("morans_i"))
 
 
 def needs_of(specs: Sequence[MetricSpec], backend: str) -> int:

@@ -67,6 +67,11 @@ class MetricSpec:
     source: str = ""
     title: str = ""
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of its values in store, table and report."""
+        return ("image", "layer", "head", "region") if self.inputs == "regions" else ("image", "layer", "head")
+
     def implementation(self, backend: str) -> Callable[..., Any] | None:
         """This backend's callable, or None when only `reference` exists for it."""
         target = self.implementations.get(backend)
@@ -192,8 +197,16 @@ def _js_bounds(layout: TokenLayout) -> tuple[float, float]:
 
 def _in(*backends: str, name: str) -> dict[str, Implementation]:
     """A metric's function has the metric's name in every backend's module."""
-    modules = {"numba": "kernels.numba_cpu", "torch": "kernels.torch_ops"}
-    return {backend: f"{modules[backend]}:{name}" for backend in backends}
+    return {backend: f"{_MODULES[backend]}:{name}" for backend in backends}
+
+
+_MODULES = {
+    "numba": "kernels.numba_cpu",
+    "torch": "kernels.torch_ops",
+    "triton": "kernels.device_rows",
+    "numba_cuda": "kernels.device_rows",
+}
+_CPU_AND_CUDA = ("numba", "torch", "triton", "numba_cuda")
 
 
 _NO_MASS = "row whose patches sum to 0"
@@ -212,7 +225,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="image diagonals",
             inputs="rows",
             reference=reference.distance,
-            implementations=_in("numba", "torch", name="distance"),
+            implementations=_in(*_CPU_AND_CUDA, name="distance"),
             bounds=_distance_bounds,
             undefined=_NO_MASS,
             source=_DISTANCE,
@@ -254,7 +267,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="nat",
             inputs="rows",
             reference=reference.entropy,
-            implementations=_in("numba", "torch", name="entropy"),
+            implementations=_in(*_CPU_AND_CUDA, name="entropy"),
             bounds=_entropy_bounds,
             undefined=_NO_MASS,
             source=_SHANNON,
@@ -265,7 +278,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="1",
             inputs="rows",
             reference=reference.entropy_normalized,
-            implementations=_in("numba", "torch", name="entropy_normalized"),
+            implementations=_in(*_CPU_AND_CUDA, name="entropy_normalized"),
             bounds=_unit_bounds,
             undefined=_NO_MASS,
             source=_SHANNON,
@@ -286,7 +299,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="1",
             inputs="rows",
             reference=reference.morans_i,
-            implementations=_in("numba", "torch", name="morans_i"),
+            implementations=_in(*_CPU_AND_CUDA, name="morans_i"),
             bounds=_morans_i_bounds,
             undefined=_CONSTANT,
             source=_MORAN,
@@ -319,7 +332,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="1",
             inputs="rows",
             reference=reference.gearys_c,
-            implementations=_in("numba", "torch", name="gearys_c"),
+            implementations=_in(*_CPU_AND_CUDA, name="gearys_c"),
             bounds=_gearys_c_bounds,
             undefined=_CONSTANT,
             source="Geary 1954, doi:10.2307/2986645",
@@ -341,7 +354,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="1",
             inputs="rows",
             reference=reference.prefix_mass,
-            implementations=_in("numba", "torch", name="prefix_mass"),
+            implementations=_in(*_CPU_AND_CUDA, name="prefix_mass"),
             bounds=_unit_bounds,
             title="Mass on prefix tokens",
         ),
@@ -350,7 +363,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="nat",
             inputs="rows",
             reference=reference.cls_entropy,
-            implementations=_in("numba", "torch", name="cls_entropy"),
+            implementations=_in(*_CPU_AND_CUDA, name="cls_entropy"),
             bounds=_entropy_bounds,
             undefined=_NO_MASS,
             source=_SHANNON,
@@ -361,7 +374,7 @@ METRICS: dict[str, MetricSpec] = {
             unit="1",
             inputs="rows",
             reference=reference.cls_morans_i,
-            implementations=_in("numba", "torch", name="cls_morans_i"),
+            implementations=_in(*_CPU_AND_CUDA, name="cls_morans_i"),
             bounds=_morans_i_bounds,
             undefined=_CONSTANT,
             source=_MORAN,

@@ -32,7 +32,6 @@ from kernels.device_rows import (
     GEARY,
     MORAN,
     PLANES,
-    declare,
     distances,
     needs_of,
     read_values,
@@ -306,6 +305,3 @@ def _row_kernel(double: bool, half: bool) -> Any:
                 planes[3, row] = real(patches - 1) / real(2 * num_edges) * (apart / squares)
 
     return measure_rows
-
-
-declare("numba_cuda")

@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels.arrays import Values, dtype_name
 from kernels.backends import BackendUnavailableError
 from kernels.checks import ROW_SUM_TOLERANCE
-from kernels.device_rows import PLANES, declare, distances, needs_of, read_values, starts, tensor_of
+from kernels.device_rows import PLANES, distances, needs_of, read_values, starts, tensor_of
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 
@@ -504,6 +504,3 @@ def _qk_kernel(
             _store_edges(
                 planes, n, defined, varies, s_z, s_sq, s_cross, s_ends, s_apart, TOKENS, PATCHES, NUM_EDGES, NEEDS
             )
-
-
-declare("triton")

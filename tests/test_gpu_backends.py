@@ -14,18 +14,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from kernels import METRICS, BackendUnavailableError, InvalidAttentionError, measure_attention, measure_qk
-from kernels.backends import CUDA_BACKENDS
+from kernels.backends import BACKENDS
 from tests.cases import CASES, FROM_QK, TOLERANCE, Case, layout, near_uniform, rounded, vit_qk
 
 ROOT = Path(__file__).resolve().parents[1]
 
+CUDA_BACKENDS = {name: spec for name, spec in BACKENDS.items() if "cpu" not in spec.devices}
 EMULATED = tuple(name for name, spec in CUDA_BACKENDS.items() if "cpu" in spec.readable_devices)
 DEVICE = "cpu" if EMULATED or not torch.cuda.is_available() else "cuda"
 # Empty in an ordinary process without a CUDA device: pytest then skips what takes a backend.
@@ -265,21 +266,9 @@ class TestQueryAndKey:
             measure_qk(query, key, OF, bias=shown, backend=backend)
 
 
-@pytest.fixture
-def metrics_kept() -> Iterator[None]:
-    """Loading a backend enters its implementations in `METRICS`; afterwards they are gone for the process's others."""
-    before = {name: dict(spec.implementations) for name, spec in METRICS.items()}
-    yield
-    for name, spec in METRICS.items():
-        implementations = cast(dict[str, Any], spec.implementations)
-        implementations.clear()
-        implementations.update(before[name])
-
-
 class TestRefusals:
     @pytest.mark.skipif(bool(EMULATED), reason="emulators read the CPU's memory")
     @pytest.mark.parametrize("backend", list(CUDA_BACKENDS))
-    @pytest.mark.usefixtures("metrics_kept")
     def test_data_on_the_cpu(self, backend: str) -> None:
         attention = torch.full((1, N, N), 1 / N)
         with pytest.raises(BackendUnavailableError, match=f"'{backend}' reads data on cuda, but .* is on 'cpu'"):
@@ -307,7 +296,7 @@ GEOMETRY = {"PREFIX": 1, "PATCHES": 196, "GRID_COLS": 14, "NUM_EDGES": 364, "BLO
 POINTERS = {"starts": "*i64", "distances": "*fp32", "planes": "*fp32", "valid": "*i8"}
 
 
-@pytest.mark.usefixtures("metrics_kept", "emulator_runs")  # the emulators need not wait for the compiler
+@pytest.mark.usefixtures("emulator_runs")  # the emulators need not wait for the compiler
 class TestTritonCompiles:
     """Through to machine code, which takes no device: the interpreter lets pass what the compiler refuses."""
 
