@@ -93,12 +93,9 @@ class Journal:
         """
         key = digest(inputs)
         base = self.path.parent
-        last = self._last.get(name)
-        if last is not None and last["key"] == key:
-            found = {self._name(path, base): digest_path(path) for path in outputs}
-            if found == last["outputs"] and all(found.values()):
-                tqdm.write(f"{name}: done already")
-                return digest(found)
+        if (before := self.done(name, inputs, outputs)) is not None:
+            tqdm.write(f"{name}: done already")
+            return before
         began = time.perf_counter()
         note = work()
         left = {self._name(path, base): digest_path(path) for path in outputs}
@@ -116,6 +113,14 @@ class Journal:
         self._last[name] = record
         tqdm.write(f"{name}: {seconds:.1f} s")
         return digest(left)
+
+    def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> str | None:
+        """The hash of the outputs, if the stage was done with these inputs and they are as it left them."""
+        last = self._last.get(name)
+        if last is None or last["key"] != digest(inputs):
+            return None
+        found = {self._name(path, self.path.parent): digest_path(path) for path in outputs}
+        return digest(found) if found == last["outputs"] and all(found.values()) else None
 
     def seconds(self, name: str) -> float | None:
         """How long the stage took when it was last done."""

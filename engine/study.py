@@ -23,6 +23,7 @@ from engine.folder import capture_settings, manifest_dict, model_info
 from engine.journal import Journal, digest_path
 from engine.measure import measure_store
 from engine.outputs import OutputsFolder, resolve_device, write_json
+from engine.parallel import several_processes, train_together
 from engine.relevance.samples import choose_targets, explain_samples, samples_folder, write_samples
 from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
@@ -61,6 +62,8 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     # What is mistaken is found before anything is trained.
     metrics_of_one_capture(config.measure.metrics)
     check_bounds(config.statistics.equivalence, [load_metric(name).name for name in config.measure.metrics])
+    if several_processes() and not train_together(config):
+        return Path(config.outputs)  # the first process goes on alone
     study = Study(config)
     with study.opened():
         for stage in STAGES[: STAGES.index(last) + 1]:

@@ -26,6 +26,7 @@ from train.history import history_path, tensorboard_writer
 from train.hyperparameters import Hyperparameters
 from train.manifest import Manifest
 from train.models import build_model, load_checkpoint, preprocessing_of
+from train.parallel import Workers
 from train.pretrain import pretrain_digits
 
 __all__ = ["Run", "StudyData", "image_kind", "prepare_data", "shared_hyperparameters", "train_runs"]
@@ -297,11 +298,17 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
             if invariant and probe is None:
                 probe = path
     order = list(config.conditions)
+    if Workers.current().first:
+        _write_training(results, order, outputs)
+    return sorted(runs, key=lambda run: order.index(run.condition))
+
+
+def _write_training(results: dict[str, dict[str, Any]], order: list[str], outputs: Path) -> None:
+    """`metrics/training.json`: what the report says of the training, conditions in the order of the configuration."""
     document = {name: results[name] for name in order}
     write_atomically(
         outputs / "metrics" / "training.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
     )
-    return sorted(runs, key=lambda run: order.index(run.condition))
 
 
 def shared_hyperparameters(config: StudyConfig) -> Hyperparameters:
@@ -359,6 +366,8 @@ def _train_run(
         "version": __version__,
     }
 
+    tensorboard = shared.tensorboard and Workers.current().first
+
     def work() -> dict[str, Any]:
         result = train_condition(
             recipe=cast(Any, condition.recipe),
@@ -372,9 +381,11 @@ def _train_run(
             probe_checkpoint=probe,
             device=device,
             deterministic=shared.deterministic,
-            on_epoch=tensorboard_writer(outputs / "tensorboard" / path.stem) if shared.tensorboard else None,
+            on_epoch=tensorboard_writer(outputs / "tensorboard" / path.stem) if tensorboard else None,
             name=name,
         )
+        if not Workers.current().first:
+            return {}
         merged = (
             ""
             if result.merge_difference is None

@@ -56,7 +56,7 @@ class Preprocessing:
 
         mean = torch.tensor(self.mean, device=scaled.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=scaled.device).view(1, -1, 1, 1)
-        return (scaled - mean) / std
+        return (scaled - mean).div_(std)
 
 
 class ImageSet(ABC):
@@ -87,7 +87,7 @@ class ImageSet(ABC):
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """The model's input, float32 [image, channel, row, col]."""
-        return self.preprocessing.normalize(self.pixels(indices).float() / 255)
+        return self.preprocessing.normalize(self.pixels(indices).float().div_(255))
 
     def picture(self, index: int) -> np.ndarray:
         """One picture as the model sees it, uint8 [row, col, 3], before normalisation."""

@@ -96,7 +96,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train to the end and leave the weights of the best epoch in `module`.
 
-    Every epoch, and about every 20 seconds, the state goes to `state_file`; a later call with the same
+    Every epoch, and about every minute, the state goes to `state_file`; a later call with the same
     key goes on from there. The caller removes the file once the result is saved.
 
     Args:
@@ -147,7 +147,7 @@ def fit(
             for place in _parts(len(indices), schedule.accumulate):
                 chosen = indices[place]
                 scaled = augmentation.apply(
-                    pixels[place].to(device, non_blocking=True).float() / 255,
+                    pixels[place].to(device, non_blocking=True).float().div_(255),
                     seed=schedule.seed,
                     epoch=epoch,
                     indices=chosen,

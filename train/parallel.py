@@ -7,14 +7,17 @@ rounding of another order of summation, and are the same in all workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 from torch import distributed, nn
 
-__all__ = ["SINGLE", "Workers"]
+__all__ = ["SINGLE", "Workers", "joined"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,35 @@ class Workers:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def tell(self, answer: bool) -> bool:
+        """The first worker's answer, in all of them."""
+        if self.count == 1:
+            return answer
+        tensor = torch.tensor([float(answer)], device=_device())
+        distributed.broadcast(tensor, src=0)
+        return bool(tensor.item())
+
     def wait(self) -> None:
         """Until all workers are here."""
         if self.count > 1:
             distributed.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Workers]:
+    """The workers that torchrun started, their group joined for the length of a `with` block.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL, a GPU each).
+    """
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # A worker may have to wait while the first one decodes a data set; torchrun ends all when one fails.
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+    try:
+        yield Workers.current()
+    finally:
+        distributed.destroy_process_group()
 
 
 def _device() -> str:

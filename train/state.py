@@ -26,7 +26,7 @@ __all__ = ["Progress", "StateFile", "TrainingState", "settings_key", "trained_te
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 20.0  # between saves of the training state …
+SAVE_SECONDS = 60.0  # between saves of the training state …
 SAVE_SHARE = 0.02  # … or more where a save is slow: this share of the time at most
 
 
@@ -120,7 +120,7 @@ class StateFile:
         tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
         for index, moments in state.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(tensor) for name, tensor in moments.items()}
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"key": self.key, "progress": json.dumps(asdict(state.progress)), "tensors": state_digest(tensors)}
         content = save(tensors, metadata=header)
         if self.path.is_file():
