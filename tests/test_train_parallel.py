@@ -1,4 +1,4 @@
-"""Two processes that train one model: what one process would, up to rounding, and the rest of the study by the first."""
+"""Two processes that train one model: what one process would, up to rounding; the first does the rest of the study."""
 
 from __future__ import annotations
 
