@@ -301,6 +301,20 @@ def test_what_an_absent_finding_means_is_said(tmp_path: Path) -> None:
     assert "would have been found with a power of 80 %" in summary.split("## Observed patterns")[1]
 
 
+def test_skewed_differences_are_a_limit_that_is_named(tmp_path: Path) -> None:
+    outputs = small(tmp_path, conditions=("baseline", "finetuned"), regions=(), samples=False, gradcam=False)
+    assert "symmetric about zero" not in texts(outputs)[0]
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    for test in comparison["tests"]:
+        test["skewness"] = -2.0 if test["level"] == "head" and test["layer"] == 1 else 0.1
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, page = texts(outputs)
+    assert "In 4 of 20 image-level tests they are skewed" in summary
+    cells = payload(page)["maps"][0]["grids"][0]["cells"]
+    assert ["skewed" in cell["note"] for cell in cells[1]] == [True] * 4 + [False]
+
+
 def test_patterns_along_the_layers_come_from_their_tests(study: Path) -> None:
     results = load_results(study)
     summary = (study / "summary.md").read_text(encoding="utf-8")
@@ -367,7 +381,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)\]\(", summary), "a link was made"
     assert not re.search(r"(?<!\\)`", summary), "a code span was opened"
     rows = [line for line in summary.splitlines() if line.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 6, 7, 9) for row in rows), "a name has split a table's row"
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 6, 7, 10) for row in rows), "a name has split a table's row"
 
 
 def test_a_study_without_effect_says_so(tmp_path: Path) -> None:

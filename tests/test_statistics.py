@@ -54,6 +54,8 @@ def test_t_and_wilcoxon_equal_scipy_in_every_element() -> None:
     np.testing.assert_allclose(result.t, expected.statistic, rtol=1e-11)
     np.testing.assert_allclose(result.p_t, expected.pvalue, rtol=1e-9)
     np.testing.assert_allclose(result.difference, (b - a).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(result.sd, (b - a).std(axis=0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(result.skewness, scipy.stats.skew(b - a, axis=0), rtol=1e-9)
     for layer, head in np.ndindex(3, 4):
         wilcoxon = scipy.stats.wilcoxon(b[:, layer, head], a[:, layer, head])
         assert float(result.p_wilcoxon[layer, head]) == pytest.approx(wilcoxon.pvalue, rel=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.report import text
+from engine.report.analyses import SKEWED
 from engine.report.findings import Comparison, training_runs
 from engine.report.inputs import Results
 from engine.report.wording import scope_sentences
@@ -58,6 +59,7 @@ def limits(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
         *scope_sentences(results, found),
         "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
         "independent than that.",
+        *_skewed(results),
         "All findings are correlational: the conditions differ in all that training changed, not in attention alone.",
         "Only attention weights after the softmax were analysed, and only of layers whose map is tokens by tokens.",
         "Attention was described after training; it was not a training target.",
@@ -68,3 +70,16 @@ def limits(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
             "comparison, not over all of them."
         )
     return tuple(scope)
+
+
+def _skewed(results: Results) -> tuple[str, ...]:
+    """How many tests lean on a symmetry that their differences have not."""
+    tests = [*results.select("head"), *results.select("layer")]
+    skewed = sum(test.skewed for test in tests)
+    if not skewed:
+        return ()
+    return (
+        f"Sign flips assume differences symmetric about zero. In {text.share(skewed, len(tests))} image-level tests "
+        f"they are skewed so much for their number (skewness/√n above {SKEWED:g}) that a small max-T p is too easily "
+        "had: read their size and interval.",
+    )

@@ -81,6 +81,7 @@ def _tests(results: Results, found: Sequence[Comparison]) -> list[str]:
     lines: list[str] = []
     for comparison in found:
         lines.append(_text(wording.comparison_sentence(results, comparison)))
+        nested = next((test.nested_levels for change in comparison.changes for test in change.layers), "")
         rows = []
         for change in comparison.changes:
             for test in change.layers:
@@ -90,18 +91,29 @@ def _tests(results: Results, found: Sequence[Comparison]) -> list[str]:
                         str(test.layer),
                         text.quantity(test.difference, change.unit, difference=True),
                         text.interval(test.ci),
+                        *([text.interval(test.ci_nested)] if nested else []),
                         "" if test.dz is None else text.number(test.dz),
                         text.p_value(test.p_max_t),
                         text.p_value(test.p_holm),
                         text.p_value(test.p_bh),
+                        "" if test.mde is None else text.number(test.mde),
                     ]
                 )
         if rows:
             confidence = text.percent(results.confidence)
-            header = ["metric", "layer", "difference", f"{confidence} CI", "dz", "p max-T", "p Holm", "p BH"]
+            header = [
+                "metric",
+                "layer",
+                "difference",
+                f"{confidence} CI",
+                *([f"{confidence} CI, nested"] if nested else []),
+            ]
+            header += ["dz", "p max-T", "p Holm", "p BH", "detectable"]
             lines.append(
                 f"Layer by layer, {_text(comparison.condition)} − {_text(comparison.against)} "
-                "(mean over heads, paired by image):"
+                "(mean over heads, paired by image"
+                + (f"; nested: {_text(nested)} resampled" if nested else "")
+                + f"; detectable: what would have been found with a power of {text.percent(results.power)}):"
             )
             lines.append(_table(header, rows))
         over_runs = wording.seed_sentence(results, comparison)

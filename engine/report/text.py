@@ -61,7 +61,7 @@ def p_value(value: float | None) -> str:
     """Two significant digits; below 1e-4 only that, for no model is right to more."""
     if value is None:
         return "undefined"
-    return "1" if value >= 0.9995 else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return "1" if value >= 0.9995 else "<\u00a00.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def interval(ci: Interval) -> str:

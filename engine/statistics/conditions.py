@@ -258,7 +258,7 @@ def _test_family(
             "seeds": list(column.pairs.seeds),
             "n": int(values["n"][i]),
             "missing": int(values["missing"][i]),
-            **numbers(values, i, ("mean_against", "mean_condition", "difference", "sd", "dz", "gz")),
+            **numbers(values, i, ("mean_against", "mean_condition", "difference", "sd", "skewness", "dz", "gz")),
             "ci": interval(values, i),
             "ci_method": ci_method,
             "ci_nested": interval(nested, i) if nested else None,

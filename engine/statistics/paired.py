@@ -21,7 +21,7 @@ __all__ = ["compare_paired"]
 Floats = NDArray[np.float64]
 
 _VARIABLES = (
-    *("difference", "ci_low", "ci_high", "sd", "dz", "gz", "t", "n", "missing"),
+    *("difference", "ci_low", "ci_high", "sd", "skewness", "dz", "gz", "t", "n", "missing"),
     *("p_t", "p_wilcoxon", "p_sign_flip", "p_max_t", "p_holm", "p_bh", "p_tost", "p_tost_holm"),
 )
 
@@ -63,11 +63,12 @@ def compare_paired(
             or an array of the trailing shape, NaN where there is none. None: no such test, `p_tost` is NaN.
     Returns:
         Dataset over the trailing axes: `difference` (mean of b − a), `ci_low`, `ci_high`, `sd` (standard deviation of
-        the differences) in the unit of the input; `dz` (difference / sd), `gz` (dz with Hedges' correction, NaN below 3
-        pairs), `t`, `n`, `missing`; `p_t` (paired t-test), `p_wilcoxon` (signed ranks, zeros dropped), `p_sign_flip`
-        (this test alone), `p_max_t` (sign flip, family-wise), `p_holm` and `p_bh` (both of p_t), `p_tost` (that the
-        difference lies beyond the bound) and `p_tost_holm`. All tests of a difference are two-sided. The attributes say
-        how it was computed; `p_floor` is the least value that p_sign_flip and p_max_t can take.
+        the differences) in the unit of the input; `skewness` of the differences (see `sign_flip` for what it does);
+        `dz` (difference / sd), `gz` (dz with Hedges' correction, NaN below 3 pairs), `t`, `n`, `missing`; `p_t` (paired
+        t-test), `p_wilcoxon` (signed ranks, zeros dropped), `p_sign_flip` (this test alone), `p_max_t` (sign flip,
+        family-wise), `p_holm` and `p_bh` (both of p_t), `p_tost` (that the difference lies beyond the bound) and
+        `p_tost_holm`. All tests of a difference are two-sided. The attributes say how it was computed; `p_floor` is the
+        least value that p_sign_flip and p_max_t can take.
     Raises:
         ValueError: shapes, dimensions or coordinates of a and b differ; fewer than 2 images; groups of another length;
             a parameter out of range.
@@ -207,6 +208,8 @@ def _summary(d: Floats) -> dict[str, Any]:
     deviation /= np.where(greatest > 0, greatest, 1)  # squares of small numbers vanish, and a vanished sd is no zero
     sd = greatest * np.sqrt(np.einsum("ij,ij->j", deviation, deviation) / np.maximum(n - 1, 1))
     sd[constant] = 0
+    moments = [np.einsum("ij->j", deviation**power) / np.maximum(n, 1) for power in (2, 3)]
+    skewness = np.where((n >= 3) & ~constant, moments[1] / np.where(moments[0] > 0, moments[0], 1) ** 1.5, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):  # sd 0: 0/0 is NaN and c/0 is ±inf, as documented
         dz = np.where(enough, mean / sd, np.nan)
     t = np.where(enough & constant & (mean == 0), 0, dz * np.sqrt(n))
@@ -214,6 +217,7 @@ def _summary(d: Floats) -> dict[str, Any]:
     return {
         "difference": mean,
         "sd": np.where(enough, sd, np.nan),
+        "skewness": skewness,
         "dz": dz,
         "gz": dz * _hedges_correction(n),
         "t": t,

@@ -87,7 +87,9 @@ def sign_flip(
     Under the null hypothesis a unit's differences could as well have had the opposite sign, all of them together:
     a flip multiplies a whole row by −1, which keeps the dependence between the tests. A pattern's statistic is the
     greatest |t| over the family; p_max_t is the share of patterns whose statistic reaches a test's own |t|.
-    That controls the family-wise error under any dependence, provided the rows are exchangeable under flips.
+    That controls the family-wise error under any dependence, provided that the differences are symmetric about zero
+    under the null hypothesis. Where they are skewed it rejects too often, the more the larger skewness/√n: with 72
+    tests and a nominal 5 %, 15 % of simulated null studies at 0.15, 9 % at 0.10 and 5 % at 0.05 (docs/statistics.md).
 
     A column's Σd² does not change under flips, so t² = (n−1) r² / (n − r²) with r = Σ s·d / √Σd²: one matrix product
     of signs and normalised differences gives every statistic of a block of flips. r is bounded by √n, also where t
@@ -162,7 +164,10 @@ def _random_signs(n_units: int, permutations: int, rows: int, seed: int) -> Iter
         # Whole 64-bit draws, so that a pattern starts on a draw of its own; little-endian, so that machines agree.
         drawn = generator.integers(0, 2**64, size=size, dtype=np.uint64).astype("<u8")
         bits = np.unpackbits(drawn.view(np.uint8), axis=1, count=n_units)
-        yield np.where(bits, 1.0, -1.0)
+        signs = bits.astype(np.float64)
+        signs *= 2  # in place: ten times as fast as a choice between 1 and −1, and a tenth of the whole test
+        signs -= 1
+        yield signs
 
 
 def _all_signs(n_units: int, rows: int) -> Iterator[Floats]:

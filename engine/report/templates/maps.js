@@ -192,23 +192,23 @@
       const { grid } = block;
       const across = values(pairs, row, head, grid.against), up = values(pairs, row, head, grid.condition);
       const place = (value) => (high > low ? 100 * (value - low) / (high - low) : 50);
-      const plot = make("div", { className: "plot c" + (grid.condition % 6), role: "img" });
+      const plot = make("div", { className: "plot c" + (grid.condition % 6), role: "group" });
       let above = 0, below = 0;
       across.forEach((from, image) => {
         const to = up[image];
         if (Number.isNaN(from) || Number.isNaN(to)) return;
         if (to > from) above++; else if (to < from) below++;
-        const dot = make("i", { title: data.images[image] + ": " + format(from) + " → " + format(to) });
+        const title = data.images[image] + ": " + format(from) + " → " + format(to);
+        const sample = page.viewer ? page.viewer.image(data.images[image]) : -1;
+        const dot = sample < 0 ? make("i", { title }) : make("button", {
+          type: "button", className: "sample", title, "aria-label": "Show the attention of " + title,
+        });
+        if (sample >= 0) dot.addEventListener("click", () => page.viewer.show({
+          image: sample, layer: page.viewer.layer(data.layers[row]), head: head === data.heads ? "mean" : head,
+        }));
         dot.style.left = place(from) + "%";
         dot.style.bottom = place(to) + "%";
         plot.append(dot);
-        const sample = page.viewer ? page.viewer.image(data.images[image]) : -1;
-        if (sample >= 0) {
-          dot.className = "sample";
-          dot.addEventListener("click", () => page.viewer.show({
-            image: sample, layer: page.viewer.layer(data.layers[row]), head: head === data.heads ? "mean" : head,
-          }));
-        }
       });
       const of = data.images.length < data.allImages ? data.images.length + " of " + data.allImages + " images" : data.allImages + " images";
       plot.setAttribute("aria-label", "Pairs of " + of + ": " + above + " higher in " + data.conditions[grid.condition] + ", " + below + " lower");

@@ -29,7 +29,7 @@ const page = (() => {
     return value < 0 ? "−" + text : text;
   }
   const signed = (value) => (value > 0 ? "+" : "") + format(value);
-  const pValue = (p) => (p === null ? "undefined" : p < 1e-4 ? "< 0.0001" : p >= 0.9995 ? "1" : String(Number(p.toPrecision(2))));
+  const pValue = (p) => (p === null ? "undefined" : p < 1e-4 ? "<\u00a00.0001" : p >= 0.9995 ? "1" : String(Number(p.toPrecision(2))));
   const percent = (share) => (100 * share).toFixed(share < 0.0995 ? 1 : 0) + " %";
   const withUnit = (text, unit) => (unit ? text + " " + unit : text);
   const swatch = (condition) => make("span", { className: "swatch c" + (condition % 6), "aria-hidden": "true" });
