@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class TokenLayout:
     @property
     def diagonal_px(self) -> float:
         """√(H² + W²) of the model's input, the unit of `distance`."""
-        return float(np.hypot(self.image_height_px, self.image_width_px))
+        return math.hypot(self.image_height_px, self.image_width_px)
 
     def centres_px(self) -> np.ndarray:
         """Patch centres in input pixels, float64 [patch, 2] as (row, col), in token order."""

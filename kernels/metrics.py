@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -77,7 +78,9 @@ class MetricSpec:
         target = self.implementations.get(backend)
         if isinstance(target, str):
             module, _, name = target.partition(":")
-            loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+            # torch.compile follows a look-up but not an import.
+            holder = sys.modules[module] if module in sys.modules else importlib.import_module(module)
+            loaded: Callable[..., Any] = getattr(holder, name)
             return loaded
         return target
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +50,22 @@ __all__ = [
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
+T = TypeVar("T")
+
+
+class once(Generic[T]):
+    """An attribute worked out when first asked for; `functools.cached_property` takes a lock, which torch.compile
+    cannot follow."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        value = self.compute(instance)
+        setattr(instance, self.compute.__name__, value)
+        return value
+
+
 class PatchMaps:
     """Non-negative maps over patches [..., patch], in any scale: every metric renormalises.
 
@@ -61,30 +78,30 @@ class PatchMaps:
         self.x = x * _power_of_two(x.detach().sum(dim=-1, keepdim=True))
         self.layout = layout
 
-    @cached_property
+    @once
     def total(self) -> Tensor:
         return self.x.sum(dim=-1, keepdim=True)
 
-    @cached_property
+    @once
     def defined(self) -> Tensor:
         return self.total > 0
 
-    @cached_property
+    @once
     def p(self) -> Tensor:
         """Renormalised maps; 0 where undefined."""
         return self.x / torch.where(self.defined, self.total, 1.0)
 
-    @cached_property
+    @once
     def z(self) -> Tensor:
         """x less its mean, twice: the first mean is rounded at the size of x, the second at the size of z."""
         z = self.x - self.x.mean(dim=-1, keepdim=True)
         return z - z.mean(dim=-1, keepdim=True)
 
-    @cached_property
+    @once
     def varies(self) -> Tensor:
         return (self.x != self.x[..., :1]).any(dim=-1)
 
-    @cached_property
+    @once
     def sum_sq(self) -> Tensor:
         """Σ z², 1 for constant maps."""
         return torch.where(self.varies, self.z.square().sum(dim=-1), 1.0)
@@ -137,22 +154,22 @@ class MapRows:
         self.layout = layout
         self._class_row = class_row
 
-    @cached_property
+    @once
     def patch_mass(self) -> Tensor:
         return self._patch_mass()
 
-    @cached_property
+    @once
     def class_row(self) -> PatchMaps:
         if self._class_row is None:
             raise ValueError("this layout has no class token, so there is no class-token row")
         return PatchMaps(self._class_row, self.layout)
 
-    @cached_property
+    @once
     def received(self) -> PatchMaps:
         """Σ over the defined patch queries of the renormalised rows; its mean differs by a factor alone."""
         return PatchMaps(self.rows.p.sum(dim=-2, dtype=torch.float64), self.layout)
 
-    @cached_property
+    @once
     def mean_distance(self) -> Tensor:
         """Of the renormalised rows, in image diagonals; 0 where undefined."""
         p = self.rows.p
@@ -167,7 +184,7 @@ class PairRows:
         self.other = PatchMaps(other, layout)
         self.layout = layout
 
-    @cached_property
+    @once
     def defined(self) -> Tensor:
         return (self.one.defined & self.other.defined).squeeze(-1)
 
@@ -435,6 +452,13 @@ def _power_of_two(total: Tensor) -> Tensor:
     return ((127 - exponent.clamp(min=-126)) << 23).view(torch.float32)
 
 
-@lru_cache(maxsize=8)
 def _distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # torch.compile would look past the cache, and say so.
+    return (_new_distances if torch.compiler.is_compiling() else _kept_distances)(layout, dtype, device)
+
+
+def _new_distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.as_tensor(layout.distances(), dtype=dtype, device=device)
+
+
+_kept_distances = lru_cache(maxsize=8)(_new_distances)
