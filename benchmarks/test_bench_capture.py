@@ -11,18 +11,21 @@ random. Not part of CI.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.test_bench_kernels import CORE, VIT_B16, numpy_shifts
-from engine.capture import AttentionTap, attention_map
+from engine.capture import AttentionSite, AttentionTap, attention_map
 from kernels import measure_qk
 
 BATCH = 8
 PLAIN = "plain forward, fused attention"
+CAPTURE = "tap, metrics from q and k"
+
+in_measure_qk: list[float] = []  # CPU seconds within each capture
 
 
 def contenders(batch: int = BATCH) -> dict[str, Callable[[], Any]]:
@@ -59,6 +62,15 @@ def contenders(batch: int = BATCH) -> dict[str, Callable[[], Any]]:
         hooked(maps.append)
         return maps
 
+    def measure(site: AttentionSite, query: torch.Tensor, key: torch.Tensor, *call: Any) -> None:
+        start = time.process_time()
+        measure_qk(query, key, site.layout, CORE, *call)
+        in_measure_qk[-1] += time.process_time() - start
+
+    def captured() -> None:
+        in_measure_qk.append(0.0)
+        tapped(measure)
+
     measured: list[Any] = []
 
     def replay(calls: list[Any]) -> None:
@@ -70,9 +82,7 @@ def contenders(batch: int = BATCH) -> dict[str, Callable[[], Any]]:
     return {
         PLAIN: lambda: model(images),
         "tap alone": lambda: tapped(lambda *call: None),
-        "tap, metrics from q and k": lambda: tapped(
-            lambda site, query, key, scale, bias: measure_qk(query, key, site.layout, CORE, scale, bias)
-        ),
+        CAPTURE: captured,
         "measure_qk alone, same q and k": lambda: replay(measured),
         "tap, whole maps, NumPy metrics": lambda: tapped(lambda site, *call: by_numpy(attention_map(*call))),
         "fused off, hooks": lambda: hooked(lambda attention: None),
@@ -94,18 +104,21 @@ def test_capture_of_one_batch(benchmark: Any, run: Callable[[], Any]) -> None:
         benchmark.pedantic(run, rounds=5)
 
 
-def main(rounds: int = 7) -> None:
+def main(rounds: int = 7, chosen: Collection[str] = ()) -> None:
+    """Print the table; `chosen` contenders only, if any are named."""
     import numba
 
     torch.set_num_threads(1)
     numba.set_num_threads(1)
     runs = contenders()
     plain = runs.pop(PLAIN)
+    runs = {name: run for name, run in runs.items() if not chosen or name in chosen}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for run in (plain, *runs.values()):
             run()
+        in_measure_qk.clear()
         before = _cpu_seconds(plain)
         for _ in range(rounds):
             for name, run in runs.items():
@@ -120,6 +133,10 @@ def main(rounds: int = 7) -> None:
         print(
             f"{name:34}{1e3 * each:8.1f} ms/image {1 / each:6.2f} images/s {median:7.3f} × plain ({low:.3f}–{high:.3f})"
         )
+        if name == CAPTURE:
+            inside = np.array(in_measure_qk) / np.array(seconds[name])
+            low, median, high = median * np.percentile(inside, (25, 50, 75))
+            print(f"{'  of which in measure_qk':60}{median:7.3f} × plain ({low:.3f}–{high:.3f})")
 
 
 def _cpu_seconds(run: Callable[[], Any]) -> float:

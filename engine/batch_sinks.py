@@ -130,14 +130,14 @@ def stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:
 
 
 def discover_factors(
-    model: torch.nn.Module, images: torch.Tensor, layers: Sequence[int]
+    model: torch.nn.Module, images: torch.Tensor, layers: Sequence[int], heads: Sequence[int] = ()
 ) -> tuple[dict[int, FactorSchema], dict[int, torch.Tensor]]:
     """What is fixed about each layer's query and key, and the biases that all images share, [1, head, query, key].
 
     Args:
         model: see `AttentionTap`.
         images: two: from one alone, a bias of each image cannot be told from one for all.
-        layers: to look at; empty: all.
+        layers, heads: to look at; empty: all.
     """
     schemas: dict[int, FactorSchema] = {}
     biases: dict[int, torch.Tensor] = {}
@@ -151,7 +151,11 @@ def discover_factors(
         if bias is not None and schema.bias == "shared":
             biases[site.layer] = one_bias(bias).clone()
 
-    with evaluating(model), torch.inference_mode(), AttentionTap(model, describe, layers=layers or None):
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        AttentionTap(model, describe, layers=layers or None, heads=heads or None),
+    ):
         model(images)
     return schemas, biases
 

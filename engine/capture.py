@@ -44,14 +44,16 @@ class AttentionSite:
     Args:
         name: the module that makes the call, e.g. "blocks.0.attn", named as in the model without wrappers.
         layer: index among the measurable sites in depth order, from 0.
-        heads: number of heads.
+        heads: number of heads that are handed over.
         layout: where its tokens lie.
+        head_ids: their numbers in the model where some were chosen, in ascending order; () for all.
     """
 
     name: str
     layer: int
     heads: int
     layout: TokenLayout
+    head_ids: tuple[int, ...] = ()
 
 
 class AttentionTap(AbstractContextManager["AttentionTap"]):
@@ -73,6 +75,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             None, additive or boolean (True = attend), broadcastable to [image, head, query, key]. They are the
             model's own tensors, part of its autograd graph if there is one: read them, don't keep them.
         layers: layers to hand over, counted in depth order from 0 over the measurable sites; None: all.
+        heads: heads of each layer to hand over, counted from 0; None: all.
         on_unmeasurable: what to do with a call whose map does not have that shape (windowed, pooled keys,
             class-attention, attention pooling): "skip" lists it in `skipped`, "raise" raises.
 
@@ -82,7 +85,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
 
     Raises:
         CaptureError: the model's patch grid is unknown; after the first forward pass, if it had no measurable site
-            (or none of the chosen layers); at the end of the context, if no forward pass of the model ran inside.
+            (or lacks one of the chosen layers or heads); at the end of the context, if no forward pass ran inside.
         TypeError: a wrapper hides the model's operations, see `engine.interception.unwrapped`.
     """
 
@@ -92,6 +95,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         on_attention: Callback,
         *,
         layers: Collection[int] | None = None,
+        heads: Collection[int] | None = None,
         on_unmeasurable: Literal["skip", "raise"] = "skip",
     ) -> None:
         if on_unmeasurable not in ("skip", "raise"):
@@ -101,6 +105,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         self.skipped: list[tuple[str, str]] = []
         self._callback = on_attention
         self._layers = None if layers is None else frozenset(layers)
+        self._heads = () if heads is None else tuple(sorted(set(heads)))
         self._on_unmeasurable = on_unmeasurable
         self._interception = ModelInterception(model, {F.scaled_dot_product_attention: self._attend})
         self._vision = vision_module(self.model)
@@ -190,11 +195,21 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         site = self.sites.get(name)
         if site is None or site.layout != layout:
             layer = len(self.sites) if site is None else site.layer
-            site = self.sites[name] = AttentionSite(name, layer, read.query.shape[1], layout)
+            heads = self._check_heads(name, read.query.shape[1])
+            site = self.sites[name] = AttentionSite(name, layer, heads, layout, self._heads)
         if self._layers is None or site.layer in self._layers:
+            if self._heads:
+                read = _of_heads(read, self._heads)
             with _no_autocast(read.query):  # measuring is no part of the model
                 self._callback(site, read.query, read.key, read.scale, read.bias)
         return call.run()
+
+    def _check_heads(self, name: str, there: int) -> int:
+        """How many heads are handed over of a site that has so many."""
+        strangers = [head for head in self._heads if not 0 <= head < there]
+        if strangers:
+            raise CaptureError(f"{name} has no head {strangers[0]}; its heads are 0 to {there - 1}")
+        return len(self._heads) or there
 
     def _skip(self, name: str, reason: str) -> None:
         if self._on_unmeasurable == "raise":
@@ -263,6 +278,17 @@ def _by_head(call: AttentionCall, caller: torch.nn.Module | None, images: int) -
     return replace(call, query=query, key=key, value=value, bias=bias)
 
 
+def _of_heads(call: AttentionCall, heads: tuple[int, ...]) -> AttentionCall:
+    """The call with these heads alone; neighbours are a view."""
+    neighbours = heads == tuple(range(heads[0], heads[-1] + 1))
+    chosen = slice(heads[0], heads[-1] + 1) if neighbours else list(heads)
+    bias = call.bias
+    if bias is not None and bias.ndim >= 3 and bias.shape[-3] > 1:
+        bias = bias[..., chosen, :, :]
+    query, key, value = (t[:, chosen] for t in (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value, bias=bias)
+
+
 def _unmeasurable(call: AttentionCall, layout: TokenLayout, images: int) -> str | None:
     """Why the map of this call is not [image, head, prefix + grid, prefix + grid]; None when it is."""
     query, key = call.query, call.key
@@ -325,14 +351,18 @@ def attention_map(query: torch.Tensor, key: torch.Tensor, scale: float, bias: to
 
 
 def capture_attention(
-    model: torch.nn.Module, images: torch.Tensor, *, layers: Collection[int] | None = None
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    *,
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Maps of one batch, whole, in memory: for a look, not for a data set.
 
     Args:
         model: see `AttentionTap`; run in eval mode and put back as it was.
         images: what `model` takes, [image, channel, row, col].
-        layers: layers to keep; None: all.
+        layers, heads: those to keep; None: all.
 
     Returns:
         {"blocks.0.attn": float32 [image, head, query, key] on the CPU, ...} in depth order.
@@ -347,7 +377,7 @@ def capture_attention(
     ) -> None:
         maps[site.name] = attention_map(query, key, scale, bias).float().cpu()
 
-    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep, layers=layers):
+    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep, layers=layers, heads=heads):
         model(images)
     return maps
 
@@ -365,11 +395,14 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def discover_sites(
-    model: torch.nn.Module, images: torch.Tensor, layers: Collection[int] | None = None
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
 ) -> tuple[list[AttentionSite], list[tuple[str, str]], int]:
     """Measurable sites in depth order, what was skipped and why, and the number of logits, by one forward pass."""
     found: list[AttentionSite] = []
-    tap = AttentionTap(model, lambda site, *call: found.append(site), layers=layers)
+    tap = AttentionTap(model, lambda site, *call: found.append(site), layers=layers, heads=heads)
     with evaluating(model), torch.inference_mode(), tap:
         logits = model(images)
     return found, tap.skipped, int(logits.shape[-1])

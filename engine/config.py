@@ -177,6 +177,7 @@ class CaptureConfig:
     )
     batch_size: Count = _key(32, "images a forward pass, and a shard of the store")
     layers: tuple[int, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
+    heads: tuple[int, ...] = _key((), "heads of each layer to capture, from 0; empty: all")
     samples: Natural = _key(8, "seeded images whose whole maps are kept for the report")
     store: str = _key("", "capture: the store to write")
 

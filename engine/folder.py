@@ -72,6 +72,7 @@ def capture_settings(config: StudyConfig, device: str) -> Capture:
         encoding=config.capture.encoding,
         batch_size=config.capture.batch_size,
         layers=config.capture.layers,
+        heads=config.capture.heads,
         backend=config.measure.backend,
         device=device,
     )

@@ -46,7 +46,7 @@ class Capture:
         metrics: what the `metrics` sink measures: names, `module:name` or MetricSpec objects.
         encoding: how the `store` sink keeps maps.
         batch_size: images a forward pass, and a shard.
-        layers: layers to capture; empty: all.
+        layers, heads: those to capture; empty: all.
         backend: of the `metrics` sink.
         device: where the model runs.
     """
@@ -56,6 +56,7 @@ class Capture:
     encoding: str = "fp16"
     batch_size: int = 32
     layers: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
     backend: str = "auto"
     device: str = "cpu"
 
@@ -103,14 +104,14 @@ def capture_to_store(
     """
     device = torch.device(capture.device)
     first = images.batch([0]).to(device)
-    sites, skipped, num_classes = discover_sites(model, first, capture.layers or None)
+    sites, skipped, num_classes = discover_sites(model, first, capture.layers or None, capture.heads or None)
     for name, reason in skipped:
         tqdm.write(f"{label}: {name} is left out: {reason}")
     factors: dict[int, FactorSchema] = {}
     biases: dict[int, torch.Tensor] = {}
     if "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors:
         some = images.batch(list(range(min(2, len(images))))).to(device)
-        factors, biases = discover_factors(model, some, capture.layers)
+        factors, biases = discover_factors(model, some, capture.layers, capture.heads)
     regions = {site.layout: images.regions(site.layout) for site in sites}
     specs = metrics_of_one_capture(capture.metrics) if "metrics" in capture.sinks else []
     needing = [spec.name for spec in specs if spec.inputs == "regions"]
@@ -141,6 +142,7 @@ def capture_to_store(
         num_classes=num_classes,
         regions=tuple(images.region_names),
         region_metrics=tuple(needing),
+        head_ids=sites[0].head_ids,
         code_version=__version__,
         extra={"skipped": [list(item) for item in skipped]},
     )
@@ -282,7 +284,7 @@ def _run_batches(
             of_batch = {layout: None if r is None else r[rows] for layout, r in regions.items()}
             add_attention = partial(_add_attention, writer, biases, batch)
             sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies)
-            with AttentionTap(model, sinks, layers=capture.layers or None):
+            with AttentionTap(model, sinks, layers=capture.layers or None, heads=capture.heads or None):
                 logits = model(pixels.to(device, non_blocking=True))
             sinks.finish()
             values, counts = sinks.metric_values()

@@ -60,7 +60,7 @@ def build_table(
         "seed": seeds,
         "image": _names(first.image_ids),
         "layer": [layer.layer for layer in schema.layers],
-        "head": np.arange(schema.max_heads),
+        "head": np.array(schema.head_ids or range(schema.max_heads)),
         "site": ("layer", _names(layer.site for layer in schema.layers)),
         "label": ("image", first.labels),
         "class_name": ("image", _names(first.class_names[label] for label in first.labels)),
@@ -110,7 +110,8 @@ def _names(names: Iterable[str]) -> np.ndarray:
 def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:
     if store.image_ids != first.image_ids:
         raise InputError(f"{key[0]} seed {key[1]} was captured over other images than {first.path.name}; capture again")
-    if store.sites != first.sites or store.schema.max_heads != first.schema.max_heads:
+    heads, expected = ((s.schema.max_heads, s.schema.head_ids) for s in (store, first))
+    if store.sites != first.sites or heads != expected:
         raise InputError(
             f"{key[0]} seed {key[1]} has other layers or heads than {first.path.name}; "
             "only models of one architecture can be compared"

@@ -147,6 +147,7 @@ class StoreSchema:
         code_version: version of this project.
         regions: names of the regions, in order; empty if images have none.
         region_metrics: those of `metrics` whose values have a region axis.
+        head_ids: numbers of the captured heads in the model, where some were chosen; () for all.
         extra: anything else that two captures must share to be one.
     """
 
@@ -163,6 +164,7 @@ class StoreSchema:
     code_version: str
     regions: tuple[str, ...] = ()
     region_metrics: tuple[str, ...] = ()
+    head_ids: tuple[int, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,6 +178,8 @@ class StoreSchema:
             raise StoreError(f"layers are {numbers}; expected different numbers in depth order")
         if any((layer.factors is None) == (self.encoding == "qk") for layer in self.layers):
             raise StoreError(f"encoding is {self.encoding!r}; qk's layers, and no others, describe query and key")
+        if self.head_ids and len(self.head_ids) != self.max_heads:
+            raise StoreError(f"head_ids name {len(self.head_ids)} heads; its layers have {self.max_heads}")
         strangers = [name for name in self.region_metrics if name not in self.metrics]
         if strangers or (self.region_metrics and not self.regions):
             raise StoreError(
@@ -225,6 +229,7 @@ class StoreSchema:
             values["layers"] = tuple(LayerSchema.from_attrs(layer) for layer in values["layers"])
             values["regions"] = tuple(values["regions"])
             values["region_metrics"] = tuple(values["region_metrics"])
+            values["head_ids"] = tuple(values["head_ids"])
             return cls(**values, image_ids=tuple(image_ids))
         except (KeyError, TypeError) as error:
             raise StoreError(f"the store's root attributes do not describe a {SCHEMA!r} store: {error}") from error

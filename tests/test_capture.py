@@ -262,3 +262,26 @@ def test_a_model_in_half_precision_hands_over_its_own_type() -> None:
     (attention,) = capture_attention(model, images_for(model).bfloat16()).values()
     assert attention.dtype == torch.float32
     torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+@pytest.mark.parametrize("heads", [[0, 2], [1, 2], [2]])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_heads_are_chosen_with_their_bias(name: str, heads: list[int]) -> None:
+    model = random_model(name, img_size=64, depth=2, embed_dim=96, num_heads=3)
+    for module in model.modules():
+        if hasattr(module, "relative_position_bias_table"):
+            torch.nn.init.normal_(module.relative_position_bias_table)
+    images = images_for(model)
+    sites: list[AttentionSite] = []
+    with torch.inference_mode(), AttentionTap(model, lambda site, *call: sites.append(site), heads=heads):
+        model(images)
+    assert [(site.heads, site.head_ids) for site in sites] == 2 * [(len(heads), tuple(heads))]
+    every, chosen = capture_attention(model, images), capture_attention(model, images, heads=heads)
+    for site in every:
+        torch.testing.assert_close(chosen[site], every[site][:, heads])
+
+
+def test_a_head_that_is_not_there_is_named() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    with pytest.raises(CaptureError, match=r"blocks\.0\.attn has no head 3; its heads are 0 to 2"):
+        capture_attention(model, images_for(model), heads=[0, 3])

@@ -1,0 +1,93 @@
+"""Chosen layers and heads through the sinks: what the store and the table hold is what the tap hands over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from engine.capture import CaptureError, capture_attention
+from engine.sinks import Capture, capture_to_store
+from engine.table import build_table
+from kernels import TokenLayout, measure_attention
+from tests.families import images, spread
+
+METRICS = ("distance", "entropy")
+# qk keeps the factors of a float32 model in 16 bits: logits of up to 10 are off by some 1e-3 of themselves.
+TOLERANCE = {"fp16": 5e-4, "qk": 5e-3}
+
+
+class Pictures:
+    """Random images in memory, as capture takes them."""
+
+    ids = ("a", "b", "c", "d", "e")
+    labels = (0, 1, 0, 1, 0)
+    class_names = ("zero", "one")
+    region_names = ()
+
+    def __init__(self) -> None:
+        self.pixels = images(64, 64, count=len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Any) -> torch.Tensor:
+        return self.pixels[list(rows)]
+
+    def regions(self, layout: TokenLayout) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return spread(timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=64, depth=3))
+
+
+def capture(model: torch.nn.Module, path: Path, **settings: Any) -> Any:
+    return capture_to_store(
+        model,
+        Pictures(),  # type: ignore[arg-type]
+        path,
+        Capture(sinks=("store", "metrics"), metrics=METRICS, batch_size=2, **settings),
+        model_info={"name": "vit"},
+        dataset_info={"id": "random"},
+        preprocessing={},
+    )
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "qk"])
+@pytest.mark.parametrize("heads", [(), (0, 2)])
+def test_stored_and_measured_layers_and_heads_are_the_chosen_ones(
+    model: torch.nn.Module, tmp_path: Path, encoding: str, heads: tuple[int, ...]
+) -> None:
+    layers = (0, 2)
+    store = capture(model, tmp_path / "s.zarr", encoding=encoding, layers=layers, heads=heads)
+    expected = capture_attention(model, Pictures().pixels, layers=layers, heads=heads or None)
+    table = build_table({("vit", 0): store}, METRICS, seed_invariant=[], attributes={})
+    assert list(table["layer"].values) == list(layers)
+    assert list(table["head"].values) == list(heads or range(3))
+    for layer, attention in zip(layers, expected.values(), strict=True):
+        np.testing.assert_allclose(store.read(layer), attention.numpy(), atol=TOLERANCE[encoding])
+        layout = TokenLayout(**next(s.layout for s in store.schema.layers if s.layer == layer))
+        measured = measure_attention(attention, layout, metrics=METRICS)
+        for name in METRICS:
+            found = table[name].sel(condition="vit", seed=0, layer=layer).values
+            np.testing.assert_allclose(found, measured[name].numpy(), atol=1e-5)
+
+
+def test_a_store_of_other_heads_is_not_continued(model: torch.nn.Module, tmp_path: Path) -> None:
+    capture(model, tmp_path / "s.zarr", heads=(0, 2))
+    with pytest.raises(Exception, match="head_ids"):
+        capture(model, tmp_path / "s.zarr", heads=(0, 1))
+
+
+def test_heads_that_are_not_there_are_refused_before_anything_is_written(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(CaptureError, match="has no head 7; its heads are 0 to 2"):
+        capture(model, tmp_path / "s.zarr", heads=(7,))
+    assert not (tmp_path / "s.zarr").exists()
