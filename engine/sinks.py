@@ -6,6 +6,7 @@ kind of store, one commit a batch, so a run that was killed goes on at the first
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -243,6 +244,16 @@ def _add_attention(
     writer.add_attention(batch, layer, attention)
 
 
+def _return_freed_memory() -> None:
+    """Give the system back what the C library keeps of freed blocks, which come in many sizes from many threads.
+
+    Without it a capture's resident memory crept up by 10-13 % from 64 to 640 images, though nothing was held.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
 def _run_batches(
     model: torch.nn.Module,
     images: ImageSet,
@@ -292,6 +303,7 @@ def _run_batches(
             for layer, mass in sinks.prefix_mass().items():
                 prefix_mass.setdefault(layer, []).append(mass)
             progress.update(len(rows))
+            _return_freed_memory()
         writer.flush()
     for layer, masses in sorted(prefix_mass.items()):
         if np.mean(masses) > PREFIX_MASS_WARNING:

@@ -255,11 +255,11 @@ def softmax_maps(factors: Factors, precision: str, out: Array) -> None:
 ENCODINGS: dict[str, Encoding] = {
     encoding.name: encoding
     for encoding in (
-        _keeping_maps("fp16", "float16", "maps in half precision: 1.5e-5 nat of entropy, 1.2e-5 of Moran's I"),
-        _keeping_maps("bf16", "bfloat16", "maps in bfloat16: three quarters of fp16's bytes, eight times its error"),
+        _keeping_maps("fp16", "float16", "maps in half precision"),
+        _keeping_maps("bf16", "bfloat16", "maps in bfloat16: fewer bytes, about eight times the error"),
         Encoding(
             "qk",
-            "query and key in 16 bits, exact for a model that ran in them; 2·head_dim/tokens of fp16's bytes",
+            "query and key in 16 bits, exact for a model that ran in them",
             True,
             _factor_parts,
             _split_factors,
