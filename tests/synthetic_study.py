@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ import zarr
 from PIL import Image
 
 from engine.report.comparison import comparison_document
+from engine.report.inputs import load_results
+from engine.report.page import render_page
+from engine.report.summary import summary_markdown
 from engine.statistics import analyse
 
 METRICS: Mapping[str, tuple[str, str, float, float]] = {
@@ -103,6 +107,26 @@ def build_study(
     ]
     (outputs / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return outputs
+
+
+def small(tmp_path: Path, **options: Any) -> Path:
+    """A study of two metrics: quick to draw."""
+    return build_study(tmp_path / "outputs", **{"metrics": ("distance", "region_mass"), "images": 24, **options})
+
+
+def texts(outputs: Path) -> tuple[str, str]:
+    """Summary and page; drawing the figures as well would be most of the time."""
+    results = load_results(outputs)
+    summary = summary_markdown(results)
+    return summary, render_page(results, summary)
+
+
+def payload(page: str) -> dict[str, Any]:
+    """The data that the page holds for its scripts."""
+    found = re.search(r'<script type="application/json" id="payload">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    loaded: dict[str, Any] = json.loads(found.group(1))
+    return loaded
 
 
 def _table(

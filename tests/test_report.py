@@ -1,4 +1,4 @@
-"""The report from stored results alone: every file, the same bytes, escaped names, honest words, clear refusals."""
+"""The report from stored results alone: every file, the same bytes, sound pages, escaped names, clear refusals."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_study import build_study
+from synthetic_study import build_study, payload, small, texts
 
 from engine.report import viewer, write_report
 from engine.report.figures import render_figures
 from engine.report.inputs import load_results
 from engine.report.page import render_page
-from engine.report.summary import summary_markdown
 from train.errors import InputError
 
 DRAWN = ("distance", "entropy", "region_mass")
@@ -32,25 +30,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=DRAWN)
     write_report(outputs)
     return outputs
-
-
-def small(tmp_path: Path, **options: Any) -> Path:
-    """A study of two metrics: quick to draw."""
-    return build_study(tmp_path / "outputs", **{"metrics": ("distance", "region_mass"), "images": 24, **options})
-
-
-def texts(outputs: Path) -> tuple[str, str]:
-    """Summary and page; drawing the figures as well would be most of the time."""
-    results = load_results(outputs)
-    summary = summary_markdown(results)
-    return summary, render_page(results, summary)
-
-
-def payload(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="payload">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    loaded: dict[str, Any] = json.loads(found.group(1))
-    return loaded
 
 
 def test_every_file_is_written(study: Path) -> None:
@@ -235,29 +214,6 @@ def test_the_page_of_a_12_by_12_model_is_below_ten_megabytes(tmp_path: Path) -> 
     assert "too large for a page: metrics/attention_comparison.json in the outputs folder" in page
 
 
-def test_every_metric_has_a_verdict(study: Path) -> None:
-    """Which layers changed, by how much, is it certain: read off the first screen."""
-    from engine.report.findings import comparisons
-    from engine.report.verdicts import verdicts
-
-    results = load_results(study)
-    page = (study / "report.html").read_text(encoding="utf-8")
-    for comparison in comparisons(results):
-        rows = verdicts(results, comparison)
-        assert len(rows) == 4  # distance, entropy, and two regions
-        for row in rows:
-            where = {"condition": comparison.condition, "metric": row.metric, "region": row.region or None}
-            tests = results.select("layer", **where)
-            found = [test for test in tests if test.survives(0.05)]
-            assert row.certain == bool(found)
-            shown = max(found or tests, key=lambda test: abs(test.difference or 0))
-            assert row.layer == shown.layer
-            assert row.verdict.startswith("yes, p" if found else "not shown, p")
-            assert row.difference in page
-    first = page.index('class="verdicts"')
-    assert first < page.index('id="maps"')
-
-
 def test_pairs_of_values_survive_the_eight_bits(study: Path) -> None:
     """Unpacked as the page unpacks them, a cell's pairs are the table's values to half a step of its range."""
     import base64
@@ -276,60 +232,6 @@ def test_pairs_of_values_survive_the_eight_bits(study: Path) -> None:
     half = ((high - low) / 254 / 2)[..., None, None]
     assert (np.abs(values - stored) <= 1.01 * half + 1e-6).all()
     assert {sample["id"] for sample in shown["viewer"]["images"]} <= set(shown["images"])
-
-
-def test_equivalence_is_said_where_a_bound_was_set(tmp_path: Path) -> None:
-    outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"), regions=(), equivalence={"distance": 1})
-    summary, page = texts(outputs)
-    assert "Equivalent within ±1.00 image diagonals (TOST, Holm): all 4 layers." in summary
-    assert "within ±1.00 in all 4" in page
-    assert "◍" in page
-    cell = payload(page)["maps"][0]["grids"][0]["cells"][0][0]
-    assert (cell["bound"], cell["within"], cell["sure"]) == (1, True, False)
-    summary, page = texts(small(tmp_path / "without", conditions=("baseline", "finetuned"), samples=False))
-    assert "TOST" not in summary
-    assert "shown to lie within the bounds" not in page
-
-
-def test_what_an_absent_finding_means_is_said(tmp_path: Path) -> None:
-    """No difference found: how large a one would have been found."""
-    outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"), regions=(), samples=False)
-    test = load_results(outputs).select("layer")[0]
-    assert test.mde_dz is not None
-    summary, _ = texts(outputs)
-    assert f"dz {test.mde_dz:.2f} or more would have been found with a power of 80 %" in summary
-    assert "would have been found with a power of 80 %" in summary.split("## Observed patterns")[1]
-
-
-def test_skewed_differences_are_a_limit_that_is_named(tmp_path: Path) -> None:
-    outputs = small(tmp_path, conditions=("baseline", "finetuned"), regions=(), samples=False, gradcam=False)
-    assert "symmetric about zero" not in texts(outputs)[0]
-    path = outputs / "metrics/attention_comparison.json"
-    comparison = json.loads(path.read_text(encoding="utf-8"))
-    for test in comparison["tests"]:
-        test["skewness"] = -2.0 if test["level"] == "head" and test["layer"] == 1 else 0.1
-    path.write_text(json.dumps(comparison), encoding="utf-8")
-    summary, page = texts(outputs)
-    assert "In 4 of 20 image-level tests they are skewed" in summary
-    cells = payload(page)["maps"][0]["grids"][0]["cells"]
-    assert ["skewed" in cell["note"] for cell in cells[1]] == [True] * 4 + [False]
-
-
-def test_patterns_along_the_layers_come_from_their_tests(study: Path) -> None:
-    results = load_results(study)
-    summary = (study / "summary.md").read_text(encoding="utf-8")
-    clusters = results.clusters(condition="dora", metric="entropy")
-    assert clusters
-    for cluster in clusters:
-        assert f"{cluster.direction} in layer" in summary
-    assert "cluster permutation over images" in summary
-    (trend,) = results.trends(condition="dora", metric="distance")
-    assert trend.p_max_t is not None
-    assert ("no evidence that the change differs with depth" in summary) == any(
-        not one.survives(0.05) for one in results.analyses.trends
-    )
-    assert "within a layer" in summary.split("## Between metrics")[1]
-    assert "classes counts alike" in summary.split("## Classes")[1]
 
 
 def test_tables_can_be_downloaded_whole(study: Path) -> None:
@@ -382,87 +284,6 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)`", summary), "a code span was opened"
     rows = [line for line in summary.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 6, 7, 10) for row in rows), "a name has split a table's row"
-
-
-def test_a_study_without_effect_says_so(tmp_path: Path) -> None:
-    outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"))
-    summary, page = texts(outputs)
-    first = summary.splitlines()[2]
-    assert first.startswith("No difference between finetuned and baseline survives the family-wise test (0 of 48")
-    assert "no change is claimed" in summary
-    assert "Surviving max-T" not in summary
-    assert first.split(" (")[0] in page
-
-
-def test_conditions_that_are_the_same_are_called_the_same(tmp_path: Path) -> None:
-    outputs = small(tmp_path, conditions=("baseline", "finetuned"), samples=False, gradcam=False)
-    path = outputs / "metrics/attention_comparison.json"
-    comparison = json.loads(path.read_text(encoding="utf-8"))
-    for test in comparison["tests"]:
-        test |= {"difference": 0.0, "dz": None, "gz": None, "t": 0.0, "ci": [0.0, 0.0]}
-        test |= {"p": 1.0, "p_max_t": 1.0, "degenerate": "all differences are exactly 0"}
-    path.write_text(json.dumps(comparison), encoding="utf-8")
-    summary, _ = texts(outputs)
-    assert "equals that of baseline exactly" in summary
-    assert "every difference is exactly 0" in summary
-
-
-@pytest.mark.parametrize(
-    ("seeds", "says", "never"),
-    [
-        ((42,), "these two checkpoints", "training runs like these"),
-        ((1, 2, 3), "3 training runs are too few for a seed-level test", "training runs like these"),
-        (tuple(range(6)), "speak of training runs like these", "runs are too few"),
-    ],
-)
-def test_claims_fit_the_unit(tmp_path: Path, seeds: tuple[int, ...], says: str, never: str) -> None:
-    outputs = small(
-        tmp_path, seeds=seeds, conditions=("baseline", "finetuned"), samples=False, gradcam=False, permutations=99
-    )
-    summary, page = texts(outputs)
-    assert says in summary
-    assert never not in summary
-    assert says in page
-    assert never not in page
-
-
-def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path: Path) -> None:
-    outputs = small(
-        tmp_path,
-        conditions=("baseline", "finetuned"),
-        regions=(),
-        metrics=("distance", "morans_i"),
-        training=False,
-        samples=False,
-        gradcam=False,
-    )
-    for name in ("study.toml", "run.jsonl"):
-        (outputs / name).unlink()
-    path = outputs / "metrics/attention_comparison.json"
-    comparison = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("accuracy", "data", "undefined", "controls"):
-        del comparison[key]
-    path.write_text(json.dumps(comparison), encoding="utf-8")
-    summary, page = texts(outputs)
-    for absent in ('id="training"', 'id="attention"', 'id="gradcam"', "Test accuracy"):
-        assert absent not in page
-    assert "No negative control was recorded" in summary
-    assert "given checkpoint" in summary
-    assert "The clearest change is in" in summary
-    assert {name for name, _ in render_figures(load_results(outputs)) if name.endswith("png")} == {
-        "layers_distance.png",
-        "difference_distance.png",
-        "layers_morans_i.png",
-        "difference_morans_i.png",
-    }
-
-
-def test_one_condition_is_described_and_not_compared(tmp_path: Path) -> None:
-    outputs = small(tmp_path, conditions=("pretrained",), training=False)
-    summary, page = texts(outputs)
-    assert "One condition was measured, so nothing is compared." in summary
-    assert "## Tests" not in summary
-    assert 'id="maps"' not in page
 
 
 def test_several_seeds_draw_their_spread(tmp_path: Path) -> None:
@@ -523,14 +344,6 @@ def test_undefined_values_are_hatched_and_counted(tmp_path: Path) -> None:
     assert all(cell["d"] is None for cell in shown["maps"][0]["grids"][0]["cells"][1])
     assert "of 12 layer × head cells" in summary
     assert "NaN" not in json.dumps(shown)
-
-
-def test_a_failed_control_is_shouted(tmp_path: Path) -> None:
-    outputs = small(tmp_path, controls_hold=False, samples=False, gradcam=False, metrics=("distance",), regions=())
-    summary, page = texts(outputs)
-    assert summary.splitlines()[2].startswith("**1 of 2 negative controls failed")
-    assert "1 of 2 negative controls FAILED" in summary
-    assert "1 of 2 negative controls failed" in page
 
 
 def _break(outputs: Path, fault: str) -> None:
