@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
+SMALL_BYTES = 1 << 20  # smaller ones (a batch's logits, a metric's values) wait beside them, until their commit
 FILE_THREADS = 2  # one file is written while the other is being forced to disk
 COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one a metric of a measurement
 
@@ -77,7 +78,9 @@ class Committer:
         Raises:
             StoreError: an earlier file or commit failed.
         """
-        self._slots.acquire()
+        large = values.nbytes >= SMALL_BYTES
+        if large:
+            self._slots.acquire()
         try:
             self._raise_failure()
             chunks = [
@@ -89,9 +92,11 @@ class Committer:
                 self._guarded, batch, write_file, path, chunks, shard_chunks=array.shard_chunks
             )
         except BaseException:
-            self._slots.release()
+            if large:
+                self._slots.release()
             raise
-        written.add_done_callback(lambda _: self._slots.release())
+        if large:
+            written.add_done_callback(lambda _: self._slots.release())
         return written
 
     def commit(self, record: str, batch: int, files: Mapping[str, Future[FileEntry]], done: Callable[[], None]) -> None:

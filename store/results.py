@@ -198,9 +198,8 @@ class MetricWriter:
             "regions": regions,
             "files": {file: describe_file(self.path, file, sync=True) for file in files},
         }
-        for file in files:
-            for folder in ((self.path / file).parent, (self.path / file).parent.parent):
-                sync_directory(folder)
+        for folder in {above for file in files for above in list((self.path / file).parents)[:2]}:
+            sync_directory(folder)
         self._ledger.write(f"{group}/metadata", record)
 
 
