@@ -19,8 +19,9 @@ from tqdm import tqdm
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
 from engine.outputs import OutputsFolder, resolve_device
+from engine.parallel import several_processes
 from engine.report.sweep import curves_png, evaluation_csv, history_html
-from engine.training import StudyData, prepare_data, shared_hyperparameters
+from engine.training import StudyData, image_kind, prepare_data, shared_hyperparameters
 from train.adapters import Init
 from train.checkpoint import write_atomically
 from train.conditions import train_condition
@@ -41,9 +42,12 @@ def run_sweep(config: StudyConfig) -> Path:
         The folder of the results.
 
     Raises:
-        InputError: digit scenes without a digit model, no images, adapters that do not fit, a learning-rate range
-            that is none.
+        InputError: no pictures on disk are named, several processes, adapters that do not fit, a learning-rate
+            range that is none.
     """
+    image_kind(config)
+    if several_processes():
+        raise InputError("sweep runs in one process; start it with python -m engine.run sweep, without torchrun")
     sweep = config.sweep
     if not sweep.lr_low < sweep.lr_high:
         raise InputError(f"sweep.lr_low {sweep.lr_low:g} must be below sweep.lr_high {sweep.lr_high:g}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from train.parallel import Workers
 from train.pretrain import pretrain_digits
 
 __all__ = ["Run", "StudyData", "image_kind", "prepare_data", "shared_hyperparameters", "train_runs"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ def image_kind(config: StudyConfig) -> DataKind:
 
 def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preprocessing: Preprocessing) -> DataSplits:
     """The manifest of the folder, built anew when a file was added, removed or touched, and its splits."""
+    logger.info("%s takes %s", config.model.name, preprocessing)
     path = outputs / "manifest.json"
     root = Path(config.data.root)
     inputs = {

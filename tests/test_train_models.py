@@ -238,6 +238,11 @@ def test_preprocessing_is_the_models_own() -> None:
     }
 
 
+def test_preprocessing_is_one_line_of_the_log() -> None:
+    line = str(preprocessing_of(build_model("vit_tiny_patch16_224", num_classes=2)))
+    assert line == "224×224×3, bicubic, crop 0.9 (center), mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
+
+
 def test_digits_vit_is_timms_own_class_and_reads_out_from_the_class_token() -> None:
     from timm.models.vision_transformer import VisionTransformer
 

@@ -172,6 +172,15 @@ def test_trials_that_all_diverge_are_said(
     assert "all 3 trials of quant=plain_r=1 ended in NaN or Inf; lower sweep.lr_high" in capsys.readouterr().err
 
 
-def test_a_range_that_is_none_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_swept_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = str(tmp_path / "out")
+    assert main(["sweep", "--data.root", str(images), "--data.kind", "digits", "--outputs", outputs]) == 2
+    assert "data.kind is digits, which has no pictures on disk" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert main(command(images, tmp_path / "out")) == 2
+    assert "sweep runs in one process" in capsys.readouterr().err
     assert main(command(images, tmp_path / "out", "--sweep.lr_low", "1")) == 2
     assert "sweep.lr_low 1 must be below sweep.lr_high 0.03" in capsys.readouterr().err

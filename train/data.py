@@ -50,6 +50,12 @@ class Preprocessing:
         """JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
+    def __str__(self) -> str:
+        """As a log line has it: "224×224×3, bicubic, crop 0.9 (center), mean 0.5 0.5 0.5, std 0.5 0.5 0.5"."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        size = f"{self.height_px}×{self.width_px}×{self.channels}"
+        return f"{size}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), mean {mean}, std {std}"
+
     def normalize(self, scaled: torch.Tensor) -> torch.Tensor:
         """(value − mean) / std of pixels in 0..1, float32 [image, channel, row, col]."""
         import torch
