@@ -226,13 +226,18 @@ class StatisticsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RelevanceConfig:
-    """Relevance maps of sample images."""
+    """Relevance maps: pictures of sample images, and measurements on more."""
 
     __pydantic_config__ = _FORBID
     methods: tuple[Literal["gradcam", "rollout", "generic", "lrp"], ...] = _key(
         ("gradcam", "generic"), "gradcam, rollout, generic, lrp"
     )
-    images: Count = _key(8, "sample images")
+    images: Count = _key(8, "sample images that are drawn; no more than capture.samples")
+    measured: Natural = _key(48, "seeded images on which maps are measured; 0: none")
+    baseline: Literal["blur", "mean"] = _key(
+        "blur", "what replaces a patch that is taken away: the blurred image, or the data set's mean"
+    )
+    steps: Count = _key(9, "shares of patches between 0 and 1 at which the model is asked again")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,9 @@ from engine.journal import Journal, digest_path
 from engine.measure import measure_store
 from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.parallel import several_processes, train_together
-from engine.relevance.samples import choose_targets, explain_samples, samples_folder, write_samples
+from engine.relevance.comparison import prediction_link
+from engine.relevance.samples import samples_folder
+from engine.relevance.stage import explain_study
 from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
@@ -187,36 +189,51 @@ class Study:
         self.journal.stage("statistics", inputs, [path], work)
 
     def relevance(self) -> None:
-        """Needs: checkpoints, test images. Leaves: visualizations/gradcam_samples/ and relevance/."""
+        """Needs: checkpoints, captures, the table, test images. Leaves: metrics/relevance.json and .csv, pictures.
+
+        The pictures are visualizations/gradcam_samples/ and visualizations/relevance/<method>/.
+        """
         config = self.config.relevance
-        rows = self.sample_rows[: config.images]
-        if not rows:
-            return
-        folders = {method: samples_folder(self.outputs, method) for method in config.methods}
+        folder = self.outputs / "metrics"
+        drawn = self.sample_rows[: config.images]
+        measured = choose_samples(config.measured, len(self.data.test), self.config.data.seed)
+        settings = {
+            name: value
+            for name, value in dataclasses.asdict(self.config.statistics).items()
+            if name in ("permutations", "bootstrap", "confidence", "seed")
+        }
         inputs = {
             "checkpoints": {run.name: digest_path(run.checkpoint) for run in self.runs},
+            "captures": {run.name: self._captured[run] for run in self.runs},
+            "table": digest_path(folder / "attention_metrics.zarr"),
             "data": self.data.digest,
-            "rows": rows,
-            "methods": config.methods,
+            "rows": [drawn, measured],
+            "relevance": dataclasses.asdict(config),
+            "settings": settings,
+            "against": self.against,
             "seed": self.config.data.seed,
             "version": __version__,
         }
+        left = [folder / "relevance.json", folder / "relevance.csv"]
+        left += [samples_folder(self.outputs, method) for method in config.methods if drawn]
 
         def work() -> None:
-            targets: dict[str, np.ndarray] = {}
-            classes = len(self.data.test.class_names)
-            if self._labels_are_classes() and classes > 1:
-                labels = np.asarray(self.data.test.labels)[rows]
-                targets = {"true": labels, "other": choose_targets(labels, classes, self.config.data.seed)}
-            for method, folder in folders.items():
-                explained = []
-                for run in self._first_runs().values():
-                    explained += explain_samples(
-                        self._model(run), run.condition, self.data.test, rows, targets, method, device=self.device
-                    )
-                write_samples(folder, method, self.data.test, explained)
+            explain_study(
+                self.outputs,
+                {name: partial(self._model, run) for name, run in self._first_runs().items()},
+                self.data.test,
+                drawn,
+                measured,
+                config,
+                against=self.against,
+                labels_are_classes=self._labels_are_classes(),
+                settings=settings,
+                link=self._prediction_link(),
+                seed=self.config.data.seed,
+                device=self.device,
+            )
 
-        self.journal.stage("relevance", inputs, list(folders.values()), work)
+        self.journal.stage("relevance", inputs, left, work)
 
     def report(self) -> None:
         """Needs: every file above. Leaves: visualizations/figures/, summary.md, report.html."""
@@ -225,6 +242,7 @@ class Study:
             "metrics": digest_path(outputs / "metrics"),
             "samples": digest_path(outputs / "samples.zarr"),
             "gradcam": digest_path(samples_folder(outputs, "gradcam")),
+            "relevance": digest_path(outputs / "visualizations" / "relevance"),
             "study": digest_path(outputs / "study.toml"),
             "version": __version__,
         }
@@ -343,6 +361,22 @@ class Study:
         return all(
             AttentionStore.open(self._store_path(run)).schema.num_classes == len(self.data.test.class_names)
             for run in self.runs
+        )
+
+    def _prediction_link(self) -> list[dict[str, Any]]:
+        """Do heads' changes go with changes of the prediction? Nothing where labels are not the models' classes."""
+        if not self._labels_are_classes() or len(self.config.conditions) < 2:
+            return []
+        logits: dict[str, list[np.ndarray]] = {}
+        for run in self.runs:
+            logits.setdefault(run.condition, []).append(AttentionStore.open(self._store_path(run)).read_logits())
+        return prediction_link(
+            read_table(self.outputs / "metrics" / "attention_metrics.zarr"),
+            {condition: np.mean(of_runs, axis=0) for condition, of_runs in logits.items()},
+            np.asarray(self.data.test.labels),
+            against=self.against,
+            permutations=self.config.statistics.permutations,
+            seed=self.config.statistics.seed,
         )
 
     def _accuracy(self) -> dict[str, dict[str, dict[str, float | None]]]:

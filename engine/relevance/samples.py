@@ -1,4 +1,8 @@
-"""Relevance maps of the sample images, as pictures and a table. Illustrative: gradient correlations, not causes."""
+"""Relevance maps of the sample images, as pictures and a table. Illustrative: a few images picked by seed.
+
+A method's folder holds one panel an image (the image, then each condition's map of its class and of another one, on one
+scale of colours) and `<method>_samples.csv`; Grad-CAM's also each map as a picture of its own, for the report.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from engine.relevance import relevance_maps
@@ -23,7 +27,8 @@ __all__ = ["Explained", "choose_targets", "explain_samples", "samples_folder", "
 
 # Pictures are drawn at least this large, whatever the model's input size.
 _PICTURE_PX = 192
-_OVERLAY = 0.55  # share of the heat map's colour where relevance is highest
+_OVERLAY = 0.7  # share of the heat map's colour where relevance is highest
+_GAP_PX, _TEXT_PX, _BAR_PX = 10, 14, 14
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,14 @@ def explain_samples(
         images, rows: the samples.
         targets: role -> class index a sample, [sample]; none: the class that the model predicts.
         method: see `relevance_maps`.
+
+    Raises:
+        CaptureError: the method cannot be computed for this model.
     """
     pixels = images.batch(rows).to(device)
     with torch.inference_mode():
-        probabilities = model(pixels).float().softmax(dim=-1).cpu().numpy()
+        output = model(pixels)
+        probabilities = getattr(output, "logits", output).float().softmax(dim=-1).cpu().numpy()
     roles = targets or {"predicted": probabilities.argmax(axis=1)}
     found = []
     for role, classes in roles.items():
@@ -91,27 +100,32 @@ def explain_samples(
 
 
 def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequence[Explained]) -> None:
-    """One picture a map and `<method>_samples.csv`, in a folder that is replaced whole.
+    """The panels, the table and Grad-CAM's single pictures, in a folder that is replaced whole.
 
-    The colours of an image's pictures share one scale over conditions and classes, so that a paler map is a weaker one.
+    The colours of an image's maps share one scale over conditions and classes, so that a paler map is a weaker one.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    strongest: dict[int, float] = {}
-    for item in explained:
-        strongest[item.image] = max(strongest.get(item.image, 0.0), float(item.map.max(initial=0.0)))
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["file", "image", "condition", "role", "target", "probability", "peak"])
-    for item in tqdm(explained, desc=f"{method} samples", unit="picture", disable=None):
-        target = images.class_names[item.target] if item.target < len(images.class_names) else f"class {item.target}"
-        name = f"{item.image:05d}_{_plain(item.condition)}_{item.role}_{_plain(target)}.png"
-        _overlay(images.picture(item.image), item.map, strongest[item.image]).save(partial / name, optimize=True)
-        peak = f"{float(item.map.max()):.6g}"
-        writer.writerow(
-            [name, images.ids[item.image], item.condition, item.role, target, f"{item.probability:.4f}", peak]
-        )
+    rows = list(dict.fromkeys(item.image for item in explained))
+    for row in tqdm(rows, desc=f"{method} samples", unit="image", disable=None):
+        items = [item for item in explained if item.image == row]
+        strongest = max(float(item.map.max(initial=0.0)) for item in items)
+        picture = images.picture(row)
+        overlays = [_overlay(picture, item.map, strongest) for item in items]
+        panel = f"{row:05d}_panel.png"
+        _panel(images, row, items, overlays, strongest, method).save(partial / panel)
+        for item, overlay in zip(items, overlays, strict=True):
+            name = panel
+            if method == "gradcam":
+                name = f"{row:05d}_{_plain(item.condition)}_{item.role}_{_plain(_class(images, item.target))}.png"
+                overlay.save(partial / name)
+            peak, probability = f"{float(item.map.max()):.6g}", f"{item.probability:.4f}"
+            target = _class(images, item.target)
+            writer.writerow([name, images.ids[row], item.condition, item.role, target, probability, peak])
     (partial / f"{method}_samples.csv").write_text(table.getvalue(), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -119,8 +133,6 @@ def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequen
 
 def _overlay(picture: np.ndarray, map: np.ndarray, strongest: float) -> Image.Image:
     """The picture in grey under the map, up-sampled bilinearly, in colour."""
-    from matplotlib import colormaps
-
     height, width = picture.shape[:2]
     scale = max(1, -(-_PICTURE_PX // min(height, width)))
     size = (height * scale, width * scale)
@@ -129,9 +141,83 @@ def _overlay(picture: np.ndarray, map: np.ndarray, strongest: float) -> Image.Im
     strength = (heat / strongest).clamp(0, 1).numpy() if strongest > 0 else np.zeros(size, dtype=np.float32)
     grey = Image.fromarray(picture).convert("L").resize((size[1], size[0]), Image.Resampling.BILINEAR)
     base = np.repeat(np.asarray(grey, dtype=np.float32)[..., None] / 255, 3, axis=-1)
-    colour = colormaps["inferno"](strength)[..., :3]
-    mixed = base * (1 - _OVERLAY * strength[..., None]) + colour * _OVERLAY * strength[..., None]
+    share = _OVERLAY * np.sqrt(strength)[..., None]  # the root: weak relevance is seen, too
+    mixed = base * (1 - share) + _colours(strength) * share
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
+
+
+def _colours(strength: np.ndarray) -> np.ndarray:
+    """Colours of 0..1, [..., 3] in 0..1."""
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps["inferno"](strength)[..., :3])
+
+
+def _panel(
+    images: ImageSet,
+    row: int,
+    items: Sequence[Explained],
+    overlays: Sequence[Image.Image],
+    strongest: float,
+    method: str,
+) -> Image.Image:
+    """One row a class, one column a condition, the image itself first, and the scale of the colours last."""
+    roles = list(dict.fromkeys(item.role for item in items))
+    conditions = list(dict.fromkeys(item.condition for item in items))
+    width, height = overlays[0].size
+    title_px = 2 * _TEXT_PX + 8
+    top = _TEXT_PX + 2 * _GAP_PX
+    cell = (width + _GAP_PX, height + title_px + _GAP_PX)
+    bar_left = _GAP_PX + cell[0] * (1 + len(conditions))
+    canvas = Image.new("RGB", (bar_left + _BAR_PX + 64, top + cell[1] * len(roles)), "white")
+    draw = ImageDraw.Draw(canvas)
+    small, bold = _font(_TEXT_PX - 2), _font(_TEXT_PX, bold=True)
+    draw.text((_GAP_PX, _GAP_PX), f"{method}: {images.ids[row]}", fill="black", font=bold)
+    if method == "gradcam":
+        draw.text((canvas.width - _GAP_PX, _GAP_PX), "for illustration", fill="#555555", font=small, anchor="ra")
+    original = Image.fromarray(images.picture(row)).resize((width, height), Image.Resampling.BILINEAR)
+    for line, role in enumerate(roles):
+        upper = top + cell[1] * line
+        if line == 0:
+            _titles(draw, (_GAP_PX, upper), "image", "", width, (bold, small))
+            canvas.paste(original, (_GAP_PX, upper + title_px))
+        for column, condition in enumerate(conditions):
+            at = next(i for i, item in enumerate(items) if (item.role, item.condition) == (role, condition))
+            left = _GAP_PX + cell[0] * (1 + column)
+            note = f"{role} class {_class(images, items[at].target)}, p = {items[at].probability:.2f}"
+            _titles(draw, (left, upper), condition, note, width, (bold, small))
+            canvas.paste(overlays[at], (left, upper + title_px))
+    upper, length = top + title_px, height + cell[1] * (len(roles) - 1)
+    ramp = np.linspace(1, 0, length)[:, None].repeat(_BAR_PX, axis=1)
+    canvas.paste(Image.fromarray((_colours(ramp) * 255).round().astype(np.uint8)), (bar_left, upper))
+    for value, y, anchor in ((strongest, upper, "la"), (0.0, upper + length, "ld")):
+        draw.text((bar_left + _BAR_PX + 4, y), f"{value:.2g}", fill="black", font=small, anchor=anchor)
+    return canvas
+
+
+Font = ImageFont.FreeTypeFont
+
+
+def _titles(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], first: str, second: str, width: int, fonts: tuple[Font, Font]
+) -> None:
+    for line, (text, font) in enumerate(zip((first, second), fonts, strict=True)):
+        fitting = text
+        while fitting and draw.textlength(fitting, font=font) > width:
+            fitting = fitting[:-2] + "…" if len(fitting) > 2 else ""
+        draw.text((at[0], at[1] + line * (_TEXT_PX + 2)), fitting, fill="black", font=font)
+
+
+def _font(size_px: int, *, bold: bool = False) -> Font:
+    """matplotlib's own DejaVu Sans: the same glyphs on every machine."""
+    from matplotlib import get_data_path
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size_px)
+
+
+def _class(images: ImageSet, target: int) -> str:
+    return images.class_names[target] if target < len(images.class_names) else f"class {target}"
 
 
 def _plain(name: str) -> str:

@@ -1,0 +1,157 @@
+"""Maps of a model measured: how faithful, where they point, how noisy, how much they depend on the class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from engine.capture import evaluating
+from engine.layouts import CaptureError, token_layout, vision_module
+from engine.relevance import relevance_maps
+from engine.relevance.faithfulness import Curves, baseline_images, perturbation_curves, random_maps
+from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
+from train.data import ImageSet
+
+__all__ = ["CONTROL", "MEASURES", "Evaluation", "Targets", "evaluate_maps"]
+
+Floats = NDArray[np.float64]
+
+CONTROL = "random"  # the method that knows nothing
+
+# Measure -> (unit, what it is); `region_` measures stand once a region, `_other` ones are of the other class's map.
+MEASURES: Mapping[str, tuple[str, str]] = {
+    "faithfulness": ("probability", "area between insertion and deletion curve"),
+    "deletion_auc": ("probability", "area under the deletion curve (positive perturbation); lower is better"),
+    "insertion_auc": ("probability", "area under the insertion curve (negative perturbation); higher is better"),
+    "region_hit": ("1", "pointing game: the map's peak lies on the region"),
+    "region_share": ("1", "share of the map's mass on the region"),
+    "region_overlap": ("1", "intersection over union with the region of as many of the map's greatest patches"),
+    "class_rank_correlation": ("1", "Spearman's correlation of the maps of the image's class and another class"),
+    "class_ssim": ("1", "SSIM of the maps of the image's class and another class"),
+    "total_variation": ("1", "mean difference of neighbouring patches over the map's mean"),
+    "map_entropy": ("nat", "entropy of the map over patches"),
+    "map_morans_i": ("1", "Moran's I of the map"),
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which classes the maps are of.
+
+    Args:
+        role: what `target` is to each image: "true", or "predicted" where labels are not the models' classes.
+        target, other: class indices [image], never the same for an image.
+    """
+
+    role: str
+    target: NDArray[np.int64]
+    other: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's maps by one method over the evaluated images.
+
+    Attributes:
+        values: measure -> [image].
+        curves: deletion and insertion.
+    """
+
+    values: Mapping[str, Floats]
+    curves: Curves
+
+
+def evaluate_maps(
+    model: torch.nn.Module,
+    images: ImageSet,
+    rows: Sequence[int],
+    targets: Targets,
+    methods: Sequence[str],
+    *,
+    baseline: str,
+    steps: int,
+    seed: int,
+    device: str,
+    batch_size: int = 32,
+    label: str = "",
+) -> tuple[dict[str, Evaluation], dict[str, str]]:
+    """Every method's maps, and those of the random control, measured on the same images.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        images, rows, targets: which images, and the classes of each.
+        methods: see `relevance_maps`.
+        baseline, steps: see `perturbation_curves`.
+        seed: of the random control and of ties.
+        device, batch_size: where, and how many images at a time.
+        label: for the progress bar.
+
+    Returns:
+        method -> its evaluation, and method -> why it cannot be computed for this model.
+    """
+    batches = [np.arange(len(rows))[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    found: dict[str, list[tuple[dict[str, Floats], Curves]]] = {}
+    refused: dict[str, str] = {}
+    with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
+        for batch in batches:
+            pixels = images.batch([rows[i] for i in batch]).to(device)
+            stand_in = baseline_images(pixels, baseline)
+            layout = token_layout(vision_module(model), pixels.shape)
+            grid = (layout.grid_rows, layout.grid_cols)
+            regions = images.regions(layout)
+            coverage = None if regions is None else regions[[rows[i] for i in batch]].astype(np.float64)
+            true, other = (torch.from_numpy(classes[batch]) for classes in (targets.target, targets.other))
+            for method in (*methods, CONTROL):
+                if method in refused:
+                    continue
+                others = None
+                if method == CONTROL:
+                    maps = random_maps((len(batch), *grid), seed + int(batch[0]))
+                else:
+                    try:
+                        maps = relevance_maps(model, pixels, true, method, batch_size=batch_size)
+                    except CaptureError as error:
+                        refused[method] = str(error)
+                        continue
+                    if method != "rollout":  # which is the same for every class
+                        others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
+                curves = perturbation_curves(
+                    model, pixels, stand_in, true, maps, steps=steps, batch_size=2 * batch_size, seed=seed
+                )
+                values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
+                found.setdefault(method, []).append((values, curves))
+            progress.update(len(batch))
+    return {method: _joined(parts) for method, parts in found.items()}, refused
+
+
+def _measure(
+    maps: torch.Tensor, others: torch.Tensor | None, coverage: Floats | None, regions: Sequence[str]
+) -> dict[str, Floats]:
+    of_class = maps.cpu().numpy()
+    values = noise(of_class)
+    if coverage is not None:
+        for name, by_region in localization(of_class, coverage).items():
+            values |= {f"{name}[{region}]": by_region[:, i] for i, region in enumerate(regions)}
+    if others is not None:
+        of_other = others.cpu().numpy()
+        values["class_rank_correlation"] = rank_correlation(of_class, of_other)
+        values["class_ssim"] = structural_similarity(of_class, of_other)
+        values |= {f"{name}_other": value for name, value in noise(of_other).items()}
+    return values
+
+
+def _joined(parts: Sequence[tuple[dict[str, Floats], Curves]]) -> Evaluation:
+    names = list(parts[0][0])
+    return Evaluation(
+        {name: np.concatenate([values[name] for values, _ in parts]) for name in names},
+        Curves(
+            parts[0][1].fractions,
+            np.concatenate([curves.deletion for _, curves in parts]),
+            np.concatenate([curves.insertion for _, curves in parts]),
+        ),
+    )

@@ -1,0 +1,152 @@
+"""Does a map point at what the prediction hangs on? Patches go in the map's order, and the model is asked again.
+
+Deletion (positive perturbation) replaces the most relevant patches first: a good map makes the probability of the class
+fall fast. Insertion starts from the baseline image and puts the most relevant patches back first: a good map makes it
+rise fast. Keeping the top share is the same image as taking away the rest, so insertion is negative perturbation (the
+least relevant first) read backwards, and both curves are all there is.
+
+Every condition sees the same images with the same baseline image; the baseline is a function of the image alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from engine.capture import evaluating
+from train.errors import InputError
+
+__all__ = ["BASELINES", "Curves", "baseline_images", "perturbation_curves", "random_maps"]
+
+Floats = NDArray[np.float64]
+
+BASELINES = ("blur", "mean")
+# Standard deviation of the blur as a share of the image's longer side: on 224 px it is 22 px, and no object is left.
+_BLUR = 0.1
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Probability of each image's class as patches go or come, most relevant first.
+
+    Attributes:
+        fractions: [step] shares of patches, from 0 to 1.
+        deletion: [image, step], that share replaced by the baseline.
+        insertion: [image, step], that share on the baseline.
+    """
+
+    fractions: Floats
+    deletion: Floats
+    insertion: Floats
+
+    def measures(self) -> dict[str, Floats]:
+        """Areas under both curves and between them, [image]: `faithfulness` is insertion − deletion, 0 for no order."""
+        widths = np.diff(self.fractions)
+        deletion, insertion = (((y[:, 1:] + y[:, :-1]) / 2) @ widths for y in (self.deletion, self.insertion))
+        return {"deletion_auc": deletion, "insertion_auc": insertion, "faithfulness": insertion - deletion}
+
+
+def baseline_images(images: torch.Tensor, kind: str) -> torch.Tensor:
+    """What stands in for a patch that is taken away.
+
+    Args:
+        images: normalised, [image, channel, row, col].
+        kind: "blur": the image under a Gaussian of a tenth of its longer side; "mean": the data set's mean, which
+            normalisation puts at 0.
+
+    Raises:
+        InputError: no such kind.
+    """
+    if kind == "mean":
+        return torch.zeros_like(images)
+    if kind != "blur":
+        raise InputError(f"relevance.baseline is {kind!r}; expected one of {', '.join(BASELINES)}")
+    channels, height, width = images.shape[1:]
+    sigma = _BLUR * max(height, width)
+    reach = int(3 * sigma)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2)
+    taps = (taps / taps.sum()).to(images.dtype)
+    down = taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+    padded = F.pad(images, (0, 0, reach, reach), mode="replicate")
+    blurred = F.conv2d(padded, down, groups=channels)
+    padded = F.pad(blurred, (reach, reach, 0, 0), mode="replicate")
+    return F.conv2d(padded, down.transpose(2, 3), groups=channels)
+
+
+def random_maps(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """Maps that know nothing, the control: seeded uniform noise [image, row, col]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def perturbation_curves(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    baseline: torch.Tensor,
+    targets: torch.Tensor,
+    maps: torch.Tensor,
+    *,
+    steps: int = 7,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Curves:
+    """Deletion and insertion curves of one map an image.
+
+    Args:
+        model: a classifier, run in eval mode and put back as it was.
+        images, baseline: [image, channel, row, col].
+        targets: class whose probability (softmax) is followed, [image].
+        maps: [image, row, col] on the patch grid. Equal values have no order: they are taken in a seeded random one, or
+            a map of zeros would remove the image from its top left corner.
+        steps: shares between 0 and 1 that are evaluated, evenly spaced.
+        batch_size: images a forward pass.
+        seed: of the order of ties.
+
+    Raises:
+        InputError: no steps, or maps and images that do not belong together.
+    """
+    if steps < 1:
+        raise InputError(f"relevance.steps is {steps}; expected at least 1")
+    if maps.shape[0] != images.shape[0]:
+        raise InputError(f"{maps.shape[0]} maps for {images.shape[0]} images; expected one an image")
+    fractions = np.linspace(0.0, 1.0, steps + 2)
+    patches = maps.shape[1] * maps.shape[2]
+    counts = np.rint(fractions[1:-1] * patches).astype(int)
+    rank = _ranks(maps, seed)
+    grid = tuple(maps.shape[1:])
+
+    def probabilities(kept: torch.Tensor) -> Floats:
+        """Of images whose patches are the image's own where `kept` [image, patch] and the baseline's elsewhere."""
+        found = []
+        for rows in torch.arange(len(images)).split(batch_size):
+            mask = kept[rows].reshape(-1, 1, *grid).to(images)
+            mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
+            logits = model(mask * images[rows] + (1 - mask) * baseline[rows])
+            chances = getattr(logits, "logits", logits).double().softmax(dim=-1)
+            found.append(chances.gather(1, targets[rows].to(chances.device)[:, None])[:, 0].cpu())
+        return torch.cat(found).numpy()
+
+    def curve(inserting: bool) -> Iterator[Floats]:
+        for count in counts:
+            kept = rank < int(count)
+            yield probabilities(kept if inserting else ~kept)
+
+    with evaluating(model), torch.inference_mode():
+        whole, none = probabilities(rank >= 0), probabilities(rank < 0)
+        deletion = np.stack([whole, *curve(inserting=False), none], axis=1)
+        insertion = np.stack([none, *curve(inserting=True), whole], axis=1)
+    return Curves(fractions, deletion, insertion)
+
+
+def _ranks(maps: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rank of each patch, 0 the most relevant, ties in a random order, [image, patch]."""
+    values = maps.flatten(1).double().cpu()
+    shuffled = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    order = values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks.scatter_(1, shuffled.gather(1, order), torch.arange(values.shape[1]).expand_as(order).contiguous())
+    return ranks

@@ -1,0 +1,104 @@
+"""Numbers of single maps and of pairs of maps: where they point, how noisy they are, how alike two of them are."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage, stats
+
+from kernels import METRICS, TokenLayout
+
+__all__ = ["localization", "noise", "rank_correlation", "structural_similarity"]
+
+Floats = NDArray[np.float64]
+
+# Wang et al. (2004), doi:10.1109/TIP.2003.819861: the window's standard deviation and the two stabilisers.
+_SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 1.5, 0.01, 0.03
+_SSIM_TRUNCATE = 3.5
+
+
+def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
+    """Whether maps fall on annotated regions, [image, region] each; NaN where a map has no positive value.
+
+    Args:
+        maps: [image, row, col] on the patch grid; what is negative counts as 0.
+        coverage: share of each patch that each region covers, [image, region, patch].
+
+    Returns:
+        `region_hit`: 1 where the map's peak lies on a patch that the region covers by half or more (the pointing game
+        of Zhang et al., doi:10.1007/s11263-017-1059-x; a peak that several patches share counts by its share);
+        `region_share`: the region's share of the map's mass, patches weighted by coverage;
+        `region_overlap`: intersection over union of those patches and as many of the map's greatest ones.
+    """
+    flat = np.maximum(maps.reshape(len(maps), 1, -1), 0.0)
+    inside = coverage >= 0.5
+    defined = flat.max(axis=2) > 0
+    total = np.where(defined, flat.sum(axis=2), 1.0)
+    peak = flat == flat.max(axis=2, keepdims=True)
+    hit = (peak & inside).sum(axis=2) / peak.sum(axis=2)
+    share = (flat * coverage).sum(axis=2) / total
+    size = inside.sum(axis=2)
+    rank = (-flat).argsort(axis=2, kind="stable").argsort(axis=2)
+    top = rank < size[..., None]
+    union = (top | inside).sum(axis=2)
+    overlap = (top & inside).sum(axis=2) / np.maximum(union, 1)
+    overlap = np.where(size > 0, overlap, np.nan)
+    return {
+        name: np.where(defined, value, np.nan)
+        for name, value in (("region_hit", hit), ("region_share", share), ("region_overlap", overlap))
+    }
+
+
+def noise(maps: Floats) -> dict[str, Floats]:
+    """How noisy maps are, [image] each; what is negative counts as 0, and a map without a positive value is NaN.
+
+    Args:
+        maps: [image, row, col].
+
+    Returns:
+        `total_variation`: mean absolute difference of neighbouring patches, in units of the map's mean;
+        `map_entropy` (nat) and `map_morans_i` of the map as a distribution over patches: the kernels' definitions.
+    """
+    positive = np.maximum(maps, 0.0)
+    mean = positive.mean(axis=(1, 2))
+    scaled = positive / np.where(mean > 0, mean, np.nan)[:, None, None]
+    steps = [np.abs(np.diff(scaled, axis=axis)).reshape(len(maps), -1) for axis in (1, 2)]
+    rows, cols = maps.shape[1:]
+    layout = TokenLayout(grid_rows=rows, grid_cols=cols, num_prefix_tokens=0, patch_height_px=1, patch_width_px=1)
+    row = scaled.reshape(1, len(maps), -1) / (rows * cols)
+    found = {"total_variation": np.concatenate(steps, axis=1).mean(axis=1)}
+    for name in ("entropy", "morans_i"):
+        found[f"map_{name}"] = np.asarray(METRICS[name].reference(row, layout)[0])
+    return found
+
+
+def rank_correlation(maps: Floats, others: Floats) -> Floats:
+    """Spearman's rank correlation of each pair of maps over patches, [image]; NaN where one is constant."""
+    a, b = (stats.rankdata(values.reshape(len(values), -1), axis=1) for values in (maps, others))
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    norm = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    return np.asarray((a * b).sum(axis=1) / np.where(norm > 0, norm, np.nan))
+
+
+def structural_similarity(maps: Floats, others: Floats) -> Floats:
+    """SSIM of each pair of maps, each scaled to a peak of 1, on the patch grid, [image]; NaN where one has no peak.
+
+    A Gaussian window of 1.5 patches, mirrored at the edges; the mean over all patches. Maps are scaled because it is
+    their shape that is compared: a less probable class has a weaker map.
+
+    Source:
+        Wang et al. (2004), doi:10.1109/TIP.2003.819861.
+    """
+    peaks = [values.max(axis=(1, 2), keepdims=True) for values in (maps, others)]
+    a, b = (v / np.where(peak > 0, peak, np.nan) for v, peak in zip((maps, others), peaks, strict=True))
+
+    def local(values: Floats) -> Floats:
+        return np.asarray(ndimage.gaussian_filter(values, (0, _SSIM_SIGMA, _SSIM_SIGMA), truncate=_SSIM_TRUNCATE))
+
+    mean_a, mean_b = local(a), local(b)
+    variance_a, variance_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
+    covariance = local(a * b) - mean_a * mean_b
+    c1, c2 = _SSIM_K1**2, _SSIM_K2**2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity /= (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    return np.asarray(similarity.mean(axis=(1, 2)))

@@ -1,0 +1,196 @@
+"""Faithfulness, localization, noise, similarity and association on closed cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy import stats
+
+from engine.relevance.faithfulness import baseline_images, perturbation_curves, random_maps
+from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
+from engine.statistics.association import correlate_over_images
+from train.errors import InputError
+
+
+class BrightPatch(torch.nn.Module):
+    """Logit of class 1 is the brightness of the top left 4×4 pixels, of class 0 nothing."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        bright = 8 * images[:, 0, :4, :4].mean(dim=(1, 2)) - 4
+        return torch.stack([torch.zeros_like(bright), bright], dim=1)
+
+
+def pictures(count: int = 5) -> torch.Tensor:
+    return torch.rand(count, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.9
+
+
+def maps_of(patch: int, count: int = 5) -> torch.Tensor:
+    maps = torch.zeros(count, 16)
+    maps[:, patch] = 1.0
+    return maps.reshape(count, 4, 4)
+
+
+def test_a_map_that_knows_is_faithful_and_one_that_is_wrong_is_not() -> None:
+    images, targets = pictures(), torch.ones(5, dtype=torch.long)
+    baseline = baseline_images(images, "mean")
+    model = BrightPatch()
+    right = perturbation_curves(model, images, baseline, targets, maps_of(0), steps=15)
+    with torch.no_grad():
+        whole = model(images).softmax(-1)[:, 1].numpy()
+        none = model(baseline).softmax(-1)[:, 1].numpy()
+    # One patch in 16 decides: with it gone all is gone, with it back all is back.
+    np.testing.assert_allclose(right.deletion, np.where(np.arange(17) < 1, whole[:, None], none[:, None]), atol=1e-6)
+    np.testing.assert_allclose(right.insertion, np.where(np.arange(17) < 1, none[:, None], whole[:, None]), atol=1e-6)
+    area = right.measures()["faithfulness"]
+    np.testing.assert_allclose(area, (whole - none) * (1 - 1 / 16), atol=1e-6)
+    inverse = perturbation_curves(model, images, baseline, targets, 1 - maps_of(0), steps=15).measures()
+    np.testing.assert_allclose(inverse["faithfulness"], -area, atol=1e-6)
+    assert np.abs(inverse["deletion_auc"] - right.measures()["insertion_auc"]).max() < 0.07
+
+
+def test_insertion_is_negative_perturbation_read_backwards() -> None:
+    images, targets = pictures(), torch.ones(5, dtype=torch.long)
+    baseline = baseline_images(images, "blur")
+    maps = random_maps((5, 4, 4), seed=4)
+    forwards = perturbation_curves(BrightPatch(), images, baseline, targets, maps, steps=7)
+    negative = perturbation_curves(BrightPatch(), images, baseline, targets, -maps, steps=7)
+    np.testing.assert_allclose(forwards.insertion, negative.deletion[:, ::-1], atol=1e-7)
+
+
+def test_an_order_without_knowledge_has_no_area_on_average() -> None:
+    images, targets = pictures(400), torch.ones(400, dtype=torch.long)
+    baseline = baseline_images(images, "mean")
+    for maps in (random_maps((400, 4, 4), seed=1), torch.zeros(400, 4, 4)):  # ties are dealt out at random
+        area = perturbation_curves(BrightPatch(), images, baseline, targets, maps).measures()["faithfulness"]
+        assert abs(area.mean()) < 4 * area.std() / 20
+
+
+def test_curves_do_not_depend_on_the_batch_and_leave_the_model_alone() -> None:
+    images, targets = pictures(), torch.ones(5, dtype=torch.long)
+    baseline, maps = baseline_images(images, "blur"), random_maps((5, 4, 4), seed=2)
+    model = BrightPatch().train()
+    one = perturbation_curves(model, images, baseline, targets, maps, batch_size=1)
+    all_at_once = perturbation_curves(model, images, baseline, targets, maps, batch_size=64)
+    np.testing.assert_allclose(one.deletion, all_at_once.deletion, atol=1e-7)
+    assert model.training
+
+
+def test_the_blurred_baseline_keeps_the_mean_and_loses_the_detail() -> None:
+    images = torch.rand(3, 2, 48, 32, generator=torch.Generator().manual_seed(0))
+    blurred = baseline_images(images, "blur")
+    assert blurred.shape == images.shape
+    assert float((blurred.mean(dim=(2, 3)) - images.mean(dim=(2, 3))).abs().max()) < 0.03
+    assert float(blurred.std()) < 0.15 * float(images.std())
+    flat = torch.full((1, 1, 20, 20), 0.7)
+    torch.testing.assert_close(baseline_images(flat, "blur"), flat)
+    with pytest.raises(InputError, match="expected one of blur, mean"):
+        baseline_images(images, "black")
+
+
+def test_bad_requests_are_one_sentence() -> None:
+    images, targets = pictures(), torch.ones(5, dtype=torch.long)
+    with pytest.raises(InputError, match=r"relevance\.steps is 0"):
+        perturbation_curves(BrightPatch(), images, images, targets, maps_of(0), steps=0)
+    with pytest.raises(InputError, match="4 maps for 5 images"):
+        perturbation_curves(BrightPatch(), images, images, targets, maps_of(0, count=4))
+
+
+def test_localization_of_known_maps() -> None:
+    coverage = np.zeros((4, 2, 16))
+    coverage[:, 0, :2] = 1.0  # the first two patches
+    coverage[:, 1, 5] = 0.4  # no patch covered by half
+    maps = np.zeros((4, 16))
+    maps[0, 0] = 2.0  # on the first region
+    maps[1, 5] = 1.0  # on the second
+    maps[2, [0, 9]] = 1.0  # a peak on it and one off it
+    found = localization(maps.reshape(4, 4, 4), coverage)
+    np.testing.assert_array_equal(found["region_hit"][:, 0], [1, 0, 0.5, np.nan])
+    np.testing.assert_allclose(found["region_share"][:3], [[1, 0], [0, 0.4], [0.5, 0]])
+    np.testing.assert_allclose(found["region_overlap"][0, 0], 1.0)  # ties go to the first patches
+    assert np.isnan(found["region_overlap"][:, 1]).all(), "a region that covers no patch by half has no overlap"
+    assert np.isnan(found["region_hit"][3]).all(), "a map of zeros points nowhere"
+
+
+def test_noise_of_known_maps() -> None:
+    checkerboard = np.indices((6, 6)).sum(axis=0) % 2.0
+    uniform = np.ones((6, 6))
+    found = noise(np.stack([checkerboard, uniform, np.zeros((6, 6)), -uniform]))
+    np.testing.assert_allclose(found["total_variation"][:2], [2.0, 0.0], atol=1e-12)
+    np.testing.assert_allclose(found["map_entropy"][:2], [np.log(18), np.log(36)])
+    np.testing.assert_allclose(found["map_morans_i"][0], -1.0)
+    assert np.isnan(found["map_morans_i"][1]), "a constant map has no Moran's I"
+    assert all(np.isnan(values[2:]).all() for values in found.values())
+    scaled = noise(np.stack([checkerboard]) * 7)
+    np.testing.assert_allclose(scaled["total_variation"], 2.0)
+
+
+def test_rank_correlation_equals_scipys() -> None:
+    random = np.random.default_rng(0)
+    a, b = np.round(random.random((6, 5, 7)), 1), np.round(random.random((6, 5, 7)), 1)  # with ties
+    b[5] = 0.3
+    found = rank_correlation(a, b)
+    expected = [stats.spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a[:5], b[:5], strict=True)]
+    np.testing.assert_allclose(found[:5], expected, atol=1e-12)
+    assert np.isnan(found[5])
+
+
+def test_structural_similarity_of_known_pairs() -> None:
+    random = np.random.default_rng(0)
+    maps = random.random((3, 14, 14))
+    np.testing.assert_allclose(structural_similarity(maps, maps), 1.0)
+    np.testing.assert_allclose(structural_similarity(maps, 9 * maps), 1.0)
+    assert (np.abs(structural_similarity(maps, random.random((3, 14, 14)))) < 0.8).all()
+    assert (structural_similarity(maps, maps.max() - maps) < 0.1).all()
+    assert np.isnan(structural_similarity(maps, np.zeros_like(maps))).all()
+    # Two constants: the luminance term alone.
+    flat = structural_similarity(np.ones((1, 8, 8)), np.ones((1, 8, 8)) * 0.5)
+    np.testing.assert_allclose(flat, 1.0)
+
+
+def changes(values: np.ndarray) -> xr.DataArray:
+    return xr.DataArray(values, dims=("image", "layer", "head"), coords={"layer": np.arange(values.shape[1])})
+
+
+def test_association_equals_scipys_correlation_and_finds_what_is_there() -> None:
+    random = np.random.default_rng(0)
+    values, outcome = random.standard_normal((60, 3, 4)), random.standard_normal(60)
+    values[:, 1, 2] += 1.5 * outcome
+    values[:10, 0, 0] = np.nan
+    values[:, 2, 3] = 5.0
+    found = correlate_over_images(changes(values), outcome, permutations=999)
+    expected = stats.spearmanr(values[:, 1, 1], outcome)
+    np.testing.assert_allclose(found["rho"][1, 1], expected.statistic, atol=1e-12)
+    np.testing.assert_allclose(found["p"][1, 1], expected.pvalue, atol=0.05)
+    assert float(found["p_max_r"][1, 2]) == 1 / 1000
+    assert int((found["p_max_r"] < 0.05).sum()) == 1
+    assert int(found["n"][0, 0]) == 50
+    assert np.isnan(found["rho"][2, 3])
+    assert found.attrs["family_size"] == 11
+    assert (found["p_max_r"].fillna(1) >= found["p"].fillna(0)).all()
+
+
+def test_association_holds_its_family_wise_level() -> None:
+    """Outcomes that have nothing to do with correlated tests: 5 % of families may hold a p below .05."""
+    random = np.random.default_rng(1)
+    wrong = 0
+    for trial in range(200):
+        common = random.standard_normal((30, 1, 1))
+        values = common + random.standard_normal((30, 4, 5))
+        found = correlate_over_images(changes(values), random.standard_normal(30), permutations=199, seed=trial)
+        wrong += bool((found["p_max_r"] <= 0.05).any())
+    assert wrong <= 20, "binomial 99.9 % point of 200 at .05"
+
+
+def test_association_of_ordered_outcomes_and_bad_requests() -> None:
+    values = changes(np.arange(8.0)[:, None, None].repeat(2, axis=1))
+    correct = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    assert float(correlate_over_images(values, correct, permutations=99)["rho"][0, 0]) > 0.8
+    constant = correlate_over_images(values, np.ones(8), permutations=99)
+    assert np.isnan(constant["p_max_r"]).all()
+    assert constant.attrs["family_size"] == 0
+    with pytest.raises(ValueError, match="one value for each of 8 images"):
+        correlate_over_images(values, np.ones(7))
+    with pytest.raises(ValueError, match="not finite in 1 images"):
+        correlate_over_images(values, np.array([np.nan, *range(7)]))
