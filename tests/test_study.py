@@ -29,7 +29,8 @@ SMALL = [
     *("--data.train_scenes", "96", "--data.validation_scenes", "48", "--data.test_scenes", "40"),
     *("--pretrain.scenes", "96", "--pretrain.epochs", "1", "--train.epochs", "1"),
     *("--statistics.permutations", "199", "--statistics.bootstrap", "99", "--capture.batch_size", "16"),
-    *("--relevance.images", "1", "--capture.samples", "3", "--train.precision", "fp32"),
+    *("--relevance.images", "1", "--relevance.measured", "4", "--relevance.steps", "2"),
+    *("--capture.samples", "3", "--train.precision", "fp32"),
 ]
 
 OUTPUTS = [
@@ -43,7 +44,10 @@ OUTPUTS = [
     "metrics/attention_metrics.h5",
     "metrics/attention_metrics.csv",
     "visualizations/gradcam_samples/gradcam_samples.csv",
+    "metrics/relevance.json",
+    "metrics/relevance.csv",
     "visualizations/relevance/generic/generic_samples.csv",
+    "visualizations/relevance/lrp/lrp_samples.csv",
     "visualizations/figures/region_mass.svg",
     "visualizations/figures/region_mass.png",
     "samples.zarr",
