@@ -19,11 +19,15 @@ from engine.report.figures import PALETTE
 from engine.report.findings import Comparison, cell_relations, comparisons, histories, layer_curve, training_runs
 from engine.report.inputs import Results
 from engine.report.maps import maps_payload, scatter_images
-from engine.report.sections import SECTIONS, environment
+from engine.report.relevance import relevance_section
+from engine.report.sections import environment, gradcam
 from engine.report.verdicts import verdicts
 from engine.report.viewer import viewer_payload
 
 __all__ = ["render_page"]
+
+# Sections that stand on files of their own, in the page's order between the attention viewer and the training.
+SECTIONS = (relevance_section, gradcam)
 
 TEMPLATES = Path(__file__).parent / "templates"
 DROPPED_SHOWN = 50

@@ -1,12 +1,11 @@
-"""Sections of the page that stand on files of their own: one entry of SECTIONS each, the seam for a new one.
+"""Sections of the page that stand on files of their own.
 
 A section is a callable that looks at the results and returns what to show, or None where there is nothing. The page
-places them in this order between the attention viewer and the training, with an entry in its navigation.
+lists them in `engine.report.page.SECTIONS`, the seam for a new one, and gives each an entry in its navigation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from engine.report.inputs import Results
 from engine.report.kept import GradcamSample
 from engine.report.viewer import data_uri
 
-__all__ = ["SECTIONS", "Section", "environment"]
+__all__ = ["Section", "environment", "gradcam"]
 
 GRADCAM_BUDGET = 1_300_000
 
@@ -106,6 +105,3 @@ def _that_fit(results: Results) -> list[tuple[GradcamSample, bytes]]:
         pictures.sort(key=lambda pair: (roles.index(pair[0].role), order.get(pair[0].condition, len(order))))
         fitting += pictures
     return fitting
-
-
-SECTIONS: tuple[Callable[[Results], Section | None], ...] = (gradcam,)

@@ -8,6 +8,7 @@ from typing import Any
 from engine.report import cautions, text, wording
 from engine.report.findings import Comparison, cell_relations, comparisons, training_runs
 from engine.report.inputs import Results
+from engine.report.relevance import load_relevance, relevance_sentences
 
 __all__ = ["summary_markdown"]
 
@@ -25,6 +26,7 @@ def summary_markdown(results: Results) -> str:
         ("## Along the layers", _along_layers(results, found)),
         ("## Between metrics", _relations(found)),
         ("## Classes", _sensitivity(results, found)),
+        ("## Relevance maps", _relevance(results)),
         ("## Negative controls", _controls(results)),
         ("## Data", _data(results)),
         ("## The t-test over layer means", _layer_means(results, found)),
@@ -162,6 +164,14 @@ def _relations(found: Sequence[Comparison]) -> list[str]:
                 "independent, so no p-value is given:"
             )
             lines += _bullets(filter(None, sentences))
+    return lines
+
+
+def _relevance(results: Results) -> list[str]:
+    found = load_relevance(results)
+    lines: list[str] = []
+    for heading, sentences in (relevance_sentences(results, found) if found is not None else {}).items():
+        lines += [f"### {heading}", *_bullets(sentences)]
     return lines
 
 

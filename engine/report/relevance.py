@@ -1,0 +1,282 @@
+"""The report's part on relevance maps: what `metrics/relevance.json` holds, in sentences, a table and charts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from engine.report import text
+from engine.report.charts import Line, line_chart
+from engine.report.inputs import Results
+from engine.report.reading import load_json
+from engine.report.sections import Section, environment
+from engine.report.viewer import data_uri
+from train.errors import InputError
+
+__all__ = ["Relevance", "load_relevance", "relevance_section", "relevance_sentences"]
+
+RELEVANCE = Path("metrics/relevance.json")
+PANELS = Path("visualizations/relevance")
+CONTROL = "random"
+_PANEL_BUDGET = 800_000
+
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """The document of the relevance stage, looked up by what a sentence needs."""
+
+    document: Mapping[str, Any]
+
+    @property
+    def conditions(self) -> list[str]:
+        return list(dict.fromkeys(entry["condition"] for entry in self.document["means"]))
+
+    def methods(self, condition: str) -> list[str]:
+        return list(dict.fromkeys(e["method"] for e in self.document["means"] if e["condition"] == condition))
+
+    def mean(self, condition: str, method: str, measure: str) -> Entry | None:
+        """The mean of a measure with its interval; None where there is none."""
+        where = {"condition": condition, "method": method, "measure": measure}
+        return next((e for e in self.select("means", **where) if e["mean"] is not None), None)
+
+    def select(self, kind: str, **where: Any) -> Iterator[Entry]:
+        return (e for e in self.document[kind] if all(e.get(key) == value for key, value in where.items()))
+
+
+def load_relevance(results: Results) -> Relevance | None:
+    """What the relevance stage left; None where it measured nothing.
+
+    Raises:
+        InputError: the file cannot be read or has another schema.
+    """
+    path = results.outputs / RELEVANCE
+    if not path.exists():
+        return None
+    document = load_json(path, "written by the relevance stage")
+    if document.get("schema") != 1:
+        raise InputError(
+            f"{path}: schema is {document.get('schema')!r}; this version reads schema 1; run the relevance stage again"
+        )
+    return Relevance(document)
+
+
+def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[str]]:
+    """Heading -> sentences, in order; headings without a sentence are left out."""
+    parts = {
+        "Faithfulness": list(_faithfulness(results, found)),
+        "Where maps point": list(_places(results, found)),
+        "How much maps depend on the class": list(_classes(results, found)),
+        "Attention and the prediction": list(_link(results, found)),
+        "Not computed": [
+            f"{entry['method']} of {entry['condition']}: {entry['reason']}." for entry in found.document["refused"]
+        ],
+    }
+    return {heading: sentences for heading, sentences in parts.items() if sentences}
+
+
+def relevance_section(results: Results) -> Section | None:
+    """Relevance maps measured, with a panel of each method."""
+    found = load_relevance(results)
+    if found is None:
+        return None
+    sentences = relevance_sentences(results, found)
+    if not sentences:
+        return None
+    methods = list(dict.fromkeys(entry["method"] for entry in found.document["means"]))
+    body = (
+        environment(results)
+        .get_template("relevance.html")
+        .render(
+            document=found.document,
+            sentences=sentences,
+            methods=methods,
+            charts=_charts(found, methods),
+            rows=_rows(found),
+            measures=list(_COLUMNS.values()),
+            panels=_panels(results),
+        )
+    )
+    return Section(anchor="relevance", title="Relevance maps", name="Relevance", body=Markup(body))
+
+
+def _estimate(entry: Entry | None) -> str:
+    if entry is None:
+        return "undefined"
+    ci = entry.get("ci")
+    return text.number(entry["mean"], 2) + (f" ({text.interval(tuple(ci))})" if ci else "")
+
+
+def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
+    """Each condition's order of methods, and which of the expected steps hold."""
+    for condition in found.conditions:
+        ranked = []
+        for measure, sign, name in (
+            ("deletion_auc", 1, "deletion (least first)"),
+            ("insertion_auc", -1, "insertion (greatest first)"),
+            ("faithfulness", -1, "the area between them (greatest first)"),
+        ):
+            means = {method: found.mean(condition, method, measure) for method in found.methods(condition)}
+            known = sorted((sign * e["mean"], m) for m, e in means.items() if e is not None)
+            order = ", ".join(f"{method} {text.number(sign * value, 2)}" for value, method in known)
+            ranked.append(f"by {name}: {order}")
+        yield f"{condition}, areas under the curves, {'; '.join(ranked)}."
+        for than, expected in (("rollout", ("generic", "lrp")), (CONTROL, ("gradcam", "rollout", "generic", "lrp"))):
+            verdicts = []
+            for measure, sign in (("deletion_auc", -1), ("insertion_auc", 1), ("faithfulness", 1)):
+                tests = {
+                    e["method"]: e for e in found.select("methods", condition=condition, than=than, measure=measure)
+                }
+                better: list[str] = []
+                worse: list[str] = []
+                neither: list[str] = []
+                for method in (name for name in expected if name in tests):
+                    test = tests[method]
+                    sure = test["p_max_t"] is not None and test["p_max_t"] <= results.alpha
+                    (neither if not sure else better if sign * test["difference"] > 0 else worse).append(method)
+                words = [
+                    f"{text.listing(names)} {what}"
+                    for names, what in ((better, "better"), (worse, "worse"), (neither, "not told apart"))
+                    if names
+                ]
+                if words:
+                    label = {"deletion_auc": "deletion", "insertion_auc": "insertion"}.get(measure, "the area")
+                    verdicts.append(f"by {label} {', '.join(words)}")
+            if verdicts:
+                base = "a random order" if than == CONTROL else than
+                yield f"{condition}, against {base} (max-T at {results.alpha:g}): {'; '.join(verdicts)}."
+
+
+def _places(results: Results, found: Relevance) -> Iterator[str]:
+    for region in results.regions:
+        for method in dict.fromkeys(entry["method"] for entry in found.document["means"]):
+            parts = [
+                f"{condition} {_estimate(share)}, peak on it in {text.number(100 * hit['mean'], 2)} %"
+                for condition in found.conditions
+                if (share := found.mean(condition, method, f"region_share[{region}]")) is not None
+                and (hit := found.mean(condition, method, f"region_hit[{region}]")) is not None
+            ]
+            if parts:
+                yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
+
+
+def _classes(results: Results, found: Relevance) -> Iterator[str]:
+    against = found.document["against"]
+    for method in dict.fromkeys(entry["method"] for entry in found.document["means"]):
+        for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
+            means = {c: found.mean(c, method, measure) for c in found.conditions}
+            if any(means.values()):
+                listed = text.listing([f"{_estimate(entry)} in {condition}" for condition, entry in means.items()])
+                yield (
+                    f"{method}, {name} of an image's maps of its own and another class: {listed}."
+                    f"{_differences(results, found, method, measure, against)}"
+                )
+        for condition in found.conditions:
+            tests = found.select("classes", condition=condition, method=method, measure="total_variation")
+            for test in tests:
+                if test["p_max_t"] is not None and test["p_max_t"] <= results.alpha:
+                    more = "noisier" if test["difference"] > 0 else "smoother"
+                    yield (
+                        f"{method}, {condition}: maps of another class are {more} than those of the image's own (total "
+                        f"variation {text.signed(test['difference'])}, max-T p {text.p_value(test['p_max_t'])})."
+                    )
+
+
+def _differences(results: Results, found: Relevance, method: str, measure: str, against: str) -> str:
+    parts = []
+    for test in found.select("conditions", method=method, measure=measure):
+        sure = test["p_max_t"] is not None and test["p_max_t"] <= results.alpha
+        change = f"{text.signed(test['difference'])} (max-T p {text.p_value(test['p_max_t'])})"
+        parts.append(f"{test['condition']} {change}" + ("" if sure else ", so no difference is claimed"))
+    return f" Against {against}: {'; '.join(parts)}." if parts else ""
+
+
+def _link(results: Results, found: Relevance) -> Iterator[str]:
+    words = {"logit": "the true class's logit", "correct": "being right"}
+    for entry in found.document.get("link") or ():
+        tests: Sequence[Entry] = entry["tests"]
+        sure = [test for test in tests if test["p_max_r"] is not None and test["p_max_r"] <= results.alpha]
+        lead = (
+            f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]} goes with the "
+            f"change of a head's metric in {text.share(len(sure), len(tests))} metric × layer × head cells "
+            f"(Spearman over {entry['images']:,} images, max-|ρ| over {entry['permutations']:,} permutations)"
+        )
+        if not sure:
+            yield f"{lead}."
+            continue
+        best = max(sure, key=lambda test: abs(test["rho"]))
+        yield (
+            f"{lead}; most in {best['metric']}, layer {best['layer']}, head {best['head']}: ρ = "
+            f"{text.signed(best['rho'])}, p {text.p_value(best['p_max_r'])}."
+        )
+
+
+_COLUMNS = {
+    "faithfulness": "faithfulness",
+    "deletion_auc": "deletion",
+    "insertion_auc": "insertion",
+    "class_rank_correlation": "rank correlation, classes",
+    "class_ssim": "SSIM, classes",
+    "total_variation": "total variation",
+    "total_variation_other": "total variation, other class",
+}
+
+
+def _rows(found: Relevance) -> list[dict[str, Any]]:
+    return [
+        {
+            "condition": condition,
+            "method": method,
+            "cells": [
+                _estimate(entry) if (entry := found.mean(condition, method, measure)) is not None else ""
+                for measure in _COLUMNS
+            ],
+        }
+        for condition in found.conditions
+        for method in found.methods(condition)
+    ]
+
+
+def _charts(found: Relevance, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """A deletion and an insertion chart for every condition, one line a method."""
+    charts = []
+    for condition in found.conditions:
+        for kind in ("deletion", "insertion"):
+            lines = [
+                Line(
+                    curve["method"],
+                    methods.index(curve["method"]) % 6,
+                    [100 * fraction for fraction in curve["fractions"]],
+                    np.array([np.nan if v is None else v for v in curve[kind]]),
+                )
+                for curve in found.select("curves", condition=condition)
+            ]
+            title = f"{condition}: {kind}"
+            svg = line_chart(
+                lines,
+                title=title,
+                x_label="most relevant patches " + ("taken away (%)" if kind == "deletion" else "put back (%)"),
+                y_label="probability of the class",
+                x_ticks=[0, 25, 50, 75, 100],
+                y_range=(0.0, 1.0),
+            )
+            charts.append({"title": title, "svg": svg})
+    return charts
+
+
+def _panels(results: Results) -> list[dict[str, str]]:
+    """The first panel of each method, as far as the budget of a page goes; Grad-CAM has a section of its own."""
+    panels, used = [], 0
+    folder = results.outputs / PANELS
+    for method in sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+        first = next(iter(sorted((folder / method).glob("*_panel.png"))), None)
+        if first is not None and used + first.stat().st_size <= _PANEL_BUDGET:
+            used += first.stat().st_size
+            panels.append({"method": method, "src": data_uri("image/png", first.read_bytes())})
+    return panels
