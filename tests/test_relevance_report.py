@@ -1,0 +1,186 @@
+"""The relevance document and what the report says of it, from numbers whose answers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from engine.relevance.comparison import prediction_link, relevance_document, write_relevance
+from engine.relevance.evaluation import CONTROL, Evaluation, Targets, evaluate_maps
+from engine.relevance.faithfulness import Curves
+from engine.report import write_report
+from engine.report.inputs import load_results
+from engine.report.relevance import load_relevance, relevance_sentences
+from tests.relevance_cases import family
+from tests.synthetic_study import build_study
+from train.data import ImageSet, Preprocessing
+from train.errors import InputError
+
+SETTINGS = {"permutations": 499, "bootstrap": 99, "confidence": 0.95, "seed": 0}
+IMAGES = 30
+
+
+def evaluation(rng: np.random.Generator, good: float, alike: float) -> Evaluation:
+    fractions = np.linspace(0, 1, 5)
+    start = 0.8 + 0.05 * rng.standard_normal((IMAGES, 1))
+    deletion = start * (1 - fractions) ** (1 + 6 * good)
+    insertion = start * (1 - (1 - fractions) ** (1 + 6 * good))
+    curves = Curves(fractions, deletion, insertion)
+    values = curves.measures()
+    values["class_rank_correlation"] = alike + 0.02 * rng.standard_normal(IMAGES)
+    values["total_variation"] = 1 + 0.1 * rng.standard_normal(IMAGES)
+    values["total_variation_other"] = values["total_variation"] + 0.5
+    return Evaluation(values, curves)
+
+
+def documents() -> tuple[dict[str, dict[str, Evaluation]], Targets, dict[str, object]]:
+    rng = np.random.default_rng(0)
+    good = {"rollout": 0.4, "generic": 0.9, CONTROL: 0.0}
+    evaluations = {
+        condition: {method: evaluation(rng, value, alike) for method, value in good.items()}
+        for condition, alike in (("baseline", 0.3), ("finetuned", 0.6))
+    }
+    targets = Targets("true", np.zeros(IMAGES, dtype=np.int64), np.ones(IMAGES, dtype=np.int64))
+    refused = {"baseline": {}, "finetuned": {"lrp": "adapters <b>not</b> merged"}}
+    document = relevance_document(
+        evaluations, refused, targets, against="baseline", baseline="blur", steps=3, settings=SETTINGS
+    )
+    return evaluations, targets, document
+
+
+def test_the_document_says_what_the_numbers_say() -> None:
+    evaluations, _, document = documents()
+    json.dumps(document, allow_nan=False)
+    ranking = [
+        entry
+        for entry in document["methods"]  # type: ignore[union-attr]
+        if (entry["method"], entry["than"], entry["measure"]) == ("generic", "rollout", "faithfulness")
+    ]
+    assert [entry["condition"] for entry in ranking] == ["baseline", "finetuned"]
+    for entry in ranking:
+        values = evaluations[entry["condition"]]
+        expected = values["generic"].values["faithfulness"] - values["rollout"].values["faithfulness"]
+        assert entry["difference"] == pytest.approx(expected.mean())
+        assert entry["p_max_t"] == 1 / 500
+    (alike,) = (
+        entry
+        for entry in document["conditions"]  # type: ignore[union-attr]
+        if (entry["method"], entry["measure"]) == ("generic", "class_rank_correlation")
+    )
+    assert alike["difference"] == pytest.approx(0.3, abs=0.03)
+    assert alike["p_max_t"] == 1 / 500
+    assert {entry["measure"] for entry in document["classes"]} == {"total_variation"}  # type: ignore[union-attr]
+
+
+def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
+    outputs = build_study(tmp_path / "study", samples=False)
+    evaluations, targets, document = documents()
+    document["link"] = [
+        {
+            "condition": "finetuned",
+            "against": "baseline",
+            "outcome": "logit",
+            "images": 50,
+            "permutations": 99,
+            "tests": [{"metric": "entropy", "layer": 1, "head": 2, "rho": -0.5, "p": 0.01, "p_max_r": 0.01}],
+        }
+    ]
+    write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])
+    with (outputs / "metrics" / "relevance.csv").open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 2 * 3 * IMAGES
+    assert float(rows[0]["faithfulness"]) == pytest.approx(
+        evaluations["baseline"]["rollout"].values["faithfulness"][0], rel=1e-6
+    )
+    results = load_results(outputs)
+    found = load_relevance(results)
+    assert found is not None
+    sentences = relevance_sentences(results, found)
+    assert any("against rollout" in s and "generic better" in s for s in sentences["Faithfulness"])
+    assert any("maps of another class are noisier" in s for s in sentences["How much maps depend on the class"])
+    assert "ρ = −0.500" in sentences["Attention and the prediction"][0]
+    write_report(outputs)
+    page = (outputs / "report.html").read_text(encoding="utf-8")
+    assert 'id="relevance"' in page
+    assert "finetuned: deletion" in page
+    assert "adapters &lt;b&gt;not&lt;/b&gt; merged" in page
+    assert "### Faithfulness" in (outputs / "summary.md").read_text(encoding="utf-8")
+    (outputs / "metrics" / "relevance.json").write_text('{"schema": 7}')
+    with pytest.raises(InputError, match="schema is 7; this version reads schema 1"):
+        write_report(outputs)
+
+
+class Noise(ImageSet):
+    """Seeded pictures for the small models."""
+
+    def __init__(self, count: int) -> None:
+        self.ids = tuple(f"noise/{i}" for i in range(count))
+        self.labels = np.arange(count) % 5
+        self.class_names = tuple("abcde")
+        self.preprocessing = Preprocessing(
+            channels=3,
+            height_px=32,
+            width_px=32,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            crop_mode="center",
+        )
+
+    def pixels(self, indices: object) -> torch.Tensor:
+        every = torch.randint(0, 256, (len(self), 3, 32, 32), generator=torch.Generator().manual_seed(0))
+        return every[np.asarray(indices)].to(torch.uint8)
+
+
+def test_a_refused_method_is_named_and_the_others_are_measured() -> None:
+    images, rows = Noise(5), [0, 1, 3]
+    targets = Targets("true", images.labels[rows], (images.labels[rows] + 1) % 5)
+    found, refused = evaluate_maps(
+        family("parallel"),
+        images,
+        rows,
+        targets,
+        ("gradcam", "rollout", "generic"),
+        baseline="mean",
+        steps=2,
+        seed=0,
+        device="cpu",
+        batch_size=2,
+    )
+    assert list(refused) == ["gradcam"]
+    assert "Grad-CAM needs the norm" in refused["gradcam"]
+    assert set(found) == {"rollout", "generic", CONTROL}
+    assert all(evaluation.curves.deletion.shape == (3, 4) for evaluation in found.values())
+    assert "class_ssim" in found["generic"].values
+    assert "class_ssim" not in found["rollout"].values, "rollout is the same for every class"
+
+
+def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:
+    rng = np.random.default_rng(0)
+    images, classes = 60, 4
+    labels = rng.integers(classes, size=images)
+    logits = {name: rng.standard_normal((images, classes)) for name in ("baseline", "finetuned")}
+    values = rng.standard_normal((2, 1, images, 3, 2))
+    rose = logits["finetuned"][np.arange(images), labels] - logits["baseline"][np.arange(images), labels]
+    values[1, 0, :, 2, 1] = values[0, 0, :, 2, 1] + rose
+    dims = ("condition", "seed", "image", "layer", "head")
+    coords = {"condition": ["baseline", "finetuned"], "seed": [0], "layer": [0, 1, 2], "head": [0, 1]}
+    shares = rng.random((*values.shape, 2))
+    table = xr.Dataset(
+        {"entropy": (dims, values), "region_mass": ((*dims, "region"), shares)}, coords | {"region": ["a", "b"]}
+    )
+    entries = prediction_link(table, logits, labels, against="baseline", permutations=199, seed=0)
+    assert [entry["outcome"] for entry in entries] == ["logit", "correct"]
+    tests = entries[0]["tests"]
+    assert len(tests) == entries[0]["family_size"] == 18
+    best = max(tests, key=lambda test: abs(test["rho"]))
+    assert (best["metric"], best["layer"], best["head"]) == ("entropy", 2, 1)
+    assert best["rho"] == pytest.approx(1.0)
+    assert best["p_max_r"] == 1 / 200
