@@ -56,6 +56,7 @@ def build_study(
     controls_hold: bool = True,
     permutations: int = 499,
     equivalence: Mapping[str, float] | None = None,
+    measured_heads: Sequence[int] | None = None,
 ) -> Path:
     """Writes a whole study's tables below `outputs` and returns it. `effect` 0 is a study in which nothing differs."""
     random = np.random.default_rng(20)
@@ -65,6 +66,8 @@ def build_study(
     ids = [f"class_{index % len(classes)}/image_{index:03d}.png" for index in range(images)]
     labels = [index % len(classes) for index in range(images)]
     table = _table(random, conditions, seeds, regions, metrics, classes, ids, labels, layers, heads, effect)
+    if measured_heads is not None:
+        table = table.isel(head=list(measured_heads))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's remark that string arrays have no specification yet
         table.to_zarr(outputs / "metrics/attention_metrics.zarr", mode="w", zarr_format=3, consolidated=False)

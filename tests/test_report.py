@@ -299,13 +299,13 @@ def test_several_seeds_draw_their_spread(tmp_path: Path) -> None:
     assert 'class="thin c0"' not in page
 
 
-def test_some_layers_only_keep_their_numbers(tmp_path: Path) -> None:
-    """A study of layers 1 and 3 of four: nothing may take a layer's number for its place."""
+def test_some_layers_and_heads_only_keep_their_numbers(tmp_path: Path) -> None:
+    """Layers 1 and 3 and heads 2 and 3 of four each: nothing may take a number for a place."""
     outputs = small(tmp_path, gradcam=False)
     import xarray as xr
 
     path = outputs / "metrics/attention_metrics.zarr"
-    table = xr.open_zarr(path, consolidated=False).load().isel(layer=[1, 3])
+    table = xr.open_zarr(path, consolidated=False).load().isel(layer=[1, 3], head=[2, 3])
     for variable in table.variables.values():
         variable.encoding.clear()
     shutil.rmtree(path)
@@ -316,11 +316,15 @@ def test_some_layers_only_keep_their_numbers(tmp_path: Path) -> None:
     comparison["layers"] = [comparison["layers"][layer] for layer in (1, 3)]
     for part in ("tests", "relations"):
         comparison[part] = [entry for entry in comparison[part] if entry["layer"] in (None, 1, 3)]
+    comparison["tests"] = [test for test in comparison["tests"] if test["head"] in (None, 2, 3)]
     comparison["trends"] = comparison["clusters"] = []
     path.write_text(json.dumps(comparison), encoding="utf-8")
     summary, page = texts(outputs)
     shown = payload(page)
-    assert shown["layers"] == [1, 3]
+    assert (shown["layers"], shown["heads"]) == ([1, 3], [2, 3])
+    test = load_results(outputs).select("head", condition="finetuned", metric="distance", layer=3, head=2)[0]
+    assert shown["maps"][0]["grids"][0]["cells"][1][0]["d"] == pytest.approx(test.difference, rel=1e-5)
+    assert shown["maps"][0]["grids"][0]["cells"][1][0]["hist"] is not None
     assert [layer["layer"] for layer in shown["viewer"]["layers"]] == [0, 1, 2, 3]
     regional = [test for test in comparison["tests"] if test["level"] == "layer" and test["region"]]
     most = max(regional, key=lambda test: abs(test["difference"]))["layer"]

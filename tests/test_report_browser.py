@@ -226,6 +226,20 @@ def test_the_keyboard_moves_through_a_map(browser: Browser, page: Path) -> None:
     assert browser.run("document.activeElement.dataset.row + ',' + document.activeElement.dataset.head") == "2,2"
 
 
+def test_heads_that_were_chosen_keep_their_numbers(browser: Browser, tmp_path: Path) -> None:
+    """Heads 1 and 3 of four were measured; the maps of the samples hold all four."""
+    outputs = build_study(tmp_path, metrics=("distance",), regions=(), measured_heads=(1, 3), permutations=49)
+    page = tmp_path / "report.html"
+    page.write_text(render_page(load_results(outputs), ""), encoding="utf-8")
+    browser.open(page, 800)
+    browser.wait(READY)
+    browser.run('document.querySelector(\'td[data-row="2"][data-head="1"]\').click()')
+    assert browser.run("document.querySelector('#map-detail h3').textContent") == "Layer 2, head 3"
+    browser.run("document.querySelector('#map-detail button').click()")
+    browser.wait("document.getElementById('view-status').textContent.includes('layer 2, head 3')")
+    assert browser.problems() == []
+
+
 def test_another_metric_is_drawn(browser: Browser, page: Path) -> None:
     browser.open(page, 1400)
     browser.wait(READY)

@@ -218,7 +218,7 @@ def _difference_maps(results: Results, metric: str) -> Figure:
 
     pairs = results.comparisons()
     regions: Sequence[str | None] = results.regions if "region" in results.table[metric].dims else (None,)
-    depth, heads = len(results.sites), int(results.table.sizes["head"])
+    depth, heads = len(results.sites), len(results.heads)
     panels = [(pair, region) for region in regions for pair in pairs]
     maps = [head_maps(results, *pair, metric, region) for pair, region in panels]
     greatest = max(
@@ -256,7 +256,8 @@ def _difference_maps(results: Results, metric: str) -> Figure:
             axes.plot(head, layer, marker="o", markersize=3.2, color="white" if dark else "black", linestyle="none")
         name = f"{pair[0]} − {pair[1]}"
         axes.set_title(literal(name if region is None else f"{name}\non {region}"), fontsize=9.0, fontweight="normal")
-        axes.set_xticks(np.arange(0, heads, 1 if heads <= 6 else 2))
+        every = 1 if heads <= 6 else 2
+        axes.set_xticks(np.arange(0, heads, every), [str(head) for head in results.heads[::every]])
         step = 1 if depth <= 16 else 2
         axes.set_yticks(np.arange(0, depth, step), [str(layer) for layer in results.layers[::step]])
         axes.tick_params(length=0)

@@ -63,7 +63,7 @@ def layer_curve(results: Results, metric: str, condition: str, region: str | Non
 
 def head_maps(results: Results, condition: str, against: str, metric: str, region: str | None) -> dict[str, np.ndarray]:
     """`difference`, `p_max_t` and `p_tost_holm` as [layer, head]; NaN where there is no test or no value."""
-    shape = (results.table.sizes["layer"], results.table.sizes["head"])
+    shape = (len(results.layers), len(results.heads))
     maps = {name: np.full(shape, np.nan) for name in ("difference", "p_max_t", "p_tost_holm")}
     for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
         if test.layer is None or test.head is None:
@@ -71,7 +71,7 @@ def head_maps(results: Results, condition: str, against: str, metric: str, regio
         row = results.layers.index(test.layer)
         for name, array in maps.items():
             value = getattr(test, name)
-            array[row, test.head] = np.nan if value is None else value
+            array[row, results.heads.index(test.head)] = np.nan if value is None else value
     return maps
 
 

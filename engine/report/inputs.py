@@ -87,6 +87,11 @@ class Results:
         return tuple(int(layer) for layer in self.table["layer"].values)
 
     @property
+    def heads(self) -> tuple[int, ...]:
+        """The measured heads' numbers; a study may measure some heads only. Layers with fewer hold no value there."""
+        return tuple(int(head) for head in self.table["head"].values)
+
+    @property
     def regions(self) -> tuple[str, ...]:
         return tuple(str(name) for name in self.table["region"].values) if "region" in self.table.coords else ()
 

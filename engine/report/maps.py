@@ -58,7 +58,7 @@ def maps_payload(results: Results, found: Sequence[Comparison]) -> list[dict[str
 def scatter_images(results: Results) -> list[int]:
     """Positions of the images whose values the page holds: those with kept maps, then seeded ones, as many as fit."""
     images = [str(name) for name in results.table["image"].values]
-    cells = len(results.layers) * (int(results.table.sizes["head"]) + 1) * len(results.conditions)
+    cells = len(results.layers) * (len(results.heads) + 1) * len(results.conditions)
     series = max(1, sum(1 for _ in results.series()))
     most = min(len(images), SCATTER_IMAGES, max(16, SCATTER_BUDGET // (cells * series)))
     kept = dict.fromkeys(results.samples.ids) if results.samples else {}
@@ -80,14 +80,14 @@ def _cells(
     """[layer][head] of the head-level tests, and behind the heads one column of the layer-level ones."""
     condition, against = (results.conditions.index(name) for name in (comparison.condition, comparison.against))
     paired = values[condition] - values[against]
-    heads = int(results.table.sizes["head"])
+    heads = len(results.heads)
     cells: list[list[dict[str, Any] | None]] = [[None] * (heads + 1) for _ in results.layers]
     where = {"condition": comparison.condition, "against": comparison.against, "metric": metric, "region": region}
     for test in (*results.select("head", **where), *results.select("layer", **where)):
         if test.layer is not None:
-            row, column = results.layers.index(test.layer), heads if test.level == "layer" else test.head
-            if column is not None:
-                cells[row][column] = _cell(results, test, paired[:, row, column])
+            row = results.layers.index(test.layer)
+            column = heads if test.head is None else results.heads.index(test.head)
+            cells[row][column] = _cell(results, test, paired[:, row, column])
     return cells
 
 

@@ -51,7 +51,7 @@ def render_page(results: Results, summary: str) -> str:
         "power": results.power,
         "layers": list(results.layers),
         "sites": list(results.sites),
-        "heads": int(results.table.sizes["head"]),
+        "heads": list(results.heads),
         "images": [images[index] for index in shown],
         "allImages": len(images),
         "maps": maps_payload(results, found),

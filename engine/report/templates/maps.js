@@ -10,14 +10,17 @@
   let turn = 0;
   data.maps.forEach((map, index) => select.append(make("option", { value: index }, map.label)));
 
-  const headName = (head) => (head === data.heads ? "mean over heads" : "head " + head);
+  const mean = data.heads.length; // the column behind the heads
+  const headName = (column) => (column === mean ? "mean over heads" : "head " + data.heads[column]);
+  /** A column as the viewer's choice of head; its maps hold all of a layer's heads. */
+  const viewerHead = (column) => (column === mean ? "mean" : data.heads[column]);
   const current = () => data.maps[Number(select.value)];
   const pairName = (grid) => data.conditions[grid.condition] + " − " + data.conditions[grid.against];
 
   /** The cell of a map with the largest change that survives, of the means over heads where there are such. */
   function largest(map) {
     const best = { row: 0, head: 0, size: -1 };
-    for (const column of [[data.heads], [...Array(data.heads).keys()]]) {
+    for (const column of [[mean], [...data.heads.keys()]]) {
       for (const grid of map.grids)
         grid.cells.forEach((cells, row) => column.forEach((head) => {
           const cell = cells[head];
@@ -53,8 +56,7 @@
   function drawGrid(map, grid, limit) {
     const table = make("table", { className: "heat", role: "grid", "aria-label": map.label + ", " + pairName(grid) + ": layers by heads" });
     const header = make("tr", { role: "row" }, make("th", { scope: "col", title: "layer by head" }, ""));
-    for (let head = 0; head < data.heads; head++)
-      header.append(make("th", { scope: "col", "aria-label": "head " + head }, String(head)));
+    for (const head of data.heads) header.append(make("th", { scope: "col", "aria-label": "head " + head }, String(head)));
     header.append(make("th", { className: "gap", role: "presentation" }));
     header.append(make("th", { scope: "col", "aria-label": "mean over heads", title: "mean over heads" }, "mean"));
     table.append(make("thead", {}, header));
@@ -64,7 +66,7 @@
       line.append(make("th", { scope: "row", "aria-label": "layer " + data.layers[row], title: data.sites[row] }, String(data.layers[row])));
       cells.forEach((cell, head) => {
         const known = cell && cell.d !== null;
-        if (head === data.heads) line.append(make("th", { className: "gap", role: "presentation" }));
+        if (head === mean) line.append(make("th", { className: "gap", role: "presentation" }));
         const square = make("td", {
           role: "gridcell", tabIndex: -1,
           "aria-label": "layer " + data.layers[row] + ", " + headName(head) + ": " + describe(cell),
@@ -94,7 +96,7 @@
       if (!step) return;
       event.preventDefault();
       const row = Math.min(Math.max(chosen.row + step[0], 0), data.layers.length - 1);
-      const head = Math.min(Math.max(chosen.head + step[1], 0), data.heads);
+      const head = Math.min(Math.max(chosen.head + step[1], 0), mean);
       choose(row, head);
       table.querySelector('td[data-row="' + row + '"][data-head="' + head + '"]').focus();
     });
@@ -114,7 +116,7 @@
     const shown = page.viewer ? page.viewer.layer(data.layers[row]) : -1;
     if (shown >= 0) {
       const go = make("button", { type: "button" }, "Show its attention");
-      go.addEventListener("click", () => page.viewer.show({ layer: shown, head: head === data.heads ? "mean" : head }));
+      go.addEventListener("click", () => page.viewer.show({ layer: shown, head: viewerHead(head) }));
       parts.push(make("p", {}, go));
     }
     const blocks = map.grids.map((grid) => {
@@ -162,7 +164,7 @@
 
   async function unpack(map) {
     if (!opened.has(map)) opened.set(map, page.inflate(map.pairs).then((content) => {
-      const cells = data.layers.length * (data.heads + 1);
+      const cells = data.layers.length * (mean + 1);
       const edges = new Float32Array(content, 0, 2 * cells);
       return { low: edges.subarray(0, cells), high: edges.subarray(cells), steps: new Uint8Array(content, 8 * cells) };
     }));
@@ -171,7 +173,7 @@
 
   /** Values of one condition in one cell, an image each; NaN where there is none. */
   function values(pairs, row, head, condition) {
-    const cell = row * (data.heads + 1) + head, n = data.images.length;
+    const cell = row * (mean + 1) + head, n = data.images.length;
     const start = (cell * data.conditions.length + condition) * n;
     const spread = pairs.high[cell] - pairs.low[cell];
     return Array.from(pairs.steps.subarray(start, start + n), (step) => (step === 255 ? NaN : pairs.low[cell] + spread * step / 254));
@@ -187,7 +189,7 @@
       return;
     }
     if (mine !== turn) return; // another cell has been chosen since
-    const cell = row * (data.heads + 1) + head, low = pairs.low[cell], high = pairs.high[cell];
+    const cell = row * (mean + 1) + head, low = pairs.low[cell], high = pairs.high[cell];
     for (const block of blocks) {
       const { grid } = block;
       const across = values(pairs, row, head, grid.against), up = values(pairs, row, head, grid.condition);
@@ -204,7 +206,7 @@
           type: "button", className: "sample", title, "aria-label": "Show the attention of " + title,
         });
         if (sample >= 0) dot.addEventListener("click", () => page.viewer.show({
-          image: sample, layer: page.viewer.layer(data.layers[row]), head: head === data.heads ? "mean" : head,
+          image: sample, layer: page.viewer.layer(data.layers[row]), head: viewerHead(head),
         }));
         dot.style.left = place(from) + "%";
         dot.style.bottom = place(to) + "%";
@@ -229,7 +231,7 @@
     if (!button) return;
     const index = data.maps.findIndex((map) => map.metric === button.dataset.metric && (map.region ?? "") === button.dataset.region);
     select.value = index;
-    chosen = { row: data.layers.indexOf(Number(button.dataset.layer)), head: data.heads };
+    chosen = { row: data.layers.indexOf(Number(button.dataset.layer)), head: mean };
     drawMaps();
     if (button.dataset.show === "attention" && page.viewer) {
       page.viewer.show({ layer: page.viewer.layer(data.layers[chosen.row]), head: "mean" });
@@ -240,8 +242,7 @@
   });
 
   select.addEventListener("change", drawMaps);
-  const heads = data.heads;
-  grids.style.setProperty("--cell", heads <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (heads + 3.2) + "), 1.6rem)");
+  grids.style.setProperty("--cell", mean <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (mean + 3.2) + "), 1.6rem)");
   // Open on what the page's first sentence speaks of: the largest regional change, else the first metric that changed.
   const regional = data.maps.filter((map) => map.region !== null && largest(map).size >= 0);
   regional.sort((one, other) => largest(other).size - largest(one).size);
