@@ -92,7 +92,7 @@ def token_layout(
     if patch_coord is not None:
         rows, cols = _grid_of_patches(patch_coord, patch_valid)
         if len(image_shape) == 5:  # patches of a size of their own
-            height, width = image_shape[2:4] if stem.channels_last else image_shape[3:5]
+            height, width = image_shape[2:4] if getattr(stem, "channels_last", True) else image_shape[3:5]
     elif len(image_shape) == 4:
         rows, cols = stem.dynamic_feat_size(tuple(image_shape[-2:]))
     else:
