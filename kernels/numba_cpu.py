@@ -1,17 +1,15 @@
 """The CPU backend: compiled loops, one pass over the maps, all metrics at once, parallel over maps.
 
 Arithmetic is float32, float64 for float64 input. Two sets of loops agree within the tolerances: those of
-`numba_avx512` where the CPU has AVX-512, those of `numba_loops` elsewhere and for float64.
+`numba_avx512_maps` and `numba_avx512_qk` where the CPU has AVX-512, those of `numba_loops` elsewhere and for float64.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,8 @@ from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.lanes import WIDTH, are_available
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
+from kernels.numba_avx512_maps import attention_pass
+from kernels.numba_avx512_qk import qk_pass
 from kernels.numba_loops import passes
 from kernels.numba_math import BFLOAT16, FLOAT, FLOAT16
 from kernels.numba_rows import (
@@ -112,25 +112,15 @@ class FromPass:
 
 def is_compiled() -> bool:
     """Whether a pass has run in this process; the first one compiles for some seconds, unless cached on disk."""
-    loops = [passes()] if not has_vector_loops() else [passes(), vector_passes()]
-    return any(
-        dispatcher.signatures
-        for each in loops
-        for name, dispatcher in vars(each).items()
-        if not name.startswith("maps")
-    )
+    any_cpu = passes()
+    dispatchers = [any_cpu.attention, any_cpu.qk, any_cpu.pair, attention_pass(), qk_pass()]
+    return any(dispatcher.signatures for dispatcher in dispatchers)
 
 
 @lru_cache(maxsize=1)
 def has_vector_loops() -> bool:
     """Whether this process measures float16, bfloat16 and float32 with the loops for AVX-512."""
     return are_available()
-
-
-def vector_passes() -> SimpleNamespace:
-    """The passes of `numba_avx512`, imported when first used: elsewhere its instructions do not exist."""
-    loops: SimpleNamespace = importlib.import_module("kernels.numba_avx512").passes()
-    return loops
 
 
 def measure_attention(
@@ -144,7 +134,7 @@ def measure_attention(
     tolerance, needs = ROW_SUM_TOLERANCE[name], _needs(specs, layout)
     out = _outputs(math.prod(leading), layout, tables[0].dtype, needs)
     if name != "float64" and has_vector_loops():
-        run = partial(vector_passes().attention, _as_typed_bits(maps, kind), kind, shape, tables, _wide_tables(layout))
+        run = partial(attention_pass(), _as_typed_bits(maps, kind), kind, shape, tables, _wide_tables(layout))
     else:
         run = partial(passes().attention, maps, kind, shape, tables)
     over_parts(partial(run, tolerance, needs, out), math.prod(leading))
@@ -181,7 +171,7 @@ def measure_qk(
         queries, keys = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
     arguments = (queries, keys, kind, scale, of_bias, _shape(layout), tables)
     if name != "float64" and has_vector_loops():
-        run = partial(vector_passes().qk, *arguments, _near_table(layout))
+        run = partial(qk_pass(), *arguments, _near_table(layout))
     else:
         run = partial(passes().qk, *arguments)
     over_parts(partial(run, needs, out), math.prod(leading))

@@ -32,6 +32,7 @@ __all__ = [
     "phi_series",
     "rescale",
     "sources",
+    "stored_bits",
     "sum_double",
     "sum_row",
 ]
@@ -59,7 +60,7 @@ def sources() -> str:
     by it too, and so is compiled anew when a file of its callees has changed.
     """
     folder = Path(__file__).parent
-    names = ("lanes", "numba_avx512", "numba_loops", "numba_math", "numba_rows")
+    names = ("lanes", "numba_avx512_maps", "numba_avx512_qk", "numba_loops", "numba_math", "numba_rows")
     return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
@@ -279,3 +280,23 @@ def rescale(x: Any, total: Any) -> Any:
     for i in range(x.size):
         x[i] *= factor
     return sum_row(x)
+
+
+def stored_bits(buffer: Any) -> Any:
+    """The buffer as `load_row` takes it: half floats of both kinds as uint16, where int16 told one from the other."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(stored_bits)
+def _stored_bits_of(buffer: Any) -> Any:
+    if buffer.dtype == types.int16:
+
+        def as_bits(buffer: Any) -> Any:
+            return buffer.view(np.uint16)
+
+        return as_bits
+
+    def as_it_is(buffer: Any) -> Any:
+        return buffer
+
+    return as_it_is

@@ -34,6 +34,7 @@ from kernels.reference import SEED1_LOG_OFFSET
 
 __all__ = [
     "CLASS_ROW",
+    "CORE",
     "DISTANCE",
     "ENTROPY",
     "ENTROPY_SEED1",
@@ -48,6 +49,7 @@ __all__ = [
     "map_entropy",
     "map_morans_i",
     "measure_row",
+    "moran_of_sums",
     "qk_row",
     "row_entropy_seed1",
     "row_js_divergence",
@@ -55,6 +57,9 @@ __all__ = [
 
 # What a pass computes besides validity and prefix mass.
 DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED, GINI, ENTROPY_SEED1, PATCH_MASS, CLASS_ROW = (1 << i for i in range(9))
+
+# What the loops for AVX-512 compute by themselves.
+CORE = DISTANCE | ENTROPY | MORAN
 
 
 @njit(**OPTIONS)
@@ -153,6 +158,15 @@ def _morans_i(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: An
     for i in range(below.size):
         cross += z[i] * below[i]
     return np.float64(z.size) / num_edges * np.float64(cross / sum_sq)
+
+
+@njit(**OPTIONS)
+def moran_of_sums(rest: Any, square: Any, degree: Any, cross: Any, n: Any, num_edges: Any) -> Any:
+    """(Moran's I, whether it can be trusted) from sums about a mean that is off by δ = Σz/N."""
+    delta = rest / n
+    about_mean = square - delta * rest
+    edges = cross - delta * degree + delta * delta * num_edges
+    return n / num_edges * edges / about_mean, about_mean > np.float32(0.1) * square
 
 
 @njit(**OPTIONS)

@@ -1,85 +1,50 @@
-"""The passes for CPUs with AVX-512, in float32: sixteen lanes at a time, every sum of a row in one sweep over it.
+"""From query and key on CPUs with AVX-512, in float32: logits, softmax and metrics of sixteen queries at a time.
 
-What they compute are the core metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the
-ordinary (invalid, almost without mass on the patches, almost constant) and metrics beyond the core take the way of
-`numba_rows`, row by row; which way a row takes depends on that row alone.
+Lanes are queries, rows of a tile in cache are keys, so no sum runs across lanes. Prefix tokens follow the patches, as
+queries and as keys. Computed are the core metrics, distance, entropy and Moran's I, and prefix mass; queries out of the
+ordinary (NaN or infinite logits, no patch to see, a row almost constant) and metrics beyond the core take the way of
+`numba_rows`; which way a query takes depends on that query alone.
 
-Stored maps: lanes are the patches of one grid row, so that neighbours are the next lane and the previous register.
-Moran's I is centred by the mean known beforehand, (1 − prefix mass)/N, and the small rest δ of the mean is taken out
-of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(z−δ)(z'−δ) = Σzz' − δ Σ deg z + δ²E. Where
-that would cancel nine tenths of Σz² or more, the row is out of the ordinary.
-
-From query and key: lanes are sixteen queries, rows of a tile in cache are keys, so no sum runs across lanes. Prefix
-tokens follow the patches, as queries and as keys.
-
-Rounding as in `numba_math`: log2 to 1.9e-6 (degree 6 on [1, 2)), 2^t to 1.1e-7 (degree 5 on [0, 1)), least-squares
-fits reweighted until the greatest error was least.
+2^t is good to 1.1e-7 (degree 5 on [0, 1)), a least-squares fit reweighted until its greatest error was least.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-from kernels.lanes import (
-    WIDTH,
-    dot_tile,
-    either,
-    exponent,
-    first,
-    first_lane,
-    fma,
-    fraction,
-    greater,
-    holds_sign,
-    keep,
-    load,
-    mantissa,
-    next_lane,
-    prefetch,
-    splat,
-    store,
-    sums_of_eight,
-    times_power,
-    transpose,
+from kernels.lanes import WIDTH, dot_tile, fma, fraction, greater, load, splat, store, times_power, transpose
+from kernels.numba_math import (
+    CALLED_FROM_PYTHON,
+    LEAST_EXP2,
+    LN_2,
+    LOG2_E,
+    OPTIONS,
+    load_row,
+    log2,
+    sources,
+    stored_bits,
 )
-from kernels.numba_math import CALLED_FROM_PYTHON, LEAST_EXP2, LN_2, LOG2_E, OPTIONS, load_row, log2, sources
 from kernels.numba_rows import (
     CLASS_ROW,
+    CORE,
     DISTANCE,
     ENTROPY,
     ENTROPY_SEED1,
     MORAN,
     PATCH_MASS,
     add_renormalised,
-    attention_row,
     measure_row,
+    moran_of_sums,
     qk_row,
     row_entropy_seed1,
 )
 
-__all__ = ["passes"]
+__all__ = ["qk_pass"]
 
-_CORE = DISTANCE | ENTROPY | MORAN
-
-# log2 m = Σ c_k m^k on [1, 2).
-_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (
-    np.float32(c)
-    for c in (
-        -3.0400373935699463,
-        6.112950801849365,
-        -5.3419671058654785,
-        3.286508560180664,
-        -1.266907811164856,
-        0.275145947933197,
-        -0.025690775364637375,
-    )
-)
 # 2^f = Σ c_k f^k on [0, 1).
 _E0, _E1, _E2, _E3, _E4, _E5 = (
     np.float32(c)
@@ -92,204 +57,7 @@ _E0, _E1, _E2, _E3, _E4, _E5 = (
         0.0018964604241773486,
     )
 )
-_AHEAD = 1024  # items by which memory is asked for in advance
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any value whose own weighs something
-
-
-# --- sums of a row --------------------------------------------------------------------------------------------------
-
-
-@njit(**OPTIONS)
-def _block_sums(
-    buffer: Any,
-    begin: Any,
-    mean: Any,
-    cols: Any,
-    rows: Any,
-    distances: Any,
-    at: Any,
-    degrees: Any,
-    col: Any,
-    in_next_block: Any,
-) -> Any:
-    """The sums of `_row_sums`, lane by lane, over the up to sixteen grid columns from `col` on; then the signs."""
-    pitch = degrees.size
-    inner = first(min(cols - col - 1, WIDTH))  # lanes with a neighbour to the right
-    nothing, tiny, centre = splat(_ZERO), splat(_TINY), splat(mean)
-    c1, c2, c3, c4, c5, c6 = splat(_L1), splat(_L2), splat(_L3), splat(_L4), splat(_L5), splat(_L6)
-    total, far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing, nothing
-    above = nothing
-    top = load(buffer, begin + col) - centre
-    here, there = begin + col, at + col
-    for _ in range(rows):
-        prefetch(buffer, here + _AHEAD)
-        x = load(buffer, here)
-        signs = either(signs, x)
-        total = total + x
-        far = fma(x, load(distances, there), far)
-        safe = x + tiny
-        part = mantissa(safe)
-        log = fma(part, fma(part, fma(part, fma(part, fma(part, fma(part, c6, c5), c4), c3), c2), c1), exponent(safe))
-        weighted = fma(x, log, weighted)
-        z = x - centre
-        rest = rest + z
-        square = fma(z, z, square)
-        if in_next_block:
-            right = load(buffer, here + 1) - centre  # lane 15's neighbour is in the next block
-        else:
-            right = next_lane(z, inner)
-        cross = fma(z, right + above, cross)
-        above = z
-        here += cols
-        there += pitch
-    # Lanes beyond the grid row have summed up what lies there; none has met another.
-    degree = fma(rest, load(degrees, col), nothing) - top - above
-    mask = first(min(cols - col, WIDTH))
-    return (
-        *(keep(mask, total), keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
-        *(keep(mask, degree), keep(mask, cross), keep(mask, signs)),
-    )
-
-
-@njit(**OPTIONS)
-def _row_sums(
-    buffer: Any,
-    begin: Any,
-    mean: Any,
-    cols: Any,
-    rows: Any,
-    distances: Any,
-    at: Any,
-    degrees: Any,
-    sums: Any,
-    out_at: Any,
-) -> None:
-    """Writes (Σ x, Σ x·d, Σ x·(log2 x − _L0), Σ z, Σ z², Σ deg·z, Σ z·z' over edges, 0) of one row to `sums`.
-
-    `degrees` [col] are the neighbours of a patch in an inner grid row. Σ x is NaN where a sign bit is set.
-    """
-    if cols <= WIDTH:
-        total, far, weighted, rest, square, degree, cross, signs = _block_sums(
-            buffer, begin, mean, cols, rows, distances, at, degrees, 0, False
-        )
-        store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
-        if holds_sign(signs):
-            sums[out_at] = np.nan
-        return
-    total, far, weighted, rest, square, degree, cross, signs = _block_sums(
-        buffer, begin, mean, cols, rows, distances, at, degrees, 0, True
-    )
-    for col in range(WIDTH, cols, WIDTH):
-        more = _block_sums(buffer, begin, mean, cols, rows, distances, at, degrees, col, col + WIDTH < cols)
-        total, far, weighted, rest = total + more[0], far + more[1], weighted + more[2], rest + more[3]
-        square, degree, cross = square + more[4], degree + more[5], cross + more[6]
-        signs = either(signs, more[7])
-    store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
-    if holds_sign(signs):
-        sums[out_at] = np.nan
-
-
-@njit(**OPTIONS)
-def _moran(rest: Any, square: Any, degree: Any, cross: Any, n: Any, num_edges: Any) -> Any:
-    """(Moran's I, whether it can be trusted) from sums about a mean that is off by δ = Σz/N."""
-    delta = rest / n
-    about_mean = square - delta * rest
-    edges = cross - delta * degree + delta * delta * num_edges
-    return n / num_edges * edges / about_mean, about_mean > np.float32(0.1) * square
-
-
-# --- stored maps ----------------------------------------------------------------------------------------------------
-
-
-def _as_stored(buffer: Any) -> Any:
-    """The buffer as `numba_rows` takes it: half floats of both kinds as uint16."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_as_stored)
-def _as_stored_of(buffer: Any) -> Any:
-    if buffer.dtype == types.int16:
-
-        def as_bits(buffer: Any) -> Any:
-            return buffer.view(np.uint16)
-
-        return as_bits
-
-    def as_it_is(buffer: Any) -> Any:
-        return buffer
-
-    return as_it_is
-
-
-@njit(**OPTIONS)
-def _map_sums(
-    buffer: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
-) -> None:
-    """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query]."""
-    prefix, _, cols, _ = shape
-    distances, degrees = wide
-    patches = tables[1].size
-    rows = patches // cols
-    tokens = prefix + patches
-    at_end = np.zeros(tokens + WIDTH, buffer.dtype)
-    for patch in range(patches):
-        begin = start + (prefix + patch) * row_stride
-        row, col = patch // cols, patch % cols
-        at = (col * (2 * rows - 1) + rows - 1 - row) * degrees.size
-        if begin + at_end.size <= buffer.size:
-            head[patch] = _prefix_sum(buffer, begin, prefix)
-            mean = (_ONE - head[patch]) / np.float32(patches)
-            _row_sums(buffer, begin + prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
-        else:  # whole registers would reach beyond the memory
-            for i in range(tokens):
-                at_end[i] = buffer[begin + i]
-            head[patch] = _prefix_sum(at_end, 0, prefix)
-            mean = (_ONE - head[patch]) / np.float32(patches)
-            _row_sums(at_end, prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
-
-
-@njit(**OPTIONS)
-def _prefix_sum(buffer: Any, begin: Any, prefix: Any) -> Any:
-    """The mass on the prefix; NaN where a value is negative."""
-    total = _ZERO
-    for i in range(prefix):
-        value = first_lane(load(buffer, begin + i))
-        total += value if value >= _ZERO else np.float32(np.nan)
-    return total
-
-
-@njit(**OPTIONS)
-def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums: Any, done: Any, out: Any) -> None:
-    """Writes the core metrics of the rows whose sums allow it, and which those are to `done` [patch query]."""
-    num_edges = np.float32(shape[3])
-    rows, mass = out[0], out[1]
-    n = np.float32(head.size)
-    for patch in range(head.size):
-        total, far, weighted, rest, square, degree, cross = (
-            sums[8 * patch],
-            sums[8 * patch + 1],
-            sums[8 * patch + 2],
-            sums[8 * patch + 3],
-            sums[8 * patch + 4],
-            sums[8 * patch + 5],
-            sums[8 * patch + 6],
-        )
-        moran, trusted = _moran(rest, square, degree, cross, n, num_edges)
-        # A sum that is NaN or infinite fails the comparisons too.
-        done[patch] = trusted and total >= np.float32(1e-3) and abs(head[patch] + total - _ONE) <= tolerance
-        if done[patch]:
-            mass[m, patch] = head[patch]
-            if needs & DISTANCE:
-                rows[0, m, patch] = far / total
-            if needs & ENTROPY:
-                nat = np.float32(LN_2) * (log2(total) - (weighted / total + _L0))
-                rows[1, m, patch] = max(nat, _ZERO)
-            if needs & MORAN:
-                rows[2, m, patch] = moran
-
-
-# --- from query and key ---------------------------------------------------------------------------------------------
 
 
 @njit(**OPTIONS)
@@ -333,7 +101,7 @@ def _pack(
             place = begin + row
             if place < tokens:
                 token = place + prefix if place < patches else place - patches
-                load_row(_as_stored(buffer), start + token * stride, kind, line)
+                load_row(stored_bits(buffer), start + token * stride, kind, line)
             else:
                 for i in range(head_dim):
                     line[i] = _ZERO
@@ -461,36 +229,6 @@ def _column(tile: Any, lane: Any, x: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _attention_map(
-    buffer: Any,
-    kind: Any,
-    m: Any,
-    start: Any,
-    row_stride: Any,
-    shape: Any,
-    tables: Any,
-    wide: Any,
-    tolerance: Any,
-    needs: Any,
-    out: Any,
-) -> None:
-    """Map `m`, which starts at buffer[start]: the core by its sums, and row by row what they cannot tell."""
-    prefix, patches = shape[0], tables[1].size
-    head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
-    done = np.empty(patches, np.bool_)
-    scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
-    _map_sums(buffer, start, row_stride, shape, tables, wide, head, sums)
-    _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
-    stored = _as_stored(buffer)
-    for q in range(prefix + patches):
-        ordinary = q >= prefix and done[q - prefix]
-        left = needs & ~_CORE if ordinary else needs
-        if left or not ordinary:
-            begin = start + q * row_stride
-            attention_row(stored, begin, kind, m, q, shape, tables, tolerance, left, scratch, out)
-
-
-@njit(**OPTIONS)
 def _beyond_core(
     tile: Any, begin: Any, m: Any, sums: Any, shape: Any, tables: Any, needs: Any, x: Any, z: Any, out: Any
 ) -> None:
@@ -508,7 +246,7 @@ def _beyond_core(
                 patch_mass[m, patch] = share
             if needs & ENTROPY_SEED1:
                 rows[5, m, patch] = row_entropy_seed1(x, np.float32(share / total))
-            measure_row(x, z, total, m, patch, shape, tables, needs & ~_CORE, out)
+            measure_row(x, z, total, m, patch, shape, tables, needs & ~CORE, out)
         elif patch == x.size and class_token and needs & CLASS_ROW:
             _column(tile, lane, x)
             class_rows[m] = 0.0
@@ -538,7 +276,7 @@ def _core_of_tile(begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: A
             nat = np.float32(LN_2) * (log2(total) - sums[2, lane] / total)
             rows[1, m, patch] = max(nat, _ZERO)
         if needs & MORAN:
-            moran, trusted = _moran(sums[3, lane], sums[4, lane], sums[5, lane], sums[6, lane], n, num_edges)
+            moran, trusted = moran_of_sums(sums[3, lane], sums[4, lane], sums[5, lane], sums[6, lane], n, num_edges)
             # Rows that are constant but for rounding, 1e-6 of the mean, are not for these sums to judge.
             spread = np.float32(1e-6) * total / n
             if trusted and sums[4, lane] > n * spread * spread:
@@ -575,7 +313,7 @@ def _qk_map(
         if bias_start >= 0:
             _add_bias(tile, bias, bias_start, bias_stride, prefix, patches, begin)
         _softmax_sums(tile, patches, prefix, near, begin * patches, sums)
-        if needs & ~_CORE:
+        if needs & ~CORE:
             _beyond_core(tile, begin, m, sums, shape, tables, needs, scratch[1], scratch[2], out)
         if needs & MORAN:
             _centred_sums(tile, patches // cols, cols, sums)
@@ -599,31 +337,12 @@ def _qk_map(
 
 
 @lru_cache(maxsize=1)
-def passes() -> SimpleNamespace:
-    """`attention` and `qk` as those of `numba_loops`, with one more argument each:
+def qk_pass() -> Any:
+    """`qk` as that of `numba_loops.passes`, with one more argument after `tables`:
 
-    attention  wide: distances [grid column, …], flat, and degrees [column], grid rows padded to whole registers
-    qk         near: distances [sixteen queries, key, query of the sixteen], flat
+    near  distances [sixteen queries, key, query of the sixteen], flat
     """
     of = sources()  # a part of the key under which compiled code is kept
-
-    @njit(**CALLED_FROM_PYTHON)
-    def attention(
-        maps: Any,
-        kind: Any,
-        shape: Any,
-        tables: Any,
-        wide: Any,
-        tolerance: Any,
-        needs: Any,
-        out: Any,
-        begin: Any,
-        end: Any,
-    ) -> None:
-        _ = of
-        buffer, starts, row_stride = maps
-        for m in range(begin, end):
-            _attention_map(buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
 
     @njit(**CALLED_FROM_PYTHON)
     def qk(
@@ -656,4 +375,4 @@ def passes() -> SimpleNamespace:
             of_bias = (bias_buffer, bias_starts[m] if bias_starts.size > 0 else -1, bias_stride)
             _qk_map(m, of_queries, of_keys, head_dim, padded, of_bias, shape, tables, near, needs, out)
 
-    return SimpleNamespace(attention=attention, qk=qk)
+    return qk

@@ -1,0 +1,276 @@
+"""Stored maps on CPUs with AVX-512, in float32: every sum of a row in one sweep over it.
+
+Lanes are the patches of one grid row, so that neighbours are the next lane and the previous register. Computed are the
+core metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the ordinary (invalid, almost
+without mass on the patches, almost constant) and metrics beyond the core take the way of `numba_rows`; which way a row
+takes depends on that row alone.
+
+Moran's I is centred by the mean known beforehand, (1 − prefix mass)/N, and the small rest δ of the mean is taken out
+of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(z−δ)(z'−δ) = Σzz' − δ Σ deg z + δ²E. Where
+that would cancel nine tenths of Σz² or more, the row is out of the ordinary.
+
+log2 is good to 1.9e-6 (degree 6 on [1, 2)), a least-squares fit reweighted until its greatest error was least.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from kernels.lanes import (
+    WIDTH,
+    either,
+    exponent,
+    first,
+    first_lane,
+    fma,
+    holds_sign,
+    keep,
+    load,
+    mantissa,
+    next_lane,
+    prefetch,
+    splat,
+    store,
+    sums_of_eight,
+)
+from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, log2, sources, stored_bits
+from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, moran_of_sums
+
+__all__ = ["attention_pass"]
+
+# log2 m = Σ c_k m^k on [1, 2).
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (
+    np.float32(c)
+    for c in (
+        -3.0400373935699463,
+        6.112950801849365,
+        -5.3419671058654785,
+        3.286508560180664,
+        -1.266907811164856,
+        0.275145947933197,
+        -0.025690775364637375,
+    )
+)
+_AHEAD = 1024  # items by which memory is asked for in advance
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any value whose own weighs something
+
+
+@njit(**OPTIONS)
+def _block_sums(
+    buffer: Any,
+    begin: Any,
+    mean: Any,
+    cols: Any,
+    rows: Any,
+    distances: Any,
+    at: Any,
+    degrees: Any,
+    col: Any,
+    in_next_block: Any,
+) -> Any:
+    """The sums of `_row_sums`, lane by lane, over the up to sixteen grid columns from `col` on; then the signs."""
+    pitch = degrees.size
+    inner = first(min(cols - col - 1, WIDTH))  # lanes with a neighbour to the right
+    nothing, tiny, centre = splat(_ZERO), splat(_TINY), splat(mean)
+    c1, c2, c3, c4, c5, c6 = splat(_L1), splat(_L2), splat(_L3), splat(_L4), splat(_L5), splat(_L6)
+    total, far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing, nothing
+    above = nothing
+    top = load(buffer, begin + col) - centre
+    here, there = begin + col, at + col
+    for _ in range(rows):
+        prefetch(buffer, here + _AHEAD)
+        x = load(buffer, here)
+        signs = either(signs, x)
+        total = total + x
+        far = fma(x, load(distances, there), far)
+        safe = x + tiny
+        part = mantissa(safe)
+        log = fma(part, fma(part, fma(part, fma(part, fma(part, fma(part, c6, c5), c4), c3), c2), c1), exponent(safe))
+        weighted = fma(x, log, weighted)
+        z = x - centre
+        rest = rest + z
+        square = fma(z, z, square)
+        if in_next_block:
+            right = load(buffer, here + 1) - centre  # lane 15's neighbour is in the next block
+        else:
+            right = next_lane(z, inner)
+        cross = fma(z, right + above, cross)
+        above = z
+        here += cols
+        there += pitch
+    # Lanes beyond the grid row have summed up what lies there; none has met another.
+    degree = fma(rest, load(degrees, col), nothing) - top - above
+    mask = first(min(cols - col, WIDTH))
+    return (
+        *(keep(mask, total), keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
+        *(keep(mask, degree), keep(mask, cross), keep(mask, signs)),
+    )
+
+
+@njit(**OPTIONS)
+def _row_sums(
+    buffer: Any,
+    begin: Any,
+    mean: Any,
+    cols: Any,
+    rows: Any,
+    distances: Any,
+    at: Any,
+    degrees: Any,
+    sums: Any,
+    out_at: Any,
+) -> None:
+    """Writes (Σ x, Σ x·d, Σ x·(log2 x − _L0), Σ z, Σ z², Σ deg·z, Σ z·z' over edges, 0) of one row to `sums`.
+
+    `degrees` [col] are the neighbours of a patch in an inner grid row. Σ x is NaN where a sign bit is set.
+    """
+    if cols <= WIDTH:
+        total, far, weighted, rest, square, degree, cross, signs = _block_sums(
+            buffer, begin, mean, cols, rows, distances, at, degrees, 0, False
+        )
+        store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
+        if holds_sign(signs):
+            sums[out_at] = np.nan
+        return
+    total, far, weighted, rest, square, degree, cross, signs = _block_sums(
+        buffer, begin, mean, cols, rows, distances, at, degrees, 0, True
+    )
+    for col in range(WIDTH, cols, WIDTH):
+        more = _block_sums(buffer, begin, mean, cols, rows, distances, at, degrees, col, col + WIDTH < cols)
+        total, far, weighted, rest = total + more[0], far + more[1], weighted + more[2], rest + more[3]
+        square, degree, cross = square + more[4], degree + more[5], cross + more[6]
+        signs = either(signs, more[7])
+    store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
+    if holds_sign(signs):
+        sums[out_at] = np.nan
+
+
+@njit(**OPTIONS)
+def _map_sums(
+    buffer: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
+) -> None:
+    """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query]."""
+    prefix, _, cols, _ = shape
+    distances, degrees = wide
+    patches = tables[1].size
+    rows = patches // cols
+    tokens = prefix + patches
+    at_end = np.zeros(tokens + WIDTH, buffer.dtype)
+    for patch in range(patches):
+        begin = start + (prefix + patch) * row_stride
+        row, col = patch // cols, patch % cols
+        at = (col * (2 * rows - 1) + rows - 1 - row) * degrees.size
+        if begin + at_end.size <= buffer.size:
+            head[patch] = _prefix_sum(buffer, begin, prefix)
+            mean = (_ONE - head[patch]) / np.float32(patches)
+            _row_sums(buffer, begin + prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
+        else:  # whole registers would reach beyond the memory
+            for i in range(tokens):
+                at_end[i] = buffer[begin + i]
+            head[patch] = _prefix_sum(at_end, 0, prefix)
+            mean = (_ONE - head[patch]) / np.float32(patches)
+            _row_sums(at_end, prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
+
+
+@njit(**OPTIONS)
+def _prefix_sum(buffer: Any, begin: Any, prefix: Any) -> Any:
+    """The mass on the prefix; NaN where a value is negative."""
+    total = _ZERO
+    for i in range(prefix):
+        value = first_lane(load(buffer, begin + i))
+        total += value if value >= _ZERO else np.float32(np.nan)
+    return total
+
+
+@njit(**OPTIONS)
+def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums: Any, done: Any, out: Any) -> None:
+    """Writes the core metrics of the rows whose sums allow it, and which those are to `done` [patch query]."""
+    num_edges = np.float32(shape[3])
+    rows, mass = out[0], out[1]
+    n = np.float32(head.size)
+    for patch in range(head.size):
+        total, far, weighted, rest, square, degree, cross = (
+            sums[8 * patch],
+            sums[8 * patch + 1],
+            sums[8 * patch + 2],
+            sums[8 * patch + 3],
+            sums[8 * patch + 4],
+            sums[8 * patch + 5],
+            sums[8 * patch + 6],
+        )
+        moran, trusted = moran_of_sums(rest, square, degree, cross, n, num_edges)
+        # A sum that is NaN or infinite fails the comparisons too.
+        done[patch] = trusted and total >= np.float32(1e-3) and abs(head[patch] + total - _ONE) <= tolerance
+        if done[patch]:
+            mass[m, patch] = head[patch]
+            if needs & DISTANCE:
+                rows[0, m, patch] = far / total
+            if needs & ENTROPY:
+                nat = np.float32(LN_2) * (log2(total) - (weighted / total + _L0))
+                rows[1, m, patch] = max(nat, _ZERO)
+            if needs & MORAN:
+                rows[2, m, patch] = moran
+
+
+@njit(**OPTIONS)
+def _attention_map(
+    buffer: Any,
+    kind: Any,
+    m: Any,
+    start: Any,
+    row_stride: Any,
+    shape: Any,
+    tables: Any,
+    wide: Any,
+    tolerance: Any,
+    needs: Any,
+    out: Any,
+) -> None:
+    """Map `m`, which starts at buffer[start]: the core by its sums, and row by row what they cannot tell."""
+    prefix, patches = shape[0], tables[1].size
+    head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
+    done = np.empty(patches, np.bool_)
+    scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
+    _map_sums(buffer, start, row_stride, shape, tables, wide, head, sums)
+    _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
+    stored = stored_bits(buffer)
+    for q in range(prefix + patches):
+        ordinary = q >= prefix and done[q - prefix]
+        left = needs & ~CORE if ordinary else needs
+        if left or not ordinary:
+            begin = start + q * row_stride
+            attention_row(stored, begin, kind, m, q, shape, tables, tolerance, left, scratch, out)
+
+
+@lru_cache(maxsize=1)
+def attention_pass() -> Any:
+    """`attention` as that of `numba_loops.passes`, with one more argument after `tables`:
+
+    wide  (distances [grid column, …], flat, and degrees [column]), grid rows padded to whole registers
+    """
+    of = sources()  # a part of the key under which compiled code is kept
+
+    @njit(**CALLED_FROM_PYTHON)
+    def attention(
+        maps: Any,
+        kind: Any,
+        shape: Any,
+        tables: Any,
+        wide: Any,
+        tolerance: Any,
+        needs: Any,
+        out: Any,
+        begin: Any,
+        end: Any,
+    ) -> None:
+        _ = of
+        buffer, starts, row_stride = maps
+        for m in range(begin, end):
+            _attention_map(buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
+
+    return attention
