@@ -76,7 +76,7 @@ def test_agrees_with_the_reference(backend: str, case: Case, dtype: str) -> None
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("key", [0, 1, 2, 17, 18, 19, 101])
 def test_a_negative_value_is_found_wherever_it_is(backend: str, dtype: str, key: int) -> None:
-    """Its row sums to 1 all the same. Keys 0 and 1 are the prefix; 17 is the last of a register, 18 and 19 end a row."""
+    """Its row sums to 1 all the same. Keys 0 and 1 are the prefix, 17 is a register's last, 18 and 19 end a row."""
     of = layout(5, 20, 2)
     attention = np.full((1, 2, of.num_tokens, of.num_tokens), 1 / of.num_tokens)
     attention[0, 1, 7, key] *= -1
