@@ -91,7 +91,7 @@ def history_html(result: RankResult, title: str) -> str:
     from markupsafe import Markup
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    best = max((trial.value for trial in result.trials if trial.value is not None), default=0.0)
+    best = max(result.trials, key=lambda trial: -1.0 if trial.value is None else trial.value).number
     return environment.from_string(_PAGE).render(
         title=title,
         chart=Markup(_trials_svg(result.trials)),
@@ -168,7 +168,7 @@ th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid #ddd 
 <table><thead><tr><th>trial</th><th>state</th><th>validation (%)</th><th>epochs</th>
 {% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for trial in trials %}
-<tr{% if trial.value == best %} class="best"{% endif %}><td>{{ trial.number + 1 }}</td><td>{{ trial.state }}</td>
+<tr{% if trial.number == best %} class="best"{% endif %}><td>{{ trial.number + 1 }}</td><td>{{ trial.state }}</td>
 <td>{% if trial.value is not none %}{{ "%.2f" | format(100 * trial.value) }}{% else %}—{% endif %}</td>
 <td>{{ trial.curve | length }}</td>
 {% for name in names %}<td>{{ "%.4g" | format(trial.params[name]) if name in trial.params else "—" }}</td>{% endfor %}
