@@ -245,3 +245,35 @@ def test_float32_is_possible_and_close_where_the_model_is_well_conditioned() -> 
         assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.9
     assert stability.shape == (3,)
     assert float(stability.min()) > 0.9
+
+
+def torchvision_model() -> nn.Module:
+    from torchvision.models import VisionTransformer as TorchvisionTransformer
+
+    return TorchvisionTransformer(32, 8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=5)
+
+
+def hugging_face_model() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+    model: nn.Module = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=5, **sizes))
+    return model
+
+
+@pytest.mark.parametrize("make", [torchvision_model, hugging_face_model])
+def test_other_libraries_models_have_maps_and_conserve_relevance(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    images, targets = inputs(2)
+    propagation, _ = propagate(model, images, targets, torch.float64)
+    assert len(propagation.passes.stream) == 2
+    for _, found, _ in propagation.passes.stream:
+        torch.testing.assert_close(found, torch.ones_like(found), atol=1e-6, rtol=0)
+    for method in METHODS:
+        maps = relevance_maps(model, images, targets, method)
+        assert maps.shape == (2, 4, 4)
+        assert float(maps.max()) > 0
