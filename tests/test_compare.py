@@ -76,7 +76,7 @@ def test_numbers_agree_with_timms_unfused_maps(name: str, tmp_path: Path) -> Non
     command = ["compare", "--baseline", str(tmp_path / "a.safetensors"), "--finetuned", str(tmp_path / "b.pth")]
     command += ["--model.name", name, "--data.root", str(root), "--outputs", str(outputs)]
     command += ["--statistics.permutations", "199", "--statistics.bootstrap", "100", "--capture.batch_size", "4"]
-    command += ["--capture.samples", "2", "--relevance.methods", "gradcam"]
+    command += ["--capture.samples", "2", "--relevance.methods", "gradcam", "--relevance.measured", "2"]
     if img_size:
         command += ["--model.img_size", str(img_size)]
     assert main(command) == 0
