@@ -16,7 +16,7 @@ from engine.sinks import Capture, capture_to_store
 from engine.training import image_kind
 from store import AttentionStore
 from train.conditions import versions
-from train.data import prepare_folder
+from train.folders import prepare_folder
 from train.manifest import Manifest
 from train.models import build_model, preprocessing_of
 

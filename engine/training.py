@@ -19,10 +19,11 @@ from engine.journal import Journal, digest, digest_path
 from train.augment import Augmentation
 from train.checkpoint import read_metadata, save_checkpoint, sidecar_path, write_atomically
 from train.conditions import train_condition
-from train.data import DataSplits, ImageSet, Preprocessing, prepare_folder
+from train.data import DataSplits, ImageSet, Preprocessing
 from train.datasets import DataKind, build_manifest
 from train.embedded import prepare_digits
 from train.errors import InputError
+from train.folders import prepare_folder
 from train.history import history_path, tensorboard_writer
 from train.hyperparameters import Hyperparameters
 from train.manifest import Manifest

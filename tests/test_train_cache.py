@@ -11,8 +11,9 @@ import pytest
 
 import train.cache
 from tests.miniatures import write_sports100
-from train.data import DataSplits, FolderImages, Preprocessing, prepare_folder
+from train.data import DataSplits, FolderImages, Preprocessing
 from train.errors import InputError
+from train.folders import prepare_folder
 
 SMALL = Preprocessing(
     channels=3,

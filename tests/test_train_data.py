@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import FolderImages, Preprocessing, prepare_folder
+from train.data import FolderImages, Preprocessing
 from train.datasets import build_manifest
 from train.errors import DamagedFileError, InputError
+from train.folders import prepare_folder
 from train.images import UndecodableError, decode_image
 from train.manifest import Manifest
 from train.splits import split_counts, stratified_split

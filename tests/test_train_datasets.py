@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.miniatures import ROOMS, SPORTS, bad_files, encoded, odd_files, picture, write_indoor67, write_sports100
-from train.data import Preprocessing, prepare_folder
+from train.data import Preprocessing
 from train.datasets import build_manifest
 from train.errors import InputError
+from train.folders import prepare_folder
 from train.manifest import Manifest
 from train.splits import SPLITS
 

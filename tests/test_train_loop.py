@@ -440,7 +440,7 @@ def test_the_sidecar_says_what_the_weights_are(run: Callable[..., TrainResult]) 
 def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
     from PIL import Image
 
-    from train.data import prepare_folder
+    from train.folders import prepare_folder
 
     rng = np.random.default_rng(0)
     for k, name in enumerate(("dark", "light", "middle")):

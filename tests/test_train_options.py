@@ -24,10 +24,11 @@ from train.augment import Augmentation
 from train.checkpoint import read_checkpoint
 from train.compress import compress
 from train.conditions import TrainResult, train_condition
-from train.data import DataSplits, FolderImages, prepare_folder
+from train.data import DataSplits, FolderImages
 from train.embedded import prepare_digits
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
+from train.folders import prepare_folder
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
 from train.loop import Schedule, fit

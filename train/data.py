@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.layout import TokenLayout
-from train.datasets import DataKind, SplitRule, build_manifest
 from train.errors import InputError
 from train.images import decode_image
 from train.manifest import Manifest, Record
-from train.splits import SPLITS
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DataSplits", "FolderImages", "ImageSet", "Preprocessing", "prepare_folder"]
+__all__ = ["DataSplits", "FolderImages", "ImageSet", "Preprocessing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,37 +181,3 @@ class FolderImages(ImageSet):
                 "begin with a new manifest"
             )
         return np.asarray(self._transform(decode_image(content).convert(self._mode)))
-
-
-def prepare_folder(
-    root: str | Path,
-    *,
-    preprocessing: Preprocessing,
-    kind: DataKind = "folder",
-    split: SplitRule = "auto",
-    seed: int = 42,
-    manifest: Manifest | None = None,
-    cache: str | Path | None = None,
-    workers: int = 0,
-) -> DataSplits:
-    """The images of a data set in three splits; see `build_manifest` for layouts and errors.
-
-    Args:
-        manifest: one built before of the same folder, so that no file is decoded again.
-        cache: a folder for the decoded pictures, see `train.cache`; None: decode whenever they are asked for.
-    """
-    if manifest is None:
-        manifest = build_manifest(root, kind=kind, split=split, seed=seed, workers=workers)
-    base = Path(manifest.root)
-
-    def pictures(records: Sequence[Record]) -> FolderImages:
-        return FolderImages(base, records, manifest.class_names, preprocessing)
-
-    train, validation, test = (pictures(manifest.split(name)) for name in SPLITS)
-    if cache is None:
-        return DataSplits(train, validation, test, manifest)
-    from train.cache import CachedImages, ImageCache
-
-    decoded = ImageCache(cache, pictures([record for record in manifest.records if record.status == "ok"]))
-    cached = [CachedImages(decoded, images) for images in (train, validation, test)]
-    return DataSplits(cached[0], cached[1], cached[2], manifest)
