@@ -38,7 +38,7 @@ from kernels.lanes import (
     sums_of_eight,
 )
 from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, log2, sources, stored_bits
-from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, moran_of_sums
+from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, clear_map, moran_of_sums
 
 __all__ = ["attention_pass"]
 
@@ -271,6 +271,7 @@ def attention_pass() -> Any:
         _ = of
         buffer, starts, row_stride = maps
         for m in range(begin, end):
+            clear_map(m, needs, out)
             _attention_map(buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
 
     return attention

@@ -37,6 +37,7 @@ from kernels.numba_rows import (
     MORAN,
     PATCH_MASS,
     add_renormalised,
+    clear_map,
     measure_row,
     moran_of_sums,
     qk_row,
@@ -370,6 +371,7 @@ def qk_pass() -> Any:
         of_queries, of_keys = np.empty(size, np.float32), np.empty(size, np.float32)
         factor = np.float32(scale * LOG2_E)  # logits in binary logarithms, for 2^t
         for m in range(begin, end):
+            clear_map(m, needs, out)
             _pack(q_buffer, kind, q_starts[m], q_stride, prefix, patches, head_dim, factor, sixteen, of_queries)
             _pack(k_buffer, kind, k_starts[m], k_stride, prefix, patches, head_dim, _ONE, sixteen, of_keys)
             of_bias = (bias_buffer, bias_starts[m] if bias_starts.size > 0 else -1, bias_stride)

@@ -215,22 +215,19 @@ def _needs(specs: Sequence[MetricSpec], layout: TokenLayout) -> int:
 
 
 def _outputs(maps: int, layout: TokenLayout, dtype: np.dtype[Any], needs: int) -> tuple[np.ndarray, ...]:
-    """What a pass fills in: the arrays of `PassResult`, undefined, and validity [map, query], all valid.
+    """Memory for what a pass fills in: the arrays of `PassResult`, and validity [map, query].
 
-    What is not needed is left uninitialised or without maps: at a millisecond an image a pass would notice.
+    Each map's part is cleared by the thread that measures it; what is not needed has no maps or is left as it is. At a
+    few milliseconds an image a pass would notice more.
     """
     patches = layout.num_patches
-    rows = np.empty((6, maps, patches), dtype)
-    for i, need in enumerate((DISTANCE, ENTROPY, MORAN, GEARY, GINI, ENTROPY_SEED1)):
-        if needs & need:
-            rows[i] = np.nan
     return (
-        rows,
-        np.full((maps, patches), np.nan, dtype),
-        np.full((maps if needs & PATCH_MASS else 0, patches), np.nan),
-        np.zeros((maps if needs & RECEIVED else 0, patches)),
-        np.full((maps if needs & CLASS_ROW else 0, patches), np.nan),
-        np.ones((maps, layout.num_tokens), np.bool_),
+        np.empty((6, maps, patches), dtype),
+        np.empty((maps, patches), dtype),
+        np.empty((maps if needs & PATCH_MASS else 0, patches)),
+        np.empty((maps if needs & RECEIVED else 0, patches)),
+        np.empty((maps if needs & CLASS_ROW else 0, patches)),
+        np.empty((maps, layout.num_tokens), np.bool_),
     )
 
 

@@ -18,6 +18,7 @@ from kernels.numba_math import CALLED_FROM_PYTHON, LOG2_E, OPTIONS, load_row, re
 from kernels.numba_rows import (
     attention_row,
     checked_row,
+    clear_map,
     map_entropy,
     map_morans_i,
     qk_row,
@@ -119,6 +120,7 @@ def passes() -> SimpleNamespace:
         patches, dtype = has_right.size, offsets.dtype
         scratch = (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype))
         for m in range(begin, end):
+            clear_map(m, needs, out)
             for q in range(prefix + patches):
                 at = starts[m] + q * row_stride
                 attention_row(buffer, at, kind, m, q, shape, tables, tolerance, needs, scratch, out)
@@ -140,6 +142,7 @@ def passes() -> SimpleNamespace:
         _ = of
         factor = tables[0].dtype.type(scale * LOG2_E)  # logits in binary logarithms, for 2^t
         for m in range(begin, end):
+            clear_map(m, needs, out)
             of_query = (queries[0], queries[1][m], queries[2], queries[3])
             of_key = (keys[0], keys[1][m], keys[2], keys[3])
             of_bias = (bias[0], bias[1][m] if bias[1].size > 0 else -1, bias[2])

@@ -95,12 +95,12 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _float_of(bits: Any) -> Any:
     return np.int32(bits).view(np.float32)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _int_bits(x: Any) -> Any:
     return np.float32(x).view(np.int32)
 
@@ -243,7 +243,7 @@ def _load_of(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
     return load
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def sum_row(x: Any) -> Any:
     total = x.dtype.type(0)
     for i in range(x.size):
@@ -251,7 +251,7 @@ def sum_row(x: Any) -> Any:
     return total
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def sum_double(x: Any) -> Any:
     total = 0.0
     for i in range(x.size):
@@ -259,7 +259,7 @@ def sum_double(x: Any) -> Any:
     return total
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def holds_negative(x: Any) -> Any:
     """Whether a value is below 0; −0.0, which has a sign bit too, is not."""
     found = 0
@@ -268,7 +268,7 @@ def holds_negative(x: Any) -> Any:
     return found != 0
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def rescale(x: Any, total: Any) -> Any:
     """Multiply a row of tiny numbers by a power of two, which is exact, so that it sums to about 1; its new sum.
 

@@ -46,6 +46,7 @@ __all__ = [
     "add_renormalised",
     "attention_row",
     "checked_row",
+    "clear_map",
     "map_entropy",
     "map_morans_i",
     "measure_row",
@@ -62,7 +63,7 @@ DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED, GINI, ENTROPY_SEED1, PATCH_MASS, CLAS
 CORE = DISTANCE | ENTROPY | MORAN
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _mean_distance(x: Any, total: Any, offsets: Any, begin: Any) -> Any:
     """Σ x·d / Σ x, distances from `offsets[begin]` on."""
     d = offsets[begin : begin + x.size]
@@ -72,7 +73,7 @@ def _mean_distance(x: Any, total: Any, offsets: Any, begin: Any) -> Any:
     return weighted / total
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _row_entropy(x: Any, total: Any) -> Any:
     """ln Σx − Σ x ln x / Σx, in nat."""
     weighted = x.dtype.type(0)
@@ -81,7 +82,7 @@ def _row_entropy(x: Any, total: Any) -> Any:
     return LN_2 * (math.log2(np.float64(total)) - np.float64(weighted / total))
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def row_entropy_seed1(x: Any, factor: Any) -> Any:
     """−Σ P ln(P + 1e-12), P = factor·x, in nat."""
     offset = x.dtype.type(SEED1_LOG_OFFSET)
@@ -92,7 +93,7 @@ def row_entropy_seed1(x: Any, factor: Any) -> Any:
     return 0.0 - LN_2 * np.float64(weighted)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _gini(x: Any, total: Any) -> Any:
     """Σ_i<j |x_i − x_j| / (N Σx), which is Σ_i (2i − N − 1) x_(i) / (N Σx) without a sort.
 
@@ -119,7 +120,7 @@ def _gini(x: Any, total: Any) -> Any:
     return apart / (x.size * np.float64(total))
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _is_constant(x: Any) -> Any:
     i = 1
     while i < x.size and x[i] == x[0]:  # of most rows two values suffice
@@ -127,7 +128,7 @@ def _is_constant(x: Any) -> Any:
     return i >= x.size
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _centre(x: Any, total: Any, z: Any) -> Any:
     """z = x − mean; Σ z².
 
@@ -147,7 +148,7 @@ def _centre(x: Any, total: Any, z: Any) -> Any:
     return sum_sq
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _morans_i(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: Any) -> Any:
     """N/S0 · 2 Σ z z over edges / Σ z². Neighbours are shifts, by 1 and by the width of the grid."""
     # Slices, not z[i + grid_cols]: an index that might be negative keeps a loop from vectorising.
@@ -160,7 +161,7 @@ def _morans_i(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: An
     return np.float64(z.size) / num_edges * np.float64(cross / sum_sq)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def moran_of_sums(rest: Any, square: Any, degree: Any, cross: Any, n: Any, num_edges: Any) -> Any:
     """(Moran's I, whether it can be trusted) from sums about a mean that is off by δ = Σz/N."""
     delta = rest / n
@@ -169,7 +170,7 @@ def moran_of_sums(rest: Any, square: Any, degree: Any, cross: Any, n: Any, num_e
     return n / num_edges * edges / about_mean, about_mean > np.float32(0.1) * square
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _gearys_c(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: Any) -> Any:
     """(N − 1)/(2 S0) · 2 Σ (z − z)² over edges / Σ z²."""
     right, below = z[1:], z[grid_cols:]
@@ -183,14 +184,14 @@ def _gearys_c(z: Any, sum_sq: Any, has_right: Any, grid_cols: Any, num_edges: An
     return np.float64(z.size - 1) / (2 * num_edges) * np.float64(apart / sum_sq)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def add_renormalised(x: Any, total: Any, received: Any) -> Any:
     scale = 1.0 / np.float64(total)
     for i in range(x.size):
         received[i] += np.float64(x[i]) * scale
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def checked_row(buffer: Any, begin: Any, kind: Any, head: Any, x: Any, tolerance: Any) -> Any:
     """Widen one row into head and x; (sum over the prefix, over the patches, whether it is post-softmax attention)."""
     on_prefix, head_signs = load_row(buffer, begin, kind, head)
@@ -201,7 +202,7 @@ def checked_row(buffer: Any, begin: Any, kind: Any, head: Any, x: Any, tolerance
     return on_prefix, total, in_range and not negative
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _greatest(x: Any) -> Any:
     """The greatest logit; NaN if there is one. −inf for an empty row."""
     top = x.dtype.type(-np.inf)
@@ -213,7 +214,7 @@ def _greatest(x: Any) -> Any:
     return top
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _weights(logits: Any, top: Any, x: Any) -> Any:
     """x = 2^t with t = logits − top (binary logarithms); (Σ x, Σ x·t)."""
     total = x.dtype.type(0)
@@ -226,7 +227,7 @@ def _weights(logits: Any, top: Any, x: Any) -> Any:
     return total, weighted
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def map_morans_i(one: Any, z: Any, has_right: Any, grid_cols: Any, num_edges: Any) -> Any:
     """Moran's I of one float64 map [patch]; NaN where constant or undefined."""
     total = sum_row(one)
@@ -236,14 +237,14 @@ def map_morans_i(one: Any, z: Any, has_right: Any, grid_cols: Any, num_edges: An
     return _morans_i(z, sum_sq, has_right, grid_cols, num_edges)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def map_entropy(one: Any) -> Any:
     """Entropy in nat of one float64 map [patch]; NaN where undefined."""
     total = sum_row(one)
     return max(_row_entropy(one, total), 0.0) if total > 0 else np.nan
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def row_js_divergence(x: Any, x_total: Any, y: Any, y_total: Any) -> Any:
     """Σ m φ(t) in nat with m = (p + q)/2, t = (p − q)/(p + q) of the renormalised rows; φ as in the reference."""
     one, half, quarter = x.dtype.type(1), x.dtype.type(0.5), x.dtype.type(0.25)
@@ -262,7 +263,7 @@ def row_js_divergence(x: Any, x_total: Any, y: Any, y_total: Any) -> Any:
 # --- rows and where they are written --------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def measure_row(x: Any, z: Any, total: Any, m: Any, patch: Any, shape: Any, tables: Any, needs: Any, out: Any) -> Any:
     """Writes what is needed of patch query `patch` of map `m`, entropy and what depends on the prefix left out."""
     _, _, grid_cols, num_edges = shape
@@ -285,6 +286,28 @@ def measure_row(x: Any, z: Any, total: Any, m: Any, patch: Any, shape: Any, tabl
 
 
 @njit(**OPTIONS)
+def clear_map(m: Any, needs: Any, out: Any) -> None:
+    """Makes what is needed of map `m` undefined, and its rows valid."""
+    rows, mass, patch_mass, received, class_rows, valid = out
+    # In the order of rows.
+    asked = (needs & DISTANCE, needs & ENTROPY, needs & MORAN, needs & GEARY, needs & GINI, needs & ENTROPY_SEED1)
+    for i in range(len(asked)):
+        if asked[i]:
+            for patch in range(mass.shape[1]):
+                rows[i, m, patch] = np.nan
+    for patch in range(mass.shape[1]):
+        mass[m, patch] = np.nan
+        if needs & PATCH_MASS:
+            patch_mass[m, patch] = np.nan
+        if needs & RECEIVED:
+            received[m, patch] = 0.0
+        if needs & CLASS_ROW:
+            class_rows[m, patch] = np.nan
+    for q in range(valid.shape[1]):
+        valid[m, q] = True
+
+
+@njit(forceinline=True, **OPTIONS)
 def attention_row(
     buffer: Any,
     begin: Any,
@@ -327,7 +350,7 @@ def attention_row(
         rows[1, m, patch] = max(_row_entropy(x, total), 0.0)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def qk_row(logits: Any, m: Any, q: Any, shape: Any, tables: Any, needs: Any, scratch: Any, out: Any) -> None:
     """The row of query `q` of map `m` from its logits [token] in binary logarithms, prefix tokens first."""
     prefix, class_token = shape[0], shape[1]
