@@ -197,7 +197,6 @@ def image_kind(config: StudyConfig) -> DataKind:
 
 def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preprocessing: Preprocessing) -> DataSplits:
     """The manifest of the folder, built anew when a file was added, removed or touched, and its splits."""
-    logger.info("%s takes %s", config.model.name, preprocessing)
     path = outputs / "manifest.json"
     root = Path(config.data.root)
     inputs = {
@@ -221,6 +220,7 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
         raise InputError(
             f"{root} gives no test image with split {splits.manifest.rule}; add images, or use --data.split all"
         )
+    logger.info("%s takes %s", config.model.name, preprocessing)
     return splits
 
 

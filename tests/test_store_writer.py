@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -363,11 +364,14 @@ def test_the_estimate_bounds_what_is_written(path: Path) -> None:
 def file_size_limit(size: int) -> Iterator[None]:
     """Let every write beyond `size` bytes of a file fail, as on a full disk (EFBIG in place of ENOSPC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores the signal that comes with it; a library that an earlier test loaded may not.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_disk_that_fails_leaves_the_last_commit_intact(path: Path) -> None:
