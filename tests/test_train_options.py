@@ -221,7 +221,6 @@ def test_history_is_json_lines_and_is_whole_after_a_resume(
 
 
 def test_tensorboard_gets_every_epoch_once(run: Callable[..., TrainResult], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from train.history import tensorboard_writer
