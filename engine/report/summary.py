@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -272,9 +273,6 @@ _MARKDOWN = str.maketrans(
     {
         "\\": "\\\\",
         "|": "\\|",
-        "<": "&lt;",
-        ">": "&gt;",
-        "&": "&amp;",
         "`": "\\`",
         "*": "\\*",
         "[": "\\[",
@@ -285,4 +283,7 @@ _MARKDOWN = str.maketrans(
 
 def _text(text: str) -> str:
     """Plain text for Markdown: names of images and classes come from file systems and may hold anything."""
-    return "".join(character if character.isprintable() else " " for character in text).translate(_MARKDOWN)
+    plain = "".join(character if character.isprintable() else " " for character in text).translate(_MARKDOWN)
+    # A tag or an entity begins with a letter, "/", "!", "?" or "#" right behind; "p < 0.0001" is read as it is.
+    plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=[A-Za-z#])", "&amp;", plain))
+    return re.sub(r"^(\s*)>", r"\1\>", plain)  # at the beginning it would make a quotation
