@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any
 
@@ -60,7 +61,7 @@ def weights_of_multihead_attention(model: torch.nn.Module, inputs: torch.Tensor)
 @pytest.mark.parametrize("family", MEASURED, ids=identify)
 def test_maps_equal_the_unfused_models_layer_by_layer(family: Family) -> None:
     if family.library == "Hugging Face":
-        pytest.importorskip("transformers", minversion="5.0")
+        importlib.import_module("transformers")
     model, inputs = family.build(), family.inputs()
     sites: list[AttentionSite] = []
     tap = AttentionTap(model, lambda site, *call: sites.append(site))
@@ -156,7 +157,7 @@ def test_naflex_patches_out_of_order_are_refused() -> None:
 
 
 def test_eager_hugging_face_models_are_seen_and_left_eager() -> None:
-    pytest.importorskip("transformers", minversion="5.0")
+    importlib.import_module("transformers")
     family = next(f for f in MEASURED if f.library == "Hugging Face" and f.name == "ViT")
     model, inputs = family.build(), family.inputs()
     model.set_attn_implementation("eager")
