@@ -6,22 +6,21 @@ that stream a data set through it are in `engine.sinks`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
+from engine.attention_call import attention_map, by_head, no_autocast, of_heads, read_attention_call, unmeasurable
 from engine.interception import FunctionCall, ModelInterception, named_modules, unwrapped
 from engine.layouts import CaptureError, LayoutError, patch_stem, token_layout, vision_module
 from kernels import TokenLayout
 
 __all__ = [
-    "AttentionCall",
     "AttentionSite",
     "AttentionTap",
     "CaptureError",
@@ -29,7 +28,6 @@ __all__ = [
     "capture_attention",
     "discover_sites",
     "evaluating",
-    "read_attention_call",
     "token_layout",
     "vision_module",
 ]
@@ -182,13 +180,13 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
     def _attend(self, call: FunctionCall) -> Any:
         if call.module is None or torch._C._current_graph_task_id() != -1:
             return call.run()  # another model's, or recomputed in the backward pass by gradient checkpointing
-        read = _by_head(read_attention_call(call), call.caller, self._images)
+        read = by_head(read_attention_call(call), call.caller, self._images)
         name = call.module or type(self.model).__name__
         count = self._calls[name] = self._calls.get(name, 0) + 1
         if count > 1:
             name = f"{name}#{count}"  # a module that attends twice in one forward pass has two sites
         layout = self._layout
-        reason = layout if isinstance(layout, str) else _unmeasurable(read, layout, self._images)
+        reason = layout if isinstance(layout, str) else unmeasurable(read, layout, self._images)
         if isinstance(layout, str) or reason is not None:
             self._skip(name, str(reason))
             return call.run()
@@ -199,8 +197,8 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             site = self.sites[name] = AttentionSite(name, layer, heads, layout, self._heads)
         if self._layers is None or site.layer in self._layers:
             if self._heads:
-                read = _of_heads(read, self._heads)
-            with _no_autocast(read.query):  # measuring is no part of the model
+                read = of_heads(read, self._heads)
+            with no_autocast(read.query):  # measuring is no part of the model
                 self._callback(site, read.query, read.key, read.scale, read.bias)
         return call.run()
 
@@ -216,101 +214,6 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             raise CaptureError(f"the attention of {name} cannot be measured: {reason}")
         if (name, reason) not in self.skipped:
             self.skipped.append((name, reason))
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """The operands of one `F.scaled_dot_product_attention` call: [image, head, token, dim] and what shapes its map."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    causal: bool
-
-
-def read_attention_call(call: FunctionCall) -> AttentionCall:
-    """Names the arguments of an intercepted attention call, as the kernel gets them.
-
-    The default scale, head_dim ** -0.5, is filled in; under autocast, tensors have the type that it casts them to.
-    """
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    scale = given.get("scale")
-    query, key, value, bias = (_autocast(given.get(name)) for name in names[:4])
-    return AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        bias=bias,
-        scale=float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1]),
-        causal=bool(given.get("is_causal", False)),
-    )
-
-
-def _autocast(tensor: Any) -> Any:
-    """What autocast, if it is on, makes of an operand of attention: everything but float64 becomes its type."""
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Autocast off on the tensor's device: under it a product of float32 is computed in 16 bits."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _by_head(call: AttentionCall, caller: torch.nn.Module | None, images: int) -> AttentionCall:
-    """A call whose images and heads share one axis, [image · head, token, dim], with an axis for each (views)."""
-    heads = getattr(caller, "num_heads", None)
-    if not isinstance(heads, int) or any(t.ndim != 3 for t in (call.query, call.key)):
-        return call
-    if images == 0 or call.query.shape[0] != images * heads or call.key.shape[0] != images * heads:
-        return call
-    query, key, value = (t.unflatten(0, (images, heads)) for t in (call.query, call.key, call.value))
-    bias = call.bias
-    if bias is not None and bias.ndim == 3:
-        bias = bias.unflatten(0, (images, heads)) if bias.shape[0] > 1 else bias.unsqueeze(0)
-    return replace(call, query=query, key=key, value=value, bias=bias)
-
-
-def _of_heads(call: AttentionCall, heads: tuple[int, ...]) -> AttentionCall:
-    """The call with these heads alone; neighbours are a view."""
-    neighbours = heads == tuple(range(heads[0], heads[-1] + 1))
-    chosen = slice(heads[0], heads[-1] + 1) if neighbours else list(heads)
-    bias = call.bias
-    if bias is not None and bias.ndim >= 3 and bias.shape[-3] > 1:
-        bias = bias[..., chosen, :, :]
-    query, key, value = (t[:, chosen] for t in (call.query, call.key, call.value))
-    return replace(call, query=query, key=key, value=value, bias=bias)
-
-
-def _unmeasurable(call: AttentionCall, layout: TokenLayout, images: int) -> str | None:
-    """Why the map of this call is not [image, head, prefix + grid, prefix + grid]; None when it is."""
-    query, key = call.query, call.key
-    tokens = layout.num_tokens
-    if call.causal:
-        return "it is causal: no query sees the whole grid"
-    queries, keys = query.shape[-2], key.shape[-2]
-    if (queries, keys) != (tokens, tokens):
-        if queries == 1:
-            kind = "attention pooling or class attention"
-        elif queries != keys:
-            kind = "pooled keys or cross-attention"
-        else:
-            kind = "windowed, or over another grid than the patches'"
-        return f"its map is {queries}×{keys} tokens, expected {tokens}×{tokens} ({layout}): {kind}"
-    if query.ndim != 4 or key.ndim != 4:
-        return f"query and key are {query.ndim}- and {key.ndim}-dimensional, expected [image, head, token, dim]"
-    if query.shape[1] != key.shape[1]:
-        return f"{query.shape[1]} query heads share {key.shape[1]} key heads"
-    if query.shape[0] != images:
-        return f"its batch holds {query.shape[0]} windows for {images} images"
-    return None
 
 
 def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -338,16 +241,6 @@ def _grouped(skipped: list[tuple[str, str]]) -> str:
         f"{names[0] if len(names) == 1 else f'{names[0]} … {names[-1]} ({len(names)} calls)'}: {reason}"
         for reason, names in by_reason.items()
     )
-
-
-def attention_map(query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
-    """softmax(scale · q kᵀ + bias) in float32 (float64 for float64 input), [image, head, query, key]."""
-    precise = torch.promote_types(query.dtype, torch.float32)
-    with _no_autocast(query):
-        logits = (query.to(precise) * scale) @ key.to(precise).transpose(-2, -1)
-    if bias is not None:
-        logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias.to(precise)
-    return logits.softmax(dim=-1)
 
 
 def capture_attention(

@@ -208,7 +208,8 @@ def positions(selection: Rows, length: int, what: str) -> Array:
         StoreError: there are no such rows.
     """
     try:
-        numbers = np.arange(length)[selection]
+        # NumPy takes a tuple for one index an axis.
+        numbers = np.arange(length)[list(selection) if isinstance(selection, tuple) else selection]
     except IndexError as error:
         raise StoreError(f"{what}: {error}; there are {length}") from error
     if numbers.ndim != 1:

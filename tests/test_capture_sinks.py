@@ -79,6 +79,44 @@ def test_stored_and_measured_layers_and_heads_are_the_chosen_ones(
             np.testing.assert_allclose(found, measured[name].numpy(), atol=1e-5)
 
 
+@pytest.fixture
+def biased() -> torch.nn.Module:
+    """Relative-position bias: one a head, the same for all images."""
+    return spread(timm.create_model("vit_relpos_small_patch16_224", num_classes=2, img_size=64, depth=2))
+
+
+@pytest.mark.parametrize("heads", [(0, 3), (2, 3), (5,)])
+def test_heads_kept_as_query_and_key_give_the_full_captures_maps(
+    biased: torch.nn.Module, tmp_path: Path, heads: tuple[int, ...]
+) -> None:
+    """The bias of the chosen heads goes with them, also when some of those are read."""
+    full = capture(biased, tmp_path / "full.zarr", encoding="qk")
+    some = capture(biased, tmp_path / "some.zarr", encoding="qk", heads=heads)
+    assert full.schema.layers[0].factors.bias == "shared"
+    assert some.schema.layers[0].factors.bias_shape[0] == len(heads)
+    for layer in full.layers:
+        expected = full.read(layer)[:, list(heads)]
+        np.testing.assert_array_equal(some.read(layer), expected)
+        np.testing.assert_array_equal(some.read(layer, slice(1, 4), [len(heads) - 1]), expected[1:4, -1:])
+        np.testing.assert_array_equal(full.read(layer, heads=heads), expected)
+    for name in METRICS:
+        np.testing.assert_array_equal(some.read_metric(name)[0], full.read_metric(name)[0][:, :, list(heads)])
+
+
+def test_a_shared_bias_that_changes_with_the_batch_is_refused(biased: torch.nn.Module, tmp_path: Path) -> None:
+    """It is stored once: another one in a later batch would read back as maps that the model never had."""
+    scale = biased.blocks[1].attn.rel_pos.mlp.fc2.weight
+
+    def drift(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        scale.data.fill_(float(args[0].mean()))
+
+    biased.register_forward_pre_hook(drift)
+    with pytest.raises(CaptureError, match=r"the bias of layer 1 changes from batch to batch .* use fp16 or bf16"):
+        capture(biased, tmp_path / "s.zarr", encoding="qk")
+    store = capture(biased, tmp_path / "maps.zarr", encoding="fp16")
+    assert store.complete
+
+
 def test_a_store_of_other_heads_is_not_continued(model: torch.nn.Module, tmp_path: Path) -> None:
     capture(model, tmp_path / "s.zarr", heads=(0, 2))
     with pytest.raises(Exception, match="head_ids"):

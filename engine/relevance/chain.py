@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.capture import AttentionCall
+from engine.attention_call import AttentionCall
 from engine.interception import named_modules
 from engine.layouts import CaptureError
 from kernels import TokenLayout

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.capture import AttentionCall, attention_map, read_attention_call
+from engine.attention_call import AttentionCall, attention_map, read_attention_call
 from engine.interception import FunctionCall, ModelInterception
 from engine.layouts import CaptureError, token_layout, vision_module
 from engine.relevance.chain import check_call, product_row, read_tokens, with_identity

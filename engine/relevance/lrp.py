@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import resolve_name
 
-from engine.capture import read_attention_call
+from engine.attention_call import read_attention_call
 from engine.interception import FunctionCall, ModelInterception
 from engine.layouts import CaptureError, patch_stem, token_layout, vision_module
 from engine.relevance.chain import check_call, product_row, read_tokens, transformer_blocks, with_identity

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.capture import attention_map, read_attention_call
+from engine.attention_call import attention_map, read_attention_call
 from engine.interception import FunctionCall
 
 __all__ = [
