@@ -6,6 +6,12 @@
 The second form is the one to quote: CPU time, rounds in which every contender runs once, medians, so that a busy
 machine slows all of them alike. Peers come with the `bench` extra. What is too slow for a whole batch runs on part of
 it and is scaled up; its name says so.
+
+On a CPU with AVX-512 everything finds its 32 registers and its instructions, torch.compile too. As on a CPU without:
+
+    NUMBA_CPU_NAME=haswell ATEN_CPU_CAPABILITY=avx2 \\
+    NUMBA_CPU_FEATURES=+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.1,+sse4.2 \\
+    python -m benchmarks.test_bench_kernels
 """
 
 from __future__ import annotations
@@ -14,7 +20,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ import torch
 from numba import njit
 
 from kernels import TokenLayout, measure_attention, measure_qk, numba_cpu
+from kernels.lane_types import EIGHT, Width, widest
 from kernels.threads import set_num_threads
 from tests.cases import layout, trained
 
@@ -31,7 +37,9 @@ CORE = ("distance", "entropy", "morans_i")
 VIT_B16 = layout(14, 14, 1)
 MAPS_AN_IMAGE = 144
 IMAGES = 4
-OURS, ANY_CPU = "numba", "numba on any CPU"
+OURS = "numba"
+# numba with the loops that it takes on CPUs with fewer vector registers.
+LESSER = {"with eight lanes": EIGHT, "on any CPU": None}
 
 
 @dataclass(frozen=True)
@@ -116,21 +124,16 @@ def moran_by_esda(rows: np.ndarray, of: TokenLayout) -> list[float]:
     return [Moran(row, weights, transformation="B", permutations=0).I for row in rows]
 
 
-@contextmanager
-def on_any_cpu() -> Any:
-    """numba without the loops for AVX-512."""
-    kept = numba_cpu.has_vector_loops
-    numba_cpu.has_vector_loops = lambda: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        numba_cpu.has_vector_loops = kept
+def with_registers(width: Width | None, measure: Callable[[], Any]) -> Callable[[], Any]:
+    """numba with the loops that it takes on a CPU that has these registers at most."""
 
-
-def portable(measure: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
-        with on_any_cpu():
+        kept = numba_cpu.vector_width
+        numba_cpu.vector_width = lambda: width  # type: ignore[assignment]
+        try:
             return measure()
+        finally:
+            numba_cpu.vector_width = kept
 
     return run
 
@@ -143,16 +146,19 @@ def contenders(images: int = IMAGES) -> dict[str, Contender]:
     rows = VIT_B16.patches(single[:12]).reshape(-1, VIT_B16.num_patches).double().numpy()
     of_map = 1 / (MAPS_AN_IMAGE * images)
     compiled = torch.compile(torch_shifts)
-    item = {dtype: half.numel() * size for dtype, size in (("float16", 2), ("float32", 4))}
+    ours: dict[str, tuple[Callable[[], Any], int]] = {
+        "float16": (lambda: measure_attention(half, VIT_B16, CORE, "numba"), half.nbytes),
+        "float32": (lambda: measure_attention(single, VIT_B16, CORE, "numba"), single.nbytes),
+        "from q and k": (lambda: measure_qk(query, key, VIT_B16, CORE, backend="numba"), 2 * query.nbytes),
+    }
+    lesser = {name: width for name, width in LESSER.items() if width != widest()}
     runs = {
-        f"{OURS}, float16": Contender(lambda: measure_attention(half, VIT_B16, CORE, "numba"), 1, item["float16"]),
-        f"{OURS}, float32": Contender(lambda: measure_attention(single, VIT_B16, CORE, "numba"), 1, item["float32"]),
-        f"{OURS}, from q and k": Contender(
-            lambda: measure_qk(query, key, VIT_B16, CORE, backend="numba"), 1, 2 * query.nbytes
-        ),
-        f"{ANY_CPU}, float16": Contender(portable(lambda: measure_attention(half, VIT_B16, CORE, "numba"))),
-        f"{ANY_CPU}, float32": Contender(portable(lambda: measure_attention(single, VIT_B16, CORE, "numba"))),
-        f"{ANY_CPU}, from q and k": Contender(portable(lambda: measure_qk(query, key, VIT_B16, CORE, backend="numba"))),
+        **{f"{OURS}, {name}": Contender(run, 1, moved) for name, (run, moved) in ours.items()},
+        **{
+            f"{OURS} {registers}, {name}": Contender(with_registers(width, run), 1, moved)
+            for registers, width in lesser.items()
+            for name, (run, moved) in ours.items()
+        },
         "torch backend, float16": Contender(lambda: measure_attention(half, VIT_B16, CORE, "torch")),
         "torch backend, from q and k": Contender(lambda: measure_qk(query, key, VIT_B16, CORE, backend="torch")),
         "torch shifts, eager, float16": Contender(lambda: torch_shifts(half, VIT_B16, near)),
@@ -270,7 +276,8 @@ def main(rounds: int = 7) -> None:
     an_image = {name: median / shares[name] / IMAGES for name, median in medians.items()}
     bandwidth = read_bandwidth()
     base = an_image[f"{OURS}, float16"]
-    loops = "loops for AVX-512" if numba_cpu.has_vector_loops() else "loops for any CPU"
+    width = widest()
+    loops = "loops for any CPU" if width is None else f"loops of {width.lanes} lanes"
     print(f"ViT-B/16, {MAPS_AN_IMAGE} maps of 197×197 an image, {IMAGES} images; {', '.join(CORE)}; numba has {loops}")
     print(f"one thread, CPU time, medians of {rounds} rounds; one thread reads {bandwidth / 1e9:.1f} GB/s")
     print(f"{'':46}{'ms/image':>10}{'images/s':>10}{'× numba':>9}{'GB/s':>7}{'of read':>9}")

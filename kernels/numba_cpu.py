@@ -1,7 +1,8 @@
 """The CPU backend: compiled loops, one pass over the maps, all metrics at once, parallel over maps.
 
 Arithmetic is float32, float64 for float64 input. Two sets of loops agree within the tolerances: those of
-`numba_avx512_maps` and `numba_avx512_qk` where the CPU has AVX-512, those of `numba_loops` elsewhere and for float64.
+`numba_vector_maps` and `numba_vector_qk` where the CPU has AVX-512 or AVX2, those of `numba_loops` elsewhere and for
+float64.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import numpy as np
 
 from kernels.arrays import Values, dtype_name, host_view
 from kernels.checks import ROW_SUM_TOLERANCE
-from kernels.lanes import WIDTH, are_available
+from kernels.lane_types import Width, widest
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
-from kernels.numba_avx512_maps import attention_pass
-from kernels.numba_avx512_qk import qk_pass
 from kernels.numba_loops import passes
 from kernels.numba_math import BFLOAT16, FLOAT, FLOAT16
 from kernels.numba_rows import (
@@ -34,6 +33,8 @@ from kernels.numba_rows import (
     PATCH_MASS,
     RECEIVED,
 )
+from kernels.numba_vector_maps import attention_pass
+from kernels.numba_vector_qk import qk_pass
 from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, extent_px
 from kernels.threads import over_parts
 
@@ -112,15 +113,17 @@ class FromPass:
 
 def is_compiled() -> bool:
     """Whether a pass has run in this process; the first one compiles for some seconds, unless cached on disk."""
-    any_cpu = passes()
-    dispatchers = [any_cpu.attention, any_cpu.qk, any_cpu.pair, attention_pass(), qk_pass()]
+    any_cpu, width = passes(), vector_width()
+    dispatchers = [any_cpu.attention, any_cpu.qk, any_cpu.pair]
+    if width is not None:
+        dispatchers += [attention_pass(width), qk_pass(width)]
     return any(dispatcher.signatures for dispatcher in dispatchers)
 
 
 @lru_cache(maxsize=1)
-def has_vector_loops() -> bool:
-    """Whether this process measures float16, bfloat16 and float32 with the loops for AVX-512."""
-    return are_available()
+def vector_width() -> Width | None:
+    """The registers in which this process measures float16, bfloat16 and float32; None: with the loops for any CPU."""
+    return widest()
 
 
 def measure_attention(
@@ -133,8 +136,10 @@ def measure_attention(
     kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
     tolerance, needs = ROW_SUM_TOLERANCE[name], _needs(specs, layout)
     out = _outputs(math.prod(leading), layout, tables[0].dtype, needs)
-    if name != "float64" and has_vector_loops():
-        run = partial(attention_pass(), _as_typed_bits(maps, kind), kind, shape, tables, _wide_tables(layout))
+    width = None if name == "float64" else vector_width()
+    if width is not None:
+        wide = _wide_tables(layout, width.lanes)
+        run = partial(attention_pass(width), _as_typed_bits(maps, kind), kind, shape, tables, wide)
     else:
         run = partial(passes().attention, maps, kind, shape, tables)
     over_parts(partial(run, tolerance, needs, out), math.prod(leading))
@@ -167,13 +172,13 @@ def measure_qk(
     needs = _needs(specs, layout)
     out = _outputs(math.prod(leading), layout, compute, needs)
     kind = _KINDS.get(name, FLOAT)
-    if name != "float64" and has_vector_loops():
-        queries, keys = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
-    arguments = (queries, keys, kind, scale, of_bias, _shape(layout), tables)
-    if name != "float64" and has_vector_loops():
-        run = partial(qk_pass(), *arguments, _near_table(layout))
+    rest = (kind, scale, of_bias, _shape(layout), tables)
+    width = None if name == "float64" else vector_width()
+    if width is not None:
+        typed = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
+        run = partial(qk_pass(width), *typed, *rest, _near_table(layout, width.lanes))
     else:
-        run = partial(passes().qk, *arguments)
+        run = partial(passes().qk, queries, keys, *rest)
     over_parts(partial(run, needs, out), math.prod(leading))
     return _read(out, leading, layout, specs, regions)
 
@@ -285,14 +290,14 @@ def _tables(layout: TokenLayout, double: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=16)
-def _wide_tables(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
+def _wide_tables(layout: TokenLayout, lanes: int) -> tuple[np.ndarray, np.ndarray]:
     """(distances, degrees) with grid rows padded to whole registers.
 
     distances are `_tables`' offsets, flat, 0 in the padding; degrees [column] are a patch's neighbours in a grid row
     that is neither first nor last.
     """
     cols, down = layout.grid_cols, 2 * layout.grid_rows - 1
-    pitch = -(-cols // WIDTH) * WIDTH
+    pitch = -(-cols // lanes) * lanes
     distances = _aligned((cols * down * pitch,))
     distances.reshape(cols, down, pitch)[:, :, :cols] = _tables(layout, False)[0].reshape(cols, down, cols)
     degrees = _aligned((pitch,))
@@ -303,23 +308,23 @@ def _wide_tables(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=4)
-def _near_table(layout: TokenLayout) -> np.ndarray:
-    """Distances [sixteen queries, key, query of the sixteen], flat; queries are the patches, then the prefix tokens.
+def _near_table(layout: TokenLayout, lanes: int) -> np.ndarray:
+    """Distances [group of queries, key, query of the group], flat; queries are the patches, then the prefix tokens.
 
-    160 KB at 14×14, where a block of queries reads 12 KB of it; 7.5 MB at 37×37.
+    160 KB at 14×14, where sixteen queries read 12 KB of it; 7.5 MB at 37×37.
     """
-    blocks = -(-layout.num_tokens // WIDTH)
-    table = _aligned((blocks * WIDTH, layout.num_patches))
+    groups = -(-layout.num_tokens // lanes)
+    table = _aligned((groups * lanes, layout.num_patches))
     table[: layout.num_patches] = layout.distances()
     near = _aligned((table.size,))
-    near[:] = table.reshape(blocks, WIDTH, layout.num_patches).swapaxes(1, 2).reshape(-1)
+    near[:] = table.reshape(groups, lanes, layout.num_patches).swapaxes(1, 2).reshape(-1)
     return near
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     """float32 zeros that begin on a cache line: a register's load then touches one."""
     size = math.prod(shape)
-    memory = np.zeros(size + WIDTH, np.float32)
+    memory = np.zeros(size + 16, np.float32)
     skip = -memory.ctypes.data % 64 // 4
     return memory[skip : skip + size].reshape(shape)
 

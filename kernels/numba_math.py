@@ -60,7 +60,7 @@ def sources() -> str:
     by it too, and so is compiled anew when a file of its callees has changed.
     """
     folder = Path(__file__).parent
-    names = ("lanes", "numba_avx512_maps", "numba_avx512_qk", "numba_loops", "numba_math", "numba_rows")
+    names = ("lane_types", "lanes", "numba_loops", "numba_math", "numba_rows", "numba_vector_maps", "numba_vector_qk")
     return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 

@@ -59,7 +59,7 @@ __all__ = [
 # What a pass computes besides validity and prefix mass.
 DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED, GINI, ENTROPY_SEED1, PATCH_MASS, CLASS_ROW = (1 << i for i in range(9))
 
-# What the loops for AVX-512 compute by themselves.
+# What the loops in vector registers compute by themselves.
 CORE = DISTANCE | ENTROPY | MORAN
 
 

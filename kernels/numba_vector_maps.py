@@ -1,7 +1,7 @@
-"""Stored maps on CPUs with AVX-512, in float32: every sum of a row in one sweep over it.
+"""Stored maps in vector registers, in float32: every sum of a row in one sweep over it.
 
-Lanes are the patches of one grid row, so that neighbours are the next lane and the previous register. Computed are the
-core metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the ordinary (invalid, almost
+Lanes are patches of one grid row, so that neighbours are the next lane and the previous register. Computed are the core
+metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the ordinary (invalid, almost
 without mass on the patches, almost constant) and metrics beyond the core take the way of `numba_rows`; which way a row
 takes depends on that row alone.
 
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from kernels.lane_types import Width
 from kernels.lanes import (
-    WIDTH,
     either,
     exponent,
     first,
@@ -29,6 +29,7 @@ from kernels.lanes import (
     fma,
     holds_sign,
     keep,
+    lanes_of,
     load,
     mantissa,
     next_lane,
@@ -62,6 +63,7 @@ _TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any valu
 
 @njit(**OPTIONS)
 def _block_sums(
+    width: Any,
     buffer: Any,
     begin: Any,
     mean: Any,
@@ -73,21 +75,22 @@ def _block_sums(
     col: Any,
     in_next_block: Any,
 ) -> Any:
-    """The sums of `_row_sums`, lane by lane, over the up to sixteen grid columns from `col` on; then the signs."""
-    pitch = degrees.size
-    inner = first(min(cols - col - 1, WIDTH))  # lanes with a neighbour to the right
-    nothing, tiny, centre = splat(_ZERO), splat(_TINY), splat(mean)
-    c1, c2, c3, c4, c5, c6 = splat(_L1), splat(_L2), splat(_L3), splat(_L4), splat(_L5), splat(_L6)
+    """The sums of `_row_sums`, lane by lane, over the grid columns of one register from `col` on; then the signs."""
+    pitch, lanes = degrees.size, lanes_of(width)
+    inner = first(width, min(cols - col - 1, lanes))  # lanes with a neighbour to the right
+    nothing, tiny, centre = splat(width, _ZERO), splat(width, _TINY), splat(width, mean)
+    c1, c2, c3 = splat(width, _L1), splat(width, _L2), splat(width, _L3)
+    c4, c5, c6 = splat(width, _L4), splat(width, _L5), splat(width, _L6)
     total, far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing, nothing
     above = nothing
-    top = load(buffer, begin + col) - centre
+    top = load(width, buffer, begin + col) - centre
     here, there = begin + col, at + col
     for _ in range(rows):
         prefetch(buffer, here + _AHEAD)
-        x = load(buffer, here)
+        x = load(width, buffer, here)
         signs = either(signs, x)
         total = total + x
-        far = fma(x, load(distances, there), far)
+        far = fma(x, load(width, distances, there), far)
         safe = x + tiny
         part = mantissa(safe)
         log = fma(part, fma(part, fma(part, fma(part, fma(part, fma(part, c6, c5), c4), c3), c2), c1), exponent(safe))
@@ -96,7 +99,7 @@ def _block_sums(
         rest = rest + z
         square = fma(z, z, square)
         if in_next_block:
-            right = load(buffer, here + 1) - centre  # lane 15's neighbour is in the next block
+            right = load(width, buffer, here + 1) - centre  # the last lane's neighbour is in the next block
         else:
             right = next_lane(z, inner)
         cross = fma(z, right + above, cross)
@@ -104,8 +107,8 @@ def _block_sums(
         here += cols
         there += pitch
     # Lanes beyond the grid row have summed up what lies there; none has met another.
-    degree = fma(rest, load(degrees, col), nothing) - top - above
-    mask = first(min(cols - col, WIDTH))
+    degree = fma(rest, load(width, degrees, col), nothing) - top - above
+    mask = first(width, min(cols - col, lanes))
     return (
         *(keep(mask, total), keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
         *(keep(mask, degree), keep(mask, cross), keep(mask, signs)),
@@ -114,6 +117,7 @@ def _block_sums(
 
 @njit(**OPTIONS)
 def _row_sums(
+    width: Any,
     buffer: Any,
     begin: Any,
     mean: Any,
@@ -129,30 +133,31 @@ def _row_sums(
 
     `degrees` [col] are the neighbours of a patch in an inner grid row. Σ x is NaN where a sign bit is set.
     """
-    if cols <= WIDTH:
+    lanes, zero = lanes_of(width), splat(width, _ZERO)
+    if cols <= lanes:
         total, far, weighted, rest, square, degree, cross, signs = _block_sums(
-            buffer, begin, mean, cols, rows, distances, at, degrees, 0, False
+            width, buffer, begin, mean, cols, rows, distances, at, degrees, 0, False
         )
-        store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
+        store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, zero))
         if holds_sign(signs):
             sums[out_at] = np.nan
         return
     total, far, weighted, rest, square, degree, cross, signs = _block_sums(
-        buffer, begin, mean, cols, rows, distances, at, degrees, 0, True
+        width, buffer, begin, mean, cols, rows, distances, at, degrees, 0, True
     )
-    for col in range(WIDTH, cols, WIDTH):
-        more = _block_sums(buffer, begin, mean, cols, rows, distances, at, degrees, col, col + WIDTH < cols)
+    for col in range(lanes, cols, lanes):
+        more = _block_sums(width, buffer, begin, mean, cols, rows, distances, at, degrees, col, col + lanes < cols)
         total, far, weighted, rest = total + more[0], far + more[1], weighted + more[2], rest + more[3]
         square, degree, cross = square + more[4], degree + more[5], cross + more[6]
         signs = either(signs, more[7])
-    store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, splat(_ZERO)))
+    store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, zero))
     if holds_sign(signs):
         sums[out_at] = np.nan
 
 
 @njit(**OPTIONS)
 def _map_sums(
-    buffer: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
+    width: Any, buffer: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
 ) -> None:
     """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query]."""
     prefix, _, cols, _ = shape
@@ -160,29 +165,29 @@ def _map_sums(
     patches = tables[1].size
     rows = patches // cols
     tokens = prefix + patches
-    at_end = np.zeros(tokens + WIDTH, buffer.dtype)
+    at_end = np.zeros(tokens + lanes_of(width), buffer.dtype)
     for patch in range(patches):
         begin = start + (prefix + patch) * row_stride
         row, col = patch // cols, patch % cols
         at = (col * (2 * rows - 1) + rows - 1 - row) * degrees.size
         if begin + at_end.size <= buffer.size:
-            head[patch] = _prefix_sum(buffer, begin, prefix)
+            head[patch] = _prefix_sum(width, buffer, begin, prefix)
             mean = (_ONE - head[patch]) / np.float32(patches)
-            _row_sums(buffer, begin + prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
+            _row_sums(width, buffer, begin + prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
         else:  # whole registers would reach beyond the memory
             for i in range(tokens):
                 at_end[i] = buffer[begin + i]
-            head[patch] = _prefix_sum(at_end, 0, prefix)
+            head[patch] = _prefix_sum(width, at_end, 0, prefix)
             mean = (_ONE - head[patch]) / np.float32(patches)
-            _row_sums(at_end, prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
+            _row_sums(width, at_end, prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
 
 
 @njit(**OPTIONS)
-def _prefix_sum(buffer: Any, begin: Any, prefix: Any) -> Any:
+def _prefix_sum(width: Any, buffer: Any, begin: Any, prefix: Any) -> Any:
     """The mass on the prefix; NaN where a value is negative."""
     total = _ZERO
     for i in range(prefix):
-        value = first_lane(load(buffer, begin + i))
+        value = first_lane(load(width, buffer, begin + i))
         total += value if value >= _ZERO else np.float32(np.nan)
     return total
 
@@ -219,6 +224,7 @@ def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums
 
 @njit(**OPTIONS)
 def _attention_map(
+    width: Any,
     buffer: Any,
     kind: Any,
     m: Any,
@@ -236,7 +242,7 @@ def _attention_map(
     head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
     done = np.empty(patches, np.bool_)
     scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
-    _map_sums(buffer, start, row_stride, shape, tables, wide, head, sums)
+    _map_sums(width, buffer, start, row_stride, shape, tables, wide, head, sums)
     _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
     stored = stored_bits(buffer)
     for q in range(prefix + patches):
@@ -247,9 +253,9 @@ def _attention_map(
             attention_row(stored, begin, kind, m, q, shape, tables, tolerance, left, scratch, out)
 
 
-@lru_cache(maxsize=1)
-def attention_pass() -> Any:
-    """`attention` as that of `numba_loops.passes`, with one more argument after `tables`:
+@lru_cache(maxsize=2)
+def attention_pass(width: Width) -> Any:
+    """`attention` as that of `numba_loops.passes`, for registers of this width, with one more argument after `tables`:
 
     wide  (distances [grid column, …], flat, and degrees [column]), grid rows padded to whole registers
     """
@@ -272,6 +278,6 @@ def attention_pass() -> Any:
         buffer, starts, row_stride = maps
         for m in range(begin, end):
             clear_map(m, needs, out)
-            _attention_map(buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
+            _attention_map(width, buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
 
     return attention

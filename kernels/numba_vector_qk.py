@@ -1,4 +1,4 @@
-"""From query and key on CPUs with AVX-512, in float32: logits, softmax and metrics of sixteen queries at a time.
+"""From query and key in vector registers, in float32: logits, softmax and metrics of a register's queries at a time.
 
 Lanes are queries, rows of a tile in cache are keys, so no sum runs across lanes. Prefix tokens follow the patches, as
 queries and as keys. Computed are the core metrics, distance, entropy and Moran's I, and prefix mass; queries out of the
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.lanes import WIDTH, dot_tile, fma, fraction, greater, load, splat, store, times_power, transpose
+from kernels.lane_types import Width
+from kernels.lanes import dot_tile, fma, fraction, greater, lanes_of, load, splat, store, times_power, transpose
 from kernels.numba_math import (
     CALLED_FROM_PYTHON,
     LEAST_EXP2,
@@ -62,15 +63,17 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @njit(**OPTIONS)
-def _exp2(t: Any) -> Any:
+def _exp2(width: Any, t: Any) -> Any:
     """2^t of finite t, or NaN."""
     part = fraction(t)
-    c0, c1, c2, c3, c4, c5 = splat(_E0), splat(_E1), splat(_E2), splat(_E3), splat(_E4), splat(_E5)
+    c0, c1, c2 = splat(width, _E0), splat(width, _E1), splat(width, _E2)
+    c3, c4, c5 = splat(width, _E3), splat(width, _E4), splat(width, _E5)
     return times_power(fma(part, fma(part, fma(part, fma(part, fma(part, c5, c4), c3), c2), c1), c0), t)
 
 
 @njit(**OPTIONS)
 def _pack(
+    width: Any,
     buffer: Any,
     kind: Any,
     start: Any,
@@ -79,26 +82,27 @@ def _pack(
     patches: Any,
     head_dim: Any,
     factor: Any,
-    sixteen: Any,
+    group: Any,
     panels: Any,
 ) -> None:
-    """Tokens as panels [sixteen tokens, dim, token of the sixteen], patches first, times `factor`; 0 beyond the last.
+    """Tokens as panels [group of a register, dim, token of the group], patches first, times `factor`; 0 past the last.
 
-    Dimensions are padded to a multiple of 16 with what comes along; no sum reaches them. `sixteen` is a scratch
-    [16, padded dim] for tokens that do not follow each other, or whose padding would reach beyond the memory.
+    Dimensions are padded to whole registers with what comes along; no sum reaches them. `group` is a scratch
+    [token, padded dim] for tokens that do not follow each other, or whose padding would reach beyond the memory.
     """
+    lanes = lanes_of(width)
     tokens = prefix + patches
-    padded = sixteen.shape[1]
-    flat = sixteen.reshape(-1)
-    for begin in range(0, tokens, WIDTH):
+    padded = group.shape[1]
+    flat = group.reshape(-1)
+    for begin in range(0, tokens, lanes):
         first_row = start + (prefix + begin) * stride
-        in_place = begin + WIDTH <= patches and first_row + (WIDTH - 1) * stride + padded <= buffer.size
+        in_place = begin + lanes <= patches and first_row + (lanes - 1) * stride + padded <= buffer.size
         if in_place:
-            for dim in range(0, padded, WIDTH):
-                transpose(buffer, first_row + dim, stride, factor, panels, begin * padded + dim * WIDTH)
+            for dim in range(0, padded, lanes):
+                transpose(width, buffer, first_row + dim, stride, factor, panels, begin * padded + dim * lanes)
             continue
-        for row in range(WIDTH):
-            line = sixteen[row, :head_dim]
+        for row in range(lanes):
+            line = group[row, :head_dim]
             place = begin + row
             if place < tokens:
                 token = place + prefix if place < patches else place - patches
@@ -106,63 +110,68 @@ def _pack(
             else:
                 for i in range(head_dim):
                     line[i] = _ZERO
-        for dim in range(0, padded, WIDTH):
-            transpose(flat, dim, padded, factor, panels, begin * padded + dim * WIDTH)
+        for dim in range(0, padded, lanes):
+            transpose(width, flat, dim, padded, factor, panels, begin * padded + dim * lanes)
 
 
 @njit(**OPTIONS)
-def _add_bias(tile: Any, bias: Any, start: Any, stride: Any, prefix: Any, patches: Any, begin: Any) -> None:
+def _add_bias(width: Any, tile: Any, bias: Any, start: Any, stride: Any, prefix: Any, patches: Any, begin: Any) -> None:
     """Adds the bias of the queries from place `begin` on, in binary logarithms, to a tile of logits."""
+    lanes = lanes_of(width)
     tokens = prefix + patches
     log2_e = np.float32(LOG2_E)
-    for lane in range(min(WIDTH, tokens - begin)):
+    for lane in range(min(lanes, tokens - begin)):
         place = begin + lane
         query = place + prefix if place < patches else place - patches
         line = start + query * stride
         for key in range(patches):
-            tile[key * WIDTH + lane] += bias[line + prefix + key] * log2_e
+            tile[key * lanes + lane] += bias[line + prefix + key] * log2_e
         for key in range(prefix):
-            tile[(patches + key) * WIDTH + lane] += bias[line + key] * log2_e
+            tile[(patches + key) * lanes + lane] += bias[line + key] * log2_e
 
 
 @njit(**OPTIONS)
-def _tile_logits(keys: Any, queries: Any, query_at: Any, tokens: Any, head_dim: Any, padded: Any, tile: Any) -> None:
-    """tile [token, query of the sixteen], binary logarithms; rows beyond `tokens` up to a multiple of 4 are 0."""
-    for begin in range(0, tokens, WIDTH):
+def _tile_logits(
+    width: Any, keys: Any, queries: Any, query_at: Any, tokens: Any, head_dim: Any, padded: Any, tile: Any
+) -> None:
+    """tile [token, query of the group], binary logarithms; rows beyond `tokens` up to a multiple of 4 are 0."""
+    lanes = lanes_of(width)
+    for begin in range(0, tokens, lanes):
         panel = begin * padded
-        if begin + WIDTH <= tokens:
-            dot_tile(WIDTH, keys, panel, queries, query_at, head_dim, tile, begin * WIDTH)
+        if begin + lanes <= tokens:
+            dot_tile(width, lanes, keys, panel, queries, query_at, head_dim, tile, begin * lanes)
         else:
             for row in range(0, tokens - begin, 4):
-                dot_tile(4, keys, panel + row, queries, query_at, head_dim, tile, (begin + row) * WIDTH)
+                dot_tile(width, 4, keys, panel + row, queries, query_at, head_dim, tile, (begin + row) * lanes)
 
 
 @njit(**OPTIONS)
-def _softmax_sums(tile: Any, patches: Any, prefix: Any, distances: Any, at: Any, sums: Any) -> None:
+def _softmax_sums(width: Any, tile: Any, patches: Any, prefix: Any, distances: Any, at: Any, sums: Any) -> None:
     """The patches of a tile become 2^(logit − the greatest); sums and mass lane by lane.
 
     Writes Σ x, Σ x·d, Σ x·log2 x and the mass on the prefix to sums[0], [1], [2] and [7], and Σ x on the patches,
     as a share of the whole row's greatest, to sums[8].
     """
-    top = load(tile, 0)
+    lanes = lanes_of(width)
+    top = load(width, tile, 0)
     for key in range(1, patches):
-        top = greater(top, load(tile, key * WIDTH))
-    least, nothing = splat(LEAST_EXP2), splat(_ZERO)
+        top = greater(top, load(width, tile, key * lanes))
+    least, nothing = splat(width, LEAST_EXP2), splat(width, _ZERO)
     total, far, weighted = nothing, nothing, nothing
     for key in range(patches):
-        t = greater(least, load(tile, key * WIDTH) - top)  # NaN stays
-        x = _exp2(t)
-        store(tile, key * WIDTH, x)
+        t = greater(least, load(width, tile, key * lanes) - top)  # NaN stays
+        x = _exp2(width, t)
+        store(tile, key * lanes, x)
         total = total + x
-        far = fma(x, load(distances, at + key * WIDTH), far)
+        far = fma(x, load(width, distances, at + key * lanes), far)
         weighted = fma(x, t, weighted)
     highest = top
     for key in range(patches, patches + prefix):
-        highest = greater(highest, load(tile, key * WIDTH))
+        highest = greater(highest, load(width, tile, key * lanes))
     on_prefix = nothing
     for key in range(patches, patches + prefix):
-        on_prefix = on_prefix + _exp2(greater(least, load(tile, key * WIDTH) - highest))
-    on_patches = total * _exp2(greater(least, top - highest))
+        on_prefix = on_prefix + _exp2(width, greater(least, load(width, tile, key * lanes) - highest))
+    on_patches = total * _exp2(width, greater(least, top - highest))
     store(sums[0], 0, total)
     store(sums[1], 0, far)
     store(sums[2], 0, weighted)
@@ -171,25 +180,26 @@ def _softmax_sums(tile: Any, patches: Any, prefix: Any, distances: Any, at: Any,
 
 
 @njit(**OPTIONS)
-def _centred_sums(tile: Any, rows: Any, cols: Any, sums: Any) -> None:
+def _centred_sums(width: Any, tile: Any, rows: Any, cols: Any, sums: Any) -> None:
     """The patches of a tile less their mean, the sum being in sums[0]; sums for `_moran` to sums[3] … [6]."""
+    lanes = lanes_of(width)
     n = np.float32(rows * cols)
     means = sums[9]
-    for lane in range(WIDTH):
+    for lane in range(lanes):
         means[lane] = sums[0, lane] / n
-    mean, nothing = load(means, 0), splat(_ZERO)
+    mean, nothing = load(width, means, 0), splat(width, _ZERO)
     rest, square, border, cross = nothing, nothing, nothing, nothing
     at = 0
     for row in range(rows):
         left = nothing
         in_row = nothing
         for col in range(cols):
-            z = load(tile, at) - mean
+            z = load(width, tile, at) - mean
             store(tile, at, z)
             in_row = in_row + z
             square = fma(z, z, square)
             if row > 0:
-                cross = fma(z, left + load(tile, at - cols * WIDTH), cross)
+                cross = fma(z, left + load(width, tile, at - cols * lanes), cross)
             else:
                 cross = fma(z, left, cross)
             if col == 0 or col == cols - 1:
@@ -197,7 +207,7 @@ def _centred_sums(tile: Any, rows: Any, cols: Any, sums: Any) -> None:
                 if cols == 1:
                     border = border + z
             left = z
-            at += WIDTH
+            at += lanes
         rest = rest + in_row
         if row == 0 or row == rows - 1:
             border = border + in_row
@@ -205,43 +215,46 @@ def _centred_sums(tile: Any, rows: Any, cols: Any, sums: Any) -> None:
                 border = border + in_row
     store(sums[3], 0, rest)
     store(sums[4], 0, square)
-    store(sums[5], 0, fma(rest, splat(np.float32(4)), nothing) - border)
+    store(sums[5], 0, fma(rest, splat(width, np.float32(4)), nothing) - border)
     store(sums[6], 0, cross)
 
 
 @njit(**OPTIONS)
 def _lane_logits(
-    keys: Any, queries: Any, place: Any, prefix: Any, patches: Any, head_dim: Any, padded: Any, logits: Any
+    width: Any, keys: Any, queries: Any, place: Any, prefix: Any, patches: Any, head_dim: Any, padded: Any, logits: Any
 ) -> None:
     """The logits of one query anew, [token] with prefix tokens first, for `qk_row`."""
-    of_query = place // WIDTH * WIDTH * padded + place % WIDTH
+    lanes = lanes_of(width)
+    of_query = place // lanes * lanes * padded + place % lanes
     for key in range(prefix + patches):
-        of_key = key // WIDTH * WIDTH * padded + key % WIDTH
+        of_key = key // lanes * lanes * padded + key % lanes
         dot = _ZERO
         for i in range(head_dim):
-            dot += keys[of_key + i * WIDTH] * queries[of_query + i * WIDTH]
+            dot += keys[of_key + i * lanes] * queries[of_query + i * lanes]
         logits[key + prefix if key < patches else key - patches] = dot
 
 
 @njit(**OPTIONS)
-def _column(tile: Any, lane: Any, x: Any) -> None:
+def _column(width: Any, tile: Any, lane: Any, x: Any) -> None:
+    lanes = lanes_of(width)
     for key in range(x.size):
-        x[key] = tile[key * WIDTH + lane]
+        x[key] = tile[key * lanes + lane]
 
 
 @njit(**OPTIONS)
 def _beyond_core(
-    tile: Any, begin: Any, m: Any, sums: Any, shape: Any, tables: Any, needs: Any, x: Any, z: Any, out: Any
+    width: Any, tile: Any, begin: Any, m: Any, sums: Any, shape: Any, tables: Any, needs: Any, x: Any, z: Any, out: Any
 ) -> None:
     """What is asked for beside the core, of the ordinary queries of a tile that is not centred yet."""
+    lanes = lanes_of(width)
     prefix, class_token = shape[0], shape[1]
     rows, patch_mass, class_rows = out[0], out[2], out[4]
-    for lane in range(min(WIDTH, prefix + x.size - begin)):
+    for lane in range(min(lanes, prefix + x.size - begin)):
         patch, total = begin + lane, sums[0, lane]
         if not _is_ordinary(sums, lane):
             continue
         if patch < x.size:
-            _column(tile, lane, x)
+            _column(width, tile, lane, x)
             share = np.float64(sums[8, lane]) / (np.float64(sums[7, lane]) + np.float64(sums[8, lane]))
             if needs & PATCH_MASS:
                 patch_mass[m, patch] = share
@@ -249,7 +262,7 @@ def _beyond_core(
                 rows[5, m, patch] = row_entropy_seed1(x, np.float32(share / total))
             measure_row(x, z, total, m, patch, shape, tables, needs & ~CORE, out)
         elif patch == x.size and class_token and needs & CLASS_ROW:
-            _column(tile, lane, x)
+            _column(width, tile, lane, x)
             class_rows[m] = 0.0
             add_renormalised(x, total, class_rows[m])
 
@@ -261,11 +274,12 @@ def _is_ordinary(sums: Any, lane: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def _core_of_tile(begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: Any, out: Any) -> None:
-    """Writes the core metrics of sixteen queries; `done` [lane] is 1, 0, or −1 where Moran's I alone is missing."""
+def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: Any, out: Any) -> None:
+    """Writes the core metrics of a group's queries; `done` [lane] is 1, 0, or −1 where Moran's I alone is missing."""
+    lanes = lanes_of(width)
     rows, mass = out[0], out[1]
     n, num_edges = np.float32(mass.shape[1]), np.float32(shape[3])
-    for lane in range(min(WIDTH, shape[0] + mass.shape[1] - begin)):
+    for lane in range(min(lanes, shape[0] + mass.shape[1] - begin)):
         patch, total = begin + lane, sums[0, lane]
         done[lane] = _is_ordinary(sums, lane)
         if not done[lane] or patch >= mass.shape[1]:
@@ -288,6 +302,7 @@ def _core_of_tile(begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: A
 
 @njit(**OPTIONS)
 def _qk_map(
+    width: Any,
     m: Any,
     queries: Any,
     keys: Any,
@@ -300,31 +315,32 @@ def _qk_map(
     needs: Any,
     out: Any,
 ) -> None:
-    """Map `m` from its panels, sixteen queries at a time. `of_bias` is (memory, start or −1, stride)."""
+    """Map `m` from its panels, a group's queries at a time. `of_bias` is (memory, start or −1, stride)."""
+    lanes = lanes_of(width)
     bias, bias_start, bias_stride = of_bias
     (prefix, _, cols, _), patches = shape, tables[1].size
     tokens = prefix + patches
     mass = out[1]
-    tile = np.empty((tokens + 3) // 4 * 4 * WIDTH, np.float32)
-    sums, done = np.empty((10, WIDTH), np.float32), np.empty(WIDTH, np.int8)
+    tile = np.empty((tokens + 3) // 4 * 4 * lanes, np.float32)
+    sums, done = np.empty((10, lanes), np.float32), np.empty(lanes, np.int8)
     logits = np.empty(tokens, np.float32)
     scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
-    for begin in range(0, tokens, WIDTH):
-        _tile_logits(keys, queries, begin * padded, tokens, head_dim, padded, tile)
+    for begin in range(0, tokens, lanes):
+        _tile_logits(width, keys, queries, begin * padded, tokens, head_dim, padded, tile)
         if bias_start >= 0:
-            _add_bias(tile, bias, bias_start, bias_stride, prefix, patches, begin)
-        _softmax_sums(tile, patches, prefix, near, begin * patches, sums)
+            _add_bias(width, tile, bias, bias_start, bias_stride, prefix, patches, begin)
+        _softmax_sums(width, tile, patches, prefix, near, begin * patches, sums)
         if needs & ~CORE:
-            _beyond_core(tile, begin, m, sums, shape, tables, needs, scratch[1], scratch[2], out)
+            _beyond_core(width, tile, begin, m, sums, shape, tables, needs, scratch[1], scratch[2], out)
         if needs & MORAN:
-            _centred_sums(tile, patches // cols, cols, sums)
-        _core_of_tile(begin, m, sums, shape, needs, done, out)
-        for lane in range(min(WIDTH, tokens - begin)):
+            _centred_sums(width, tile, patches // cols, cols, sums)
+        _core_of_tile(width, begin, m, sums, shape, needs, done, out)
+        for lane in range(min(lanes, tokens - begin)):
             if done[lane] == 1:
                 continue
             place = begin + lane
             q = place + prefix if place < patches else place - patches
-            _lane_logits(keys, queries, place, prefix, patches, head_dim, padded, logits)
+            _lane_logits(width, keys, queries, place, prefix, patches, head_dim, padded, logits)
             if bias_start >= 0:
                 line = bias_start + q * bias_stride
                 for key in range(tokens):
@@ -337,11 +353,11 @@ def _qk_map(
                 mass[m, place] = on_prefix
 
 
-@lru_cache(maxsize=1)
-def qk_pass() -> Any:
-    """`qk` as that of `numba_loops.passes`, with one more argument after `tables`:
+@lru_cache(maxsize=2)
+def qk_pass(width: Width) -> Any:
+    """`qk` as that of `numba_loops.passes`, for registers of this width, with one more argument after `tables`:
 
-    near  distances [sixteen queries, key, query of the sixteen], flat
+    near  distances [group of queries, key, query of the group], flat
     """
     of = sources()  # a part of the key under which compiled code is kept
 
@@ -361,20 +377,20 @@ def qk_pass() -> Any:
         end: Any,
     ) -> None:
         _ = of
-        prefix, patches = shape[0], tables[1].size
+        lanes, prefix, patches = lanes_of(width), shape[0], tables[1].size
         q_buffer, q_starts, q_stride, head_dim = queries
         k_buffer, k_starts, k_stride, _ = keys
         bias_buffer, bias_starts, bias_stride = bias
-        padded = (head_dim + WIDTH - 1) // WIDTH * WIDTH
-        size = (prefix + patches + WIDTH - 1) // WIDTH * WIDTH * padded
-        sixteen = np.zeros((WIDTH, padded), np.float32)
+        padded = (head_dim + lanes - 1) // lanes * lanes
+        size = (prefix + patches + lanes - 1) // lanes * lanes * padded
+        group = np.zeros((lanes, padded), np.float32)
         of_queries, of_keys = np.empty(size, np.float32), np.empty(size, np.float32)
         factor = np.float32(scale * LOG2_E)  # logits in binary logarithms, for 2^t
         for m in range(begin, end):
             clear_map(m, needs, out)
-            _pack(q_buffer, kind, q_starts[m], q_stride, prefix, patches, head_dim, factor, sixteen, of_queries)
-            _pack(k_buffer, kind, k_starts[m], k_stride, prefix, patches, head_dim, _ONE, sixteen, of_keys)
+            _pack(width, q_buffer, kind, q_starts[m], q_stride, prefix, patches, head_dim, factor, group, of_queries)
+            _pack(width, k_buffer, kind, k_starts[m], k_stride, prefix, patches, head_dim, _ONE, group, of_keys)
             of_bias = (bias_buffer, bias_starts[m] if bias_starts.size > 0 else -1, bias_stride)
-            _qk_map(m, of_queries, of_keys, head_dim, padded, of_bias, shape, tables, near, needs, out)
+            _qk_map(width, m, of_queries, of_keys, head_dim, padded, of_bias, shape, tables, near, needs, out)
 
     return qk
