@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
 from engine.transfer import HostCopies, HostCopy
-from kernels import MetricSpec, TokenLayout, measure_qk
+from kernels import InvalidAttentionError, Measurement, MetricSpec, TokenLayout, measure_qk
 from store import Factors, FactorSchema, StoreSchema
 from store.encodings import factor_schema
 
@@ -23,8 +25,10 @@ _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class BatchSinks:
     """Takes what one batch's forward pass hands over: measures it on the spot, and passes it on to the writer.
 
-    Nothing is waited for while the model runs: values go to the host by `HostCopies`, and a layer is passed on to the
-    writer when as many others as may be on their way have followed it.
+    Nothing is waited for while the model runs. Metrics stay on the device until the batch ends; maps go to the host by
+    `HostCopies`, and a layer is passed on to the writer when as many others as may be on their way have followed it.
+    Whether every row was attention is looked at once a batch, in `metric_values`; what a row that was not holds is
+    gone by then, so the batch goes once more through a `BatchSinks` with `explain`, which looks at every layer.
 
     Args:
         schema: of the store; without an encoding no attention is passed on.
@@ -33,6 +37,7 @@ class BatchSinks:
         regions: layout -> coverage [image, region, patch] of this batch's images, or None.
         add_attention: called with each layer and its maps or `Factors`.
         copies: to the host, from the device the model runs on.
+        explain: raise at the first layer with a row that is no attention, and say what is wrong with it.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class BatchSinks:
         regions: Mapping[TokenLayout, np.ndarray | None],
         add_attention: Callable[[int, Any], None],
         copies: HostCopies,
+        *,
+        explain: bool = False,
     ) -> None:
         self._encoding = schema.encoding
         self._metrics = metrics
@@ -53,28 +60,16 @@ class BatchSinks:
         self._copies = copies
         self._arriving: deque[tuple[int, Callable[[], Any]]] = deque()
         self._prefix_mass: dict[int, torch.Tensor] = {}
-        self._measured: list[dict[str, tuple[HostCopy, HostCopy]]] = []  # a layer: name -> values, undefined rows
+        self._explain = explain
+        self._measured: list[tuple[AttentionSite, Measurement]] = []
+        self._collected: list[HostCopy] = []
 
     def __call__(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
     ) -> None:
         if self._metrics:
-            regions = self._regions[site.layout]
-            measured = measure_qk(
-                query,
-                key,
-                site.layout,
-                metrics=self._metrics,
-                scale=scale,
-                bias=bias,
-                backend=self._backend,
-                regions=None if regions is None else torch.from_numpy(regions).to(query.device),
-            )
-            start = self._copies.start
-            self._measured.append(
-                {name: (start(values), start(measured.undefined_rows[name])) for name, values in measured.items()}
-            )
-        if self._encoding:
+            self._measured.append((site, self._measure(site, query, key, scale, bias)))
+        if self._encoding and not self._explain:
             factors = self._layers[site.layer].factors
             if factors is None:
                 maps = attention_map(query, key, scale, bias)
@@ -83,7 +78,25 @@ class BatchSinks:
             else:
                 arriving = self._start_factors(query, key, scale, bias, getattr(torch, factors.precision))
             self._arriving.append((site.layer, arriving))
-            self._pass_on(self._copies.depth)
+            self.pass_on(self._copies.depth)
+
+    def _measure(
+        self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> Measurement:
+        try:
+            return measure_qk(
+                query,
+                key,
+                site.layout,
+                metrics=self._metrics,
+                scale=scale,
+                bias=bias,
+                backend=self._backend,
+                invalid="raise" if self._explain else "mask",
+                regions=self._regions[site.layout],
+            )
+        except InvalidAttentionError as error:
+            raise InvalidAttentionError(f"layer {site.layer} ({site.name}): {error}") from error
 
     def _start_factors(
         self, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, precision: torch.dtype
@@ -94,10 +107,17 @@ class BatchSinks:
         return lambda: Factors(query=parts[0](), key=parts[1](), scale=scale, bias=None if added is None else added())
 
     def finish(self) -> None:
-        """Pass on the last layers."""
-        self._pass_on(0)
+        """The forward pass is launched: start to bring the metrics to the host."""
+        if self._measured:
+            valid = torch.stack([measured.valid.all() for _, measured in self._measured])
+            of_layers = [measured for _, measured in self._measured]
+            self._collected = [self._copies.start(valid)]
+            for metric in self._metrics:
+                values = stack_layers([layer[metric.name] for layer in of_layers], math.nan)
+                counts = stack_layers([layer.undefined_rows[metric.name] for layer in of_layers], -1)
+                self._collected += [self._copies.start(values), self._copies.start(counts)]
 
-    def _pass_on(self, leave: int) -> None:
+    def pass_on(self, leave: int = 0) -> None:
         """Hand the layers that have arrived to the writer, waiting for those beyond the last `leave`."""
         while len(self._arriving) > leave:
             layer, arrived = self._arriving.popleft()
@@ -105,28 +125,36 @@ class BatchSinks:
 
     def prefix_mass(self) -> dict[int, float]:
         """Mean mass that each layer whose maps were kept gives to its prefix tokens."""
-        return {layer: float(mass) for layer, mass in self._prefix_mass.items()}
+        if not self._prefix_mass:
+            return {}
+        return dict(zip(self._prefix_mass, torch.stack(list(self._prefix_mass.values())).tolist(), strict=True))
+
+    def invalid_layers(self) -> list[str]:
+        """Names of the layers with rows that are no attention; waits for the batch's metrics."""
+        if not self._collected:
+            return []
+        valid = self._collected[0]().tolist()
+        return [site.name for (site, _), sound in zip(self._measured, valid, strict=True) if not sound]
 
     def metric_values(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of the batch.
 
-        Layers with fewer heads than the widest are filled with NaN and −1.
+        Layers with fewer heads than the widest are filled with NaN and −1. Waits for them.
         """
-        names = list(self._measured[0]) if self._measured else []
-        values = {name: stack_layers([layer[name][0]() for layer in self._measured], np.nan) for name in names}
-        counts = {name: stack_layers([layer[name][1]() for layer in self._measured], -1) for name in names}
-        return values, counts
+        arrived = [wait().numpy() for wait in self._collected[1:]]
+        names = [metric.name for metric in self._metrics]
+        return (
+            dict(zip(names, arrived[0::2], strict=True)),
+            dict(zip(names, arrived[1::2], strict=True)),
+        )
 
 
-def stack_layers(layers: Sequence[Any], fill: float) -> np.ndarray:
-    """Arrays [image, head, ...] of several layers as one [image, layer, head, ...]."""
-    arrays = [torch.as_tensor(layer).cpu().numpy() for layer in layers]
-    heads = max(array.shape[1] for array in arrays)
-    padded = [
-        np.pad(array, [(0, 0), (0, heads - array.shape[1])] + [(0, 0)] * (array.ndim - 2), constant_values=fill)
-        for array in arrays
-    ]
-    return np.stack(padded, axis=1)
+def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float) -> torch.Tensor:
+    """[image, head, ...] of several layers as one [image, layer, head, ...] on their device."""
+    tensors = [torch.as_tensor(layer) for layer in layers]
+    heads = max(tensor.shape[1] for tensor in tensors)
+    padded = [functional.pad(t, (0, 0) * (t.ndim - 2) + (0, heads - t.shape[1]), value=fill) for t in tensors]
+    return torch.stack(padded, dim=1)
 
 
 def discover_factors(

@@ -165,8 +165,8 @@ def _measure_batches(
             names = [spec.name for spec in specs]
             writer.write_batch(
                 batch,
-                {name: stack_layers([values[name] for values, _ in measured], np.nan) for name in names},
-                {name: stack_layers([counts[name] for _, counts in measured], -1) for name in names},
+                {name: stack_layers([values[name] for values, _ in measured], np.nan).numpy() for name in names},
+                {name: stack_layers([counts[name] for _, counts in measured], -1).numpy() for name in names},
             )
             progress.update(rows.stop - rows.start)
         writer.flush()

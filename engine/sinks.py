@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from engine import __version__
 from engine.batch_sinks import BatchSinks, discover_factors, one_bias
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
 from engine.progress import ImageProgress
-from engine.transfer import HostCopies, pinned
+from engine.transfer import HostCopies, HostCopy
 from kernels import MetricSpec, TokenLayout, load_metric, resolve
 from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
@@ -265,7 +266,7 @@ def _run_batches(
     label: str,
 ) -> None:
     """Forward passes over the batches that are missing, images decoded one batch ahead."""
-    device = torch.device(capture.device)
+    device = torch.empty(0, device=capture.device).device  # with its number: another thread has another current GPU
     schema = writer.schema
     image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
 
@@ -274,7 +275,32 @@ def _run_batches(
         return list(range(rows.start, rows.stop))
 
     def decode(batch: int) -> torch.Tensor:
-        return pinned(images.batch(rows_of(batch)), device)
+        return images.batch(rows_of(batch), device)
+
+    def run(batch: int, pixels: torch.Tensor, *, explain: bool = False) -> tuple[BatchSinks, HostCopy]:
+        """The forward pass of a batch, launched; its metrics and logits are on their way to the host."""
+        of_batch = {layout: None if r is None else r[rows_of(batch)] for layout, r in regions.items()}
+        add_attention = partial(_add_attention, writer, biases, batch)
+        sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies, explain=explain)
+        with AttentionTap(model, sinks, layers=capture.layers or None, heads=capture.heads or None):
+            logits = model(pixels)
+        sinks.finish()
+        return sinks, copies.start(logits.float())
+
+    def commit(batch: int, pixels: torch.Tensor, sinks: BatchSinks, logits: HostCopy) -> None:
+        sinks.pass_on()
+        if invalid := sinks.invalid_layers():
+            run(batch, pixels, explain=True)
+            raise CaptureError(
+                f"{invalid[0]} gave rows that are no attention in one forward pass of batch {batch} and none in the "
+                "next; the model or the device does not compute the same twice"
+            )
+        values, counts = sinks.metric_values()
+        writer.commit(batch, values, counts, logits().numpy() if schema.num_classes else None)
+        for layer, mass in sinks.prefix_mass().items():
+            prefix_mass.setdefault(layer, []).append(mass)
+        progress.update(len(rows_of(batch)))
+        _return_freed_memory()
 
     prefix_mass: dict[int, list[float]] = {}
     copies = HostCopies(device)
@@ -287,23 +313,17 @@ def _run_batches(
         ImageProgress(label, schema.num_images, done, image_bytes) as progress,
     ):
         ahead: Future[torch.Tensor] | None = None
+        launched: deque[tuple[int, torch.Tensor, BatchSinks, HostCopy]] = deque()
         for position, batch in enumerate(batches):
-            rows = rows_of(batch)
             pixels = ahead.result() if ahead is not None else decode(batch)
             if position + 1 < len(batches):
                 ahead = decoder.submit(decode, batches[position + 1])
-            of_batch = {layout: None if r is None else r[rows] for layout, r in regions.items()}
-            add_attention = partial(_add_attention, writer, biases, batch)
-            sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies)
-            with AttentionTap(model, sinks, layers=capture.layers or None, heads=capture.heads or None):
-                logits = model(pixels.to(device, non_blocking=True))
-            sinks.finish()
-            values, counts = sinks.metric_values()
-            writer.commit(batch, values, counts, logits.float().cpu().numpy() if schema.num_classes else None)
-            for layer, mass in sinks.prefix_mass().items():
-                prefix_mass.setdefault(layer, []).append(mass)
-            progress.update(len(rows))
-            _return_freed_memory()
+            launched.append((batch, pixels, *run(batch, pixels)))
+            # A GPU computes this batch while the one before is waited for and committed.
+            while len(launched) > min(copies.depth, 1):
+                commit(*launched.popleft())
+        while launched:
+            commit(*launched.popleft())
         writer.flush()
     for layer, masses in sorted(prefix_mass.items()):
         if np.mean(masses) > PREFIX_MASS_WARNING:

@@ -1,4 +1,4 @@
-"""Tensors on their way between host and device, beside the computation that goes on.
+"""Tensors on their way to the host, beside the computation that goes on.
 
 A copy to the host runs on a stream of its own: it waits for the work that makes the tensor and for nothing else, and
 the forward pass does not wait for it. The host side is pinned, without which a copy is not asynchronous. On a CPU there
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["HostCopies", "HostCopy", "pinned"]
+__all__ = ["HostCopies", "HostCopy"]
 
 # Waits for one copy, and returns the contiguous tensor on the host. May be called from another thread.
 HostCopy = Callable[[], torch.Tensor]
@@ -64,12 +64,18 @@ class HostCopies:
         if self._stream is None:
             own = values.clone(memory_format=torch.contiguous_format) if shared else values.contiguous()
             return lambda: own
+        # Waits on the device, not here, and for what was launched so far: not for the layers that follow.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
+            # Narrowed on the device, so that half as much crosses. The narrow tensor is this stream's own: freed at
+            # once, its memory goes to later work of this stream alone, which comes after the copy.
             narrow = values if precision is None else values.to(precision)
+            # A buffer of its own for each copy, from torch's cache of pinned memory, which gives it out again only
+            # after the caller dropped it and the copy has run. The writer may keep it as long as it likes.
             host = torch.empty(narrow.shape, dtype=narrow.dtype, pin_memory=True)
             host.copy_(narrow, non_blocking=True)
-            values.record_stream(self._stream)  # its memory is not used again before the copy has run
+            # The values belong to the model's stream, which would reuse their memory as soon as they are dropped.
+            values.record_stream(self._stream)
             copied = torch.cuda.Event()
             copied.record(self._stream)
 
@@ -78,8 +84,3 @@ class HostCopies:
             return host
 
         return wait
-
-
-def pinned(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Host memory from which a copy to `device` is asynchronous (`.to(device, non_blocking=True)`)."""
-    return values.pin_memory() if torch.device(device).type == "cuda" else values

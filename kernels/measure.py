@@ -42,6 +42,7 @@ def measure_attention(
         metrics: names of `METRICS`, "module:name" of a user's `MetricSpec`, or `MetricSpec` objects.
         backend: a name of `BACKENDS`; "auto" takes numba on a CPU (torch if a gradient is wanted), torch elsewhere.
         invalid: "raise", or "mask": rows that are no post-softmax attention give NaN, are left out and counted.
+            On a GPU "raise" waits for the result in order to look at it; "mask" returns while it is being computed.
         reduce: "mean" averages row metrics over the patch queries that have a value, in float64; "none" keeps
             [..., patch query].
         regions: coverage of each patch by each region, 0 to 1, [..., region, patch], for metrics that take
@@ -218,24 +219,29 @@ def _run(
             values[name] = tile if on_host else arrays.from_host(tile, like)
         if valid is None:
             valid = result.valid
-    masked = int((~valid).sum())
-    if masked and invalid == "raise":
+    # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.
+    if invalid == "raise" and not bool(valid.all()):
         raise explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
-    finish = _finish_torch if arrays.is_torch(valid) else _finish_numpy
+    mean_of_rows = getattr(module, "mean_of_rows", None)  # in one launch, where a backend has one
     reduced: dict[str, Any] = {}
     undefined: dict[str, Any] = {}
     for spec in specs:
         is_rows = spec.inputs != "regions" and values[spec.name].ndim == valid.ndim
         row_valid = valid[..., layout.num_prefix_tokens :]
-        value, count = finish(values[spec.name], row_valid, is_rows, reduce)
+        if not arrays.is_torch(valid):
+            value, count = _finish_numpy(values[spec.name], row_valid, is_rows, reduce)
+        elif mean_of_rows is not None and is_rows and reduce == "mean" and spec in own:
+            value, count = mean_of_rows(values[spec.name], row_valid)
+        else:
+            value, count = _finish_torch(values[spec.name], row_valid, is_rows, reduce)
         reduced[spec.name] = value if arrays.is_torch(value) else arrays.from_host(value, like)
         undefined[spec.name] = count if arrays.is_torch(count) else arrays.from_host(count, like)
     return Measurement(
         reduced,
         backend=backend.name,
         undefined_rows=undefined,
-        masked=masked,
+        valid=valid if arrays.is_torch(valid) else arrays.from_host(valid, like),
         from_reference=tuple(spec.name for spec in others),
     )
 

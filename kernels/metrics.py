@@ -91,11 +91,15 @@ class Measurement(Mapping[str, Any]):
     Values have the attention's leading axes ([image, head] for [image, head, query, key] input); a "regions"
     metric has a region axis behind them; `reduce="none"` leaves the query axis on row metrics.
 
+    Values and counts are on the device of the input, and none is looked at before somebody asks: `undefined` and
+    `masked` wait for the device.
+
     Attributes:
         backend: the backend that ran (never "auto").
         undefined: metric name -> number of rows left out of the means because the metric has no value there.
         undefined_rows: metric name -> the same count for each value, an array of the values' leading axes.
-        masked: number of rows left out because they were invalid (only with invalid="mask").
+        valid: which rows are post-softmax attention, bool [..., query], prefix queries included.
+        masked: number of rows left out because they are not (only with invalid="mask").
         from_reference: names of the metrics this backend computed from their `reference` alone.
     """
 
@@ -105,15 +109,22 @@ class Measurement(Mapping[str, Any]):
         *,
         backend: str,
         undefined_rows: Mapping[str, Any],
-        masked: int = 0,
+        valid: Any,
         from_reference: tuple[str, ...] = (),
     ) -> None:
         self._values = dict(values)
         self.backend = backend
         self.undefined_rows = dict(undefined_rows)
-        self.undefined = {name: int(counts.sum()) for name, counts in self.undefined_rows.items()}
-        self.masked = masked
+        self.valid = valid
         self.from_reference = from_reference
+
+    @property
+    def undefined(self) -> dict[str, int]:
+        return {name: int(counts.sum()) for name, counts in self.undefined_rows.items()}
+
+    @property
+    def masked(self) -> int:
+        return int((~self.valid).sum())
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]

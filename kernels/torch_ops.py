@@ -335,7 +335,7 @@ def measure_qk(
         q, k = _upcast(flat_q[start:stop]), _upcast(flat_k[start:stop])
         logits = scale * (q @ k.transpose(-1, -2))
         if added is not None:
-            tile = added[flat_index(tuple(leading), start, stop)]
+            tile = _maps(added, start, stop)
             logits = logits.masked_fill(~tile, -math.inf) if tile.dtype == torch.bool else logits + tile
         top = logits.detach().amax(dim=-1)
         valid = top.isfinite()  # NaN and +inf pass through the maximum; −inf means no key at all
@@ -399,8 +399,9 @@ def _chunked(
     for start, stop in _ranges(flat.shape[0], layout, dtype, flat.device):
         coverage = None
         if regions is not None:
-            tile = np.array(regions[flat_index(tuple(leading), start, stop)])
-            coverage = torch.as_tensor(tile, dtype=dtype, device=flat.device)
+            tile = torch.from_numpy(np.array(regions[flat_index(tuple(leading), start, stop)])).to(dtype)
+            # From ordinary memory a copy to a GPU would wait for all that runs there.
+            coverage = tile.pin_memory().to(flat.device, non_blocking=True) if flat.is_cuda else tile
         maps, valid = chunk(start, stop, coverage)
         valid_parts.append(valid)
         for spec in specs:
@@ -413,6 +414,17 @@ def _chunked(
     if is_numpy:
         return Values(values={name: tensor.numpy() for name, tensor in values.items()}, valid=valid.numpy())
     return Values(values=values, valid=valid)
+
+
+def _maps(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Maps start … stop − 1 of [*leading, query, key], counted over the leading axes; those alone are copied."""
+    leading = tensor.shape[:-2]
+    place = torch.arange(start, stop, device=tensor.device)
+    index: list[Tensor] = []
+    for size in reversed(leading):
+        index.insert(0, place % max(size, 1))
+        place = place // max(size, 1)
+    return tensor[tuple(index)] if leading else tensor.unsqueeze(0)
 
 
 def _ranges(maps: int, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -458,7 +470,8 @@ def _distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) ->
 
 
 def _new_distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.as_tensor(layout.distances(), dtype=dtype, device=device)
+    with torch.inference_mode(False):  # a tensor made in that mode has no place in a graph with gradients
+        return torch.as_tensor(layout.distances(), dtype=dtype, device=device)
 
 
 _kept_distances = lru_cache(maxsize=8)(_new_distances)

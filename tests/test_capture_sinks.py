@@ -13,7 +13,8 @@ import torch
 from engine.capture import CaptureError, capture_attention
 from engine.sinks import Capture, capture_to_store
 from engine.table import build_table
-from kernels import TokenLayout, measure_attention
+from kernels import InvalidAttentionError, TokenLayout, measure_attention
+from store import AttentionStore
 from tests.families import images, spread
 
 METRICS = ("distance", "entropy")
@@ -35,7 +36,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, rows: Any) -> torch.Tensor:
+    def batch(self, rows: Any, device: Any = "cpu") -> torch.Tensor:
         return self.pixels[list(rows)]
 
     def regions(self, layout: TokenLayout) -> None:
@@ -129,3 +130,22 @@ def test_heads_that_are_not_there_are_refused_before_anything_is_written(
     with pytest.raises(CaptureError, match="has no head 7; its heads are 0 to 2"):
         capture(model, tmp_path / "s.zarr", heads=(7,))
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_rows_that_are_no_attention_are_named_by_layer_and_nothing_is_committed(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
+    """They are found once the batch is over, and what is wrong with them by a second forward pass."""
+    with torch.no_grad():
+        before = model.blocks[1].attn.qkv.bias.clone()
+        model.blocks[1].attn.qkv.bias[0] = torch.nan
+    try:
+        with pytest.raises(
+            InvalidAttentionError, match=r"^layer 1 \(blocks\.1\.attn\): .*query\[0, 0, 0, :\] holds NaN"
+        ):
+            capture(model, tmp_path / "s.zarr")
+    finally:
+        with torch.no_grad():
+            model.blocks[1].attn.qkv.bias.copy_(before)
+    assert not AttentionStore.open(tmp_path / "s.zarr").complete
+    assert capture(model, tmp_path / "s.zarr").complete

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from engine.transfer import HostCopies, pinned
+from engine.transfer import HostCopies
+from train.transfer import downloaded, pinned, uploaded
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -55,6 +56,13 @@ def test_a_tensor_from_elsewhere_is_refused() -> None:
 def test_pinning_is_for_gpus() -> None:
     values = torch.ones(3)
     assert pinned(values, "cpu") is values
+    assert uploaded(values, "cpu") is values
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_go_up_and_come_down(device: str) -> None:
+    values = torch.tensor([1.5, -2.0, float("inf")], dtype=torch.float64)
+    assert downloaded(uploaded(values, device))() == values.tolist()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

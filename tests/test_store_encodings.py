@@ -173,7 +173,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, rows: Any) -> torch.Tensor:
+    def batch(self, rows: Any, device: Any = "cpu") -> torch.Tensor:
         return self._pixels[list(rows)]
 
     def regions(self, layout: TokenLayout) -> None:

@@ -33,7 +33,7 @@ class Pictures:
         self.labels, self.class_names, self.region_names, self.boxes = numpy.zeros(count, int), ("any",), (), None
     def __len__(self):
         return len(self.ids)
-    def batch(self, rows):
+    def batch(self, rows, device="cpu"):
         return torch.randn(len(rows), 3, 112, 112, generator=torch.Generator().manual_seed(rows[0]))
     def regions(self, layout):
         return None

@@ -308,6 +308,23 @@ def test_timms_layer_decay_sets_the_rates(run: Callable[..., TrainResult], monke
     np.testing.assert_allclose(np.array(last) / last[-1], scales)
 
 
+def test_a_loss_looked_at_a_step_later_is_the_same(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the next step is launched before the loss of this one is there."""
+    diverging = replace(HYPER, lr=1e30, clip_norm=0.0)
+    results, errors = [], []
+    for later in (0, 1):
+        monkeypatch.setitem(train.loop.LOOK_LATER, "cpu", later)
+        results.append(run(f"a{later}"))
+        with pytest.raises(TrainingDivergedError) as raised:
+            run(f"b{later}", hyperparameters=diverging)
+        errors.append(str(raised.value))
+    assert results[0].sha256 == results[1].sha256
+    assert results[0].history == results[1].history
+    assert errors[0] == errors[1]
+
+
 def test_nan_stops_at_its_step_and_names_images(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     with pytest.raises(TrainingDivergedError, match=r"loss nan .* at step \d+ \(epoch \d, images target/train/"):
         run(hyperparameters=replace(HYPER, lr=1e30, clip_norm=0.0, warmup_fraction=0.0))

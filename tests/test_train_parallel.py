@@ -39,7 +39,7 @@ if rank == 1:
     first.grad, second.grad = torch.ones(2, 3), torch.arange(4.0)
     workers.sum_gradients([first, second])
 found = {
-    "sum": workers.sum([1.0 + rank, 10.0]),
+    "sum": workers.add_up(torch.tensor([1.0 + rank, 10.0])).tolist(),
     "tell": [workers.tell(rank == 0), workers.tell(rank == 1)],
     "gradients": [first.grad.tolist(), second.grad.tolist()],
     "share": workers.share(np.arange(5)).tolist(),
@@ -67,7 +67,7 @@ def test_one_process_is_its_own_worker() -> None:
     single = Workers.current()
     assert single == Workers(0, 1)
     assert single.first
-    assert single.sum([2.0]) == [2.0]
+    assert single.add_up(torch.tensor([2.0])).tolist() == [2.0]
     np.testing.assert_array_equal(single.share(np.arange(3)), np.arange(3))
 
 

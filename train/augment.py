@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch.nn import functional
+
+from train.transfer import uploaded
 
 __all__ = ["Augmentation"]
 
@@ -41,7 +44,7 @@ class Augmentation:
             return scaled
         # One generator an image, so that the draw does not depend on the batch it lies in.
         draws = np.stack([np.random.default_rng([seed, epoch, int(i), 1]).random(5) for i in indices])
-        chance = torch.from_numpy(draws.astype(np.float32)).to(scaled.device)
+        chance = uploaded(torch.from_numpy(draws.astype(np.float32)), scaled.device)
         if self.flip or self.rotation_degrees > 0:
             scaled = self._move(scaled, chance[:, 0], chance[:, 1])
         if self.color_jitter > 0:
@@ -74,12 +77,17 @@ class Augmentation:
         channels = scaled.shape[1]
         mix = torch.eye(channels, device=scaled.device).expand(len(scaled), -1, -1)
         if channels == 3:
-            luma = torch.tensor(_LUMA, device=scaled.device).expand(3, 3)
+            luma = _luma(scaled.device).expand(3, 3)
             mix = saturation * mix + (1 - saturation) * luma
         mean = scaled.mean(dim=(1, 2, 3)).view(-1, 1, 1)
         offset = ((1 - contrast) * brightness * mean).expand(-1, channels, -1)
         mixed = torch.baddbmm(offset, contrast * brightness * mix, scaled.flatten(2))
         return mixed.clamp_(0, 1).view_as(scaled)
+
+
+@lru_cache(maxsize=8)
+def _luma(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_LUMA, device=device)
 
 
 def _centres(count: int, device: torch.device) -> torch.Tensor:

@@ -30,6 +30,7 @@ from train.parallel import Workers
 from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
 from train.state import StateFile, settings_key
+from train.transfer import uploaded
 
 __all__ = ["TrainResult", "finished_metadata", "train_condition", "versions"]
 
@@ -272,7 +273,7 @@ def _fit(
 
     def loss_of(images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         logits = module(images)
-        target = labels[torch.from_numpy(indices).to(device)]
+        target = labels[uploaded(torch.from_numpy(indices), device)]
         return functional.cross_entropy(logits.float(), target, label_smoothing=hyper.label_smoothing), logits
 
     return fit(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,17 @@ class Preprocessing:
 
     def normalize(self, scaled: torch.Tensor) -> torch.Tensor:
         """(value − mean) / std of pixels in 0..1, float32 [image, channel, row, col]."""
-        import torch
-
-        mean = torch.tensor(self.mean, device=scaled.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=scaled.device).view(1, -1, 1, 1)
+        mean, std = (_channels(values, scaled.device) for values in (self.mean, self.std))
         return (scaled - mean).div_(std)
+
+
+@lru_cache(maxsize=32)
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[1, channel, 1, 1] on the device; kept there, since every copy to a GPU would wait for it."""
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made in that mode is of no use outside it
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 class ImageSet(ABC):
@@ -89,9 +96,28 @@ class ImageSet(ABC):
     def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Pictures at the model's input size, uint8 [image, channel, row, col], before normalisation."""
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """The model's input, float32 [image, channel, row, col]."""
-        return self.preprocessing.normalize(self.pixels(indices).float().div_(255))
+    def batch(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The model's input, float32 [image, channel, row, col], made on the device from its bytes."""
+        from train.transfer import uploaded
+
+        return self.preprocessing.normalize(uploaded(self.pixels(indices), device).float().div_(255))
+
+    def batches(
+        self, parts: Iterable[np.ndarray], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(indices, `batch` of them) of each part, in order; the next part is read while one is used."""
+        import torch
+
+        device = torch.empty(0, device=device).device  # with its number: another thread has another current GPU
+        waiting: tuple[np.ndarray, Future[torch.Tensor]] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
+            for part in parts:
+                coming = part, pool.submit(self.batch, part, device)
+                if waiting is not None:
+                    yield waiting[0], waiting[1].result()
+                waiting = coming
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
 
     def picture(self, index: int) -> np.ndarray:
         """One picture as the model sees it, uint8 [row, col, 3], before normalisation."""

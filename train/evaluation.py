@@ -12,6 +12,7 @@ from torch.nn import functional
 from train.data import ImageSet
 from train.parallel import SINGLE, Workers
 from train.precision import forward_precision
+from train.transfer import uploaded
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -43,15 +44,15 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    hits, loss = 0.0, 0.0
+    tally = torch.zeros(2, device=device, dtype=torch.float64)  # hits, loss
     starts = range(workers.rank * batch_size, len(images), workers.count * batch_size)
-    for start in starts:
-        indices = np.arange(start, min(start + batch_size, len(images)))
+    parts = [np.arange(start, min(start + batch_size, len(images))) for start in starts]
+    for indices, inputs in images.batches(parts, device):
         with forward_precision(precision, device):
-            logits = model(images.batch(indices).to(device)).float()
-        labels = torch.from_numpy(images.labels[indices]).to(device)
-        hits += float((logits.argmax(dim=1) == labels).sum())
-        loss += float(functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum"))
+            logits = model(inputs).float()
+        labels = uploaded(torch.from_numpy(images.labels[indices]), device)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+        tally += torch.stack([(logits.argmax(dim=1) == labels).sum().double(), loss.double()])
     model.train(training)
-    hits, loss = workers.sum([hits, loss])
-    return Evaluation(hits / len(images), loss / len(images))
+    hits, loss_sum = workers.add_up(tally).tolist()
+    return Evaluation(hits / len(images), loss_sum / len(images))

@@ -2,6 +2,9 @@
 
 Everything random is a pure function of (seed, epoch) or (seed, step): the data order, augmentation
 and dropout. So a run that was killed goes on to the weights of a run that was not.
+
+On a GPU nothing in a step waits for it: a step's loss is looked at while the next one runs, and before anything is
+kept: an epoch's end and every saved state come after all steps before them were found finite.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +31,14 @@ from train.evaluation import Evaluation
 from train.parallel import SINGLE, Workers
 from train.precision import forward_precision
 from train.state import StateFile, TrainingState, trained_tensors
+from train.transfer import downloaded, pinned, uploaded
 
 __all__ = ["Schedule", "epoch_order", "fit", "learning_rate"]
 
 logger = logging.getLogger(__name__)
+
+# Steps launched before the loss of the first of them is looked at: one keeps a GPU busy meanwhile.
+LOOK_LATER = {"cpu": 0, "cuda": 1}
 
 LossFunction = Callable[[torch.Tensor, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
@@ -127,6 +135,21 @@ def fit(
     if on_epoch is not None and progress.history:
         on_epoch(progress.history)
     _train_mode(module)
+    launched: deque[_Step] = deque()  # not looked at yet
+    later = LOOK_LATER[device.type]
+
+    def look(at: _Step) -> None:
+        value, hits, gradient_norm = at.numbers()
+        if not (math.isfinite(value) and math.isfinite(gradient_norm)):
+            raise TrainingDivergedError(
+                f"{label}: loss {value:g} and gradient norm {gradient_norm:g} at step {at.step} (epoch {at.epoch}, "
+                f"images {', '.join(train.ids[int(i)] for i in at.indices[:3])}, …); {_ADVICE}"
+            )
+        progress.loss_sum += value * at.count
+        progress.hits += round(hits)
+        progress.seen += at.count
+        bar.update(at.count)
+
     bar = tqdm(
         total=steps * schedule.batch_size,
         initial=progress.step * schedule.batch_size,
@@ -134,7 +157,7 @@ def fit(
         unit=" images",
         disable=None if workers.first else True,
     )
-    with bar, contextlib.closing(_batches(train, schedule, progress.step, steps_per_epoch, workers)) as batches:
+    with bar, contextlib.closing(_batches(train, schedule, progress.step, steps_per_epoch, workers, device)) as batches:
         while progress.step < steps and not (0 < schedule.patience <= progress.epochs_since_best()):
             step, count, indices, pixels = next(batches)
             epoch = step // steps_per_epoch
@@ -156,27 +179,23 @@ def fit(
                     loss, logits = loss_of(train.preprocessing.normalize(scaled), chosen)
                 share = len(chosen) / count
                 (loss * share).backward()
-                labels = torch.from_numpy(train.labels[chosen]).to(device)
+                labels = uploaded(torch.from_numpy(train.labels[chosen]), device)
                 tally += torch.stack([loss.detach().double() * share, (logits.argmax(dim=1) == labels).sum().double()])
             workers.sum_gradients(trained)
             norm = nn.utils.clip_grad_norm_(trained, schedule.clip_norm or math.inf)
-            *local, gradient_norm = torch.cat([tally, norm.detach().double().view(1)]).tolist()
-            value, hits = workers.sum(local)
-            if not (math.isfinite(value) and math.isfinite(gradient_norm)):
-                raise TrainingDivergedError(
-                    f"{label}: loss {value:g} and gradient norm {gradient_norm:g} at step {step} (epoch {epoch}, "
-                    f"images {', '.join(train.ids[int(i)] for i in indices[:3])}, …); {_ADVICE}"
-                )
+            numbers = torch.cat([workers.add_up(tally), norm.detach().double().view(1)])
+            launched.append(_Step(step, epoch, count, indices, downloaded(numbers)))
+            while len(launched) > later:
+                look(launched.popleft())
             optimizer.step()
             if schedule.ema_decay:
                 _average(state, min(schedule.ema_decay, (1 + step) / (10 + step)))
 
             progress.step = step + 1
-            progress.loss_sum += value * count
-            progress.hits += round(hits)
-            progress.seen += count
-            bar.update(count)
-            if progress.step % steps_per_epoch == 0:
+            ends, saves = progress.step % steps_per_epoch == 0, state_file.due()
+            while launched and (ends or saves):
+                look(launched.popleft())
+            if ends:
                 with _averaged(state):
                     found = validate()
                     _train_mode(module)
@@ -185,10 +204,21 @@ def fit(
                 state_file.save(state)
                 if on_epoch is not None:
                     on_epoch(progress.history)
-            elif state_file.due():
+            elif saves:
                 state_file.save(state)
     _copy(state.best, module)
     return progress.history
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was launched: its images of all workers and of this one, and its loss, hits and gradient norm."""
+
+    step: int
+    epoch: int
+    count: int
+    indices: np.ndarray
+    numbers: Callable[[], list[float]]
 
 
 _ADVICE = "lower the learning rate, or train with --train.precision fp32"
@@ -267,7 +297,12 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _batches(
-    train: ImageSet, schedule: Schedule, first_step: int, steps_per_epoch: int, workers: Workers
+    train: ImageSet,
+    schedule: Schedule,
+    first_step: int,
+    steps_per_epoch: int,
+    workers: Workers,
+    device: torch.device,
 ) -> Generator[tuple[int, int, np.ndarray, torch.Tensor]]:
     """(step, images of the step, this worker's indices and pixels) from `first_step` to the end.
 
@@ -282,12 +317,15 @@ def _batches(
                 if step >= first_step:
                     yield step, order[place * schedule.batch_size : (place + 1) * schedule.batch_size]
 
+    def read(indices: np.ndarray) -> torch.Tensor:
+        return pinned(train.pixels(indices), device)
+
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         waiting = None
         for step, batch in plan():
             indices = workers.share(batch)
             # A worker without a part of a small last batch reads a picture that it does not use.
-            pixels = pool.submit(train.pixels, indices if len(indices) else batch[:1])
+            pixels = pool.submit(read, indices if len(indices) else batch[:1])
             coming = (step, len(batch), indices, pixels)
             if waiting is not None:
                 yield *waiting[:3], waiting[3].result()

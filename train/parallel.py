@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -47,13 +47,11 @@ class Workers:
         """This worker's part of a step's images; empty where there are more workers than images."""
         return np.array_split(indices, self.count)[self.rank]
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all workers, in float64."""
-        if self.count == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=_device())
-        distributed.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """Put the sums over all workers into `values`, which is on the device they train on."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put the sum of all workers' gradients into each of them; a missing gradient counts as zero."""

@@ -23,6 +23,7 @@ from train.loop import Schedule, fit
 from train.models import build_model, preprocessing_of
 from train.precision import resolve_precision, training_mode
 from train.state import StateFile, settings_key
+from train.transfer import uploaded
 
 __all__ = ["PretrainResult", "pretrain_digits", "token_targets"]
 
@@ -152,7 +153,7 @@ def pretrain_digits(
 
     def loss_of(images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         logits, token_logits = module(images)
-        chosen = torch.from_numpy(indices).to(where)
+        chosen = uploaded(torch.from_numpy(indices), where)
         loss = functional.cross_entropy(logits.float(), labels[chosen], label_smoothing=label_smoothing)
         per_token = functional.cross_entropy(
             token_logits.float().flatten(0, 1), tokens[chosen].flatten(), weight=token_weights

@@ -33,11 +33,11 @@ def cached_features(model: nn.Module, images: ImageSet, device: torch.device, *,
     bar = tqdm(total=len(images), desc="features", unit=" images", disable=None, delay=1)
     features = []
     with bar:
-        for start in range(0, len(images), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(images)))
-            features.append(readout(model, images.batch(indices).to(device)).float().cpu())
+        parts = [np.arange(s, min(s + batch_size, len(images))) for s in range(0, len(images), batch_size)]
+        for indices, inputs in images.batches(parts, device):
+            features.append(readout(model, inputs).float())
             bar.update(len(indices))
-    return torch.cat(features)
+    return torch.cat(features).cpu()
 
 
 def fit_probe(
