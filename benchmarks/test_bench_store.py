@@ -1,14 +1,16 @@
 """The store on ViT-B/16 maps: its writer against codec and disk, measuring against reading. Not part of CI.
 
     python -m pytest benchmarks/test_bench_store.py        statistics by pytest-benchmark
-    python -m benchmarks.test_bench_store [FOLDER]         ratios, interleaved in one process
+    python -m benchmarks.test_bench_store FOLDER [RESULTS.json]     ratios, interleaved in one process
 
-The second form is the one to quote: rounds in which every contender runs once, medians, so that a busy machine slows
-all of them alike. GB/s are of raw float16 maps (of stored query and key, for qk). FOLDER says which disk is meant.
+The second form is the one to quote: rounds in which every contender runs once; medians of times, and of the ratios in
+one round, so that a busy machine slows both sides alike. GB/s are of raw float16 maps (of stored query and key, for
+qk). FOLDER says which disk is meant.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -22,8 +24,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.measure import READ_THREADS, measure_store
+from engine.measure import measure_store
+from engine.stored import StoredMeasurement
 from kernels import TokenLayout
+from kernels.threads import num_threads
 from store import AttentionStore, AttentionWriter, Factors, FactorSchema, LayerSchema, StoreSchema
 from store.arrays import attention_arrays
 from store.commit import available_cpus
@@ -32,7 +36,7 @@ from store.shards import encode_chunk
 from tests.cases import layout, trained
 
 VIT_B16: TokenLayout = layout(14, 14, 1)
-HEADS, HEAD_DIM, BATCH, BATCHES, LAYERS = 12, 64, 32, 4, 12
+HEADS, HEAD_DIM, BATCH, BATCHES, LAYERS = 12, 64, 32, 8, 12
 CORE = ("distance", "entropy", "morans_i")
 CHUNK = 4
 
@@ -145,18 +149,20 @@ class Bench:
         self._write(self.folder / "written.zarr", attention)
 
     def read(self) -> None:
-        """Read and decode every shard with the threads that `measure` reads with."""
-        self._read(READ_THREADS)
+        """Read and decode every shard as `measure` does, in as many threads; nothing else."""
+        self._read(num_threads())
 
-    def read_on_every_cpu(self) -> None:
-        """The same with a thread a CPU."""
-        self._read(available_cpus())
+    def read_on_half_the_cpus(self) -> None:
+        """The same in half as many threads."""
+        self._read(max(1, num_threads() // 2))
 
     def _read(self, threads: int) -> None:
         store = AttentionStore.open(self.measured)
-        requests = [(layer, self.schema.batch_rows(batch)) for batch in range(BATCHES) for layer in range(LAYERS)]
-        for _ in store.read_ahead(requests, threads=threads):
-            pass
+        whole = StoredMeasurement(store, None, {}, "numba")
+        units = [unit for batch in range(BATCHES) for unit in whole.units(batch)]
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(store.read_here, unit.layer, unit.rows) for unit in units]:
+                done.result()
 
     def measure(self) -> None:
         """`measure` from a warm store, results written back."""
@@ -179,7 +185,7 @@ CONTENDERS: tuple[Callable[[Bench], None], ...] = (
     Bench.writer,
     Bench.writer_from_16_bits,
     Bench.read,
-    Bench.read_on_every_cpu,
+    Bench.read_on_half_the_cpus,
     Bench.measure,
 )
 
@@ -196,36 +202,67 @@ def test_store(benchmark: Any, bench: Bench, contender: Callable[[Bench], None])
     benchmark.pedantic(contender, (bench,), setup=bench.forget, rounds=5)
 
 
-def main(folder: Path, rounds: int = 5) -> None:
-    print(
-        f"{BATCHES} batches of {BATCH} images × {LAYERS} layers of ViT-B/16, {available_cpus()} CPUs, {rounds} rounds"
-    )
-    for encoding in ("fp16", "bf16", "qk"):
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            bench = Bench(Path(own), encoding)
-            seconds: dict[str, list[float]] = {contender.__name__: [] for contender in CONTENDERS}
-            for contender in CONTENDERS:
-                contender(bench)
-                bench.forget()
-            for _ in range(rounds):
-                for contender in CONTENDERS:
-                    start = time.perf_counter()
-                    contender(bench)
-                    seconds[contender.__name__].append(time.perf_counter() - start)
-                    bench.forget()
-        rate = {name: bench.raw_bytes / float(np.median(times)) / 1e9 for name, times in seconds.items()}
-        print(f"\n{encoding}: {sum(map(len, bench.shards)) / sum(v.nbytes for v in bench.stored):.3f} of the raw bytes")
-        for name, gigabytes in rate.items():
-            print(f"  {name.replace('_', ' '):22}{gigabytes:7.2f} GB/s")
-        binding = min(("codec_only", "raw_write"), key=rate.__getitem__)
-        for name in ("writer", "writer_from_16_bits"):
-            print(
-                f"  {name.replace('_', ' ')}: {rate[name] / rate[binding]:.0%} of the {binding.replace('_', ' ')} rate"
-            )
+def interleaved(bench: Bench, rounds: int) -> dict[str, dict[str, np.ndarray]]:
+    """Contender -> {"wall", "cpu"} seconds of every round; each runs once before, to compile and warm the cache."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for contender in CONTENDERS:
+        contender(bench)
+        bench.forget()
+        found[contender.__name__] = {"wall": np.empty(rounds), "cpu": np.empty(rounds)}
+    for number in range(rounds):
+        for contender in CONTENDERS:
+            wall, cpu = time.perf_counter(), time.process_time()
+            contender(bench)
+            found[contender.__name__]["wall"][number] = time.perf_counter() - wall
+            found[contender.__name__]["cpu"][number] = time.process_time() - cpu
+            bench.forget()
+    return found
+
+
+def of_encoding(folder: Path, encoding: str, rounds: int) -> dict[str, Any]:
+    """One encoding's rates and ratios; printed, too."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        bench = Bench(Path(own), encoding)
+        seconds = interleaved(bench, rounds)
+    images = BATCH * BATCHES
+    compressed = sum(map(len, bench.shards)) / sum(values.nbytes for values in bench.stored)
+    print(f"\n{encoding}: {compressed:.3f} of the raw bytes")
+    rows = {}
+    for name, times in seconds.items():
+        wall, cpu = (float(np.median(times[clock])) for clock in ("wall", "cpu"))
+        rows[name] = {
+            "gigabytes_a_second": bench.raw_bytes / wall / 1e9,
+            "wall_ms_an_image": 1e3 * wall / images,
+            "cpu_ms_an_image": 1e3 * cpu / images,
+        }
         print(
-            f"  measure: {rate['measure'] / rate['read']:.0%} of reading alone with the same {READ_THREADS} thread(s)"
+            f"  {name.replace('_', ' '):24}{bench.raw_bytes / wall / 1e9:6.2f} GB/s"
+            f"{1e3 * wall / images:8.2f} ms an image{1e3 * cpu / images:8.2f} of CPU"
         )
+
+    def ratio(name: str, base: str, clock: str = "wall") -> float:
+        """Rate over rate, round by round; the median."""
+        return float(np.median(seconds[base][clock] / seconds[name][clock]))
+
+    binding = max(("codec_only", "raw_write"), key=lambda name: float(np.median(seconds[name]["wall"])))
+    ratios = {
+        **{f"{name} of {binding}": ratio(name, binding) for name in ("writer", "writer_from_16_bits")},
+        "measure of read": ratio("measure", "read"),
+        "measure of read, CPU time": ratio("measure", "read", "cpu"),
+        "measure of read_on_half_the_cpus": ratio("measure", "read_on_half_the_cpus"),
+    }
+    for name, value in ratios.items():
+        print(f"  {name.replace('_', ' ')}: {value:.0%}")
+    return {"compressed": compressed, "contenders": rows, "ratios": ratios}
+
+
+def main(folder: Path, results: Path | None, rounds: int = 7) -> None:
+    about = {"images": BATCH * BATCHES, "cpus": available_cpus(), "threads": num_threads(), "rounds": rounds}
+    print(f"ViT-B/16, {BATCHES} batches of {BATCH} images × {LAYERS} layers; {about}")
+    found = {encoding: of_encoding(folder, encoding, rounds) for encoding in ("fp16", "bf16", "qk")}
+    if results is not None:
+        results.write_text(json.dumps(about | {"encodings": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

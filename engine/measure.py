@@ -1,37 +1,30 @@
-"""Metrics of a stored capture: shards are read ahead, measured, and the values written back into the store."""
+"""Metrics of a stored capture: what is missing is measured, and the values written back into the store."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from engine.batch_sinks import stack_layers
 from engine.progress import ImageProgress
 from engine.sinks import load_metrics, metric_parameters
-from kernels import MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk, resolve
-from store import AttentionStore, Factors, MetricWriter, has_metric
+from engine.stored import StoredMeasurement
+from kernels import MetricSpec, resolve
+from store import AttentionStore, MetricWriter, has_metric
 from store.arrays import attention_arrays
-from store.commit import available_cpus
-from store.encodings import softmax_maps
 from train.errors import InputError
 
 __all__ = ["measure_store", "missing_metrics", "stored_parameters"]
-
-# Threads that decode ahead; the kernels take what they leave, and every CPU when they wait.
-READ_THREADS = max(1, available_cpus() // 2)
 
 
 def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Path | None = None) -> AttentionStore:
     """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
 
-    Shards are read and decoded ahead by threads while those before them are measured.
+    Every thread decodes some images of a layer and measures them while others do the same with the next; values are
+    written and committed batch by batch meanwhile.
 
     Args:
         path: the store. Batches its capture has not committed yet are left out, which is said.
@@ -65,9 +58,24 @@ def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Pat
         )
     parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
+    measurement = StoredMeasurement(store, other, missing, chosen)
     with MetricWriter.open(path, parameters, region_metrics=needing) as writer:
-        batches = [batch for batch in sorted(writer.missing) if images[store.schema.batch_rows(batch)].all()]
-        _measure_batches(writer, store, other, missing, batches, chosen)
+        rows = {batch: store.schema.batch_rows(batch) for batch in writer.missing}
+        todo = {batch: names for batch, names in writer.missing.items() if images[rows[batch]].all()}
+        total = sum(rows[batch].stop - rows[batch].start for batch in todo)
+        masked = 0
+        image_bytes = sum(array.row_bytes for array in attention_arrays(store.schema))
+        with ImageProgress(f"measure {path.name}", total, 0, image_bytes) as progress:
+            for batch, found in measurement.batches(todo):
+                writer.write_batch(batch, found.values, found.undefined)
+                progress.update(rows[batch].stop - rows[batch].start)
+                masked += found.masked
+            writer.flush()
+    if masked:
+        tqdm.write(
+            f"{path.name}: {masked:,} rows are no post-softmax attention (NaN, infinite, negative or off sum 1); they "
+            "are left out of every value and counted with the rows that have none"
+        )
     return AttentionStore.open(path)
 
 
@@ -134,110 +142,3 @@ def _require_maps(store: AttentionStore, specs: Iterable[str]) -> None:
             f"{store.path} holds no attention maps, so {names} cannot be computed from it; capture again with "
             f"capture.sinks store, or with {names} in measure.metrics"
         )
-
-
-def _measure_batches(
-    writer: MetricWriter,
-    store: AttentionStore,
-    other: AttentionStore | None,
-    missing: Mapping[str, MetricSpec],
-    batches: Sequence[int],
-    backend: str,
-) -> None:
-    """Measure batch by batch, layer by layer, in the order in which shards are read ahead."""
-    schema = store.schema
-    requests = [(layer.layer, schema.batch_rows(batch)) for batch in batches for layer in schema.layers]
-    ours = store.read_ahead(requests, threads=READ_THREADS)
-    theirs = iter(()) if other is None else other.read_ahead(requests, threads=READ_THREADS)
-    total = sum(schema.batch_rows(batch).stop - schema.batch_rows(batch).start for batch in batches)
-    image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-    with ImageProgress(f"measure {store.path.name}", total, 0, image_bytes) as progress:
-        for batch in batches:
-            rows = schema.batch_rows(batch)
-            specs = [missing[name] for name in writer.missing[batch]]
-            regions = None if store.regions is None else store.regions[rows]
-            measured = []
-            for layer in schema.layers:
-                attention = Stored(next(ours), store.precision(layer.layer))
-                compared = None if other is None else Stored(next(theirs), other.precision(layer.layer))
-                layout = TokenLayout.from_dict(layer.layout)
-                measured.append(_measure_layer(attention, compared, layout, specs, backend, regions))
-            names = [spec.name for spec in specs]
-            writer.write_batch(
-                batch,
-                {name: stack_layers([values[name] for values, _ in measured], np.nan).numpy() for name in names},
-                {name: stack_layers([counts[name] for _, counts in measured], -1).numpy() for name in names},
-            )
-            progress.update(rows.stop - rows.start)
-        writer.flush()
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One layer of some images as a store keeps it.
-
-    Args:
-        attention: maps [image, head, query, key], or their factors.
-        precision: of either, see `store.precisions`.
-    """
-
-    attention: np.ndarray | Factors
-    precision: str
-
-    def maps(self) -> tuple[Any, str]:
-        """Maps as kernels take them, and their precision: as stored, or float32 computed from query and key."""
-        if not isinstance(self.attention, Factors):
-            return _kernel_array(self.attention, self.precision), self.precision
-        images, heads, tokens, _ = self.attention.query.shape
-        out = np.empty((images, heads, tokens, tokens), np.float32)
-        softmax_maps(self.attention, self.precision, out)
-        return out, "float32"
-
-
-def _measure_layer(
-    attention: Stored,
-    other: Stored | None,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    backend: str,
-    regions: np.ndarray | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Each metric's values [image, head(, region)] and undefined-row counts [image, head] of one layer."""
-    measurements = []
-    if of_one := [spec for spec in specs if spec.inputs != "pair"]:
-        stored = attention.attention
-        if isinstance(stored, Factors):
-            query, key = (_kernel_array(part, attention.precision) for part in (stored.query, stored.key))
-            bias: Any = stored.bias
-            if bias is not None and isinstance(query, torch.Tensor):
-                bias = torch.from_numpy(bias)
-            measured = measure_qk(query, key, layout, of_one, stored.scale, bias, backend, regions=regions)
-        else:
-            maps = _kernel_array(stored, attention.precision)
-            measured = measure_attention(maps, layout, of_one, backend, regions=regions)
-        measurements.append(measured)
-    if of_two := [spec for spec in specs if spec.inputs == "pair"]:
-        assert other is not None  # `_second_store` refuses pair metrics without one
-        ours, theirs = _in_one_precision(attention.maps(), other.maps())
-        measurements.append(measure_pair(ours, theirs, layout, of_two, backend))
-    return (
-        {name: values for measured in measurements for name, values in measured.items()},
-        {name: counts for measured in measurements for name, counts in measured.undefined_rows.items()},
-    )
-
-
-def _in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:
-    """Both maps in the coarser of their precisions: what remains of a difference is not the rounding of one alone."""
-    coarser = max(ours[1], theirs[1], key=("float32", "float16", "bfloat16").index)
-    first, second = (
-        maps if precision == coarser else torch.as_tensor(maps).to(getattr(torch, coarser))
-        for maps, precision in (ours, theirs)
-    )
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return first, second
-    return torch.as_tensor(first), torch.as_tensor(second)
-
-
-def _kernel_array(values: np.ndarray, precision: str) -> Any:
-    """Stored values as kernels take them: NumPy, or a torch view of bfloat16's bits."""
-    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if precision == "bfloat16" else values

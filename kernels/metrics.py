@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -182,7 +183,7 @@ def _morans_i_bounds(layout: TokenLayout) -> tuple[float, float]:
 
 def _entropy_seed1_bounds(layout: TokenLayout) -> tuple[float, float]:
     """A row of mass s ≤ 1 has at most s ln(N/s), greatest at s = 1, or at N/e where that is less (N = 2)."""
-    mass = min(1.0, layout.num_patches / np.e)
+    mass = min(1.0, layout.num_patches / math.e)
     return -float(np.log1p(reference.SEED1_LOG_OFFSET)), float(mass * np.log(layout.num_patches / mass))
 
 

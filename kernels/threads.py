@@ -7,17 +7,20 @@ enter at once ends the process.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
-__all__ = ["num_threads", "over_parts", "set_num_threads"]
+__all__ = ["num_threads", "one_thread", "over_parts", "set_num_threads"]
 
 # Parts for each thread: enough that one slow core does not hold up the others for long.
 _PARTS_A_THREAD = 4
 
 _wanted: int | None = None
+_thread = threading.local()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
@@ -28,6 +31,8 @@ def num_threads() -> int:
     Raises:
         ValueError: NUMBA_NUM_THREADS is not a positive number.
     """
+    if getattr(_thread, "alone", False):
+        return 1
     if _wanted is not None:
         return _wanted
     told = os.environ.get("NUMBA_NUM_THREADS")
@@ -48,6 +53,17 @@ def set_num_threads(count: int | None) -> None:
     if count is not None and count < 1:
         raise ValueError(f"{count} threads were asked for; expected at least 1, or None for the default")
     _wanted = count
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Measurements of the calling thread stay in it: for one of several that measure side by side."""
+    before = getattr(_thread, "alone", False)
+    _thread.alone = True
+    try:
+        yield
+    finally:
+        _thread.alone = before
 
 
 def over_parts(run: Callable[[int, int], None], count: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, r
 from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, file_problem
 from store.precisions import Array
-from store.rows import Records, Rooms, Rows, begin_rows, positions
+from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
     SCHEMA,
     LayerSchema,
@@ -27,6 +27,7 @@ from store.schema import (
     metric_path,
     store_path,
 )
+from store.shards import scratch
 
 __all__ = ["AttentionStore", "check_files", "open_metadata"]
 
@@ -181,38 +182,33 @@ class AttentionStore:
         """
         return self._begin_factors(layer, images, heads)()
 
-    def read_ahead(
-        self, requests: Iterable[tuple[int, slice]], *, threads: int | None = None, ahead: int = 2
-    ) -> Iterator[Array | Factors]:
-        """What is stored of several (layer, images), in order, the next ones being read while one is used.
+    def read_here(self, layer: int, images: slice, place: str = "") -> Array | Factors:
+        """What is stored of some images, read and decoded by the calling thread alone.
 
-        Maps as `read_stored` has them, or `Factors` as `read_factors`; each is overwritten after the next is asked for.
+        For threads that each use what they have decoded while it is still in their cache. Maps as `read_stored` has
+        them, or `Factors` as `read_factors`, in memory of the thread's own: fresh pages would cost half as much as
+        decoding into them.
 
         Args:
-            requests: layer and rows of each.
-            threads: that decode; None: one a CPU.
-            ahead: requests under way while one is used.
+            layer: one of `layers`.
+            images: rows; whole chunks (`chunk_rows`) are decoded in place, parts of one by way of a copy.
+            place: name of the memory; the thread's next call with it overwrites what this one gave.
 
         Raises:
             StoreError: as `read`.
         """
-        under_way: deque[Callable[[], Array | Factors]] = deque()
-        rooms = Rooms()
+        arrays = self._layer_arrays(layer)
+        if "query" in arrays:
+            return self._begin_factors(layer, images, slice(None), place=place)()
+        return self._begin(arrays[""], images, threads=0, room=_own_memory(place))()
 
-        def use(found: Array | Factors) -> Iterator[Array | Factors]:
-            yield found
-            rooms.give_back(*((found.query, found.key) if isinstance(found, Factors) else (found,)))
+    def chunk_rows(self, layer: int) -> int:
+        """Images that are compressed together.
 
-        for layer, images in requests:
-            arrays = self._layer_arrays(layer)
-            if "query" in arrays:
-                under_way.append(self._begin_factors(layer, images, slice(None), threads=threads, room=rooms))
-            else:
-                under_way.append(self._begin(arrays[""], images, threads=threads, room=rooms))
-            if len(under_way) > ahead:
-                yield from use(under_way.popleft()())
-        while under_way:
-            yield from use(under_way.popleft()())
+        Raises:
+            StoreError: no such layer, or no attention is stored.
+        """
+        return next(iter(self._layer_arrays(layer).values())).chunk
 
     def _layer_arrays(self, layer: int) -> dict[str, ArraySpec]:
         """The arrays that keep a layer, by the name of the part."""
@@ -224,14 +220,18 @@ class AttentionStore:
     def _layer_schema(self, layer: int) -> LayerSchema:
         return self.schema.layers[self.layers.index(layer)]
 
-    def _begin_factors(self, layer: int, images: Rows, heads: Rows, **options: Any) -> Callable[[], Factors]:
-        """Begin to read query, key and bias; the result waits for them."""
+    def _begin_factors(self, layer: int, images: Rows, heads: Rows, place: str | None = None) -> Callable[[], Factors]:
+        """Begin to read query, key and bias; the result waits for them. With a place: as `read_here`."""
         arrays, described = self._layer_arrays(layer), self._layer_schema(layer)
         fixed = described.factors
         if fixed is None:
             raise StoreError(f"{self.path} keeps maps, not query and key; use read or read_stored")
-        chosen = {name: slice(None) if name == "bias" else heads for name in arrays}
-        parts = {name: self._begin(array, images, columns=chosen[name], **options) for name, array in arrays.items()}
+
+        def begin(name: str) -> Callable[[], Array]:
+            here: dict[str, Any] = {} if place is None else {"threads": 0, "room": _own_memory(f"{place}/{name}")}
+            return self._begin(arrays[name], images, columns=slice(None) if name == "bias" else heads, **here)
+
+        parts = {name: begin(name) for name in arrays}
 
         def finish() -> Factors:
             stored = {name: wait() for name, wait in parts.items()}
@@ -333,6 +333,11 @@ class AttentionStore:
         self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any
     ) -> Callable[[], Array]:
         return begin_rows(self.path, array, images, records or self._records, **options)
+
+
+def _own_memory(place: str) -> Callable[[tuple[int, ...], np.dtype[Any]], Array]:
+    """Gives the calling thread's own memory of that name, for rows of any shape."""
+    return lambda shape, dtype: scratch(f"rows/{place}", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
 def open_metadata(root: Path) -> tuple[Ledger, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from store.precisions import Array, widen
 from store.schema import StoreError, StoreSchema
 from store.shards import ShardError, decode_chunk, read_chunks, scratch
 
-__all__ = ["Records", "Rooms", "Rows", "begin_rows", "positions"]
+__all__ = ["Records", "Rows", "begin_rows", "positions"]
 
 Rows = slice | Sequence[int] | Array
 
@@ -80,7 +80,7 @@ def begin_rows(
         records: the committed batches.
         columns: of the second axis (heads), as `images`.
         wide: as float32, instead of what is stored.
-        threads: that decode; None: one a CPU.
+        threads: that decode; None: one a CPU; 0: the calling thread does, at once.
         room: gives memory for the rows, by shape and dtype.
 
     Raises:
@@ -106,7 +106,7 @@ def begin_rows(
             raise StoreError(f"{array.path}, batch {batch}: {file} {problem}; capture this batch again")
         run = _Run(array, rows[start:stop] - batch * array.batch, chosen, out[start:stop], wide)
         with _named(array, batch, file):
-            decoders = _decoders(threads or available_cpus())
+            decoders = _decoders(available_cpus() if threads is None else threads)
             futures = read_chunks(file, run.rows, array.chunk, array.shard_chunks, run.place, decoders)
         runs.append((batch, run, futures))
 
@@ -180,25 +180,21 @@ class _Run:
 
 
 @lru_cache
-def _decoders(threads: int) -> ThreadPoolExecutor:
+def _decoders(threads: int) -> Executor:
     """The process's threads that decode chunks; they are idle when nobody reads."""
-    return ThreadPoolExecutor(threads, "decode")
+    return ThreadPoolExecutor(threads, "decode") if threads else _CallingThread()
 
 
-class Rooms:
-    """Memory for rows that is used again: the fresh pages of 30 MB cost half as much as decoding into them."""
+class _CallingThread(Executor):
+    """Does what it is given at once."""
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[tuple[int, ...], np.dtype[Any]], list[Array]] = {}
-
-    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        free = self._free.get((shape, dtype))
-        return free.pop() if free else np.empty(shape, dtype)
-
-    def give_back(self, *arrays: Array) -> None:
-        """Let these be overwritten."""
-        for array in arrays:
-            self._free.setdefault((array.shape, array.dtype), []).append(array)
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:  # raised by `result`, as any other executor's future does
+            done.set_exception(error)
+        return done
 
 
 def positions(selection: Rows, length: int, what: str) -> Array:
