@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +47,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """A kind of vector register: how many float32 it holds, and what a CPU must have for it."""
+    """A kind of vector register: how many float32 it holds, and what an x86-64 CPU must have for it."""
 
     lanes: int
     needs: tuple[str, ...]
 
 
 SIXTEEN = Width(16, ("avx512f", "avx512dq", "avx512bw", "avx512vl"))
-EIGHT = Width(8, ("avx2", "fma", "f16c"))
+EIGHT = Width(8, ("avx2", "fma", "f16c"))  # on 64-bit Arm two of four, which every CPU has
 
 
 def widest() -> Width | None:
@@ -63,6 +64,8 @@ def widest() -> Width | None:
     """
     from llvmlite import binding
 
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return EIGHT
     cpu, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
     if cpu is None and features is None:
         host = binding.get_host_cpu_features()

@@ -3,7 +3,7 @@
 `Lanes` lets a compiled loop say which vector instruction it means, where the compiler's own vectoriser would have to
 find one. Arithmetic is written with operators; the functions below are the rest: memory, fused multiply-add, the
 parts of a float, neighbours, sums across lanes, and the inner tile of a matrix product. They exist in compiled code
-only: sixteen lanes on a CPU with AVX-512 (F, DQ, BW, VL), eight on one with AVX2, FMA and F16C.
+only: sixteen lanes on a CPU with AVX-512 (F, DQ, BW, VL), eight on one with AVX2, FMA and F16C and on 64-bit Arm.
 
 What makes lanes takes `SIXTEEN` or `EIGHT` first; what is made of them knows its width by its type.
 

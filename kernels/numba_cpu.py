@@ -1,8 +1,8 @@
 """The CPU backend: compiled loops, one pass over the maps, all metrics at once, parallel over maps.
 
 Arithmetic is float32, float64 for float64 input. Two sets of loops agree within the tolerances: those of
-`numba_vector_maps` and `numba_vector_qk` where the CPU has AVX-512 or AVX2, those of `numba_loops` elsewhere and for
-float64.
+`numba_vector_maps` and `numba_vector_qk` on CPUs with AVX-512 or AVX2 and on 64-bit Arm, those of `numba_loops`
+elsewhere and for float64.
 """
 
 from __future__ import annotations
