@@ -6,27 +6,35 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.config import StudyConfig
 from engine.journal import digest_path
 from engine.outputs import resolve_device
+from engine.progress import say
 from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import Capture, capture_to_store
 from engine.training import image_kind
-from store import AttentionStore
 from train.conditions import versions
+from train.datasets import build_manifest
 from train.folders import prepare_folder
-from train.manifest import Manifest
+from train.manifest import Manifest, Record
 from train.models import build_model, preprocessing_of
+from train.parallel import Workers, joined
 
 __all__ = ["capture_folder", "capture_settings", "manifest_dict", "model_info"]
 
 
-def capture_folder(config: StudyConfig) -> AttentionStore:
-    """One model's attention on a folder of images, into the store `capture.store`; see `capture_to_store`."""
-    path = Path(config.capture.store)
+def capture_folder(config: StudyConfig) -> None:
+    """One model's attention on a folder of images, into the store `capture.store`; see `capture_to_store`.
+
+    Started by torchrun, the processes divide the batches among them, and the store's attention has the same bytes.
+    """
     device = resolve_device(config.device)
+    with joined(device) as workers:
+        _capture_folder(config, device, workers)
+
+
+def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
+    path = Path(config.capture.store)
     model = build_model(
         config.model.name,
         num_classes=None,
@@ -34,21 +42,15 @@ def capture_folder(config: StudyConfig) -> AttentionStore:
         weights=config.model.weights,
         img_size=config.model.img_size,
     )
+    workers.share_weights(model)  # whatever they start from, all processes capture one model
     preprocessing = preprocessing_of(model)
-    splits = prepare_folder(
-        config.data.root,
-        preprocessing=preprocessing,
-        kind=image_kind(config),
-        split=config.data.split,
-        seed=config.data.seed,
-    )
-    manifest = splits.manifest
+    manifest = _manifest(config, workers)
+    images = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=manifest).test
     if manifest.dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items())
-        tqdm.write(f"left out: {reasons}")
-    store = capture_to_store(
+        say("left out: " + ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()))
+    capture_to_store(
         model.to(device).eval(),
-        splits.test,
+        images,
         path,
         capture_settings(config, device),
         model_info=model_info(config.model.name, Path(config.model.weights) if config.model.weights else None),
@@ -57,11 +59,25 @@ def capture_folder(config: StudyConfig) -> AttentionStore:
         manifest=manifest_dict(manifest),
         label=f"capture {path.name}",
     )
-    samples = path.with_name("samples.zarr")
-    rows = choose_samples(config.capture.samples, len(splits.test), config.data.seed)
-    start_samples(samples, splits.test, rows)
-    add_sample_maps(samples, path.name.removesuffix(".zarr"), model, splits.test, rows, device=device)
-    return store
+    if workers.first:
+        samples = path.with_name("samples.zarr")
+        rows = choose_samples(config.capture.samples, len(images), config.data.seed)
+        start_samples(samples, images, rows)
+        add_sample_maps(samples, path.name.removesuffix(".zarr"), model, images, rows, device=device)
+
+
+def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
+    """The folder's files; the first process decodes them and tells the others."""
+    built = None
+    if workers.first:
+        built = build_manifest(
+            config.data.root, kind=image_kind(config), split=config.data.split, seed=config.data.seed
+        )
+        if workers.count == 1:
+            return built
+    told = workers.tell(dataclasses.asdict(built) if built is not None else {})
+    records = tuple(Record(**record) for record in told["records"])
+    return Manifest(**told | {"class_names": tuple(told["class_names"]), "records": records})
 
 
 def capture_settings(config: StudyConfig, device: str) -> Capture:

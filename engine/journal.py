@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from engine.progress import say
+from train.parallel import Workers
 
 __all__ = ["Journal", "digest", "digest_path"]
 
@@ -57,6 +58,9 @@ def digest_path(path: Path) -> str:
 class Journal:
     """The stages of one outputs folder.
 
+    Where torchrun started several processes, all of them go through the stages together: the first one decides what is
+    done already and keeps the journal.
+
     Args:
         path: the `run.jsonl`; made when the first stage ends.
     """
@@ -79,6 +83,8 @@ class Journal:
         inputs: Mapping[str, Any],
         outputs: Sequence[Path],
         work: Callable[[], Mapping[str, Any] | None],
+        *,
+        shared: bool = False,
     ) -> str:
         """Run `work` unless it was done before with the same inputs and its outputs are as it left them.
 
@@ -87,23 +93,39 @@ class Journal:
             inputs: JSON values that decide the result: configuration keys, hashes of files, code version.
             outputs: files and folders that `work` leaves.
             work: does it; what it returns is kept in the record.
+            shared: several processes do it together; otherwise the first one does, and the others wait.
 
         Returns:
             a hash of the outputs, an input for the stages that follow.
         """
-        key = digest(inputs)
-        base = self.path.parent
-        if (before := self.done(name, inputs, outputs)) is not None:
-            tqdm.write(f"{name}: done already")
+        workers = Workers.current()
+        before = workers.tell(self.done(name, inputs, outputs) if workers.first else None)
+        if before is not None:
+            say(f"{name}: done already")
             return before
+        left = None
+        if workers.first:
+            left = self._do(name, inputs, outputs, work)
+        elif shared:
+            work()
+        return str(workers.tell(left))
+
+    def _do(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[Path],
+        work: Callable[[], Mapping[str, Any] | None],
+    ) -> str:
+        """Run `work` and keep the record of it."""
         began = time.perf_counter()
         note = work()
-        left = {self._name(path, base): digest_path(path) for path in outputs}
+        left = {self._name(path, self.path.parent): digest_path(path) for path in outputs}
         seconds = time.perf_counter() - began
         record = {
             "event": "done",
             "stage": name,
-            "key": key,
+            "key": digest(inputs),
             "seconds": round(seconds, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "outputs": left,
@@ -111,7 +133,7 @@ class Journal:
         }
         self._append(record)
         self._last[name] = record
-        tqdm.write(f"{name}: {seconds:.1f} s")
+        say(f"{name}: {seconds:.1f} s")
         return digest(left)
 
     def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> str | None:

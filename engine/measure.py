@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.chosen_metrics import load_metrics, metric_parameters
 from engine.progress import ImageProgress
-from engine.sinks import load_metrics, metric_parameters
 from engine.stored import StoredMeasurement
 from kernels import MetricSpec, resolve
 from store import AttentionStore, MetricWriter, has_metric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ from train.errors import InputError
 __all__ = ["OutputsFolder", "resolve_device", "write_json"]
 
 
-class OutputsFolder:
+class OutputsFolder(AbstractContextManager[None]):
     """The outputs folder, made, written to and locked; a second process is told to wait."""
 
     def __init__(self, outputs: Path, study: str) -> None:

@@ -8,11 +8,19 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-__all__ = ["ImageProgress"]
+from train.processes import first_process
+
+__all__ = ["ImageProgress", "say"]
+
+
+def say(sentence: str) -> None:
+    """Print a sentence above any progress bar; of several processes that torchrun started, the first one does."""
+    if first_process():
+        tqdm.write(sentence)
 
 
 class ImageProgress:
-    """A progress bar, off when not in a terminal.
+    """A progress bar, off when not in a terminal; of several processes, the first one has it.
 
     Args:
         label: what is being done.
@@ -23,18 +31,26 @@ class ImageProgress:
     """
 
     def __init__(self, label: str, total: int, done: int, image_bytes: int, **options: Any) -> None:
-        self._bar = tqdm(total=total, initial=done, desc=label, unit="image", **{"disable": None} | options)
+        self._bar = tqdm(total=total, initial=done, desc=label, unit="image", **self._shown() | options)
         self._image_bytes = image_bytes
         self._begin = time.monotonic()
-        self._bytes = 0
+        self._images = 0
+
+    @staticmethod
+    def _shown() -> dict[str, bool | None]:
+        return {"disable": None if first_process() else True}
 
     def update(self, images: int) -> None:
         """So many images more are done."""
-        self._bytes += images * self._image_bytes
-        if self._bytes:
-            rate = self._bytes / max(time.monotonic() - self._begin, 1e-9)
+        self._images += images
+        if self._image_bytes:
+            rate = self._images * self._image_bytes / max(time.monotonic() - self._begin, 1e-9)
             self._bar.set_postfix_str(f"{rate / 1e9:.2f} GB/s", refresh=False)
         self._bar.update(images)
+
+    def reach(self, images: int) -> None:
+        """So many images are done by now, those of other processes among them."""
+        self.update(images - self._images)
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import StudyConfig, config_keys, load_study, nearest, parse_value
-from train.errors import InputError, TrainingDivergedError
+from train.errors import InputError, TrainingDivergedError, WorkerLostError
+from train.processes import first_process, speaks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,12 +27,23 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, its short flags (flag -> configuration key) and the file it may name."""
+    """One command.
+
+    Args:
+        help: what it does.
+        run: does it, and returns the exit code.
+        flags: short flag -> configuration key.
+        positional: the file it may name.
+        shared: torchrun's processes divide its work; otherwise the first one does it.
+        defaults: configuration key -> value, where no file is given.
+        required: flags that must be given then.
+    """
 
     help: str
     run: Callable[[StudyConfig, argparse.Namespace], int]
     flags: Mapping[str, str] = field(default_factory=dict)
     positional: str = ""
+    shared: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
 
@@ -121,11 +133,14 @@ _COMPARE_CONDITIONS = {name: {"recipe": "checkpoint", "checkpoint": ""} for name
 _ALL_IMAGES = {"data.kind": "folder", "data.split": "all"}
 
 COMMANDS: dict[str, Command] = {
-    "study": Command("train the conditions, capture, measure, test and report (the default)", _stages("report")),
-    "train": Command("the study up to the trained checkpoints", _stages("train")),
+    "study": Command(
+        "train the conditions, capture, measure, test and report (the default)", _stages("report"), shared=True
+    ),
+    "train": Command("the study up to the trained checkpoints", _stages("train"), shared=True),
     "compare": Command(
         "two checkpoints of one model on a folder of images, through the same stages",
         _stages("report"),
+        shared=True,
         flags={"--baseline": "conditions.baseline.checkpoint", "--finetuned": "conditions.finetuned.checkpoint"},
         defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS, "train.seeds": ["0"]},
         required=("--baseline", "--finetuned", "--model.name", "--data.root"),
@@ -133,6 +148,7 @@ COMMANDS: dict[str, Command] = {
     "capture": Command(
         "one model's attention on a folder of images, into a store",
         _capture,
+        shared=True,
         flags={
             "--store": "capture.store",
             "--encoding": "capture.encoding",
@@ -168,12 +184,13 @@ COMMANDS: dict[str, Command] = {
         defaults={"data.kind": "folder"},
         required=("--hdf5", "--store"),
     ),
-    "stats": Command("the study up to the paired comparisons", _stages("statistics")),
-    "relevance": Command("the study up to the relevance samples", _stages("relevance")),
+    "stats": Command("the study up to the paired comparisons", _stages("statistics"), shared=True),
+    "relevance": Command("the study up to the relevance samples", _stages("relevance"), shared=True),
     "report": Command("figures, summary and page anew, from the tables and samples of an outputs folder", _report),
     "sweep": Command(
         "adapters of several ranks on a plain, a pruned and a binarised backbone, their hyper-parameters by Optuna",
         _sweep,
+        shared=True,  # it refuses several processes itself
         flags={"--init": "sweep.init"},
         defaults={"data.kind": "folder", "model.name": "resnet18", "train.epochs": "10"},
         required=("--data.root",),
@@ -194,24 +211,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        if first_process():
+            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         code = _exit_code(error)
-        if code is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return code
+        if speaks():  # one of several processes, if torchrun started them
+            if code is None:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+        return 1 if code is None else code
 
 
 def _show_log() -> None:
     """What the packages log goes to stderr as plain sentences; other libraries' logs stay as they are."""
     for name in ("engine", "kernels", "store", "train"):
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if first_process() else logging.ERROR)
         if not logger.handlers:
             handler = _StderrHandler()
             handler.setFormatter(logging.Formatter("%(message)s"))
@@ -232,7 +248,9 @@ def _exit_code(error: Exception) -> int | None:
 
     Looked up by what is already imported: a store's or a kernel's error cannot come before its module.
     """
-    if isinstance(error, TrainingDivergedError):
+    if isinstance(error, InputError):
+        return 2
+    if isinstance(error, TrainingDivergedError | WorkerLostError):
         return 1
     store, kernels = sys.modules.get("store"), sys.modules.get("kernels")
     if store is not None and isinstance(error, store.StoreError):
@@ -267,7 +285,8 @@ def _run(arguments: list[str]) -> int:
             raise InputError(f"{name} needs {flag}: {parser.format_usage().strip()}")
     overrides: dict[str, Any] = dict(command.defaults) if parsed.config is None else {}
     overrides |= {keys[flag]: parse_value(keys[flag], text) for flag, text in given.items()}
-    return command.run(load_study(config_path, overrides), parsed)
+    config = load_study(config_path, overrides)
+    return command.run(config, parsed) if command.shared or first_process() else 0
 
 
 def _own_study(name: str, given: Mapping[str, str]) -> Path | None:

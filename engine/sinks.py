@@ -1,12 +1,14 @@
 """Streams a data set's attention through two sinks, alone or together, in one forward pass.
 
 `metrics` measures on the spot and never builds the map in main memory; `store` keeps the map. Both write the same
-kind of store, one commit a batch, so a run that was killed goes on at the first batch that is missing.
+kind of store, one commit a batch, so a run that was killed goes on at the first batch that is missing. Several
+processes divide the missing batches: each is captured and committed by one, so the bytes are those of one process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,22 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine import __version__
 from engine.batch_sinks import BatchSinks, discover_factors, one_bias
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
-from engine.progress import ImageProgress
+from engine.chosen_metrics import metric_parameters, metrics_of_one_capture
+from engine.progress import ImageProgress, say
 from engine.transfer import HostCopies, HostCopy
-from kernels import MetricSpec, TokenLayout, load_metric, resolve
+from kernels import MetricSpec, TokenLayout, resolve
 from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
 from store.schema import ledger_path
 from train.data import ImageSet
 from train.errors import InputError
+from train.parallel import Tally, Workers
 
-__all__ = ["Capture", "capture_to_store", "load_metrics", "metric_parameters", "metrics_of_one_capture"]
+__all__ = ["Capture", "capture_to_store"]
 
 # A layer whose mean prefix mass passes this keeps so little on its patches that 16 bits cost 7e-4 nat and 0.1 of I.
 PREFIX_MASS_WARNING = 0.9
@@ -86,6 +89,7 @@ def capture_to_store(
 
     Images are decoded one batch ahead. A layer's attention is encoded and written while the next layers are computed;
     the writer holds back the forward pass when more than a few layers wait, so memory does not grow with the data set.
+    The processes joined by `train.parallel.joined` all call this; the first one makes the store and finishes it.
 
     Args:
         model: see `AttentionTap`.
@@ -108,7 +112,7 @@ def capture_to_store(
     first = images.batch([0]).to(device)
     sites, skipped, num_classes = discover_sites(model, first, capture.layers or None, capture.heads or None)
     for name, reason in skipped:
-        tqdm.write(f"{label}: {name} is left out: {reason}")
+        say(f"{label}: {name} is left out: {reason}")
     factors: dict[int, FactorSchema] = {}
     biases: dict[int, torch.Tensor] = {}
     if "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors:
@@ -149,7 +153,7 @@ def capture_to_store(
         extra={"skipped": [list(item) for item in skipped]},
     )
 
-    def open_writer() -> AttentionWriter:
+    def open_writer(join: str = "") -> AttentionWriter:
         return AttentionWriter.open(
             path,
             schema,
@@ -158,20 +162,34 @@ def capture_to_store(
             manifest=None if manifest is None else dict(manifest),
             regions=next(iter(regions.values())),
             biases=biases,
+            join=join,
         )
 
-    try:
-        opened = open_writer()
-    except StoreError as error:
-        if not (replace and _is_other(path, schema)):
-            raise
-        tqdm.write(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
-        shutil.rmtree(path)
-        shutil.rmtree(ledger_path(path), ignore_errors=True)
-        opened = open_writer()
-    with opened as writer:
-        _run_batches(model, images, capture, writer, specs, regions, biases, label)
-        writer.finish()
+    def open_first() -> AttentionWriter:
+        try:
+            return open_writer()
+        except StoreError as error:
+            if not (replace and _is_other(path, schema)):
+                raise
+            say(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
+            shutil.rmtree(path)
+            shutil.rmtree(ledger_path(path), ignore_errors=True)
+            return open_writer()
+
+    workers = Workers.current()
+    if workers.first:
+        writer = open_first()
+        if workers.count > 1:
+            writer.share()
+        missing = workers.tell((writer.run, writer.missing))[1]
+    else:
+        run, missing = workers.tell(("", []))
+        writer = open_writer(join=run)
+    with writer:
+        _run_batches(model, images, capture, writer, missing, specs, regions, biases, label)
+        if workers.first:
+            writer.finish()
+    workers.wait()  # nobody holds the store any more
     return AttentionStore.open(path)
 
 
@@ -180,7 +198,7 @@ def _announce_compilation() -> None:
     from kernels.numba_cpu import is_compiled
 
     if not is_compiled():
-        tqdm.write("loading the compiled kernels; the first time on a machine they are compiled, in about 15 s")
+        say("loading the compiled kernels; the first time on a machine they are compiled, in about 15 s")
 
 
 def _is_other(path: Path, schema: StoreSchema) -> bool:
@@ -191,46 +209,6 @@ def _is_other(path: Path, schema: StoreSchema) -> bool:
         return AttentionStore.open(path).schema != schema
     except StoreError:
         return True
-
-
-def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
-    """The metrics of these names.
-
-    Raises:
-        InputError: no such metric.
-    """
-    try:
-        return [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
-    """The metrics of these names, all of which can be computed from one capture.
-
-    Raises:
-        InputError: no such metric, or one that compares two captures.
-    """
-    specs = load_metrics(metrics)
-    for spec in specs:
-        if spec.inputs == "pair":
-            raise InputError(
-                f"{spec.name} compares two captures, and here there is one; leave it out, or measure stored captures "
-                "with --against"
-            )
-    return specs
-
-
-def metric_parameters(spec: MetricSpec, backend: str, other: AttentionStore | None = None) -> dict[str, Any]:
-    """What identifies a metric's numbers in a store: its unit, the backend and the code that made them.
-
-    Args:
-        other: the store that a pair metric compares with; its name and its capture's hash are among them.
-    """
-    parameters = {"unit": spec.unit, "backend": backend, "code_version": __version__}
-    if spec.inputs != "pair" or other is None:
-        return parameters
-    return parameters | {"against": {"store": other.path.name, "capture": other.digest}}
 
 
 def _add_attention(
@@ -260,12 +238,16 @@ def _run_batches(
     images: ImageSet,
     capture: Capture,
     writer: AttentionWriter,
+    missing: Sequence[int],
     specs: Sequence[MetricSpec],
     regions: Mapping[TokenLayout, np.ndarray | None],
     biases: Mapping[int, torch.Tensor],
     label: str,
 ) -> None:
-    """Forward passes over the batches that are missing, images decoded one batch ahead."""
+    """Forward passes over this process's share of the missing batches, images decoded one batch ahead.
+
+    When it returns, all processes have committed theirs.
+    """
     device = torch.empty(0, device=capture.device).device  # with its number: another thread has another current GPU
     schema = writer.schema
     image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
@@ -297,17 +279,18 @@ def _run_batches(
             )
         values, counts = sinks.metric_values()
         writer.commit(batch, values, counts, logits().numpy() if schema.num_classes else None)
-        for layer, mass in sinks.prefix_mass().items():
-            prefix_mass.setdefault(layer, []).append(mass)
-        progress.update(len(rows_of(batch)))
+        prefix_mass.extend((layer, batch, mass) for layer, mass in sinks.prefix_mass().items())
+        progress.reach(captured.add(len(rows_of(batch))))
         _return_freed_memory()
 
-    prefix_mass: dict[int, list[float]] = {}
+    workers = Workers.current()
+    batches = workers.deal(missing)
+    captured = Tally(workers, f"captured of {writer.run}")
+    prefix_mass: list[tuple[int, int, float]] = []  # layer, batch, mean
     copies = HostCopies(device)
-    batches = writer.missing
-    done = schema.num_images - sum(len(rows_of(batch)) for batch in batches)
+    done = schema.num_images - sum(len(rows_of(batch)) for batch in missing)
     with (
-        ThreadPoolExecutor(1, "decode") as decoder,
+        ThreadPoolExecutor(1, "decode", initializer=_use_device, initargs=(device,)) as decoder,
         evaluating(model),
         torch.inference_mode(),
         ImageProgress(label, schema.num_images, done, image_bytes) as progress,
@@ -325,10 +308,23 @@ def _run_batches(
         while launched:
             commit(*launched.popleft())
         writer.flush()
-    for layer, masses in sorted(prefix_mass.items()):
-        if np.mean(masses) > PREFIX_MASS_WARNING:
-            tqdm.write(
-                f"{label}: layer {layer} gives {np.mean(masses):.2f} of its attention to prefix tokens, and "
-                f"{schema.encoding} keeps the little that patches get too coarsely for Moran's I (errors up to 0.1): "
-                "use the metrics sink"
+        by_worker = workers.gather(prefix_mass)
+        progress.reach(captured.add(0))
+    _warn_of_prefix_mass(sorted(entry for of_worker in by_worker for entry in of_worker), schema.encoding, label)
+
+
+def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, float]], encoding: str, label: str) -> None:
+    """Say which layers leave too little on the patches for 16 bits; entries are (layer, batch, mean mass), in order."""
+    for layer, of_layer in itertools.groupby(entries, key=lambda entry: entry[0]):
+        mass = np.mean([mean for _, _, mean in of_layer])
+        if mass > PREFIX_MASS_WARNING:
+            say(
+                f"{label}: layer {layer} gives {mass:.2f} of its attention to prefix tokens, and {encoding} keeps the "
+                "little that patches get too coarsely for Moran's I (errors up to 0.1): use the metrics sink"
             )
+
+
+def _use_device(device: torch.device) -> None:
+    """A thread chooses its own GPU: without this, the decoder of every process would open the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine import __version__
+from engine.chosen_metrics import metrics_of_one_capture
 from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
 from engine.folder import capture_settings, manifest_dict, model_info
 from engine.journal import Journal, digest_path
 from engine.measure import measure_store
 from engine.outputs import OutputsFolder, resolve_device, write_json
-from engine.parallel import several_processes, train_together
+from engine.progress import say
 from engine.relevance.comparison import prediction_link
 from engine.relevance.samples import samples_folder
 from engine.relevance.stage import explain_study
 from engine.report import write_report
 from engine.report.comparison import comparison_document, write_comparison
 from engine.samples import add_sample_maps, choose_samples, start_samples
-from engine.sinks import capture_to_store, metrics_of_one_capture
+from engine.sinks import capture_to_store
 from engine.statistics import analyse
 from engine.statistics.conditions import check_bounds
 from engine.table import build_table, prefix_mass_warning, read_table, write_table
@@ -39,10 +40,15 @@ from kernels import load_metric
 from store import AttentionStore
 from train.conditions import versions
 from train.models import load_checkpoint
+from train.parallel import Workers, joined
+from train.processes import first_process
 
 __all__ = ["STAGES", "Study", "run_study"]
 
 STAGES = ("train", "capture", "controls", "measure", "statistics", "relevance", "report")
+
+# What all processes of torchrun do together; the first one does the rest alone.
+SHARED_STAGES = ("train", "capture")
 
 # Controls look at every image of a small test split and at a seeded sample of a large one.
 CONTROL_IMAGES = 256
@@ -64,12 +70,16 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     # What is mistaken is found before anything is trained.
     metrics_of_one_capture(config.measure.metrics)
     check_bounds(config.statistics.equivalence, [load_metric(name).name for name in config.measure.metrics])
-    if several_processes() and not train_together(config):
-        return Path(config.outputs)  # the first process goes on alone
     study = Study(config)
+    stages = STAGES[: STAGES.index(last) + 1]
     with study.opened():
-        for stage in STAGES[: STAGES.index(last) + 1]:
-            getattr(study, stage)()
+        with joined(study.device):
+            for stage in stages:
+                if stage in SHARED_STAGES:
+                    getattr(study, stage)()
+        for stage in stages if first_process() else ():
+            if stage not in SHARED_STAGES:
+                getattr(study, stage)()
     return study.outputs
 
 
@@ -110,6 +120,7 @@ class Study:
                 self._capture_inputs(run),
                 [self._store_path(run), samples / run.name],
                 lambda run=run: self._capture_run(run),  # type: ignore[misc]
+                shared=True,
             )
 
     def controls(self) -> None:
@@ -134,7 +145,7 @@ class Study:
         self.journal.stage("controls", inputs, [path], work)
         for control in json.loads(path.read_text()):
             if not control["held"]:
-                tqdm.write(f"CONTROL DID NOT HOLD: {control['title']}: {control['detail']}")
+                say(f"CONTROL DID NOT HOLD: {control['title']}: {control['detail']}")
 
     def measure(self) -> None:
         """Needs: captures. Leaves: metrics/attention_metrics.zarr, .h5 and .csv, one row a map."""
@@ -253,7 +264,7 @@ class Study:
             write_report(outputs)
 
         self.journal.stage("report", inputs, left, work)
-        tqdm.write(f"open {page}; the same in words: {summary}")
+        say(f"open {page}; the same in words: {summary}")
 
     # ------------------------------------------------------------------------------------------- what they share
 
@@ -278,9 +289,9 @@ class Study:
         names = list(self.config.conditions)
         return "baseline" if "baseline" in names else names[0]
 
-    def opened(self) -> OutputsFolder:
-        """Makes the outputs folder this process's own for the length of a `with` block."""
-        return OutputsFolder(self.outputs, study_toml(self.config))
+    def opened(self) -> AbstractContextManager[None]:
+        """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
+        return OutputsFolder(self.outputs, study_toml(self.config)) if first_process() else nullcontext()
 
     def _store_path(self, run: Run) -> Path:
         return self.outputs / "captures" / f"{run.name}.zarr"
@@ -329,7 +340,8 @@ class Study:
             replace=True,
         )
         samples = self.outputs / "samples.zarr"
-        add_sample_maps(samples, run.name, model, self.data.test, self.sample_rows, device=self.device)
+        if Workers.current().first:
+            add_sample_maps(samples, run.name, model, self.data.test, self.sample_rows, device=self.device)
         return {"images": len(store.image_ids), "layers": len(store.layers)}
 
     def _controls(self) -> list[Control]:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
 from engine.outputs import OutputsFolder, resolve_device
-from engine.parallel import several_processes
 from engine.report.sweep import curves_png, evaluation_csv, history_html
 from engine.training import StudyData, image_kind, prepare_data, shared_hyperparameters
 from train.adapters import Init
@@ -27,6 +26,7 @@ from train.checkpoint import write_atomically
 from train.conditions import train_condition
 from train.errors import InputError
 from train.models import classifier_name, head_size
+from train.processes import several_processes
 from train.sweep import SweepPlan, sweep_rank
 
 __all__ = ["run_sweep"]

@@ -402,4 +402,4 @@ def _train_run(
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
     left = [path, sidecar_path(path), history_path(path)]
-    journal.stage(f"train {name} seed {seed}", inputs, left, work)
+    journal.stage(f"train {name} seed {seed}", inputs, left, work, shared=True)

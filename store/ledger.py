@@ -1,6 +1,6 @@
 """The ledger: one small file for each thing that is finished, beside the store.
 
-run.ledger/  lock                       held (flock) by the one writer
+run.ledger/  lock                       held (flock) by the one writer, or by those that share the store
              metadata.json              hashes of every zarr.json and of images/{id, label, regions}
              manifest.json              every file of the data set with its status
              batch_000000.json          hashes and sizes of every shard the batch filled (see `store.shards`)
@@ -21,14 +21,24 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from store.schema import StoreError
 from store.shards import PARTIAL, FileEntry, ShardError, describe_shard
 
-__all__ = ["PARTIAL", "Ledger", "LedgerError", "batch_name", "describe_file", "file_problem", "sync_directory"]
+__all__ = [
+    "PARTIAL",
+    "Ledger",
+    "LedgerError",
+    "Lock",
+    "batch_name",
+    "describe_file",
+    "file_problem",
+    "sync_directory",
+]
 
 
 class LedgerError(StoreError):
@@ -157,7 +167,7 @@ class Ledger:
         sync_directory(self.path)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[Lock]:
         """Be the store's only writer.
 
         Raises:
@@ -165,19 +175,75 @@ class Ledger:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a+", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise StoreError(
-                    f"{self.path} is locked: process {holder} is writing this store; "
-                    "wait for it to end, or write to another store"
-                ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            yield
+            lock = Lock(self.path, file)
+            lock.take(fcntl.LOCK_EX)
+            lock.sign(str(os.getpid()))
+            yield lock
+
+    @contextlib.contextmanager
+    def joined(self, run: str) -> Iterator[Lock]:
+        """Be one of the writers of a run that shares the store, as `Lock.share` named it.
+
+        Raises:
+            StoreError: the store is not shared, or is another run's by now.
+        """
+        with open(self.path / "lock", "a+", encoding="ascii") as file:
+            lock = Lock(self.path, file)
+            lock.take(fcntl.LOCK_SH)
+            if run not in lock.signature():
+                raise StoreError(f"{self.path} is not shared by the run that this process belongs to; start it anew")
+            yield lock
+
+
+class Lock:
+    """What keeps every other run from writing a store, as long as one process of this run lives.
+
+    Args:
+        path: the ledger's folder.
+        file: its file `lock`, open: the process id of the writer, then the name of the run that shares the store.
+    """
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self._path = path
+        self._file = file
+
+    def take(self, kind: int) -> None:
+        """Lock, exclusively or shared.
+
+        Raises:
+            StoreError: others hold it.
+        """
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder, *sharing = self.signature() or ["unknown"]
+            others = ", or one that it shares it with," if sharing else ""
+            raise StoreError(
+                f"{self._path} is locked: process {holder}{others} is writing this store; "
+                "wait for it to end, or write to another store"
+            ) from None
+
+    def share(self) -> str:
+        """Let other processes join; returns the name of the run, which they need. Nobody else may write meanwhile.
+
+        Raises:
+            StoreError: another writer was faster.
+        """
+        run = uuid.uuid4().hex
+        self.sign(f"{os.getpid()} {run}")
+        self.take(fcntl.LOCK_SH)
+        return run
+
+    def signature(self) -> list[str]:
+        """What the holder wrote."""
+        self._file.seek(0)
+        return self._file.read().split()
+
+    def sign(self, signature: str) -> None:
+        """Write who holds it."""
+        self._file.truncate(0)
+        self._file.write(f"{signature}\n")
+        self._file.flush()
 
 
 def _serialise(name: str, record: dict[str, Any]) -> bytes:

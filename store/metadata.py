@@ -89,7 +89,7 @@ class Metadata:
         except LedgerError:
             record = None
             found = read_attributes(root)
-        self._compare(root, found)
+        self._compare_attributes(root, found)
         damaged = {}
         if record is not None:
             problems = {file: file_problem(root, file, entry) for file, entry in record["files"].items()}
@@ -104,9 +104,13 @@ class Metadata:
                     self._repair_files(root, damaged, record["files"], rebuilt["files"], skeleton)
             finally:
                 shutil.rmtree(skeleton)
-        self._compare_images(root)
-        self._compare_biases(root)
+        self._compare_arrays(root)
         self._compare_manifest(ledger)
+
+    def compare(self, root: Path, ledger: Ledger) -> None:
+        """Check that the store is the one that would be created, as another process has just created or resumed it."""
+        self._compare_attributes(root, ledger.read("metadata")["attrs"])
+        self._compare_arrays(root)
 
     def _repair_record(self, root: Path, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
         """Write the ledger's record of the metadata again, if the files are what this capture would create."""
@@ -160,7 +164,7 @@ class Metadata:
             sync_directory(Path(folder))
         return skeleton
 
-    def _compare(self, root: Path, found: Mapping[str, Any]) -> None:
+    def _compare_attributes(self, root: Path, found: Mapping[str, Any]) -> None:
         if found.get("schema") != SCHEMA:
             raise StoreError(f"{root}: schema is {found.get('schema')!r}; this version writes {SCHEMA!r}")
         for key, expected in self.attrs.items():
@@ -171,7 +175,7 @@ class Metadata:
                     "capture into another store, or delete this one and its ledger"
                 )
 
-    def _compare_images(self, root: Path) -> None:
+    def _compare_arrays(self, root: Path) -> None:
         expected: dict[str, Array] = {
             "images/id": np.array(self.schema.image_ids, dtype=object),
             "images/label": self.labels,
@@ -192,7 +196,6 @@ class Metadata:
                     "capture into another store, or delete this one and its ledger"
                 )
 
-    def _compare_biases(self, root: Path) -> None:
         for path, (_, ours) in self.biases.items():
             if not np.array_equal(read_constant(root, path), ours):
                 raise StoreError(

@@ -4,6 +4,8 @@ A batch is committed in this order: its files closed and fsynced, their director
 record by temporary file, fsync and rename. A killed run therefore leaves committed batches and, at worst,
 files that no record names; the next run writes those again and ends with the same bytes.
 
+Several processes may write one store, each its own batches: one opens it and shares it, the others join.
+
 All of it happens in the background, so that the forward pass goes on: a layer is encoded while the next is computed.
 """
 
@@ -20,7 +22,7 @@ from typing import Any, Self
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, require_free_disk
 from store.commit import Committer, check_names, check_shape, float32, metric_values, sound_batches, sweep
 from store.encodings import resolve_encoding
-from store.ledger import Ledger, LedgerError, batch_name
+from store.ledger import Ledger, LedgerError, Lock, batch_name
 from store.metadata import Metadata
 from store.precisions import Array
 from store.schema import StoreError, StoreSchema, ledger_path, store_path
@@ -30,7 +32,7 @@ __all__ = ["AttentionWriter"]
 
 
 class AttentionWriter:
-    """The one writer of a store. Use `AttentionWriter.open`, as a context manager.
+    """The writer of a store, or one of those that share it. Use `AttentionWriter.open`, as a context manager.
 
         with AttentionWriter.open(path, schema, labels=labels, class_names=names) as writer:
             for batch in writer.missing:
@@ -44,13 +46,18 @@ class AttentionWriter:
         schema: its schema.
         committed: numbers of the batches that are committed and whose files still match their hashes.
             A damaged or missing shard is simply not among them, hence written again.
+        run: name of the run that shares the store; "" for the only writer.
     """
 
-    def __init__(self, path: Path, schema: StoreSchema, ledger: Ledger, resources: contextlib.ExitStack) -> None:
+    def __init__(
+        self, path: Path, schema: StoreSchema, ledger: Ledger, lock: Lock, resources: contextlib.ExitStack
+    ) -> None:
         self.path = path
         self.schema = schema
         self.committed: set[int] = set()
+        self.run = ""
         self._ledger = ledger
+        self._lock = lock
         self._resources = resources
         self._layers = {layer.layer: layer for layer in schema.layers} if schema.encoding else {}
         self._attention = {number: layer_arrays(schema, layer) for number, layer in self._layers.items()}
@@ -70,8 +77,9 @@ class AttentionWriter:
         manifest: dict[str, Any] | None = None,
         regions: Array | None = None,
         biases: Mapping[int, Any] | None = None,
+        join: str = "",
     ) -> Self:
-        """Create a store, or resume one whose schema is equal in every field.
+        """Create a store, resume one whose schema is equal in every field, or join its writer.
 
         Args:
             path: the store's folder; its ledger lies beside it.
@@ -81,36 +89,55 @@ class AttentionWriter:
             manifest: every file of the data set with its status, kept in the ledger.
             regions: float32 [image, region, patch], coverage of patches by the regions of `schema.regions`.
             biases: layer -> bias [1, head, query, key] of the layers whose bias is one for all images (encoding qk).
+            join: `run` of the writer to join, which shares the store. Each batch is one writer's: `missing` of the
+                first, dealt out. Only the first finishes, when the others have committed.
 
         Raises:
             StoreError: the store is being written by another process, is of another schema (the first key
                 that differs, with what was found and expected), has damaged metadata that cannot be rebuilt, is
-                not a store, or does not fit on the disk.
+                not a store, does not fit on the disk, or is not shared by the run to join.
         """
         root = store_path(path)
         fixed = Metadata(schema, labels, class_names, manifest, regions, biases)
         ledger = Ledger(ledger_path(root))
-        exists = root.exists() and not (root.is_dir() and not any(root.iterdir()))
-        if exists and not ledger.exists("metadata"):
+        if _is_there(root) and not ledger.exists("metadata"):  # before the lock's file is made: it stays untouched
             raise StoreError(
                 f"{root} exists but has no ledger at {ledger.path}; "
                 "give the path of a store with its ledger beside it, or one where nothing lies yet"
             )
         with contextlib.ExitStack() as resources:
             try:
-                resources.enter_context(ledger.locked())
-                writer = cls(root, schema, ledger, resources)
-                sweep(root, ledger)
-                if exists:
-                    fixed.resume(root, ledger)
-                    writer.committed = _drop_unsound(root, ledger, schema)
-                require_free_disk(root, schema, schema.num_batches - len(writer.committed))
-                if not exists:
-                    fixed.create(root, ledger)
+                lock = resources.enter_context(ledger.joined(join) if join else ledger.locked())
+                writer = cls(root, schema, ledger, lock, resources)
+                if join:
+                    writer.run = join
+                    fixed.compare(root, ledger)
+                else:
+                    writer._prepare(fixed)
             except OSError as error:
                 raise StoreError(f"{root} cannot be opened for writing: {error}") from error
             writer._resources = resources.pop_all()
         return writer
+
+    def _prepare(self, fixed: Metadata) -> None:
+        """Make the store, or find out what of it holds."""
+        root, ledger, schema = self.path, self._ledger, self.schema
+        exists = _is_there(root)
+        sweep(root, ledger)
+        if exists:
+            fixed.resume(root, ledger)
+            self.committed = _drop_unsound(root, ledger, schema)
+        require_free_disk(root, schema, schema.num_batches - len(self.committed))
+        if not exists:
+            fixed.create(root, ledger)
+
+    def share(self) -> None:
+        """Let other processes join, to write batches of their own: they give `run` to `open`.
+
+        Raises:
+            StoreError: another writer was faster.
+        """
+        self.run = self._lock.share()
 
     @property
     def missing(self) -> list[int]:
@@ -213,6 +240,7 @@ class AttentionWriter:
             StoreError: batches are missing, or the disk failed or is full.
         """
         self.flush()
+        self.committed.update(batch for batch in self.missing if self._ledger.exists(batch_name(batch)))  # by others
         if self.missing:
             raise StoreError(
                 f"{self.path} is not complete: {len(self.missing)} of {self.schema.num_batches} batches are missing, "
@@ -240,6 +268,11 @@ class AttentionWriter:
                 self.flush()
         finally:
             self.close()
+
+
+def _is_there(root: Path) -> bool:
+    """Whether anything but an empty folder has the store's name."""
+    return root.exists() and not (root.is_dir() and not any(root.iterdir()))
 
 
 def _drop_unsound(root: Path, ledger: Ledger, schema: StoreSchema) -> set[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,53 +16,73 @@ import torch
 from engine.run import main
 from tests.miniatures import write_sports100
 from train.checkpoint import read_checkpoint, read_metadata
-from train.parallel import Workers
+from train.parallel import Tally, Workers
 
 WORKER = """
-import json, sys
-from datetime import timedelta
+import json, os, sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
 
-from train.parallel import Workers
+from train.parallel import Tally, joined
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-store = distributed.FileStore(str(folder / "store"), 2)
-distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-workers = Workers.current()
-first, second = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
-if rank == 0:
-    first.grad = torch.full((2, 3), 1.5)
-workers.sum_gradients([first, second]) if rank == 0 else None
-if rank == 1:
-    first.grad, second.grad = torch.ones(2, 3), torch.arange(4.0)
+with joined("cpu") as workers:
+    rank = workers.rank
+    first, second = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
+    if rank == 0:
+        first.grad = torch.full((2, 3), 1.5)
+    else:
+        first.grad, second.grad = torch.ones(2, 3), torch.arange(4.0)
     workers.sum_gradients([first, second])
-found = {
-    "sum": workers.add_up(torch.tensor([1.0 + rank, 10.0])).tolist(),
-    "tell": [workers.tell(rank == 0), workers.tell(rank == 1)],
-    "gradients": [first.grad.tolist(), second.grad.tolist()],
-    "share": workers.share(np.arange(5)).tolist(),
-    "one": workers.share(np.arange(1)).tolist(),
-}
-workers.wait()
-(folder / f"{rank}.json").write_text(json.dumps(found))
-distributed.destroy_process_group()
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    model.register_buffer("mask", torch.rand(5) > 0.5)
+    model.register_parameter("transposed", torch.nn.Parameter(torch.rand(3, 2).T))
+    workers.share_weights(model)
+    tally = Tally(workers, "images")
+    counted = tally.add(rank + 1)
+    workers.wait()
+    found = {
+        "sum": workers.add_up(torch.tensor([1.0 + rank, 10.0])).tolist(),
+        "tell": [workers.tell(rank), workers.tell({"é": [rank, None]})],
+        "gather": workers.gather(["x" * (3 + 100 * rank), rank]),
+        "gradients": [first.grad.tolist(), second.grad.tolist()],
+        "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "share": workers.share(np.arange(5)).tolist(),
+        "one": workers.share(np.arange(1)).tolist(),
+        "deal": [workers.deal([7, 8, 9]), workers.deal([7])],
+        "tally": [counted, tally.add(0)],
+    }
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
 """
 
 
-def test_workers_share_images_and_sum_gradients(tmp_path: Path) -> None:
-    processes = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)]) for rank in range(2)]
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_workers_divide_and_tell(tmp_path: Path) -> None:
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], env=os.environ | group | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for found in (first, second):
         assert found["sum"] == [3.0, 20.0]
-        assert found["tell"] == [True, False]
+        assert found["tell"] == [0, {"é": [0, None]}]
+        assert found["gather"] == [["xxx", 0], ["x" * 103, 1]]
         assert found["gradients"] == [[[2.5] * 3] * 2, [0.0, 1.0, 2.0, 3.0]]
+        assert found["tally"][1] == 3
+    assert first["weights"] == second["weights"]
     assert first["share"] + second["share"] == [0, 1, 2, 3, 4]
     assert sorted([first["one"], second["one"]]) == [[], [0]]
+    assert (first["deal"], second["deal"]) == ([[7, 9], [7]], [[8], []])
+    assert 3 in (first["tally"][0], second["tally"][0])
 
 
 def test_one_process_is_its_own_worker() -> None:
@@ -68,6 +90,11 @@ def test_one_process_is_its_own_worker() -> None:
     assert single == Workers(0, 1)
     assert single.first
     assert single.add_up(torch.tensor([2.0])).tolist() == [2.0]
+    assert single.tell("this") == "this"
+    assert single.gather("this") == ["this"]
+    assert single.deal([1, 2]) == [1, 2]
+    tally = Tally(single, "images")
+    assert [tally.add(2), tally.add(3)] == [2, 5]
     np.testing.assert_array_equal(single.share(np.arange(3)), np.arange(3))
 
 

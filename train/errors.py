@@ -1,6 +1,6 @@
 """The errors of training: what a user caused and can mend, and what a run met on its way."""
 
-__all__ = ["DamagedFileError", "InputError", "TrainingDivergedError"]
+__all__ = ["DamagedFileError", "InputError", "TrainingDivergedError", "WorkerLostError"]
 
 
 class InputError(ValueError):
@@ -16,3 +16,7 @@ class DamagedFileError(InputError):
 
 class TrainingDivergedError(RuntimeError):
     """The loss or the gradient is NaN or infinite; the message names the step and its images."""
+
+
+class WorkerLostError(RuntimeError):
+    """Another of the processes that work together has ended; what was finished stays."""
