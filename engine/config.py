@@ -193,6 +193,7 @@ class MeasureConfig:
     backend: str = _key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
     store: str = _key("", "measure: the store to read")
     against: str = _key("", "measure: the second condition's store, which pair metrics compare with")
+    scheduler: str = _key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.chosen_metrics import load_metrics, metric_parameters
+from engine.cluster import connected
 from engine.progress import ImageProgress
-from engine.stored import StoredMeasurement
+from engine.stored import Batches, StoredMeasurement
 from kernels import MetricSpec, resolve
 from store import AttentionStore, MetricWriter, has_metric
 from store.arrays import attention_arrays
@@ -20,7 +22,9 @@ from train.errors import InputError
 __all__ = ["measure_store", "missing_metrics", "stored_parameters"]
 
 
-def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Path | None = None) -> AttentionStore:
+def measure_store(
+    path: Path, metrics: Sequence[str], backend: str, against: Path | None = None, scheduler: str = ""
+) -> AttentionStore:
     """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
 
     Every thread decodes some images of a layer and measures them while others do the same with the next; values are
@@ -31,6 +35,7 @@ def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Pat
         metrics: names or `module:name`.
         backend: see `kernels.resolve`.
         against: the second condition's store, for pair metrics: the same images, layers and heads.
+        scheduler: address of a Dask scheduler whose workers measure; "": this process does.
 
     Returns:
         The store, with every metric's values in it.
@@ -39,6 +44,7 @@ def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Pat
         InputError: a metric that the stores cannot give: no maps were stored, there are no regions, no second store
             was named for a pair metric, or it is not over the same images and layers.
         StoreError: a store is not there or damaged.
+        ClusterError: the cluster failed; see `engine.cluster`.
     """
     store = AttentionStore.open(path)
     chosen = resolve(backend, "cpu").name
@@ -59,14 +65,19 @@ def measure_store(path: Path, metrics: Sequence[str], backend: str, against: Pat
     parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     measurement = StoredMeasurement(store, other, missing, chosen)
-    with MetricWriter.open(path, parameters, region_metrics=needing) as writer:
+    with contextlib.ExitStack() as resources:
+        measure_batches: Batches = measurement.batches
+        if scheduler:
+            named = dict(zip((spec.name for spec in load_metrics(metrics)), metrics, strict=True))
+            measure_batches = resources.enter_context(connected(scheduler, measurement, named))
+        writer = resources.enter_context(MetricWriter.open(path, parameters, region_metrics=needing))
         rows = {batch: store.schema.batch_rows(batch) for batch in writer.missing}
         todo = {batch: names for batch, names in writer.missing.items() if images[rows[batch]].all()}
         total = sum(rows[batch].stop - rows[batch].start for batch in todo)
         masked = 0
         image_bytes = sum(array.row_bytes for array in attention_arrays(store.schema))
         with ImageProgress(f"measure {path.name}", total, 0, image_bytes) as progress:
-            for batch, found in measurement.batches(todo):
+            for batch, found in measure_batches(todo):
                 writer.write_batch(batch, found.values, found.undefined)
                 progress.update(rows[batch].stop - rows[batch].start)
                 masked += found.masked

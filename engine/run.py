@@ -82,7 +82,7 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
     if not missing:
         print(f"{path} holds {', '.join(config.measure.metrics)} already")
         return 0
-    measure_store(path, config.measure.metrics, config.measure.backend, against)
+    measure_store(path, config.measure.metrics, config.measure.backend, against, config.measure.scheduler)
     print(f"{path}: measured {', '.join(missing)}")
     return 0
 
@@ -160,7 +160,12 @@ COMMANDS: dict[str, Command] = {
     "measure": Command(
         "metrics of a stored capture; needs neither model nor images",
         _measure,
-        flags={"--store": "measure.store", "--metrics": "measure.metrics", "--against": "measure.against"},
+        flags={
+            "--store": "measure.store",
+            "--metrics": "measure.metrics",
+            "--against": "measure.against",
+            "--scheduler": "measure.scheduler",
+        },
         defaults={"data.kind": "folder"},  # the metrics of any study, not those of the embedded one
         required=("--store",),
     ),
@@ -252,7 +257,9 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if isinstance(error, TrainingDivergedError | WorkerLostError):
         return 1
-    store, kernels = sys.modules.get("store"), sys.modules.get("kernels")
+    store, kernels, cluster = (sys.modules.get(name) for name in ("store", "kernels", "engine.cluster"))
+    if cluster is not None and isinstance(error, cluster.ClusterError):
+        return 1
     if store is not None and isinstance(error, store.StoreError):
         return 1
     if kernels is not None and isinstance(error, kernels.InvalidAttentionError | kernels.BackendUnavailableError):

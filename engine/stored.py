@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -19,7 +19,7 @@ from store import AttentionStore, Factors
 from store.arrays import layer_arrays
 from store.encodings import softmax_maps
 
-__all__ = ["BatchValues", "StoredMeasurement", "Unit"]
+__all__ = ["BatchValues", "Batches", "StoredMeasurement", "Unit"]
 
 # Decoded at once by each thread, if a chunk is not more. A call costs half a millisecond with cold caches: at 4 images
 # of ViT-B/16 that was a third of the kernel's own time, at 32 (30 MB) a thirtieth.
@@ -43,6 +43,10 @@ class BatchValues:
     values: dict[str, np.ndarray]
     undefined: dict[str, np.ndarray]
     masked: int
+
+
+# Measures batches, given batch -> names of metrics.
+Batches = Callable[[Mapping[int, Sequence[str]]], Iterator[tuple[int, BatchValues]]]
 
 
 @dataclass(frozen=True, slots=True)
