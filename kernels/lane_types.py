@@ -35,6 +35,7 @@ __all__ = [
     "floats",
     "floor",
     "fused",
+    "items_of",
     "masked",
     "order",
     "splatted",
@@ -189,10 +190,17 @@ def masked(builder: Any, kind: Any, mask: Any, value: Any) -> Any:
     return as_floats(builder, kind, builder.and_(mask, bits(builder, kind, value)))
 
 
+def items_of(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """Pointer to the first item of an array, or of what `kernels.lanes.memory` left of it."""
+    if isinstance(array_type, types.CPointer):
+        return array
+    return context.make_array(array_type)(context, builder, array).data
+
+
 def address(context: Any, builder: Any, array_type: Any, array: Any, position: Any, vector: Any) -> Any:
     """Pointer to a vector at array[position]."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [position]), vector.as_pointer())
+    items = items_of(context, builder, array_type, array)
+    return builder.bitcast(builder.gep(items, [position]), vector.as_pointer())
 
 
 def widened(context: Any, builder: Any, kind: Any, array_type: Any, array: Any, position: Any) -> Any:

@@ -7,7 +7,8 @@ only: sixteen lanes on a CPU with AVX-512 (F, DQ, BW, VL), eight on one with AVX
 
 What makes lanes takes `SIXTEEN` or `EIGHT` first; what is made of them knows its width by its type.
 
-Arrays are float32, uint16 (the bits of float16) or int16 (those of bfloat16), contiguous; positions count items.
+Arrays are float32, uint16 (the bits of float16) or int16 (those of bfloat16), contiguous; positions count items. Loops
+that run once a row take their `memory`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from kernels.lane_types import (
     floats,
     floor,
     fused,
+    items_of,
     masked,
     order,
     splatted,
@@ -60,6 +62,7 @@ __all__ = [
     "lanes_of",
     "load",
     "mantissa",
+    "memory",
     "next_lane",
     "prefetch",
     "splat",
@@ -83,6 +86,20 @@ def lanes_of(typing: Any, width: Any) -> Any:
         return context.get_constant(types.int64, width.lanes)
 
     return types.int64(width), generate
+
+
+@_intrinsic
+def memory(typing: Any, array: Any) -> Any:
+    """An array's memory, in its place wherever an array is taken here.
+
+    Compiled code counts an array's references, and not always in vain: four up and four down for each row of a map,
+    all threads on the same counters. Memory is not counted: whoever calls must hold the array meanwhile.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return items_of(context, builder, signature.args[0], arguments[0])
+
+    return types.CPointer(array.dtype)(array), generate
 
 
 @_intrinsic
@@ -131,7 +148,7 @@ def prefetch(typing: Any, array: Any, position: Any) -> Any:
     """Asks for the cache line of array[position], which need not lie within the array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        data = items_of(context, builder, signature.args[0], arguments[0])
         place = builder.bitcast(builder.gep(data, [arguments[1]]), I8.as_pointer())
         to_read, keep_close, of_data = (ir.Constant(I32, value) for value in (0, 3, 1))
         call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, to_read, keep_close, of_data])
@@ -393,7 +410,7 @@ def _dot_tile(rows: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, keys, key_at, queries, query_at, depth, tile, at = arguments
             _, key_type, _, query_type, _, _, tile_type, _ = signature.args
-            key_data = context.make_array(key_type)(context, builder, keys).data
+            key_data = items_of(context, builder, key_type, keys)
             index, vector = depth.type, vector_of(F32, kind)
             sums = [cgutils.alloca_once_value(builder, floats(kind, 0.0)) for _ in range(rows)]
             with cgutils.for_range(builder, depth) as loop:

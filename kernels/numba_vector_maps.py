@@ -7,7 +7,10 @@ takes depends on that row alone.
 
 Moran's I is centred by the mean known beforehand, (1 − prefix mass)/N, and the small rest δ of the mean is taken out
 of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(z−δ)(z'−δ) = Σzz' − δ Σ deg z + δ²E. Where
-that would cancel nine tenths of Σz² or more, the row is out of the ordinary.
+that would cancel nine tenths of Σz² or more, the row is out of the ordinary. Σx is Σz plus N times that mean.
+
+What a register of the row costs decides: one prefetch for each of them, in place of one for each cache line, took a
+quarter of the time, the counting of array references by the row (see `kernels.lanes.memory`) a tenth.
 
 log2 is good to 1.9e-6 (degree 6 on [1, 2)), a least-squares fit reweighted until its greatest error was least.
 """
@@ -32,6 +35,7 @@ from kernels.lanes import (
     lanes_of,
     load,
     mantissa,
+    memory,
     next_lane,
     prefetch,
     splat,
@@ -61,7 +65,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any value whose own weighs something
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _block_sums(
     width: Any,
     buffer: Any,
@@ -71,25 +75,24 @@ def _block_sums(
     rows: Any,
     distances: Any,
     at: Any,
+    pitch: Any,
     degrees: Any,
     col: Any,
     in_next_block: Any,
 ) -> Any:
     """The sums of `_row_sums`, lane by lane, over the grid columns of one register from `col` on; then the signs."""
-    pitch, lanes = degrees.size, lanes_of(width)
+    lanes = lanes_of(width)
     inner = first(width, min(cols - col - 1, lanes))  # lanes with a neighbour to the right
     nothing, tiny, centre = splat(width, _ZERO), splat(width, _TINY), splat(width, mean)
     c1, c2, c3 = splat(width, _L1), splat(width, _L2), splat(width, _L3)
     c4, c5, c6 = splat(width, _L4), splat(width, _L5), splat(width, _L6)
-    total, far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing, nothing
+    far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing
     above = nothing
     top = load(width, buffer, begin + col) - centre
     here, there = begin + col, at + col
     for _ in range(rows):
-        prefetch(buffer, here + _AHEAD)
         x = load(width, buffer, here)
         signs = either(signs, x)
-        total = total + x
         far = fma(x, load(width, distances, there), far)
         safe = x + tiny
         part = mantissa(safe)
@@ -110,12 +113,12 @@ def _block_sums(
     degree = fma(rest, load(width, degrees, col), nothing) - top - above
     mask = first(width, min(cols - col, lanes))
     return (
-        *(keep(mask, total), keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
+        *(keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
         *(keep(mask, degree), keep(mask, cross), keep(mask, signs)),
     )
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _row_sums(
     width: Any,
     buffer: Any,
@@ -125,64 +128,82 @@ def _row_sums(
     rows: Any,
     distances: Any,
     at: Any,
+    pitch: Any,
     degrees: Any,
     sums: Any,
     out_at: Any,
-) -> None:
-    """Writes (Σ x, Σ x·d, Σ x·(log2 x − _L0), Σ z, Σ z², Σ deg·z, Σ z·z' over edges, 0) of one row to `sums`.
+) -> Any:
+    """Writes (Σ z, Σ x·d, Σ x·(log2 x − _L0), Σ z², Σ deg·z, Σ z·z' over edges, 0, 0) of one row to `sums`.
 
-    `degrees` [col] are the neighbours of a patch in an inner grid row. Σ x is NaN where a sign bit is set.
+    `degrees` [col] are the neighbours of a patch in an inner grid row. Returns whether a sign bit is set.
     """
     lanes, zero = lanes_of(width), splat(width, _ZERO)
     if cols <= lanes:
-        total, far, weighted, rest, square, degree, cross, signs = _block_sums(
-            width, buffer, begin, mean, cols, rows, distances, at, degrees, 0, False
+        far, weighted, rest, square, degree, cross, signs = _block_sums(
+            width, buffer, begin, mean, cols, rows, distances, at, pitch, degrees, 0, False
         )
-        store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, zero))
-        if holds_sign(signs):
-            sums[out_at] = np.nan
-        return
-    total, far, weighted, rest, square, degree, cross, signs = _block_sums(
-        width, buffer, begin, mean, cols, rows, distances, at, degrees, 0, True
+        store(sums, out_at, sums_of_eight(rest, far, weighted, square, degree, cross, zero, zero))
+        return holds_sign(signs)
+    far, weighted, rest, square, degree, cross, signs = _block_sums(
+        width, buffer, begin, mean, cols, rows, distances, at, pitch, degrees, 0, True
     )
     for col in range(lanes, cols, lanes):
-        more = _block_sums(width, buffer, begin, mean, cols, rows, distances, at, degrees, col, col + lanes < cols)
-        total, far, weighted, rest = total + more[0], far + more[1], weighted + more[2], rest + more[3]
-        square, degree, cross = square + more[4], degree + more[5], cross + more[6]
-        signs = either(signs, more[7])
-    store(sums, out_at, sums_of_eight(total, far, weighted, rest, square, degree, cross, zero))
-    if holds_sign(signs):
-        sums[out_at] = np.nan
+        more = _block_sums(
+            width, buffer, begin, mean, cols, rows, distances, at, pitch, degrees, col, col + lanes < cols
+        )
+        far, weighted, rest, square = far + more[0], weighted + more[1], rest + more[2], square + more[3]
+        degree, cross, signs = degree + more[4], cross + more[5], either(signs, more[6])
+    store(sums, out_at, sums_of_eight(rest, far, weighted, square, degree, cross, zero, zero))
+    return holds_sign(signs)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _map_sums(
-    width: Any, buffer: Any, start: Any, row_stride: Any, shape: Any, tables: Any, wide: Any, head: Any, sums: Any
+    width: Any,
+    buffer: Any,
+    start: Any,
+    row_stride: Any,
+    shape: Any,
+    tables: Any,
+    wide: Any,
+    at_end: Any,
+    head: Any,
+    sums: Any,
 ) -> None:
-    """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query]."""
+    """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query].
+
+    Σ z is NaN where a sign bit is set. `at_end` is a row and a register long, for rows at the end of the memory, beyond
+    which whole registers would reach.
+    """
     prefix, _, cols, _ = shape
-    distances, degrees = wide
     patches = tables[1].size
-    rows = patches // cols
-    tokens = prefix + patches
-    at_end = np.zeros(tokens + lanes_of(width), buffer.dtype)
+    rows, tokens = patches // cols, prefix + patches
+    distances, degrees, pitch = memory(wide[0]), memory(wide[1]), wide[1].size
+    stored, last, to = memory(buffer), memory(at_end), memory(sums)
+    line = 64 // buffer.itemsize  # of a cache
     for patch in range(patches):
         begin = start + (prefix + patch) * row_stride
         row, col = patch // cols, patch % cols
-        at = (col * (2 * rows - 1) + rows - 1 - row) * degrees.size
+        at = (col * (2 * rows - 1) + rows - 1 - row) * pitch
         if begin + at_end.size <= buffer.size:
-            head[patch] = _prefix_sum(width, buffer, begin, prefix)
+            for i in range(begin, begin + tokens, line):
+                prefetch(stored, i + _AHEAD)
+            head[patch] = _prefix_sum(width, stored, begin, prefix)
             mean = (_ONE - head[patch]) / np.float32(patches)
-            _row_sums(width, buffer, begin + prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
-        else:  # whole registers would reach beyond the memory
+            negative = _row_sums(
+                width, stored, begin + prefix, mean, cols, rows, distances, at, pitch, degrees, to, 8 * patch
+            )
+        else:
             for i in range(tokens):
                 at_end[i] = buffer[begin + i]
-            head[patch] = _prefix_sum(width, at_end, 0, prefix)
+            head[patch] = _prefix_sum(width, last, 0, prefix)
             mean = (_ONE - head[patch]) / np.float32(patches)
-            _row_sums(width, at_end, prefix, mean, cols, rows, distances, at, degrees, sums, 8 * patch)
+            negative = _row_sums(width, last, prefix, mean, cols, rows, distances, at, pitch, degrees, to, 8 * patch)
+        if negative:
+            sums[8 * patch] = np.nan
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _prefix_sum(width: Any, buffer: Any, begin: Any, prefix: Any) -> Any:
     """The mass on the prefix; NaN where a value is negative."""
     total = _ZERO
@@ -192,22 +213,22 @@ def _prefix_sum(width: Any, buffer: Any, begin: Any, prefix: Any) -> Any:
     return total
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums: Any, done: Any, out: Any) -> None:
     """Writes the core metrics of the rows whose sums allow it, and which those are to `done` [patch query]."""
     num_edges = np.float32(shape[3])
     rows, mass = out[0], out[1]
     n = np.float32(head.size)
     for patch in range(head.size):
-        total, far, weighted, rest, square, degree, cross = (
+        rest, far, weighted, square, degree, cross = (
             sums[8 * patch],
             sums[8 * patch + 1],
             sums[8 * patch + 2],
             sums[8 * patch + 3],
             sums[8 * patch + 4],
             sums[8 * patch + 5],
-            sums[8 * patch + 6],
         )
+        total = rest + n * ((_ONE - head[patch]) / n)  # z are the values less the mean that was expected
         moran, trusted = moran_of_sums(rest, square, degree, cross, n, num_edges)
         # A sum that is NaN or infinite fails the comparisons too.
         done[patch] = trusted and total >= np.float32(1e-3) and abs(head[patch] + total - _ONE) <= tolerance
@@ -220,37 +241,6 @@ def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums
                 rows[1, m, patch] = max(nat, _ZERO)
             if needs & MORAN:
                 rows[2, m, patch] = moran
-
-
-@njit(**OPTIONS)
-def _attention_map(
-    width: Any,
-    buffer: Any,
-    kind: Any,
-    m: Any,
-    start: Any,
-    row_stride: Any,
-    shape: Any,
-    tables: Any,
-    wide: Any,
-    tolerance: Any,
-    needs: Any,
-    out: Any,
-) -> None:
-    """Map `m`, which starts at buffer[start]: the core by its sums, and row by row what they cannot tell."""
-    prefix, patches = shape[0], tables[1].size
-    head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
-    done = np.empty(patches, np.bool_)
-    scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
-    _map_sums(width, buffer, start, row_stride, shape, tables, wide, head, sums)
-    _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
-    stored = stored_bits(buffer)
-    for q in range(prefix + patches):
-        ordinary = q >= prefix and done[q - prefix]
-        left = needs & ~CORE if ordinary else needs
-        if left or not ordinary:
-            begin = start + q * row_stride
-            attention_row(stored, begin, kind, m, q, shape, tables, tolerance, left, scratch, out)
 
 
 @lru_cache(maxsize=2)
@@ -276,8 +266,22 @@ def attention_pass(width: Width) -> Any:
     ) -> None:
         _ = of
         buffer, starts, row_stride = maps
+        prefix, patches = shape[0], tables[1].size
+        # Of one map after the other.
+        head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
+        at_end = np.zeros(prefix + patches + lanes_of(width), buffer.dtype)
+        done = np.empty(patches, np.bool_)
+        scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
+        stored = stored_bits(buffer)
         for m in range(begin, end):
             clear_map(m, needs, out)
-            _attention_map(width, buffer, kind, m, starts[m], row_stride, shape, tables, wide, tolerance, needs, out)
+            _map_sums(width, buffer, starts[m], row_stride, shape, tables, wide, at_end, head, sums)
+            _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
+            for q in range(prefix + patches):  # what the sums cannot tell
+                ordinary = q >= prefix and done[q - prefix]
+                left = needs & ~CORE if ordinary else needs
+                if left or not ordinary:
+                    at = starts[m] + q * row_stride
+                    attention_row(stored, at, kind, m, q, shape, tables, tolerance, left, scratch, out)
 
     return attention
