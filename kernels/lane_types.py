@@ -191,9 +191,7 @@ def masked(builder: Any, kind: Any, mask: Any, value: Any) -> Any:
 
 
 def items_of(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
-    """Pointer to the first item of an array, or of what `kernels.lanes.memory` left of it."""
-    if isinstance(array_type, types.CPointer):
-        return array
+    """Pointer to the first item of an array."""
     return context.make_array(array_type)(context, builder, array).data
 
 

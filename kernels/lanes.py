@@ -7,8 +7,7 @@ only: sixteen lanes on a CPU with AVX-512 (F, DQ, BW, VL), eight on one with AVX
 
 What makes lanes takes `SIXTEEN` or `EIGHT` first; what is made of them knows its width by its type.
 
-Arrays are float32, uint16 (the bits of float16) or int16 (those of bfloat16), contiguous; positions count items. Loops
-that run once a row take their `memory`.
+Arrays are float32, uint16 (the bits of float16) or int16 (those of bfloat16), contiguous; positions count items.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ __all__ = [
     "lanes_of",
     "load",
     "mantissa",
-    "memory",
     "next_lane",
     "prefetch",
     "splat",
@@ -86,20 +84,6 @@ def lanes_of(typing: Any, width: Any) -> Any:
         return context.get_constant(types.int64, width.lanes)
 
     return types.int64(width), generate
-
-
-@_intrinsic
-def memory(typing: Any, array: Any) -> Any:
-    """An array's memory, in its place wherever an array is taken here.
-
-    Compiled code counts an array's references, and not always in vain: four up and four down for each row of a map,
-    all threads on the same counters. Memory is not counted: whoever calls must hold the array meanwhile.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return items_of(context, builder, signature.args[0], arguments[0])
-
-    return types.CPointer(array.dtype)(array), generate
 
 
 @_intrinsic

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.numba_math import CALLED_FROM_PYTHON, LOG2_E, OPTIONS, load_row, rescale, sources
+from kernels.numba_math import CALLED_FROM_PYTHON, LOG2_E, OPTIONS, hold, lent, load_row, rescale, sources
 from kernels.numba_rows import (
     attention_row,
     checked_row,
@@ -28,7 +28,7 @@ from kernels.numba_rows import (
 __all__ = ["passes"]
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _logits_of_four(q: Any, kt: Any, out: Any) -> Any:
     """out = q·kᵀ for four queries [4, dim] and all keys kt [dim, token]; dim is a multiple of 4.
 
@@ -51,7 +51,7 @@ def _logits_of_four(q: Any, kt: Any, out: Any) -> Any:
             out3[j] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _qk_map(
     m: Any,
     queries: Any,
@@ -76,15 +76,16 @@ def _qk_map(
     bias_buffer, bias_start, bias_stride = bias
     log2_e = dtype.type(LOG2_E)
     padded = (head_dim + 3) // 4 * 4
-    vector = np.empty(head_dim, dtype)
-    kt = np.zeros((padded, tokens), dtype)
+    made = (
+        (np.empty(head_dim, dtype), np.zeros((padded, tokens), dtype)),
+        (np.zeros((4, padded), dtype), np.empty((4, tokens), dtype)),
+        (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype)),
+    )
+    (vector, kt), (four, logits), scratch = lent(made)
     for token in range(tokens):
         load_row(k_buffer, k_start + token * k_stride, kind, vector)
         for i in range(head_dim):
             kt[i, token] = vector[i]
-    four = np.zeros((4, padded), dtype)
-    logits = np.empty((4, tokens), dtype)
-    scratch = (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype))
     for begin in range(0, tokens, 4):
         size = min(4, tokens - begin)
         for row in range(size):
@@ -99,6 +100,7 @@ def _qk_map(
                 for i in range(tokens):
                     line[i] += bias_buffer[start + i] * log2_e
             qk_row(line, m, begin + row, shape, tables, needs, scratch, out)
+    hold(made)
 
 
 @lru_cache(maxsize=1)
@@ -115,15 +117,17 @@ def passes() -> SimpleNamespace:
         maps: Any, kind: Any, shape: Any, tables: Any, tolerance: Any, needs: Any, out: Any, begin: Any, end: Any
     ) -> None:
         _ = of
-        buffer, starts, row_stride = maps
-        prefix, (offsets, has_right) = shape[0], tables
+        (buffer, starts, row_stride), near, into = lent(maps), lent(tables), lent(out)
+        prefix, (offsets, has_right) = shape[0], near
         patches, dtype = has_right.size, offsets.dtype
-        scratch = (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype))
+        made = (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype))
+        scratch = lent(made)
         for m in range(begin, end):
-            clear_map(m, needs, out)
+            clear_map(m, needs, into)
             for q in range(prefix + patches):
                 at = starts[m] + q * row_stride
-                attention_row(buffer, at, kind, m, q, shape, tables, tolerance, needs, scratch, out)
+                attention_row(buffer, at, kind, m, q, shape, near, tolerance, needs, scratch, into)
+        hold(made)
 
     @njit(**CALLED_FROM_PYTHON)
     def qk(
@@ -140,13 +144,15 @@ def passes() -> SimpleNamespace:
         end: Any,
     ) -> None:
         _ = of
-        factor = tables[0].dtype.type(scale * LOG2_E)  # logits in binary logarithms, for 2^t
+        of_queries, of_keys, added = lent(queries), lent(keys), lent(bias)
+        near, into = lent(tables), lent(out)
+        factor = near[0].dtype.type(scale * LOG2_E)  # logits in binary logarithms, for 2^t
         for m in range(begin, end):
-            clear_map(m, needs, out)
-            of_query = (queries[0], queries[1][m], queries[2], queries[3])
-            of_key = (keys[0], keys[1][m], keys[2], keys[3])
-            of_bias = (bias[0], bias[1][m] if bias[1].size > 0 else -1, bias[2])
-            _qk_map(m, of_query, of_key, kind, factor, of_bias, shape, tables, needs, out)
+            clear_map(m, needs, into)
+            of_query = (of_queries[0], of_queries[1][m], of_queries[2], of_queries[3])
+            of_key = (of_keys[0], of_keys[1][m], of_keys[2], of_keys[3])
+            of_bias = (added[0], added[1][m] if added[1].size > 0 else -1, added[2])
+            _qk_map(m, of_query, of_key, kind, factor, of_bias, shape, near, needs, into)
 
     @njit(**CALLED_FROM_PYTHON)
     def pair(
@@ -155,13 +161,15 @@ def passes() -> SimpleNamespace:
         """Every row of every map in two conditions: js [map, patch query], valid [map, query]."""
         _ = of
         patches = js.shape[1]
-        head, x, y = np.empty(prefix, js.dtype), np.empty(patches, js.dtype), np.empty(patches, js.dtype)
+        (one_buffer, one_starts, one_stride), (two_buffer, two_starts, two_stride) = lent(one), lent(two)
+        made = (np.empty(prefix, js.dtype), np.empty(patches, js.dtype), np.empty(patches, js.dtype))
+        head, x, y = lent(made)
         for m in range(begin, end):
             for q in range(prefix + patches):
-                at = one[1][m] + q * one[2]
-                _, one_total, one_valid = checked_row(one[0], at, kind, head, x, tolerance)
-                at = two[1][m] + q * two[2]
-                _, two_total, two_valid = checked_row(two[0], at, kind, head, y, tolerance)
+                at = one_starts[m] + q * one_stride
+                _, one_total, one_valid = checked_row(one_buffer, at, kind, head, x, tolerance)
+                at = two_starts[m] + q * two_stride
+                _, two_total, two_valid = checked_row(two_buffer, at, kind, head, y, tolerance)
                 if not (one_valid and two_valid):
                     valid[m, q] = False
                 elif q >= prefix and one_total > 0 and two_total > 0:
@@ -170,6 +178,7 @@ def passes() -> SimpleNamespace:
                     if two_total < 1e-3:
                         two_total = rescale(y, two_total)
                     js[m, q - prefix] = row_js_divergence(x, one_total, y, two_total)
+        hold(made)
 
     @njit(**CALLED_FROM_PYTHON)
     def maps_morans_i(maps: Any, has_right: Any, grid_cols: Any, num_edges: Any, out: Any) -> None:

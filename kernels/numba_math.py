@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
 __all__ = [
     "BFLOAT16",
@@ -26,7 +27,9 @@ __all__ = [
     "LOG2_E",
     "OPTIONS",
     "exp2",
+    "hold",
     "holds_negative",
+    "lent",
     "load_row",
     "log2",
     "phi_series",
@@ -36,6 +39,8 @@ __all__ = [
     "sum_double",
     "sum_row",
 ]
+
+_intrinsic: Any = intrinsic  # what it makes is not a function to a type checker
 
 # How the input's bits are read.
 FLOAT, FLOAT16, BFLOAT16 = 0, 1, 2
@@ -62,6 +67,44 @@ def sources() -> str:
     folder = Path(__file__).parent
     names = ("lane_types", "lanes", "numba_loops", "numba_math", "numba_rows", "numba_vector_maps", "numba_vector_qk")
     return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
+
+
+def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.Tuple | types.UniTuple):
+        kinds = kind.types
+        parts = cgutils.unpack_tuple(builder, value, len(kinds))
+        whole = [_without_owner(context, builder, *part) for part in zip(kinds, parts, strict=True)]
+        return context.make_tuple(builder, kind, whole)
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    return array._getvalue()
+
+
+@_intrinsic
+def lent(typing: Any, arrays: Any) -> Any:
+    """The same array, or tuple with arrays, without their owner, so that no reference to them is counted.
+
+    Loops over rows slice and hand on arrays, and counting that in their owner, one for all threads, took two thirds of
+    their time. What Python passes in outlives the call; what compiled code makes must be held: see `hold`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _without_owner(context, builder, signature.args[0], arguments[0])
+
+    return arrays(arrays), generate
+
+
+@_intrinsic
+def hold(typing: Any, arrays: Any) -> Any:
+    """Does nothing, after the last use of what was `lent` of these arrays: until here they live."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(arrays), generate
 
 
 def _f32(*values: float) -> tuple[np.float32, ...]:

@@ -10,7 +10,7 @@ of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(
 that would cancel nine tenths of Σz² or more, the row is out of the ordinary. Σx is Σz plus N times that mean.
 
 What a register of the row costs decides: one prefetch for each of them, in place of one for each cache line, took a
-quarter of the time, the counting of array references by the row (see `kernels.lanes.memory`) a tenth.
+quarter of the time, the counting of array references by the row (see `kernels.numba_math.lent`) a tenth.
 
 log2 is good to 1.9e-6 (degree 6 on [1, 2)), a least-squares fit reweighted until its greatest error was least.
 """
@@ -35,14 +35,13 @@ from kernels.lanes import (
     lanes_of,
     load,
     mantissa,
-    memory,
     next_lane,
     prefetch,
     splat,
     store,
     sums_of_eight,
 )
-from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, log2, sources, stored_bits
+from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, hold, lent, log2, sources, stored_bits
 from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, clear_map, moran_of_sums
 
 __all__ = ["attention_pass"]
@@ -178,8 +177,7 @@ def _map_sums(
     prefix, _, cols, _ = shape
     patches = tables[1].size
     rows, tokens = patches // cols, prefix + patches
-    distances, degrees, pitch = memory(wide[0]), memory(wide[1]), wide[1].size
-    stored, last, to = memory(buffer), memory(at_end), memory(sums)
+    (distances, degrees), pitch = wide, wide[1].size
     line = 64 // buffer.itemsize  # of a cache
     for patch in range(patches):
         begin = start + (prefix + patch) * row_stride
@@ -187,18 +185,20 @@ def _map_sums(
         at = (col * (2 * rows - 1) + rows - 1 - row) * pitch
         if begin + at_end.size <= buffer.size:
             for i in range(begin, begin + tokens, line):
-                prefetch(stored, i + _AHEAD)
-            head[patch] = _prefix_sum(width, stored, begin, prefix)
+                prefetch(buffer, i + _AHEAD)
+            head[patch] = _prefix_sum(width, buffer, begin, prefix)
             mean = (_ONE - head[patch]) / np.float32(patches)
             negative = _row_sums(
-                width, stored, begin + prefix, mean, cols, rows, distances, at, pitch, degrees, to, 8 * patch
+                width, buffer, begin + prefix, mean, cols, rows, distances, at, pitch, degrees, sums, 8 * patch
             )
         else:
             for i in range(tokens):
                 at_end[i] = buffer[begin + i]
-            head[patch] = _prefix_sum(width, last, 0, prefix)
+            head[patch] = _prefix_sum(width, at_end, 0, prefix)
             mean = (_ONE - head[patch]) / np.float32(patches)
-            negative = _row_sums(width, last, prefix, mean, cols, rows, distances, at, pitch, degrees, to, 8 * patch)
+            negative = _row_sums(
+                width, at_end, prefix, mean, cols, rows, distances, at, pitch, degrees, sums, 8 * patch
+            )
         if negative:
             sums[8 * patch] = np.nan
 
@@ -265,23 +265,26 @@ def attention_pass(width: Width) -> Any:
         end: Any,
     ) -> None:
         _ = of
-        buffer, starts, row_stride = maps
+        (buffer, starts, row_stride), near, far = lent(maps), lent(tables), lent(wide)
+        into = lent(out)
         prefix, patches = shape[0], tables[1].size
-        # Of one map after the other.
-        head, sums = np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32)
-        at_end = np.zeros(prefix + patches + lanes_of(width), buffer.dtype)
-        done = np.empty(patches, np.bool_)
-        scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
+        made = (
+            (np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32), np.empty(patches, np.bool_)),
+            np.zeros(prefix + patches + lanes_of(width), buffer.dtype),
+            (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32)),
+        )
+        (head, sums, done), at_end, scratch = lent(made)
         stored = stored_bits(buffer)
         for m in range(begin, end):
-            clear_map(m, needs, out)
-            _map_sums(width, buffer, starts[m], row_stride, shape, tables, wide, at_end, head, sums)
-            _core_of_map(m, shape, tolerance, needs, head, sums, done, out)
+            clear_map(m, needs, into)
+            _map_sums(width, buffer, starts[m], row_stride, shape, near, far, at_end, head, sums)
+            _core_of_map(m, shape, tolerance, needs, head, sums, done, into)
             for q in range(prefix + patches):  # what the sums cannot tell
                 ordinary = q >= prefix and done[q - prefix]
                 left = needs & ~CORE if ordinary else needs
                 if left or not ordinary:
                     at = starts[m] + q * row_stride
-                    attention_row(stored, at, kind, m, q, shape, tables, tolerance, left, scratch, out)
+                    attention_row(stored, at, kind, m, q, shape, near, tolerance, left, scratch, into)
+        hold(made)
 
     return attention

@@ -24,6 +24,8 @@ from kernels.numba_math import (
     LN_2,
     LOG2_E,
     OPTIONS,
+    hold,
+    lent,
     load_row,
     log2,
     sources,
@@ -62,7 +64,7 @@ _E0, _E1, _E2, _E3, _E4, _E5 = (
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _exp2(width: Any, t: Any) -> Any:
     """2^t of finite t, or NaN."""
     part = fraction(t)
@@ -71,7 +73,7 @@ def _exp2(width: Any, t: Any) -> Any:
     return times_power(fma(part, fma(part, fma(part, fma(part, fma(part, c5, c4), c3), c2), c1), c0), t)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _pack(
     width: Any,
     buffer: Any,
@@ -114,7 +116,7 @@ def _pack(
             transpose(width, flat, dim, padded, factor, panels, begin * padded + dim * lanes)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _add_bias(width: Any, tile: Any, bias: Any, start: Any, stride: Any, prefix: Any, patches: Any, begin: Any) -> None:
     """Adds the bias of the queries from place `begin` on, in binary logarithms, to a tile of logits."""
     lanes = lanes_of(width)
@@ -130,7 +132,7 @@ def _add_bias(width: Any, tile: Any, bias: Any, start: Any, stride: Any, prefix:
             tile[(patches + key) * lanes + lane] += bias[line + key] * log2_e
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _tile_logits(
     width: Any, keys: Any, queries: Any, query_at: Any, tokens: Any, head_dim: Any, padded: Any, tile: Any
 ) -> None:
@@ -145,7 +147,7 @@ def _tile_logits(
                 dot_tile(width, 4, keys, panel + row, queries, query_at, head_dim, tile, (begin + row) * lanes)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _softmax_sums(width: Any, tile: Any, patches: Any, prefix: Any, distances: Any, at: Any, sums: Any) -> None:
     """The patches of a tile become 2^(logit − the greatest); sums and mass lane by lane.
 
@@ -179,7 +181,7 @@ def _softmax_sums(width: Any, tile: Any, patches: Any, prefix: Any, distances: A
     store(sums[8], 0, on_patches)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _centred_sums(width: Any, tile: Any, rows: Any, cols: Any, sums: Any) -> None:
     """The patches of a tile less their mean, the sum being in sums[0]; sums for `_moran` to sums[3] … [6]."""
     lanes = lanes_of(width)
@@ -219,7 +221,7 @@ def _centred_sums(width: Any, tile: Any, rows: Any, cols: Any, sums: Any) -> Non
     store(sums[6], 0, cross)
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _lane_logits(
     width: Any, keys: Any, queries: Any, place: Any, prefix: Any, patches: Any, head_dim: Any, padded: Any, logits: Any
 ) -> None:
@@ -234,14 +236,14 @@ def _lane_logits(
         logits[key + prefix if key < patches else key - patches] = dot
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _column(width: Any, tile: Any, lane: Any, x: Any) -> None:
     lanes = lanes_of(width)
     for key in range(x.size):
         x[key] = tile[key * lanes + lane]
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _beyond_core(
     width: Any, tile: Any, begin: Any, m: Any, sums: Any, shape: Any, tables: Any, needs: Any, x: Any, z: Any, out: Any
 ) -> None:
@@ -267,13 +269,13 @@ def _beyond_core(
             add_renormalised(x, total, class_rows[m])
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _is_ordinary(sums: Any, lane: Any) -> Any:
     """Whether a query's softmax sums are numbers: not so with NaN or infinite logits, or without patches to see."""
     return sums[0, lane] < np.inf and sums[7, lane] < np.inf
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: Any, out: Any) -> None:
     """Writes the core metrics of a group's queries; `done` [lane] is 1, 0, or −1 where Moran's I alone is missing."""
     lanes = lanes_of(width)
@@ -300,7 +302,7 @@ def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: 
                 done[lane] = -1
 
 
-@njit(**OPTIONS)
+@njit(forceinline=True, **OPTIONS)
 def _qk_map(
     width: Any,
     m: Any,
@@ -313,6 +315,7 @@ def _qk_map(
     tables: Any,
     near: Any,
     needs: Any,
+    work: Any,
     out: Any,
 ) -> None:
     """Map `m` from its panels, a group's queries at a time. `of_bias` is (memory, start or −1, stride)."""
@@ -321,10 +324,7 @@ def _qk_map(
     (prefix, _, cols, _), patches = shape, tables[1].size
     tokens = prefix + patches
     mass = out[1]
-    tile = np.empty((tokens + 3) // 4 * 4 * lanes, np.float32)
-    sums, done = np.empty((10, lanes), np.float32), np.empty(lanes, np.int8)
-    logits = np.empty(tokens, np.float32)
-    scratch = (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32))
+    tile, sums, done, logits, scratch = work
     for begin in range(0, tokens, lanes):
         _tile_logits(width, keys, queries, begin * padded, tokens, head_dim, padded, tile)
         if bias_start >= 0:
@@ -378,19 +378,27 @@ def qk_pass(width: Width) -> Any:
     ) -> None:
         _ = of
         lanes, prefix, patches = lanes_of(width), shape[0], tables[1].size
-        q_buffer, q_starts, q_stride, head_dim = queries
-        k_buffer, k_starts, k_stride, _ = keys
-        bias_buffer, bias_starts, bias_stride = bias
-        padded = (head_dim + lanes - 1) // lanes * lanes
-        size = (prefix + patches + lanes - 1) // lanes * lanes * padded
-        group = np.zeros((lanes, padded), np.float32)
-        of_queries, of_keys = np.empty(size, np.float32), np.empty(size, np.float32)
+        q_buffer, q_starts, q_stride, head_dim = lent(queries)
+        k_buffer, k_starts, k_stride, _ = lent(keys)
+        bias_buffer, bias_starts, bias_stride = lent(bias)
+        offsets, far, into = lent(tables), lent(near), lent(out)
+        tokens, padded = prefix + patches, (head_dim + lanes - 1) // lanes * lanes
+        size = (tokens + lanes - 1) // lanes * lanes * padded
+        made = (
+            (np.zeros((lanes, padded), np.float32), np.empty(size, np.float32), np.empty(size, np.float32)),
+            np.empty((tokens + 3) // 4 * 4 * lanes, np.float32),
+            (np.empty((10, lanes), np.float32), np.empty(lanes, np.int8), np.empty(tokens, np.float32)),
+            (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32)),
+        )
+        (group, of_queries, of_keys), tile, (sums, done, logits), scratch = lent(made)
+        work = (tile, sums, done, logits, scratch)
         factor = np.float32(scale * LOG2_E)  # logits in binary logarithms, for 2^t
         for m in range(begin, end):
-            clear_map(m, needs, out)
+            clear_map(m, needs, into)
             _pack(width, q_buffer, kind, q_starts[m], q_stride, prefix, patches, head_dim, factor, group, of_queries)
             _pack(width, k_buffer, kind, k_starts[m], k_stride, prefix, patches, head_dim, _ONE, group, of_keys)
             of_bias = (bias_buffer, bias_starts[m] if bias_starts.size > 0 else -1, bias_stride)
-            _qk_map(width, m, of_queries, of_keys, head_dim, padded, of_bias, shape, tables, near, needs, out)
+            _qk_map(width, m, of_queries, of_keys, head_dim, padded, of_bias, shape, offsets, far, needs, work, into)
+        hold(made)
 
     return qk
