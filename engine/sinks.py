@@ -31,7 +31,7 @@ from kernels import MetricSpec, TokenLayout, resolve
 from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
-from store.schema import ledger_path
+from store.schema import ledger_name
 from train.data import ImageSet
 from train.errors import InputError
 from train.parallel import Tally, Workers
@@ -173,7 +173,7 @@ def capture_to_store(
                 raise
             say(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
             shutil.rmtree(path)
-            shutil.rmtree(ledger_path(path), ignore_errors=True)
+            shutil.rmtree(path.with_name(ledger_name(path.name)), ignore_errors=True)
             return open_writer()
 
     workers = Workers.current()
@@ -203,7 +203,7 @@ def _announce_compilation() -> None:
 
 def _is_other(path: Path, schema: StoreSchema) -> bool:
     """Whether a store of another run lies at `path`, or one too damaged to be opened; False for anything else."""
-    if not ledger_path(path).is_dir():
+    if not path.with_name(ledger_name(path.name)).is_dir():
         return False
     try:
         return AttentionStore.open(path).schema != schema

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from zarr.storage import LocalStore
 from store.encodings import resolve_encoding
 from store.precisions import FILL, Array, storage_dtype
 from store.schema import LayerSchema, StoreError, StoreSchema, layer_path, metric_path
+from store.storage import Storage, storage_at
 
 __all__ = [
     "ArraySpec",
@@ -40,7 +40,6 @@ __all__ = [
     "read_constant",
     "require_free_disk",
     "shared_biases",
-    "store_files",
 ]
 
 CHUNK_IMAGES = 4  # images a chunk: 1-4 serve reading single images, more serve nothing (notes: layout table)
@@ -184,7 +183,7 @@ def create_group(root: Path, path: str, attributes: dict[str, Any] | None = None
 def create_metric_group(root: Path, name: str, params: Mapping[str, Any]) -> None:
     """metrics/<name>/<params hash>, with the parameters as attributes."""
     path = metric_path(name, params)
-    parent = str(Path(path).parent)
+    parent = path.rpartition("/")[0]
     if not (root / parent / "zarr.json").exists():
         create_group(root, parent)
     create_group(root, path, {"name": name, "params": dict(params)})
@@ -226,9 +225,9 @@ def create_constant(root: Path, path: str, dims: tuple[str, ...], values: Array,
     array[...] = values
 
 
-def read_constant(root: Path, path: str) -> Array:
+def read_constant(root: Storage, path: str) -> Array:
     """A whole small array that never changes."""
-    return np.asarray(zarr.open_array(LocalStore(root, read_only=True), path=path, mode="r")[...])
+    return np.asarray(zarr.open_array(root.zarr(), path=path, mode="r")[...])
 
 
 def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
@@ -247,18 +246,17 @@ def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
     return total + sum(4 * math.prod(shape) for shape in shared_biases(schema).values())
 
 
-def require_free_disk(path: Path, schema: StoreSchema, batches: int | None = None) -> None:
-    """Refuse a capture that the disk cannot hold.
+def require_free_disk(store: str | os.PathLike[str] | Storage, schema: StoreSchema, batches: int | None = None) -> None:
+    """Refuse a capture that the disk cannot hold; of an object store, no limit is known.
 
     Raises:
         StoreError: with the bytes needed and the bytes free.
     """
     needed = estimate_bytes(schema, batches)
-    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    free = storage_at(store).free_bytes()
+    if free is not None and needed > free:
         raise StoreError(
-            f"{path} may need {_size(needed)}, but {folder} has {_size(free)} free; "
+            f"{store} may need {_size(needed)}, but its disk has {_size(free)} free; "
             "free some space, store fewer layers or images, or keep metrics only"
         )
 
@@ -267,18 +265,13 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def store_files(root: Path) -> list[str]:
-    """Every file below a folder, as paths inside it, sorted."""
-    return sorted(str((Path(folder) / name).relative_to(root)) for folder, _, names in os.walk(root) for name in names)
-
-
-def read_attributes(root: Path, path: str = "") -> dict[str, Any]:
+def read_attributes(root: Storage, path: str = "") -> dict[str, Any]:
     """A group's attributes.
 
     Raises:
         StoreError: there is no group.
     """
     try:
-        return dict(zarr.open_group(LocalStore(root, read_only=True), path=path, mode="r").attrs)
+        return dict(zarr.open_group(root.zarr(), path=path, mode="r").attrs)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{root / path} is not a Zarr group: {error}") from error
+        raise StoreError(f"{root.where(path).rstrip('/')} is not a Zarr group: {error}") from error

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from store.arrays import ArraySpec
-from store.ledger import PARTIAL, Ledger, LedgerError, batch_name, file_problem, sync_directory
+from store.ledger import Ledger, LedgerError, batch_name, file_problem, size_problem
 from store.precisions import Array, as_numbers, cast
 from store.schema import StoreError
 from store.shards import FileEntry, encode_chunk, write_file
+from store.storage import Storage
 
 __all__ = [
     "Committer",
@@ -26,9 +25,7 @@ __all__ = [
     "check_shape",
     "float32",
     "metric_values",
-    "skeleton_path",
     "sound_batches",
-    "sweep",
 ]
 
 FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
@@ -55,7 +52,7 @@ class Committer:
         threads: that encode; None: one a CPU.
     """
 
-    def __init__(self, root: Path, ledger: Ledger, *, threads: int | None = None) -> None:
+    def __init__(self, root: Storage, ledger: Ledger, *, threads: int | None = None) -> None:
         self._root = root
         self._ledger = ledger
         self._slots = threading.BoundedSemaphore(FILES_IN_FLIGHT)
@@ -87,9 +84,9 @@ class Committer:
                 self._codec.submit(_encode, array, values[begin : begin + array.chunk], precision)
                 for begin in range(0, len(values), array.chunk)
             ]
-            path = self._root / array.file(batch)
+            file, shard_chunks = array.file(batch), array.shard_chunks
             written = self._files.submit(
-                self._guarded, batch, write_file, path, chunks, shard_chunks=array.shard_chunks
+                self._guarded, batch, write_file, self._root, file, chunks, shard_chunks=shard_chunks
             )
         except BaseException:
             if large:
@@ -132,8 +129,7 @@ class Committer:
             executor.shutdown(wait=True)
 
     def _write_record(self, record: str, batch: int, entries: Mapping[str, FileEntry]) -> None:
-        for folder in {(self._root / file).parent for file in entries}:
-            sync_directory(folder)
+        self._root.settle(entries)
         self._ledger.write(record, {"batch": batch, "files": dict(entries)})
 
     def _guarded(self, batch: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -201,53 +197,42 @@ def float32(values: Any, what: str) -> Array:
 
 
 def sound_batches(
-    root: Path, ledger: Ledger, arrays: Sequence[ArraySpec], batches: int, *, folder: str = "", content: bool = True
+    root: Storage, ledger: Ledger, arrays: Sequence[ArraySpec], batches: int, *, folder: str = ""
 ) -> tuple[set[int], dict[str, str]]:
     """Which batches are committed and undamaged, and what is wrong with the other records.
+
+    Files of a folder are hashed. Of an object store, one listing gives their sizes: hashing would be to download it.
 
     Args:
         arrays: what a batch's record must name.
         folder: of the ledger; "" for the capture's own batches.
-        content: whether to hash the files.
 
     Returns:
         Batch numbers, and record name -> first problem found.
     """
+    sizes = None if root.near else root.sizes()
+
+    def problem(file: str, entry: FileEntry) -> str:
+        return file_problem(root, file, entry) if sizes is None else size_problem(sizes.get(file), entry)
+
     sound: set[int] = set()
     problems: dict[str, str] = {}
-    for batch in range(batches):
-        record = folder + batch_name(batch)
-        if not ledger.exists(record):
+    names = {folder + batch_name(batch): batch for batch in range(batches)}
+    for name, record in ledger.read_all(list(names)).items():
+        if isinstance(record, LedgerError):
+            problems[name] = str(record)
             continue
-        try:
-            files = ledger.read(record)["files"]
-        except LedgerError as error:
-            problems[record] = str(error)
+        files = record["files"]
+        if set(files) != {array.file(names[name]) for array in arrays}:
+            problems[name] = "does not name the files of this batch"
             continue
-        if set(files) != {array.file(batch) for array in arrays}:
-            problems[record] = "does not name the files of this batch"
-            continue
-        found = ((file, file_problem(root, file, entry, content=content)) for file, entry in sorted(files.items()))
-        wrong = next((f"{file} {problem}" for file, problem in found if problem), "")
+        found = ((file, problem(file, entry)) for file, entry in sorted(files.items()))
+        wrong = next((f"{file} {what}" for file, what in found if what), "")
         if wrong:
-            problems[record] = wrong
+            problems[name] = wrong
         else:
-            sound.add(batch)
+            sound.add(names[name])
     return sound, problems
-
-
-def sweep(root: Path, ledger: Ledger) -> None:
-    """Remove what a killed writer left half-done; only ever called by the one writer."""
-    if skeleton_path(root).exists():
-        shutil.rmtree(skeleton_path(root))
-    for folder in (root, ledger.path):
-        for partial in folder.rglob(f"*{PARTIAL}"):
-            partial.unlink()
-
-
-def skeleton_path(root: Path) -> Path:
-    """Where a new store's metadata are put together before it appears under its name."""
-    return root.with_name(root.name + PARTIAL)
 
 
 def check_names(what: str, found: Iterable[Any], expected: Iterable[Any]) -> None:

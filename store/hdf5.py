@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from store.ledger import PARTIAL, sync_directory
 from store.schema import StoreError
+from store.storage import PARTIAL, sync_directory
 
 if TYPE_CHECKING:
     import xarray

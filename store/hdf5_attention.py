@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from store.ledger import sync_directory
 from store.precisions import Array
 from store.reader import AttentionStore
 from store.schema import StoreError, layer_path
-from store.shards import PARTIAL
+from store.storage import PARTIAL, sync_directory
 
 __all__ = ["AttentionFile", "Dataset", "export_attention"]
 

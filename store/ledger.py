@@ -15,30 +15,30 @@ is found.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
 
-from store.schema import StoreError
-from store.shards import PARTIAL, FileEntry, ShardError, describe_shard
+from store.schema import StoreError, ledger_name
+from store.shards import FileEntry, ShardError, describe_shard
+from store.storage import Lock, Storage
 
 __all__ = [
-    "PARTIAL",
     "Ledger",
     "LedgerError",
-    "Lock",
     "batch_name",
+    "describe_bytes",
     "describe_file",
     "file_problem",
-    "sync_directory",
+    "file_problems",
+    "size_problem",
 ]
+
+
+AT_ONCE = 16  # requests to an object store under way
 
 
 class LedgerError(StoreError):
@@ -50,24 +50,17 @@ def batch_name(batch: int) -> str:
     return f"batch_{batch:06d}"
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def describe_file(root: Storage, file: str) -> FileEntry:
+    """Size and SHA-256 of a file of the store."""
+    return describe_bytes(root.read(file))
 
 
-def describe_file(root: Path, path: str, *, sync: bool = False) -> FileEntry:
-    """Size and SHA-256 of a file of the store, optionally after forcing it to disk."""
-    with open(root / path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def describe_bytes(content: bytes) -> FileEntry:
+    """Size and SHA-256 of a file's content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def file_problem(root: Path, path: str, expected: FileEntry, *, content: bool = True) -> str:
+def file_problem(root: Storage, file: str, expected: FileEntry, *, content: bool = True) -> str:
     """What is wrong with a file of the store, "" if nothing.
 
     Args:
@@ -75,13 +68,11 @@ def file_problem(root: Path, path: str, expected: FileEntry, *, content: bool = 
         content: whether to hash it; otherwise only existence and size are looked at.
     """
     try:
-        size = (root / path).stat().st_size
-        if size != expected["bytes"]:
-            return f"has {size} bytes; {expected['bytes']} were committed"
+        if problem := size_problem(root.size(file), expected):
+            return problem
         if not content:
             return ""
-        sharded = "chunks" in expected
-        found = describe_shard(root / path, expected["chunks"]) if sharded else describe_file(root, path)
+        found = describe_shard(root, file, expected["chunks"]) if "chunks" in expected else describe_file(root, file)
         if found["sha256"] != expected["sha256"]:
             return "its content changed after it was committed (SHA-256 differs)"
     except FileNotFoundError:
@@ -91,159 +82,111 @@ def file_problem(root: Path, path: str, expected: FileEntry, *, content: bool = 
     return ""
 
 
+def file_problems(root: Storage, files: Mapping[str, FileEntry]) -> dict[str, str]:
+    """What is wrong with which of some small files; those of an object store are read at once."""
+    if root.near:
+        found: Iterable[str] = [file_problem(root, file, entry) for file, entry in files.items()]
+    else:
+        with ThreadPoolExecutor(AT_ONCE, "check") as threads:
+            found = list(threads.map(lambda item: file_problem(root, *item), files.items()))
+    return {file: problem for file, problem in zip(files, found, strict=True) if problem}
+
+
+def size_problem(size: int | None, expected: FileEntry) -> str:
+    """What is wrong with a file of this size, "" if nothing; None: there is no such file."""
+    if size is None:
+        return "is missing"
+    return "" if size == expected["bytes"] else f"has {size} bytes; {expected['bytes']} were committed"
+
+
 class Ledger:
     """The records beside one store.
 
     Args:
-        path: the ledger's folder.
+        root: the store.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, root: Storage) -> None:
+        self.storage = root.beside(ledger_name(root.name))
 
-    def file(self, name: str) -> Path:
-        """Path of a record."""
-        return self.path / f"{name}.json"
+    def __str__(self) -> str:
+        return str(self.storage)
+
+    def where(self, name: str) -> str:
+        """Path or URL of a record."""
+        return self.storage.where(_file(name))
 
     def exists(self, name: str) -> bool:
-        return self.file(name).is_file()
+        return self.storage.exists(_file(name))
 
     def names(self, folder: str = "") -> list[str]:
         """Names of all records below a folder of the ledger, sorted."""
-        below = self.path / folder
-        return sorted(str(file.relative_to(self.path).with_suffix("")) for file in below.rglob("*.json"))
+        return [file.removesuffix(".json") for file in self.storage.sizes(folder) if file.endswith(".json")]
+
+    def content(self, name: str) -> bytes:
+        """A record's bytes.
+
+        Raises:
+            LedgerError: it is missing.
+        """
+        try:
+            return self.storage.read(_file(name))
+        except FileNotFoundError:
+            raise LedgerError(f"ledger record {self.where(name)} is missing") from None
 
     def read(self, name: str) -> dict[str, Any]:
-        """A record's content.
+        """A record.
 
         Raises:
             LedgerError: it is missing or damaged.
         """
-        file = self.file(name)
-        try:
-            content = file.read_bytes()
-        except FileNotFoundError:
-            raise LedgerError(f"ledger record {file} is missing") from None
+        return self._parse(name, self.content(name))
+
+    def read_all(self, names: Sequence[str]) -> dict[str, dict[str, Any] | LedgerError]:
+        """Those of some records that are there, or what is wrong with them."""
+        records: dict[str, dict[str, Any] | LedgerError] = {}
+        for name, content in zip(names, self.storage.fetch([_file(name) for name in names]), strict=True):
+            if content is not None:
+                try:
+                    records[name] = self._parse(name, content)
+                except LedgerError as error:
+                    records[name] = error
+        return records
+
+    def _parse(self, name: str, content: bytes) -> dict[str, Any]:
         try:
             record: dict[str, Any] = json.loads(content)["record"]
             sound = content == _serialise(name, record)
         except (ValueError, KeyError, TypeError):
             sound = False
         if not sound:
-            raise LedgerError(f"ledger record {file} is damaged (its checksum does not match)")
+            raise LedgerError(f"ledger record {self.where(name)} is damaged (its checksum does not match)")
         return record
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Commit a record: afterwards it is there whole, whatever happens; before, not at all."""
-        file = self.file(name)
-        content = _serialise(name, record)
-        if not file.parent.is_dir():
-            file.parent.mkdir(parents=True)
-            for folder in [file.parent, *file.parent.parents]:
-                sync_directory(folder)
-                if folder == self.path.parent:
-                    break
-        partial = file.with_suffix(PARTIAL)
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-        sync_directory(file.parent)
+        self.storage.replace(_file(name), _serialise(name, record))
 
     def remove(self, names: Iterable[str]) -> None:
         """Withdraw records, durably."""
         for name in names:
-            self.file(name).unlink()
-            sync_directory(self.file(name).parent)
+            self.storage.remove(_file(name))
 
     def clear(self) -> None:
         """Withdraw everything but the lock."""
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
-        sync_directory(self.path)
+        self.storage.clear(keep="lock")
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[Lock]:
-        """Be the store's only writer.
+    def locked(self) -> AbstractContextManager[Lock]:
+        """Be the store's only writer; see `Storage.locked`."""
+        return self.storage.locked()
 
-        Raises:
-            StoreError: another process (or another writer in this one) is.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+", encoding="ascii") as file:
-            lock = Lock(self.path, file)
-            lock.take(fcntl.LOCK_EX)
-            lock.sign(str(os.getpid()))
-            yield lock
-
-    @contextlib.contextmanager
-    def joined(self, run: str) -> Iterator[Lock]:
-        """Be one of the writers of a run that shares the store, as `Lock.share` named it.
-
-        Raises:
-            StoreError: the store is not shared, or is another run's by now.
-        """
-        with open(self.path / "lock", "a+", encoding="ascii") as file:
-            lock = Lock(self.path, file)
-            lock.take(fcntl.LOCK_SH)
-            if run not in lock.signature():
-                raise StoreError(f"{self.path} is not shared by the run that this process belongs to; start it anew")
-            yield lock
+    def joined(self, run: str) -> AbstractContextManager[Lock]:
+        """Be one of the writers that share the store; see `Storage.joined`."""
+        return self.storage.joined(run)
 
 
-class Lock:
-    """What keeps every other run from writing a store, as long as one process of this run lives.
-
-    Args:
-        path: the ledger's folder.
-        file: its file `lock`, open: the process id of the writer, then the name of the run that shares the store.
-    """
-
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        self._path = path
-        self._file = file
-
-    def take(self, kind: int) -> None:
-        """Lock, exclusively or shared.
-
-        Raises:
-            StoreError: others hold it.
-        """
-        try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder, *sharing = self.signature() or ["unknown"]
-            others = ", or one that it shares it with," if sharing else ""
-            raise StoreError(
-                f"{self._path} is locked: process {holder}{others} is writing this store; "
-                "wait for it to end, or write to another store"
-            ) from None
-
-    def share(self) -> str:
-        """Let other processes join; returns the name of the run, which they need. Nobody else may write meanwhile.
-
-        Raises:
-            StoreError: another writer was faster.
-        """
-        run = uuid.uuid4().hex
-        self.sign(f"{os.getpid()} {run}")
-        self.take(fcntl.LOCK_SH)
-        return run
-
-    def signature(self) -> list[str]:
-        """What the holder wrote."""
-        self._file.seek(0)
-        return self._file.read().split()
-
-    def sign(self, signature: str) -> None:
-        """Write who holds it."""
-        self._file.truncate(0)
-        self._file.write(f"{signature}\n")
-        self._file.flush()
+def _file(name: str) -> str:
+    return f"{name}.json"
 
 
 def _serialise(name: str, record: dict[str, Any]) -> bytes:

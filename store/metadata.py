@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +20,13 @@ from store.arrays import (
     read_attributes,
     read_constant,
     shared_biases,
-    store_files,
 )
-from store.commit import check_names, check_shape, float32, skeleton_path
+from store.commit import check_names, check_shape, float32
 from store.encodings import bias_dims, shared_bias
-from store.ledger import Ledger, LedgerError, describe_file, file_problem, sync_directory
+from store.ledger import Ledger, LedgerError, describe_file, file_problems
 from store.precisions import Array
 from store.schema import SCHEMA, StoreError, StoreSchema, layer_path
+from store.storage import LocalStorage, Storage
 
 __all__ = ["Metadata"]
 
@@ -70,17 +68,17 @@ class Metadata:
             raise StoreError(f"the manifest cannot be written as JSON: {error}") from error
         self.attrs = {**schema.to_attrs(), "class_names": [str(name) for name in class_names]}
 
-    def create(self, root: Path, ledger: Ledger) -> None:
+    def create(self, root: Storage, ledger: Ledger) -> None:
         """Make the store. It appears under its name only when all metadata are on disk and in the ledger."""
         ledger.clear()
-        skeleton = self._build(root, datetime.now(UTC).isoformat(timespec="seconds"))
-        if self.manifest is not None:
-            ledger.write("manifest", {"manifest": self.manifest})
-        ledger.write("metadata", _metadata_record(skeleton))
-        skeleton.rename(root)
-        sync_directory(root.parent)
+        with root.skeleton() as skeleton:
+            self._build(skeleton, datetime.now(UTC).isoformat(timespec="seconds"))
+            if self.manifest is not None:
+                ledger.write("manifest", {"manifest": self.manifest})
+            record = _metadata_record(skeleton)
+            root.adopt(skeleton, lambda: ledger.write("metadata", record))
 
-    def resume(self, root: Path, ledger: Ledger) -> None:
+    def resume(self, root: Storage, ledger: Ledger) -> None:
         """Check that the store is the one that would be created, and rebuild metadata that were damaged."""
         record: dict[str, Any] | None
         try:
@@ -92,55 +90,47 @@ class Metadata:
         self._compare_attributes(root, found)
         damaged = {}
         if record is not None:
-            problems = {file: file_problem(root, file, entry) for file, entry in record["files"].items()}
-            damaged = {file: problem for file, problem in problems.items() if problem}
+            damaged = file_problems(root, record["files"])
         if record is None or damaged:
-            skeleton = self._build(root, str(found.get("created")))
-            try:
+            with root.skeleton() as skeleton:
+                self._build(skeleton, str(found.get("created")))
                 rebuilt = _metadata_record(skeleton)
                 if record is None:
                     self._repair_record(root, ledger, rebuilt)
                 else:
                     self._repair_files(root, damaged, record["files"], rebuilt["files"], skeleton)
-            finally:
-                shutil.rmtree(skeleton)
         self._compare_arrays(root)
         self._compare_manifest(ledger)
 
-    def compare(self, root: Path, ledger: Ledger) -> None:
+    def compare(self, root: Storage, ledger: Ledger) -> None:
         """Check that the store is the one that would be created, as another process has just created or resumed it."""
         self._compare_attributes(root, ledger.read("metadata")["attrs"])
         self._compare_arrays(root)
 
-    def _repair_record(self, root: Path, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
+    def _repair_record(self, root: Storage, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
         """Write the ledger's record of the metadata again, if the files are what this capture would create."""
-        for file, entry in rebuilt["files"].items():
-            if problem := file_problem(root, file, entry):
-                raise StoreError(
-                    f"ledger record {ledger.file('metadata')} is damaged and cannot be rebuilt, for {root / file} "
-                    f"{problem.replace('were committed', 'were expected')}; capture again into another store"
-                )
+        for file, problem in file_problems(root, rebuilt["files"]).items():
+            raise StoreError(
+                f"ledger record {ledger.where('metadata')} is damaged and cannot be rebuilt, for {root.where(file)} "
+                f"{problem.replace('were committed', 'were expected')}; capture again into another store"
+            )
         ledger.write("metadata", rebuilt)
 
     def _repair_files(
-        self, root: Path, damaged: dict[str, str], recorded: FileEntries, rebuilt: FileEntries, skeleton: Path
+        self, root: Storage, damaged: dict[str, str], recorded: FileEntries, rebuilt: FileEntries, skeleton: Path
     ) -> None:
         """Replace damaged metadata files, if this capture would create the ones the ledger has recorded."""
         for file, problem in damaged.items():
             if rebuilt.get(file) != recorded[file]:
                 raise StoreError(
-                    f"{root / file} {problem} and cannot be rebuilt from this capture's settings; "
+                    f"{root.where(file)} {problem} and cannot be rebuilt from this capture's settings; "
                     "restore it from a copy or capture again into another store"
                 )
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(skeleton / file, root / file)
-            sync_directory((root / file).parent)
+            root.replace(file, (skeleton / file).read_bytes())
 
-    def _build(self, root: Path, created: str) -> Path:
-        """All metadata in a folder beside the store, forced to disk. Depends on nothing but the arguments."""
-        skeleton = skeleton_path(root)
+    def _build(self, skeleton: Path, created: str) -> None:
+        """All metadata in a folder. Depends on nothing but the arguments."""
         schema = self.schema
-        skeleton.mkdir(parents=True)
         create_group(skeleton, "", {**self.attrs, "created": created})
         for group in ("images", "metrics", *(("attention",) if schema.encoding else ())):
             create_group(skeleton, group)
@@ -157,14 +147,8 @@ class Metadata:
         if self.regions is not None:
             names = {"regions": list(schema.regions)}
             create_constant(skeleton, "images/regions", ("image", "region", "patch"), self.regions, names)
-        for folder, _, names_of_files in os.walk(skeleton):
-            for name in names_of_files:
-                with open(Path(folder) / name, "rb") as file:
-                    os.fsync(file.fileno())
-            sync_directory(Path(folder))
-        return skeleton
 
-    def _compare_attributes(self, root: Path, found: Mapping[str, Any]) -> None:
+    def _compare_attributes(self, root: Storage, found: Mapping[str, Any]) -> None:
         if found.get("schema") != SCHEMA:
             raise StoreError(f"{root}: schema is {found.get('schema')!r}; this version writes {SCHEMA!r}")
         for key, expected in self.attrs.items():
@@ -175,7 +159,7 @@ class Metadata:
                     "capture into another store, or delete this one and its ledger"
                 )
 
-    def _compare_arrays(self, root: Path) -> None:
+    def _compare_arrays(self, root: Storage) -> None:
         expected: dict[str, Array] = {
             "images/id": np.array(self.schema.image_ids, dtype=object),
             "images/label": self.labels,
@@ -213,13 +197,14 @@ class Metadata:
             return
         if theirs != self.manifest:
             where, ours, found = _first_difference("manifest", self.manifest, theirs)
-            raise StoreError(f"{ledger.file('manifest')}: {where} is {found!r}; expected {ours!r}")
+            raise StoreError(f"{ledger.where('manifest')}: {where} is {found!r}; expected {ours!r}")
 
 
 def _metadata_record(skeleton: Path) -> dict[str, Any]:
+    built = LocalStorage(skeleton)
     return {
-        "attrs": read_attributes(skeleton),
-        "files": {file: describe_file(skeleton, file) for file in store_files(skeleton)},
+        "attrs": read_attributes(built),
+        "files": {file: describe_file(built, file) for file in built.sizes()},
     }
 
 

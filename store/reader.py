@@ -7,14 +7,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, read_attributes, read_constant
 from store.encodings import Factors, softmax_maps, with_all_axes
-from store.ledger import Ledger, file_problem
+from store.ledger import Ledger, file_problems
 from store.precisions import Array
 from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
@@ -23,11 +22,10 @@ from store.schema import (
     StoreError,
     StoreSchema,
     layer_path,
-    ledger_path,
     metric_path,
-    store_path,
 )
-from store.shards import scratch
+from store.scratch import scratch
+from store.storage import Location, Storage, storage_at
 
 __all__ = ["AttentionStore", "check_files", "open_metadata"]
 
@@ -38,7 +36,7 @@ class AttentionStore:
     A store is open while it is written, too: it shows the batches that were committed when it was opened.
 
     Attributes:
-        path: the store.
+        path: the store, or its URL.
         schema: shapes and provenance.
         layers: numbers of the layers, in depth order.
         sites: names of their modules.
@@ -51,8 +49,9 @@ class AttentionStore:
         complete: every batch is committed.
     """
 
-    def __init__(self, path: Path, ledger: Ledger, attrs: Mapping[str, Any], image_ids: Sequence[str]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, ledger: Ledger, attrs: Mapping[str, Any], image_ids: Sequence[str]) -> None:
+        self.path: Location = storage.location
+        self.storage = storage
         self.schema = StoreSchema.from_attrs(attrs, image_ids)
         self.layers = tuple(layer.layer for layer in self.schema.layers)
         self.sites = tuple(layer.site for layer in self.schema.layers)
@@ -65,13 +64,16 @@ class AttentionStore:
         self._biases: dict[int, Array] = {}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str] | Storage) -> Self:
         """Open a store for reading.
+
+        Args:
+            path: its folder, or a URL: s3://, gs://, az://, https:// (with the extra `cloud`), file://.
 
         Raises:
             StoreError: no such store, not a store, another schema version, or damaged metadata (named).
         """
-        root = store_path(path)
+        root = storage_at(path)
         try:
             ledger, attrs = open_metadata(root)
             return cls(root, ledger, attrs, [str(name) for name in read_constant(root, "images/id")])
@@ -80,11 +82,11 @@ class AttentionStore:
 
     @cached_property
     def labels(self) -> Array:
-        return read_constant(self.path, "images/label")
+        return read_constant(self.storage, "images/label")
 
     @cached_property
     def regions(self) -> Array | None:
-        return read_constant(self.path, "images/regions") if self.schema.regions else None
+        return read_constant(self.storage, "images/regions") if self.schema.regions else None
 
     @property
     def committed_batches(self) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ class AttentionStore:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the record of this capture's metadata: what tells it from every other capture."""
-        return hashlib.sha256(self._ledger.file("metadata").read_bytes()).hexdigest()
+        return hashlib.sha256(self._ledger.content("metadata")).hexdigest()
 
     def layout(self, layer: int) -> dict[str, int | bool]:
         """`TokenLayout.to_dict()` of a layer's maps."""
@@ -246,7 +248,7 @@ class AttentionStore:
 
     def _shared_bias(self, layer: int) -> Array:
         if layer not in self._biases:
-            self._biases[layer] = read_constant(self.path, f"{layer_path(layer)}/bias")
+            self._biases[layer] = read_constant(self.storage, f"{layer_path(layer)}/bias")
         return self._biases[layer]
 
     def read_logits(self, images: Rows = slice(None)) -> Array:
@@ -324,7 +326,7 @@ class AttentionStore:
         if f"{group}/{part}" in self._arrays:
             return self._arrays[f"{group}/{part}"], self._records
         record = self._ledger.read(f"{group}/metadata")
-        check_files(self.path, record["files"])
+        check_files(self.storage, record["files"])
         arrays = metric_arrays(self.schema, name, params, regions=bool(record["regions"]))
         array = next(array for array in arrays if array.path == f"{group}/{part}")
         return array, Records(self._ledger, self.schema, f"{group}/")
@@ -332,7 +334,7 @@ class AttentionStore:
     def _begin(
         self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any
     ) -> Callable[[], Array]:
-        return begin_rows(self.path, array, images, records or self._records, **options)
+        return begin_rows(self.storage, array, images, records or self._records, **options)
 
 
 def _own_memory(place: str) -> Callable[[tuple[int, ...], np.dtype[Any]], Array]:
@@ -340,20 +342,20 @@ def _own_memory(place: str) -> Callable[[tuple[int, ...], np.dtype[Any]], Array]
     return lambda shape, dtype: scratch(f"rows/{place}", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
-def open_metadata(root: Path) -> tuple[Ledger, dict[str, Any]]:
+def open_metadata(root: Storage) -> tuple[Ledger, dict[str, Any]]:
     """A store's ledger and root attributes, with every metadata file checked against its hash.
 
     Raises:
         StoreError: no such store, not a store, another schema version, or damaged metadata.
     """
-    if not root.is_dir():
+    ledger = Ledger(root)
+    if not root.is_there():
         raise StoreError(f"there is no store at {root}")
-    ledger = Ledger(ledger_path(root))
     if not ledger.exists("metadata"):
         attrs = read_attributes(root)  # says so if this is no Zarr group at all
         found = f"its schema is {attrs['schema']!r}" if "schema" in attrs else "it has no attribute `schema`"
         raise StoreError(
-            f"{root} has no ledger at {ledger.path} ({found}); expected a {SCHEMA!r} store with its ledger beside it"
+            f"{root} has no ledger at {ledger} ({found}); expected a {SCHEMA!r} store with its ledger beside it"
         )
     record = ledger.read("metadata")
     found_schema = record["attrs"].get("schema")
@@ -363,12 +365,11 @@ def open_metadata(root: Path) -> tuple[Ledger, dict[str, Any]]:
     return ledger, read_attributes(root)  # as the record has them, but in the order they were declared
 
 
-def check_files(root: Path, files: Mapping[str, dict[str, Any]]) -> None:
+def check_files(root: Storage, files: Mapping[str, dict[str, Any]]) -> None:
     """Compare metadata files with their hashes.
 
     Raises:
         StoreError: naming the first one that differs.
     """
-    for file, entry in files.items():
-        if problem := file_problem(root, file, entry):
-            raise StoreError(f"{root / file} {problem}; resume the capture to rebuild it")
+    for file, problem in file_problems(root, files).items():
+        raise StoreError(f"{root.where(file)} {problem}; resume the capture to rebuild it")

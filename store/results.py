@@ -10,40 +10,40 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from store.arrays import create_arrays, create_metric_group, metric_arrays
-from store.commit import Committer, metric_values, sound_batches, sweep
-from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem, sync_directory
+from store.commit import Committer, metric_values, sound_batches
+from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem, file_problems
 from store.reader import AttentionStore, open_metadata
-from store.schema import StoreError, StoreSchema, ledger_path, metric_path, store_path
+from store.schema import StoreError, StoreSchema, metric_path
+from store.storage import Storage, storage_at
 
 __all__ = ["MetricWriter", "has_metric"]
 
 
-def has_metric(path: str | os.PathLike[str], name: str, params: Mapping[str, Any]) -> bool:
+def has_metric(path: str | os.PathLike[str] | Storage, name: str, params: Mapping[str, Any]) -> bool:
     """Whether a store holds a metric, computed with these parameters, undamaged for every image.
 
     Raises:
         StoreError: there is no such store, or its metadata are damaged.
     """
     store = AttentionStore.open(path)
-    ledger = Ledger(ledger_path(store.path))
+    ledger = Ledger(store.storage)
     if _is_own(store.schema, name, params):
         arrays = metric_arrays(store.schema, name, params, regions=name in store.schema.region_metrics)
         return store.complete and not any(
-            file_problem(store.path, array.file(batch), store.files(batch)[array.file(batch)])
+            file_problem(store.storage, array.file(batch), store.files(batch)[array.file(batch)])
             for array in arrays
             for batch in store.committed_batches
         )
     folder = metric_path(name, params) + "/"
-    record = _sound_metadata(store.path, ledger, folder)
+    record = _sound_metadata(store.storage, ledger, folder)
     if record is None:
         return False
     arrays = metric_arrays(store.schema, name, params, regions=bool(record["regions"]))
-    sound, _ = sound_batches(store.path, ledger, arrays, store.schema.num_batches, folder=folder)
+    sound, _ = sound_batches(store.storage, ledger, arrays, store.schema.num_batches, folder=folder)
     return len(sound) == store.schema.num_batches
 
 
@@ -59,20 +59,21 @@ class MetricWriter:
         self, store: AttentionStore, metrics: Mapping[str, Mapping[str, Any]], regions: Collection[str]
     ) -> None:
         self.path = store.path
+        self.storage = store.storage
         self.schema = store.schema
         self.missing: dict[int, tuple[str, ...]] = {}
-        self._ledger = Ledger(ledger_path(store.path))
+        self._ledger = Ledger(store.storage)
         self._metrics = metrics
         self._arrays = {
             name: metric_arrays(store.schema, name, params, regions=name in regions) for name, params in metrics.items()
         }
         self._resources = contextlib.ExitStack()
-        self._committer = Committer(store.path, self._ledger)
+        self._committer = Committer(store.storage, self._ledger)
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Storage,
         metrics: Mapping[str, Mapping[str, Any]],
         *,
         region_metrics: Collection[str] = (),
@@ -87,17 +88,18 @@ class MetricWriter:
         Raises:
             StoreError: no such store, damaged metadata, another writer, or region metrics without regions.
         """
-        root = store_path(path)
+        root = storage_at(path)
         open_metadata(root)  # before the lock's file is made: a wrong path stays untouched
         resources = contextlib.ExitStack()
         with resources:
             try:
-                resources.enter_context(Ledger(ledger_path(root)).locked())
+                resources.enter_context(Ledger(root).locked())
                 store = AttentionStore.open(root)
                 if region_metrics and not store.schema.regions:
                     raise StoreError(f"{root} has no regions, which {', '.join(sorted(region_metrics))} needs")
                 writer = cls(store, metrics, region_metrics)
-                sweep(root, writer._ledger)
+                root.sweep()
+                writer._ledger.storage.sweep()
                 writer._prepare(store)
             except OSError as error:
                 raise StoreError(f"{root} cannot be opened for writing: {error}") from error
@@ -167,13 +169,13 @@ class MetricWriter:
                 continue
             folder = metric_path(name, params) + "/"
             regions = len(self._arrays[name][0].shape) == 4
-            record = _sound_metadata(self.path, self._ledger, folder)
+            record = _sound_metadata(self.storage, self._ledger, folder)
             if record is None:
                 self._create(name, params, regions)
             elif bool(record["regions"]) != regions:
                 raise StoreError(f"{name!r} is stored {'with' if record['regions'] else 'without'} a region axis")
             sound, problems = sound_batches(
-                self.path, self._ledger, self._arrays[name], self.schema.num_batches, folder=folder
+                self.storage, self._ledger, self._arrays[name], self.schema.num_batches, folder=folder
             )
             self._ledger.remove(problems)
             for batch in store.committed_batches:
@@ -184,22 +186,19 @@ class MetricWriter:
     def _create(self, name: str, params: Mapping[str, Any], regions: bool) -> None:
         """Write the metadata of a metric's arrays, anew if they were damaged: the same bytes, so data stay valid."""
         group = metric_path(name, params)
-        parent = str(Path(group).parent)
+        parent = group.rpartition("/")[0]
         files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in self._arrays[name]))]
         own = self._ledger.read("metadata")["files"]
-        for file in files:
-            if file not in own:
-                (self.path / file).unlink(missing_ok=True)
-        create_metric_group(self.path, name, params)
-        create_arrays(self.path, self._arrays[name])
-        record = {
-            "name": name,
-            "params": dict(params),
-            "regions": regions,
-            "files": {file: describe_file(self.path, file, sync=True) for file in files},
-        }
-        for folder in {above for file in files for above in list((self.path / file).parents)[:2]}:
-            sync_directory(folder)
+        entries = {}
+        with self.storage.skeleton() as skeleton:
+            create_metric_group(skeleton, name, params)
+            create_arrays(skeleton, self._arrays[name])
+            for file in files:
+                content = (skeleton / file).read_bytes()
+                entries[file] = describe_bytes(content)
+                if file not in own:
+                    self.storage.replace(file, content)
+        record = {"name": name, "params": dict(params), "regions": regions, "files": entries}
         self._ledger.write(f"{group}/metadata", record)
 
 
@@ -208,12 +207,10 @@ def _is_own(schema: StoreSchema, name: str, params: Mapping[str, Any]) -> bool:
     return own is not None and metric_path(name, own) == metric_path(name, params)
 
 
-def _sound_metadata(root: Path, ledger: Ledger, folder: str) -> dict[str, Any] | None:
+def _sound_metadata(root: Storage, ledger: Ledger, folder: str) -> dict[str, Any] | None:
     """The metadata record of a metric computed later; None if it, or a file it names, is missing or damaged."""
     try:
         record = ledger.read(f"{folder}metadata")
     except LedgerError:
         return None
-    if any(file_problem(root, file, entry) for file, entry in record["files"].items()):
-        return None
-    return record
+    return None if file_problems(root, record["files"]) else record

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ from store.commit import available_cpus
 from store.ledger import Ledger, LedgerError, batch_name, file_problem
 from store.precisions import Array, widen
 from store.schema import StoreError, StoreSchema
-from store.shards import ShardError, decode_chunk, read_chunks, scratch
+from store.scratch import scratch
+from store.shards import ShardError, decode_chunk, read_chunks
+from store.storage import Storage
 
 __all__ = ["Records", "Rows", "begin_rows", "positions"]
 
@@ -32,13 +33,12 @@ class Records:
         self._ledger = ledger
         self._files: dict[int, dict[str, Any]] = {}
         self._damaged: dict[int, str] = {}
-        for batch in range(schema.num_batches):
-            name = folder + batch_name(batch)
-            if ledger.exists(name):
-                try:
-                    self._files[batch] = ledger.read(name)["files"]
-                except LedgerError as error:  # told when a row of this batch is asked for
-                    self._damaged[batch] = str(error)
+        names = {folder + batch_name(batch): batch for batch in range(schema.num_batches)}
+        for name, record in ledger.read_all(list(names)).items():
+            if isinstance(record, LedgerError):  # told when a row of this batch is asked for
+                self._damaged[names[name]] = str(record)
+            else:
+                self._files[names[name]] = record["files"]
 
     @property
     def sound(self) -> set[int]:
@@ -54,14 +54,12 @@ class Records:
             raise StoreError(f"batch {batch} cannot be trusted: {self._damaged[batch]}; write this batch again")
         if batch not in self._files:
             what = f"of {self._folder.rstrip('/')} " if self._folder else ""
-            raise StoreError(
-                f"batch {batch} {what}is not committed in {self._ledger.path}; resume the run that writes it"
-            )
+            raise StoreError(f"batch {batch} {what}is not committed in {self._ledger}; resume the run that writes it")
         return self._files[batch]
 
 
 def begin_rows(
-    root: Path,
+    root: Storage,
     array: ArraySpec,
     images: Rows,
     records: Records,
@@ -100,19 +98,19 @@ def begin_rows(
     starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
     for start, stop in itertools.pairwise([*starts, rows.size]):
         batch = int(batches[start])
-        file = root / array.file(batch)
-        entry = records.files(batch)[array.file(batch)]
-        if problem := file_problem(root, array.file(batch), entry, content=False):
-            raise StoreError(f"{array.path}, batch {batch}: {file} {problem}; capture this batch again")
+        file = array.file(batch)
+        entry = records.files(batch)[file]
+        if problem := file_problem(root, file, entry, content=False):
+            raise StoreError(f"{array.path}, batch {batch}: {root.where(file)} {problem}; capture this batch again")
         run = _Run(array, rows[start:stop] - batch * array.batch, chosen, out[start:stop], wide)
-        with _named(array, batch, file):
+        with _named(array, batch, root):
             decoders = _decoders(available_cpus() if threads is None else threads)
-            futures = read_chunks(file, run.rows, array.chunk, array.shard_chunks, run.place, decoders)
+            futures = read_chunks(root, file, run.rows, array.chunk, array.shard_chunks, run.place, decoders)
         runs.append((batch, run, futures))
 
     def finish() -> Array:
         for batch, run, futures in runs:
-            with _named(array, batch, root / array.file(batch)):
+            with _named(array, batch, root):
                 for future in futures:
                     future.result()
             run.finish()
@@ -122,14 +120,16 @@ def begin_rows(
 
 
 @contextlib.contextmanager
-def _named(array: ArraySpec, batch: int, file: Path) -> Iterator[None]:
+def _named(array: ArraySpec, batch: int, root: Storage) -> Iterator[None]:
     """Errors inside say which array, batch and file."""
     try:
         yield
     except (ShardError, OSError) as error:
-        raise StoreError(
-            f"{array.path}, batch {batch}: {file} is damaged ({error}); capture this batch again"
-        ) from error
+        where = root.where(array.file(batch))
+        what = f"is damaged ({error}); capture this batch again"
+        if isinstance(error, OSError):
+            what = f"cannot be read: {error}"
+        raise StoreError(f"{array.path}, batch {batch}: {where} {what}") from error
 
 
 class _Run:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -26,9 +24,8 @@ __all__ = [
     "StoreError",
     "StoreSchema",
     "layer_path",
-    "ledger_path",
+    "ledger_name",
     "metric_path",
-    "store_path",
 ]
 
 SCHEMA = "vit-attention/1"
@@ -63,14 +60,9 @@ def metric_path(name: str, params: Mapping[str, Any]) -> str:
     return f"metrics/{name}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
-def store_path(path: str | os.PathLike[str]) -> Path:
-    """A store's path as every part of this package uses it: absolute, without a trailing slash."""
-    return Path(os.path.abspath(path))
-
-
-def ledger_path(store: Path) -> Path:
-    """`run.ledger` beside `run.zarr`."""
-    return store.with_name(store.name.removesuffix(".zarr") + ".ledger")
+def ledger_name(store: str) -> str:
+    """`run.ledger`, which lies beside `run.zarr`."""
+    return store.removesuffix(".zarr") + ".ledger"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,8 @@ CRC-32C of the whole file would be no check at all: data followed by their own C
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,20 +25,18 @@ from numcodecs import blosc  # type: ignore[import-untyped]
 
 from store.precisions import Array, cast
 from store.schema import StoreError
+from store.scratch import scratch
+from store.storage import Storage
 
 __all__ = [
-    "PARTIAL",
     "FileEntry",
     "ShardError",
     "decode_chunk",
     "describe_shard",
     "encode_chunk",
     "read_chunks",
-    "scratch",
     "write_file",
 ]
-
-PARTIAL = ".partial"  # suffix of everything unfinished, zarr-python's and ours
 
 _CHECKSUM = 4  # bytes of a CRC-32C
 _EMPTY = np.iinfo(np.uint64).max  # offset and length of a chunk that holds no row
@@ -63,11 +58,14 @@ def encode_chunk(values: Array, precision: str, to: str) -> tuple[bytes, bytes]:
     return data, google_crc32c.value(data).to_bytes(_CHECKSUM, "little")
 
 
-def write_file(path: Path, chunks: Sequence[Future[tuple[bytes, bytes]]], *, shard_chunks: int = 0) -> FileEntry:
+def write_file(
+    root: Storage, file: str, chunks: Sequence[Future[tuple[bytes, bytes]]], *, shard_chunks: int = 0
+) -> FileEntry:
     """Write chunks in order as they become ready; the file appears under its name when it is whole and on disk.
 
     Args:
-        path: the file; replaced if it is there.
+        root: the store.
+        file: inside it; replaced if it is there.
         chunks: what `encode_chunk` gives.
         shard_chunks: chunks of a whole shard, at least as many as there are; 0: the file is a single chunk.
 
@@ -77,71 +75,57 @@ def write_file(path: Path, chunks: Sequence[Future[tuple[bytes, bytes]]], *, sha
     Raises:
         OSError: the disk failed or is full; nothing is left behind.
     """
-    partial = path.with_name(path.name + PARTIAL)
     index = np.full((shard_chunks, 2), _EMPTY, dtype="<u8")
     digest = hashlib.sha256()
     size = 0
-    try:
-        with open(partial, "wb", buffering=0) as file:
-            for number, chunk in enumerate(chunks):
-                data, checksum = chunk.result()
-                if shard_chunks:
-                    index[number] = size, len(data) + _CHECKSUM
-                    digest.update(checksum)
-                else:
-                    digest.update(data + checksum)
-                size += _write(file, data) + _write(file, checksum)
+    with root.writing(file) as write:
+        for number, chunk in enumerate(chunks):
+            data, checksum = chunk.result()
             if shard_chunks:
-                table = index.tobytes()
-                table += google_crc32c.value(table).to_bytes(_CHECKSUM, "little")
-                digest.update(table)
-                size += _write(file, table)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+                index[number] = size, len(data) + _CHECKSUM
+                digest.update(checksum)
+            else:
+                digest.update(data + checksum)
+            size += write(data) + write(checksum)
+        if shard_chunks:
+            table = index.tobytes()
+            table += google_crc32c.value(table).to_bytes(_CHECKSUM, "little")
+            digest.update(table)
+            size += write(table)
     entry: FileEntry = {"bytes": size, "sha256": digest.hexdigest()}
     return entry | {"chunks": shard_chunks} if shard_chunks else entry
-
-
-def _write(file: Any, data: bytes) -> int:
-    """Write all of it: an unbuffered write may stop short on a disk that is filling up."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
-    return len(data)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def describe_shard(path: Path, shard_chunks: int) -> FileEntry:
-    """The entry of a shard as it is on disk, every byte of it under a checksum that was compared.
+def describe_shard(root: Storage, file: str, shard_chunks: int) -> FileEntry:
+    """The entry of a shard as it is stored, every byte of it under a checksum that was compared.
 
     Raises:
         ShardError: a chunk or the index does not match its checksum.
         OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        index, table = _read_index(file.fileno(), size, shard_chunks)
-        begin = 0
-        for number, (offset, length) in enumerate(index.tolist()):
-            if offset == _EMPTY:
-                continue
-            if offset != begin:
-                raise ShardError(f"chunk {number} begins at byte {offset}, expected {begin}")
-            digest.update(_checked(_read_at(path, offset, length), number, length)[1])
-            begin += length
-        if begin + len(table) != size:
-            raise ShardError(f"the chunks end at byte {begin} and the index begins at {size - len(table)}")
+    size = root.size(file)
+    index, table = _read_index(root, file, size, shard_chunks)
+    begin = 0
+    for number, (offset, length) in enumerate(index.tolist()):
+        if offset == _EMPTY:
+            continue
+        if offset != begin:
+            raise ShardError(f"chunk {number} begins at byte {offset}, expected {begin}")
+        digest.update(_checked(root.read_range(file, offset, length), number, length)[1])
+        begin += length
+    if begin + len(table) != size:
+        raise ShardError(f"the chunks end at byte {begin} and the index begins at {size - len(table)}")
     digest.update(table)
     return {"bytes": size, "sha256": digest.hexdigest(), "chunks": shard_chunks}
 
 
 def read_chunks(
-    path: Path,
+    root: Storage,
+    file: str,
     rows: slice,
     chunk_rows: int,
     shard_chunks: int,
@@ -151,7 +135,8 @@ def read_chunks(
     """Begin to read and decode the chunks that hold some rows of a file, each in a thread of its own.
 
     Args:
-        path: the file.
+        root: the store.
+        file: inside it.
         rows: of the file, counted from 0.
         chunk_rows: rows a chunk.
         shard_chunks: chunks of a whole shard; 0: the file is a single chunk.
@@ -165,18 +150,17 @@ def read_chunks(
         ShardError: the index does not match its checksum.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if shard_chunks:
-            index, _ = _read_index(file.fileno(), size, shard_chunks)
-        else:
-            index = np.array([[0, size]], dtype="<u8")
+    size = root.size(file)
+    if shard_chunks:
+        index, _ = _read_index(root, file, size, shard_chunks)
+    else:
+        index = np.array([[0, size]], dtype="<u8")
 
     def read(number: int) -> None:
         offset, length = (int(value) for value in index[number])
         if offset == _EMPTY:
             raise ShardError(f"chunk {number} is missing")
-        data, _ = _checked(_read_at(path, offset, length), number, length)
+        data, _ = _checked(root.read_range(file, offset, length), number, length)
         place(number, data)
 
     first, last = rows.start // chunk_rows, (rows.stop - 1) // chunk_rows
@@ -195,29 +179,10 @@ def decode_chunk(data: Array, out: Array) -> None:
     blosc.decompress(data, out)
 
 
-_thread = threading.local()
-
-
-def scratch(name: str, size: int) -> Array:
-    """This thread's own bytes under a name, used again for the next chunk: fresh pages cost as much as reading them."""
-    buffer: Array | None = getattr(_thread, name, None)
-    if buffer is None or buffer.size < size:
-        buffer = np.empty(size, np.uint8)
-        setattr(_thread, name, buffer)
-    return buffer[:size]
-
-
-def _read_at(path: Path, offset: int, length: int) -> Array:
-    buffer = scratch("compressed", length)
-    with open(path, "rb", buffering=0) as file:
-        done = os.preadv(file.fileno(), [buffer.data], offset)
-    return buffer[:done]
-
-
-def _read_index(descriptor: int, size: int, shard_chunks: int) -> tuple[Array, bytes]:
+def _read_index(root: Storage, file: str, size: int, shard_chunks: int) -> tuple[Array, bytes]:
     """(offset, length) of every chunk, and the index's own bytes."""
     length = 16 * shard_chunks + _CHECKSUM
-    table = os.pread(descriptor, length, max(size - length, 0))
+    table = root.read_range(file, max(size - length, 0), length).tobytes()
     if len(table) < length or google_crc32c.value(table[:-_CHECKSUM]) != int.from_bytes(table[-_CHECKSUM:], "little"):
         raise ShardError("the index does not match its checksum")
     return np.frombuffer(table[:-_CHECKSUM], dtype="<u8").reshape(shard_chunks, 2), table

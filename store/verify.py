@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes, store_files
-from store.ledger import PARTIAL, Ledger, LedgerError, batch_name, file_problem
+from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
+from store.ledger import Ledger, LedgerError, batch_name, file_problem
 from store.reader import AttentionStore
-from store.schema import SCHEMA, StoreError, StoreSchema, ledger_path, metric_path, store_path
+from store.schema import SCHEMA, StoreError, StoreSchema, metric_path
+from store.storage import PARTIAL, Storage, storage_at
 
 __all__ = ["Damage", "info", "verify"]
 
@@ -36,7 +36,7 @@ class Damage:
         return f"{self.unit} {self.problem}"
 
 
-def verify(path: str | os.PathLike[str]) -> list[Damage]:
+def verify(path: str | os.PathLike[str] | Storage) -> list[Damage]:
     """Check every byte of a store and its ledger.
 
     A store that is still being captured, or whose capture was killed, is sound: what no record names is not yet
@@ -48,19 +48,19 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
     Raises:
         StoreError: there is no store at that path.
     """
-    root = store_path(path)
-    if not root.is_dir():
+    root = storage_at(path)
+    if not root.is_there():
         raise StoreError(f"there is no store at {root}")
     check = _Check(root)
     if not check.ledger.exists("metadata") and "schema" not in read_attributes(root):
-        raise StoreError(f"{root} is not a {SCHEMA!r} store, and has no ledger at {check.ledger.path}")
+        raise StoreError(f"{root} is not a {SCHEMA!r} store, and has no ledger at {check.ledger}")
     return check.run()
 
 
 class _Check:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Storage) -> None:
         self.root = root
-        self.ledger = Ledger(ledger_path(root))
+        self.ledger = Ledger(root)
         self.damages: list[Damage] = []
         self.named: set[str] = set()  # files of the store that some record names, or that are not yet committed
 
@@ -91,16 +91,16 @@ class _Check:
             return self.ledger.read(name)
         except LedgerError:
             problem = "is damaged (its checksum does not match)" if self.ledger.exists(name) else "is missing"
-            self.blame(self.ledger.file(name), problem)
+            self.blame(self.ledger.storage, f"{name}.json", problem)
             return None
 
-    def blame(self, file: Path, problem: str) -> None:
-        self.damages.append(Damage(str(file.relative_to(self.root.parent)), problem))
+    def blame(self, storage: Storage, file: str, problem: str) -> None:
+        self.damages.append(Damage(f"{storage.name}/{file}", problem))
 
     def files(self, files: dict[str, dict[str, Any]]) -> None:
         for file, entry in files.items():
             if file not in self.named and (problem := file_problem(self.root, file, entry)):
-                self.blame(self.root / file, problem)
+                self.blame(self.root, file, problem)
             self.named.add(file)
 
     def batches(self, folder: str, arrays: Iterable[ArraySpec] | None, batches: int, *, complete: bool) -> None:
@@ -115,7 +115,7 @@ class _Check:
             if arrays is not None and (
                 name not in expected or set(record["files"]) != {array.file(expected[name]) for array in arrays}
             ):
-                self.blame(self.ledger.file(name), "does not name the files of a batch of this store")
+                self.blame(self.ledger.storage, f"{name}.json", "does not name the files of a batch of this store")
         if arrays is not None:
             self.named |= {array.file(batch) for array in arrays for batch in range(batches)}
 
@@ -136,16 +136,16 @@ class _Check:
 
     def strangers(self) -> None:
         """Files that belong to nothing. Temporary ones are a killed writer's, and the next writer's to sweep."""
-        for file in store_files(self.root):
+        for file in self.root.sizes():
             if file not in self.named and not _RESULT.fullmatch(file) and not file.endswith(PARTIAL):
-                self.blame(self.root / file, "is not part of this store")
+                self.blame(self.root, file, "is not part of this store")
         records = {f"{name}.json" for name in self.ledger.names()}
-        for file in store_files(self.ledger.path):
+        for file in self.ledger.storage.sizes():
             if file not in records and file != "lock" and not file.endswith(PARTIAL):
-                self.blame(self.ledger.path / file, "is not part of this ledger")
+                self.blame(self.ledger.storage, file, "is not part of this ledger")
 
 
-def info(path: str | os.PathLike[str]) -> dict[str, Any]:
+def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
     """What a store holds, as plain values.
 
     Returns:
@@ -158,10 +158,10 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     store = AttentionStore.open(path)
     schema = store.schema
-    ledger = Ledger(ledger_path(store.path))
+    ledger = Ledger(store.storage)
     committed = store.committed_batches
     attention = attention_arrays(schema)
-    stored = sum((store.path / array.file(batch)).stat().st_size for array in attention for batch in committed)
+    stored = sum(store.files(batch)[array.file(batch)]["bytes"] for array in attention for batch in committed)
     raw = sum(array.row_bytes for array in attention) * int(store.committed_images.sum())
     metrics = []
     for name in store.metric_names:
@@ -172,7 +172,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
                 records = ledger.names(metric_path(name, params))
                 batches = sum(record.rpartition("/")[2].startswith("batch_") for record in records)
             metrics.append({"name": name, "params": params, "batches": batches})
-    attrs = read_attributes(store.path)
+    attrs = read_attributes(store.storage)
     return {
         "path": str(store.path),
         "schema": SCHEMA,

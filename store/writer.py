@@ -15,18 +15,18 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, require_free_disk
-from store.commit import Committer, check_names, check_shape, float32, metric_values, sound_batches, sweep
+from store.commit import Committer, check_names, check_shape, float32, metric_values, sound_batches
 from store.encodings import resolve_encoding
-from store.ledger import Ledger, LedgerError, Lock, batch_name
+from store.ledger import Ledger, LedgerError, batch_name
 from store.metadata import Metadata
 from store.precisions import Array
-from store.schema import StoreError, StoreSchema, ledger_path, store_path
+from store.schema import StoreError, StoreSchema
 from store.shards import FileEntry
+from store.storage import Location, Lock, Storage, storage_at
 
 __all__ = ["AttentionWriter"]
 
@@ -42,7 +42,7 @@ class AttentionWriter:
             writer.finish()
 
     Attributes:
-        path: the store.
+        path: the store, or its URL.
         schema: its schema.
         committed: numbers of the batches that are committed and whose files still match their hashes.
             A damaged or missing shard is simply not among them, hence written again.
@@ -50,9 +50,10 @@ class AttentionWriter:
     """
 
     def __init__(
-        self, path: Path, schema: StoreSchema, ledger: Ledger, lock: Lock, resources: contextlib.ExitStack
+        self, storage: Storage, schema: StoreSchema, ledger: Ledger, lock: Lock, resources: contextlib.ExitStack
     ) -> None:
-        self.path = path
+        self.path: Location = storage.location
+        self.storage = storage
         self.schema = schema
         self.committed: set[int] = set()
         self.run = ""
@@ -62,14 +63,14 @@ class AttentionWriter:
         self._layers = {layer.layer: layer for layer in schema.layers} if schema.encoding else {}
         self._attention = {number: layer_arrays(schema, layer) for number, layer in self._layers.items()}
         self._logits = next((array for array in batch_arrays(schema) if array.path == "logits"), None)
-        self._committer = Committer(path, ledger)
+        self._committer = Committer(storage, ledger)
         self._files: dict[int, dict[int, dict[str, Future[FileEntry]]]] = {}  # batch -> layer -> file
         self._submitted: set[int] = set()
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Storage,
         schema: StoreSchema,
         *,
         labels: Sequence[int] | Array,
@@ -82,7 +83,7 @@ class AttentionWriter:
         """Create a store, resume one whose schema is equal in every field, or join its writer.
 
         Args:
-            path: the store's folder; its ledger lies beside it.
+            path: the store's folder, or its URL; its ledger lies beside it.
             schema: shapes and provenance.
             labels: class index of every image, −1 if unknown.
             class_names: names of the classes.
@@ -97,16 +98,16 @@ class AttentionWriter:
                 that differs, with what was found and expected), has damaged metadata that cannot be rebuilt, is
                 not a store, does not fit on the disk, or is not shared by the run to join.
         """
-        root = store_path(path)
+        root = storage_at(path)
         fixed = Metadata(schema, labels, class_names, manifest, regions, biases)
-        ledger = Ledger(ledger_path(root))
-        if _is_there(root) and not ledger.exists("metadata"):  # before the lock's file is made: it stays untouched
-            raise StoreError(
-                f"{root} exists but has no ledger at {ledger.path}; "
-                "give the path of a store with its ledger beside it, or one where nothing lies yet"
-            )
+        ledger = Ledger(root)
         with contextlib.ExitStack() as resources:
             try:
+                if root.is_there() and not ledger.exists("metadata"):
+                    raise StoreError(  # before the lock's file is made: what lies there stays untouched
+                        f"{root} exists but has no ledger at {ledger}; "
+                        "give the path of a store with its ledger beside it, or one where nothing lies yet"
+                    )
                 lock = resources.enter_context(ledger.joined(join) if join else ledger.locked())
                 writer = cls(root, schema, ledger, lock, resources)
                 if join:
@@ -121,9 +122,10 @@ class AttentionWriter:
 
     def _prepare(self, fixed: Metadata) -> None:
         """Make the store, or find out what of it holds."""
-        root, ledger, schema = self.path, self._ledger, self.schema
-        exists = _is_there(root)
-        sweep(root, ledger)
+        root, ledger, schema = self.storage, self._ledger, self.schema
+        root.sweep()
+        ledger.storage.sweep()
+        exists = root.is_there()
         if exists:
             fixed.resume(root, ledger)
             self.committed = _drop_unsound(root, ledger, schema)
@@ -270,12 +272,7 @@ class AttentionWriter:
             self.close()
 
 
-def _is_there(root: Path) -> bool:
-    """Whether anything but an empty folder has the store's name."""
-    return root.exists() and not (root.is_dir() and not any(root.iterdir()))
-
-
-def _drop_unsound(root: Path, ledger: Ledger, schema: StoreSchema) -> set[int]:
+def _drop_unsound(root: Storage, ledger: Ledger, schema: StoreSchema) -> set[int]:
     """Withdraw the records that no longer hold; return the batches that do."""
     sound, problems = sound_batches(root, ledger, batch_arrays(schema), schema.num_batches)
     withdrawn = list(problems)

@@ -1,0 +1,266 @@
+"""A store in an object store (S3, Google Cloud Storage, Azure, HTTP), by obstore; nothing here without a URL.
+
+A file is one PUT, which appears whole or not at all, so a batch is committed as in a folder: its shards, then its
+record. Credentials and endpoints come from the environment, as obstore reads them (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, …).
+
+The lock is an object that is PUT on condition that there is none (If-None-Match). Nobody takes it away when its writer
+dies: a run on the same machine does, if that process is gone, and one on another machine says whose it is. Were two
+runs to write one store all the same, they would PUT the same bytes under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.precisions import Array
+from store.schema import StoreError
+from store.storage import Lock, Storage, StoreUrl, Write
+
+__all__ = ["ObjectStorage"]
+
+_AT_ONCE = 16  # requests under way
+_PATIENCE = timedelta(seconds=60)  # with a network that fails
+
+
+class ObjectStorage(Storage):
+    """A prefix of an object store.
+
+    Args:
+        objects: an obstore store, of the folder that holds the prefix.
+        location: URL of the prefix.
+    """
+
+    near = False
+    location: StoreUrl
+
+    def __init__(self, objects: Any, location: StoreUrl) -> None:
+        self.location = location
+        self._objects = objects
+
+    @classmethod
+    def open(cls, location: StoreUrl) -> ObjectStorage:
+        """The object store of a URL.
+
+        Raises:
+            StoreError: obstore is not installed, or it takes no such URL.
+        """
+        try:
+            from obstore.exceptions import BaseError
+            from obstore.store import from_url
+        except ImportError as error:
+            raise StoreError(
+                f"{location} lies in an object store; install what reads it: pip install 'vit-attention-engine[cloud]'"
+            ) from error
+        folder = location.rpartition("/")[0]
+        try:
+            return cls(from_url(folder, retry_config={"max_retries": 5, "retry_timeout": _PATIENCE}), location)
+        except (BaseError, ValueError) as error:
+            raise StoreError(
+                f"{location} is no URL of a store ({_sentence(error)}); expected s3://bucket/run.zarr, gs://, az://, "
+                "https:// or file://"
+            ) from error
+
+    def beside(self, name: str) -> ObjectStorage:
+        return ObjectStorage(self._objects, StoreUrl(f"{self.location.rpartition('/')[0]}/{name}"))
+
+    def is_there(self) -> bool:
+        return self.exists("zarr.json")
+
+    def exists(self, file: str) -> bool:
+        try:
+            self.size(file)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, file: str) -> int:
+        return int(self._call("head", file)["size"])
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        prefix = f"{self.name}/"
+        with self._named(folder):
+            import obstore
+
+            listed = [entry for page in obstore.list(self._objects, f"{prefix}{folder}".rstrip("/")) for entry in page]
+        return dict(sorted((entry["path"].removeprefix(prefix), int(entry["size"])) for entry in listed))
+
+    def read(self, file: str) -> bytes:
+        return bytes(self._call("get", file).bytes())
+
+    def read_range(self, file: str, offset: int, length: int) -> Array:
+        return np.frombuffer(self._call("get_range", file, start=offset, length=length), np.uint8)
+
+    def fetch(self, files: Sequence[str]) -> list[bytes | None]:
+        def get(file: str) -> bytes | None:
+            try:
+                return self.read(file)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(_AT_ONCE, "fetch") as threads:
+            return list(threads.map(get, files))
+
+    @contextlib.contextmanager
+    def writing(self, file: str) -> Iterator[Write]:
+        parts: list[bytes] = []
+
+        def write(data: bytes) -> int:
+            parts.append(data)
+            return len(data)
+
+        yield write
+        self._call("put", file, b"".join(parts))
+
+    def settle(self, files: Iterable[str]) -> None:
+        """Nothing: an object has its name as soon as it is there."""
+
+    def remove(self, file: str) -> None:
+        self._call("delete", file)
+
+    def clear(self, keep: str) -> None:
+        for file in self.sizes():
+            if file != keep:
+                self.remove(file)
+
+    def sweep(self) -> None:
+        """Nothing: what was not put whole is not there."""
+
+    @contextlib.contextmanager
+    def skeleton(self) -> Iterator[Path]:
+        folder = Path(tempfile.mkdtemp(prefix="vit-attention-"))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
+        """The root's zarr.json comes last: without it there is no store."""
+        files = [file.relative_to(skeleton).as_posix() for file in skeleton.rglob("*") if file.is_file()]
+        with ThreadPoolExecutor(_AT_ONCE, "adopt") as threads:
+            put = (threads.submit(self.replace, f, (skeleton / f).read_bytes()) for f in files if f != "zarr.json")
+            for done in list(put):
+                done.result()
+        commit()
+        self.replace("zarr.json", (skeleton / "zarr.json").read_bytes())
+
+    def free_bytes(self) -> None:
+        return None
+
+    def zarr(self) -> Any:
+        from zarr.storage import ObjectStore, StorePath
+
+        return StorePath(ObjectStore(self._objects, read_only=True), self.name)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Lock]:
+        lock = _LockObject(self)
+        lock.take()
+        try:
+            yield lock
+        finally:
+            self.remove("lock")
+
+    @contextlib.contextmanager
+    def joined(self, run: str) -> Iterator[Lock]:
+        lock = _LockObject(self)
+        if lock.holder().get("run") != run:
+            raise StoreError(f"{self} is not shared by the run that this process belongs to; start it anew")
+        yield lock
+
+    def put_first(self, file: str, content: bytes) -> bool:
+        """Put an object if there is none of that name; whether there was none."""
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            self._call("put", file, content, mode="create")
+        except OSError as error:
+            if isinstance(error.__cause__, AlreadyExistsError):
+                return False
+            raise
+        return True
+
+    def _call(self, function: str, file: str, *args: Any, **kwargs: Any) -> Any:
+        with self._named(file):
+            import obstore
+
+            return getattr(obstore, function)(self._objects, f"{self.name}/{file}", *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _named(self, file: str) -> Iterator[None]:
+        """Errors inside become those of a disk, with the URL and a sentence."""
+        from obstore.exceptions import BaseError, NotFoundError
+
+        try:
+            yield
+        except (FileNotFoundError, NotFoundError) as error:
+            raise FileNotFoundError(f"there is no {self.where(file)}") from error
+        except (BaseError, PermissionError, NotImplementedError) as error:
+            raise OSError(f"{self.where(file)}: {_sentence(error)}") from error
+
+
+class _LockObject:
+    """The object `lock`: host and process of the writer, and the name of the run where it shares the store."""
+
+    def __init__(self, storage: ObjectStorage) -> None:
+        self._storage = storage
+        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "run": ""}
+
+    def take(self) -> None:
+        """Put it, or put it in the place of one whose writer has died on this machine.
+
+        Raises:
+            StoreError: another writer holds it, or may.
+        """
+        if self._put_first():
+            return
+        holder = self.holder()
+        if holder.get("host") == self._mine["host"] and not _lives(int(holder["process"])):
+            self._storage.remove("lock")
+            if self._put_first():
+                return
+            holder = self.holder()
+        process, host = (holder.get(key, "unknown") for key in ("process", "host"))
+        raise StoreError(
+            f"{self._storage} is locked: process {process} on {host} is writing this store; wait for it to end, or if "
+            f"it has died, delete {self._storage.where('lock')}"
+        )
+
+    def share(self) -> str:
+        self._mine["run"] = uuid.uuid4().hex
+        self._storage.replace("lock", self._content())
+        return str(self._mine["run"])
+
+    def holder(self) -> dict[str, Any]:
+        """What the object says; nothing if there is none."""
+        content = self._storage.fetch(["lock"])[0]
+        return dict(json.loads(content)) if content else {}
+
+    def _put_first(self) -> bool:
+        return self._storage.put_first("lock", self._content())
+
+    def _content(self) -> bytes:
+        return json.dumps(self._mine).encode()
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of this machine has that number; one of this process's own number has died."""
+    return process != os.getpid() and Path(f"/proc/{process}").exists()
+
+
+def _sentence(error: BaseException) -> str:
+    """obstore's first line; what follows is for its developers."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
