@@ -20,7 +20,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from engine import __version__
@@ -50,7 +49,7 @@ class Job:
     Args:
         id: of this run; a worker opens the stores anew for another.
         code_version: of this package, which workers must have.
-        store, other: absolute paths; other is "" without pair metrics.
+        store, other: absolute paths or URLs; other is "" without pair metrics.
         captures: digests of the two.
         metrics: name -> how the user named it.
         backend: of `kernels.BACKENDS`.
@@ -72,7 +71,7 @@ class Job:
             named: name -> how the user named the metric.
         """
         stores = [store for store in (measurement.store, measurement.other) if store is not None]
-        paths = [str(store.path.resolve()) for store in stores]
+        paths = [str(store.path) for store in stores]
         return cls(
             id=uuid.uuid4().hex,
             code_version=__version__,
@@ -247,7 +246,7 @@ def _opened(job: Job) -> StoredMeasurement:
             "sides"
         )
     specs = dict(zip((name for name, _ in job.metrics), load_metrics([named for _, named in job.metrics]), strict=True))
-    stores = [AttentionStore.open(Path(path)) for path in (job.store, job.other) if path]
+    stores = [AttentionStore.open(path) for path in (job.store, job.other) if path]
     for store, digest in zip(stores, job.captures, strict=True):
         if store.digest != digest:
             raise InputError(f"{store.path} is another capture there; expected a file system that both sides share")

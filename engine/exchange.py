@@ -57,7 +57,7 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
             num_classes=0,
             code_version=__version__,
         )
-        store = Path(config.capture.store)
+        store = config.capture.store
         image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
         with AttentionWriter.open(store, schema, labels=file.labels, class_names=[]) as writer:
             rows = {batch: schema.batch_rows(batch) for batch in writer.missing}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from engine.progress import say
 from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import Capture, capture_to_store
 from engine.training import image_kind
+from store.storage import Location, location_of, storage_at
 from train.conditions import versions
 from train.datasets import build_manifest
 from train.folders import prepare_folder
@@ -34,7 +37,7 @@ def capture_folder(config: StudyConfig) -> None:
 
 
 def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
-    path = Path(config.capture.store)
+    path = location_of(config.capture.store)
     model = build_model(
         config.model.name,
         num_classes=None,
@@ -60,10 +63,23 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         label=f"capture {path.name}",
     )
     if workers.first:
-        samples = path.with_name("samples.zarr")
-        rows = choose_samples(config.capture.samples, len(images), config.data.seed)
-        start_samples(samples, images, rows)
-        add_sample_maps(samples, path.name.removesuffix(".zarr"), model, images, rows, device=device)
+        with _samples_beside(path) as samples:
+            rows = choose_samples(config.capture.samples, len(images), config.data.seed)
+            start_samples(samples, images, rows)
+            add_sample_maps(samples, path.name.removesuffix(".zarr"), model, images, rows, device=device)
+
+
+@contextmanager
+def _samples_beside(store: Location) -> Iterator[Path]:
+    """A folder for the sample images' maps beside the store; beside one in an object store, they are put at the end."""
+    if isinstance(store, Path):
+        yield store.with_name("samples.zarr")
+        return
+    there = storage_at(store).beside("samples.zarr")
+    with there.skeleton() as folder:
+        yield folder / "samples.zarr"
+        there.clear(keep="")
+        there.adopt(folder / "samples.zarr", lambda: None)
 
 
 def _manifest(config: StudyConfig, workers: Workers) -> Manifest:

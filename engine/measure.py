@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,13 +16,14 @@ from engine.stored import Batches, StoredMeasurement
 from kernels import MetricSpec, resolve
 from store import AttentionStore, MetricWriter, has_metric
 from store.arrays import attention_arrays
+from store.storage import Location
 from train.errors import InputError
 
 __all__ = ["measure_store", "missing_metrics", "stored_parameters"]
 
 
 def measure_store(
-    path: Path, metrics: Sequence[str], backend: str, against: Path | None = None, scheduler: str = ""
+    path: Location, metrics: Sequence[str], backend: str, against: Location | None = None, scheduler: str = ""
 ) -> AttentionStore:
     """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
 
@@ -31,7 +31,7 @@ def measure_store(
     written and committed batch by batch meanwhile.
 
     Args:
-        path: the store. Batches its capture has not committed yet are left out, which is said.
+        path: the store, or its URL. Batches its capture has not committed yet are left out, which is said.
         metrics: names or `module:name`.
         backend: see `kernels.resolve`.
         against: the second condition's store, for pair metrics: the same images, layers and heads.
@@ -90,7 +90,7 @@ def measure_store(
     return AttentionStore.open(path)
 
 
-def missing_metrics(path: Path, metrics: Sequence[str], against: Path | None = None) -> dict[str, MetricSpec]:
+def missing_metrics(path: Location, metrics: Sequence[str], against: Location | None = None) -> dict[str, MetricSpec]:
     """The metrics that this version of the code has not left in the store, by name.
 
     Raises:
@@ -120,7 +120,7 @@ def stored_parameters(
 
 
 def _second_store(
-    store: AttentionStore, specs: Mapping[str, MetricSpec], against: Path | None
+    store: AttentionStore, specs: Mapping[str, MetricSpec], against: Location | None
 ) -> AttentionStore | None:
     """The store that pair metrics compare with; None when there are none."""
     pairs = [name for name, spec in specs.items() if spec.inputs == "pair"]

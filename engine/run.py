@@ -75,9 +75,10 @@ def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
 def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from engine.measure import measure_store, missing_metrics
+    from store.storage import location_of
 
-    path = Path(config.measure.store)
-    against = Path(config.measure.against) if config.measure.against else None
+    path = location_of(config.measure.store)
+    against = location_of(config.measure.against) if config.measure.against else None
     missing = missing_metrics(path, config.measure.metrics, against)
     if not missing:
         print(f"{path} holds {', '.join(config.measure.metrics)} already")
@@ -112,7 +113,7 @@ def _import(config: StudyConfig, arguments: argparse.Namespace) -> int:
 def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from store.verify import verify
 
-    damages = verify(Path(arguments.store))
+    damages = verify(arguments.store)
     for damage in damages:
         print(damage)
     if not damages:
@@ -125,7 +126,7 @@ def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
     from store.verify import info
 
-    print(json.dumps(info(Path(arguments.store)), indent=2, ensure_ascii=False))
+    print(json.dumps(info(arguments.store), indent=2, ensure_ascii=False))
     return 0
 
 

@@ -32,6 +32,7 @@ from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, St
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
 from store.schema import ledger_name
+from store.storage import Location
 from train.data import ImageSet
 from train.errors import InputError
 from train.parallel import Tally, Workers
@@ -75,7 +76,7 @@ class Capture:
 def capture_to_store(
     model: torch.nn.Module,
     images: ImageSet,
-    path: Path,
+    path: Location,
     capture: Capture,
     *,
     model_info: Mapping[str, Any],
@@ -94,12 +95,12 @@ def capture_to_store(
     Args:
         model: see `AttentionTap`.
         images: readable images in row order; a file that cannot be read any more raises and is not substituted.
-        path: the store, `something.zarr`; its ledger stands beside it.
+        path: the store, `something.zarr`, or its URL; its ledger stands beside it.
         capture: what to capture.
         model_info, dataset_info, preprocessing: provenance, kept in the store's attributes.
         manifest: every file of the data set with its status, kept in the store.
         label: name in the progress bar.
-        replace: a store of another run (or a damaged one) at `path` is deleted first instead of refused.
+        replace: a store of another run (or a damaged one) in the folder `path` is deleted first instead of refused.
 
     Returns:
         The complete store, open for reading.
@@ -169,7 +170,7 @@ def capture_to_store(
         try:
             return open_writer()
         except StoreError as error:
-            if not (replace and _is_other(path, schema)):
+            if not (replace and isinstance(path, Path) and _is_other(path, schema)):
                 raise
             say(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
             shutil.rmtree(path)

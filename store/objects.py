@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,9 +30,13 @@ from store.precisions import Array
 from store.schema import StoreError
 from store.storage import Lock, Storage, StoreUrl, Write
 
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
+
 __all__ = ["ObjectStorage"]
 
 _AT_ONCE = 16  # requests under way
+_held: set[str] = set()  # ledgers that this process has locked
 _PATIENCE = timedelta(seconds=60)  # with a network that fails
 
 
@@ -66,8 +70,12 @@ class ObjectStorage(Storage):
                 f"{location} lies in an object store; install what reads it: pip install 'vit-attention-engine[cloud]'"
             ) from error
         folder = location.rpartition("/")[0]
+        options: ClientConfig | None = {"allow_http": True} if location.startswith("http://") else None
         try:
-            return cls(from_url(folder, retry_config={"max_retries": 5, "retry_timeout": _PATIENCE}), location)
+            objects = from_url(
+                folder, client_options=options, retry_config={"max_retries": 5, "retry_timeout": _PATIENCE}
+            )
+            return cls(objects, location)
         except (BaseError, ValueError) as error:
             raise StoreError(
                 f"{location} is no URL of a store ({_sentence(error)}); expected s3://bucket/run.zarr, gs://, az://, "
@@ -169,9 +177,11 @@ class ObjectStorage(Storage):
     def locked(self) -> Iterator[Lock]:
         lock = _LockObject(self)
         lock.take()
+        _held.add(self.location)
         try:
             yield lock
         finally:
+            _held.discard(self.location)
             self.remove("lock")
 
     @contextlib.contextmanager
@@ -228,7 +238,7 @@ class _LockObject:
         if self._put_first():
             return
         holder = self.holder()
-        if holder.get("host") == self._mine["host"] and not _lives(int(holder["process"])):
+        if holder.get("host") == self._mine["host"] and not self._lives(int(holder["process"])):
             self._storage.remove("lock")
             if self._put_first():
                 return
@@ -249,6 +259,10 @@ class _LockObject:
         content = self._storage.fetch(["lock"])[0]
         return dict(json.loads(content)) if content else {}
 
+    def _lives(self, process: int) -> bool:
+        """Whether a process of this machine still holds the lock; a dead one may have had this one's number."""
+        return self._storage.location in _held if process == os.getpid() else _runs(process)
+
     def _put_first(self) -> bool:
         return self._storage.put_first("lock", self._content())
 
@@ -256,9 +270,14 @@ class _LockObject:
         return json.dumps(self._mine).encode()
 
 
-def _lives(process: int) -> bool:
-    """Whether another process of this machine has that number; one of this process's own number has died."""
-    return process != os.getpid() and Path(f"/proc/{process}").exists()
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _sentence(error: BaseException) -> str:

@@ -303,13 +303,20 @@ class AttentionStore:
     def _later(self) -> list[tuple[str, dict[str, Any]]]:
         """(name, params) of every metric computed after the capture."""
         found = []
-        for record in self._ledger.names("metrics"):
+        try:
+            records = self._ledger.names("metrics")
+        except OSError as error:  # a web server lists nothing
+            raise StoreError(f"{self._ledger} cannot be searched for metrics computed later: {error}") from error
+        for record in records:
             if record.endswith("/metadata"):
                 content = self._ledger.read(record)
                 found.append((str(content["name"]), dict(content["params"])))
         return found
 
     def _choose(self, name: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        own = self.schema.metrics.get(name)
+        if own is not None and params in (None, own):
+            return dict(own)
         stored = self.metric_params(name)
         if not stored:
             raise StoreError(f"{self.path} has no metric {name!r}; it has {', '.join(self.metric_names) or 'none'}")
@@ -317,7 +324,7 @@ class AttentionStore:
             if metric_path(name, params) not in {metric_path(name, each) for each in stored}:
                 raise StoreError(f"{self.path} has no {name!r} with {dict(params)}; it has {stored}")
             return dict(params)
-        if len(stored) > 1 and name not in self.schema.metrics:
+        if len(stored) > 1:
             raise StoreError(f"{self.path} has {name!r} with several parameters: {stored}; say which by `params`")
         return stored[0]
 
