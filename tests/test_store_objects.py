@@ -255,9 +255,7 @@ def test_an_s3_server(bucket: str, tmp_path: Path) -> None:
     case.measure(here)
     assert differing(content(storage_at(url)), content(here)) <= CREATED
     maps = AttentionStore.open(url)
-    requests = [(layer, slice(0, 4)) for layer in maps.layers]
-    for (layer, rows), stored in zip(requests, maps.read_ahead(requests), strict=True):
-        case.check_maps(stored.astype(np.float32), "fp16", layer, rows)
+    np.testing.assert_array_equal(maps.read(1, [9, 0, 5], [1]), case.expected("fp16", 1)[[9, 0, 5], 1:2])
     with pytest.raises(StoreError, match=r"s3://absent/run\.zarr"):
         AttentionStore.open("s3://absent/run.zarr")
 
