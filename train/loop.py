@@ -104,7 +104,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train to the end and leave the weights of the best epoch in `module`.
 
-    Every epoch, and about every minute, the state goes to `state_file`; a later call with the same
+    At ends of epochs, and about every minute, the state goes to `state_file`; a later call with the same
     key goes on from there. The caller removes the file once the result is saved.
 
     Args:
@@ -192,7 +192,8 @@ def fit(
                 _average(state, min(schedule.ema_decay, (1 + step) / (10 + step)))
 
             progress.step = step + 1
-            ends, saves = progress.step % steps_per_epoch == 0, state_file.due()
+            ends = progress.step % steps_per_epoch == 0
+            saves = state_file.due(epoch_ends=ends)
             while launched and (ends or saves):
                 look(launched.popleft())
             if ends:
@@ -201,11 +202,10 @@ def fit(
                     _train_mode(module)
                     _end_epoch(state, found, epoch, rate, label)
                 bar.set_postfix(validation=f"{found.accuracy:.3f}")
+            if saves:
                 state_file.save(state)
-                if on_epoch is not None:
-                    on_epoch(progress.history)
-            elif saves:
-                state_file.save(state)
+            if ends and on_epoch is not None:
+                on_epoch(progress.history)
     _copy(state.best, module)
     return progress.history
 

@@ -1,0 +1,1 @@
+"""Measurements on a GPU, started by `benchmarks/gpu.sh`; see docs/gpu.md."""

@@ -1,0 +1,170 @@
+"""Capture: what measuring adds to a forward pass, and how fast attention streams to the disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.pictures import Pictures, vit
+from benchmarks.gpu.results import Row
+from benchmarks.gpu.timing import device_of
+from engine.batch_sinks import BatchSinks
+from engine.capture import AttentionTap, discover_sites
+from engine.sinks import Capture, capture_to_store
+from engine.transfer import HostCopies
+from kernels import METRICS
+from store import LayerSchema, StoreSchema
+from store.arrays import attention_arrays
+
+__all__ = ["measure_overhead", "measure_streaming"]
+
+CORE = ("distance", "entropy", "morans_i")
+
+
+def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """ViT-B/16 in bfloat16, batch 128: batches with the metrics sink between batches without, wall time."""
+    device = device_of(small)
+    size, batch, batches = (64, 2, 2) if small else (224, 128, 12)
+    model = vit(small, 10, device).to(torch.bfloat16).eval()
+    images = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
+    sites, _, _ = discover_sites(model, images[:1])
+    schema = _schema(sites, batch)
+
+    def plain() -> None:
+        for _ in range(batches):
+            model(images)
+
+    def tapped(on_attention: Callable[[], Any]) -> None:
+        """As `engine.sinks` does it: a batch is launched before the metrics of the one before are looked at."""
+        before = None
+        for _ in range(batches):
+            sinks = on_attention()
+            with AttentionTap(model, sinks):
+                model(images)
+            if isinstance(sinks, BatchSinks):
+                sinks.finish()
+                if before is not None:
+                    before.invalid_layers(), before.metric_values()
+                before = sinks
+        if before is not None:
+            before.metric_values()
+
+    copies = HostCopies(device)
+
+    def sink(backend: str) -> BatchSinks:
+        specs = [METRICS[name] for name in CORE]
+        return BatchSinks(schema, specs, backend, {site.layout: None for site in sites}, lambda *_: None, copies)
+
+    contenders: dict[str, Callable[[], Any]] = {"tap alone": lambda: tapped(lambda: lambda *call: None)}
+    for backend in ("torch",) if small else ("triton", "torch"):
+        contenders[f"metrics sink, {backend}"] = lambda backend=backend: tapped(lambda: sink(backend))  # type: ignore[misc]
+    with torch.inference_mode():
+        ratios, forward = _between(plain, contenders, device, 2 if small else 7)
+    rate = batch * batches / forward
+    yield Row(name=f"plain forward, bf16, batch {batch}", value=rate, unit="images/s", key="forward")
+    for name, ratio in ratios.items():
+        yield Row(name=name, value=ratio, unit="× forward", note=f"{rate / ratio:,.0f} images/s")
+
+
+def _between(
+    plain: Callable[[], None], contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
+) -> tuple[dict[str, float], float]:
+    """(median ratio of each to the plain runs before and after it, median seconds of those)."""
+
+    def seconds(run: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    for run in (plain, *contenders.values()):
+        seconds(run)
+    ratios: dict[str, list[float]] = {name: [] for name in contenders}
+    plain_seconds = [seconds(plain)]
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            spent = seconds(run)
+            plain_seconds.append(seconds(plain))
+            ratios[name].append(2 * spent / (plain_seconds[-2] + plain_seconds[-1]))
+    return {name: float(np.median(found)) for name, found in ratios.items()}, float(np.median(plain_seconds))
+
+
+def _schema(sites: list[Any], batch: int) -> StoreSchema:
+    return StoreSchema(
+        layers=tuple(LayerSchema(layer=s.layer, site=s.name, heads=s.heads, layout=s.layout.to_dict()) for s in sites),
+        image_ids=tuple(map(str, range(batch))),
+        batch_size=batch,
+        encoding="",
+        metrics={},
+        model={},
+        preprocessing={},
+        dataset={},
+        precision="bfloat16",
+        num_classes=0,
+        code_version="benchmark",
+    )
+
+
+class Narrow(torch.nn.Module):
+    """A model in bfloat16 whose input is float32, as data sets give it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model.to(torch.bfloat16)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.model(images.to(torch.bfloat16))
+
+
+def measure_streaming(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """A whole capture into a store, commits and all, by encoding; and which of the limits binds."""
+    device = device_of(small)
+    size, batch, count = (64, 2, 4) if small else (224, 64, 512)
+    model = Narrow(vit(small, 10, device)).eval()
+    pictures = Pictures(count, size, 10)
+    for encoding in ("fp16", "bf16", "qk"):
+        folder = Path(tempfile.mkdtemp())
+        try:
+            seconds, raw, kept = _capture(model, pictures, folder, encoding, batch, device)
+        finally:
+            shutil.rmtree(folder)
+        limits = {
+            "link to the host": 1e9 * ceilings["to_the_host"] / raw,
+            "codec": 1e9 * ceilings["codec"] / raw,
+            "disk": 1e9 * ceilings["disk"] / kept,
+        }
+        if "forward" in ceilings:
+            limits["forward pass"] = ceilings["forward"]
+        binding = min(limits, key=limits.__getitem__)
+        yield Row(
+            name=f"capture to the store, {encoding}",
+            value=count / seconds,
+            unit="images/s",
+            limit=limits[binding],
+            bound_by=binding,
+            note=f"{raw * count / seconds / 1e9:.2f} GB/s raw, {kept / raw:.2f} of the bytes kept",
+        )
+
+
+def _capture(
+    model: torch.nn.Module, pictures: Pictures, folder: Path, encoding: str, batch: int, device: torch.device
+) -> tuple[float, float, float]:
+    """(seconds, raw bytes an image, bytes on disk an image); a first capture of two batches warms up."""
+    settings = Capture(sinks=("store",), encoding=encoding, batch_size=batch, device=str(device))
+    about: dict[str, Any] = {"model_info": {}, "dataset_info": {}, "preprocessing": {}}
+    few = Pictures(2 * batch, pictures.preprocessing.height_px, len(pictures.class_names))
+    capture_to_store(model, few, folder / "warm.zarr", settings, **about)
+    began = time.perf_counter()
+    store = capture_to_store(model, pictures, folder / "maps.zarr", settings, **about)
+    seconds = time.perf_counter() - began
+    raw = sum(array.row_bytes for array in attention_arrays(store.schema))
+    kept = sum(file.stat().st_size for file in (folder / "maps.zarr" / "attention").rglob("*") if file.is_file())
+    return seconds, raw, kept / len(pictures)

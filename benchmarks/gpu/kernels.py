@@ -1,0 +1,148 @@
+"""Every backend on a layer of ViT-B at four grid sizes: checked against the reference, timed, set against its floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.results import Row
+from benchmarks.gpu.timing import copies_beyond_cache, device_of, median_seconds
+from kernels import METRICS, TokenLayout, measure_attention, measure_qk, torch_ops
+from tests.cases import FROM_QK, TOLERANCE, layout
+
+__all__ = ["measure"]
+
+CORE = ("distance", "entropy", "morans_i")
+HEADS, LAYERS, HEAD_DIM = 12, 12, 64
+GRIDS = ((8, 8), (14, 14), (24, 24), (37, 37))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INPUT_BYTES = 120e6  # of one input in 16 bits; several are used in turn
+
+
+@dataclass(frozen=True)
+class Work:
+    """One layer of so many images: fresh random inputs, and what a pass over them must move and do."""
+
+    of: TokenLayout
+    images: int
+    dtype: torch.dtype
+    device: torch.device
+    from_qk: bool
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """(attention,), or query and key as views of a fused projection, as timm's models hand them over."""
+        tokens = self.of.num_tokens
+        fused = torch.randn(self.images, tokens, 3, HEADS, HEAD_DIM, device=self.device)
+        fused = (1.2 * fused).to(self.dtype)
+        query, key, _ = fused.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.from_qk:
+            return query, key
+        attention = torch.empty(self.images, HEADS, tokens, tokens, dtype=self.dtype, device=self.device)
+        for image in range(self.images):
+            logits = query[image].float() @ key[image].float().mT / 8
+            attention[image] = logits.softmax(dim=-1)
+        return (attention,)
+
+    @property
+    def nbytes(self) -> int:
+        """Input, each value once."""
+        tokens = self.of.num_tokens
+        per_map = 2 * tokens * HEAD_DIM if self.from_qk else tokens * tokens
+        return self.images * HEADS * per_map * self.dtype.itemsize
+
+    def floor(self, ceilings: dict[str, float]) -> tuple[float, str]:
+        """(seconds of the pass at the device's limits, the one that binds)."""
+        tokens = self.of.num_tokens
+        elements = self.images * HEADS * tokens * tokens
+        times = {"bandwidth": self.nbytes / (1e9 * ceilings["copy"])}
+        if self.from_qk:
+            products = "fp32" if self.dtype == torch.float32 else "bf16"
+            times[f"{products} products"] = 2 * HEAD_DIM * elements / (1e12 * ceilings[products])
+        times["exponentials"] = elements / (1e12 * ceilings["exp"])
+        binding = max(times, key=times.__getitem__)
+        return times[binding], binding
+
+
+def measure(grid: tuple[int, int], small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """Rows in images a second: an image has 12 layers of 12 heads."""
+    device = device_of(small)
+    of = layout(2, 3, 1) if small else layout(*grid, 1)
+    images = 1 if small else max(2, round(INPUT_BYTES / (2 * HEADS * of.num_tokens**2)))
+    for from_qk in (False, True):
+        for dtype in DTYPES:
+            yield from _of_work(Work(of, images, dtype, device, from_qk), ceilings, small)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Row]:
+    what = "measure_qk" if work.from_qk else "measure_attention"
+    dtype = str(work.dtype).removeprefix("torch.")
+    backends = ("torch",) if small else ("torch", "triton") if work.from_qk else ("torch", "triton", "numba_cuda")
+    runs: dict[str, Callable[..., Any]] = {name: _public(work, name) for name in backends}
+    _check(work, runs, what)
+    # Compiling takes seconds a shape: for the sizes and types of everyday models.
+    if not small and work.of.num_tokens in (197, 577) and work.dtype != torch.float32:
+        runs["torch, compiled"] = _compiled(work)
+    inputs = [work.draw() for _ in range(copies_beyond_cache(work.nbytes, work.device))]
+    seconds, notes = {}, {}
+    for name, run in runs.items():
+        seconds[name], notes[name] = median_seconds([partial(run, *given) for given in inputs], work.device)
+    floor, bound_by = work.floor(ceilings)
+    for name in runs:
+        yield Row(
+            name=f"{what}, {work.of.num_tokens} tokens, {dtype}, {name}",
+            value=work.images / LAYERS / seconds[name],
+            unit="images/s",
+            limit=work.images / LAYERS / floor,
+            bound_by=bound_by,
+            times_compiled=seconds["torch, compiled"] / seconds[name] if "torch, compiled" in seconds else None,
+            note=notes[name],
+        )
+
+
+def _public(work: Work, backend: str) -> Callable[..., Any]:
+    """The public function, as the metrics sink calls it: rows that are no attention are counted, not raised."""
+    if work.from_qk:
+        return lambda query, key: measure_qk(query, key, work.of, CORE, backend=backend, invalid="mask")
+    return lambda attention: measure_attention(attention, work.of, CORE, backend, "mask")
+
+
+def _compiled(work: Work) -> Callable[..., Any]:
+    """The `torch` backend's pass and its means as one compiled graph."""
+    specs = [METRICS[name] for name in CORE]
+
+    def run(*given: torch.Tensor) -> Any:
+        if work.from_qk:
+            found = torch_ops.measure_qk(*given, work.of, specs, None, 1 / math.sqrt(HEAD_DIM), None)
+        else:
+            found = torch_ops.measure_attention(*given, work.of, specs, None)
+        return [values.nanmean(dim=-1, dtype=torch.float64) for values in found.values.values()], found.valid
+
+    torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, dynamic=False)
+
+
+def _check(work: Work, runs: dict[str, Callable[..., Any]], what: str) -> None:
+    """Each against the float64 reference on a fresh draw, in memory that held NaN before."""
+    few = Work(work.of, 1, work.dtype, work.device, work.from_qk)
+    given = tuple(tensor[:, :1] for tensor in few.draw())
+    reference = _public(few, "reference")(*(tensor.cpu() for tensor in given))
+    tolerances = FROM_QK if work.from_qk else TOLERANCE
+    for name, run in runs.items():
+        poison = [torch.full((2**20,), math.nan, device=work.device) for _ in range(8)]
+        poison.clear()
+        got = run(*given)
+        if got.masked != reference.masked:
+            raise AssertionError(f"{what} {name}: {got.masked} rows invalid, {reference.masked} in the reference")
+        for metric in CORE:
+            worst = float((got[metric].cpu() - reference[metric]).abs().max())
+            if not worst <= tolerances[metric]:
+                raise AssertionError(
+                    f"{what} {name}, {work}: {metric} is off by {worst:.1e}, allowed {tolerances[metric]:.0e}"
+                )

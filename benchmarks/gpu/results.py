@@ -1,0 +1,162 @@
+"""Rows, the JSON file that they lie in, and the table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["About", "Results", "Row", "Section", "describe", "table"]
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = "vit-attention-gpu-benchmark/1"
+PACKAGES = ("torch", "triton", "numba", "numba-cuda", "timm", "zarr", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure.
+
+    Args:
+        name: what was measured.
+        value, unit: the median.
+        key: under which other sections find a ceiling; "" for other rows.
+        limit: what the device could do at best, in the same unit, from measured ceilings and counted bytes, products
+            and exponentials; None where there is none.
+        bound_by: which of them that is.
+        times_compiled: how many times as fast as the `torch` backend under torch.compile on the same input.
+        note: how it was measured, where not as the others.
+    """
+
+    name: str
+    value: float
+    unit: str
+    key: str = ""
+    limit: float | None = None
+    bound_by: str = ""
+    times_compiled: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class About:
+    """What was measured on: the first entry of the file."""
+
+    fields: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.fields
+
+
+# (small sizes on the CPU?, ceilings by key) → rows
+Section = Callable[[bool, dict[str, float]], Sequence[Any]]
+
+
+def describe(small: bool, ceilings: dict[str, float]) -> list[About]:
+    """Device, versions and code. Without `small` there must be a CUDA device."""
+    import torch
+
+    if not small and not torch.cuda.is_available():
+        raise RuntimeError("torch finds no CUDA device; benchmarks/gpu.sh --small runs on a CPU, at tiny sizes")
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "none"
+    device = "CPU, small" if small else torch.cuda.get_device_name()
+    driver = {} if small else {"cuda": torch.version.cuda, "memory_bytes": torch.cuda.mem_get_info()[1]}
+    return [
+        About(
+            {
+                "device": device,
+                "small": small,
+                "code": _code_digest(),
+                "commit": _commit(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "python": platform.python_version(),
+                "versions": versions,
+                **driver,
+            }
+        )
+    ]
+
+
+def _code_digest() -> str:
+    """Of every Python file that a figure could depend on; a copy of the tree need not have its history."""
+    found = hashlib.sha256()
+    for folder in ("kernels", "store", "train", "engine", "benchmarks/gpu"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def _commit() -> str:
+    try:
+        said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said.stdout.strip()
+
+
+class Results:
+    """The sections measured so far of one state of the code on one device, kept in a file after each."""
+
+    def __init__(self, path: Path, about: dict[str, Any], sections: dict[str, Any]) -> None:
+        self.path, self.about, self.sections = path, about, sections
+
+    @classmethod
+    def open(cls, path: Path | None, about: dict[str, Any]) -> Results:
+        """The file's own sections if they are of this code and device, else none."""
+        slug = "".join(c if c.isalnum() else "_" for c in about["device"].lower())
+        path = path or ROOT / "benchmarks" / "results" / f"gpu_{slug}.json"
+        if path.is_file():
+            kept = json.loads(path.read_text())
+            same = ("device", "code", "versions", "small")
+            if kept.get("schema") == SCHEMA and all(kept["about"].get(k) == about[k] for k in same):
+                return cls(path, kept["about"], {n: s for n, s in kept["sections"].items() if "error" not in s})
+        return cls(path, about, {})
+
+    def has(self, name: str) -> bool:
+        return name in self.sections
+
+    def add(self, name: str, section: dict[str, Any]) -> None:
+        self.sections[name] = section
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"schema": SCHEMA, "about": self.about, "sections": self.sections}
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for section in self.sections.values():
+            yield from section.get("rows", ())
+
+    def ceilings(self) -> dict[str, float]:
+        return {row["key"]: row["value"] for row in self.rows() if row["key"]}
+
+
+def table(results: Results) -> str:
+    """Every row, a line each; what failed is said in its place."""
+    versions = ", ".join(f"{name} {version}" for name, version in results.about["versions"].items())
+    lines = [f"\n{results.about['device']}, {results.about['date']}, {versions}"]
+    for name, section in results.sections.items():
+        lines.append(f"\n{name} ({section['seconds']:.0f} s)".ljust(61) + f"{'':>24}{'of limit':>10}{'× compiled':>12}")
+        if "error" in section:
+            lines.append(f"  FAILED: {section['error'][:400]}")
+        for row in section.get("rows", ()):
+            of_limit = f"{row['value'] / row['limit']:.0%}" if row["limit"] else ""
+            if row["limit"] and row["unit"].startswith(("s", "ms")):
+                of_limit = f"{row['limit'] / row['value']:.0%}"
+            against = f"{row['times_compiled']:.2f}" if row["times_compiled"] else ""
+            said = f"  {row['name']:<58}{row['value']:>13,.4g} {row['unit']:<11}{of_limit:>9}{against:>12}"
+            lines.append("  ".join(filter(None, (said, row["bound_by"], row["note"]))).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""benchmarks/gpu.sh at tiny sizes on a CPU: every section leaves its rows, and what is there is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.__main__ import SECTIONS, run
+from benchmarks.gpu.results import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gpu_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--small", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    said = gpu_sh("--json", str(path))
+    assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
+    found = json.loads(path.read_text())
+    assert list(found["sections"]) == [name for name, _, _ in SECTIONS]
+    for name, section in found["sections"].items():
+        assert section["rows"], name
+        assert all(row["value"] > 0 for row in section["rows"]), name
+    assert found["about"]["small"] is True
+    assert {"date", "device", "versions", "code", "commit"} <= set(found["about"])
+    before = path.read_bytes()
+    again = gpu_sh("--json", str(path))
+    assert again.returncode == 0
+    assert "==" not in again.stdout, "every section was there"
+    assert path.read_bytes() == before
+
+
+def test_a_section_that_fails_hangs_or_dies_is_reported_and_ended() -> None:
+    def fails(small: bool, ceilings: dict[str, float]) -> list[Row]:
+        raise ValueError("no such kernel")
+
+    def hangs(small: bool, ceilings: dict[str, float]) -> list[Row]:
+        while True:
+            pass
+
+    def dies(small: bool, ceilings: dict[str, float]) -> list[Row]:
+        os._exit(9)
+
+    assert run(fails, True, {}, 20)["error"] == "ValueError: no such kernel"
+    assert run(hangs, True, {}, 1)["error"] == "not done after 1 s"
+    assert run(dies, True, {}, 20)["error"] == "its process ended with exit code 9"
+
+
+def test_without_a_gpu_it_says_how_to_run(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--json", str(tmp_path / "gpu.json")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 1
+    assert "--small runs on a CPU" in said.stderr
+    assert not (tmp_path / "gpu.json").exists()
