@@ -140,6 +140,7 @@ def test_an_averaged_run_resumes_to_the_same_bytes(
 
 
 def test_training_ends_early_and_stays_ended(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.state, "EPOCH_SAVE_SHARE", 1e9)  # save at every end of an epoch
     scores = {"given": iter([0.5, 0.9, 0.9, 0.1, 0.2, 0.0, 0.0])}
     monkeypatch.setattr(
         "train.conditions.evaluate", lambda *arguments, **options: Evaluation(next(scores["given"]), 1.0)
