@@ -173,6 +173,16 @@ class TestStoredMaps:
         agree_on(attention, OF, backend)
 
     @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_zeros_with_a_sign_and_rows_of_next_to_nothing(self, backend: str) -> None:
+        """Rows that the fast way leaves to the exact one, among others that it does not."""
+        values = np.random.default_rng(3).dirichlet(np.ones(N), size=(1, 2, N)).astype(np.float32)
+        values[0, 0, 3, 4], values[0, 1, 2, 1], values[0, 1, 6, 0] = -0.0, -0.0, -0.0
+        values[0, 1, 8, 1:] *= 1e-20
+        values[0, 1, 9, 1:] = -0.0
+        values[0, 1, 8:10, 0] = 1.0
+        agree_on(torch.from_numpy(values / values.sum(-1, keepdims=True)).to(DEVICE), OF, backend)
+
+    @pytest.mark.parametrize("backend", RUNNABLE)
     def test_other_metrics_come_from_the_reference_and_are_named(self, backend: str) -> None:
         attention = torch.from_numpy(CASES[0].make(OF, np.random.default_rng(2))[:, :1].astype(np.float32)).to(DEVICE)
         got = measure_attention(attention, OF, ["gini", "distance", "morans_i_received"], backend)
@@ -291,57 +301,139 @@ class TestRefusals:
             measure_qk(query, query, OF, backend="numba_cuda")
 
 
-# ViT-B/16 at 224 px, all metrics.
-GEOMETRY = {"PREFIX": 1, "PATCHES": 196, "GRID_COLS": 14, "NUM_EDGES": 364, "BLOCK_P": 16, "NEEDS": 15}
-POINTERS = {"starts": "*i64", "distances": "*fp32", "planes": "*fp32", "valid": "*i8"}
+# Grids of ViTs with 8, 14, 24 and 37 patches a side.
+SIDES = (8, 14, 24, 37)
+POINTERS = {"starts": "*i64", "planes": "*fp32", "valid": "*i8", "again": "*i8"}
+FLOATS = dict.fromkeys(("tolerance", "factor", "row_step", "col_step"), "fp32")
 
 
+def geometry(side: int, needs: int) -> dict[str, Any]:
+    edges = 2 * side * (side - 1)
+    return {"PREFIX": 1, "GRID_ROWS": side, "GRID_COLS": side, "NUM_EDGES": edges, "NEEDS": needs}
+
+
+@pytest.mark.skipif(bool(EMULATED), reason="compiled in the ordinary process")
 @pytest.mark.usefixtures("emulator_runs")  # the emulators need not wait for the compiler
 class TestTritonCompiles:
-    """Through to machine code, which takes no device: the interpreter lets pass what the compiler refuses."""
+    """Through to machine code, which takes no device: the interpreter lets pass what the compiler refuses.
+
+    As they are launched, no kernel may spill registers to memory: it would be slower by a multiple.
+    """
 
     @staticmethod
-    def compiled(kernel: Any, constants: dict[str, int], types: dict[str, str], options: dict[str, int]) -> Any:
+    def compiled(
+        kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int], aligned: tuple[str, ...]
+    ) -> Any:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
         names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        given = {**POINTERS, **FLOATS, **types}
+        signature = {name: "constexpr" if name in constants else given.get(name, "i32") for name in names}
+        known = [name for name in names if signature[name].startswith("*") or name in aligned]
         source = ASTSource(
-            fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in constants.items()}
+            fn=kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in known},
         )
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    @staticmethod
+    def spilled(binary: Any, tmp_path: Path) -> int:
+        """Bytes of local memory a thread."""
+        from triton import knobs
+
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return sum(int(found) for found in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
 
     @pytest.fixture(autouse=True)
     def _own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    @pytest.mark.skipif(bool(EMULATED), reason="compiled in the ordinary process")
-    @pytest.mark.parametrize("dtype", ["fp16", "i16"])
-    def test_from_stored_maps(self, dtype: str) -> None:
-        from kernels import triton_gpu
+    def from_maps(self, side: int, dtype: str, needs: int, tmp_path: Path) -> int:
+        from kernels import triton_gpu, triton_rows
 
-        block_q, block_k = triton_gpu.ATTENTION_TILE
-        constants = {**GEOMETRY, "BLOCK_Q": block_q, "BLOCK_K": block_k, "IS_BFLOAT16": dtype == "i16"}
-        types = {**POINTERS, "attention": f"*{dtype}", "tolerance": "fp32"}
-        options = {"num_warps": triton_gpu.ATTENTION_WARPS}
-        binary = self.compiled(triton_gpu._attention_kernel, constants, types, options)
-        assert len(binary.asm["cubin"]) > 0
+        pairs = triton_gpu.triton.next_power_of_2((side + 1) // 2)
+        constants = {
+            **geometry(side, needs),
+            "BLOCK_P": 1,
+            "BLOCK_M": triton_gpu.MAPS,
+            "BLOCK_Q": 32 * triton_gpu.MAPS_WARPS // pairs,
+            "PAIRS": pairs,
+            "UNROLL": triton_gpu._unrolled(side),
+            "IS_BFLOAT16": dtype == "bf16",
+            "FAST": True,
+            "stride_k": 1,
+        }
+        types = {"attention": "*i16" if dtype == "bf16" else f"*{dtype}"}
+        options = {"num_warps": triton_gpu.MAPS_WARPS}
+        return self.spilled(self.compiled(triton_rows.attention_rows, constants, types, options, ()), tmp_path)
 
-    @pytest.mark.skipif(bool(EMULATED), reason="compiled in the ordinary process")
-    @pytest.mark.parametrize(("dtype", "bias"), [("bf16", ""), ("fp16", "i8")])
-    def test_from_query_and_key(self, dtype: str, bias: str) -> None:
-        from kernels import triton_gpu
+    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path) -> int:
+        from kernels import triton_gpu, triton_rows
 
-        block_q, block_k = triton_gpu.QK_TILE
-        constants = {**GEOMETRY, "BLOCK_Q": block_q, "BLOCK_K": block_k, "HEAD_DIM": 64, "BLOCK_D": 64}
-        constants |= {"HAS_BIAS": bool(bias), "IS_MASK": bool(bias), "WIDEN": False}
-        types = {**POINTERS, "q_starts": "*i64", "k_starts": "*i64", "b_starts": "*i64", "factor": "fp32"}
+        columns = max(16, triton_gpu.triton.next_power_of_2(side))
+        queries, warps = triton_gpu._qk_tile(columns, 4 if dtype == "fp32" else 2)
+        constants = {
+            **geometry(side, needs),
+            "BLOCK_P": 16,
+            "BLOCK_Q": queries,
+            "BLOCK_C": columns,
+            "HEAD_DIM": 64,
+            "BLOCK_D": 64,
+            "HAS_BIAS": bool(bias),
+            "IS_MASK": bias == "i8",
+            "WIDEN": False,
+            "FAST": True,
+            "ALIGNED": 16,
+            "stride_qd": 1,
+            "stride_kd": 1,
+            "stride_bk": 1,
+        }
+        types = dict.fromkeys(("q_starts", "k_starts", "b_starts"), "*i64")
         types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
-        options = {"num_warps": triton_gpu.QK_WARPS, "num_stages": 2}
-        binary = self.compiled(triton_gpu._qk_kernel, constants, types, options)
+        options = {"num_warps": warps}
+        binary = self.compiled(triton_rows.qk_rows, constants, types, options, ("stride_qn", "stride_kn", "stride_bq"))
         assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
+        return self.spilled(binary, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("side", "dtype", "needs"), [(14, "fp16", 7), (24, "bf16", 7), (37, "fp32", 7), (14, "fp16", 15)]
+    )
+    def test_from_stored_maps(self, side: int, dtype: str, needs: int, tmp_path: Path) -> None:
+        assert self.from_maps(side, dtype, needs, tmp_path) == 0
+
+    @pytest.mark.parametrize(("side", "dtype", "bias"), [(14, "bf16", ""), (24, "fp16", "i8"), (14, "fp32", "")])
+    def test_from_query_and_key(self, side: int, dtype: str, bias: str, tmp_path: Path) -> None:
+        assert self.from_qk(side, dtype, bias, 7, tmp_path) == 0
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+    @pytest.mark.parametrize("side", SIDES)
+    def test_every_grid_and_type(self, side: int, dtype: str, tmp_path: Path) -> None:
+        assert self.from_maps(side, dtype, 7, tmp_path) == 0
+        assert self.from_qk(side, dtype, "", 7, tmp_path) == 0
+
+    @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+    def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:
+        from kernels import triton_rows
+
+        constants = {**geometry(37, 15), "BLOCK_P": 1, "BLOCK_K": 2048, "BLOCK_T": 2048, "stride_k": 1}
+        constants["IS_BFLOAT16"] = dtype == "bf16"
+        types = {"attention": "*i16" if dtype == "bf16" else f"*{dtype}"}
+        assert (
+            self.spilled(self.compiled(triton_rows.exact_rows, constants, types, {"num_warps": 4}, ()), tmp_path) == 0
+        )
+        types = {"values": "*fp32", "means": "*fp64", "undefined": "*i64"}
+        constants = {"QUERIES": 1369, "BLOCK": 2048, "query_stride": 1}
+        assert (
+            self.spilled(self.compiled(triton_rows.mean_of_rows, constants, types, {"num_warps": 4}, ()), tmp_path) == 0
+        )
 
 
 @pytest.mark.skipif(bool(RUNNABLE), reason="the backends run in this very process")

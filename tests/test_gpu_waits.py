@@ -7,7 +7,7 @@ that depends on data) is an error, and copies between it and the host are record
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.batch_sinks import BatchSinks
 from engine.capture import AttentionTap
-from kernels import METRICS, measure_attention, measure_qk, torch_ops
-from kernels.device_rows import distances
+from kernels import METRICS, measure_attention, measure_qk, torch_ops, triton_gpu, triton_rows
+from kernels.device_rows import _starts, distances
 from store import LayerSchema, StoreSchema
 from tests.cases import layout
 from train.augment import Augmentation, _luma
@@ -50,7 +50,7 @@ class Crossings(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device called cuda without a driver; what is kept for it is forgotten afterwards."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    kept: tuple[Any, ...] = (torch_ops._kept_distances, distances, _channels, _luma)
+    kept: tuple[Any, ...] = (torch_ops._kept_distances, distances, _starts, _channels, _luma)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cuda", 0)
     for cache in kept:
@@ -86,7 +86,30 @@ def on(device: torch.device, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def sinks_of(encoding: str, copies: Any) -> BatchSinks:
+class Launches:
+    """In a Triton kernel's place: notes that it was launched."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.count += 1
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """What the `triton` backend does on the host, without its kernels."""
+    recorder = Launches()
+    for name in ("qk_rows", "attention_rows", "exact_rows", "mean_of_rows"):
+        monkeypatch.setattr(triton_rows, name, recorder)
+    monkeypatch.setattr(triton_gpu, "_current_device", lambda tensor: nullcontext())
+    return recorder
+
+
+def sinks_of(encoding: str, copies: Any, backend: str) -> BatchSinks:
     schema = StoreSchema(
         layers=tuple(LayerSchema(layer=i, site=str(i), heads=3, layout=OF.to_dict()) for i in range(6)),
         image_ids=("a", "b"),
@@ -100,7 +123,7 @@ def sinks_of(encoding: str, copies: Any) -> BatchSinks:
         num_classes=3,
         code_version="test",
     )
-    return BatchSinks(schema, CORE, "torch", {OF: None}, lambda layer, maps: None, copies)
+    return BatchSinks(schema, CORE, backend, {OF: None}, lambda layer, maps: None, copies)
 
 
 @contextmanager
@@ -110,12 +133,15 @@ def crossings() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("encoding", ["", "fp16"])
-def test_a_forward_pass_under_the_sinks(model: torch.nn.Module, gpu: torch.device, encoding: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_forward_pass_under_the_sinks(
+    model: torch.nn.Module, launches: Launches, gpu: torch.device, backend: str, encoding: str
+) -> None:
     on(gpu, model)
     images = torch.empty(2, 3, 64, 64, device=gpu)
     for turn in range(2):  # the first brings the table of distances to the device
         copies = Copies()
-        sinks = sinks_of(encoding, copies)
+        sinks = sinks_of(encoding, copies, backend)
         with crossings() as found, torch.inference_mode(), AttentionTap(model, sinks):
             model(images)
             launched = copies.waited
@@ -124,6 +150,8 @@ def test_a_forward_pass_under_the_sinks(model: torch.nn.Module, gpu: torch.devic
             assert found == []
             # Maps: all but the last four layers have been waited for, each while four more were being computed.
             assert launched == copies.waited == (2 if encoding else 0)
+    # Six layers, twice: the pass, and a mean for each metric.
+    assert launches.count == (2 * 6 * (1 + len(CORE)) if backend == "triton" else 0)
 
 
 def test_measuring_looks_only_when_asked_to(gpu: torch.device) -> None:
