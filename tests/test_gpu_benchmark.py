@@ -7,9 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from benchmarks.gpu import kernels
 from benchmarks.gpu.__main__ import SECTIONS, run
-from benchmarks.gpu.results import Row
+from benchmarks.gpu.results import Row, failed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +33,7 @@ def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
     assert list(found["sections"]) == [name for name, _, _ in SECTIONS]
     for name, section in found["sections"].items():
         assert section["rows"], name
-        assert all(row["value"] > 0 for row in section["rows"]), name
+        assert all(row["value"] > 0 and not row["error"] for row in section["rows"]), name
     assert found["about"]["small"] is True
     assert {"date", "device", "versions", "code", "commit"} <= set(found["about"])
     before = path.read_bytes()
@@ -52,6 +57,21 @@ def test_a_section_that_fails_hangs_or_dies_is_reported_and_ended() -> None:
     assert run(fails, True, {}, 20)["error"] == "ValueError: no such kernel"
     assert run(hangs, True, {}, 1)["error"] == "not done after 1 s"
     assert run(dies, True, {}, 20)["error"] == "its process ended with exit code 9"
+
+
+def test_a_backend_that_is_wrong_or_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(work: kernels.Work, backend: str) -> Any:
+        run = public(work, "torch")
+        return (lambda attention: run(attention.flip(-1))) if backend == "torch" else public(work, backend)
+
+    public = kernels._public
+    monkeypatch.setattr(kernels, "_public", wrong)
+    monkeypatch.setattr(kernels, "DTYPES", (torch.float32,))
+    ceilings = {"copy": 1.0, "bf16": 1.0, "fp32": 1.0, "exp": 1.0}
+    bad, *rest = kernels.measure((2, 3), True, ceilings)
+    assert "is off by" in bad.error
+    assert "TypeError" in rest[0].error, "query and key are two"
+    assert failed({"rows": [bad.to_dict()]})
 
 
 def test_without_a_gpu_it_says_how_to_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import capture, ceilings, checks, kernels, training
-from benchmarks.gpu.results import Results, Section, describe, table
+from benchmarks.gpu.results import Results, Section, describe, failed, table
 
 # In order: later ones set their figures against the ceilings. Seconds that a section may take, of 9 minutes in all.
 SECTIONS: tuple[tuple[str, Section, int], ...] = (
@@ -36,7 +36,7 @@ SECTIONS: tuple[tuple[str, Section, int], ...] = (
 
 
 def run(section: Section, small: bool, ceilings_found: dict[str, float], seconds: int) -> dict[str, Any]:
-    """{rows, seconds} of a section, or {error, seconds}; the process is ended after `seconds`."""
+    """{rows, seconds} of a section, with its error if it failed; the process is ended after `seconds`."""
     # A fork has what this process imported, and its own context on the device: what breaks one section's context
     # does not reach the next. Nothing here touches the device.
     context = multiprocessing.get_context("fork")
@@ -58,11 +58,14 @@ def run(section: Section, small: bool, ceilings_found: dict[str, float], seconds
 
 
 def _child(sending: Connection, section: Section, small: bool, ceilings_found: dict[str, float]) -> None:
+    found: dict[str, Any] = {"rows": []}
     try:
-        sending.send({"rows": [row.to_dict() for row in section(small, ceilings_found)]})
+        for row in section(small, ceilings_found):
+            found["rows"].append(row.to_dict())
     except Exception as error:
         traceback.print_exc()
-        sending.send({"error": f"{type(error).__name__}: {error}"})
+        found["error"] = f"{type(error).__name__}: {error}"
+    sending.send(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.add(name, run(section, given.small, results.ceilings(), seconds))
     print(table(results))
     print(f"\n{results.path}")
-    return 1 if any("error" in section for section in results.sections.values()) else 0
+    return 1 if any(map(failed, results.sections.values())) else 0
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Ro
     dtype = str(work.dtype).removeprefix("torch.")
     backends = ("torch",) if small else ("torch", "triton") if work.from_qk else ("torch", "triton", "numba_cuda")
     runs: dict[str, Callable[..., Any]] = {name: _public(work, name) for name in backends}
-    _check(work, runs, what)
+    errors = _check(work, runs)
     # Compiling takes ten seconds a shape: for what is stored, and what models compute in, at everyday sizes.
     everyday = torch.bfloat16 if work.from_qk else torch.float16
     if not small and work.of.num_tokens in (197, 577) and work.dtype == everyday:
@@ -92,9 +92,16 @@ def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Ro
     inputs = [work.draw() for _ in range(copies_beyond_cache(work.nbytes, work.device))]
     seconds, notes = {}, {}
     for name, run in runs.items():
-        seconds[name], notes[name] = median_seconds([partial(run, *given) for given in inputs], work.device)
+        if name not in errors:
+            try:
+                seconds[name], notes[name] = median_seconds([partial(run, *given) for given in inputs], work.device)
+            except Exception as error:  # of one backend: the others are measured all the same
+                errors[name] = f"{type(error).__name__}: {error}"
     floor, bound_by = work.floor(ceilings)
-    for name in runs:
+    for name, error in errors.items():
+        full_name = f"{what}, {work.of.num_tokens} tokens, {dtype}, {name}"
+        yield Row(name=full_name, value=0.0, unit="images/s", error=error)
+    for name in seconds:
         yield Row(
             name=f"{what}, {work.of.num_tokens} tokens, {dtype}, {name}",
             value=work.images / LAYERS / seconds[name],
@@ -128,21 +135,26 @@ def _compiled(work: Work) -> Callable[..., Any]:
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 
-def _check(work: Work, runs: dict[str, Callable[..., Any]], what: str) -> None:
-    """Each against the float64 reference on a fresh draw, in memory that held NaN before."""
+def _check(work: Work, runs: dict[str, Callable[..., Any]]) -> dict[str, str]:
+    """Each against the float64 reference on a fresh draw, in memory that held NaN before; what is wrong with which."""
     few = Work(work.of, 1, work.dtype, work.device, work.from_qk)
     given = tuple(tensor[:, :1] for tensor in few.draw())
     reference = _public(few, "reference")(*(tensor.cpu() for tensor in given))
-    tolerances = FROM_QK if work.from_qk else TOLERANCE
+    errors = {}
     for name, run in runs.items():
         poison = [torch.full((2**20,), math.nan, device=work.device) for _ in range(8)]
         poison.clear()
-        got = run(*given)
-        if got.masked != reference.masked:
-            raise AssertionError(f"{what} {name}: {got.masked} rows invalid, {reference.masked} in the reference")
-        for metric in CORE:
-            worst = float((got[metric].cpu() - reference[metric]).abs().max())
-            if not worst <= tolerances[metric]:
-                raise AssertionError(
-                    f"{what} {name}, {work}: {metric} is off by {worst:.1e}, allowed {tolerances[metric]:.0e}"
-                )
+        try:
+            _compare(run(*given), reference, FROM_QK if work.from_qk else TOLERANCE)
+        except Exception as error:  # of one backend: the others are measured all the same
+            errors[name] = f"{type(error).__name__}: {error}"
+    return errors
+
+
+def _compare(got: Any, reference: Any, tolerances: dict[str, float]) -> None:
+    if got.masked != reference.masked:
+        raise AssertionError(f"{got.masked} rows are invalid, {reference.masked} in the reference")
+    for metric in CORE:
+        worst = float((got[metric].cpu() - reference[metric]).abs().max())
+        if not worst <= tolerances[metric]:
+            raise AssertionError(f"{metric} is off by {worst:.1e}, allowed {tolerances[metric]:.0e}")

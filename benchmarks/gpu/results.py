@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["About", "Results", "Row", "Section", "describe", "table"]
+__all__ = ["About", "Results", "Row", "Section", "describe", "failed", "table"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "vit-attention-gpu-benchmark/1"
@@ -33,6 +33,7 @@ class Row:
         bound_by: which of them that is.
         times_compiled: how many times as fast as the `torch` backend under torch.compile on the same input.
         note: how it was measured, where not as the others.
+        error: why it could not be measured; the value is 0 then.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     bound_by: str = ""
     times_compiled: float | None = None
     note: str = ""
+    error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,6 +111,11 @@ def _commit() -> str:
     return said.stdout.strip()
 
 
+def failed(section: dict[str, Any]) -> bool:
+    """Whether anything of a section could not be measured."""
+    return "error" in section or any(row["error"] for row in section.get("rows", ()))
+
+
 class Results:
     """The sections measured so far of one state of the code on one device, kept in a file after each."""
 
@@ -124,7 +131,7 @@ class Results:
             kept = json.loads(path.read_text())
             same = ("device", "code", "versions", "small")
             if kept.get("schema") == SCHEMA and all(kept["about"].get(k) == about[k] for k in same):
-                return cls(path, kept["about"], {n: s for n, s in kept["sections"].items() if "error" not in s})
+                return cls(path, kept["about"], {n: s for n, s in kept["sections"].items() if not failed(s)})
         return cls(path, about, {})
 
     def has(self, name: str) -> bool:
@@ -153,6 +160,9 @@ def table(results: Results) -> str:
         if "error" in section:
             lines.append(f"  FAILED: {section['error'][:400]}")
         for row in section.get("rows", ()):
+            if row["error"]:
+                lines.append(f"  {row['name']:<58}  FAILED: {row['error'][:400]}")
+                continue
             of_limit = f"{row['value'] / row['limit']:.0%}" if row["limit"] else ""
             if row["limit"] and row["unit"].startswith(("s", "ms")):
                 of_limit = f"{row['limit'] / row['value']:.0%}"
