@@ -412,7 +412,9 @@ def qk_rows(
     lowered = finite(top)[:, None]
     s = logits(q, key, bias_rows, here, stride_kn, stride_kd, stride_bk, factor,
                HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN)  # fmt: skip
-    pivot = of_grid(fast_exp2(s - lowered, FAST), c, GRID_COLS, 1)[:, None] * (1.0 / GRID_COLS)
+    first = fast_exp2(s - lowered, FAST)
+    pivot = of_grid(first, c, GRID_COLS, 1)[:, None] * (1.0 / GRID_COLS)
+    first -= pivot
     patch = near_n - PREFIX
     sideways = (c - (patch % GRID_COLS)[:, None]).to(tl.float32) * col_step
     sideways = sideways * sideways
@@ -428,7 +430,6 @@ def qk_rows(
     apart_across = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     apart_down = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     least = tl.full((BLOCK_Q, BLOCK_C), 1.0, tl.float32)
-    first = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     above = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     for r in range(0, GRID_ROWS):
         t = logits(q, key, bias_rows, here + r * GRID_COLS, stride_kn, stride_kd, stride_bk, factor,
@@ -448,12 +449,10 @@ def qk_rows(
             s_z += z
             s_sq += z * z
             across += z * beside
-            if r == 0:
-                first, above = z, tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
             down += z * above
             if NEEDS & 8:
                 apart_across += (z - beside) * (z - beside)
-                apart_down += tl.where(r > 0, (z - above) * (z - above), 0.0)
+                apart_down += (z - above) * (z - above)
             above = z
 
     total = of_grid(sums, c, GRID_COLS, 1)
@@ -483,6 +482,7 @@ def qk_rows(
         store_plane(planes, 1, at, tl.where(defined, tl.maximum(nat, 0.0), float("nan")), inside, rows)
     if NEEDS & 12:
         varies = tl.min(least, axis=1) < 1.0  # the greatest is 2^0
+        apart_down -= first * first  # the first row has none above it
         store_edges(
             planes, at, inside, rows, defined, varies, of_grid(s_z, c, GRID_COLS, 1), of_grid(s_sq, c, GRID_COLS, 1),
             of_edges(across, down, c, GRID_COLS, 1),
