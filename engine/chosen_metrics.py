@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from engine import __version__
-from kernels import MetricSpec, load_metric
+from kernels import METRICS, MetricSpec, load_metric, resolve
+from kernels.threads import num_threads
 from store import AttentionStore
 from train.errors import InputError
 
-__all__ = ["load_metrics", "metric_parameters", "metrics_of_one_capture"]
+__all__ = ["chosen_backend", "definition", "definitions", "load_metrics", "metric_parameters", "metrics_of_one_capture"]
 
 
 def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     """The metrics of these names.
 
     Raises:
-        InputError: no such metric.
+        InputError: no such metric, or two of one name.
     """
     try:
-        return [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
+        specs = [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
     except ValueError as error:
         raise InputError(str(error)) from error
+    named: dict[str, tuple[MetricSpec, str | MetricSpec]] = {}
+    for spec, metric in zip(specs, metrics, strict=True):
+        other, first = named.setdefault(spec.name, (spec, metric))
+        if other is not spec:
+            raise InputError(f"{first} and {metric} are both called {spec.name!r}; give each a name of its own")
+    return [spec for spec, _ in named.values()]
+
+
+def chosen_backend(name: str, device: str) -> str:
+    """The backend that will measure data on a device, never "auto".
+
+    Raises:
+        InputError: no such backend, or NUMBA_NUM_THREADS is no number of threads.
+        BackendUnavailableError: it does not read data there.
+    """
+    try:
+        chosen = resolve(name, device).name
+        if chosen == "numba":
+            num_threads()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return chosen
 
 
 def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
@@ -44,10 +70,34 @@ def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSp
 def metric_parameters(spec: MetricSpec, backend: str, other: AttentionStore | None = None) -> dict[str, Any]:
     """What identifies a metric's numbers in a store: its unit, the backend and the code that made them.
 
+    Of a user's metric, the code is that of its reference's module, too: changed, it is measured anew.
+
     Args:
         other: the store that a pair metric compares with; its name and its capture's hash are among them.
     """
-    parameters = {"unit": spec.unit, "backend": backend, "code_version": __version__}
+    parameters: dict[str, Any] = {"unit": spec.unit, "backend": backend, "code_version": __version__}
+    if METRICS.get(spec.name) is not spec:
+        parameters["definition"] = definition(spec)
     if spec.inputs != "pair" or other is None:
         return parameters
     return parameters | {"against": {"store": other.path.name, "capture": other.digest}}
+
+
+def definitions(metrics: Sequence[str]) -> dict[str, str]:
+    """`definition` of the users' metrics among these; those of kernels have the code version."""
+    return {spec.name: definition(spec) for spec in load_metrics(metrics) if METRICS.get(spec.name) is not spec}
+
+
+def definition(spec: MetricSpec) -> str:
+    """SHA-256 of the place of a metric's reference and of its module's source; of its byte code where there is none."""
+    code: Any = spec.reference
+    while isinstance(code, functools.partial):
+        code = code.func
+    code = code if inspect.isroutine(code) else type(code)
+    compiled = getattr(code, "__code__", None)
+    place = f"{code.__module__}:{code.__qualname__}:{0 if compiled is None else compiled.co_firstlineno}"
+    try:
+        text = inspect.getsource(inspect.getmodule(code) or code)
+    except (OSError, TypeError):  # typed in, or compiled
+        text = "" if compiled is None else compiled.co_code.hex()
+    return hashlib.sha256(f"{place}\n{text}".encode()).hexdigest()

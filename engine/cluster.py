@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 import uuid
@@ -23,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 from engine import __version__
-from engine.chosen_metrics import load_metrics
+from engine.chosen_metrics import definition, load_metrics
 from engine.stored import Batches, BatchValues, StoredMeasurement
 from kernels import BACKENDS, BackendUnavailableError
 from store import AttentionStore, StoreError
@@ -51,7 +52,7 @@ class Job:
         code_version: of this package, which workers must have.
         store, other: absolute paths or URLs; other is "" without pair metrics.
         captures: digests of the two.
-        metrics: name -> how the user named it.
+        metrics: of each its name, how the user named it, and its `definition`.
         backend: of `kernels.BACKENDS`.
     """
 
@@ -60,7 +61,7 @@ class Job:
     store: str
     other: str
     captures: tuple[str, ...]
-    metrics: tuple[tuple[str, str], ...]
+    metrics: tuple[tuple[str, str, str], ...]
     backend: str
 
     @classmethod
@@ -78,7 +79,7 @@ class Job:
             store=paths[0],
             other=paths[1] if len(paths) > 1 else "",
             captures=tuple(store.digest for store in stores),
-            metrics=tuple((name, named[name]) for name in measurement.metrics),
+            metrics=tuple((name, named[name], definition(spec)) for name, spec in measurement.metrics.items()),
             backend=measurement.backend,
         )
 
@@ -132,8 +133,7 @@ def _batches(
         ) from error
     except (distributed.CancelledError, OSError) as error:
         raise ClusterError(
-            f"the scheduler at {scheduler} went away ({error}); what was committed is kept, run the same command "
-            "again to go on"
+            f"the scheduler at {scheduler} went away; what was committed is kept, run the same command again to go on"
         ) from error
 
 
@@ -150,6 +150,10 @@ def _distributed() -> Any:
 def _client(scheduler: str) -> Any:
     """Connect, within bounds: Dask's own timeout does not hold where something listens and never answers."""
     distributed = _distributed()
+    if not re.fullmatch(r"[a-z]+://\S+:\d+", scheduler):
+        raise InputError(f"measure.scheduler is {scheduler!r}; expected tcp://HOST:PORT of a running `dask scheduler`")
+    for name in ("distributed.client", "distributed.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost connection is told once, by what is raised
     connecting: Future[Any] = Future()
 
     def connect() -> None:
@@ -245,7 +249,11 @@ def _opened(job: Job) -> StoredMeasurement:
             f"vit-attention-engine is {__version__} there and {job.code_version} here; install one version on both "
             "sides"
         )
-    specs = dict(zip((name for name, _ in job.metrics), load_metrics([named for _, named in job.metrics]), strict=True))
+    specs = {}
+    for name, named, expected in job.metrics:
+        specs[name] = load_metrics([named])[0]
+        if definition(specs[name]) != expected:
+            raise InputError(f"the module that defines metric {named!r} is another there; copy it from here")
     stores = [AttentionStore.open(path) for path in (job.store, job.other) if path]
     for store, digest in zip(stores, job.captures, strict=True):
         if store.digest != digest:

@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.chosen_metrics import load_metrics, metric_parameters
+from engine.chosen_metrics import chosen_backend, load_metrics, metric_parameters
 from engine.cluster import connected
 from engine.progress import ImageProgress
 from engine.stored import Batches, StoredMeasurement
-from kernels import MetricSpec, resolve
+from kernels import MetricSpec
 from store import AttentionStore, MetricWriter, has_metric
 from store.arrays import attention_arrays
 from store.storage import Location
@@ -47,7 +47,7 @@ def measure_store(
         ClusterError: the cluster failed; see `engine.cluster`.
     """
     store = AttentionStore.open(path)
-    chosen = resolve(backend, "cpu").name
+    chosen = chosen_backend(backend, "cpu")
     missing = missing_metrics(path, metrics, against)
     if not missing:
         return store
@@ -62,13 +62,15 @@ def measure_store(
             f"{path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
             "the others are left out"
         )
+    for damage in [*store.damaged_batches, *(() if other is None else other.damaged_batches)]:
+        tqdm.write(damage)
     parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     measurement = StoredMeasurement(store, other, missing, chosen)
     with contextlib.ExitStack() as resources:
         measure_batches: Batches = measurement.batches
         if scheduler:
-            named = dict(zip((spec.name for spec in load_metrics(metrics)), metrics, strict=True))
+            named = {load_metrics([name])[0].name: name for name in metrics}
             measure_batches = resources.enter_context(connected(scheduler, measurement, named))
         writer = resources.enter_context(MetricWriter.open(path, parameters, region_metrics=needing))
         rows = {batch: store.schema.batch_rows(batch) for batch in writer.missing}
@@ -94,9 +96,11 @@ def missing_metrics(path: Location, metrics: Sequence[str], against: Location | 
     """The metrics that this version of the code has not left in the store, by name.
 
     Raises:
-        InputError: no such metric, or a pair metric without a second store.
+        InputError: no metric, no such metric, or a pair metric without a second store.
         StoreError: a store is not there or damaged.
     """
+    if not metrics:
+        raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
     store = AttentionStore.open(path)
     missing: dict[str, MetricSpec] = {}
     specs = load_metrics(metrics)

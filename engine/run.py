@@ -263,7 +263,9 @@ def _exit_code(error: Exception) -> int | None:
         return 1
     if store is not None and isinstance(error, store.StoreError):
         return 1
-    if kernels is not None and isinstance(error, kernels.InvalidAttentionError | kernels.BackendUnavailableError):
+    if kernels is not None and isinstance(
+        error, kernels.InvalidAttentionError | kernels.BackendUnavailableError | kernels.MetricError
+    ):
         return 2
     if isinstance(error, OSError) and error.filename is not None:
         return 1

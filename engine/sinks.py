@@ -24,10 +24,10 @@ import torch
 from engine import __version__
 from engine.batch_sinks import BatchSinks, discover_factors, one_bias
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
-from engine.chosen_metrics import metric_parameters, metrics_of_one_capture
+from engine.chosen_metrics import chosen_backend, metric_parameters, metrics_of_one_capture
 from engine.progress import ImageProgress, say
 from engine.transfer import HostCopies, HostCopy
-from kernels import MetricSpec, TokenLayout, resolve
+from kernels import MetricSpec, TokenLayout
 from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
@@ -124,7 +124,7 @@ def capture_to_store(
     needing = [spec.name for spec in specs if spec.inputs == "regions"]
     if needing and any(region is None for region in regions.values()):
         raise CaptureError(f"{needing[0]} needs images with regions, and this data set has none; leave it out")
-    backend = resolve(capture.backend, device.type).name
+    backend = chosen_backend(capture.backend, device.type)
     if specs and backend == "numba":
         _announce_compilation()
     schema = StoreSchema(

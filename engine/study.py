@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine import __version__
-from engine.chosen_metrics import metrics_of_one_capture
+from engine.chosen_metrics import definitions, metrics_of_one_capture
 from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
 from engine.folder import capture_settings, manifest_dict, model_info
@@ -155,6 +155,7 @@ class Study:
         inputs = {
             "captures": {run.name: self._captured[run] for run in self.runs},
             "metrics": config.measure.metrics,
+            "definitions": definitions(config.measure.metrics),
             "backend": config.measure.backend,
             "version": __version__,
         }
@@ -319,6 +320,7 @@ class Study:
             "preprocessing": self.data.preprocessing.to_dict(),
             "capture": dataclasses.asdict(self.config.capture),
             "metrics": self.config.measure.metrics if "metrics" in self.config.capture.sinks else [],
+            "definitions": definitions(self.config.measure.metrics) if "metrics" in self.config.capture.sinks else {},
             "backend": self.config.measure.backend,
             "img_size": self.config.model.img_size,
             "samples": self.sample_rows,

@@ -4,7 +4,7 @@ from kernels.backends import BACKENDS, BackendSpec, BackendUnavailableError, res
 from kernels.checks import InvalidAttentionError
 from kernels.layout import TokenLayout
 from kernels.measure import measure_attention, measure_pair, measure_qk
-from kernels.metrics import METRICS, Measurement, MetricSpec, load_metric
+from kernels.metrics import METRICS, Measurement, MetricError, MetricSpec, load_metric
 
 __all__ = [
     "BACKENDS",
@@ -13,6 +13,7 @@ __all__ = [
     "BackendUnavailableError",
     "InvalidAttentionError",
     "Measurement",
+    "MetricError",
     "MetricSpec",
     "TokenLayout",
     "load_metric",

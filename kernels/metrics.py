@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +32,13 @@ import numpy as np
 from kernels import reference
 from kernels.layout import TokenLayout
 
-__all__ = ["METRICS", "Measurement", "MetricSpec", "load_metric"]
+__all__ = ["METRICS", "Measurement", "MetricError", "MetricSpec", "load_metric"]
 
 Implementation = Callable[..., Any] | str
+
+
+class MetricError(ValueError):
+    """A metric's declaration or code is not what was expected; the message names the metric and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,9 @@ class MetricSpec:
         undefined: which rows have no value, and why ("" if none).
         source: where the formula comes from.
         title: heading in tables and figures; the name if empty.
+
+    Raises:
+        MetricError: a name that cannot be a file's, other inputs, a unit that is no text, or no callable reference.
     """
 
     name: str
@@ -69,21 +77,49 @@ class MetricSpec:
     source: str = ""
     title: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", self.name):
+            raise MetricError(f"a metric's name is {self.name!r}; expected a letter, then letters, digits and _ . -")
+        if self.inputs not in ("rows", "regions", "pair"):
+            raise MetricError(f"metric {self.name!r}: inputs is {self.inputs!r}; expected 'rows', 'regions' or 'pair'")
+        if not isinstance(self.unit, str):
+            raise MetricError(f"metric {self.name!r}: unit is {self.unit!r}; expected text, '1' if it has none")
+        if not callable(self.reference):
+            raise MetricError(f"metric {self.name!r}: reference is {self.reference!r}; expected a callable")
+
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes of its values in store, table and report."""
         return ("image", "layer", "head", "region") if self.inputs == "regions" else ("image", "layer", "head")
 
     def implementation(self, backend: str) -> Callable[..., Any] | None:
-        """This backend's callable, or None when only `reference` exists for it."""
+        """This backend's callable, or None when only `reference` exists for it.
+
+        Raises:
+            MetricError: a user's metric names one that cannot be imported.
+        """
         target = self.implementations.get(backend)
         if isinstance(target, str):
             module, _, name = target.partition(":")
             # torch.compile follows a look-up but not an import.
-            holder = sys.modules[module] if module in sys.modules else importlib.import_module(module)
-            loaded: Callable[..., Any] = getattr(holder, name)
-            return loaded
+            if module in sys.modules:
+                loaded: Callable[..., Any] = getattr(sys.modules[module], name)
+                return loaded
+            return _imported(self, backend, module, name)
         return target
+
+
+def _imported(spec: MetricSpec, backend: str, module: str, name: str) -> Callable[..., Any]:
+    try:
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if spec.name in METRICS:
+            raise  # a library that is missing, which the backend reports
+        raise MetricError(
+            f"metric {spec.name!r}: {module}:{name}, its implementation for {backend}, cannot be imported ({error}); "
+            "mend it, or leave it out: the reference is enough"
+        ) from error
+    return loaded
 
 
 class Measurement(Mapping[str, Any]):
@@ -424,7 +460,8 @@ def load_metric(name: str) -> MetricSpec:
     """The metric of that name: one of `METRICS`, or a user's `module:attribute`.
 
     Raises:
-        ValueError: no such metric, module or attribute, or the attribute is not a `MetricSpec`.
+        ValueError: no such metric.
+        MetricError: no such module or attribute, or it is no `MetricSpec`, or has the name of another metric.
     """
     if ":" not in name:
         if name in METRICS:
@@ -435,12 +472,20 @@ def load_metric(name: str) -> MetricSpec:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no metric is called {name!r}{hint} (there are {', '.join(METRICS)}, or give module:name)")
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise MetricError(
+            f"metric {name!r} is not of the form module:name, the place of a kernels.MetricSpec in Python"
+        )
     try:
-        spec = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ValueError(f"metric {name!r}: module {module_name!r} cannot be imported ({error})") from error
-    except AttributeError as error:
-        raise ValueError(f"metric {name!r}: module {module_name!r} has no {attribute!r}") from error
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a module of the user's, which may do anything
+        found = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise MetricError(f"metric {name!r}: module {module_name!r} cannot be imported ({found})") from error
+    spec = getattr(module, attribute, None)
+    if spec is None:
+        raise MetricError(f"metric {name!r}: module {module_name!r} has no {attribute!r}")
     if not isinstance(spec, MetricSpec):
-        raise ValueError(f"metric {name!r} is a {type(spec).__name__}; expected a kernels.MetricSpec")
+        raise MetricError(f"metric {name!r} is a {type(spec).__name__}; expected a kernels.MetricSpec")
+    if METRICS.get(spec.name, spec) is not spec:
+        raise MetricError(f"metric {name!r} is called {spec.name!r}, as a metric of kernels is; give it another name")
     return spec

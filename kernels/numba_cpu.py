@@ -19,7 +19,7 @@ from kernels.arrays import Values, dtype_name, host_view
 from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.lane_types import Width, widest
 from kernels.layout import TokenLayout
-from kernels.metrics import MetricSpec
+from kernels.metrics import MetricError, MetricSpec
 from kernels.numba_loops import passes
 from kernels.numba_math import BFLOAT16, FLOAT, FLOAT16
 from kernels.numba_rows import (
@@ -214,7 +214,11 @@ def _needs(specs: Sequence[MetricSpec], layout: TokenLayout) -> int:
     needs = 0
     for spec in specs:
         implementation = spec.implementation("numba")
-        assert isinstance(implementation, FromPass), f"numba's implementation of {spec.name!r} is no FromPass"
+        if not isinstance(implementation, FromPass):
+            raise MetricError(
+                f"metric {spec.name!r}: its implementation for numba is a {type(implementation).__name__}; expected a "
+                "kernels.numba_cpu.FromPass, or none: the reference is enough"
+            )
         needs |= implementation.needs
     return needs
 

@@ -5,6 +5,7 @@ This is the `reference` backend, and what every other backend does with a metric
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from kernels import reference
 from kernels.arrays import Values, dtype_name, flat_index, to_float64
 from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
 from kernels.layout import TokenLayout
-from kernels.metrics import MetricSpec
+from kernels.metrics import MetricError, MetricSpec
 
 __all__ = ["measure_attention", "measure_pair", "measure_qk"]
 
@@ -87,6 +88,7 @@ def _measure(
         index = flat_index(leading, start, stop)
         p, valid[start:stop] = rows(index)
         p = np.where(valid[start:stop, :, np.newaxis], p, np.nan)  # a copy: p may be the caller's own memory
+        p.flags.writeable = False  # one metric may not change what the next one sees
         for spec in specs:
             tile = _call(spec, p, layout, None if regions is None else to_float64(regions[index]))
             if spec.name not in values:
@@ -102,20 +104,37 @@ def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndar
     """The definition's values on one tile, shapes checked: a user's metric may return anything.
 
     p is [batch, query, key], of a pair [condition, batch, query, key].
+
+    Raises:
+        MetricError: it raised something, or returned something else than finite numbers or NaN of one of the shapes.
     """
     batch = p.shape[-3]
+    arguments: tuple[Any, ...]
     if spec.inputs == "regions":
         if regions is None:
             raise ValueError(f"metric {spec.name!r} needs regions [image, region, patch]; none were given")
-        tile = np.asarray(spec.reference(p, layout, regions), dtype=np.float64)
+        arguments, signature = (p, layout, regions), "(p, layout, regions)"
         expected: tuple[tuple[int, ...], ...] = ((batch, regions.shape[-2]),)
     else:
-        arguments = (p[0], p[1]) if spec.inputs == "pair" else (p,)
-        tile = np.asarray(spec.reference(*arguments, layout), dtype=np.float64)
+        paired = spec.inputs == "pair"
+        arguments = (p[0], p[1], layout) if paired else (p, layout)
+        signature = "(p, other, layout)" if paired else "(p, layout)"
         expected = ((batch, layout.num_patches), (batch,))
-    if tile.shape not in expected:
-        raise ValueError(
-            f"the reference of metric {spec.name!r} returned shape {tile.shape} for {batch} map(s); "
-            f"expected {' or '.join(map(str, expected))}"
+    what = f"metric {spec.name!r}: its reference, called with {signature},"
+    try:
+        found = np.asarray(spec.reference(*arguments))
+    except (Exception, SystemExit) as error:  # a user's code, which may do anything
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise MetricError(
+            f"{what} raised {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        ) from error
+    if found.dtype.kind not in "biuf":
+        raise MetricError(f"{what} returned {found.dtype} values; expected real numbers")
+    if found.shape not in expected:
+        raise MetricError(
+            f"{what} returned shape {found.shape} for {batch} map(s); expected {' or '.join(map(str, expected))}"
         )
+    tile = found.astype(np.float64)
+    if np.isinf(tile).any():
+        raise MetricError(f"{what} returned infinite values; give NaN where there is no value")
     return tile

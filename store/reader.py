@@ -93,6 +93,11 @@ class AttentionStore:
         """Numbers of the committed batches, ascending."""
         return tuple(sorted(self._records.sound))
 
+    @property
+    def damaged_batches(self) -> tuple[str, ...]:
+        """What is wrong with records of batches that were committed once, a sentence each."""
+        return self._records.damaged
+
     @cached_property
     def committed_images(self) -> Array:
         committed = np.zeros(self.schema.num_images, dtype=bool)

@@ -44,6 +44,14 @@ class Records:
     def sound(self) -> set[int]:
         return set(self._files)
 
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """What is wrong with the records that cannot be trusted, a sentence each."""
+        return tuple(self._distrust(batch) for batch in self._damaged)
+
+    def _distrust(self, batch: int) -> str:
+        return f"batch {batch} cannot be trusted: {self._damaged[batch]}; write this batch again"
+
     def files(self, batch: int) -> dict[str, Any]:
         """The hashes of a committed batch's files.
 
@@ -51,7 +59,7 @@ class Records:
             StoreError: the batch is not committed, or its record is damaged.
         """
         if batch in self._damaged:
-            raise StoreError(f"batch {batch} cannot be trusted: {self._damaged[batch]}; write this batch again")
+            raise StoreError(self._distrust(batch))
         if batch not in self._files:
             what = f"of {self._folder.rstrip('/')} " if self._folder else ""
             raise StoreError(f"batch {batch} {what}is not committed in {self._ledger}; resume the run that writes it")

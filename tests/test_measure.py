@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import linecache
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +73,142 @@ def test_rows_that_are_no_attention_are_left_out_and_counted(
     left = np.delete(rows, 5 - LAYOUT.num_prefix_tokens)
     np.testing.assert_allclose(values[1, 0], left.mean(), atol=1e-4)
     assert np.isfinite(values[0]).all()
+
+
+# ------------------------------------------------------------------------------------------------- a user's own metrics
+
+OWN = """
+import numpy as np
+from kernels import MetricSpec
+
+def spec(reference, name="own", inputs="rows", **more):
+    return MetricSpec(name=name, unit="1", inputs=inputs, reference=reference, **more)
+
+shape = spec(lambda p, layout: p[:, :3, 0])
+nothing = spec(lambda p, layout: None)
+imaginary = spec(lambda p, layout: 1j * p.max((1, 2)))
+text = spec(lambda p, layout: np.array(["x"] * len(p)))
+infinite = spec(lambda p, layout: np.full(len(p), np.inf))
+raising = spec(lambda p, layout: p[:, 1000])
+arguments = spec(lambda p: p)
+leaving = spec(lambda p, layout: exit(3))
+changing = spec(lambda p, layout: np.multiply(p, 0, out=p).max((1, 2)))
+pair = spec(lambda p, q, layout: p - q, inputs="pair")
+regions = spec(lambda p, layout, regions: p.max((1, 2)), inputs="regions")
+implemented = spec(lambda p, layout: p.max((1, 2)), implementations={"numba": lambda result: result})
+elsewhere = spec(lambda p, layout: p.max((1, 2)), implementations={"numba": "no.such:thing"})
+entropy = spec(lambda p, layout: p.max((1, 2)), name="entropy")
+number = 3
+good = spec(lambda p, layout: p.max((1, 2)))
+twin = spec(lambda p, layout: p.min((1, 2)))
+"""
+
+
+@pytest.fixture(scope="module")
+def measurable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store_of(tmp_path_factory.mktemp("own") / "run.zarr")
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of a module called own_metrics, importable."""
+    (tmp_path / "own_metrics.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "own_metrics.py"
+    sys.modules.pop("own_metrics", None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sentence"),
+    [
+        ("shape", r"metric 'own': its reference, .* returned shape \(12, 3\) for 12 map\(s\); expected \(12, 12\) or"),
+        ("nothing", "returned object values; expected real numbers"),
+        ("imaginary", "returned complex128 values; expected real numbers"),
+        ("text", "returned <U1 values; expected real numbers"),
+        ("infinite", "returned infinite values; give NaN where there is no value"),
+        ("raising", r"called with \(p, layout\), raised IndexError: index 1000 .*own_metrics\.py, line 13\)"),
+        ("arguments", r"called with \(p, layout\), raised TypeError: .* takes 1 positional argument but 2 were given"),
+        ("leaving", "raised SystemExit: 3"),
+        ("changing", "raised ValueError: output array is read-only"),
+        ("pair", r"called with \(p, other, layout\), returned shape"),
+        ("regions", r"called with \(p, layout, regions\), returned shape \(12,\) for 12 map\(s\); expected \(12, 2\)"),
+        ("implemented", r"its implementation for numba is a function; expected a kernels\.numba_cpu\.FromPass"),
+        ("elsewhere", "no.such:thing, its implementation for numba, cannot be imported"),
+        ("entropy", "is called 'entropy', as a metric of kernels is; give it another name"),
+        ("number", "is a int; expected a kernels.MetricSpec"),
+        ("absent", "module 'own_metrics' has no 'absent'"),
+        ("", "is not of the form module:name"),
+        ("good,own_metrics:twin", "own_metrics:good and own_metrics:twin are both called 'own'"),
+    ],
+)
+def test_a_users_metric_that_is_wrong_is_one_sentence(
+    metric: str, sentence: str, measurable: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    against = ["--against", str(measurable)] if metric == "pair" else []
+    command = ["measure", "--store", str(measurable), "--metrics", f"own_metrics:{metric}", *against]
+    assert main([*command, "--measure.backend", "numba"]) == 2
+    assert re.search(sentence, error := capsys.readouterr().err), error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("raise RuntimeError('at import')", r"cannot be imported \(RuntimeError: at import\)"),
+        ("def (", r"cannot be imported \(SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(5)", r"cannot be imported \(SystemExit: 5\)"),
+        ("bad = spec(abs, name='../evil')", r"a metric's name is '\.\./evil'; expected a letter"),
+        ("bad = spec(abs, inputs='columns')", "inputs is 'columns'; expected 'rows', 'regions' or 'pair'"),
+        ("bad = spec('module:function')", "reference is 'module:function'; expected a callable"),
+        ("bad = MetricSpec(name='own', unit=3, inputs='rows', reference=abs)", "unit is 3; expected text"),
+    ],
+)
+def test_a_users_module_that_is_wrong_is_one_sentence(
+    line: str, sentence: str, measurable: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.write_text(OWN + line)
+    assert main(["measure", "--store", str(measurable), "--metrics", "own_metrics:good"]) == 2
+    assert re.search(sentence, error := capsys.readouterr().err), error
+    assert error.count("\n") == 1
+
+
+def test_a_users_metric_that_has_changed_is_measured_anew(
+    tmp_path: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = store_of(tmp_path / "run.zarr")
+    command = ["measure", "--store", str(path), "--metrics", "own_metrics:good"]
+    for text, answer in ((OWN, "measured own"), (OWN, "already"), (OWN + "# another", "measured own")):
+        own.write_text(text)
+        sys.modules.pop("own_metrics", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        assert main(command) == 0
+        assert answer in capsys.readouterr().out
+    first, second = AttentionStore.open(path).metric_params("own")
+    assert first["definition"] != second["definition"]
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_bad_flags_are_one_sentence(
+    measurable: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*flags: str) -> str:
+        assert main(["measure", "--store", str(measurable), *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "backend is 'numbaa'; expected auto or one of reference" in error("--measure.backend", "numbaa")
+    assert "there is no metric to measure" in error("--metrics", "")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
+    assert "NUMBA_NUM_THREADS is 'many'; expected a positive number" in error("--metrics", "gini")
+
+
+def test_a_damaged_record_is_told_and_its_batch_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = store_of(tmp_path / "run.zarr")
+    record = tmp_path / "run.ledger" / "batch_000001.json"
+    record.write_bytes(record.read_bytes().replace(b"batch_000001", b"batch_000002", 1))
+    assert main(["measure", "--store", str(path), "--metrics", "entropy"]) == 0
+    told = "".join(capsys.readouterr())
+    assert "only 7 of 11 images are captured" in told
+    assert re.search(r"batch 1 cannot be trusted: .*batch_000001\.json is damaged", told)

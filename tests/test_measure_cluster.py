@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,9 +125,13 @@ def test_no_scheduler_is_one_sentence(
 ) -> None:
     path = store_of(tmp_path / "run.zarr")
     monkeypatch.setattr(engine.cluster, "CONNECT_SECONDS", 1)
-    for address in ("tcp://127.0.0.1:9", "nowhere"):
-        error = refused(path, "gini", address, capsys)
-        assert error.startswith(f"error: no Dask scheduler answers at {address} within 1 s")
+    nobody = "tcp://127.0.0.1:9"
+    assert f"error: no Dask scheduler answers at {nobody} within 1 s" in refused(path, "gini", nobody, capsys)
+    for address in ("nowhere", "tcp:/x", "127.0.0.1:9", "tcp://host"):
+        assert f"measure.scheduler is {address!r}; expected tcp://HOST:PORT" in refused(path, "gini", address, capsys)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        assert "something listens there and never answers" in refused(path, "gini", address, capsys)
     with distributed.LocalCluster(
         n_workers=0, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
     ) as empty:
