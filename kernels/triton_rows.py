@@ -166,7 +166,7 @@ def rows_of_maps(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
 def attention_rows(
     attention, starts, planes, valid, again, maps, stride_q, stride_k, tolerance, row_step, col_step,
     PREFIX: tl.constexpr, GRID_ROWS: tl.constexpr, GRID_COLS: tl.constexpr, NUM_EDGES: tl.constexpr,
@@ -263,7 +263,7 @@ def attention_rows(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
 def exact_rows(
     attention, starts, planes, valid, again, maps, stride_q, stride_k, tolerance, row_step, col_step,
     PREFIX: tl.constexpr, GRID_ROWS: tl.constexpr, GRID_COLS: tl.constexpr, NUM_EDGES: tl.constexpr,
@@ -365,7 +365,7 @@ def finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
 def qk_rows(
     query, key, bias, q_starts, k_starts, b_starts, planes, valid, maps,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_bq, stride_bk, factor, row_step, col_step,
