@@ -228,6 +228,38 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+DYING = """
+import os, signal, sys
+from engine import sinks
+from engine.run import main
+
+captured, go_on = [], sinks._return_freed_memory
+
+def after_a_batch():
+    captured.append(1)
+    if len(captured) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    go_on()
+
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+    sinks._return_freed_memory = after_a_batch
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_starts_them_again(inputs: list[str], alone: Path, tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    path = tmp_path / "maps.zarr"
+    whole = [*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "dying.py"), *capture(inputs, path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    same_capture(path, alone)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("again", ["torchrun", "one process"])

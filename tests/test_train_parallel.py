@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,43 @@ def test_workers_divide_and_tell(tmp_path: Path) -> None:
     assert sorted([first["one"], second["one"]]) == [[], [0]]
     assert (first["deal"], second["deal"]) == ([[7, 9], [7]], [[8], []])
     assert 3 in (first["tally"][0], second["tally"][0])
+
+
+LEFT_ALONE = """
+import os, signal, sys
+import engine.run
+from train.parallel import joined
+
+def train(config, arguments):
+    with joined("cpu") as workers:
+        workers.wait()
+        if workers.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        workers.wait()
+    return 0
+
+engine.run.COMMANDS["train"] = engine.run.Command("", train, shared=True)
+sys.exit(engine.run.main(["train"]))
+"""
+
+
+def test_a_process_that_is_left_alone_says_so() -> None:
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT_ALONE],
+            env=os.environ | group | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    told = first.communicate(timeout=120)[1]
+    assert (first.returncode, second.wait(timeout=120)) == (1, -signal.SIGKILL)
+    assert told.startswith("error: another process of this run ended before its work was done")
+    assert told.count("\n") == 1
+    assert "Traceback" not in told
+    assert second.communicate()[1] == ""
 
 
 def test_one_process_is_its_own_worker() -> None:

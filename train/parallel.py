@@ -179,14 +179,16 @@ def joined(device: str) -> Iterator[Workers]:
 
     store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
     store.set_timeout(_PATIENCE)
+    # torchrun may start them again (--max-restarts); what those before have left in its store is not theirs.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=PrefixStore("group", store),
+        store=PrefixStore(f"group {attempt}", store),
         rank=rank,
         world_size=count,
         timeout=_PATIENCE,
     )
-    _current = Workers(rank, count, PrefixStore("workers", store))
+    _current = Workers(rank, count, PrefixStore(f"workers {attempt}", store))
     failed = Tally(_current, "failed")
     try:
         yield _current
