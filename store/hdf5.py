@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from store.local import sync_directory
 from store.schema import StoreError
-from store.storage import PARTIAL, sync_directory
+from store.storage import PARTIAL
 
 if TYPE_CHECKING:
     import xarray

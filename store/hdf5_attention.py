@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from store.local import sync_directory
 from store.precisions import Array
 from store.reader import AttentionStore
 from store.schema import StoreError, layer_path
-from store.storage import PARTIAL, sync_directory
+from store.storage import PARTIAL
 
 __all__ = ["AttentionFile", "Dataset", "export_attention"]
 

@@ -24,9 +24,10 @@ from store.arrays import (
 from store.commit import check_names, check_shape, float32
 from store.encodings import bias_dims, shared_bias
 from store.ledger import Ledger, LedgerError, describe_file, file_problems
+from store.local import LocalStorage
 from store.precisions import Array
 from store.schema import SCHEMA, StoreError, StoreSchema, layer_path
-from store.storage import LocalStorage, Storage
+from store.storage import Storage
 
 __all__ = ["Metadata"]
 

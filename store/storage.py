@@ -8,20 +8,15 @@ object store, a PUT.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from store.precisions import Array
-from store.schema import StoreError
-from store.scratch import scratch
 
-__all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of", "storage_at", "sync_directory"]
+__all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of", "storage_at"]
 
 PARTIAL = ".partial"  # suffix of everything unfinished
 
@@ -61,6 +56,8 @@ def storage_at(given: str | os.PathLike[str] | Storage) -> Storage:
         return given
     location = location_of(given)
     if isinstance(location, Path):
+        from store.local import LocalStorage
+
         return LocalStorage(location)
     from store.objects import ObjectStorage
 
@@ -190,201 +187,3 @@ class Storage(ABC):
         with self.writing(file) as write:
             write(content)
         self.settle([file])
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class LocalStorage(Storage):
-    """A folder.
-
-    Args:
-        path: absolute.
-    """
-
-    near = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.location = path
-
-    def beside(self, name: str) -> LocalStorage:
-        return LocalStorage(self.path.with_name(name))
-
-    def is_there(self) -> bool:
-        return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
-
-    def exists(self, file: str) -> bool:
-        return (self.path / file).is_file()
-
-    def size(self, file: str) -> int:
-        return (self.path / file).stat().st_size
-
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        found = (Path(below) / name for below, _, names in os.walk(self.path / folder) for name in names)
-        return dict(sorted((file.relative_to(self.path).as_posix(), file.stat().st_size) for file in found))
-
-    def read(self, file: str) -> bytes:
-        return (self.path / file).read_bytes()
-
-    def read_range(self, file: str, offset: int, length: int) -> Array:
-        buffer = scratch("read", length)
-        with open(self.path / file, "rb", buffering=0) as stream:
-            done = os.preadv(stream.fileno(), [buffer.data], offset)
-        return buffer[:done]
-
-    def fetch(self, files: Sequence[str]) -> list[bytes | None]:
-        return [self.read(file) if self.exists(file) else None for file in files]
-
-    @contextlib.contextmanager
-    def writing(self, file: str) -> Iterator[Write]:
-        path = self.path / file
-        partial = path.with_name(path.name + PARTIAL)
-        try:
-            with open(partial, "wb", buffering=0) as stream:
-
-                def write(data: bytes) -> int:
-                    """All of it: an unbuffered write may stop short on a disk that is filling up."""
-                    rest = memoryview(data)
-                    while rest:
-                        rest = rest[stream.write(rest) :]
-                    return len(data)
-
-                yield write
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def settle(self, files: Iterable[str]) -> None:
-        for folder in {(self.path / file).parent for file in files}:
-            sync_directory(folder)
-
-    def replace(self, file: str, content: bytes) -> None:
-        folder = (self.path / file).parent
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            for above in [folder, *folder.parents]:
-                sync_directory(above)
-                if above == self.path.parent:
-                    break
-        super().replace(file, content)
-
-    def remove(self, file: str) -> None:
-        (self.path / file).unlink()
-        self.settle([file])
-
-    def clear(self, keep: str) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != keep:
-                entry.unlink()
-        sync_directory(self.path)
-
-    def sweep(self) -> None:
-        if self._skeleton.exists():
-            shutil.rmtree(self._skeleton)
-        for partial in self.path.rglob(f"*{PARTIAL}"):
-            partial.unlink()
-
-    @property
-    def _skeleton(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL)
-
-    @contextlib.contextmanager
-    def skeleton(self) -> Iterator[Path]:
-        self._skeleton.mkdir(parents=True)
-        try:
-            yield self._skeleton
-        finally:
-            shutil.rmtree(self._skeleton, ignore_errors=True)
-
-    def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
-        for folder, _, names in os.walk(skeleton):
-            for name in names:
-                with open(Path(folder) / name, "rb") as file:
-                    os.fsync(file.fileno())
-            sync_directory(Path(folder))
-        commit()
-        skeleton.rename(self.path)
-        sync_directory(self.path.parent)
-
-    def free_bytes(self) -> int:
-        folder = next(parent for parent in (self.path, *self.path.parents) if parent.is_dir())
-        return shutil.disk_usage(folder).free
-
-    def zarr(self) -> Any:
-        from zarr.storage import LocalStore
-
-        return LocalStore(self.path, read_only=True)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[Lock]:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+", encoding="ascii") as file:
-            lock = _Flock(self.path, file)
-            lock.take(fcntl.LOCK_EX)
-            lock.sign(str(os.getpid()))
-            yield lock
-
-    @contextlib.contextmanager
-    def joined(self, run: str) -> Iterator[Lock]:
-        with open(self.path / "lock", "a+", encoding="ascii") as file:
-            lock = _Flock(self.path, file)
-            lock.take(fcntl.LOCK_SH)
-            if run not in lock.signature():
-                raise StoreError(f"{self.path} is not shared by the run that this process belongs to; start it anew")
-            yield lock
-
-
-class _Flock:
-    """A lock that lasts as long as one process of its run lives, by flock: exclusive, or shared with those that join.
-
-    Args:
-        path: the folder.
-        file: its file `lock`, open: the process id of the writer, then the name of the run that shares the store.
-    """
-
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        self._path = path
-        self._file = file
-
-    def take(self, kind: int) -> None:
-        """Lock, exclusively or shared.
-
-        Raises:
-            StoreError: others hold it.
-        """
-        try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder, *sharing = self.signature() or ["unknown"]
-            others = ", or one that it shares it with," if sharing else ""
-            raise StoreError(
-                f"{self._path} is locked: process {holder}{others} is writing this store; "
-                "wait for it to end, or write to another store"
-            ) from None
-
-    def share(self) -> str:
-        run = uuid.uuid4().hex
-        self.sign(f"{os.getpid()} {run}")
-        self.take(fcntl.LOCK_SH)
-        return run
-
-    def signature(self) -> list[str]:
-        """What the holder wrote."""
-        self._file.seek(0)
-        return self._file.read().split()
-
-    def sign(self, signature: str) -> None:
-        """Write who holds it."""
-        self._file.truncate(0)
-        self._file.write(f"{signature}\n")
-        self._file.flush()

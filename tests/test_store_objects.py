@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 
 from engine.run import main
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError
+from store.local import LocalStorage
 from store.objects import ObjectStorage
-from store.storage import LocalStorage, StoreUrl, location_of, storage_at
+from store.storage import StoreUrl, location_of, storage_at
 from store.verify import info, verify
 
 
