@@ -15,7 +15,8 @@ from engine.progress import say
 from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import Capture, capture_to_store
 from engine.training import image_kind
-from store.storage import Location, location_of, storage_at
+from store.places import storage_at
+from store.storage import Location, location_of
 from train.conditions import versions
 from train.datasets import build_manifest
 from train.folders import prepare_folder

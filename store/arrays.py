@@ -20,9 +20,10 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from store.encodings import resolve_encoding
+from store.places import storage_at
 from store.precisions import FILL, Array, storage_dtype
 from store.schema import LayerSchema, StoreError, StoreSchema, layer_path, metric_path
-from store.storage import Storage, storage_at
+from store.storage import Storage
 
 __all__ = [
     "ArraySpec",

@@ -14,6 +14,7 @@ import numpy as np
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, read_attributes, read_constant
 from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, file_problems
+from store.places import storage_at
 from store.precisions import Array
 from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
@@ -25,7 +26,7 @@ from store.schema import (
     metric_path,
 )
 from store.scratch import scratch
-from store.storage import Location, Storage, storage_at
+from store.storage import Location, Storage
 
 __all__ = ["AttentionStore", "check_files", "open_metadata"]
 

@@ -16,9 +16,10 @@ from typing import Any, Self
 from store.arrays import create_arrays, create_metric_group, metric_arrays
 from store.commit import Committer, metric_values, sound_batches
 from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem, file_problems
+from store.places import storage_at
 from store.reader import AttentionStore, open_metadata
 from store.schema import StoreError, StoreSchema, metric_path
-from store.storage import Storage, storage_at
+from store.storage import Storage
 
 __all__ = ["MetricWriter", "has_metric"]
 

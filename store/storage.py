@@ -1,4 +1,4 @@
-"""Where a store's files lie: a folder, or (`store.objects`) a prefix of an object store.
+"""Where a store's files lie: a folder (`store.local`), or a prefix of an object store (`store.objects`).
 
 What this package needs of either: read a file or a part of it, write a whole file so that it appears at once or not at
 all, list, remove, and keep other writers out. In a folder that is a temporary file, fsync and rename, and flock; in an
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from store.precisions import Array
 
-__all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of", "storage_at"]
+__all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of"]
 
 PARTIAL = ".partial"  # suffix of everything unfinished
 
@@ -44,24 +44,6 @@ def location_of(given: str | os.PathLike[str]) -> Location:
     elif "://" in text:
         return StoreUrl(text.rstrip("/"))
     return Path(os.path.abspath(text))
-
-
-def storage_at(given: str | os.PathLike[str] | Storage) -> Storage:
-    """The files of a store at a path or URL.
-
-    Raises:
-        StoreError: what reads that URL is not installed, or it is no URL of an object store.
-    """
-    if isinstance(given, Storage):
-        return given
-    location = location_of(given)
-    if isinstance(location, Path):
-        from store.local import LocalStorage
-
-        return LocalStorage(location)
-    from store.objects import ObjectStorage
-
-    return ObjectStorage.open(location)
 
 
 class Lock(Protocol):

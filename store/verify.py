@@ -10,9 +10,10 @@ from typing import Any
 
 from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
 from store.ledger import Ledger, LedgerError, batch_name, file_problem
+from store.places import storage_at
 from store.reader import AttentionStore
 from store.schema import SCHEMA, StoreError, StoreSchema, metric_path
-from store.storage import PARTIAL, Storage, storage_at
+from store.storage import PARTIAL, Storage
 
 __all__ = ["Damage", "info", "verify"]
 

@@ -23,10 +23,11 @@ from store.commit import Committer, check_names, check_shape, float32, metric_va
 from store.encodings import resolve_encoding
 from store.ledger import Ledger, LedgerError, batch_name
 from store.metadata import Metadata
+from store.places import storage_at
 from store.precisions import Array
 from store.schema import StoreError, StoreSchema
 from store.shards import FileEntry
-from store.storage import Location, Lock, Storage, storage_at
+from store.storage import Location, Lock, Storage
 
 __all__ = ["AttentionWriter"]
 

@@ -30,7 +30,8 @@ from engine.run import main
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError
 from store.local import LocalStorage
 from store.objects import ObjectStorage
-from store.storage import StoreUrl, location_of, storage_at
+from store.places import storage_at
+from store.storage import StoreUrl, location_of
 from store.verify import info, verify
 
 
