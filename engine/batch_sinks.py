@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
 from engine.transfer import HostCopies, HostCopy
-from kernels import InvalidAttentionError, Measurement, MetricSpec, TokenLayout, measure_qk
+from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
 from store import Factors, FactorSchema, StoreSchema
 from store.encodings import factor_schema
 
@@ -27,8 +27,7 @@ class BatchSinks:
 
     Nothing is waited for while the model runs. Metrics stay on the device until the batch ends; maps go to the host by
     `HostCopies`, and a layer is passed on to the writer when as many others as may be on their way have followed it.
-    Whether every row was attention is looked at once a batch, in `metric_values`; what a row that was not holds is
-    gone by then, so the batch goes once more through a `BatchSinks` with `explain`, which looks at every layer.
+    Rows that are no attention (NaN or infinite logits) are left out of every metric and counted.
 
     Args:
         schema: of the store; without an encoding no attention is passed on.
@@ -37,7 +36,6 @@ class BatchSinks:
         regions: layout -> coverage [image, region, patch] of this batch's images, or None.
         add_attention: called with each layer and its maps or `Factors`.
         copies: to the host, from the device the model runs on.
-        explain: raise at the first layer with a row that is no attention, and say what is wrong with it.
     """
 
     def __init__(
@@ -48,8 +46,6 @@ class BatchSinks:
         regions: Mapping[TokenLayout, np.ndarray | None],
         add_attention: Callable[[int, Any], None],
         copies: HostCopies,
-        *,
-        explain: bool = False,
     ) -> None:
         self._encoding = schema.encoding
         self._metrics = metrics
@@ -60,7 +56,6 @@ class BatchSinks:
         self._copies = copies
         self._arriving: deque[tuple[int, Callable[[], Any]]] = deque()
         self._prefix_mass: dict[int, torch.Tensor] = {}
-        self._explain = explain
         self._measured: list[tuple[AttentionSite, Measurement]] = []
         self._collected: list[HostCopy] = []
 
@@ -69,7 +64,7 @@ class BatchSinks:
     ) -> None:
         if self._metrics:
             self._measured.append((site, self._measure(site, query, key, scale, bias)))
-        if self._encoding and not self._explain:
+        if self._encoding:
             factors = self._layers[site.layer].factors
             if factors is None:
                 maps = attention_map(query, key, scale, bias)
@@ -83,20 +78,17 @@ class BatchSinks:
     def _measure(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
     ) -> Measurement:
-        try:
-            return measure_qk(
-                query,
-                key,
-                site.layout,
-                metrics=self._metrics,
-                scale=scale,
-                bias=bias,
-                backend=self._backend,
-                invalid="raise" if self._explain else "mask",
-                regions=self._regions[site.layout],
-            )
-        except InvalidAttentionError as error:
-            raise InvalidAttentionError(f"layer {site.layer} ({site.name}): {error}") from error
+        return measure_qk(
+            query,
+            key,
+            site.layout,
+            metrics=self._metrics,
+            scale=scale,
+            bias=bias,
+            backend=self._backend,
+            invalid="mask",
+            regions=self._regions[site.layout],
+        )
 
     def _start_factors(
         self, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, precision: torch.dtype
@@ -108,14 +100,21 @@ class BatchSinks:
 
     def finish(self) -> None:
         """The forward pass is launched: start to bring the metrics to the host."""
-        if self._measured:
-            valid = torch.stack([measured.valid.all() for _, measured in self._measured])
-            of_layers = [measured for _, measured in self._measured]
-            self._collected = [self._copies.start(valid)]
-            for metric in self._metrics:
-                values = stack_layers([layer[metric.name] for layer in of_layers], math.nan)
-                counts = stack_layers([layer.undefined_rows[metric.name] for layer in of_layers], -1)
-                self._collected += [self._copies.start(values), self._copies.start(counts)]
+        if not self._measured:
+            return
+        of_layers = [measured for _, measured in self._measured]
+        invalid = [~measured.valid for measured in of_layers]  # [image, head, query]
+        rows = torch.stack([torch.stack([mask.sum(), torch.ones_like(mask).sum()]) for mask in invalid])
+        self._collected = [self._copies.start(rows)]
+        left_out = [
+            mask[..., site.layout.num_prefix_tokens :].sum(dim=-1)
+            for (site, _), mask in zip(self._measured, invalid, strict=True)
+        ]
+        for metric in self._metrics:
+            values = stack_layers([layer[metric.name] for layer in of_layers], math.nan)
+            missing = zip(of_layers, left_out, strict=True)
+            counts = stack_layers([layer.undefined_rows[metric.name] + rest for layer, rest in missing], -1)
+            self._collected += [self._copies.start(values), self._copies.start(counts)]
 
     def pass_on(self, leave: int = 0) -> None:
         """Hand the layers that have arrived to the writer, waiting for those beyond the last `leave`."""
@@ -129,15 +128,15 @@ class BatchSinks:
             return {}
         return dict(zip(self._prefix_mass, torch.stack(list(self._prefix_mass.values())).tolist(), strict=True))
 
-    def invalid_layers(self) -> list[str]:
-        """Names of the layers with rows that are no attention; waits for the batch's metrics."""
+    def masked_rows(self) -> list[tuple[int, int, int]]:
+        """(layer, its rows that are no attention, all its rows) of each layer measured; waits for the metrics."""
         if not self._collected:
             return []
-        valid = self._collected[0]().tolist()
-        return [site.name for (site, _), sound in zip(self._measured, valid, strict=True) if not sound]
+        rows = self._collected[0]().tolist()
+        return [(site.layer, masked, of) for (site, _), (masked, of) in zip(self._measured, rows, strict=True)]
 
     def metric_values(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Values [image, layer, head(, region)] and undefined-row counts [image, layer, head] of the batch.
+        """Values [image, layer, head(, region)], and how many rows have no part in each, [image, layer, head].
 
         Layers with fewer heads than the widest are filled with NaN and −1. Waits for them.
         """

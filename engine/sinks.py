@@ -260,24 +260,25 @@ def _run_batches(
     def decode(batch: int) -> torch.Tensor:
         return images.batch(rows_of(batch), device)
 
-    def run(batch: int, pixels: torch.Tensor, *, explain: bool = False) -> tuple[BatchSinks, HostCopy]:
+    def run(batch: int, pixels: torch.Tensor) -> tuple[BatchSinks, HostCopy]:
         """The forward pass of a batch, launched; its metrics and logits are on their way to the host."""
         of_batch = {layout: None if r is None else r[rows_of(batch)] for layout, r in regions.items()}
         add_attention = partial(_add_attention, writer, biases, batch)
-        sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies, explain=explain)
+        sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies)
         with AttentionTap(model, sinks, layers=capture.layers or None, heads=capture.heads or None):
             logits = model(pixels)
         sinks.finish()
         return sinks, copies.start(logits.float())
 
-    def commit(batch: int, pixels: torch.Tensor, sinks: BatchSinks, logits: HostCopy) -> None:
+    def commit(batch: int, sinks: BatchSinks, logits: HostCopy) -> None:
         sinks.pass_on()
-        if invalid := sinks.invalid_layers():
-            run(batch, pixels, explain=True)
+        rows = sinks.masked_rows()
+        if rows and all(masked == of for _, masked, of in rows):
             raise CaptureError(
-                f"{invalid[0]} gave rows that are no attention in one forward pass of batch {batch} and none in the "
-                "next; the model or the device does not compute the same twice"
+                f"no row of batch {batch} is post-softmax attention, in any layer: query and key are NaN or infinite; "
+                "look for NaN in the model's weights and in the images"
             )
+        masked_rows.extend((layer, masked) for layer, masked, _ in rows if masked)
         values, counts = sinks.metric_values()
         writer.commit(batch, values, counts, logits().numpy() if schema.num_classes else None)
         prefix_mass.extend((layer, batch, mass) for layer, mass in sinks.prefix_mass().items())
@@ -288,6 +289,7 @@ def _run_batches(
     batches = workers.deal(missing)
     captured = Tally(workers, f"captured of {writer.run}")
     prefix_mass: list[tuple[int, int, float]] = []  # layer, batch, mean
+    masked_rows: list[tuple[int, int]] = []  # layer, rows that are no attention
     copies = HostCopies(device)
     done = schema.num_images - sum(len(rows_of(batch)) for batch in missing)
     with (
@@ -297,21 +299,22 @@ def _run_batches(
         ImageProgress(label, schema.num_images, done, image_bytes) as progress,
     ):
         ahead: Future[torch.Tensor] | None = None
-        launched: deque[tuple[int, torch.Tensor, BatchSinks, HostCopy]] = deque()
+        launched: deque[tuple[int, BatchSinks, HostCopy]] = deque()
         for position, batch in enumerate(batches):
             pixels = ahead.result() if ahead is not None else decode(batch)
             if position + 1 < len(batches):
                 ahead = decoder.submit(decode, batches[position + 1])
-            launched.append((batch, pixels, *run(batch, pixels)))
+            launched.append((batch, *run(batch, pixels)))
             # A GPU computes this batch while the one before is waited for and committed.
             while len(launched) > min(copies.depth, 1):
                 commit(*launched.popleft())
         while launched:
             commit(*launched.popleft())
         writer.flush()
-        by_worker = workers.gather(prefix_mass)
+        by_worker = workers.gather((prefix_mass, masked_rows))
         progress.reach(captured.add(0))
-    _warn_of_prefix_mass(sorted(entry for of_worker in by_worker for entry in of_worker), schema.encoding, label)
+    _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema.encoding, label)
+    _warn_of_masked_rows(sorted(entry for _, masked in by_worker for entry in masked), schema, label)
 
 
 def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, float]], encoding: str, label: str) -> None:
@@ -323,6 +326,17 @@ def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, float]], encoding: st
                 f"{label}: layer {layer} gives {mass:.2f} of its attention to prefix tokens, and {encoding} keeps the "
                 "little that patches get too coarsely for Moran's I (errors up to 0.1): use the metrics sink"
             )
+
+
+def _warn_of_masked_rows(entries: Sequence[tuple[int, int]], schema: StoreSchema, label: str) -> None:
+    """Say which layers had rows that are no attention; entries are (layer, rows), in order."""
+    names = {layer.layer: layer.site for layer in schema.layers}
+    for layer, of_layer in itertools.groupby(entries, key=lambda entry: entry[0]):
+        total = sum(rows for _, rows in of_layer)
+        say(
+            f"{label}: {total:,} rows of layer {layer} ({names[layer]}) are no post-softmax attention (NaN or infinite "
+            "logits); they are left out of every value and counted with the rows that have none"
+        )
 
 
 def _use_device(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from engine.capture import CaptureError, capture_attention
 from engine.sinks import Capture, capture_to_store
 from engine.table import build_table
-from kernels import InvalidAttentionError, TokenLayout, measure_attention
+from kernels import TokenLayout, measure_attention
 from store import AttentionStore
 from tests.families import images, spread
 
@@ -57,6 +59,7 @@ def capture(model: torch.nn.Module, path: Path, **settings: Any) -> Any:
         model_info={"name": "vit"},
         dataset_info={"id": "random"},
         preprocessing={},
+        label="vit",
     )
 
 
@@ -132,20 +135,45 @@ def test_heads_that_are_not_there_are_refused_before_anything_is_written(
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_rows_that_are_no_attention_are_named_by_layer_and_nothing_is_committed(
-    model: torch.nn.Module, tmp_path: Path
+def test_rows_that_are_no_attention_are_left_out_counted_and_told(
+    model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are found once the batch is over, and what is wrong with them by a second forward pass."""
-    with torch.no_grad():
-        before = model.blocks[1].attn.qkv.bias.clone()
-        model.blocks[1].attn.qkv.bias[0] = torch.nan
-    try:
-        with pytest.raises(
-            InvalidAttentionError, match=r"^layer 1 \(blocks\.1\.attn\): .*query\[0, 0, 0, :\] holds NaN"
-        ):
-            capture(model, tmp_path / "s.zarr")
-    finally:
-        with torch.no_grad():
-            model.blocks[1].attn.qkv.bias.copy_(before)
+    """NaN in one query dimension of layer 1's first head: that head has no row left, and layer 2 sees NaN alone."""
+    sound = capture(model, tmp_path / "sound.zarr")
+    with nan_in(model.blocks[1].attn.qkv.bias):
+        broken = capture(model, tmp_path / "broken.zarr")
+    told = capsys.readouterr()
+    assert "vit: 85 rows of layer 1 (blocks.1.attn) are no post-softmax attention" in told.out + told.err
+    assert "vit: 255 rows of layer 2 (blocks.2.attn)" in told.out + told.err
+    assert "layer 0" not in told.out + told.err
+    assert broken.complete
+    for name in METRICS:
+        expected, values = sound.read_metric(name)[0], broken.read_metric(name)[0]
+        lost = np.zeros(values.shape, bool)
+        lost[:, 1, 0] = lost[:, 2] = True
+        np.testing.assert_array_equal(np.isnan(values), lost)
+        np.testing.assert_array_equal(values[~lost], expected[~lost])
+        np.testing.assert_array_equal(broken.read_undefined(name), np.where(lost, 16, 0))
+
+
+def test_a_batch_without_any_attention_ends_the_capture(model: torch.nn.Module, tmp_path: Path) -> None:
+    with (
+        nan_in(model.patch_embed.proj.bias),
+        pytest.raises(CaptureError, match=r"no row of batch 0 is post-softmax attention, in any layer: .* weights"),
+    ):
+        capture(model, tmp_path / "s.zarr")
     assert not AttentionStore.open(tmp_path / "s.zarr").complete
     assert capture(model, tmp_path / "s.zarr").complete
+
+
+@contextmanager
+def nan_in(parameter: torch.Tensor) -> Iterator[None]:
+    """Its first item is NaN for the while."""
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter[0] = torch.nan
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(before)

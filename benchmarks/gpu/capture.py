@@ -51,7 +51,7 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
             if isinstance(sinks, BatchSinks):
                 sinks.finish()
                 if before is not None:
-                    before.invalid_layers(), before.metric_values()
+                    before.masked_rows(), before.metric_values()
                 before = sinks
         if before is not None:
             before.metric_values()
