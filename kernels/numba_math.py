@@ -87,8 +87,9 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 def lent(typing: Any, arrays: Any) -> Any:
     """The same array, or tuple with arrays, without their owner, so that no reference to them is counted.
 
-    Loops over rows slice and hand on arrays, and counting that in their owner, one for all threads, took two thirds of
-    their time. What Python passes in outlives the call; what compiled code makes must be held: see `hold`.
+    Loops over rows slice and hand on arrays, and counted that in their owner, one for all threads: in the loops for any
+    CPU 2.8 of 10 ms an image for the core metrics, 4.2 of 5.9 for prefix mass (float16, ViT-B/16, one core). What
+    Python passes in outlives the call; what compiled code makes must be held: see `hold`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

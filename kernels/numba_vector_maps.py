@@ -9,8 +9,8 @@ Moran's I is centred by the mean known beforehand, (1 − prefix mass)/N, and th
 of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(z−δ)(z'−δ) = Σzz' − δ Σ deg z + δ²E. Where
 that would cancel nine tenths of Σz² or more, the row is out of the ordinary. Σx is Σz plus N times that mean.
 
-What a register of the row costs decides: one prefetch for each of them, in place of one for each cache line, took a
-quarter of the time, the counting of array references by the row (see `kernels.numba_math.lent`) a tenth.
+What a register of the row costs decides: one prefetch for each of them took 0.36 of 2.04 ms an image more than one for
+each cache line (float16, ViT-B/16, one core), counting array references by the row (`kernels.numba_math.lent`) 0.4.
 
 log2 is good to 1.9e-6 (degree 6 on [1, 2)), a least-squares fit reweighted until its greatest error was least.
 """
