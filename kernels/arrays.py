@@ -82,6 +82,15 @@ def to_float64(array: Any) -> np.ndarray:
     return np.asarray(array, dtype=np.float64, order="C")
 
 
+def mean_of_defined(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean of the values that are not NaN, in float64, how many valid ones are NaN) over the last axis."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=-1)
+    total = np.where(defined, values, 0.0).sum(axis=-1, dtype=np.float64)
+    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return mean, np.asarray((~defined & valid).sum(axis=-1), dtype=np.int64)
+
+
 def flat_index(leading: tuple[int, ...], start: int, stop: int) -> tuple[Any, ...]:
     """Index of maps start … stop − 1, counted over the leading axes in C order; copies those maps only."""
     return np.unravel_index(np.arange(start, stop), leading) if leading else (np.newaxis,)

@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from kernels.lane_types import (
+    AS_WRITTEN,
     EIGHT,
     F32,
     I8,
@@ -50,9 +51,8 @@ from kernels.lane_types import (
 __all__ = [
     "dot_tile",
     "either",
-    "exponent",
+    "exponent_steps",
     "first",
-    "first_lane",
     "fma",
     "fraction",
     "greater",
@@ -65,6 +65,7 @@ __all__ = [
     "prefetch",
     "splat",
     "store",
+    "sum_of",
     "sums_of_eight",
     "times_power",
     "transpose",
@@ -171,7 +172,11 @@ def transpose(typing: Any, width: Any, source: Any, begin: Any, stride: Any, fac
             return builder.add(position, builder.mul(step, ir.Constant(index, row)))
 
         rows = [
-            builder.fmul(times, widened(context, builder, kind, signature.args[1], source, shifted(begin, j, stride)))
+            builder.fmul(
+                times,
+                widened(context, builder, kind, signature.args[1], source, shifted(begin, j, stride)),
+                flags=AS_WRITTEN,
+            )
             for j in range(lanes)
         ]
         half = lanes // 2
@@ -214,9 +219,9 @@ def _or(builder: Any, kind: Any, a: Any, b: Any) -> Any:
     return as_floats(builder, kind, builder.or_(bits(builder, kind, a), bits(builder, kind, b)))
 
 
-_add = _of_two(lambda builder, _, a, b: builder.fadd(a, b), "a + b")
-_sub = _of_two(lambda builder, _, a, b: builder.fsub(a, b), "a − b")
-_mul = _of_two(lambda builder, _, a, b: builder.fmul(a, b), "a · b")
+_add = _of_two(lambda builder, _, a, b: builder.fadd(a, b, flags=AS_WRITTEN), "a + b")
+_sub = _of_two(lambda builder, _, a, b: builder.fsub(a, b, flags=AS_WRITTEN), "a − b")
+_mul = _of_two(lambda builder, _, a, b: builder.fmul(a, b, flags=AS_WRITTEN), "a · b")
 greater = _of_two(
     lambda builder, _, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
     "The greater; b where either is NaN.",
@@ -275,29 +280,28 @@ def next_lane(typing: Any, value: Any, mask: Any) -> Any:
 
 
 @_intrinsic
-def exponent(typing: Any, value: Any) -> Any:
-    """⌊log2 x⌋ of a positive normal number."""
+def mantissa(typing: Any, value: Any) -> Any:
+    """x / 2^⌊log2 x⌋ of a positive normal number, in [1, 2); of 0 it is 1."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value.lanes == SIXTEEN.lanes:
-            return avx512(builder, "getexp", arguments[0])
-        field = builder.lshr(bits(builder, value, arguments[0]), whole(value, 23))
-        return builder.sitofp(builder.sub(field, whole(value, 127)), arguments[0].type)
+        digits = builder.and_(bits(builder, value, arguments[0]), whole(value, 0x007FFFFF))
+        return as_floats(builder, value, builder.or_(digits, whole(value, 0x3F800000)))
 
     return value(value), generate
 
 
 @_intrinsic
-def mantissa(typing: Any, value: Any) -> Any:
-    """x / 2^exponent of a positive normal number, in [1, 2)."""
+def exponent_steps(typing: Any, value: Any, part: Any) -> Any:
+    """2^23 · ⌊log2 x⌋ of a positive normal number with mantissa `part`; of 0 it is −127 · 2^23.
+
+    As many float32 lie between the two: the difference of their bits, exact, where ⌊log2 x⌋ would take a shift more.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value.lanes == SIXTEEN.lanes:
-            return avx512(builder, "getmant", arguments[0], ir.Constant(I32, 0))
-        digits = builder.and_(bits(builder, value, arguments[0]), whole(value, 0x007FFFFF))
-        return as_floats(builder, value, builder.or_(digits, whole(value, 0x3F800000)))
+        steps = builder.sub(*(bits(builder, value, argument) for argument in arguments))
+        return builder.sitofp(steps, arguments[0].type)
 
-    return value(value), generate
+    return value(value, value), generate
 
 
 @_intrinsic
@@ -307,7 +311,7 @@ def fraction(typing: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if value.lanes == SIXTEEN.lanes:
             return avx512(builder, "reduce", arguments[0], ir.Constant(I32, 1))
-        return builder.fsub(arguments[0], floor(builder, value, arguments[0]))
+        return builder.fsub(arguments[0], floor(builder, value, arguments[0]), flags=AS_WRITTEN)
 
     return value(value), generate
 
@@ -321,10 +325,10 @@ def times_power(typing: Any, value: Any, power: Any) -> Any:
             return avx512(builder, "scalef", *arguments)
         # Added to 1.5 · 2^23, a small whole number stands in the last bits; shifted, in the exponent's place. NaN ends
         # as 2^0.
-        last = builder.fadd(floor(builder, value, arguments[1]), floats(value, 1.5 * 2**23))
+        last = builder.fadd(floor(builder, value, arguments[1]), floats(value, 1.5 * 2**23), flags=AS_WRITTEN)
         shifted = builder.shl(bits(builder, value, last), whole(value, 23))
         scale = as_floats(builder, value, builder.add(shifted, whole(value, 0x3F800000)))
-        return builder.fmul(arguments[0], scale)
+        return builder.fmul(arguments[0], scale, flags=AS_WRITTEN)
 
     return value(value, value), generate
 
@@ -333,11 +337,16 @@ def times_power(typing: Any, value: Any, power: Any) -> Any:
 
 
 @_intrinsic
-def first_lane(typing: Any, value: Any) -> Any:
-    """Lane 0 as a float32."""
+def sum_of(typing: Any, value: Any) -> Any:
+    """The sum over the lanes, halves added to halves."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.extract_element(arguments[0], ir.Constant(I32, 0))
+        total, half = arguments[0], value.lanes // 2
+        while half:
+            turned = order([(lane + half) % value.lanes for lane in range(value.lanes)])
+            total = builder.fadd(total, builder.shuffle_vector(total, total, turned), flags=AS_WRITTEN)
+            half //= 2
+        return builder.extract_element(total, ir.Constant(I32, 0))
 
     return types.float32(value), generate
 
@@ -365,7 +374,8 @@ def sums_of_eight(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g
         lanes = a.lanes
 
         def folded(x: Any, y: Any, low: list[int], high: list[int]) -> Any:
-            return builder.fadd(builder.shuffle_vector(x, y, order(low)), builder.shuffle_vector(x, y, order(high)))
+            parts = (builder.shuffle_vector(x, y, order(lanes)) for lanes in (low, high))
+            return builder.fadd(*parts, flags=AS_WRITTEN)
 
         # Within quarters of 128 bits: pairs of sums in turn, then four sums in turn.
         quarters = range(0, lanes, 4)

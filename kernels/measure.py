@@ -223,16 +223,16 @@ def _run(
     if invalid == "raise" and not bool(valid.all()):
         raise explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
-    mean_of_rows = getattr(module, "mean_of_rows", None)  # in one launch, where a backend has one
+    own_mean = getattr(module, "mean_of_rows", None)  # in one launch or loop, where a backend has one
     reduced: dict[str, Any] = {}
     undefined: dict[str, Any] = {}
     for spec in specs:
         is_rows = spec.inputs != "regions" and values[spec.name].ndim == valid.ndim
         row_valid = valid[..., layout.num_prefix_tokens :]
-        if not arrays.is_torch(valid):
+        if own_mean is not None and is_rows and reduce == "mean" and spec in own:
+            value, count = own_mean(values[spec.name], row_valid)
+        elif not arrays.is_torch(valid):
             value, count = _finish_numpy(values[spec.name], row_valid, is_rows, reduce)
-        elif mean_of_rows is not None and is_rows and reduce == "mean" and spec in own:
-            value, count = mean_of_rows(values[spec.name], row_valid)
         else:
             value, count = _finish_torch(values[spec.name], row_valid, is_rows, reduce)
         reduced[spec.name] = value if arrays.is_torch(value) else arrays.from_host(value, like)
@@ -251,19 +251,13 @@ def _finish_numpy(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(values or their mean over defined rows, undefined rows [*leading]); valid is [*leading, patch query]."""
     if is_rows and reduce == "mean":
-        total = values.sum(axis=-1, dtype=np.float64)
-        if not np.isnan(total).any():  # every row has a value, as nearly always
-            return np.asarray(total / values.shape[-1]), np.zeros(values.shape[:-1], np.int64)
-    defined = ~np.isnan(values)
-    if not is_rows:
-        missing = ~defined if defined.ndim == valid.ndim - 1 else (~defined).sum(axis=-1)
-        return np.asarray(values, dtype=np.float64), np.asarray(missing * valid.any(axis=-1), dtype=np.int64)
-    undefined = np.asarray((~defined & valid).sum(axis=-1), dtype=np.int64)
-    if reduce == "none":
-        return values, undefined
-    count = defined.sum(axis=-1)
-    total = np.where(defined, values, 0.0).sum(axis=-1, dtype=np.float64)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan), undefined
+        return arrays.mean_of_defined(values, valid)
+    missing = np.isnan(values)
+    if is_rows:
+        return values, np.asarray((missing & valid).sum(axis=-1), dtype=np.int64)
+    if missing.ndim == valid.ndim:
+        missing = missing.sum(axis=-1)
+    return np.asarray(values, dtype=np.float64), np.asarray(missing * valid.any(axis=-1), dtype=np.int64)
 
 
 def _finish_torch(values: Any, valid: Any, is_rows: bool, reduce: Reduce) -> tuple[Any, Any]:

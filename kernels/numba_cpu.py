@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.arrays import Values, dtype_name, host_view
+from kernels.arrays import Values, dtype_name, host_view, mean_of_defined
 from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.lane_types import Width, widest
 from kernels.layout import TokenLayout
@@ -55,6 +55,7 @@ __all__ = [
     "gini",
     "is_compiled",
     "js_divergence",
+    "mean_of_rows",
     "measure_attention",
     "measure_pair",
     "measure_qk",
@@ -203,6 +204,15 @@ def measure_pair(attention: Any, other: Any, layout: TokenLayout, specs: Sequenc
     return Values(values=values, valid=valid.reshape((*leading, layout.num_tokens)))
 
 
+def mean_of_rows(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean [*leading] of the patch queries that have a value, valid ones that have none) of [*leading, patch query]"""
+    sums = np.empty(values.shape[:-1])
+    passes().row_sums(values.reshape(-1, values.shape[-1]), sums.reshape(-1))
+    if np.isnan(sums).any():
+        return mean_of_defined(values, valid)
+    return np.asarray(sums / values.shape[-1]), np.zeros(sums.shape, np.int64)  # as nearly always
+
+
 _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
@@ -295,19 +305,17 @@ def _tables(layout: TokenLayout, double: bool) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _wide_tables(layout: TokenLayout, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(distances, degrees) with grid rows padded to whole registers.
+    """(distances, degrees), flat and a register longer than they need be, so that loads may reach beyond their ends.
 
-    distances are `_tables`' offsets, flat, 0 in the padding; degrees [column] are a patch's neighbours in a grid row
-    that is neither first nor last.
+    distances are `_tables`' offsets; degrees [patch] are the numbers of neighbours.
     """
-    cols, down = layout.grid_cols, 2 * layout.grid_rows - 1
-    pitch = -(-cols // lanes) * lanes
-    distances = _aligned((cols * down * pitch,))
-    distances.reshape(cols, down, pitch)[:, :, :cols] = _tables(layout, False)[0].reshape(cols, down, cols)
-    degrees = _aligned((pitch,))
-    degrees[:cols] = 4
-    degrees[0] -= 1
-    degrees[cols - 1] -= 1
+    rows, cols = layout.grid_rows, layout.grid_cols
+    offsets, _ = _tables(layout, False)
+    distances, degrees = _aligned((offsets.size + 2 * lanes,)), _aligned((rows * cols + lanes,))
+    distances[: offsets.size] = offsets.reshape(-1)
+    row, col = np.indices((rows, cols))
+    beside = [row > 0, row < rows - 1, col > 0, col < cols - 1]
+    degrees[: rows * cols] = np.sum(beside, axis=0).reshape(-1)
     return distances, degrees
 
 
@@ -354,6 +362,9 @@ def _flat(array: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         strides = array.strides
     if array.size == 0:
         return _read_only(np.zeros(0, array.dtype)), np.zeros(math.prod(array.shape[:-2]), np.int64), 0
+    if array.flags.c_contiguous:
+        row, col = array.shape[-2:]
+        return _read_only(array.reshape(-1)), np.arange(0, array.size, row * col), col
     steps = [s // item for s in strides]
     span = 1 + sum((n - 1) * step for n, step in zip(array.shape[:-1], steps[:-1], strict=True)) + array.shape[-1] - 1
     starts = np.zeros((), np.int64)

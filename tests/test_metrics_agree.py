@@ -96,6 +96,25 @@ def test_a_negative_value_is_found_wherever_it_is(backend: str, dtype: str, key:
 
 
 @pytest.mark.parametrize("backend", FAST, indirect=True)
+@pytest.mark.parametrize(
+    ("rows", "cols", "prefix"), [(4, 16, 0), (8, 32, 0), (2, 128, 20), (14, 14, 1), (5, 37, 17), (1, 13, 9)]
+)
+def test_rows_of_any_spread(backend: str, rows: int, cols: int, prefix: int) -> None:
+    """From rows that are almost constant on, also where their mean is a power of two, below which float32 is finer.
+
+    Rows of less spread than 1/24 have their own way. Prefixes are shorter and longer than a register.
+    """
+    of = layout(rows, cols, prefix)
+    noise = np.random.default_rng(3).standard_normal((of.num_tokens, of.num_tokens))
+    attention = np.stack([np.abs(1 + spread * noise) for spread in (1e-5, 5e-4, 0.03, 0.041, 0.05, 0.5)])
+    attention = (attention / attention.sum(axis=-1, keepdims=True)).astype(np.float32)
+    names = ("distance", "entropy", "morans_i", "prefix_mass")
+    expected = measure_attention(attention, of, names, "reference", reduce="none")
+    got = measure_attention(attention, of, names, backend, reduce="none")
+    assert_close(got, expected, TOLERANCE, backend)
+
+
+@pytest.mark.parametrize("backend", FAST, indirect=True)
 def test_torch_and_numpy_input_give_the_same_bits(backend: str) -> None:
     case = CASES[0]
     attention = rounded(case.attention(), "float16").astype(np.float16)
