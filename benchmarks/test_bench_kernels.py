@@ -30,7 +30,7 @@ from numba import njit
 
 from kernels import TokenLayout, measure_attention, measure_qk, numba_cpu
 from kernels.lane_types import EIGHT, Width, widest
-from kernels.threads import set_num_threads
+from kernels.threads import over_parts, set_num_threads
 from tests.cases import layout, trained
 
 CORE = ("distance", "entropy", "morans_i")
@@ -229,22 +229,35 @@ def interleaved(
     return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
-def two_threads(runs: dict[str, Contender]) -> dict[str, float]:
-    """Wall time of one thread over that of two, by input."""
-    ratios = {}
-    for name in (f"{OURS}, float16", f"{OURS}, float32", f"{OURS}, from q and k"):
+@njit(nogil=True, fastmath={"contract"})
+def _turn(begin: int, end: int) -> float:
+    """Multiply-adds in registers alone, eight chains side by side: as many as a core does at once."""
+    a, b, c, d, e, f, g, h = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0
+    for _ in range(200_000 * (end - begin)):
+        a, b, c, d = a * 0.999 + 0.1, b * 0.999 + 0.1, c * 0.999 + 0.1, d * 0.999 + 0.1
+        e, f, g, h = e * 0.999 + 0.1, f * 0.999 + 0.1, g * 0.999 + 0.1, h * 0.999 + 0.1
+    return a + b + c + d + e + f + g + h
 
-        def on(threads: int, run: Callable[[], Any] = runs[name].run) -> Callable[[], Any]:
-            def with_threads() -> Any:
+
+def two_threads(runs: dict[str, Contender]) -> dict[str, float]:
+    """Wall time of one thread over that of two, by input.
+
+    "registers alone" reads no memory: quiet cores take it to 2, two halves of one core (of a virtual machine, say) not.
+    """
+    names = {name: runs[f"{OURS}, {name}"].run for name in ("float16", "float32", "from q and k")}
+    names["registers alone"] = lambda: over_parts(_turn, 32)
+    contenders: dict[str, Callable[[], Any]] = {}
+    for name, run in names.items():
+        for threads in (1, 2):
+
+            def with_threads(threads: int = threads, run: Callable[[], Any] = run) -> Any:
                 set_num_threads(threads)
                 return run()
 
-            return with_threads
-
-        seconds = interleaved({"one": on(1), "two": on(2)}, 21, time.perf_counter)
-        ratios[name] = seconds["one"] / seconds["two"]
+            contenders[f"{name}, {threads}"] = with_threads
+    seconds = interleaved(contenders, 41, time.perf_counter)
     set_num_threads(1)
-    return ratios
+    return {name: seconds[f"{name}, 1"] / seconds[f"{name}, 2"] for name in names}
 
 
 def forward_seconds() -> Callable[[], Any]:
