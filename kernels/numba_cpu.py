@@ -305,7 +305,7 @@ def _tables(layout: TokenLayout, double: bool) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _wide_tables(layout: TokenLayout, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(distances, degrees), flat and a register longer than they need be, so that loads may reach beyond their ends.
+    """(distances, degrees), flat and registers longer than they need be, so that loads may reach beyond their ends.
 
     distances are `_tables`' offsets; degrees [patch] are the numbers of neighbours.
     """

@@ -3,7 +3,7 @@
 The first sweep takes the row as it lies in memory, register by register, whatever the grid: it widens it into a buffer
 and sums what is asked of each value alone. The second takes the buffer column by column of registers, so that
 neighbours are the next lane and the previous register: Moran's I. It comes one row later than the first, for it needs
-the row's mean, and the sums across lanes that the mean waits for take as long as ten registers of the next row.
+the row's mean, and the sum across lanes that the mean waits for takes as long as several registers of the next row.
 
 Computed are the core metrics, distance, entropy and Moran's I, and prefix mass. A row that is out of the ordinary
 (invalid, almost without mass on the patches, almost constant) and metrics beyond the core take the way of
@@ -71,8 +71,10 @@ _LEAST_SPREAD = np.float32(1 / 24**2)
 
 @njit(forceinline=True, **OPTIONS)
 def _first_items(width: Any, buffer: Any, begin: Any, count: Any, at_end: Any) -> Any:
-    """The items from buffer[begin] on in the first `count` lanes, 0 in the others, of which nothing is read where the
-    memory ends. `at_end` is a register long."""
+    """The items from buffer[begin] on in the first `count` lanes, 0 in the others.
+
+    Where a whole register would reach beyond the memory, they are copied to `at_end`, a register long.
+    """
     if begin + lanes_of(width) <= buffer.size:
         x = load(width, buffer, begin)
     else:
@@ -261,7 +263,7 @@ def _core_of_map(width: Any, m: Any, shape: Any, tolerance: Any, needs: Any, sum
 def attention_pass(width: Width) -> Any:
     """`attention` as that of `numba_loops.passes`, for registers of this width, with one more argument after `tables`:
 
-    wide  (the distances of `tables`, flat, and the neighbours of each patch), a register longer
+    wide  (the distances of `tables`, flat, and how many neighbours each patch has), from `numba_cpu._wide_tables`
     """
     of = sources()  # a part of the key under which compiled code is kept
 
