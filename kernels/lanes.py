@@ -374,7 +374,7 @@ def sums_of_eight(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g
         lanes = a.lanes
 
         def folded(x: Any, y: Any, low: list[int], high: list[int]) -> Any:
-            parts = (builder.shuffle_vector(x, y, order(lanes)) for lanes in (low, high))
+            parts = (builder.shuffle_vector(x, y, order(taken)) for taken in (low, high))
             return builder.fadd(*parts, flags=AS_WRITTEN)
 
         # Within quarters of 128 bits: pairs of sums in turn, then four sums in turn.

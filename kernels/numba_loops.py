@@ -197,7 +197,7 @@ def passes() -> SimpleNamespace:
 
     @njit(**CALLED_FROM_PYTHON)
     def row_sums(rows: Any, out: Any) -> None:
-        """Sums of [row, value] in float64: NaN where a value is. 57 µs of NumPy for 576 rows of 196 are 10 here."""
+        """Sums of [row, value] in float64: NaN where a value is. 57 µs of NumPy for 576 rows of 196 are 16 here."""
         _ = of
         for i in range(rows.shape[0]):
             out[i] = sum_double(rows[i])

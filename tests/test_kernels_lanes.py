@@ -185,7 +185,6 @@ def test_sums_across_lanes(width: Width) -> None:
 
 def test_sums_are_taken_as_written(width: Width) -> None:
     """In float32 (x − c) + z is exact here and x + (z − c) is not, whatever `fastmath` allows of plain arithmetic."""
-
     size = width.lanes
 
     @njit(fastmath=True)
