@@ -238,6 +238,10 @@ def _gini_bounds(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, 1.0 - 1.0 / layout.num_patches
 
 
+def _sink_share_bounds(layout: TokenLayout) -> tuple[float, float]:
+    return 1.0 / layout.num_patches, 1.0
+
+
 def _unit_bounds(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, 1.0
 
@@ -261,6 +265,7 @@ _CPU_AND_CUDA = ("numba", "torch", "triton", "numba_cuda")
 
 
 _NO_MASS = "row whose patches sum to 0"
+_NO_ROW = "map without a row that has mass on the patches"
 _CONSTANT = f"constant row; {_NO_MASS}"
 _MORAN = "Moran 1950, doi:10.1093/biomet/37.1-2.17"
 _SHANNON = "Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x"
@@ -363,9 +368,20 @@ METRICS: dict[str, MetricSpec] = {
             reference=reference.morans_i_received,
             implementations=_in("numba", "torch", name="morans_i_received"),
             bounds=_morans_i_bounds,
-            undefined="received map constant to 1e-5 of its mean; map without a row that has mass on the patches",
+            undefined=f"received map constant to 1e-5 of its mean; {_NO_ROW}",
             source=_MORAN,
             title="Moran's I of received attention",
+        ),
+        MetricSpec(
+            name="sink_share",
+            unit="1",
+            inputs="rows",
+            reference=reference.sink_share,
+            implementations=_in("numba", "torch", name="sink_share"),
+            bounds=_sink_share_bounds,
+            undefined=_NO_ROW,
+            source="the patches of high norm of Darcet et al. 2023, arXiv:2309.16588, as a share of attention",
+            title="Largest share of one patch",
         ),
         MetricSpec(
             name="morans_i_seed1",

@@ -64,6 +64,7 @@ __all__ = [
     "morans_i_seed1",
     "prefix_mass",
     "region_mass",
+    "sink_share",
 ]
 
 
@@ -447,6 +448,7 @@ entropy_seed1 = FromPass(ENTROPY_SEED1, lambda result: result.rows[5])
 morans_i_seed1 = FromPass(PATCH_MASS, _morans_i_seed1)
 prefix_mass = FromPass(0, lambda result: result.prefix_mass)
 morans_i_received = FromPass(RECEIVED, _received_morans_i)
+sink_share = FromPass(RECEIVED, lambda result: _mean_row(result.received).max(axis=-1))
 cls_entropy = FromPass(CLASS_ROW, lambda result: _maps_entropy(_class_rows(result)))
 cls_morans_i = FromPass(
     CLASS_ROW,

@@ -37,6 +37,7 @@ __all__ = [
     "received_map",
     "region_mass",
     "renormalised",
+    "sink_share",
     "softmax_rows",
 ]
 
@@ -147,6 +148,11 @@ def morans_i_received(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     spread = received.max(axis=-1) - received.min(axis=-1)
     varies = spread > RECEIVED_SPREAD * received.mean(axis=-1)
     return np.where(varies, _morans_i(received, layout), np.nan)
+
+
+def sink_share(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """max_k mean_q p_qk, the largest share of attention that one patch receives; [batch]."""
+    return np.asarray(received_map(p, layout).max(axis=-1))
 
 
 def morans_i_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:

@@ -44,6 +44,7 @@ __all__ = [
     "morans_i_seed1",
     "prefix_mass",
     "region_mass",
+    "sink_share",
 ]
 
 # Bytes of one temporary, a chunk of rows in the arithmetic's dtype: in the CPU's cache, or enough to fill a GPU.
@@ -226,6 +227,10 @@ def morans_i_received(maps: MapRows) -> Tensor:
     x = maps.received.x.detach()
     varies = x.amax(dim=-1) - x.amin(dim=-1) > RECEIVED_SPREAD * x.mean(dim=-1)
     return _where(varies, maps.received.morans_i())
+
+
+def sink_share(maps: MapRows) -> Tensor:
+    return _where(maps.received.defined.squeeze(-1), maps.received.p.amax(dim=-1))
 
 
 def morans_i_seed1(maps: MapRows) -> Tensor:

@@ -37,6 +37,7 @@ TOLERANCE = {
     "entropy_seed1": 1e-5,
     "morans_i": 2e-5,
     "morans_i_received": 5e-4,
+    "sink_share": 2e-6,
     "morans_i_seed1": 2e-5,
     "gearys_c": 5e-5,
     "gini": 5e-6,

@@ -185,9 +185,10 @@ class TestStoredMaps:
     @pytest.mark.parametrize("backend", RUNNABLE)
     def test_other_metrics_come_from_the_reference_and_are_named(self, backend: str) -> None:
         attention = torch.from_numpy(CASES[0].make(OF, np.random.default_rng(2))[:, :1].astype(np.float32)).to(DEVICE)
-        got = measure_attention(attention, OF, ["gini", "distance", "morans_i_received"], backend)
-        expected = measure_attention(attention.cpu(), OF, ["gini", "distance", "morans_i_received"], "reference")
-        assert got.from_reference == ("gini", "morans_i_received")
+        names = ["gini", "distance", "morans_i_received", "sink_share"]
+        got = measure_attention(attention, OF, names, backend)
+        expected = measure_attention(attention.cpu(), OF, names, "reference")
+        assert got.from_reference == ("gini", "morans_i_received", "sink_share")
         assert_close(got, expected, TOLERANCE, backend)
 
 

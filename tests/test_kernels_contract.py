@@ -290,7 +290,7 @@ class TestGradients:
         rows[0, 3] = 1 / N  # constant
         rows[0, 4] = np.eye(N)[5]  # one-hot: 0 ln 0
         attention = torch.from_numpy(rows).requires_grad_()
-        names = ["distance", "entropy", "morans_i", "morans_i_received", "prefix_mass"]
+        names = ["distance", "entropy", "morans_i", "morans_i_received", "sink_share", "prefix_mass"]
         got = measure_attention(attention, OF, names)
         sum(got[name].sum() for name in names).backward()
         assert attention.grad is not None

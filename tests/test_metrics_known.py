@@ -214,6 +214,42 @@ class TestRegionMass:
         assert got.undefined["region_mass"] == 2
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+class TestSinkShare:
+    def test_uniform_attention_and_one_patch_are_its_bounds(self, backend: str) -> None:
+        bounds = METRICS["sink_share"].bounds(VIT_B16)
+        even, one = np.ones(196), np.eye(196)[17]
+        assert value(from_rows(VIT_B16, even, 0.4), VIT_B16, "sink_share", backend) == pytest.approx(1 / 196, abs=1e-9)
+        assert value(from_rows(VIT_B16, one, 0.4), VIT_B16, "sink_share", backend) == pytest.approx(1.0, abs=1e-9)
+        assert bounds == (1 / 196, 1.0)
+
+    def test_it_is_the_share_of_all_queries_that_one_patch_receives(self, backend: str) -> None:
+        """Every query on itself: no row is even, but each patch receives 1/N."""
+        attention = from_rows(VIT_B16, np.eye(196))
+        assert value(attention, VIT_B16, "sink_share", backend) == pytest.approx(1 / 196, abs=1e-9)
+
+    def test_it_is_of_rows_renormalised_and_leaves_undefined_ones_out(self, backend: str) -> None:
+        """Patch 0 receives .6, .1, nothing that counts and .5 of four queries: the third has no mass on the patches."""
+        of = layout(2, 2, 1)
+        attention = np.full((2, 5, 5), 0.2)
+        attention[0, 1] = [0.5, 0.3, 0.2, 0.0, 0.0]
+        attention[0, 2] = [0.0, 0.1, 0.3, 0.3, 0.3]
+        attention[0, 3] = [1.0, 0.0, 0.0, 0.0, 0.0]
+        attention[0, 4] = [0.8, 0.1, 0.0, 0.0, 0.1]
+        attention[1, 1:] = [1.0, 0.0, 0.0, 0.0, 0.0]
+        got = measure_attention(attention, of, "sink_share", backend)
+        assert got["sink_share"][0] == pytest.approx((0.6 + 0.1 + 0.5) / 3, abs=1e-9)
+        assert np.isnan(got["sink_share"][1])
+        assert got.undefined_rows["sink_share"].tolist() == [0, 1]
+
+    def test_numpy_agrees(self, backend: str) -> None:
+        of, attention = CASES[5].layout, CASES[5].attention()
+        patches = attention[..., 5:, 5:]
+        received = (patches / patches.sum(axis=-1, keepdims=True)).mean(axis=-2)
+        got = measure_attention(attention, of, "sink_share", backend)["sink_share"]
+        np.testing.assert_allclose(got, received.max(axis=-1), rtol=0, atol=1e-12)
+
+
 def test_bounds_of_morans_i_are_not_minus_one_and_one() -> None:
     least, greatest = METRICS["morans_i"].bounds(VIT_B16)
     assert least == pytest.approx(-1.053, abs=5e-4)

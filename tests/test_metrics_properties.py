@@ -35,7 +35,8 @@ def test_prefix_mass_changes_nothing_else(backend: str) -> None:
     attention = CASES[0].make(of, np.random.default_rng(0))
     shifted = 0.25 * attention
     shifted[..., 0] += 0.75
-    names = ["distance", "entropy", "morans_i", "gearys_c", "gini", "morans_i_received", "cls_entropy", "cls_morans_i"]
+    names = ["distance", "entropy", "morans_i", "gearys_c", "gini", "cls_entropy", "cls_morans_i"]
+    names += ["morans_i_received", "sink_share"]
     before = measure_attention(attention, of, [*names, "prefix_mass"], backend)
     after = measure_attention(shifted, of, [*names, "prefix_mass"], backend)
     for name in names:
