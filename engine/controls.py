@@ -96,7 +96,7 @@ def lockstep(
     Args:
         first, second: models of one architecture.
         images, rows: which images.
-        metrics: row metrics to compare beside the maps.
+        metrics: row metrics to compare beside the maps, by name or as `module:name` of your own.
         batch_size: images a forward pass; both models see the same batches.
         device: where the models run.
         label: name in the progress bar.
@@ -114,7 +114,7 @@ def lockstep(
                 now = LayerDifference(
                     site.name,
                     float((map_2 - map_1).abs().max()),
-                    {name: _largest(values_2[name] - values_1[name]) for name in metrics},
+                    {name: _largest(values_2[name] - values_1[name]) for name in values_1},
                     torch.equal(map_1, map_2),
                 )
                 worst[site.layer] = _worse(worst.get(site.layer), now)
@@ -131,7 +131,7 @@ def _maps_and_metrics(
         site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
     ) -> None:
         measured = measure_qk(query, key, site.layout, metrics=tuple(metrics), scale=scale, bias=bias)
-        values = {name: torch.as_tensor(measured[name]).cpu().numpy() for name in metrics}
+        values = {name: torch.as_tensor(of_heads).cpu().numpy() for name, of_heads in measured.items()}
         found.append((site, attention_map(query, key, scale, bias), values))
 
     with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):

@@ -248,6 +248,27 @@ def test_controls_can_fail() -> None:
         hybrid_state(one.state_dict(), other.state_dict(), 4)
 
 
+def test_controls_measure_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for as `module:name` and measured under its own name."""
+    from train.models import build_model
+
+    (tmp_path / "peaks.py").write_text(
+        "from kernels import MetricSpec\n"
+        "largest = MetricSpec(name='peak', unit='1', inputs='rows', reference=lambda p, layout: p.max((-2, -1)))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    model = build_model("digits_vit", num_classes=3)
+
+    class Images:
+        def batch(self, indices: object) -> torch.Tensor:
+            return torch.zeros(2, 1, 48, 48)
+
+    metrics = ["entropy", "peaks:largest"]
+    layers = lockstep(model, model, Images(), range(2), metrics=metrics, batch_size=2, device="cpu", label="test")  # type: ignore[arg-type]
+    assert [layer.metrics for layer in layers] == [{"entropy": 0.0, "peak": 0.0}] * 4
+
+
 def test_checkpoints_and_training_do_not_mix() -> None:
     from engine.training import prepare_data
     from train.errors import InputError
