@@ -180,7 +180,7 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
         "classes": classes,
         "version": __version__,
     }
-    pretrained = journal.stage("pretrained", inputs, [path], work)
+    pretrained = journal.stage("pretrained", inputs, [path, sidecar_path(path)], work)
     return StudyData(splits, preprocessing, pretrained, lambda: _load(config, path))
 
 

@@ -168,10 +168,10 @@ def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "manifest.json").read_text())
     document["records"][0]["label"] = 1
     (tmp_path / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(DamagedFileError, match="do not match"):
+    with pytest.raises(DamagedFileError, match="changed after it was written"):
         Manifest.load(tmp_path / "manifest.json")
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DamagedFileError, match="not a manifest"):
+    with pytest.raises(DamagedFileError, match="is not readable JSON"):
         Manifest.load(tmp_path / "manifest.json")
 
 

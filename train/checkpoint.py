@@ -1,7 +1,7 @@
 """Checkpoints: safetensors beside a JSON sidecar with its sha256, both written atomically.
 
 safetensors has no checksum of its own: a flipped bit in a weight loads without a word. The sidecar
-`<name>.json` beside `<name>.safetensors` holds the sha256 of the file and what the weights are.
+`<name>.json` beside `<name>.safetensors` holds the sha256 of the file, what the weights are, and a checksum of itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "checked_json",
     "file_digest",
     "has_sidecar",
+    "parse_checked_json",
     "read_checkpoint",
     "read_metadata",
     "save_checkpoint",
@@ -31,7 +33,9 @@ __all__ = [
     "write_atomically",
 ]
 
-SCHEMA = "vit-checkpoint/1"
+SCHEMA = "vit-checkpoint/2"
+# A sidecar of ours has both of these texts, so one that lost one of them to damage is still known as ours.
+_MARKS = (b"vit-checkpoint/", b'"checksum": "')
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,39 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def checked_json(document: Mapping[str, Any]) -> bytes:
+    """A JSON object as readable text with a checksum of itself, the same bytes for the same values.
+
+    Raises:
+        ValueError: NaN or infinity, or a value that JSON has no form for.
+    """
+    body = json.dumps(document, sort_keys=True, allow_nan=False)
+    whole = {"checksum": hashlib.sha256(body.encode()).hexdigest(), **document}
+    return (json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def parse_checked_json(content: bytes) -> dict[str, Any]:
+    """The object that `checked_json` wrote, without the checksum; any changed bit is found.
+
+    Raises:
+        ValueError: it is not what `checked_json` wrote; the message says how, as the end of a sentence.
+    """
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not readable JSON ({error})") from error
+    if not isinstance(document, dict) or "checksum" not in document:
+        raise ValueError("holds no checksum of itself (earlier versions wrote none)")
+    document.pop("checksum")
+    try:
+        sound = checked_json(document) == content
+    except ValueError:  # a number that no writer of ours wrote
+        sound = False
+    if not sound:
+        raise ValueError("changed after it was written (its checksum does not match)")
+    return document
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
@@ -130,25 +167,28 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     content = save(tensors)
     sha256 = hashlib.sha256(content).hexdigest()
+    sidecar = checked_json({"schema": SCHEMA, "file": path.name, "sha256": sha256, **metadata})
     sidecar_path(path).unlink(missing_ok=True)
     write_atomically(path, content)
-    document = {"schema": SCHEMA, "file": path.name, "sha256": sha256, **metadata}
-    write_atomically(sidecar_path(path), (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(sidecar_path(path), sidecar)
     return sha256
 
 
 def has_sidecar(path: Path) -> bool:
-    """Whether the JSON file beside a checkpoint, if there is one, is a sidecar of ours."""
+    """Whether the JSON file beside a checkpoint, if there is one, is a sidecar of ours, sound or damaged."""
     sidecar = sidecar_path(path)
-    return sidecar.is_file() and SCHEMA.encode() in sidecar.read_bytes()
+    if not sidecar.is_file():
+        return False
+    content = sidecar.read_bytes()
+    return not content.strip() or any(mark in content for mark in _MARKS)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The sidecar of a checkpoint, `sha256` included, without reading the weights.
+    """The sidecar of a checkpoint, `sha256` included, checked against its own checksum; the weights are not read.
 
     Raises:
         InputError: no sidecar.
-        DamagedFileError: it is not JSON, or has no sha256.
+        DamagedFileError: it is not as it was written.
     """
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
@@ -156,11 +196,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has no {sidecar.name} beside it, so its save was not finished; train it again"
         )
     try:
-        document = json.loads(sidecar.read_bytes())
+        document = parse_checked_json(sidecar.read_bytes())
+        if document.get("schema") != SCHEMA:
+            raise ValueError(f"is of schema {document.get('schema')!r}, expected {SCHEMA!r}")
     except ValueError as error:
-        raise DamagedFileError(f"{sidecar} is not readable JSON ({error}); train its checkpoint again") from error
-    if not isinstance(document, dict) or not isinstance(document.get("sha256"), str):
-        raise DamagedFileError(f"{sidecar} does not hold the sha256 of its checkpoint; train it again")
+        raise DamagedFileError(
+            f"{sidecar} {error}; train its checkpoint again, or delete {sidecar.name} to use the weights as a file of "
+            "which nothing is known"
+        ) from error
     return document
 
 

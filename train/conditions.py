@@ -139,11 +139,13 @@ def train_condition(
         **({"head": state_digest(_head(model).state_dict())} if own_head else {}),
     }
     key = settings_key(version=_VERSION, **settings)
+    workers = Workers.current()
     if (done := finished_metadata(path, key)) is not None:
+        if workers.first:
+            write_history(path, done["history"])
         return _result(path, done, began, reused=True)
 
     model.to(where)
-    workers = Workers.current()
     label = f"{name or recipe} seed {seed}"
     state_file = StateFile(path.with_suffix(".state.safetensors"), key, writes=workers.first)
     threads = TRAINING_THREADS if model_name == "digits_vit" else 0

@@ -19,9 +19,14 @@ def history_path(checkpoint: Path) -> Path:
 
 
 def write_history(checkpoint: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """One line an epoch (a penalty, for a probe); written whole each time, so that a resumed run repeats no line."""
-    lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in history)
-    write_atomically(history_path(checkpoint), lines.encode())
+    """One line per epoch (per penalty, for a probe); written whole each time, so that a resumed run repeats no line.
+
+    The same history is in the checkpoint's sidecar, under its checksum: from it a damaged file is written again.
+    """
+    content = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in history).encode()
+    path = history_path(checkpoint)
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
 def tensorboard_writer(folder: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:

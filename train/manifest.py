@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from train.checkpoint import write_atomically
+from train.checkpoint import checked_json, parse_checked_json, write_atomically
 from train.errors import DamagedFileError, InputError
 from train.splits import SPLITS
 
 __all__ = ["Manifest", "Record"]
 
-SCHEMA = "vit-manifest/1"
+SCHEMA = "vit-manifest/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Manifest:
             "dropped": self.dropped,
             "records": [asdict(record) for record in self.records],
         }
-        write_atomically(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(path, checked_json(document))
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -114,23 +114,21 @@ class Manifest:
 
         Raises:
             InputError: no such file.
-            DamagedFileError: not a manifest, or its records are not the ones its sha256 is of.
+            DamagedFileError: it is not as it was written.
         """
         if not path.is_file():
             raise InputError(f"manifest {path} does not exist")
         try:
-            document = json.loads(path.read_bytes())
-            manifest = cls(
-                kind=document["kind"],
-                root=document["root"],
-                class_names=tuple(document["class_names"]),
-                records=tuple(Record(**record) for record in document["records"]),
-                rule=document["rule"],
-                lists=document["lists"],
-            )
-            expected = document["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedFileError(f"{path} is not a manifest ({error}); delete it to have it built again") from error
-        if manifest.sha256 != expected:
-            raise DamagedFileError(f"manifest {path} is damaged: its records do not match its sha256; delete it")
-        return manifest
+            document = parse_checked_json(path.read_bytes())
+            if document.get("schema") != SCHEMA:
+                raise ValueError(f"is of schema {document.get('schema')!r}, expected {SCHEMA!r}")
+        except ValueError as error:
+            raise DamagedFileError(f"manifest {path} {error}; delete it to have it built again") from error
+        return cls(
+            kind=document["kind"],
+            root=document["root"],
+            class_names=tuple(document["class_names"]),
+            records=tuple(Record(**record) for record in document["records"]),
+            rule=document["rule"],
+            lists=document["lists"],
+        )

@@ -86,7 +86,7 @@ def settings_key(**settings: Any) -> str:
 
 
 class StateFile:
-    """A training state on disk: safetensors whose header holds key, progress and a digest of the tensors.
+    """A training state on disk: safetensors whose header holds key, progress and a digest of it all.
 
     Args:
         path: of the last state; the one before it is `previous` beside it.
@@ -126,8 +126,8 @@ class StateFile:
         for index, moments in state.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(tensor) for name, tensor in moments.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        header = {"key": self.key, "progress": json.dumps(asdict(state.progress)), "tensors": state_digest(tensors)}
-        content = save(tensors, metadata=header)
+        header = {"key": self.key, "progress": json.dumps(asdict(state.progress))}
+        content = save(tensors, metadata=header | {"digest": _digest(header, tensors)})
         if self.path.is_file():
             os.replace(self.path, self.previous)
         write_atomically(self.path, content)
@@ -167,9 +167,14 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise DamagedFileError(f"training state {path} is damaged ({error})") from error
-    if header.get("tensors") != state_digest(tensors):
+    if header.pop("digest", "") != _digest(header, tensors):
         raise DamagedFileError(f"training state {path} is damaged (its digest differs)")
     return header, tensors
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of all that a state file holds: its tensors, and the key and the progress beside them."""
+    return settings_key(header=dict(header), tensors=state_digest(tensors))
 
 
 def _put(state: TrainingState, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
