@@ -12,19 +12,22 @@ from engine.config import StudyConfig
 from engine.journal import digest_path
 from engine.outputs import resolve_device
 from engine.progress import say
-from engine.samples import add_sample_maps, choose_samples, start_samples
+from engine.samples import FILES, add_sample_maps, choose_samples, require_samples_place, start_samples
 from engine.sinks import Capture, capture_to_store
 from engine.training import image_kind
-from store.places import storage_at
+from store import StoreError
+from store.places import require_place, storage_at
+from store.schema import samples_name
 from store.storage import Location, location_of
 from train.conditions import versions
 from train.datasets import build_manifest
+from train.errors import InputError
 from train.folders import prepare_folder
 from train.manifest import Manifest, Record
 from train.models import build_model, preprocessing_of
 from train.parallel import Workers, joined
 
-__all__ = ["capture_folder", "capture_settings", "manifest_dict", "model_info"]
+__all__ = ["capture_folder", "capture_settings", "manifest_dict", "model_info", "require_places"]
 
 
 def capture_folder(config: StudyConfig) -> None:
@@ -39,6 +42,8 @@ def capture_folder(config: StudyConfig) -> None:
 
 def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     path = location_of(config.capture.store)
+    if workers.first:
+        require_places(path)
     model = build_model(
         config.model.name,
         num_classes=None,
@@ -70,17 +75,33 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
             add_sample_maps(samples, path.name.removesuffix(".zarr"), model, images, rows, device=device)
 
 
+def require_places(store: Location) -> None:
+    """Check, before any work, that neither a new store nor the sample maps beside it take the place of something else.
+
+    Raises:
+        InputError: one of them would, or the store has no name that a store can have.
+    """
+    root = storage_at(store)
+    try:
+        require_place(root)
+        require_samples_place(root.beside(samples_name(root.name)))
+    except StoreError as error:
+        raise InputError(str(error)) from error
+
+
 @contextmanager
 def _samples_beside(store: Location) -> Iterator[Path]:
     """A folder for the sample images' maps beside the store; beside one in an object store, they are put at the end."""
+    name = samples_name(store.name)
     if isinstance(store, Path):
-        yield store.with_name("samples.zarr")
+        yield store.with_name(name)
         return
-    there = storage_at(store).beside("samples.zarr")
+    there = storage_at(store).beside(name)
     with there.skeleton() as folder:
-        yield folder / "samples.zarr"
-        there.clear(keep="")
-        there.adopt(folder / "samples.zarr", lambda: None)
+        yield folder / name
+        require_samples_place(there)
+        there.clear(FILES)
+        there.adopt(folder / name, lambda: None)
 
 
 def _manifest(config: StudyConfig, workers: Workers) -> Manifest:

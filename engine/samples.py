@@ -1,5 +1,7 @@
 """`samples.zarr`: whole attention maps of a few seeded images, so that a report can show real attention.
 
+A study keeps one; the command `capture` keeps `maps.samples.zarr` beside `maps.zarr`.
+
 samples.zarr/   attrs: schema, class_names, region_names
   images/{pixels [image, row, col, channel], id, label, boxes}
   <condition>_seed<k>/layer_00 [image, head, query, key] float16, attrs site, layout;  logits [image, class]
@@ -7,8 +9,6 @@ samples.zarr/   attrs: schema, class_names, region_names
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,19 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from store.removal import holds_only, is_unfinished, own_zarr, put, remove, schema_of, unfinished
+from store.schema import MARK
+from store.storage import Storage
 from train.data import ImageSet
+from train.errors import InputError
 
-__all__ = ["add_sample_maps", "choose_samples", "start_samples"]
+__all__ = ["FILES", "add_sample_maps", "choose_samples", "require_samples_place", "start_samples"]
 
-SCHEMA = "vit-attention-samples/1"
+SCHEMA = f"{MARK}-samples/1"
+
+_CHUNKS = r"(?:zarr\.json|c(?:[./]\d+)*)"
+FILES = rf"zarr\.json|[^/]+/(?:zarr\.json|[^/]+/{_CHUNKS})"
+_RUN_FILES = rf"zarr\.json|(?:layer_\d+|logits)/{_CHUNKS}"
 
 
 def choose_samples(count: int, num_images: int, seed: int) -> list[int]:
@@ -39,12 +47,15 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
         path: the `samples.zarr`.
         images: the data set.
         rows: rows of the samples.
+
+    Raises:
+        StoreError: something else lies there.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = unfinished(path)
+    remove(partial, is_unfinished)
     root = zarr.open_group(
         partial,
-        mode="w",
+        mode="w-",
         zarr_format=3,
         attributes={
             "schema": SCHEMA,
@@ -61,8 +72,26 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
         "id", shape=(len(rows),), dtype=str, chunks=(max(len(rows), 1),), dimension_names=["image"]
     )
     names[:] = np.array([images.ids[row] for row in rows], dtype=object)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    put(partial, path, is_samples)
+
+
+def is_samples(path: Path) -> bool:
+    """Whether a folder is a samples store with nothing else in it."""
+    return own_zarr(SCHEMA, FILES)(path)
+
+
+def require_samples_place(there: Storage) -> None:
+    """Check that a samples store may be put somewhere: nothing lies there, or one that is replaced.
+
+    Raises:
+        InputError: something else lies there.
+    """
+    if (there.is_there() or there.sizes()) and schema_of(there.fetch(["zarr.json"])[0]) != SCHEMA:
+        raise InputError(
+            f"{there} is in the way: sample maps go there, and it is something else; move it away, or give the store "
+            "another name"
+        )
+    there.own_files(FILES)
 
 
 def add_sample_maps(
@@ -76,6 +105,9 @@ def add_sample_maps(
         model: see `AttentionTap`.
         images, rows: as given to `start_samples`.
         device: where the model runs.
+
+    Raises:
+        StoreError: a group of that name holds something else.
     """
     maps: list[tuple[AttentionSite, np.ndarray]] = []
 
@@ -86,9 +118,9 @@ def add_sample_maps(
 
     with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
         logits = model(images.batch(rows).to(device))
-    partial = path / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    group = zarr.open_group(partial, mode="w", zarr_format=3)
+    partial = unfinished(path / name)
+    remove(partial, is_unfinished)
+    group = zarr.open_group(partial, mode="w-", zarr_format=3)
     for site, values in maps:
         _write(
             group,
@@ -98,8 +130,7 @@ def add_sample_maps(
             {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()},
         )
     _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
-    shutil.rmtree(path / name, ignore_errors=True)
-    os.replace(partial, path / name)
+    put(partial, path / name, holds_only(_RUN_FILES))  # a group of the samples store
 
 
 def _write(

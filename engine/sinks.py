@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +26,10 @@ from engine.chosen_metrics import chosen_backend, metric_parameters, metrics_of_
 from engine.progress import ImageProgress, say
 from engine.transfer import HostCopies, HostCopy
 from kernels import MetricSpec, TokenLayout
-from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreError, StoreSchema
+from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreSchema
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
-from store.schema import ledger_name
+from store.schema import DamagedStoreError, OtherRunError
 from store.storage import Location
 from train.data import ImageSet
 from train.errors import InputError
@@ -100,7 +98,8 @@ def capture_to_store(
         model_info, dataset_info, preprocessing: provenance, kept in the store's attributes.
         manifest: every file of the data set with its status, kept in the store.
         label: name in the progress bar.
-        replace: a store of another run (or a damaged one) in the folder `path` is deleted first instead of refused.
+        replace: a store of another run, or one of ours with metadata that cannot be rebuilt, is removed first instead
+            of refused; one that cannot be read is refused all the same.
 
     Returns:
         The complete store, open for reading.
@@ -169,12 +168,11 @@ def capture_to_store(
     def open_first() -> AttentionWriter:
         try:
             return open_writer()
-        except StoreError as error:
-            if not (replace and isinstance(path, Path) and _is_other(path, schema)):
+        except (OtherRunError, DamagedStoreError) as error:
+            if not replace:
                 raise
-            say(f"{path.name}: begun anew, since what was there cannot be continued ({error})")
-            shutil.rmtree(path)
-            shutil.rmtree(path.with_name(ledger_name(path.name)), ignore_errors=True)
+            say(f"{path.name}: captured from the beginning, since what was there cannot be continued ({error})")
+            AttentionWriter.discard(path)
             return open_writer()
 
     workers = Workers.current()
@@ -200,16 +198,6 @@ def _announce_compilation() -> None:
 
     if not is_compiled():
         say("loading the compiled kernels; the first time on a machine they are compiled, in about 15 s")
-
-
-def _is_other(path: Path, schema: StoreSchema) -> bool:
-    """Whether a store of another run lies at `path`, or one too damaged to be opened; False for anything else."""
-    if not path.with_name(ledger_name(path.name)).is_dir():
-        return False
-    try:
-        return AttentionStore.open(path).schema != schema
-    except StoreError:
-        return True
 
 
 def _add_attention(

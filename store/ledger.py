@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
-from store.schema import StoreError, ledger_name
+from store.schema import LEDGER_FILES, StoreError, ledger_name
 from store.shards import FileEntry, ShardError, describe_shard
 from store.storage import Lock, Storage
 
@@ -173,8 +173,12 @@ class Ledger:
             self.storage.remove(_file(name))
 
     def clear(self) -> None:
-        """Withdraw everything but the lock."""
-        self.storage.clear(keep="lock")
+        """Withdraw everything but the lock.
+
+        Raises:
+            StoreError: something lies there that is not ours; nothing is withdrawn then.
+        """
+        self.storage.clear(LEDGER_FILES, keep="lock")
 
     def locked(self) -> AbstractContextManager[Lock]:
         """Be the store's only writer; see `Storage.locked`."""

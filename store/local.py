@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from store.precisions import Array
+from store.removal import is_unfinished, named, put, remove, unfinished
 from store.schema import StoreError
 from store.scratch import scratch
 from store.storage import PARTIAL, Lock, Storage, Write
 
 __all__ = ["LocalStorage", "sync_directory"]
+
+# Names of files in stores and ledgers, whole or not.
+_FILE = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json(?:{PARTIAL})?|c(?:\.\d+)*(?:{PARTIAL})?|lock")
+_HALF_WRITTEN = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json{PARTIAL}|c(?:\.\d+)*{PARTIAL}")
 
 
 def sync_directory(path: Path) -> None:
@@ -85,9 +90,9 @@ class LocalStorage(Storage):
 
                 yield write
                 os.fsync(stream.fileno())
-            os.replace(partial, path)
+            put(partial, path, Path.is_file)  # a file of a store or a ledger, which are looked at when they are opened
         finally:
-            partial.unlink(missing_ok=True)
+            remove(partial, _HALF_WRITTEN)
 
     def settle(self, files: Iterable[str]) -> None:
         for folder in {(self.path / file).parent for file in files}:
@@ -104,34 +109,31 @@ class LocalStorage(Storage):
         super().replace(file, content)
 
     def remove(self, file: str) -> None:
-        (self.path / file).unlink()
+        remove(self.path / file, _FILE)
         self.settle([file])
 
-    def clear(self, keep: str) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != keep:
-                entry.unlink()
-        sync_directory(self.path)
+    def _remove_all(self, files: Sequence[str]) -> None:
+        for file in files:
+            remove(self.path / file, _FILE)
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            with contextlib.suppress(StoreError):  # it is not empty
+                remove(Path(folder), lambda path: False)
+        sync_directory(self.path if self.path.is_dir() else self.path.parent)
 
     def sweep(self) -> None:
-        if self._skeleton.exists():
-            shutil.rmtree(self._skeleton)
+        remove(unfinished(self.path), is_unfinished)
         for partial in self.path.rglob(f"*{PARTIAL}"):
-            partial.unlink()
-
-    @property
-    def _skeleton(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL)
+            if _HALF_WRITTEN(partial):
+                remove(partial, _HALF_WRITTEN)
 
     @contextlib.contextmanager
     def skeleton(self) -> Iterator[Path]:
-        self._skeleton.mkdir(parents=True)
+        skeleton = unfinished(self.path)
+        skeleton.mkdir(parents=True)
         try:
-            yield self._skeleton
+            yield skeleton
         finally:
-            shutil.rmtree(self._skeleton, ignore_errors=True)
+            remove(skeleton, is_unfinished)
 
     def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
         for folder, _, names in os.walk(skeleton):
@@ -140,7 +142,7 @@ class LocalStorage(Storage):
                     os.fsync(file.fileno())
             sync_directory(Path(folder))
         commit()
-        skeleton.rename(self.path)
+        put(skeleton, self.path, lambda path: False)  # nothing, or an empty folder
         sync_directory(self.path.parent)
 
     def free_bytes(self) -> int:

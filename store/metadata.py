@@ -26,7 +26,7 @@ from store.encodings import bias_dims, shared_bias
 from store.ledger import Ledger, LedgerError, describe_file, file_problems
 from store.local import LocalStorage
 from store.precisions import Array
-from store.schema import SCHEMA, StoreError, StoreSchema, layer_path
+from store.schema import SCHEMA, DamagedStoreError, OtherRunError, StoreError, StoreSchema, layer_path
 from store.storage import Storage
 
 __all__ = ["Metadata"]
@@ -111,7 +111,7 @@ class Metadata:
     def _repair_record(self, root: Storage, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
         """Write the ledger's record of the metadata again, if the files are what this capture would create."""
         for file, problem in file_problems(root, rebuilt["files"]).items():
-            raise StoreError(
+            raise DamagedStoreError(
                 f"ledger record {ledger.where('metadata')} is damaged and cannot be rebuilt, for {root.where(file)} "
                 f"{problem.replace('were committed', 'were expected')}; capture again into another store"
             )
@@ -123,7 +123,7 @@ class Metadata:
         """Replace damaged metadata files, if this capture would create the ones the ledger has recorded."""
         for file, problem in damaged.items():
             if rebuilt.get(file) != recorded[file]:
-                raise StoreError(
+                raise DamagedStoreError(
                     f"{root.where(file)} {problem} and cannot be rebuilt from this capture's settings; "
                     "restore it from a copy or capture again into another store"
                 )
@@ -155,7 +155,7 @@ class Metadata:
         for key, expected in self.attrs.items():
             if found.get(key) != expected:
                 where, ours, theirs = _first_difference(key, expected, found.get(key))
-                raise StoreError(
+                raise OtherRunError(
                     f"{root} was captured with another {where}: found {theirs!r}, expected {ours!r}; "
                     "capture into another store, or delete this one and its ledger"
                 )
@@ -170,20 +170,20 @@ class Metadata:
         for path, ours in expected.items():
             theirs = read_constant(root, path)
             if theirs.shape != ours.shape:
-                raise StoreError(f"{root}: {path} has shape {theirs.shape}; expected {ours.shape}")
+                raise OtherRunError(f"{root}: {path} has shape {theirs.shape}; expected {ours.shape}")
             same = (theirs == ours) | ((theirs != theirs) & (ours != ours))  # NaN is the same as NaN
             differ = np.flatnonzero(~same.reshape(len(ours), -1).all(axis=1))
             if differ.size:
                 row = int(differ[0])
                 values = f" is {theirs[row]}, expected {ours[row]}" if ours.ndim == 1 else " differs"
-                raise StoreError(
+                raise OtherRunError(
                     f"{root} was captured with another {path}: row {row}{values}; "
                     "capture into another store, or delete this one and its ledger"
                 )
 
         for path, (_, ours) in self.biases.items():
             if not np.array_equal(read_constant(root, path), ours):
-                raise StoreError(
+                raise OtherRunError(
                     f"{root} was captured with another bias in {path}; capture into another store, or delete this one "
                     "and its ledger"
                 )
@@ -198,7 +198,7 @@ class Metadata:
             return
         if theirs != self.manifest:
             where, ours, found = _first_difference("manifest", self.manifest, theirs)
-            raise StoreError(f"{ledger.where('manifest')}: {where} is {found!r}; expected {ours!r}")
+            raise OtherRunError(f"{ledger.where('manifest')}: {where} is {found!r}; expected {ours!r}")
 
 
 def _metadata_record(skeleton: Path) -> dict[str, Any]:

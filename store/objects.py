@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import tempfile
 import uuid
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from store.precisions import Array
+from store.removal import UNFINISHED, is_unfinished, remove
 from store.schema import StoreError
 from store.storage import Lock, Storage, StoreUrl, Write
 
@@ -139,21 +139,20 @@ class ObjectStorage(Storage):
     def remove(self, file: str) -> None:
         self._call("delete", file)
 
-    def clear(self, keep: str) -> None:
-        for file in self.sizes():
-            if file != keep:
-                self.remove(file)
+    def _remove_all(self, files: Sequence[str]) -> None:
+        for file in files:
+            self.remove(file)
 
     def sweep(self) -> None:
         """Nothing: what was not put whole is not there."""
 
     @contextlib.contextmanager
     def skeleton(self) -> Iterator[Path]:
-        folder = Path(tempfile.mkdtemp(prefix="vit-attention-"))
+        folder = Path(tempfile.mkdtemp(suffix=UNFINISHED))
         try:
             yield folder
         finally:
-            shutil.rmtree(folder)
+            remove(folder, is_unfinished)
 
     def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
         """The root's zarr.json comes last: without it there is no store."""

@@ -6,6 +6,7 @@ run.zarr/            attrs: schema "vit-attention/1", model, preprocessing, layo
   images/{id, label, regions}   logits [image, class]
   metrics/<name>/<params hash>/value [image, layer, head(, region)]
 run.ledger/          one record a committed batch, beside the store
+run.samples.zarr/    whole maps of a few images, beside the store of a capture
 """
 
 from __future__ import annotations
@@ -18,23 +19,47 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = [
+    "LEDGER_FILES",
+    "MARK",
     "SCHEMA",
+    "STORE_FILES",
+    "DamagedStoreError",
     "FactorSchema",
     "LayerSchema",
+    "OtherRunError",
     "StoreError",
     "StoreSchema",
     "layer_path",
     "ledger_name",
     "metric_path",
+    "samples_name",
 ]
 
-SCHEMA = "vit-attention/1"
+MARK = "vit-attention"  # the attribute `schema` of whatever this program writes begins with it
+SCHEMA = f"{MARK}/1"
 
-_METRIC_NAME = re.compile(r"[A-Za-z_][\w.:-]*")
+# Names of the files of a store and of its ledger; what has another name there is not ours.
+STORE_FILES = (
+    r"zarr\.json(?:\.partial)?|(?:attention|images|metrics|logits)/(?:.+/)?(?:zarr\.json|c(?:\.\d+)*)(?:\.partial)?"
+)
+LEDGER_FILES = (
+    r"lock|(?:(?:metadata|manifest|complete|batch_\d{6,})|metrics/[^/]+/[0-9a-f]{16}/(?:metadata|batch_\d{6,}))"
+    r"\.json(?:\.partial)?"
+)
+
+_METRIC_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class StoreError(RuntimeError):
     """A store that cannot be opened, read or written as asked; the message names the unit at fault."""
+
+
+class OtherRunError(StoreError):
+    """A store that is sound and of another run; the message names the first thing that differs."""
+
+
+class DamagedStoreError(StoreError):
+    """A store of ours whose metadata are damaged and cannot be rebuilt."""
 
 
 def layer_path(layer: int) -> str:
@@ -51,8 +76,8 @@ def metric_path(name: str, params: Mapping[str, Any]) -> str:
     Raises:
         StoreError: a name that cannot be a folder on every file system, or parameters that JSON cannot hold.
     """
-    if not _METRIC_NAME.fullmatch(name):
-        raise StoreError(f"metric name {name!r} cannot be stored; expected letters, digits and _ . : - only")
+    if not _METRIC_NAME.fullmatch(name) or name in (".", ".."):
+        raise StoreError(f"metric name {name!r} cannot be stored; expected letters, digits and . _ - only")
     try:
         text = json.dumps(params, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -63,6 +88,11 @@ def metric_path(name: str, params: Mapping[str, Any]) -> str:
 def ledger_name(store: str) -> str:
     """`run.ledger`, which lies beside `run.zarr`."""
     return store.removesuffix(".zarr") + ".ledger"
+
+
+def samples_name(store: str) -> str:
+    """`run.samples.zarr`, which lies beside `run.zarr`."""
+    return store.removesuffix(".zarr") + ".samples.zarr"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

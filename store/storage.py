@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from store.precisions import Array
+from store.schema import StoreError
 
 __all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of"]
 
@@ -124,9 +126,38 @@ class Storage(ABC):
     def remove(self, file: str) -> None:
         """Remove a file, durably."""
 
+    def own_files(self, pattern: str) -> list[str]:
+        """Every file here.
+
+        Args:
+            pattern: of the names that files of ours have here.
+
+        Raises:
+            StoreError: one of another name, which this program did not write.
+        """
+        files = list(self.sizes())
+        for file in files:
+            if not re.fullmatch(pattern, file):
+                raise StoreError(
+                    f"{self.where(file)} is in the way, and this program did not write it; move it away, or give "
+                    "another place"
+                )
+        return files
+
+    def clear(self, pattern: str, keep: str = "") -> None:
+        """Remove every file but one, a root's zarr.json last; none, if one of them is not ours.
+
+        Args:
+            pattern: see `own_files`.
+
+        Raises:
+            StoreError: see `own_files`.
+        """
+        self._remove_all([file for file in self.own_files(pattern) if file != keep])
+
     @abstractmethod
-    def clear(self, keep: str) -> None:
-        """Remove every file but one."""
+    def _remove_all(self, files: Sequence[str]) -> None:
+        """Remove files, durably, in order."""
 
     @abstractmethod
     def sweep(self) -> None:

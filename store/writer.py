@@ -23,9 +23,10 @@ from store.commit import Committer, check_names, check_shape, float32, metric_va
 from store.encodings import resolve_encoding
 from store.ledger import Ledger, LedgerError, batch_name
 from store.metadata import Metadata
-from store.places import storage_at
+from store.places import require_place, storage_at
 from store.precisions import Array
-from store.schema import StoreError, StoreSchema
+from store.removal import schema_of
+from store.schema import SCHEMA, STORE_FILES, StoreError, StoreSchema
 from store.shards import FileEntry
 from store.storage import Location, Lock, Storage
 
@@ -104,11 +105,7 @@ class AttentionWriter:
         ledger = Ledger(root)
         with contextlib.ExitStack() as resources:
             try:
-                if root.is_there() and not ledger.exists("metadata"):
-                    raise StoreError(  # before the lock's file is made: what lies there stays untouched
-                        f"{root} exists but has no ledger at {ledger}; "
-                        "give the path of a store with its ledger beside it, or one where nothing lies yet"
-                    )
+                require_place(root)  # before the lock's file is made: what is not ours stays untouched
                 lock = resources.enter_context(ledger.joined(join) if join else ledger.locked())
                 writer = cls(root, schema, ledger, lock, resources)
                 if join:
@@ -120,6 +117,27 @@ class AttentionWriter:
                 raise StoreError(f"{root} cannot be opened for writing: {error}") from error
             writer._resources = resources.pop_all()
         return writer
+
+    @classmethod
+    def discard(cls, path: str | os.PathLike[str] | Storage) -> None:
+        """Remove a store and its ledger.
+
+        Raises:
+            StoreError: it is no store of ours, something else lies in it or in its ledger (nothing is removed then),
+                or another process is writing it.
+        """
+        root = storage_at(path)
+        ledger = Ledger(root)
+        try:
+            attrs = _recorded_attributes(ledger)
+            if SCHEMA not in (attrs.get("schema"), schema_of(root.fetch(["zarr.json"])[0])):
+                raise StoreError(f"{root} is not removed, for nothing says that it is a {SCHEMA!r} store")
+            with ledger.locked():
+                root.own_files(STORE_FILES)
+                ledger.clear()
+                root.clear(STORE_FILES)
+        except OSError as error:
+            raise StoreError(f"{root} cannot be removed: {error}") from error
 
     def _prepare(self, fixed: Metadata) -> None:
         """Make the store, or find out what of it holds."""
@@ -271,6 +289,14 @@ class AttentionWriter:
                 self.flush()
         finally:
             self.close()
+
+
+def _recorded_attributes(ledger: Ledger) -> dict[str, Any]:
+    """The store's attributes as the ledger has them; none if the record is missing or damaged."""
+    try:
+        return dict(ledger.read("metadata")["attrs"])
+    except LedgerError:
+        return {}
 
 
 def _drop_unsound(root: Storage, ledger: Ledger, schema: StoreSchema) -> set[int]:

@@ -60,7 +60,7 @@ def same_capture(path: Path, other: Path) -> None:
     assert verify(path) == []
     parts = ("attention", "metrics", "logits", "images")
     assert file_bytes(path, *parts) == file_bytes(other, *parts)
-    assert file_bytes(path.parent, "samples.zarr") == file_bytes(other.parent, "samples.zarr")
+    assert file_bytes(path.parent, "maps.samples.zarr") == file_bytes(other.parent, "maps.samples.zarr")
     assert not list(path.parent.rglob("*.partial"))
     assert (path.with_name("maps.ledger") / "complete.json").is_file()
 
@@ -124,7 +124,7 @@ def test_one_model_is_captured_whatever_each_process_starts_from(inputs: list[st
     without = [*inputs[:2], "--model.pretrained", "false", *inputs[4:]]
     done = torchrun(2, *capture(without, path))
     assert done.returncode == 0, done.stderr
-    store, samples = AttentionStore.open(path), tmp_path / "samples.zarr"
+    store, samples = AttentionStore.open(path), tmp_path / "maps.samples.zarr"
     logits = store.read_logits()
     rows = [store.image_ids.index(name) for name in _zarr(samples / "images" / "id")]
     np.testing.assert_allclose(logits[rows], _zarr(samples / "maps" / "logits"), atol=1e-5)

@@ -285,8 +285,8 @@ def test_the_command_line_takes_urls(
     assert main([*arguments, url]) == 0
     assert main([*arguments, url]) == 0
     assert differing_maps(url, here) == set()
-    samples = storage_at(f"{bucket}/samples.zarr")
-    local = LocalStorage(here.parent / "samples.zarr")
+    samples = storage_at(f"{bucket}/maps.samples.zarr")
+    local = LocalStorage(here.parent / "maps.samples.zarr")
     assert {f: samples.read(f) for f in samples.sizes()} == {f: local.read(f) for f in local.sizes()}
     assert main(["verify", url]) == 0
     assert main(["measure", "--store", url, "--metrics", "gini,entropy"]) == 0
