@@ -17,11 +17,18 @@ from train.errors import InputError
 __all__ = ["chosen_backend", "definition", "definitions", "load_metrics", "metric_parameters", "metrics_of_one_capture"]
 
 
+# What a table of metrics has besides metrics; see `engine.table`.
+_COORDINATES = {
+    *("condition", "seed", "image", "layer", "head", "region"),
+    *("site", "label", "class_name", "seed_invariant"),
+}
+
+
 def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     """The metrics of these names.
 
     Raises:
-        InputError: no such metric, or two of one name.
+        InputError: no such metric, two of one name, or one with the name of a coordinate.
     """
     try:
         specs = [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
@@ -30,6 +37,8 @@ def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     named: dict[str, tuple[MetricSpec, str | MetricSpec]] = {}
     for spec, metric in zip(specs, metrics, strict=True):
         other, first = named.setdefault(spec.name, (spec, metric))
+        if spec.name in _COORDINATES:
+            raise InputError(f"{metric} is called {spec.name!r}, as a coordinate of the table is; give it another name")
         if other is not spec:
             raise InputError(f"{first} and {metric} are both called {spec.name!r}; give each a name of its own")
     return [spec for spec, _ in named.values()]

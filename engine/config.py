@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,8 @@ Fraction = Annotated[float, Ge(0.0), Lt(1.0)]
 Proportion = Annotated[float, Gt(0.0), Lt(1.0)]
 
 _FORBID = {"extra": "forbid"}
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def _key(default: Any, help: str) -> Any:
@@ -289,6 +292,22 @@ class StudyConfig:
     relevance: RelevanceConfig = field(default_factory=RelevanceConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
+    def __post_init__(self) -> None:
+        """Conditions name files and folders: of every kind of file system, and no other folder's."""
+        taken: dict[str, str] = {}
+        for name in self.conditions:
+            if not _NAME.fullmatch(name) or name in (".", ".."):
+                raise InputError(
+                    f"a condition is named {name!r}; expected letters of A to Z, digits and . _ - (at most 64, not . "
+                    "or ..), for files are named after it"
+                )
+            other = taken.setdefault(name.lower(), name)
+            if other != name:
+                raise InputError(
+                    f"conditions {other} and {name} differ in upper and lower case alone, which not every disk tells "
+                    "apart in the names of files; rename one"
+                )
+
 
 def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Every key of the configuration with its dotted name, in order; `conditions` names the conditions to list."""
@@ -309,7 +328,7 @@ def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, datacla
 
 def parse_value(dotted: str, text: str) -> Any:
     """A flag's text as a configuration value: a list where the key holds one (`a,b,c`), or a table (`a=1,b=2`)."""
-    *sections, name = dotted.split(".")
+    *sections, name = _split(dotted)
     cls: Any = StudyConfig
     for section in sections:
         if cls is StudyConfig and section == "conditions":
@@ -329,6 +348,15 @@ def parse_value(dotted: str, text: str) -> Any:
             raise InputError(f"--{dotted}: {part!r} is not of the form name=value; write a=1,b=2")
         table[key.strip()] = value.strip()
     return table
+
+
+def _split(dotted: str) -> list[str]:
+    """The parts of a dotted key; a condition's name may have dots itself."""
+    first, _, rest = dotted.partition(".")
+    if first != "conditions" or "." not in rest:
+        return dotted.split(".")
+    condition, _, key = rest.rpartition(".")
+    return [first, condition, key]
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -360,7 +388,7 @@ def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
     if "conditions" not in values and "conditions" not in overrides:
         values["conditions"] = dataclasses.asdict(StudyConfig())["conditions"]
     for dotted, value in overrides.items():
-        *sections, name = dotted.split(".")
+        *sections, name = _split(dotted)
         table = values
         for section in sections:
             table = table.setdefault(section, {})
@@ -377,6 +405,8 @@ def _validated(values: Mapping[str, Any], origin: str) -> StudyConfig:
         return TypeAdapter(StudyConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(ours := first.get("ctx", {}).get("error"), InputError):
+            raise InputError(f"{origin}: {ours}") from error
         dotted = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             conditions = list(values.get("conditions", {}))

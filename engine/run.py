@@ -207,7 +207,7 @@ COMMANDS: dict[str, Command] = {
     "info": Command("what a store holds", _info, positional="store"),
 }
 
-_CONDITION_FLAG = re.compile(r"--conditions\.([A-Za-z][A-Za-z0-9_-]*)\.")
+_CONDITION_FLAG = re.compile(r"--conditions\.(.+)\.[a-z_]+(?:=.*)?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,7 +279,9 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"{name} is not a command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
     command = COMMANDS[name]
-    conditions = dict.fromkeys(["baseline", "finetuned", *(m[1] for a in arguments if (m := _CONDITION_FLAG.match(a)))])
+    conditions = dict.fromkeys(
+        ["baseline", "finetuned", *(m[1] for a in arguments if (m := _CONDITION_FLAG.fullmatch(a)))]
+    )
     if name != "compare":
         conditions["dora"] = None
     parser, keys = _parser(name, command, list(conditions))

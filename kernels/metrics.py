@@ -78,8 +78,10 @@ class MetricSpec:
     title: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", self.name):
-            raise MetricError(f"a metric's name is {self.name!r}; expected a letter, then letters, digits and _ . -")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", self.name):
+            raise MetricError(
+                f"a metric's name is {self.name!r}; expected a letter, then up to 63 letters, digits and _ . -"
+            )
         if self.inputs not in ("rows", "regions", "pair"):
             raise MetricError(f"metric {self.name!r}: inputs is {self.inputs!r}; expected 'rows', 'regions' or 'pair'")
         if not isinstance(self.unit, str):

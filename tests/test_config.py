@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from engine.config import EMBEDDED_STUDY, StudyConfig, config_keys, load_study, parse_value, study_toml
+from engine.config import (
+    EMBEDDED_STUDY,
+    ConditionConfig,
+    StudyConfig,
+    config_keys,
+    load_study,
+    parse_value,
+    study_toml,
+)
+from engine.run import _CONDITION_FLAG
 from train.errors import InputError
 
 
@@ -89,3 +99,29 @@ def test_a_table_of_numbers_is_a_flag() -> None:
         parse_value("statistics.equivalence", "distance")
     with pytest.raises(InputError, match=r"statistics\.equivalence\.distance.*greater than 0"):
         load_study(None, {"statistics.equivalence": {"distance": "0"}})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../evil", "/abs", "a\\b", "a\0b", "é", "a b", "x" * 65])
+def test_a_condition_has_a_name_that_a_file_can_have(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(f"[conditions.{json.dumps(name)}]\nrecipe = 'full'\n", encoding="utf-8")
+    for make in (
+        lambda: load_study(path, {}),
+        lambda: load_study(None, {"conditions": {name: {"recipe": "full"}}}),
+        lambda: StudyConfig(conditions={name: ConditionConfig()}),
+    ):
+        with pytest.raises(InputError, match=r"a condition is named .*; expected letters of A to Z, digits and"):
+            make()
+
+
+def test_conditions_that_one_file_name_stands_for_are_refused() -> None:
+    with pytest.raises(InputError, match="conditions LoRA and lora differ in upper and lower case alone"):
+        load_study(None, {"conditions": {"LoRA": {"recipe": "lora"}, "lora": {"recipe": "lora"}}})
+
+
+def test_a_condition_with_a_dot_has_flags() -> None:
+    conditions = {"lora.r8": {"recipe": "lora"}}
+    config = load_study(None, {"conditions": conditions, "conditions.lora.r8.rank": "4"})
+    assert config.conditions["lora.r8"].rank == 4
+    assert parse_value("conditions.lora.r8.rank", "4") == "4"
+    assert _CONDITION_FLAG.fullmatch("--conditions.lora.r8.rank=4")[1] == "lora.r8"

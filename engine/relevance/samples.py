@@ -121,7 +121,7 @@ def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequen
         for item, overlay in zip(items, overlays, strict=True):
             name = panel
             if method == "gradcam":
-                name = f"{row:05d}_{_plain(item.condition)}_{item.role}_{_plain(_class(images, item.target))}.png"
+                name = f"{row:05d}_{item.condition}_{item.role}_{_plain(_class(images, item.target))}.png"
                 overlay.save(partial / name)
             peak, probability = f"{float(item.map.max()):.6g}", f"{item.probability:.4f}"
             target = _class(images, item.target)
