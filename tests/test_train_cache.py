@@ -51,7 +51,7 @@ def test_cached_pictures_are_the_decoded_ones(root: Path, tmp_path: Path, monkey
     def no_decoding(*arguments: object) -> None:
         raise AssertionError("decoded twice")
 
-    monkeypatch.setattr(FolderImages, "pixels", no_decoding)
+    monkeypatch.setattr(FolderImages, "_read", no_decoding)
     again = prepared(root, cache)
     for found, decoded in zip(pixels(again), expected, strict=True):
         np.testing.assert_array_equal(found, decoded)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from train.data import FolderImages, Preprocessing
+from train.augment import Augmentation
+from train.data import FolderImages, ImageSet, Preprocessing
 from train.datasets import build_manifest
+from train.embedded import DigitScenes
 from train.errors import DamagedFileError, InputError
 from train.folders import prepare_folder
 from train.images import UndecodableError, decode_image
@@ -148,6 +152,53 @@ def test_grey_models_get_one_channel(tmp_path: Path) -> None:
     images = FolderImages(manifest.root, manifest.split("test"), manifest.class_names, grey)
     assert images.batch([0, 1]).shape == (2, 1, 16, 16)
     assert images.picture(0).shape == (16, 16, 3)
+
+
+def roads(root: Path, cache: Path, preprocessing: Preprocessing) -> dict[str, ImageSet]:
+    """The same pictures from everywhere that they are read from."""
+    manifest = build_manifest(root, split="all")
+    records, names = manifest.split("test"), manifest.class_names
+
+    def cached() -> ImageSet:
+        return prepare_folder(root, preprocessing=preprocessing, manifest=manifest, cache=cache).test
+
+    return {
+        "one thread": FolderImages(root, records, names, preprocessing, workers=1),
+        "three threads": FolderImages(root, records, names, preprocessing, workers=3),
+        "cache, built here": cached(),
+        "cache, opened": cached(),
+    }
+
+
+def is_in_order(images: torch.Tensor) -> bool:
+    """Whether [image, channel, row, col] lies in that order, down to the strides of axes of length 1."""
+    _, channels, rows, cols = images.shape
+    return images.stride() == (channels * rows * cols, rows * cols, cols, 1)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_pixels_lie_in_one_order_wherever_they_come_from(tmp_path: Path, channels: int) -> None:
+    """Equal pixels in two layouts are rounded in two ways by convolutions and sums, on some CPUs and not on others."""
+    preprocessing = replace(SMALL, channels=channels, height_px=12, mean=(0.5,) * channels, std=(0.25,) * channels)
+    sets = roads(class_folders(tmp_path / "data", count=4), tmp_path / "cache", preprocessing)
+    if channels == 1:
+        of_scenes = replace(preprocessing, height_px=48, width_px=48)
+        sets["scenes"] = DigitScenes(task="target", split="test", count=8, seed=1, preprocessing=of_scenes)
+    augment = Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2)
+    for name, images in sets.items():
+        for rows in ([0], [5, 1, 1], np.arange(8), range(2, 4)):
+            pixels = images.pixels(rows)
+            assert pixels.dtype == torch.uint8
+            assert is_in_order(pixels), (name, rows)
+            assert is_in_order(images.batch(rows)), (name, rows)
+            if name != "scenes":
+                assert torch.equal(pixels, sets["one thread"].pixels(range(8))[list(rows)])
+            for part in (slice(None), slice(0, 1), slice(-2, None)):  # as a batch is divided into passes
+                scaled = pixels[part].float().div_(255)
+                for augmentation in (Augmentation(), Augmentation(flip=True), augment):
+                    augmented = augmentation.apply(scaled, seed=1, epoch=0, indices=rows[part])
+                    assert is_in_order(images.preprocessing.normalize(augmented)), (name, rows, augmentation)
+        assert all(is_in_order(batch) for _, batch in images.batches([np.arange(3), np.arange(1)]))
 
 
 def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def test_splits_without_images_and_unknown_recipes(data: DataSplits, run: Callab
     class Nothing(ImageSet):
         ids = ()
 
-        def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
             raise AssertionError
 
     with pytest.raises(InputError, match="the train split has no images"):

@@ -29,7 +29,7 @@ from train.data import FolderImages, ImageSet
 from train.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 __all__ = ["CachedImages", "ImageCache"]
 
@@ -152,7 +152,7 @@ class ImageCache:
             write_atomically(self.path.with_suffix(".json"), json.dumps(document).encode())
 
     def _decoded(self, sources: Sequence[int]) -> np.ndarray:
-        return np.ascontiguousarray(self._pictures.pixels(sources).numpy())
+        return self._pictures.pixels(sources).numpy()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -176,11 +176,9 @@ class CachedImages(ImageSet):
         self._cache = cache
         self._rows = cache.rows(images)
 
-    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """See `ImageSet.pixels`; errors as of `ImageCache.read`."""
-        import torch
-
-        return torch.from_numpy(self._cache.read(self._rows[np.asarray(indices, dtype=np.int64)]))
+        return self._cache.read(self._rows[np.asarray(indices, dtype=np.int64)])
 
 
 def _transform_of(pictures: FolderImages) -> dict[str, Any]:

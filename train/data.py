@@ -93,8 +93,20 @@ class ImageSet(ABC):
         return len(self.ids)
 
     @abstractmethod
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What `pixels` returns, in whatever strides it comes."""
+
     def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """Pictures at the model's input size, uint8 [image, channel, row, col], before normalisation."""
+        """Pictures at the model's input size, uint8 [image, channel, row, col], before normalisation.
+
+        They lie in memory in that order, whatever they were read from: convolutions and sums round by the strides of
+        their input, so equal pixels in two layouts would train two models.
+        """
+        import torch
+
+        values = np.ascontiguousarray(self._read(indices))
+        # Over one axis: the stride of an axis of length 1 is free, and torch takes a layout from it.
+        return torch.from_numpy(values.reshape(-1)).view(values.shape)
 
     def batch(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """The model's input, float32 [image, channel, row, col], made on the device from its bytes."""
@@ -181,16 +193,13 @@ class FolderImages(ImageSet):
             crop_mode=preprocessing.crop_mode,
         )
 
-    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """See `ImageSet.pixels`.
 
         Raises:
             InputError: a file vanished or changed since the manifest was built.
         """
-        import torch
-
-        decoded: Iterable[np.ndarray] = self._pool.map(self._decode, [self.records[int(i)] for i in indices])
-        return torch.from_numpy(np.stack(list(decoded)))
+        return np.stack(list(self._pool.map(self._decode, [self.records[int(i)] for i in indices])))
 
     def _decode(self, record: Record) -> np.ndarray:
         path = self.root / record.id

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
@@ -25,9 +24,6 @@ from train.data import DataSplits, ImageSet, Preprocessing
 from train.errors import InputError
 from train.manifest import Manifest, Record
 from train.splits import SPLITS
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["REGION_NAMES", "SCENE_SIZE", "TASKS", "DigitScenes", "prepare_digits", "region_coverage", "split_digits"]
 
@@ -173,11 +169,8 @@ class DigitScenes(ImageSet):
         self.class_names = CLASS_NAMES
         self.preprocessing = preprocessing
 
-    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """See `ImageSet.pixels`."""
-        import torch
-
-        return torch.from_numpy(self.scenes[np.asarray(indices)][:, None])
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.asarray(self.scenes[np.asarray(indices)][:, None])
 
     def regions(self, layout: TokenLayout) -> np.ndarray:
         """See `ImageSet.regions`."""

@@ -26,10 +26,10 @@ class Pictures(ImageSet):
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         shape = (min(count, 1024), 3, size, size)
-        self._pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        self._pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
 
-    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        return self._pixels[torch.as_tensor(np.asarray(indices) % len(self._pixels))]
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._pixels[np.asarray(indices) % len(self._pixels)]
 
 
 def vit(small: bool, classes: int, device: torch.device) -> torch.nn.Module:
