@@ -71,7 +71,10 @@ class ModelConfig:
     )
     pretrained: bool = _key(True, "let timm download pretrained weights when no file is given")
     weights: str = _key("", "a .safetensors or .pth file; nothing is downloaded then")
-    img_size: Natural = _key(0, "input size in pixels; 0: the model's own")
+    state: str = _key(
+        "", "key of the file under which the weights are, such as model_ema; empty: the usual one, which the log says"
+    )
+    img_size: Natural = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,11 @@ class DataConfig:
     seed: int = _key(42, "seed of the split, or of the composed scenes")
     cache: bool = _key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
     cache_folder: str = _key("", "folder of the image cache; empty: cache/ in the outputs folder")
+    prepare_as: str = _key(
+        "",
+        "checkpoints that were trained on images prepared in different ways: the condition whose way all images get, "
+        "or model: the timm model's own; empty: they are refused",
+    )
     train_scenes: Count = _key(8000, "digits: scenes in the target task's training split")
     validation_scenes: Count = _key(1024, "digits: scenes in each validation split")
     test_scenes: Count = _key(1024, "digits: scenes in each test split")
@@ -165,6 +173,7 @@ class ConditionConfig:
     )
     epochs: Natural = _key(0, "passes over the training split; 0: train.epochs")
     checkpoint: str = _key("", "checkpoint: the file")
+    state: str = _key("", "checkpoint: key of the file under which the weights are; empty: model.state")
 
 
 @dataclass(frozen=True, kw_only=True)

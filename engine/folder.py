@@ -50,6 +50,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         pretrained=config.model.pretrained,
         weights=config.model.weights,
         img_size=config.model.img_size,
+        state=config.model.state,
     )
     workers.share_weights(model)  # whatever they start from, all processes capture one model
     preprocessing = preprocessing_of(model)
@@ -62,7 +63,9 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         images,
         path,
         capture_settings(config, device),
-        model_info=model_info(config.model.name, Path(config.model.weights) if config.model.weights else None),
+        model_info=model_info(
+            config.model.name, Path(config.model.weights) if config.model.weights else None, config.model.state
+        ),
         dataset_info={"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256},
         preprocessing=preprocessing.to_dict(),
         manifest=manifest_dict(manifest),
@@ -137,6 +140,7 @@ def manifest_dict(manifest: Manifest) -> dict[str, Any]:
     return {"kind": manifest.kind, "records": [dataclasses.asdict(record) for record in manifest.records]}
 
 
-def model_info(name: str, weights: Path | None) -> dict[str, Any]:
-    """Provenance of a model: its name, the hash of its weights' file, and the versions that ran it."""
-    return {"name": name, "weights_sha256": digest_path(weights) if weights is not None else "", **versions()}
+def model_info(name: str, weights: Path | None, state: str = "") -> dict[str, Any]:
+    """Provenance of a model: its name, hash of its weights' file and which of it, and the versions that ran it."""
+    info = {"name": name, "weights_sha256": digest_path(weights) if weights is not None else "", **versions()}
+    return info | {"weights_state": state} if state else info

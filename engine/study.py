@@ -127,7 +127,7 @@ class Study:
         """Needs: checkpoints, test images. Leaves: metrics/controls.json, comparisons whose true answer is zero."""
         path = self.outputs / "metrics" / "controls.json"
         inputs = {
-            "checkpoints": {run.name: digest_path(run.checkpoint) for run in self.runs},
+            "checkpoints": {run.name: run.digest for run in self.runs},
             "pretrained": self.data.pretrained_digest,
             "data": self.data.digest,
             "rows": self.control_rows,
@@ -217,7 +217,7 @@ class Study:
             if name in ("permutations", "bootstrap", "confidence", "seed")
         }
         inputs = {
-            "checkpoints": {run.name: digest_path(run.checkpoint) for run in self.runs},
+            "checkpoints": {run.name: run.digest for run in self.runs},
             "captures": {run.name: self._captured[run] for run in self.runs},
             "table": digest_path(folder / "attention_metrics.zarr"),
             "data": self.data.digest,
@@ -300,7 +300,7 @@ class Study:
         return self.outputs / "captures" / f"{run.name}.zarr"
 
     def _model(self, run: Run) -> torch.nn.Module:
-        model = load_checkpoint(self.config.model.name, run.checkpoint, self.config.model.img_size)
+        model = load_checkpoint(self.config.model.name, run.checkpoint, self.config.model.img_size, run.state)
         return model.to(self.device).eval()
 
     def _first_runs(self) -> dict[str, Run]:
@@ -315,7 +315,7 @@ class Study:
 
     def _capture_inputs(self, run: Run) -> dict[str, Any]:
         return {
-            "checkpoint": digest_path(run.checkpoint),
+            "checkpoint": run.digest,
             "data": self.data.digest,
             "preprocessing": self.data.preprocessing.to_dict(),
             "capture": dataclasses.asdict(self.config.capture),
@@ -336,7 +336,7 @@ class Study:
             self.data.test,
             self._store_path(run),
             capture_settings(config, self.device),
-            model_info=model_info(config.model.name, run.checkpoint),
+            model_info=model_info(config.model.name, run.checkpoint, run.state),
             dataset_info=self.data.info("test"),
             preprocessing=self.data.preprocessing.to_dict(),
             manifest=manifest_dict(self.data.splits.manifest),

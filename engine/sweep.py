@@ -95,7 +95,7 @@ def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, dev
     weights = outputs / "checkpoints" / "pretrained.safetensors"
     classes = len(data.splits.class_names)
     probe: Path | None = None
-    if head_size(model.name, pretrained=model.pretrained, weights=model.weights) != classes:
+    if head_size(model.name, pretrained=model.pretrained, weights=model.weights, state=model.state) != classes:
         probe = outputs / "checkpoints" / "sweep_probe.safetensors"
         train_condition(
             recipe="probe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from train.folders import prepare_folder
 from train.history import history_path, tensorboard_writer
 from train.hyperparameters import Hyperparameters
 from train.manifest import Manifest
-from train.models import build_model, load_checkpoint, preprocessing_of
+from train.models import build_model, built_size, load_checkpoint, preprocessing_of
 from train.parallel import Workers
 from train.pretrain import pretrain_digits
 
@@ -47,6 +47,7 @@ class Run:
         checkpoint: the file.
         seed_invariant: no seed can change its attention, so it is captured once.
         validation_accuracy: of the checkpoint kept; None where nothing was trained.
+        state: key of the file under which the weights are; empty: the usual one.
     """
 
     condition: str
@@ -55,10 +56,16 @@ class Run:
     checkpoint: Path
     seed_invariant: bool = False
     validation_accuracy: float | None = None
+    state: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.condition}_seed{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Hash of the checkpoint file, and which of the weights in it are meant."""
+        return digest_path(self.checkpoint) + (f" {self.state}" if self.state else "")
 
 
 @dataclass(frozen=True)
@@ -132,15 +139,19 @@ def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device
 
 
 def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
-    """Data for checkpoints that somebody trained: how images are prepared is read off the first one's model."""
-    preprocessing = None
+    """Data for checkpoints that somebody trained; all get the same pixels."""
+    prepared: dict[str, Preprocessing] = {}
     for name, condition in config.conditions.items():
         if not condition.checkpoint:
             raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
         # Every file is loaded once before any work, so that a wrong one is found at once.
-        model = load_checkpoint(config.model.name, condition.checkpoint, config.model.img_size)
-        preprocessing = preprocessing or preprocessing_of(model)
-    assert preprocessing is not None
+        state = condition.state or config.model.state
+        try:
+            model = load_checkpoint(config.model.name, condition.checkpoint, config.model.img_size, state)
+        except InputError as error:
+            raise type(error)(f"condition {name}: {error}") from error
+        prepared[name] = preprocessing_of(model)
+    preprocessing = _common_preprocessing(config, prepared)
     splits = _folder_splits(config, outputs, journal, preprocessing)
 
     def no_pretrained() -> torch.nn.Module:
@@ -149,14 +160,52 @@ def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> 
     return StudyData(splits, preprocessing, "", no_pretrained)
 
 
+def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocessing]) -> Preprocessing:
+    """How the images of given checkpoints are prepared: as each was trained, which must be the same for all.
+
+    Raises:
+        InputError: they were trained at different sizes and `model.img_size` names none, or on images prepared in
+            different ways and `data.prepare_as` does not choose; it names no condition.
+    """
+    first, of_first = next(iter(prepared.items()))
+    for name, other in prepared.items():
+        if (other.height_px, other.width_px) != (of_first.height_px, of_first.width_px):
+            raise InputError(
+                f"condition {first} takes images of {of_first.height_px}×{of_first.width_px} px and {name} of "
+                f"{other.height_px}×{other.width_px} px; to be compared they must see the same pixels: give the size "
+                "for both with --model.img_size"
+            )
+    chosen = config.data.prepare_as
+    if chosen == "model":
+        own = preprocessing_of(build_model(config.model.name, num_classes=2))
+        return dataclasses.replace(own, height_px=of_first.height_px, width_px=of_first.width_px)
+    if chosen and chosen not in prepared:
+        raise InputError(f"data.prepare_as is {chosen!r}; expected model, or a condition ({', '.join(prepared)})")
+    for name, other in prepared.items() if not chosen else ():
+        if other != of_first:
+            raise InputError(
+                f"condition {first} was trained on images prepared as {of_first}, and {name} as {other}; to be "
+                f"compared they must see the same pixels: choose with --data.prepare_as {first}, {name} or model"
+            )
+    return prepared[chosen or first]
+
+
 def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
     """A folder of images, and timm's (or the user's) pretrained weights with a head for its classes."""
     if config.model.name == "digits_vit":
         raise InputError(
             "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name"
         )
-    probe = build_model(config.model.name, num_classes=2, img_size=config.model.img_size)
-    preprocessing = preprocessing_of(probe)
+    # Weights in a file are read before any picture, so that a bad file is found at once.
+    preprocessing = preprocessing_of(
+        build_model(
+            config.model.name,
+            num_classes=None if config.model.weights else 2,
+            weights=config.model.weights,
+            img_size=config.model.img_size,
+            state=config.model.state,
+        )
+    )
     splits = _folder_splits(config, outputs, journal, preprocessing)
     path = outputs / "checkpoints" / "pretrained.safetensors"
     classes = len(splits.class_names)
@@ -171,11 +220,19 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
             pretrained=config.model.pretrained,
             weights=config.model.weights,
             img_size=config.model.img_size,
+            state=config.model.state,
         )
-        save_checkpoint(path, built.state_dict(), {"model": config.model.name, "num_classes": classes})
+        facts = {
+            "model": config.model.name,
+            "num_classes": classes,
+            "img_size": built_size(config.model.img_size, config.model.weights),
+            "preprocessing": preprocessing.to_dict(),
+        }
+        save_checkpoint(path, built.state_dict(), facts)
 
     inputs = {
         "model": model,
+        "preprocessing": preprocessing.to_dict(),
         "weights": digest_path(weights) if weights else "",
         "classes": classes,
         "version": __version__,
@@ -280,7 +337,7 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
     if all(condition.recipe == "checkpoint" for condition in config.conditions.values()):
         seed = config.train.seeds[0]
         return [
-            Run(name, seed, condition.recipe, Path(condition.checkpoint))
+            Run(name, seed, condition.recipe, Path(condition.checkpoint), state=condition.state or config.model.state)
             for name, condition in config.conditions.items()
         ]
     probes = [name for name, condition in config.conditions.items() if condition.recipe == "probe"]

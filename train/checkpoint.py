@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "checked_json",
+    "checkpoint_facts",
     "file_digest",
     "has_sidecar",
     "parse_checked_json",
@@ -205,6 +206,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
             "which nothing is known"
         ) from error
     return document
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint of ours says of itself, such as `model`, `img_size`, `preprocessing`; {} for any other file.
+
+    Raises:
+        DamagedFileError: its sidecar is not as it was written.
+    """
+    return read_metadata(path) if path.suffix == ".safetensors" and has_sidecar(path) else {}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

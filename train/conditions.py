@@ -16,7 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 from train.adapters import TARGETS, add_adapters, merge_adapters
-from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
+from train.checkpoint import (
+    read_checkpoint,
+    read_metadata,
+    save_checkpoint,
+    sidecar_path,
+    state_digest,
+)
 from train.compress import compress
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
@@ -25,7 +31,7 @@ from train.evaluation import evaluate
 from train.history import write_history
 from train.hyperparameters import ADAPTERS, SEED_INVARIANT, Hyperparameters, Recipe, check_condition
 from train.loop import epoch_order, fit
-from train.models import build_model, classifier_name
+from train.models import build_model, built_size, classifier_name
 from train.parallel import Workers
 from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
@@ -184,7 +190,7 @@ def train_condition(
 
     metadata = {
         "model": model_name,
-        "img_size": img_size,
+        "img_size": built_size(img_size, weights),
         "num_classes": len(data.class_names),
         "class_names": list(data.class_names),
         "recipe": recipe,

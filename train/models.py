@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import importlib
@@ -17,94 +16,145 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from train.checkpoint import has_sidecar, read_checkpoint
+from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
 from train.errors import InputError
+from train.weights import read_state_dict, refuse_unfit_values
 
 __all__ = [
     "build_model",
+    "built_size",
     "classifier_name",
     "head_size",
     "load_checkpoint",
     "preprocessing_of",
-    "read_state_dict",
     "readout",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Where training scripts put the weights in what they save; the first that is there is taken.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema")
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-
 
 def build_model(
-    name: str, *, num_classes: int | None, pretrained: bool = False, weights: str | Path = "", img_size: int = 0
+    name: str,
+    *,
+    num_classes: int | None,
+    pretrained: bool = False,
+    weights: str | Path = "",
+    img_size: int = 0,
+    state: str = "",
 ) -> nn.Module:
     """A timm model with a head of `num_classes`, as a start for training.
 
     The backbone comes from `weights`, else from timm's download (`pretrained`), else it is random. A
-    head for another number of classes than `weights` holds starts anew, which the log says.
+    head for another number of classes than `weights` holds starts anew, which the log says. What a checkpoint of ours
+    says of itself is followed, as by `load_checkpoint`.
 
     Args:
         name: a timm model name, or `digits_vit`.
         num_classes: size of the head; None: as the model was made, or as many as `weights` holds.
         pretrained: let timm fetch or find its weights; ignored when `weights` is given.
         weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file.
-        img_size: input size in pixels; 0: the model's own.
+        img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
+        state: key of the file under which the weights are; see `train.weights.read_state_dict`.
 
     Raises:
         InputError: unknown name, an image size that the model refuses, a bad file, weights of another
-            shape, no weights to be had.
+            shape or with NaN, a checkpoint of another model, no weights to be had.
     """
     if not weights:
         return _create(name, num_classes=num_classes, pretrained=pretrained, img_size=img_size)
     path = Path(weights)
-    state = read_state_dict(path)
     if num_classes is None:
-        return load_checkpoint(name, path, img_size)
-    model = _create(name, num_classes=num_classes, img_size=img_size)
+        return load_checkpoint(name, path, img_size, state)
+    tensors, said = read_state_dict(path, state), _said(path, name)
+    model = _create(name, num_classes=num_classes, img_size=built_size(img_size, path))
     for classifier in _classifier_names(name):
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
-        found = state[keys[0]].shape[0] if keys[0] in state else 0
+        found = _rows(tensors.get(keys[0]))
         if found != num_classes:
             logger.info("%s: head for %d classes left out, a new one for %d starts anew", path, found, num_classes)
             own = model.state_dict()
-            state |= {key: own[key] for key in keys if key in own}
-    _load(model, state, path, name)
+            tensors |= {key: own[key] for key in keys if key in own}
+    _load(model, tensors, path, name)
+    _prepare_as_said(model, said, img_size, path)
     return model
 
 
-def load_checkpoint(model_name: str, path: str | Path, img_size: int = 0) -> nn.Module:
+def built_size(img_size: int, weights: str | Path) -> int:
+    """The input size that a model is built at: the one asked for, else what a checkpoint of ours says; 0: its own."""
+    return img_size or (int(checkpoint_facts(Path(weights)).get("img_size", 0)) if weights else 0)
+
+
+def load_checkpoint(model_name: str, path: str | Path, img_size: int = 0, state: str = "") -> nn.Module:
     """A fine-tuned model as it was saved, in evaluation mode; the number of classes is read off its head.
 
-    Plain state dicts and ones wrapped under `state_dict`, `model_state_dict`, `model` or
-    `state_dict_ema`; prefixes of DistributedDataParallel and torch.compile are taken off. Position
-    embeddings of another grid are resized by timm's own function for the family, which the log says.
+    Plain state dicts and ones wrapped under a usual key (`train.weights.WRAPPERS`) or under `state`; prefixes of
+    DistributedDataParallel and torch.compile are taken off. Position embeddings of another grid are resized by timm's
+    own function for the family, which the log says.
+
+    A checkpoint of ours says in its sidecar what it is: the model is built at the image size that it was trained at
+    unless `img_size` says another, and `preprocessing_of` it gives how its images were prepared.
 
     Raises:
-        InputError: unknown name, no such file, not a checkpoint, pickled objects, weights of another shape.
-        DamagedFileError: a checkpoint of ours whose bytes changed.
+        InputError: unknown name, no such file, not a checkpoint, pickled objects, weights of another shape, with NaN
+            or of a kind that would be cast, a checkpoint of ours of another model.
+        DamagedFileError: a file whose bytes are not the ones that were saved.
     """
+    path = Path(path)
     classifiers = _classifier_names(model_name)
-    state = read_state_dict(Path(path))
-    head = state.get(f"{classifiers[0]}.weight")
+    tensors, said = read_state_dict(path, state), _said(path, model_name)
+    head = tensors.get(f"{classifiers[0]}.weight")
     if head is None:
         logger.warning("%s has no %s.weight; %s is built without a head", path, classifiers[0], model_name)
-    model = _create(model_name, num_classes=0 if head is None else int(head.shape[0]), img_size=img_size)
-    _load(model, state, Path(path), model_name)
+    model = _create(
+        model_name,
+        num_classes=_rows(head),
+        img_size=built_size(img_size, path),
+    )
+    _load(model, tensors, path, model_name)
+    _prepare_as_said(model, said, img_size, path)
     return model.eval()
 
 
-def head_size(name: str, *, pretrained: bool, weights: str | Path) -> int | None:
+def _rows(head: torch.Tensor | None) -> int:
+    return 0 if head is None or not head.ndim else int(head.shape[0])
+
+
+def _said(path: Path, model_name: str) -> dict[str, Any]:
+    """What a checkpoint of ours says of itself; nothing of any other."""
+    said = checkpoint_facts(path)
+    trained = said.get("model", model_name)
+    if trained.partition(".")[0] != model_name.partition(".")[0]:
+        raise InputError(
+            f"checkpoint {path} is of model {trained}, as its sidecar says, and model.name is {model_name}; give "
+            f"--model.name {trained}"
+        )
+    return said
+
+
+def _prepare_as_said(model: nn.Module, said: Mapping[str, Any], img_size: int, path: Path) -> None:
+    """Let `preprocessing_of` the model give what its checkpoint was trained with, at the size it was built for."""
+    if "preprocessing" not in said:
+        return
+    trained = said["preprocessing"]
+    size = (trained["height_px"], trained["width_px"])
+    if img_size and (img_size, img_size) != size:
+        logger.info("%s was trained at %d×%d px and is used at model.img_size %d", path, *size, img_size)
+        size = (img_size, img_size)
+    taken = {name: trained[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    timm_model = cast(Any, model)
+    timm_model.pretrained_cfg = timm_model.pretrained_cfg | taken | {"input_size": (trained["channels"], *size)}
+
+
+def head_size(name: str, *, pretrained: bool, weights: str | Path, state: str = "") -> int | None:
     """Classes of the trained head that the start of `build_model` comes with; None where no head is trained.
 
     Raises:
         InputError: unknown name, a bad file.
     """
     if weights:
-        head = read_state_dict(Path(weights)).get(f"{_classifier_names(name)[0]}.weight")
-        return None if head is None else int(head.shape[0])
+        head = read_state_dict(Path(weights), state).get(f"{_classifier_names(name)[0]}.weight")
+        return None if head is None else _rows(head)
     return int(_pretrained_cfg(name).num_classes) if pretrained else None
 
 
@@ -131,7 +181,10 @@ def readout(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Mean, std, size, crop and interpolation from the model's own pretrained_cfg, at the model's actual size."""
+    """Mean, std, size, crop and interpolation from the model's own pretrained_cfg, at the model's actual size.
+
+    Of a model that was loaded from a checkpoint of ours: as that was trained.
+    """
     from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(model)
@@ -149,79 +202,6 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         crop_pct=float(config["crop_pct"]),
         crop_mode=config["crop_mode"],
     )
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file under plain names.
-
-    Raises:
-        InputError: no such file, unknown suffix, unreadable, pickled objects, no weights inside.
-        DamagedFileError: its sidecar has another sha256.
-    """
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"checkpoint {path} {kind}; expected a file that ends in {', '.join(SUFFIXES)}")
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"checkpoint {path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _plain_names(_unwrap(content, path))
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if has_sidecar(path):
-        return read_checkpoint(path).tensors
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        # A Namespace of the command line's arguments is what timm's and DeiT's own scripts save beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a different class for each way a file can be broken
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise InputError(
-                f"checkpoint {path} holds pickled objects beside tensors, which could run code and are refused; save "
-                "model.state_dict() alone, or a .safetensors file"
-            ) from error
-        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise InputError(
-            f"checkpoint {path} is not a file that torch.save wrote, or it is cut short ({reason}); save it again"
-        ) from error
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    while isinstance(content, Mapping):
-        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-            return {str(name): tensor for name, tensor in content.items()}
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
-        others = [key for key in WRAPPERS if key != wrapper and isinstance(content.get(key), Mapping)]
-        if others:
-            logger.info("%s: weights taken from %r; %s not used", path, wrapper, ", ".join(map(repr, others)))
-        content = content[wrapper]
-    found = (
-        f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
-    )
-    raise InputError(
-        f"checkpoint {path} holds no state dict ({found}); expected name → tensor, plain or under one of "
-        f"{', '.join(WRAPPERS)}"
-    )
-
-
-def _plain_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefixes of torch.compile (`_orig_mod.`, anywhere) and DistributedDataParallel (`module.`)."""
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    while state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
 
 
 def _create(name: str, *, num_classes: int | None, img_size: int, pretrained: bool = False) -> nn.Module:
@@ -323,6 +303,7 @@ def _is_position(key: str) -> bool:
 def _load(model: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
     """Load all of `state` or none of it."""
     expected = model.state_dict()
+    refuse_unfit_values(state, expected, path)
     resized = [
         key for key in state if key in expected and _is_position(key) and state[key].shape != expected[key].shape
     ]
