@@ -161,7 +161,7 @@ def page(outputs: Path) -> str:
         *_paragraph(
             "Where prefix tokens take nearly all of a row, or rows are almost uniform, 16-bit maps keep too little of "
             "what remains on the patches: with .99 on the prefix, or a relative spread of 5e-4, float16 costs up to "
-            "7e-4 nat and 0.1 of Moran's I. A capture warns when a layer's mean prefix mass passes .9. `qk` has no "
+            "7e-4 nat and 0.1 of Moran's I. A capture warns when a head's mean prefix mass passes .9. `qk` has no "
             "such limit, and an error that grows with the size of the logits instead."
         ),
     ]

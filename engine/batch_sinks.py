@@ -68,7 +68,7 @@ class BatchSinks:
             factors = self._layers[site.layer].factors
             if factors is None:
                 maps = attention_map(query, key, scale, bias)
-                self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).mean()
+                self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).nanmean(dim=(0, 2))
                 arriving: Callable[[], Any] = self._copies.start(maps, _PRECISION[self._encoding])
             else:
                 arriving = self._start_factors(query, key, scale, bias, getattr(torch, factors.precision))
@@ -122,11 +122,12 @@ class BatchSinks:
             layer, arrived = self._arriving.popleft()
             self._add_attention(layer, arrived())
 
-    def prefix_mass(self) -> dict[int, float]:
-        """Mean mass that each layer whose maps were kept gives to its prefix tokens."""
+    def prefix_mass(self) -> dict[tuple[int, int], float]:
+        """(layer, head) -> the mean mass that it gives to prefix tokens, of the layers whose maps were kept."""
         if not self._prefix_mass:
             return {}
-        return dict(zip(self._prefix_mass, torch.stack(list(self._prefix_mass.values())).tolist(), strict=True))
+        names = [(layer, head) for layer, masses in self._prefix_mass.items() for head in range(len(masses))]
+        return dict(zip(names, torch.cat(list(self._prefix_mass.values())).tolist(), strict=True))
 
     def masked_rows(self) -> list[tuple[int, int, int]]:
         """(layer, its rows that are no attention, all its rows) of each layer measured; waits for the metrics."""

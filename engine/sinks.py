@@ -23,6 +23,7 @@ from engine import __version__
 from engine.batch_sinks import BatchSinks, discover_factors, one_bias
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
 from engine.chosen_metrics import chosen_backend, metric_parameters, metrics_of_one_capture
+from engine.prefix_mass import heads_on_prefix
 from engine.progress import ImageProgress, say
 from engine.transfer import HostCopies, HostCopy
 from kernels import MetricSpec, TokenLayout
@@ -36,9 +37,6 @@ from train.errors import InputError
 from train.parallel import Tally, Workers
 
 __all__ = ["Capture", "capture_to_store"]
-
-# A layer whose mean prefix mass passes this keeps so little on its patches that 16 bits cost 7e-4 nat and 0.1 of I.
-PREFIX_MASS_WARNING = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,14 +267,14 @@ def _run_batches(
         masked_rows.extend((layer, masked) for layer, masked, _ in rows if masked)
         values, counts = sinks.metric_values()
         writer.commit(batch, values, counts, logits().numpy() if schema.num_classes else None)
-        prefix_mass.extend((layer, batch, mass) for layer, mass in sinks.prefix_mass().items())
+        prefix_mass.extend((*head, batch, mass) for head, mass in sinks.prefix_mass().items())
         progress.reach(captured.add(len(rows_of(batch))))
         _return_freed_memory()
 
     workers = Workers.current()
     batches = workers.deal(missing)
     captured = Tally(workers, f"captured of {writer.run}")
-    prefix_mass: list[tuple[int, int, float]] = []  # layer, batch, mean
+    prefix_mass: list[tuple[int, int, int, float]] = []  # layer, head, batch, mean
     masked_rows: list[tuple[int, int]] = []  # layer, rows that are no attention
     copies = HostCopies(device)
     done = schema.num_images - sum(len(rows_of(batch)) for batch in missing)
@@ -301,19 +299,24 @@ def _run_batches(
         writer.flush()
         by_worker = workers.gather((prefix_mass, masked_rows))
         progress.reach(captured.add(0))
-    _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema.encoding, label)
+    _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema, label)
     _warn_of_masked_rows(sorted(entry for _, masked in by_worker for entry in masked), schema, label)
 
 
-def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, float]], encoding: str, label: str) -> None:
-    """Say which layers leave too little on the patches for 16 bits; entries are (layer, batch, mean mass), in order."""
-    for layer, of_layer in itertools.groupby(entries, key=lambda entry: entry[0]):
-        mass = np.mean([mean for _, _, mean in of_layer])
-        if mass > PREFIX_MASS_WARNING:
-            say(
-                f"{label}: layer {layer} gives {mass:.2f} of its attention to prefix tokens, and {encoding} keeps the "
-                "little that patches get too coarsely for Moran's I (errors up to 0.1): use the metrics sink"
-            )
+def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, int, float]], schema: StoreSchema, label: str) -> None:
+    """Say which heads leave too little on the patches for 16 bits; entries are (layer, head, batch, mean mass)."""
+    masses: dict[str, float] = {}
+    for (layer, head), of_head in itertools.groupby(entries, key=lambda entry: entry[:2]):
+        batches = list(of_head)
+        rows = [schema.batch_rows(batch) for _, _, batch, _ in batches]
+        name = f"layer {layer}, head {schema.head_ids[head] if schema.head_ids else head}"
+        masses[name] = float(np.average([mass for *_, mass in batches], weights=[r.stop - r.start for r in rows]))
+    found = heads_on_prefix(masses)
+    if found:
+        say(
+            f"{label}: {found}; {schema.encoding} keeps the little that patches get there too coarsely for Moran's I "
+            "(errors up to 0.1): use the metrics sink"
+        )
 
 
 def _warn_of_masked_rows(entries: Sequence[tuple[int, int]], schema: StoreSchema, label: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measure import stored_parameters
-from engine.sinks import PREFIX_MASS_WARNING
+from engine.prefix_mass import heads_on_prefix
 from kernels import load_metric
 from store import AttentionStore
 from train.errors import InputError
@@ -168,20 +168,18 @@ def read_table(path: Path) -> xarray.Dataset:
 
 
 def prefix_mass_warning(table: xarray.Dataset) -> str:
-    """A sentence on the layers whose patches get almost nothing, or "" when there are none."""
+    """A sentence on the heads whose patches get almost nothing, or "" when there are none."""
     if "prefix_mass" not in table:
         return ""
-    means = table["prefix_mass"].mean(["seed", "image", "head"])
-    high = means.where(means > PREFIX_MASS_WARNING, drop=True)
-    layers = ", ".join(
-        f"layer {int(layer)} of {condition.item()} ({float(high.sel(condition=condition, layer=layer)):.2f})"
-        for condition in high["condition"]
-        for layer in high["layer"].values
-        if np.isfinite(high.sel(condition=condition, layer=layer))
+    means = table["prefix_mass"].mean(["seed", "image"]).stack(cell=("layer", "head", "condition"))
+    found = heads_on_prefix(
+        {
+            f"layer {layer}, head {head} of {condition}": float(mass)
+            for (layer, head, condition), mass in zip(means["cell"].values, means.values, strict=True)
+        }
     )
-    if not layers:
+    if not found:
         return ""
     return (
-        f"Prefix tokens take more than {PREFIX_MASS_WARNING} of the attention in {layers}: there the metrics describe "
-        "how the small remainder is spread over the patches."
+        f"{found[0].upper()}{found[1:]}: there the metrics describe how the small remainder is spread over the patches."
     )
