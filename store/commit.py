@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import deque
@@ -11,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from store.arrays import ArraySpec
+from store.arrays import ArraySpec, attention_arrays
 from store.ledger import Ledger, LedgerError, batch_name, file_problem, size_problem
 from store.precisions import Array, as_numbers, cast
-from store.schema import StoreError
+from store.schema import StoreError, StoreSchema
 from store.shards import FileEntry, encode_chunk, write_file
 from store.storage import Storage
 
 __all__ = [
+    "STALE",
     "Committer",
+    "attention_digest",
     "available_cpus",
     "check_names",
     "check_shape",
@@ -96,8 +99,18 @@ class Committer:
             written.add_done_callback(lambda _: self._slots.release())
         return written
 
-    def commit(self, record: str, batch: int, files: Mapping[str, Future[FileEntry]], done: Callable[[], None]) -> None:
+    def commit(
+        self,
+        record: str,
+        batch: int,
+        files: Mapping[str, Future[FileEntry]],
+        done: Callable[[], None],
+        **more: Any,
+    ) -> None:
         """Commit a batch by one ledger record, when its files and their names are on disk; then call `done`.
+
+        Args:
+            more: what else the record says.
 
         Raises:
             StoreError: an earlier file or commit failed.
@@ -105,7 +118,7 @@ class Committer:
 
         def work() -> None:
             entries = {file: future.result() for file, future in files.items()}
-            self._guarded(batch, self._write_record, record, batch, entries)
+            self._guarded(batch, self._write_record, record, entries, {"batch": batch, "files": entries, **more})
             done()
 
         self._raise_failure()
@@ -128,9 +141,9 @@ class Committer:
         for executor in (self._codec, self._files, self._commits):
             executor.shutdown(wait=True)
 
-    def _write_record(self, record: str, batch: int, entries: Mapping[str, FileEntry]) -> None:
-        self._root.settle(entries)
-        self._ledger.write(record, {"batch": batch, "files": dict(entries)})
+    def _write_record(self, record: str, files: Iterable[str], content: dict[str, Any]) -> None:
+        self._root.settle(files)
+        self._ledger.write(record, content)
 
     def _guarded(self, batch: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do some of a batch's work; a disk's failure becomes the sentence that ends the run."""
@@ -196,8 +209,28 @@ def float32(values: Any, what: str) -> Array:
     return cast(array, precision, "float32")
 
 
+# What is wrong with values whose record names other maps than those that are committed now.
+STALE = "was measured from other maps than the store holds now"
+
+
+def attention_digest(schema: StoreSchema, batch: int, files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 over the hashes of the files that keep a batch's attention: values measured from it are tied to that.
+
+    Args:
+        files: of the batch's record.
+    """
+    hashes = [files[array.file(batch)]["sha256"] for array in attention_arrays(schema)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def sound_batches(
-    root: Storage, ledger: Ledger, arrays: Sequence[ArraySpec], batches: int, *, folder: str = ""
+    root: Storage,
+    ledger: Ledger,
+    arrays: Sequence[ArraySpec],
+    batches: int,
+    *,
+    folder: str = "",
+    sources: Mapping[int, Sequence[str]] | None = None,
 ) -> tuple[set[int], dict[str, str]]:
     """Which batches are committed and undamaged, and what is wrong with the other records.
 
@@ -206,6 +239,7 @@ def sound_batches(
     Args:
         arrays: what a batch's record must name.
         folder: of the ledger; "" for the capture's own batches.
+        sources: batch -> `attention_digest` of the stores that its values must have been measured from.
 
     Returns:
         Batch numbers, and record name -> first problem found.
@@ -225,6 +259,9 @@ def sound_batches(
         files = record["files"]
         if set(files) != {array.file(names[name]) for array in arrays}:
             problems[name] = "does not name the files of this batch"
+            continue
+        if sources is not None and record["sources"] != list(sources.get(names[name], record["sources"])):
+            problems[name] = STALE
             continue
         found = ((file, problem(file, entry)) for file, entry in sorted(files.items()))
         wrong = next((f"{file} {what}" for file, what in found if what), "")

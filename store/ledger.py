@@ -9,12 +9,13 @@ run.ledger/  lock                       held (flock) by the one writer, or by th
 
 What the ledger does not name is not trusted: a store is only ever as long as its committed batches. A record
 is written to a temporary file, fsynced and renamed, after the files it names are on disk. It holds a checksum
-of itself and its own name, and is compared byte for byte with what this module would write: any flipped bit
-is found.
+of itself, its own name and the SHA-256 of its capture's metadata.json, and is compared byte for byte with what this
+module would write: any flipped bit is found, and so is a record of another batch or of another capture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,19 @@ AT_ONCE = 16  # requests to an object store under way
 
 
 class LedgerError(StoreError):
-    """A ledger record that is damaged; the message names it."""
+    """A ledger record that is missing or damaged; the message names it.
+
+    Args:
+        where: path or URL of the record.
+        what: is wrong with it.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(where, what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return "ledger record {} {}".format(*self.args)
 
 
 def batch_name(batch: int) -> str:
@@ -108,6 +121,19 @@ class Ledger:
 
     def __init__(self, root: Storage) -> None:
         self.storage = root.beside(ledger_name(root.name))
+        self._capture = ""
+
+    @property
+    def capture(self) -> str:
+        """SHA-256 of the record of the capture's metadata, which every other record holds.
+
+        "" while there is none, or a damaged one: then nothing else can be said of the store either.
+        """
+        if not self._capture and (content := self.storage.fetch([_file("metadata")])[0]) is not None:
+            with contextlib.suppress(LedgerError):
+                self._parse("metadata", content)
+                self._capture = hashlib.sha256(content).hexdigest()
+        return self._capture
 
     def __str__(self) -> str:
         return str(self.storage)
@@ -132,7 +158,7 @@ class Ledger:
         try:
             return self.storage.read(_file(name))
         except FileNotFoundError:
-            raise LedgerError(f"ledger record {self.where(name)} is missing") from None
+            raise LedgerError(self.where(name), "is missing") from None
 
     def read(self, name: str) -> dict[str, Any]:
         """A record.
@@ -141,6 +167,10 @@ class Ledger:
             LedgerError: it is missing or damaged.
         """
         return self._parse(name, self.content(name))
+
+    def read_if_there(self, name: str) -> dict[str, Any] | LedgerError | None:
+        """A record, what is wrong with it, or None."""
+        return self.read_all([name]).get(name)
 
     def read_all(self, names: Sequence[str]) -> dict[str, dict[str, Any] | LedgerError]:
         """Those of some records that are there, or what is wrong with them."""
@@ -155,17 +185,29 @@ class Ledger:
 
     def _parse(self, name: str, content: bytes) -> dict[str, Any]:
         try:
-            record: dict[str, Any] = json.loads(content)["record"]
-            sound = content == _serialise(name, record)
+            whole = json.loads(content)
+            record: dict[str, Any] = whole["record"]
+            capture = "" if name == "metadata" else str(whole["capture"])
+            sound = content == _serialise(name, record, capture)
         except (ValueError, KeyError, TypeError):
             sound = False
         if not sound:
-            raise LedgerError(f"ledger record {self.where(name)} is damaged (its checksum does not match)")
+            raise LedgerError(self.where(name), "is damaged (its checksum does not match)")
+        if capture and self.capture not in ("", capture):
+            raise LedgerError(self.where(name), "is damaged (it is of another capture)")
         return record
 
     def write(self, name: str, record: dict[str, Any]) -> None:
-        """Commit a record: afterwards it is there whole, whatever happens; before, not at all."""
-        self.storage.replace(_file(name), _serialise(name, record))
+        """Commit a record: afterwards it is there whole, whatever happens; before, not at all.
+
+        The capture's metadata come first; every other record belongs to them.
+        """
+        if name == "metadata":
+            content = _serialise(name, record, "")
+            self._capture = hashlib.sha256(content).hexdigest()
+        else:
+            content = _serialise(name, record, self.capture)
+        self.storage.replace(_file(name), content)
 
     def remove(self, names: Iterable[str]) -> None:
         """Withdraw records, durably."""
@@ -179,6 +221,7 @@ class Ledger:
             StoreError: something lies there that is not ours; nothing is withdrawn then.
         """
         self.storage.clear(LEDGER_FILES, keep="lock")
+        self._capture = ""
 
     def locked(self) -> AbstractContextManager[Lock]:
         """Be the store's only writer; see `Storage.locked`."""
@@ -193,8 +236,8 @@ def _file(name: str) -> str:
     return f"{name}.json"
 
 
-def _serialise(name: str, record: dict[str, Any]) -> bytes:
-    body = json.dumps({"name": name, "record": record}, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    checksum = hashlib.sha256(body.encode()).hexdigest()
-    whole = {"checksum": checksum, "name": name, "record": record}
+def _serialise(name: str, record: dict[str, Any], capture: str) -> bytes:
+    held = {"name": name, "record": record} | ({"capture": capture} if capture else {})
+    body = json.dumps(held, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    whole = held | {"checksum": hashlib.sha256(body.encode()).hexdigest()}
     return (json.dumps(whole, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -58,9 +58,17 @@ class LocalStorage(Storage):
     def size(self, file: str) -> int:
         return (self.path / file).stat().st_size
 
+    def version(self, file: str) -> tuple[int, Any]:
+        found = (self.path / file).stat()
+        return found.st_size, (found.st_ino, found.st_mtime_ns)
+
     def sizes(self, folder: str = "") -> dict[str, int]:
-        found = (Path(below) / name for below, _, names in os.walk(self.path / folder) for name in names)
-        return dict(sorted((file.relative_to(self.path).as_posix(), file.stat().st_size) for file in found))
+        found = {}
+        for below, _, names in os.walk(self.path / folder):
+            for file in (Path(below) / name for name in names):
+                with contextlib.suppress(FileNotFoundError):  # gone since: a writer's temporary file, or withdrawn
+                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return dict(sorted(found.items()))
 
     def read(self, file: str) -> bytes:
         return (self.path / file).read_bytes()
@@ -72,7 +80,13 @@ class LocalStorage(Storage):
         return buffer[:done]
 
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:
-        return [self.read(file) if self.exists(file) else None for file in files]
+        return [self._read_if_there(file) for file in files]
+
+    def _read_if_there(self, file: str) -> bytes | None:
+        try:
+            return self.read(file)
+        except FileNotFoundError:
+            return None
 
     @contextlib.contextmanager
     def writing(self, file: str) -> Iterator[Write]:

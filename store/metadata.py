@@ -73,11 +73,15 @@ class Metadata:
         """Make the store. It appears under its name only when all metadata are on disk and in the ledger."""
         ledger.clear()
         with root.skeleton() as skeleton:
-            self._build(skeleton, datetime.now(UTC).isoformat(timespec="seconds"))
-            if self.manifest is not None:
-                ledger.write("manifest", {"manifest": self.manifest})
+            self._build(skeleton, datetime.now(UTC).isoformat(timespec="microseconds"))
             record = _metadata_record(skeleton)
-            root.adopt(skeleton, lambda: ledger.write("metadata", record))
+
+            def commit() -> None:
+                ledger.write("metadata", record)
+                if self.manifest is not None:
+                    ledger.write("manifest", {"manifest": self.manifest})
+
+            root.adopt(skeleton, commit)
 
     def resume(self, root: Storage, ledger: Ledger) -> None:
         """Check that the store is the one that would be created, and rebuild metadata that were damaged."""

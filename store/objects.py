@@ -98,6 +98,10 @@ class ObjectStorage(Storage):
     def size(self, file: str) -> int:
         return int(self._call("head", file)["size"])
 
+    def version(self, file: str) -> tuple[int, Any]:
+        found = self._call("head", file)
+        return int(found["size"]), found["e_tag"] or found["last_modified"]
+
     def sizes(self, folder: str = "") -> dict[str, int]:
         prefix = f"{self.name}/"
         with self._named(folder):
@@ -111,6 +115,12 @@ class ObjectStorage(Storage):
 
     def read_range(self, file: str, offset: int, length: int) -> Array:
         return np.frombuffer(self._call("get_range", file, start=offset, length=length), np.uint8)
+
+    def read_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        if not ranges:
+            return []
+        starts, lengths = zip(*ranges, strict=True)
+        return [bytes(found) for found in self._call("get_ranges", file, starts=starts, lengths=lengths)]
 
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:
         def get(file: str) -> bytes | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, read_attributes, read_constant
+from store.commit import attention_digest
 from store.encodings import Factors, softmax_maps, with_all_axes
-from store.ledger import Ledger, file_problems
+from store.ledger import Ledger, LedgerError, file_problems
 from store.places import storage_at
 from store.precisions import Array
 from store.rows import Records, Rows, begin_rows, positions
@@ -26,6 +26,7 @@ from store.schema import (
     metric_path,
 )
 from store.scratch import scratch
+from store.shards import FileEntry
 from store.storage import Location, Storage
 
 __all__ = ["AttentionStore", "check_files", "open_metadata"]
@@ -50,10 +51,13 @@ class AttentionStore:
         complete: every batch is committed.
     """
 
-    def __init__(self, storage: Storage, ledger: Ledger, attrs: Mapping[str, Any], image_ids: Sequence[str]) -> None:
+    def __init__(
+        self, storage: Storage, ledger: Ledger, files: Mapping[str, FileEntry], attrs: Mapping[str, Any]
+    ) -> None:
         self.path: Location = storage.location
         self.storage = storage
-        self.schema = StoreSchema.from_attrs(attrs, image_ids)
+        self._metadata = files
+        self.schema = StoreSchema.from_attrs(attrs, [str(name) for name in read_constant(storage, "images/id")])
         self.layers = tuple(layer.layer for layer in self.schema.layers)
         self.sites = tuple(layer.site for layer in self.schema.layers)
         self.layouts = {layer.layer: dict(layer.layout) for layer in self.schema.layers}
@@ -76,18 +80,23 @@ class AttentionStore:
         """
         root = storage_at(path)
         try:
-            ledger, attrs = open_metadata(root)
-            return cls(root, ledger, attrs, [str(name) for name in read_constant(root, "images/id")])
+            return cls(root, *open_metadata(root))
         except OSError as error:
             raise StoreError(f"{root} cannot be read: {error}") from error
 
     @cached_property
     def labels(self) -> Array:
-        return read_constant(self.storage, "images/label")
+        return self._constant("images/label")
 
     @cached_property
     def regions(self) -> Array | None:
-        return read_constant(self.storage, "images/regions") if self.schema.regions else None
+        return self._constant("images/regions") if self.schema.regions else None
+
+    def _constant(self, path: str) -> Array:
+        """A whole small array that never changes, compared with its hashes as it is read."""
+        files = {file: entry for file, entry in self._metadata.items() if file.startswith(f"{path}/")}
+        check_files(self.storage, files, CAPTURE_AGAIN)
+        return read_constant(self.storage, path)
 
     @property
     def committed_batches(self) -> tuple[int, ...]:
@@ -122,10 +131,19 @@ class AttentionStore:
         manifest: dict[str, Any] = self._ledger.read("manifest")["manifest"]
         return manifest
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of the record of this capture's metadata: what tells it from every other capture."""
-        return hashlib.sha256(self._ledger.content("metadata")).hexdigest()
+        return self._ledger.capture
+
+    def attention_digest(self, batch: int) -> str:
+        """SHA-256 over the hashes of the files that keep a batch's attention; "" if the batch is not committed.
+
+        Values computed from a store later are tied to it: they are of no use when it has changed.
+        """
+        if batch not in self._records.sound:
+            return ""
+        return attention_digest(self.schema, batch, self._records.files(batch))
 
     def layout(self, layer: int) -> dict[str, int | bool]:
         """`TokenLayout.to_dict()` of a layer's maps."""
@@ -254,7 +272,7 @@ class AttentionStore:
 
     def _shared_bias(self, layer: int) -> Array:
         if layer not in self._biases:
-            self._biases[layer] = read_constant(self.storage, f"{layer_path(layer)}/bias")
+            self._biases[layer] = self._constant(f"{layer_path(layer)}/bias")
         return self._biases[layer]
 
     def read_logits(self, images: Rows = slice(None)) -> Array:
@@ -270,13 +288,26 @@ class AttentionStore:
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Metrics whose values are in the store: the capture's own, then those computed later, complete or not."""
-        later = dict.fromkeys(name for name, _ in self._later())
+        later = dict.fromkeys(name for name, _ in self._later()[0])
         return tuple(dict.fromkeys([*self.schema.metrics, *later]))
 
     def metric_params(self, name: str) -> list[dict[str, Any]]:
         """Every set of parameters with which a metric is stored; the capture's own first."""
         own = [dict(self.schema.metrics[name])] if name in self.schema.metrics else []
-        return own + [params for found, params in self._later() if found == name]
+        return own + [params for found, params in self._later()[0] if found == name]
+
+    def metric_batches(self, name: str, params: Mapping[str, Any]) -> tuple[int, ...]:
+        """Numbers of the batches whose values of a metric may be read, ascending.
+
+        Raises:
+            StoreError: as `read_metric`.
+        """
+        return tuple(sorted(self._metric(name, self._choose(name, params), "value")[1].sound))
+
+    @property
+    def damaged_metrics(self) -> tuple[str, ...]:
+        """What is wrong with metrics computed later whose parameters cannot be read, a sentence each."""
+        return tuple(f"{error}; {MEASURE_AGAIN}" for error in self._later()[1].values())
 
     def read_metric(
         self, name: str, images: Rows = slice(None), params: Mapping[str, Any] | None = None
@@ -306,24 +337,29 @@ class AttentionStore:
         if layer not in self.layouts:
             raise StoreError(f"layer is {layer!r}; {self.path} has layers {', '.join(map(str, self.layers))}")
 
-    def _later(self) -> list[tuple[str, dict[str, Any]]]:
-        """(name, params) of every metric computed after the capture."""
-        found = []
+    def _later(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, LedgerError]]:
+        """(name, params) of every metric computed after the capture, and what is wrong with the records of others."""
         try:
-            records = self._ledger.names("metrics")
+            names = [name for name in self._ledger.names("metrics") if name.endswith("/metadata")]
         except OSError as error:  # a web server lists nothing
             raise StoreError(f"{self._ledger} cannot be searched for metrics computed later: {error}") from error
-        for record in records:
-            if record.endswith("/metadata"):
-                content = self._ledger.read(record)
-                found.append((str(content["name"]), dict(content["params"])))
-        return found
+        found, damaged = [], {}
+        for name, record in self._ledger.read_all(names).items():
+            if isinstance(record, LedgerError):
+                damaged[name] = record
+            else:
+                found.append((str(record["name"]), dict(record["params"])))
+        return found, damaged
 
     def _choose(self, name: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         own = self.schema.metrics.get(name)
         if own is not None and params in (None, own):
             return dict(own)
-        stored = self.metric_params(name)
+        later, damaged = self._later()
+        stored = ([dict(own)] if own is not None else []) + [of for found, of in later if found == name]
+        folder = f"metrics/{name}/" if params is None else f"{metric_path(name, params)}/"
+        if wrong := next((error for record, error in damaged.items() if record.startswith(folder)), None):
+            raise StoreError(f"{wrong}; {MEASURE_AGAIN}")
         if not stored:
             raise StoreError(f"{self.path} has no metric {name!r}; it has {', '.join(self.metric_names) or 'none'}")
         if params is not None:
@@ -339,10 +375,10 @@ class AttentionStore:
         if f"{group}/{part}" in self._arrays:
             return self._arrays[f"{group}/{part}"], self._records
         record = self._ledger.read(f"{group}/metadata")
-        check_files(self.storage, record["files"])
+        check_files(self.storage, record["files"], MEASURE_AGAIN)
         arrays = metric_arrays(self.schema, name, params, regions=bool(record["regions"]))
         array = next(array for array in arrays if array.path == f"{group}/{part}")
-        return array, Records(self._ledger, self.schema, f"{group}/")
+        return array, Records(self._ledger, self.schema, f"{group}/", self.attention_digest)
 
     def _begin(
         self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any
@@ -355,8 +391,8 @@ def _own_memory(place: str) -> Callable[[tuple[int, ...], np.dtype[Any]], Array]
     return lambda shape, dtype: scratch(f"rows/{place}", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
-def open_metadata(root: Storage) -> tuple[Ledger, dict[str, Any]]:
-    """A store's ledger and root attributes, with every metadata file checked against its hash.
+def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str, Any]]:
+    """A store's ledger, its metadata files' entries there and root attributes, every file checked against its hash.
 
     Raises:
         StoreError: no such store, not a store, another schema version, or damaged metadata.
@@ -368,21 +404,29 @@ def open_metadata(root: Storage) -> tuple[Ledger, dict[str, Any]]:
         attrs = read_attributes(root)  # says so if this is no Zarr group at all
         found = f"its schema is {attrs['schema']!r}" if "schema" in attrs else "it has no attribute `schema`"
         raise StoreError(
-            f"{root} has no ledger at {ledger} ({found}); expected a {SCHEMA!r} store with its ledger beside it"
+            f"{root} has no ledger at {ledger} ({found}); expected a {SCHEMA!r} store with its ledger beside it: put "
+            "the ledger back from a copy, or delete the store and capture again"
         )
     record = ledger.read("metadata")
     found_schema = record["attrs"].get("schema")
     if found_schema != SCHEMA:
         raise StoreError(f"{root}: schema is {found_schema!r}; this version reads {SCHEMA!r}")
-    check_files(root, record["files"])
-    return ledger, read_attributes(root)  # as the record has them, but in the order they were declared
+    check_files(root, record["files"], CAPTURE_AGAIN)
+    # The attributes are as the record has them, but in the order they were declared.
+    return ledger, record["files"], read_attributes(root)
 
 
-def check_files(root: Storage, files: Mapping[str, dict[str, Any]]) -> None:
+CAPTURE_AGAIN, MEASURE_AGAIN = "resume the capture to rebuild it", "measure it again"
+
+
+def check_files(root: Storage, files: Mapping[str, FileEntry], remedy: str) -> None:
     """Compare metadata files with their hashes.
+
+    Args:
+        remedy: what to do when one differs.
 
     Raises:
         StoreError: naming the first one that differs.
     """
     for file, problem in file_problems(root, files).items():
-        raise StoreError(f"{root.where(file)} {problem}; resume the capture to rebuild it")
+        raise StoreError(f"{root.where(file)} {problem}; {remedy}")

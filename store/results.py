@@ -2,7 +2,8 @@
 
 metrics/<name>/<params hash>/{value, undefined}, params being everything that fixes the numbers: the metric's
 parameters, the backend, the code version. Committed batch by batch like a capture, so that only what is missing
-is ever computed, and a flipped bit in a result is found and that batch computed again.
+is ever computed, and a flipped bit in a result is found and that batch computed again. A batch's record says from which
+maps its values were measured (`AttentionStore.attention_digest`): when those change, the values are missing again.
 """
 
 from __future__ import annotations
@@ -24,8 +25,16 @@ from store.storage import Storage
 __all__ = ["MetricWriter", "has_metric"]
 
 
-def has_metric(path: str | os.PathLike[str] | Storage, name: str, params: Mapping[str, Any]) -> bool:
-    """Whether a store holds a metric, computed with these parameters, undamaged for every image.
+def has_metric(
+    path: str | os.PathLike[str] | Storage,
+    name: str,
+    params: Mapping[str, Any],
+    against: AttentionStore | None = None,
+) -> bool:
+    """Whether a store holds a metric, computed with these parameters from its present maps, sound for every image.
+
+    Args:
+        against: the second condition's store, of a pair metric.
 
     Raises:
         StoreError: there is no such store, or its metadata are damaged.
@@ -44,21 +53,28 @@ def has_metric(path: str | os.PathLike[str] | Storage, name: str, params: Mappin
     if record is None:
         return False
     arrays = metric_arrays(store.schema, name, params, regions=bool(record["regions"]))
-    sound, _ = sound_batches(store.storage, ledger, arrays, store.schema.num_batches, folder=folder)
-    return len(sound) == store.schema.num_batches
+    sources = _sources(store, against)
+    sound, _ = sound_batches(store.storage, ledger, arrays, store.schema.num_batches, folder=folder, sources=sources)
+    return len(sound & sources.keys()) == store.schema.num_batches
 
 
 class MetricWriter:
     """Writes metrics into a store that is captured already. Use `MetricWriter.open`, as a context manager.
 
     Attributes:
+        store: as it was when the writer was opened; nobody else writes it while the writer is open.
         missing: batch -> names of the metrics still to be written for it; only batches the capture has
             committed. What the capture measured itself with the same parameters is never missing.
     """
 
     def __init__(
-        self, store: AttentionStore, metrics: Mapping[str, Mapping[str, Any]], regions: Collection[str]
+        self,
+        store: AttentionStore,
+        metrics: Mapping[str, Mapping[str, Any]],
+        regions: Collection[str],
+        against: Mapping[str, AttentionStore],
     ) -> None:
+        self.store = store
         self.path = store.path
         self.storage = store.storage
         self.schema = store.schema
@@ -68,6 +84,7 @@ class MetricWriter:
         self._arrays = {
             name: metric_arrays(store.schema, name, params, regions=name in regions) for name, params in metrics.items()
         }
+        self._sources = {name: _sources(store, against.get(name)) for name in metrics}
         self._resources = contextlib.ExitStack()
         self._committer = Committer(store.storage, self._ledger)
 
@@ -78,6 +95,7 @@ class MetricWriter:
         metrics: Mapping[str, Mapping[str, Any]],
         *,
         region_metrics: Collection[str] = (),
+        against: Mapping[str, AttentionStore] | None = None,
     ) -> Self:
         """Open a store to add metrics, or to go on adding them.
 
@@ -85,6 +103,7 @@ class MetricWriter:
             path: the store.
             metrics: name -> {metric parameters, backend, code version}.
             region_metrics: names of those whose values have a region axis.
+            against: name of a pair metric -> the second condition's store, open as its values are measured from it.
 
         Raises:
             StoreError: no such store, damaged metadata, another writer, or region metrics without regions.
@@ -98,10 +117,10 @@ class MetricWriter:
                 store = AttentionStore.open(root)
                 if region_metrics and not store.schema.regions:
                     raise StoreError(f"{root} has no regions, which {', '.join(sorted(region_metrics))} needs")
-                writer = cls(store, metrics, region_metrics)
+                writer = cls(store, metrics, region_metrics, against or {})
                 root.sweep()
                 writer._ledger.storage.sweep()
-                writer._prepare(store)
+                writer._prepare()
             except OSError as error:
                 raise StoreError(f"{root} cannot be opened for writing: {error}") from error
             writer._resources = resources.pop_all()
@@ -109,6 +128,9 @@ class MetricWriter:
 
     def write_batch(self, batch: int, metrics: Mapping[str, Any], undefined: Mapping[str, Any]) -> None:
         """Write and commit what `missing` lists for a batch; returns while that is under way, `flush` waits.
+
+        The values must have been measured from `store`, or by an `AttentionStore` opened before it: reading compares
+        every shard with the record of it, so that maps which changed in between would have been refused.
 
         Args:
             metrics: name -> float [image, layer, head(, region)].
@@ -134,7 +156,7 @@ class MetricWriter:
             files = {
                 array.file(batch): self._committer.put(array, batch, data, array.precision) for array, data in values
             }
-            self._committer.commit(record, batch, files, lambda: None)
+            self._committer.commit(record, batch, files, lambda: None, sources=self._sources[name][batch])
         del self.missing[batch]
 
     def flush(self) -> None:
@@ -162,7 +184,7 @@ class MetricWriter:
         finally:
             self.close()
 
-    def _prepare(self, store: AttentionStore) -> None:
+    def _prepare(self) -> None:
         """Make each metric's arrays where they are not there yet, and find what is missing."""
         missing: dict[int, list[str]] = {}
         for name, params in self._metrics.items():
@@ -175,11 +197,17 @@ class MetricWriter:
                 self._create(name, params, regions)
             elif bool(record["regions"]) != regions:
                 raise StoreError(f"{name!r} is stored {'with' if record['regions'] else 'without'} a region axis")
+            sources = self._sources[name]
             sound, problems = sound_batches(
-                self.storage, self._ledger, self._arrays[name], self.schema.num_batches, folder=folder
+                self.storage,
+                self._ledger,
+                self._arrays[name],
+                self.schema.num_batches,
+                folder=folder,
+                sources=sources,
             )
             self._ledger.remove(problems)
-            for batch in store.committed_batches:
+            for batch in sources:
                 if batch not in sound:
                     missing.setdefault(batch, []).append(name)
         self.missing = {batch: tuple(names) for batch, names in sorted(missing.items())}
@@ -201,6 +229,13 @@ class MetricWriter:
                     self.storage.replace(file, content)
         record = {"name": name, "params": dict(params), "regions": regions, "files": entries}
         self._ledger.write(f"{group}/metadata", record)
+
+
+def _sources(store: AttentionStore, against: AttentionStore | None) -> dict[int, list[str]]:
+    """Batch that can be measured -> digests of the maps that its values are measured from."""
+    stores = [store] if against is None else [store, against]
+    digests = {batch: [each.attention_digest(batch) for each in stores] for batch in store.committed_batches}
+    return {batch: of for batch, of in digests.items() if all(of)}
 
 
 def _is_own(schema: StoreSchema, name: str, params: Mapping[str, Any]) -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from store.arrays import ArraySpec
-from store.commit import available_cpus
-from store.ledger import Ledger, LedgerError, batch_name, file_problem
+from store.commit import STALE, available_cpus
+from store.ledger import Ledger, LedgerError, batch_name, size_problem
 from store.precisions import Array, widen
 from store.schema import StoreError, StoreSchema
 from store.scratch import scratch
-from store.shards import ShardError, decode_chunk, read_chunks
+from store.shards import ShardError, begin_chunks, decode_chunk
 from store.storage import Storage
 
 __all__ = ["Records", "Rows", "begin_rows", "positions"]
@@ -26,19 +26,35 @@ Rows = slice | Sequence[int] | Array
 
 
 class Records:
-    """The committed batches of one capture or of one metric computed later."""
+    """The committed batches of one capture or of one metric computed later, as they were at one moment.
 
-    def __init__(self, ledger: Ledger, schema: StoreSchema, folder: str = "") -> None:
+    Args:
+        ledger: that has them.
+        schema: of the store.
+        folder: of the ledger; "" for the capture's own batches.
+        source: of a metric computed later: batch -> `attention_digest` of the store.
+
+    Attributes:
+        versions: file -> its `Storage.version` when its content was found to be what the ledger says.
+    """
+
+    def __init__(
+        self, ledger: Ledger, schema: StoreSchema, folder: str = "", source: Callable[[int], str] | None = None
+    ) -> None:
         self._folder = folder
         self._ledger = ledger
         self._files: dict[int, dict[str, Any]] = {}
         self._damaged: dict[int, str] = {}
+        self.versions: dict[str, Any] = {}
         names = {folder + batch_name(batch): batch for batch in range(schema.num_batches)}
         for name, record in ledger.read_all(list(names)).items():
+            batch = names[name]
             if isinstance(record, LedgerError):  # told when a row of this batch is asked for
-                self._damaged[names[name]] = str(record)
+                self._damaged[batch] = str(record)
+            elif source is not None and record["sources"][0] != source(batch):
+                self._damaged[batch] = f"ledger record {ledger.where(name)} {STALE}"
             else:
-                self._files[names[name]] = record["files"]
+                self._files[batch] = record["files"]
 
     @property
     def sound(self) -> set[int]:
@@ -50,7 +66,12 @@ class Records:
         return tuple(self._distrust(batch) for batch in self._damaged)
 
     def _distrust(self, batch: int) -> str:
-        return f"batch {batch} cannot be trusted: {self._damaged[batch]}; write this batch again"
+        return f"batch {batch} cannot be trusted: {self._damaged[batch]}; {self.remedy}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a batch that does not hold."""
+        return "measure it again" if self._folder else "capture this batch again"
 
     def files(self, batch: int) -> dict[str, Any]:
         """The hashes of a committed batch's files.
@@ -64,6 +85,14 @@ class Records:
             what = f"of {self._folder.rstrip('/')} " if self._folder else ""
             raise StoreError(f"batch {batch} {what}is not committed in {self._ledger}; resume the run that writes it")
         return self._files[batch]
+
+    def hold(self, batch: int) -> bool:
+        """Whether the ledger still says of a batch what it said; not if it is being written again, or was."""
+        try:
+            record = self._ledger.read_if_there(self._folder + batch_name(batch))
+        except OSError:  # what was met first is to be told
+            return True
+        return isinstance(record, dict) and record["files"] == self._files[batch]
 
 
 def begin_rows(
@@ -101,26 +130,31 @@ def begin_rows(
             chosen = None
     width = array.shape[1:2] if chosen is None else (chosen.size,)
     out = room((rows.size, *width, *array.shape[2:]), np.dtype(np.float32) if wide else array.dtype)
-    runs: list[tuple[int, _Run, list[Future[None]]]] = []
+    runs: list[tuple[int, Any, _Run, Callable[[], None]]] = []
     batches = rows // array.batch
     starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
     for start, stop in itertools.pairwise([*starts, rows.size]):
         batch = int(batches[start])
         file = array.file(batch)
         entry = records.files(batch)[file]
-        if problem := file_problem(root, file, entry, content=False):
-            raise StoreError(f"{array.path}, batch {batch}: {root.where(file)} {problem}; capture this batch again")
         run = _Run(array, rows[start:stop] - batch * array.batch, chosen, out[start:stop], wide)
-        with _named(array, batch, root):
-            decoders = _decoders(available_cpus() if threads is None else threads)
-            futures = read_chunks(root, file, run.rows, array.chunk, array.shard_chunks, run.place, decoders)
-        runs.append((batch, run, futures))
+        decoders = _decoders(available_cpus() if threads is None else threads)
+        with _named(array, batch, root, records):
+            size, version = root.version(file)
+            if problem := size_problem(size, entry):
+                raise ShardError(problem)
+            known = records.versions.get(file) == version
+            expected = None if known else entry["sha256"]
+            wait = begin_chunks(
+                root, file, size, run.rows, array.chunk, array.shard_chunks, run.place, decoders, expected
+            )
+        runs.append((batch, version, run, wait))
 
     def finish() -> Array:
-        for batch, run, futures in runs:
-            with _named(array, batch, root):
-                for future in futures:
-                    future.result()
+        for batch, version, run, wait in runs:
+            with _named(array, batch, root, records):
+                wait()
+            records.versions[array.file(batch)] = version
             run.finish()
         return out
 
@@ -128,15 +162,20 @@ def begin_rows(
 
 
 @contextlib.contextmanager
-def _named(array: ArraySpec, batch: int, root: Storage) -> Iterator[None]:
-    """Errors inside say which array, batch and file."""
+def _named(array: ArraySpec, batch: int, root: Storage, records: Records) -> Iterator[None]:
+    """Errors inside say which array, batch and file; what is written meanwhile is not called damage."""
     try:
         yield
     except (ShardError, OSError) as error:
         where = root.where(array.file(batch))
-        what = f"is damaged ({error}); capture this batch again"
-        if isinstance(error, OSError):
+        if not records.hold(batch):
+            what = "has been written again, or is being written, since the store was opened; open it again"
+        elif isinstance(error, FileNotFoundError):
+            what = f"is missing; {records.remedy}"
+        elif isinstance(error, OSError):
             what = f"cannot be read: {error}"
+        else:
+            what = f"is damaged ({error}); {records.remedy}"
         raise StoreError(f"{array.path}, batch {batch}: {where} {what}") from error
 
 

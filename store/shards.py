@@ -31,10 +31,10 @@ from store.storage import Storage
 __all__ = [
     "FileEntry",
     "ShardError",
+    "begin_chunks",
     "decode_chunk",
     "describe_shard",
     "encode_chunk",
-    "read_chunks",
     "write_file",
 ]
 
@@ -123,48 +123,69 @@ def describe_shard(root: Storage, file: str, shard_chunks: int) -> FileEntry:
     return {"bytes": size, "sha256": digest.hexdigest(), "chunks": shard_chunks}
 
 
-def read_chunks(
+def begin_chunks(
     root: Storage,
     file: str,
+    size: int,
     rows: slice,
     chunk_rows: int,
     shard_chunks: int,
     place: Callable[[int, Array], None],
     threads: Executor,
-) -> list[Future[None]]:
+    sha256: str | None,
+) -> Callable[[], None]:
     """Begin to read and decode the chunks that hold some rows of a file, each in a thread of its own.
 
     Args:
         root: the store.
         file: inside it.
+        size: its bytes.
         rows: of the file, counted from 0.
         chunk_rows: rows a chunk.
         shard_chunks: chunks of a whole shard; 0: the file is a single chunk.
         place: called in the thread with a chunk's number and its compressed bytes (valid during the call), to
             `decode_chunk` them to where they belong.
+        sha256: of the file's entry in the ledger, which is compared with what was read and with the checksums of the
+            chunks that were not; None: do not compare.
 
     Returns:
-        A future a chunk, which raises what went wrong.
+        Waits for the chunks, and raises what went wrong; only then may they be used.
 
     Raises:
         ShardError: the index does not match its checksum.
         OSError: the file cannot be read.
     """
-    size = root.size(file)
     if shard_chunks:
-        index, _ = _read_index(root, file, size, shard_chunks)
+        index, table = _read_index(root, file, size, shard_chunks)
     else:
-        index = np.array([[0, size]], dtype="<u8")
+        index, table = np.array([[0, size]], dtype="<u8"), b""
+    hashed: dict[int, bytes] = {}  # chunk -> its part of what is hashed
 
     def read(number: int) -> None:
         offset, length = (int(value) for value in index[number])
         if offset == _EMPTY:
             raise ShardError(f"chunk {number} is missing")
-        data, _ = _checked(root.read_range(file, offset, length), number, length)
+        data, checksum = _checked(root.read_range(file, offset, length), number, length)
+        hashed[number] = checksum if shard_chunks else data.tobytes() + checksum
         place(number, data)
 
-    first, last = rows.start // chunk_rows, (rows.stop - 1) // chunk_rows
-    return [threads.submit(read, number) for number in range(first, last + 1)]
+    wanted = range(rows.start // chunk_rows, (rows.stop - 1) // chunk_rows + 1)
+    futures = [threads.submit(read, number) for number in wanted]
+    if sha256 is not None:
+        ends = {n: int(offset) + int(length) for n, (offset, length) in enumerate(index) if offset != _EMPTY}
+        others = [number for number in ends if number not in wanted]
+        checksums = root.read_ranges(file, [(ends[number] - _CHECKSUM, _CHECKSUM) for number in others])
+        hashed.update(zip(others, checksums, strict=True))
+
+    def finish() -> None:
+        for future in futures:
+            future.result()
+        if sha256 is not None:
+            content = b"".join(hashed[number] for number in sorted(hashed)) + table
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise ShardError("its SHA-256 is not the one in the ledger: it is another file's content")
+
+    return finish
 
 
 def decode_chunk(data: Array, out: Array) -> None:

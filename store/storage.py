@@ -100,6 +100,10 @@ class Storage(ABC):
         """Bytes of a file."""
 
     @abstractmethod
+    def version(self, file: str) -> tuple[int, Any]:
+        """Bytes of a file, and something that changes whenever it is written."""
+
+    @abstractmethod
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of every file below a folder, by name, sorted."""
 
@@ -109,6 +113,10 @@ class Storage(ABC):
     @abstractmethod
     def read_range(self, file: str, offset: int, length: int) -> Array:
         """Bytes of a file as uint8, fewer at its end; valid until this thread reads the next ones."""
+
+    def read_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """A few bytes each at several places of a file, given as (offset, length)."""
+        return [self.read_range(file, offset, length).tobytes() for offset, length in ranges]
 
     @abstractmethod
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
+from store.commit import STALE, attention_digest
 from store.ledger import Ledger, LedgerError, batch_name, file_problem
 from store.places import storage_at
 from store.reader import AttentionStore
-from store.schema import SCHEMA, StoreError, StoreSchema, metric_path
+from store.schema import SCHEMA, StoreError, StoreSchema
 from store.storage import PARTIAL, Storage
 
 __all__ = ["Damage", "info", "verify"]
@@ -41,7 +43,9 @@ def verify(path: str | os.PathLike[str] | Storage) -> list[Damage]:
     """Check every byte of a store and its ledger.
 
     A store that is still being captured, or whose capture was killed, is sound: what no record names is not yet
-    part of it. Results of metrics that were interrupted are passed over for the same reason.
+    part of it. Results of metrics that were interrupted are passed over for the same reason. Of a store that is being
+    written, what was committed when the check began is looked at; a batch that is withdrawn or written again
+    meanwhile is no damage.
 
     Returns:
         Every damaged unit; empty if the store is sound.
@@ -58,92 +62,112 @@ def verify(path: str | os.PathLike[str] | Storage) -> list[Damage]:
     return check.run()
 
 
+Problems = list[tuple[Storage, str, str]]  # (where it lies, file, what is wrong with it)
+
+
 class _Check:
     def __init__(self, root: Storage) -> None:
         self.root = root
         self.ledger = Ledger(root)
         self.damages: list[Damage] = []
         self.named: set[str] = set()  # files of the store that some record names, or that are not yet committed
+        self.listed = self.ledger.storage.sizes()  # once: what is committed later is for the next check
+        self.records = [file.removesuffix(".json") for file in self.listed if file.endswith(".json")]
 
     def run(self) -> list[Damage]:
-        metadata = self.record("metadata")
-        if metadata is not None:
-            self.files(metadata["files"])
-        if self.ledger.exists("manifest"):
-            self.record("manifest")
-        complete = self.record("complete") if self.ledger.exists("complete") else None
+        if "metadata" in self.records:
+            self.unit("metadata")
+        else:
+            self.blame([(self.ledger.storage, "metadata.json", "is missing")])
+        for name in ("manifest", "complete"):
+            if name in self.records:
+                self.unit(name)
         try:
             schema = AttentionStore.open(self.root).schema
         except StoreError as error:
             schema = None
             if not self.damages:  # a record of another version, whole
                 self.damages.append(Damage(self.root.name, str(error)))
-        if schema is not None:
-            self.batches("", batch_arrays(schema), schema.num_batches, complete=complete is not None)
-        else:
-            self.batches("", None, 0, complete=False)
-        self.results(schema)
+        self.batches("", schema, None if schema is None else batch_arrays(schema))
+        self.absent(schema)
+        for name in self.records:
+            folder, _, leaf = name.rpartition("/")
+            if folder.startswith("metrics/") and leaf == "metadata":
+                record, arrays = self.unit(name), None
+                if record is not None and schema is not None:
+                    arrays = metric_arrays(schema, record["name"], record["params"], regions=record["regions"])
+                self.batches(f"{folder}/", schema, arrays)
         if schema is not None:
             self.strangers()
         return self.damages
 
-    def record(self, name: str) -> dict[str, Any] | None:
-        try:
-            return self.ledger.read(name)
-        except LedgerError:
-            problem = "is damaged (its checksum does not match)" if self.ledger.exists(name) else "is missing"
-            self.blame(self.ledger.storage, f"{name}.json", problem)
+    def blame(self, problems: Problems) -> None:
+        self.damages += [Damage(f"{storage.name}/{file}", problem) for storage, file, problem in problems]
+
+    def unit(self, name: str, check: Callable[[dict[str, Any]], str] | None = None) -> dict[str, Any] | None:
+        """Check a record and the files it names; None if it is damaged or was withdrawn.
+
+        What is wrong is blamed if the record still stands then. One that was written again is looked at again.
+
+        Args:
+            check: what is wrong with the record besides, "" if nothing.
+        """
+        while True:
+            found = self.ledger.read_if_there(name)
+            problems: Problems = []
+            if isinstance(found, LedgerError):
+                problems.append((self.ledger.storage, f"{name}.json", found.what))
+            elif found is not None:
+                files = found.get("files", {})
+                wrong = {file: file_problem(self.root, file, files[file]) for file in files if file not in self.named}
+                problems += [(self.root, file, problem) for file, problem in wrong.items() if problem]
+                if check is not None and (problem := check(found)):
+                    problems.append((self.ledger.storage, f"{name}.json", problem))
+            if not problems or str(self.ledger.read_if_there(name)) == str(found):
+                break
+        self.blame(problems)
+        if found is None or isinstance(found, LedgerError):
             return None
+        self.named.update(found.get("files", {}))
+        return found
 
-    def blame(self, storage: Storage, file: str, problem: str) -> None:
-        self.damages.append(Damage(f"{storage.name}/{file}", problem))
+    def batches(self, folder: str, schema: StoreSchema | None, arrays: Sequence[ArraySpec] | None) -> None:
+        """Every batch record of a folder of the ledger."""
+        batches = 0 if schema is None else schema.num_batches
+        numbers = {folder + batch_name(batch): batch for batch in range(batches)}
 
-    def files(self, files: dict[str, dict[str, Any]]) -> None:
-        for file, entry in files.items():
-            if file not in self.named and (problem := file_problem(self.root, file, entry)):
-                self.blame(self.root, file, problem)
-            self.named.add(file)
+        def problem(name: str, record: dict[str, Any]) -> str:
+            if schema is None or arrays is None:
+                return ""
+            if name not in numbers or set(record["files"]) != {array.file(numbers[name]) for array in arrays}:
+                return "does not name the files of a batch of this store"
+            of_maps = self.ledger.read_if_there(batch_name(numbers[name])) if folder else None
+            if isinstance(of_maps, dict):
+                source = attention_digest(schema, numbers[name], of_maps["files"])
+                return "" if record["sources"][0] == source else f"{STALE}; measure it again"
+            return ""
 
-    def batches(self, folder: str, arrays: Iterable[ArraySpec] | None, batches: int, *, complete: bool) -> None:
-        """Every batch record of a folder of the ledger; all of them must be there if `complete`."""
-        there = [name for name in self.ledger.names(folder) if re.fullmatch(rf"{re.escape(folder)}batch_\d+", name)]
-        expected = {folder + batch_name(batch): batch for batch in range(batches)}
-        for name in dict.fromkeys([*there, *(expected if complete else ())]):
-            record = self.record(name)
-            if record is None:
-                continue
-            self.files(record["files"])
-            if arrays is not None and (
-                name not in expected or set(record["files"]) != {array.file(expected[name]) for array in arrays}
-            ):
-                self.blame(self.ledger.storage, f"{name}.json", "does not name the files of a batch of this store")
+        for name in self.records:
+            if re.fullmatch(rf"{re.escape(folder)}batch_\d+", name):
+                self.unit(name, partial(problem, name))
         if arrays is not None:
             self.named |= {array.file(batch) for array in arrays for batch in range(batches)}
 
-    def results(self, schema: StoreSchema | None) -> None:
-        for name in self.ledger.names("metrics"):
-            folder, _, leaf = name.rpartition("/")
-            if leaf != "metadata":
-                continue
-            record = self.record(name)
-            if record is None:
-                self.batches(f"{folder}/", None, 0, complete=False)
-                continue
-            self.files(record["files"])
-            arrays = None
-            if schema is not None:
-                arrays = metric_arrays(schema, record["name"], record["params"], regions=record["regions"])
-            self.batches(f"{folder}/", arrays, schema.num_batches if schema else 0, complete=False)
+    def absent(self, schema: StoreSchema | None) -> None:
+        """Every batch's record must be there if the capture is declared complete, and still is."""
+        for batch in range(schema.num_batches if schema is not None and "complete" in self.records else 0):
+            name = batch_name(batch)
+            if name not in self.records and self.ledger.exists("complete") and not self.ledger.exists(name):
+                self.blame([(self.ledger.storage, f"{name}.json", "is missing")])
 
     def strangers(self) -> None:
         """Files that belong to nothing. Temporary ones are a killed writer's, and the next writer's to sweep."""
         for file in self.root.sizes():
             if file not in self.named and not _RESULT.fullmatch(file) and not file.endswith(PARTIAL):
-                self.blame(self.root, file, "is not part of this store")
-        records = {f"{name}.json" for name in self.ledger.names()}
-        for file in self.ledger.storage.sizes():
-            if file not in records and file != "lock" and not file.endswith(PARTIAL):
-                self.blame(self.ledger.storage, file, "is not part of this ledger")
+                self.blame([(self.root, file, "is not part of this store")])
+        for file in self.listed:
+            if not file.endswith((".json", PARTIAL)) and file != "lock":
+                self.blame([(self.ledger.storage, file, "is not part of this ledger")])
 
 
 def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
@@ -152,27 +176,23 @@ def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
     Returns:
         schema, created, code_version, model, dataset, precision, encoding; layers (layer, site, heads, tokens);
         images, classes, regions; batches {committed, total}; complete; attention {bytes, raw_bytes, ratio}
-        of the committed batches; metrics (name, params, batches committed).
+        of the committed batches; metrics (name, params, batches that may be read); damaged (what records cannot be
+        trusted, a sentence each).
 
     Raises:
         StoreError: as `AttentionStore.open`.
     """
     store = AttentionStore.open(path)
     schema = store.schema
-    ledger = Ledger(store.storage)
     committed = store.committed_batches
     attention = attention_arrays(schema)
     stored = sum(store.files(batch)[array.file(batch)]["bytes"] for array in attention for batch in committed)
     raw = sum(array.row_bytes for array in attention) * int(store.committed_images.sum())
-    metrics = []
-    for name in store.metric_names:
-        for params in store.metric_params(name):
-            if params == schema.metrics.get(name):
-                batches = len(committed)
-            else:
-                records = ledger.names(metric_path(name, params))
-                batches = sum(record.rpartition("/")[2].startswith("batch_") for record in records)
-            metrics.append({"name": name, "params": params, "batches": batches})
+    metrics = [
+        {"name": name, "params": params, "batches": len(store.metric_batches(name, params))}
+        for name in store.metric_names
+        for params in store.metric_params(name)
+    ]
     attrs = read_attributes(store.storage)
     return {
         "path": str(store.path),
@@ -194,4 +214,5 @@ def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
         "complete": store.complete,
         "attention": {"bytes": stored, "raw_bytes": raw, "ratio": stored / raw if raw else None},
         "metrics": metrics,
+        "damaged": [*store.damaged_batches, *store.damaged_metrics],
     }

@@ -41,12 +41,11 @@ def in_memory(objects: Any = None) -> ObjectStorage:
 
 
 def content(storage: Any) -> dict[str, bytes]:
-    """Every file of a store and its ledger but the lock."""
-    return {
-        f"{place.name}/{file}": place.read(file)
-        for place in (storage, storage.beside("run.ledger"))
-        for file in place.sizes()
-        if file != "lock"
+    """Every file of a store, and what the records of its ledger say beside the capture that they belong to."""
+    ledger = storage.beside("run.ledger")
+    records = {file: json.loads(ledger.read(file))["record"] for file in ledger.sizes() if file != "lock"}
+    return {f"{storage.name}/{file}": storage.read(file) for file in storage.sizes()} | {
+        f"{ledger.name}/{file}": json.dumps(record).encode() for file, record in records.items()
     }
 
 

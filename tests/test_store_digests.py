@@ -1,0 +1,396 @@
+"""The ledger decides: files of elsewhere or of another day, values of maps that changed, readers beside a writer."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import store_cases as case
+from obstore.store import MemoryStore
+
+from store import AttentionStore, AttentionWriter, MetricWriter, StoreError, has_metric
+from store.ledger import Ledger
+from store.local import LocalStorage
+from store.objects import ObjectStorage
+from store.schema import metric_path
+from store.storage import StoreUrl
+from store.verify import info, verify
+
+ENCODINGS = ("fp16", "bf16", "qk")
+LATER_A = metric_path("later_a", case.LATER["later_a"])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A complete store with metrics computed later."""
+    case.capture(tmp_path / "run.zarr")
+    case.measure(tmp_path / "run.zarr")
+    return tmp_path / "run.zarr"
+
+
+def capture_other(path: Path, encoding: str = "fp16") -> Path:
+    """The same schema over other numbers: every image has what the one before it has in the case."""
+    with pytest.MonkeyPatch.context() as changed:
+        for name in ("maps", "metric", "counts"):
+            of = getattr(case, name)
+            changed.setattr(case, name, lambda *args, of=of: np.roll(of(*args), 1, axis=0))
+        of_factors, of_logits = case.factors, case.logits
+        changed.setattr(case, "factors", lambda layer, rows: _rolled(of_factors(layer, slice(None)), rows))
+        changed.setattr(case, "logits", lambda: np.roll(of_logits(), 1, axis=0))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        case.capture(path, case.make_schema(encoding))
+        case.measure(path)
+    return path
+
+
+def _rolled(factors: Any, rows: slice) -> Any:
+    query, key, bias = (np.asarray(getattr(factors, name)) for name in ("query", "key", "bias"))
+    bias = np.roll(bias, 1, axis=0)[rows] if len(bias) > 1 else bias
+    return case.Factors(
+        query=np.roll(query, 1, axis=0)[rows], key=np.roll(key, 1, axis=0)[rows], scale=factors.scale, bias=bias
+    )
+
+
+# ------------------------------------------------------------------------------------------ files of elsewhere, readers
+
+
+def reads(store: AttentionStore) -> dict[str, Callable[[], Any]]:
+    """Every way to read batch 1 of layer 1, whole and in part, by what it reads."""
+    found = {
+        "attention": lambda: store.read(1),
+        "one image": lambda: store.read(1, [5]),
+        "one head": lambda: store.read(1, slice(4, 8), [0]),
+        "here": lambda: store.read_here(1, slice(4, 6)),
+        "logits": lambda: store.read_logits([6]),
+        "value": lambda: store.read_metric("entropy", [5]),
+        "counts": lambda: store.read_undefined("entropy", slice(4, 8)),
+        "later value": lambda: store.read_metric("later_a", [7]),
+        "later counts": lambda: store.read_undefined("later_a"),
+    }
+    return found
+
+
+def files(store: AttentionStore) -> dict[str, str]:
+    """What `reads` reads -> a file of batch 1 that it comes from."""
+    entropy = metric_path("entropy", store.schema.metrics["entropy"])
+    part = "/key" if store.schema.encoding == "qk" else ""
+    shard = f"attention/layer_01{part}/c.1.0.0.0"
+    return dict.fromkeys(("attention", "one image", "one head", "here"), shard) | {
+        "logits": "logits/c.1.0",
+        "value": f"{entropy}/value/c.1.0.0",
+        "counts": f"{entropy}/undefined/c.1.0.0",
+        "later value": f"{LATER_A}/value/c.1.0.0",
+        "later counts": f"{LATER_A}/undefined/c.1.0.0",
+    }
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_sound_file_of_elsewhere_is_read_by_nobody(
+    tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another store, of another batch, of another layer or part: each is whole, with every CRC in it right."""
+    path, other = tmp_path / "run.zarr", capture_other(tmp_path / "other/run.zarr", encoding)
+    case.capture(path, case.make_schema(encoding))
+    case.measure(path)
+    names = files(AttentionStore.open(path))
+    for what, file in names.items():
+        kept = (path / file).read_bytes()
+        donors = [other / file, path / re.sub(r"c\.1", "c.0", file)]
+        donors += [path / file.replace("key", "query")] if "key" in file else []
+        donors += [path / file.replace("later_a", "later_b").replace(LATER_A.rpartition("/")[2], hashed("later_b"))]
+        for donor in [each for each in donors if each.read_bytes() != kept]:
+            shutil.copyfile(donor, path / file)
+            with pytest.raises(StoreError, match=re.escape(file)):
+                reads(AttentionStore.open(path))[what]()
+            assert [damage.unit for damage in verify(path)] == [f"run.zarr/{file}"], donor
+            with monkeypatch.context() as changed:  # of equal size, as files of incompressible data are
+                changed.setattr("store.rows.size_problem", lambda size, entry: "")
+                with pytest.raises(StoreError, match=rf"{re.escape(file)} is damaged \(its SHA-256 is not the one"):
+                    reads(AttentionStore.open(path))[what]()
+        (path / file).write_bytes(kept)
+    for read in reads(AttentionStore.open(path)).values():
+        read()
+
+
+def hashed(name: str) -> str:
+    return metric_path(name, case.LATER[name]).rpartition("/")[2]
+
+
+def test_a_file_is_compared_once_and_again_when_it_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.zarr"
+    case.capture(path, case.make_schema(batch_size=8))
+    other = tmp_path / "other/run.zarr"
+    monkeypatch.setattr("store.rows.size_problem", lambda size, entry: "")
+    looked: list[int] = []
+    of_ranges = LocalStorage.read_ranges
+    monkeypatch.setattr(LocalStorage, "read_ranges", lambda *args: looked.append(len(args[2])) or of_ranges(*args))
+    store = AttentionStore.open(path)
+    for _ in range(2):
+        store.read(0, [1])
+        store.read(0, slice(0, 8))
+    assert looked == [1]  # the other chunk's checksum, once
+    with monkeypatch.context() as changed:
+        of = case.maps
+        changed.setattr(case, "maps", lambda layer: of(layer)[::-1])
+        case.capture(other, case.make_schema(batch_size=8))
+    shutil.copyfile(other / "attention/layer_00/c.0.0.0.0", path / "attention/layer_00/c.0.0.0.0")
+    with pytest.raises(StoreError, match="its SHA-256 is not the one in the ledger"):
+        store.read(0, [1])
+
+
+def test_an_object_of_elsewhere_is_read_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = ObjectStorage(MemoryStore(), StoreUrl("s3://bucket/run.zarr"))
+    case.capture(storage, case.make_schema(batch_size=8))  # type: ignore[arg-type]
+    monkeypatch.setattr("store.rows.size_problem", lambda size, entry: "")
+    file = "attention/layer_00/c.0.0.0.0"
+    store = AttentionStore.open(storage)
+    store.read(0, [1])
+    storage.replace(file, storage.read("attention/layer_00/c.1.0.0.0"))
+    for opened in (store, AttentionStore.open(storage)):
+        with pytest.raises(StoreError, match="its SHA-256 is not the one in the ledger"):
+            opened.read(0, [1])
+
+
+# -------------------------------------------------------------------------------- swaps, copies and roll-backs of files
+
+
+def test_no_file_of_another_run_passes_for_one_of_this(path: Path) -> None:
+    """Each file of store and ledger, by itself, from another run over the same images: named, or the same bytes."""
+    other = capture_other(path.parent / "other/run.zarr")
+    for folder in ("run.zarr", "run.ledger"):
+        for file in sorted((path.parent / folder).rglob("*")):
+            name = file.relative_to(path.parent)
+            if not file.is_file() or file.name == "lock":
+                continue
+            kept, foreign = file.read_bytes(), (other.parent / name).read_bytes()
+            file.write_bytes(foreign)
+            named = [damage.unit for damage in verify(path)]
+            expected = (
+                "run.zarr/zarr.json"
+                if file.name == "metadata.json" and file.parent == path.with_suffix(".ledger")
+                else str(name)
+            )
+            assert kept == foreign or expected in named, name
+            file.write_bytes(kept)
+
+
+def test_a_foreign_record_with_its_files_is_named(path: Path) -> None:
+    """Whole batches, whole metrics, the manifest: sound in themselves, but of another capture."""
+    other = capture_other(path.parent / "other/run.zarr")
+    ledger = Ledger(LocalStorage(other))
+    for name in ledger.names():
+        if name == "metadata":
+            continue
+        kept = {}
+        for file in [f"run.ledger/{name}.json", *(f"run.zarr/{each}" for each in ledger.read(name).get("files", {}))]:
+            kept[file] = (path.parent / file).read_bytes()
+            shutil.copyfile(other.parent / file, path.parent / file)
+        damages = [str(damage) for damage in verify(path)]
+        assert f"run.ledger/{name}.json is damaged (it is of another capture)" in damages, name
+        for file, content in kept.items():
+            (path.parent / file).write_bytes(content)
+    assert verify(path) == []
+
+
+def test_another_runs_ledger_is_refused(path: Path) -> None:
+    other = capture_other(path.parent / "other/run.zarr")
+    ledger = path.with_suffix(".ledger")
+    ledger.rename(path.parent / "kept.ledger")
+    shutil.copytree(other.with_suffix(".ledger"), ledger)
+    assert verify(path)
+    with pytest.raises(StoreError, match=r"zarr\.json its content changed"):
+        AttentionStore.open(path)
+    shutil.rmtree(ledger)
+    for use in (lambda: AttentionStore.open(path), lambda: case.capture(path), lambda: case.measure(path)):
+        with pytest.raises(
+            StoreError, match=r"has no ledger at .*put the ledger back from a copy, or delete the store"
+        ):
+            use()
+
+
+# ------------------------------------------------------------------------------------ values and what they were made of
+
+
+def heal(path: Path, batch: int = 1) -> None:
+    """Lose a shard, and write its batch again with other bytes, as another machine would."""
+    (path / f"attention/layer_00/c.{batch}.0.0.0").unlink()
+    of = case.maps
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(case, "maps", lambda layer: np.roll(of(layer), 1, axis=-1))
+        assert case.capture(path) == [batch]
+
+
+def test_values_of_maps_that_were_written_again_are_stale(path: Path) -> None:
+    heal(path)
+    record = f"run.ledger/{LATER_A}/batch_000001.json"
+    stale = "was measured from other maps than the store holds now"
+    assert f"{record} {stale}; measure it again" in [str(damage) for damage in verify(path)]
+    assert len(verify(path)) == len(case.LATER)
+    assert not has_metric(path, "later_a", case.LATER["later_a"])
+    store = AttentionStore.open(path)
+    assert next(each for each in info(path)["metrics"] if each["name"] == "later_a")["batches"] == 2
+    np.testing.assert_array_equal(store.read_metric("later_a", slice(0, 4))[0], case.metric("later_a")[:4])
+    for read in (store.read_metric, store.read_undefined):
+        with pytest.raises(StoreError, match=rf"batch 1 cannot be trusted: .*{stale}; measure it again"):
+            read("later_a")
+    assert case.measure(path) == {1: ("later_a", "later_b")}
+    assert verify(path) == []
+    assert case.measure(path) == {}
+    # The capture's own values come out of the pass that gave the maps: one record, written again as a whole.
+    assert AttentionStore.open(path).read_metric("entropy")[0].shape == case.metric("entropy").shape
+
+
+def test_the_same_maps_written_again_leave_their_values(path: Path) -> None:
+    (path / "attention/layer_00/c.1.0.0.0").unlink()
+    assert not AttentionStore.open(path).complete or verify(path)
+    assert case.capture(path) == [1]
+    assert verify(path) == []
+    assert case.measure(path) == {}
+
+
+def test_values_of_maps_that_are_not_there_yet_are_not_given(path: Path) -> None:
+    """Between the record that was withdrawn and the batch written again, nobody knows what it will hold."""
+    (path / "attention/layer_00/c.1.0.0.0").unlink()
+    with AttentionWriter.open(path, case.make_schema(), **case.fixed()):
+        pass
+    assert verify(path) == []
+    store = AttentionStore.open(path)
+    with pytest.raises(StoreError, match="batch 1 cannot be trusted"):
+        store.read_metric("later_a")
+    assert not has_metric(path, "later_a", case.LATER["later_a"])
+
+
+def test_pair_values_are_tied_to_both_stores(path: Path) -> None:
+    other = capture_other(path.parent / "other/run.zarr")
+    params = {"against": "other"}
+
+    def measure() -> list[int]:
+        against = AttentionStore.open(other)
+        with MetricWriter.open(path, {"pair": params}, against={"pair": against}) as writer:
+            missing = list(writer.missing)
+            for batch in missing:
+                rows = writer.schema.batch_rows(batch)
+                writer.write_batch(batch, {"pair": case.metric("pair")[rows]}, {"pair": case.counts("pair")[rows]})
+        assert has_metric(path, "pair", params, against)
+        return missing
+
+    assert measure() == [0, 1, 2]
+    assert measure() == []
+    heal(other, 2)
+    assert not has_metric(path, "pair", params, AttentionStore.open(other))
+    assert measure() == [2]
+    heal(path, 0)
+    assert measure() == [0]
+    assert case.measure(path) == {0: ("later_a", "later_b")}
+
+
+def test_a_damaged_metrics_record_harms_no_other_metric(path: Path) -> None:
+    file = path.with_suffix(".ledger") / LATER_A / "metadata.json"
+    sound = file.read_bytes()
+    file.write_bytes(sound.replace(b"numba", b"numbb"))
+    assert [damage.unit for damage in verify(path)] == [str(file.relative_to(path.parent))]
+    store = AttentionStore.open(path)
+    np.testing.assert_array_equal(store.read_metric("later_b")[0], case.metric("later_b"))
+    assert store.metric_names == ("region_mass", "entropy", "later_b")
+    assert store.damaged_metrics == (
+        f"ledger record {file} is damaged (its checksum does not match); measure it again",
+    )
+    assert info(path)["damaged"] == list(store.damaged_metrics)
+    for params in (None, case.LATER["later_a"]):
+        with pytest.raises(StoreError, match=r"metadata\.json is damaged .*; measure it again"):
+            store.read_metric("later_a", params=params)
+    with pytest.raises(StoreError, match="has no metric 'later'"):
+        store.read_metric("later")
+    assert case.measure(path) == {}  # its values are as good as before; its record is written again
+    assert file.read_bytes() == sound
+    assert verify(path) == []
+
+
+# ------------------------------------------------------------------------------------------------ a reader and a writer
+
+
+class Watched(LocalStorage):
+    """A folder, and its ledger, in which something happens just before one of the operations on either.
+
+    Args:
+        path: of the folder.
+        at: number of the operation.
+        act: what happens.
+        done: names of the operations so far.
+    """
+
+    def __init__(self, path: Path, at: int, act: Callable[[], Any], done: list[str] | None = None) -> None:
+        super().__init__(path)
+        self.at, self.act = at, act
+        self.done: list[str] = [] if done is None else done
+
+    def beside(self, name: str) -> Watched:
+        return Watched(self.path.with_name(name), self.at, self.act, self.done)
+
+    def _step(self, name: str) -> None:
+        self.done.append(name)
+        if len(self.done) == self.at:
+            self.act()
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        self._step("sizes")
+        found = super().sizes(folder)
+        self._step("listed")
+        return found
+
+    def read(self, file: str) -> bytes:
+        self._step("read")
+        return super().read(file)
+
+    def exists(self, file: str) -> bool:
+        self._step("exists")
+        return super().exists(file)
+
+
+def half_written(path: Path) -> None:
+    """Two batches of three captured, one of them measured."""
+    with AttentionWriter.open(path, case.make_schema(), **case.fixed()) as writer:
+        case.write(writer, 0)
+    case.measure(path)
+    with AttentionWriter.open(path, case.make_schema(), **case.fixed()) as writer:
+        case.write(writer, 1)
+
+
+def captured(path: Path) -> None:
+    case.capture(path)
+    case.measure(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "act"),
+    [
+        (half_written, case.measure),
+        (half_written, case.capture),
+        (half_written, lambda path: (case.capture(path), case.measure(path))),
+        (captured, lambda path: (heal(path), case.measure(path))),
+    ],
+    ids=["measure", "capture", "both", "heal"],
+)
+def test_what_is_committed_during_a_check_is_no_damage(
+    tmp_path: Path, before: Callable[[Path], None], act: Callable[[Path], Any]
+) -> None:
+    """Before and after each listing of a check, and between some of its reads, another process goes on."""
+    before(tmp_path / "0" / "run.zarr")
+    unwatched = Watched(tmp_path / "0" / "run.zarr", 0, list)
+    assert verify(unwatched) == []
+    count = len(unwatched.done)
+    listings = {step for step, name in enumerate(unwatched.done, 1) if name in ("sizes", "listed")}
+    for step in listings | {count // 4, count // 2, 3 * count // 4}:
+        path = tmp_path / str(step) / "run.zarr"
+        shutil.copytree(tmp_path / "0", path.parent)
+        watched = Watched(path, step, lambda path=path: act(path))  # type: ignore[misc]
+        assert verify(watched) == [], step
+        assert len(watched.done) >= step
+        assert verify(path) == []
