@@ -72,7 +72,10 @@ def measure_store(
         if scheduler:
             named = {load_metrics([name])[0].name: name for name in metrics}
             measure_batches = resources.enter_context(connected(scheduler, measurement, named))
-        writer = resources.enter_context(MetricWriter.open(path, parameters, region_metrics=needing))
+        against_of = {name: other for name, spec in missing.items() if spec.inputs == "pair" and other is not None}
+        writer = resources.enter_context(
+            MetricWriter.open(path, parameters, region_metrics=needing, against=against_of)
+        )
         rows = {batch: store.schema.batch_rows(batch) for batch in writer.missing}
         todo = {batch: names for batch, names in writer.missing.items() if images[rows[batch]].all()}
         total = sum(rows[batch].stop - rows[batch].start for batch in todo)
@@ -108,7 +111,8 @@ def missing_metrics(path: Location, metrics: Sequence[str], against: Location | 
     for spec in specs:
         parameters = stored_parameters(store, spec, other)
         # A measurement that was killed has left its parameters and some of its batches.
-        if parameters is None or not has_metric(path, spec.name, parameters):
+        compared = other if spec.inputs == "pair" else None
+        if parameters is None or not has_metric(path, spec.name, parameters, compared):
             missing[spec.name] = spec
     return missing
 

@@ -43,8 +43,8 @@ def require_place(storage: Storage) -> None:
         if not ledger.exists("metadata.json"):
             ours = schema_of(storage.fetch(["zarr.json"])[0]) == SCHEMA
             raise (DamagedStoreError if ours else StoreError)(
-                f"{storage} exists but has no ledger at {ledger}; "
-                "give the path of a store with its ledger beside it, or one where nothing lies yet"
+                f"{storage} exists but has no ledger at {ledger}; give the path of a store with its ledger beside it "
+                "(put the ledger back from a copy, or delete the store), or one where nothing lies yet"
             )
         return
     stem = name.removesuffix(".zarr")
@@ -58,7 +58,7 @@ def require_place(storage: Storage) -> None:
     if "metadata.json" in files and storage.beside(stem).exists("zarr.json"):
         raise StoreError(f"{ledger} is the ledger of the store {stem} beside it; give the new store another name")
     records = [file for file in files if file != "lock"]
-    if records and "lock" not in files and not (ledger.fetch(records[:1])[0] or b"").startswith(b'{"checksum": "'):
+    if records and "lock" not in files and not (ledger.fetch(records[:1])[0] or b"").startswith(RECORD_BEGINS):
         raise StoreError(f"{ledger} was not written by this program; move it away, or give the store another name")
 
 

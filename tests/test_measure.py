@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import linecache
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +213,35 @@ def test_a_damaged_record_is_told_and_its_batch_left_out(tmp_path: Path, capsys:
     told = "".join(capsys.readouterr())
     assert "only 7 of 11 images are captured" in told
     assert re.search(r"batch 1 cannot be trusted: .*batch_000001\.json is damaged", told)
+
+
+def test_values_follow_the_maps_they_were_measured_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard of another store is measured by nobody; after the capture wrote it again, exactly its batch is."""
+    path, other = store_of(tmp_path / "run.zarr"), store_of(tmp_path / "other.zarr")
+    command = ["measure", "--store", str(path), "--metrics"]
+    pair = ["js_divergence", "--against", str(other)]
+    assert main([*command, "distance"]) == main([*command, *pair]) == 0
+    before = AttentionStore.open(path).read_metric("distance")[0]
+    shard = path / "attention/layer_00/c.1.0.0.0"
+    shutil.copyfile(path / "attention/layer_00/c.0.0.0.0", shard)
+    monkeypatch.setattr("store.rows.size_problem", lambda size, entry: "")  # as if it were of the same size
+    assert main([*command, "entropy"]) == 1
+    assert re.search(r"batch 1: .*its SHA-256 is not the one in the ledger", capsys.readouterr().err)
+    whole = case.maps
+    monkeypatch.setattr(case, "maps", lambda layer: whole(layer)[..., ::-1])  # as another machine would round
+    assert case.capture(path, case.make_schema(metrics={}, region_metrics=())) == [1]
+    for metrics in (["distance"], pair):
+        assert main([*command, *metrics]) == 0
+        assert "measured" in capsys.readouterr().out
+        assert main([*command, *metrics]) == 0
+        assert "already" in capsys.readouterr().out
+    store = AttentionStore.open(path)
+    after = store.read_metric("distance")[0]
+    right = measure_attention(store.read_stored(0), LAYOUT, "distance")["distance"]
+    np.testing.assert_array_equal(np.delete(after, slice(4, 8), 0), np.delete(before, slice(4, 8), 0))
+    np.testing.assert_allclose(after[:, 0], right, rtol=1e-6)
+    assert (store.read_metric("js_divergence")[0][4:8, 0] > 0.01).all()
+    assert (store.read_metric("js_divergence")[0][:4, 0] == 0).all()
+    assert verify(path) == []
