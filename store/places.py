@@ -7,7 +7,7 @@ from pathlib import Path
 
 from store.local import LocalStorage
 from store.removal import schema_of
-from store.schema import LEDGER_FILES, MARK, SCHEMA, DamagedStoreError, StoreError, ledger_name
+from store.schema import LEDGER_FILES, MARK, RECORD_BEGINS, SCHEMA, DamagedStoreError, StoreError, ledger_name
 from store.storage import Location, Storage, location_of
 
 __all__ = ["containing_store", "require_place", "storage_at"]

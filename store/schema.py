@@ -21,6 +21,7 @@ from typing import Any
 __all__ = [
     "LEDGER_FILES",
     "MARK",
+    "RECORD_BEGINS",
     "SCHEMA",
     "STORE_FILES",
     "DamagedStoreError",
@@ -46,6 +47,7 @@ LEDGER_FILES = (
     r"lock|(?:(?:metadata|manifest|complete|batch_\d{6,})|metrics/[^/]+/[0-9a-f]{16}/(?:metadata|batch_\d{6,}))"
     r"\.json(?:\.partial)?"
 )
+RECORD_BEGINS = (b'{"checksum": "', b'{"capture": "')  # with the metadata's record and with any other
 
 _METRIC_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
