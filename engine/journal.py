@@ -1,10 +1,13 @@
 """`run.jsonl`: what was done, from which inputs, with which result; a stage whose inputs did not change is skipped.
 
-One JSON object a line, appended and synced. A line torn by a kill is the last one, and is passed over.
+It is also the one record of what each stage left: whoever reads another stage's files asks it whether they are still
+what that stage wrote. One JSON object a line, appended and synced, each with a checksum of itself: a line that a kill
+tore or a fault changed is named and counts as not written, so its stage is done again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.progress import say
-from train.parallel import Workers
+from train.checkpoint import write_atomically
+from train.errors import DamagedFileError, InputError
 
 __all__ = ["Journal", "digest", "digest_path"]
+
+SEAL = "sha256"
+"""The key of a line that holds the hash of the others."""
 
 
 def digest(value: Any) -> str:
@@ -32,8 +39,8 @@ def digest_path(path: Path) -> str:
     its files: reading all maps again at every start would take longer than the stage that they save.
     """
     if path.is_file():
-        with open(path, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        of = path.stat()
+        return _file_digest(path, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns)
     if not path.is_dir():
         return ""
     ledger = path.with_suffix(".ledger")
@@ -55,6 +62,13 @@ def digest_path(path: Path) -> str:
     return total.hexdigest()
 
 
+@functools.lru_cache(maxsize=100_000)
+def _file_digest(path: Path, *state: int) -> str:
+    """sha256 of a file; a file whose inode, size and times are those of the last time is not read twice."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 class Journal:
     """The stages of one outputs folder.
 
@@ -62,20 +76,40 @@ class Journal:
     done already and keeps the journal.
 
     Args:
-        path: the `run.jsonl`; made when the first stage ends.
+        path: the `run.jsonl`; made when the first stage ends, read when something is first asked of it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # the torn last line of a killed run: its stage is simply done again
-                if record.get("event") == "done":
-                    self._last[record["stage"]] = record
+        self._whole = True  # whether the file holds sound lines only
+        self._left_out: set[Path] = set()
+
+    @functools.cached_property
+    def _records(self) -> list[dict[str, Any]]:
+        """The sound lines, in order."""
+        if not self.path.is_file():
+            return []
+        content = self.path.read_bytes()
+        records, damaged = [], []
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+                sound = record.pop(SEAL) == digest(record)
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                sound = False
+            if sound:
+                records.append(record)
+            else:
+                damaged.append(str(number))
+        self._whole = not damaged and content.endswith(b"\n")
+        if damaged:
+            say(
+                f"{self.path}: line {', '.join(damaged)} is damaged, torn by a kill or of an earlier version, and "
+                "counts as not written; a study does what it recorded again"
+            )
+        return records
 
     def stage(
         self,
@@ -98,6 +132,8 @@ class Journal:
         Returns:
             a hash of the outputs, an input for the stages that follow.
         """
+        from train.parallel import Workers  # lazy: it loads torch, which a reader of the record does not need
+
         workers = Workers.current()
         before = workers.tell(self.done(name, inputs, outputs) if workers.first else None)
         if before is not None:
@@ -120,44 +156,127 @@ class Journal:
         """Run `work` and keep the record of it."""
         began = time.perf_counter()
         note = work()
-        left = {self._name(path, self.path.parent): digest_path(path) for path in outputs}
         seconds = time.perf_counter() - began
-        record = {
-            "event": "done",
-            "stage": name,
-            "key": digest(inputs),
-            "seconds": round(seconds, 3),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "outputs": left,
-            **(note or {}),
-        }
-        self._append(record)
-        self._last[name] = record
+        left = self._record("done", name, inputs, outputs, seconds=round(seconds, 3), **(note or {}))
         say(f"{name}: {seconds:.1f} s")
-        return digest(left)
+        return left
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file that is no stage's own, whole, and record it; nothing where it lies there so already."""
+        name, inputs = self._name(path), {"content": hashlib.sha256(content).hexdigest()}
+        if self.done(name, inputs, [path]) is None:
+            write_atomically(path, content)
+            self._record("written", name, inputs, [path])
 
     def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> str | None:
         """The hash of the outputs, if the stage was done with these inputs and they are as it left them."""
-        last = self._last.get(name)
+        last = self._last(name)
         if last is None or last["key"] != digest(inputs):
             return None
-        found = {self._name(path, self.path.parent): digest_path(path) for path in outputs}
+        found = self._found(outputs)
+        changed = [path for path, sha256 in last["outputs"].items() if found.get(path) != sha256]
+        if changed:
+            say(f"{name}: {changed[0]} {_fault(found.get(changed[0]))}, so it is done again")
         return digest(found) if found == last["outputs"] and all(found.values()) else None
 
     def seconds(self, name: str) -> float | None:
         """How long the stage took when it was last done."""
-        record = self._last.get(name)
-        return None if record is None else float(record["seconds"])
+        return self.stage_seconds().get(name)
 
-    @staticmethod
-    def _name(path: Path, base: Path) -> str:
+    def stage_seconds(self) -> dict[str, float]:
+        """How long each stage took when it was last done, in the order in which they were first done."""
+        return {record["stage"]: float(record["seconds"]) for record in self._records if record["event"] == "done"}
+
+    # ------------------------------------------------------------------------------------ for those who read its files
+
+    def usable(self, path: Path) -> bool:
+        """Whether a file or folder may be read: what a stage left and is as it left it.
+
+        What no stage recorded is left out, and said once. A folder without a journal was not made by a study: there,
+        whatever exists may be read.
+
+        Raises:
+            DamagedFileError: something of it is missing, or is not what its stage wrote; what to do is said.
+        """
+        if not self.path.is_file():
+            return path.exists()
+        recorded = self._recorded(path)
+        for name, (sha256, stage) in recorded.items():
+            if (found := digest_path(self.path.parent / name)) != sha256:
+                raise DamagedFileError(
+                    f"{self.path.parent / name} {_fault(found)} (stage {stage}); {self._remedy(stage)}"
+                )
+        if not recorded and path.exists() and path not in self._left_out:
+            self._left_out.add(path)
+            say(f"{path} is left out: {self.path.name} has no record of it")
+        return bool(recorded)
+
+    def require(self, path: Path) -> None:
+        """As `usable`, for a file without which nothing can be said.
+
+        Raises:
+            InputError: also when it is not there, or no stage recorded it.
+        """
+        if self.path.is_file() and not self._recorded(path):
+            raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(self._name(path))}")
+        self.usable(path)
+
+    def _recorded(self, path: Path) -> dict[str, tuple[str, str]]:
+        """Name → (hash, stage) of what is `path` or lies in it, by the newest record of each stage."""
+        newest = {record["stage"]: record for record in self._records}
+        name = self._name(path)
+        return {
+            output: (sha256, stage)
+            for stage, record in newest.items()
+            for output, sha256 in record["outputs"].items()
+            if output == name or output.startswith(f"{name}/")
+        }
+
+    def _remedy(self, stage: str) -> str:
+        outputs = self.path.parent
+        if stage == "study.toml":
+            return f"to go on with it as it is now, give it on purpose: --config {outputs / stage}"
+        command = "relevance" if stage == "relevance" else "stats"
+        return f"make it again: python -m engine.run {command} --outputs {outputs}"
+
+    # -------------------------------------------------------------------------------------------------- the records
+
+    def _last(self, name: str) -> dict[str, Any] | None:
+        return next((record for record in reversed(self._records) if record["stage"] == name), None)
+
+    def _found(self, outputs: Sequence[Path]) -> dict[str, str]:
+        return {self._name(path): digest_path(path) for path in outputs}
+
+    def _name(self, path: Path) -> str:
+        base = self.path.parent
         return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        # A kill can leave a line without its end; the next record must not be glued to it.
-        torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + line)
-            file.flush()
-            os.fsync(file.fileno())
+    def _record(self, event: str, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], **more: Any) -> str:
+        """Append a line, synced; damaged lines are dropped on the way. Returns the hash of the outputs."""
+        record = {
+            "event": event,
+            "stage": name,
+            "key": digest(inputs),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "outputs": self._found(outputs),
+            **more,
+        }
+        self._records.append(record)
+        if self._whole:
+            with open(self.path, "ab") as file:
+                file.write(_line(record))
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            write_atomically(self.path, b"".join(map(_line, self._records)))
+            self._whole = True
+        return digest(record["outputs"])
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    sealed = {**record, SEAL: digest(record)}
+    return (json.dumps(sealed, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _fault(found: str | None) -> str:
+    return "is not as it was written: edited, damaged or put in its place" if found else "is missing"

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
+from engine.journal import Journal
 from train.checkpoint import write_atomically
 from train.errors import InputError
 
@@ -15,11 +16,18 @@ __all__ = ["OutputsFolder", "resolve_device", "write_json"]
 
 
 class OutputsFolder(AbstractContextManager[None]):
-    """The outputs folder, made, written to and locked; a second process is told to wait."""
+    """The outputs folder, made, written to and locked; a second process is told to wait.
 
-    def __init__(self, outputs: Path, study: str) -> None:
+    Args:
+        outputs: the folder.
+        study: the configuration of this run, which becomes `study.toml`.
+        journal: of the folder; it records `study.toml`, so that a change of it by anything else is noticed.
+    """
+
+    def __init__(self, outputs: Path, study: str, journal: Journal) -> None:
         self._outputs = outputs
         self._study = study
+        self._journal = journal
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> None:
@@ -38,7 +46,7 @@ class OutputsFolder(AbstractContextManager[None]):
                 f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
             ) from error
         (self._outputs / "metrics").mkdir(exist_ok=True)
-        write_atomically(self._outputs / "study.toml", self._study.encode())
+        self._journal.write(self._outputs / "study.toml", self._study.encode())
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:

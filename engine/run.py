@@ -32,6 +32,7 @@ class Command:
     Args:
         help: what it does.
         run: does it, and returns the exit code.
+        uses: sections and keys of the configuration that it reads; a flag of another is refused, not ignored.
         flags: short flag -> configuration key.
         positional: the file it may name.
         shared: torchrun's processes divide its work; otherwise the first one does it.
@@ -41,11 +42,23 @@ class Command:
 
     help: str
     run: Callable[[StudyConfig, argparse.Namespace], int]
+    uses: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
     positional: str = ""
     shared: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+
+    def reads(self, key: str) -> bool:
+        """Whether a key of the configuration changes anything that it does; where outputs go, and on which device, does
+        everywhere.
+        """
+        named = (*self.uses, *self.flags.values(), "outputs", "device")
+        return key in named or (key not in _OF_ONE_STORE and key.partition(".")[0] in named)
+
+
+# Keys that only a command with a flag of its own for them reads.
+_OF_ONE_STORE = ("capture.store", "measure.store", "measure.against")
 
 
 def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
@@ -130,17 +143,23 @@ def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
+_TRAINING = ("model", "data", "pretrain", "train", "conditions")
+_STATISTICS = ("capture", "measure", "statistics")
 _COMPARE_CONDITIONS = {name: {"recipe": "checkpoint", "checkpoint": ""} for name in ("baseline", "finetuned")}
 _ALL_IMAGES = {"data.kind": "folder", "data.split": "all"}
 
 COMMANDS: dict[str, Command] = {
     "study": Command(
-        "train the conditions, capture, measure, test and report (the default)", _stages("report"), shared=True
+        "train the conditions, capture, measure, test and report (the default)",
+        _stages("report"),
+        (*_TRAINING, *_STATISTICS, "relevance"),
+        shared=True,
     ),
-    "train": Command("the study up to the trained checkpoints", _stages("train"), shared=True),
+    "train": Command("the study up to the trained checkpoints", _stages("train"), _TRAINING, shared=True),
     "compare": Command(
         "two checkpoints of one model on a folder of images, through the same stages",
         _stages("report"),
+        ("model", "data", "train.seeds", "conditions", *_STATISTICS, "relevance"),
         shared=True,
         flags={"--baseline": "conditions.baseline.checkpoint", "--finetuned": "conditions.finetuned.checkpoint"},
         defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS, "train.seeds": ["0"]},
@@ -149,6 +168,7 @@ COMMANDS: dict[str, Command] = {
     "capture": Command(
         "one model's attention on a folder of images, into a store",
         _capture,
+        ("model", "data", "capture", "measure.metrics", "measure.backend"),
         shared=True,
         flags={
             "--store": "capture.store",
@@ -161,6 +181,7 @@ COMMANDS: dict[str, Command] = {
     "measure": Command(
         "metrics of a stored capture; needs neither model nor images",
         _measure,
+        ("measure",),
         flags={
             "--store": "measure.store",
             "--metrics": "measure.metrics",
@@ -180,6 +201,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command(
         "a store of the attention in an HDF5 file of your own: [image, head, query, key] a layer",
         _import,
+        ("hdf5",),
         flags={
             "--hdf5": "hdf5.file",
             "--store": "capture.store",
@@ -190,12 +212,20 @@ COMMANDS: dict[str, Command] = {
         defaults={"data.kind": "folder"},
         required=("--hdf5", "--store"),
     ),
-    "stats": Command("the study up to the paired comparisons", _stages("statistics"), shared=True),
-    "relevance": Command("the study up to the relevance samples", _stages("relevance"), shared=True),
+    "stats": Command(
+        "the study up to the paired comparisons", _stages("statistics"), (*_TRAINING, *_STATISTICS), shared=True
+    ),
+    "relevance": Command(
+        "the study up to the relevance samples",
+        _stages("relevance"),
+        (*_TRAINING, *_STATISTICS, "relevance"),
+        shared=True,
+    ),
     "report": Command("figures, summary and page anew, from the tables and samples of an outputs folder", _report),
     "sweep": Command(
         "adapters of several ranks on a plain, a pruned and a binarised backbone, their hyper-parameters by Optuna",
         _sweep,
+        ("model", "data", "train", "sweep"),
         shared=True,  # it refuses several processes itself
         flags={"--init": "sweep.init"},
         defaults={"data.kind": "folder", "model.name": "resnet18", "train.epochs": "10"},
@@ -284,10 +314,14 @@ def _run(arguments: list[str]) -> int:
     )
     if name != "compare":
         conditions["dora"] = None
+    all_keys = [key for key, _ in config_keys(conditions)]
     parser, keys = _parser(name, command, list(conditions))
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         flag = unknown[0].split("=")[0]
+        key = flag.removeprefix("--")
+        if users := [other for other, c in COMMANDS.items() if key in all_keys and c.reads(key)]:
+            raise InputError(f"{name} makes no use of {flag}; give it to {', '.join(users)}")
         hint = nearest(flag, [*keys, "--config"]) if flag.startswith("-") else "; it stands behind no flag"
         raise InputError(f"{flag} is not a flag of {name}{hint}")
     given = {flag: getattr(parsed, flag) for flag in keys if getattr(parsed, flag) is not None}
@@ -302,12 +336,19 @@ def _run(arguments: list[str]) -> int:
 
 
 def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
-    """The study.toml an outputs folder was made with, for the commands that go on with a study that is there."""
-    if name in ("stats", "relevance", "report"):
-        own = Path(given.get("--outputs", StudyConfig.outputs)) / "study.toml"
-        if own.is_file():
-            return own
-    return None
+    """The study.toml an outputs folder was made with, for the commands that go on with a study that is there.
+
+    Raises:
+        InputError: it is not the one that the study wrote; an edited one is given with --config.
+    """
+    if name not in ("stats", "relevance"):
+        return None
+    from engine.journal import Journal
+
+    outputs = Path(given.get("--outputs", StudyConfig.outputs))
+    own = outputs / "study.toml"
+    Journal(outputs / "run.jsonl").require(own)
+    return own if own.is_file() else None
 
 
 def _parser(name: str, command: Command, conditions: list[str]) -> tuple[argparse.ArgumentParser, dict[str, str]]:
@@ -330,7 +371,7 @@ def _parser(name: str, command: Command, conditions: list[str]) -> tuple[argpars
         parser.add_argument(flag, dest=flag, metavar=key.rpartition(".")[2].upper(), help=f"the key {key}")
         keys[flag] = key
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for key, declared in config_keys(conditions):
+    for key, declared in ((key, declared) for key, declared in config_keys(conditions) if command.reads(key)):
         section = key.rpartition(".")[0] or "study"
         group = groups.setdefault(section, parser.add_argument_group(section))
         text = declared.metadata.get("help", "").replace("%", "%%")

@@ -111,7 +111,7 @@ class Study:
         self.journal.stage(
             "samples",
             {"data": self.data.digest, "rows": self.sample_rows, "version": __version__},
-            [samples / "images"],
+            [samples / "zarr.json", samples / "images"],
             lambda: start_samples(samples, self.data.test, self.sample_rows),
         )
         for run in self.runs:
@@ -294,7 +294,8 @@ class Study:
 
     def opened(self) -> AbstractContextManager[None]:
         """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
-        return OutputsFolder(self.outputs, study_toml(self.config)) if first_process() else nullcontext()
+        toml = study_toml(self.config)
+        return OutputsFolder(self.outputs, toml, self.journal) if first_process() else nullcontext()
 
     def _store_path(self, run: Run) -> Path:
         return self.outputs / "captures" / f"{run.name}.zarr"

@@ -54,8 +54,8 @@ def run_sweep(config: StudyConfig) -> Path:
     outputs = Path(config.outputs)
     device = resolve_device(config.device)
     folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
-    with OutputsFolder(outputs, study_toml(config)):
-        journal = Journal(outputs / "run.jsonl")
+    journal = Journal(outputs / "run.jsonl")
+    with OutputsFolder(outputs, study_toml(config), journal):
         data = prepare_data(config, outputs, journal, device=device)
         plan = _plan(config, data, folder, outputs, device)
         results = []

@@ -123,13 +123,18 @@ def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
 
     The CSV is long: one row a (condition, seed, image, layer, head), one column a metric (`metric[region]`).
     """
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
     from store.hdf5 import write_table as write_hdf5
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
     partial = paths[0].with_name(".attention_metrics.zarr.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    table.to_zarr(partial, mode="w", zarr_format=3, consolidated=False)
+    codecs = {"compressors": [ZstdCodec(), Crc32cCodec()]}  # of coordinates too: every reader notices damage
+    table.to_zarr(
+        partial, mode="w", zarr_format=3, consolidated=False, encoding={str(name): codecs for name in table.variables}
+    )
     shutil.rmtree(paths[0], ignore_errors=True)
     os.replace(partial, paths[0])
     write_hdf5(table, paths[1])

@@ -17,7 +17,7 @@ from engine import __version__
 from engine.config import StudyConfig
 from engine.journal import Journal, digest, digest_path
 from train.augment import Augmentation
-from train.checkpoint import read_metadata, save_checkpoint, sidecar_path, write_atomically
+from train.checkpoint import read_metadata, save_checkpoint, sidecar_path
 from train.conditions import train_condition
 from train.data import DataSplits, ImageSet, Preprocessing
 from train.datasets import DataKind, build_manifest
@@ -361,16 +361,10 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
                 probe = path
     order = list(config.conditions)
     if Workers.current().first:
-        _write_training(results, order, outputs)
+        document = {name: results[name] for name in order}
+        content = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        journal.write(outputs / "metrics" / "training.json", content.encode())
     return sorted(runs, key=lambda run: order.index(run.condition))
-
-
-def _write_training(results: dict[str, dict[str, Any]], order: list[str], outputs: Path) -> None:
-    """`metrics/training.json`: what the report says of the training, conditions in the order of the configuration."""
-    document = {name: results[name] for name in order}
-    write_atomically(
-        outputs / "metrics" / "training.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
-    )
 
 
 def shared_hyperparameters(config: StudyConfig) -> Hyperparameters:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["read_table", "write_table"]
 
 _ORDER = "variable_order"
+_SEAL = b"sha256 of what follows these 512 bytes: "
+_SEAL_BYTES = 512  # HDF5's user block, which its readers pass over
 _JSON = "json_attributes"  # names of attributes kept as JSON, for HDF5 attributes hold no lists or dicts
 
 
 def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
     """Write a dataset as one HDF5 file: a dataset a variable, coordinates as dimension scales.
 
-    The file appears under its name only when it is whole. Chunks are gzipped and carry a Fletcher-32 checksum.
+    The file appears under its name only when it is whole. Chunks are gzipped and carry a Fletcher-32 checksum, which
+    every reader checks; its user block holds the sha256 of everything behind it, which `read_table` checks.
 
     Args:
         dataset: numbers, booleans and strings; dimensions of any names.
@@ -40,7 +44,7 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     partial = target.with_name(target.name + PARTIAL)
     try:
-        with h5py.File(partial, "w") as file:
+        with h5py.File(partial, "w", userblock_size=_SEAL_BYTES) as file:
             _set_attributes(file, dataset.attrs)
             file.attrs[_ORDER] = json.dumps({"coords": list(map(str, dataset.coords)), "data": list(map(str, dataset))})
             for name, variable in dataset.variables.items():
@@ -51,7 +55,11 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
                     if dim in dataset.coords and dim != name:
                         file[str(name)].dims[axis].attach_scale(file[str(dim)])
             file.flush()
-        with open(partial, "rb") as written:
+        with open(partial, "r+b") as written:
+            seal = _seal(written)
+            written.seek(0)
+            written.write(seal)
+            written.flush()
             os.fsync(written.fileno())
         os.replace(partial, target)
         sync_directory(target.absolute().parent)
@@ -71,9 +79,14 @@ def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
     import xarray
 
     try:
+        # Before HDF5 opens it: the library may end the process on a damaged file.
+        with open(path, "rb") as written:
+            seal = written.read(_SEAL_BYTES)
+            if not seal.startswith(_SEAL):
+                raise StoreError(f"{path} was not written by write_table: it does not begin with {_SEAL.decode()!r}")
+            if not seal.startswith(_seal(written)):
+                raise StoreError(f"{path} is damaged: its bytes are not the ones that were written")
         with h5py.File(path, "r") as file:
-            if _ORDER not in file.attrs:
-                raise StoreError(f"{path} was not written by write_table: it has no attribute {_ORDER!r}")
             order = json.loads(file.attrs[_ORDER])
             variables = {name: _read_variable(file[name]) for name in [*order["coords"], *order["data"]]}
             coords = {name: variables[name] for name in order["coords"]}
@@ -81,6 +94,12 @@ def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
             return xarray.Dataset(data, coords, _get_attributes(file))
     except (OSError, KeyError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _seal(file: IO[bytes]) -> bytes:
+    """What the user block begins with: the sha256 of everything behind the block."""
+    file.seek(_SEAL_BYTES)
+    return _SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()  # type: ignore[arg-type]
 
 
 def _write_variable(file: Any, name: str, variable: xarray.Variable) -> None:

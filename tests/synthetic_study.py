@@ -19,6 +19,7 @@ import xarray as xr
 import zarr
 from PIL import Image
 
+from engine.journal import Journal
 from engine.report.comparison import comparison_document
 from engine.report.inputs import load_results
 from engine.report.page import render_page
@@ -57,8 +58,12 @@ def build_study(
     permutations: int = 499,
     equivalence: Mapping[str, float] | None = None,
     measured_heads: Sequence[int] | None = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a whole study's tables below `outputs` and returns it. `effect` 0 is a study in which nothing differs."""
+    """Writes a whole study's tables below `outputs` and returns it. `effect` 0 is a study in which nothing differs.
+
+    There is no `run.jsonl`, so that a test may change the files; `record_stages` adds one.
+    """
     random = np.random.default_rng(20)
     (outputs / "metrics").mkdir(parents=True)
     if not regions:
@@ -71,7 +76,8 @@ def build_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's remark that string arrays have no specification yet
         table.to_zarr(outputs / "metrics/attention_metrics.zarr", mode="w", zarr_format=3, consolidated=False)
-    analyses = analyse(table, against=conditions[0], permutations=permutations, bootstrap=60, equivalence=equivalence)
+    settings: dict[str, Any] = {"permutations": permutations, "bootstrap": 60, "equivalence": equivalence}
+    analyses = analyse(table, against=conditions[0], **(settings | dict(statistics or {})))
     tests = analyses.pop("tests")
     comparison = comparison_document(table, tests, analyses)
     comparison["controls"] = _controls(controls_hold)
@@ -103,12 +109,24 @@ def build_study(
         + "".join(f"{metric} = {bound}\n" for metric, bound in (equivalence or {}).items()),
         encoding="utf-8",
     )
-    lines = [
-        {"stage": "capture", "event": "done", "seconds": 11.5},
-        {"stage": "measure", "event": "done", "seconds": 2.25},
-        {"stage": "report", "event": "done", "seconds": 3.0},
-    ]
-    (outputs / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return outputs
+
+
+def record_stages(outputs: Path) -> Path:
+    """Writes the `run.jsonl` of a study whose stages left what lies in the folder."""
+    journal = Journal(outputs / "run.jsonl")
+    journal.write(outputs / "study.toml", (outputs / "study.toml").read_bytes())
+    journal.write(outputs / "metrics/training.json", (outputs / "metrics/training.json").read_bytes())
+    samples = outputs / "samples.zarr"
+    stages = {"samples": [samples / "zarr.json", samples / "images"]}
+    stages |= {f"capture {run.name}": [run] for run in sorted(samples.glob("*_seed*"))}
+    stages |= {
+        "measure": [outputs / "metrics/attention_metrics.zarr"],
+        "statistics": [outputs / "metrics/attention_comparison.json"],
+        "relevance": [outputs / "visualizations/gradcam_samples"],
+    }
+    for name, left in stages.items():
+        journal.stage(name, {}, left, lambda: None)
     return outputs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.journal import Journal, digest_path
+from train.errors import DamagedFileError, InputError
 
 
 def run(folder: Path, inputs: dict[str, int], ran: list[dict[str, int]]) -> str:
@@ -49,6 +50,122 @@ def test_a_torn_line_is_passed_over_and_not_glued_to(tmp_path: Path) -> None:
     run(tmp_path, {"a": 2}, ran)
     run(tmp_path, {"a": 2}, ran)
     assert len(ran) == 2
+
+
+def records(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_no_flipped_bit_of_the_journal_is_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bit of every byte of two lines: what is read then are lines as they were written; what is not is named."""
+    ran: list[dict[str, int]] = []
+    run(tmp_path, {"a": 1}, ran)
+    run(tmp_path, {"a": 2}, ran)
+    path = tmp_path / "run.jsonl"
+    content = path.read_bytes()
+    written = Journal(path)._records
+    flipped = tmp_path / "flipped" / "run.jsonl"
+    flipped.parent.mkdir()
+    capsys.readouterr()
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << 5 * position % 8
+        flipped.write_bytes(changed)
+        read = Journal(flipped)._records
+        assert all(record in written for record in read), position
+        assert ("is damaged" in capsys.readouterr().out) == (read != written), position
+
+
+@pytest.mark.parametrize(
+    "line", [b"[]", b"{}", b"3", b"null", b'{"event": "done", "stage": "make"}', b"\xff\xfe", b"["]
+)
+def test_a_line_that_is_no_record_is_named_and_dropped(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[dict[str, int]] = []
+    run(tmp_path, {"a": 1}, ran)
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    capsys.readouterr()
+    run(tmp_path, {"a": 1}, ran)
+    told = capsys.readouterr().out
+    assert "run.jsonl: line 1 is damaged" in told
+    assert "make: done already" in told
+    run(tmp_path, {"a": 2}, ran)
+    assert [record["stage"] for record in records(path)] == ["make", "make"]
+    capsys.readouterr()
+    assert Journal(path).seconds("make") is not None
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_not_as_its_stage_wrote_it_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Edited, swapped, rolled back, copied from elsewhere, missing: each is named, with the stage and a way out."""
+    journal = Journal(tmp_path / "run.jsonl")
+    one, two = tmp_path / "one.json", tmp_path / "in" / "two"
+    two.mkdir(parents=True)
+
+    def work() -> None:
+        one.write_text("1")
+        (two / "a").write_text("2")
+
+    journal.stage("statistics", {}, [one, two], work)
+    assert journal.usable(one)
+    assert journal.usable(two)
+    assert journal.usable(tmp_path / "in"), "what lies in it is recorded"
+    (two / "a").write_text("1")
+    with pytest.raises(
+        DamagedFileError, match=r"in/two is not as it was written.*\(stage statistics\).*run stats --outp"
+    ):
+        Journal(journal.path).usable(tmp_path / "in")
+    one.unlink()
+    with pytest.raises(DamagedFileError, match=r"one\.json is missing \(stage statistics\)"):
+        journal.require(one)
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text("1")
+    capsys.readouterr()
+    assert not journal.usable(foreign)
+    assert not journal.usable(foreign)
+    assert capsys.readouterr().out.count("foreign.json is left out") == 1
+    with pytest.raises(InputError, match="has no record of it"):
+        journal.require(foreign)
+    journal.path.unlink()
+    assert Journal(journal.path).usable(foreign), "a folder that no study made"
+    assert not Journal(journal.path).usable(one)
+
+
+def test_only_the_newest_record_of_a_stage_counts(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.jsonl")
+    old, new = tmp_path / "lrp", tmp_path / "generic"
+
+    def relevance(path: Path, content: str) -> None:
+        def work() -> None:
+            path.write_text(content)
+
+        journal.stage("relevance", {"content": content}, [path], work)
+
+    relevance(old, "maps")
+    relevance(new, "other maps")
+    assert not journal.usable(old), "left over from a run before"
+    assert journal.usable(new)
+    before = journal.path.read_bytes()
+    relevance(new, "newer maps")
+    journal.path.write_bytes(before)  # an older journal: it knows nothing of the newer file
+    with pytest.raises(DamagedFileError, match="generic is not as it was written"):
+        Journal(journal.path).usable(new)
+
+
+def test_a_file_of_no_stage_is_written_when_it_is_not_there_so(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.jsonl")
+    path = tmp_path / "study.toml"
+    for _ in range(2):
+        journal.write(path, b"a = 1")
+    assert len(records(journal.path)) == 1
+    path.write_bytes(b"a = 3")
+    with pytest.raises(DamagedFileError, match=r"give it on purpose: --config .*study\.toml"):
+        journal.usable(path)
+    journal.write(path, b"a = 1")
+    assert path.read_bytes() == b"a = 1"
+    assert journal.stage_seconds() == {}
 
 
 def test_a_failed_stage_is_not_done(tmp_path: Path) -> None:

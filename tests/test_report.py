@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_study import build_study, payload, small, texts
+from synthetic_study import build_study, payload, record_stages, small, texts
 
+from engine.journal import Journal
 from engine.report import viewer, write_report
 from engine.report.figures import render_figures
 from engine.report.inputs import load_results
@@ -27,7 +28,7 @@ HOSTILE = '<script>alert("x")</script>|`[a](b)`&amp;$x$\n# h'
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole study with its report written."""
-    outputs = build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=DRAWN)
+    outputs = record_stages(build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=DRAWN))
     write_report(outputs)
     return outputs
 
@@ -48,8 +49,9 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
     """In another process and another folder, with what the report itself logged added."""
     again = tmp_path / "elsewhere"
     shutil.copytree(study, again, ignore=shutil.ignore_patterns("figures", "summary.md", "report.html"))
+    Journal(again / "run.jsonl").stage("report", {}, [], lambda: None)
     with (again / "run.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"stage": "report", "event": "done", "seconds": 9}\n{"stage": "capture", "event": "skipped"}\n{"sta')
+        log.write('{"event": "done", "stage": "mea')
     code = f"from engine.report import write_report; write_report({str(again)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     for path in [study / "summary.md", study / "report.html", *(study / "visualizations/figures").iterdir()]:

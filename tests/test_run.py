@@ -84,6 +84,17 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         (["--config", "absent.toml"], "there is no configuration file absent.toml"),
         (["--measure.metrics", "entropi"], "no metric is called 'entropi'; did you mean 'entropy'?"),
         (["--measure.metrics", "js_divergence"], "js_divergence compares two captures"),
+        (
+            ["report", "--statistics.alpha", ".01"],
+            "report makes no use of --statistics.alpha; give it to study",
+        ),
+        (
+            ["train", "--statistics.confidence", "0.5"],
+            "train makes no use of --statistics.confidence; give it to study,",
+        ),
+        (["compare", "--train.epochs", "3"], "compare makes no use of --train.epochs; give it to study, train, stats,"),
+        (["study", "--capture.store", "s.zarr"], "study makes no use of --capture.store; give it to capture, import"),
+        (["verify", "s.zarr", "--sweep.trials=3"], "verify makes no use of --sweep.trials; give it to sweep"),
         (["compare"], "compare needs --baseline"),
         (["measure"], "measure needs --store"),
     ],
@@ -210,3 +221,21 @@ def test_a_second_run_in_the_same_folder_is_told_to_wait(tmp_path: Path, capsys:
         code, error = error_of(capsys, "--outputs", str(outputs))
     assert code == 2
     assert "another run is writing" in error
+
+
+def test_a_changed_study_toml_is_used_on_purpose_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`stats` goes on with the study.toml of its folder: the one that a study wrote there, or one that is given."""
+    from engine.journal import Journal
+
+    journal, own = Journal(tmp_path / "run.jsonl"), tmp_path / "study.toml"
+    journal.write(own, b"[statistics]\nconfidence = 0.95\n")
+    own.write_bytes(own.read_bytes().replace(b"0.95", b"0.15"))
+    for command in ("stats", "relevance"):
+        code, error = error_of(capsys, command, "--outputs", str(tmp_path))
+        assert code == 2
+        assert "study.toml is not as it was written: edited, damaged or put in its place (stage study.toml)" in error
+        assert f"--config {own}" in error
+    own.unlink()
+    code, error = error_of(capsys, "stats", "--outputs", str(tmp_path))
+    assert code == 2, "and not the embedded study in its place"
+    assert "study.toml is missing" in error

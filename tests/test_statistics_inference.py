@@ -341,8 +341,12 @@ class TestMoransInference:
 
 def test_everything_of_a_study_names_its_unit_and_family() -> None:
     results = analyse(small_table(shift=1.0), permutations=49, bootstrap=20, equivalence={"entropy": 0.5})
-    assert list(results) == ["tests", "trends", "clusters", "relations"]
+    assert list(results) == ["settings", "tests", "trends", "clusters", "relations"]
     assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert results["settings"] == {
+        **{"against": "baseline", "permutations": 49, "bootstrap": 20, "confidence": 0.95, "alpha": 0.05},
+        **{"power": 0.8, "equivalence": {"entropy": 0.5}, "cluster_alpha": 0.05, "seed": 0},
+    }
     for part in ("tests", "trends", "clusters"):
         assert results[part]
         assert all(entry["unit_of_inference"] and entry["family"] for entry in results[part])

@@ -162,6 +162,25 @@ def test_tables_survive_hdf5(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["table.h5"]
 
 
+def test_no_flipped_bit_of_an_hdf5_table_is_believed(tmp_path: Path) -> None:
+    """HDF5 has checksums of chunks alone: of strings, labels and attributes too, what is read is what was written."""
+    path = tmp_path / "table.h5"
+    write_table(table(), path)
+    content, written = path.read_bytes(), read_table(path)
+    for position in range(0, len(content), 131):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        if 110 < position < 512:  # the padding of the user block means nothing
+            xarray.testing.assert_identical(read_table(path), written)
+            continue
+        with pytest.raises(StoreError, match=r"is damaged|was not written by write_table"):
+            read_table(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(StoreError, match="is damaged"):
+        read_table(path)
+
+
 def test_plain_h5py_sees_dimension_scales(tmp_path: Path) -> None:
     write_table(table(), tmp_path / "table.h5")
     with h5py.File(tmp_path / "table.h5") as file:
@@ -190,10 +209,3 @@ def test_bad_tables_are_one_sentence(tmp_path: Path) -> None:
     h5py.File(tmp_path / "other.h5", "w").close()
     with pytest.raises(StoreError, match="was not written by write_table"):
         read_table(tmp_path / "other.h5")
-    flipped = bytearray(before)
-    with h5py.File(path) as file:
-        offset = file["distance"].id.get_chunk_info(0).byte_offset
-    flipped[offset + 20] ^= 4
-    path.write_bytes(flipped)
-    with pytest.raises(StoreError, match="cannot be read as a table"):
-        read_table(path)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from train.checkpoint import write_atomically
 from train.errors import InputError
 
 __all__ = ["write_report"]
@@ -28,7 +29,8 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
     Returns:
         The files written.
     Raises:
-        InputError: an input is missing, cannot be read or does not fit the others, or the folder cannot be written.
+        InputError: an input is missing, cannot be read, is not what its stage wrote (where there is a `run.jsonl`) or
+            does not fit the others, or the folder cannot be written.
     """
     # Lazy: the command line answers without xarray, matplotlib and jinja2.
     from engine.report.figures import render_figures
@@ -47,10 +49,8 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 def _replace(path: Path, content: bytes) -> Path:
     """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     with _writing(path):
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_atomically(path, content)
     return path
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from train.checkpoint import write_atomically
+
 __all__ = ["comparison_document", "write_comparison"]
 
 SCHEMA = 1
@@ -57,23 +59,8 @@ def write_comparison(path: str | os.PathLike[str], document: Mapping[str, Any]) 
     Raises:
         ValueError: the document holds NaN or infinity.
     """
-    path = Path(path)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(Path(path), text.encode("utf-8"))
 
 
 def _layer_means(condition: xr.Dataset) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import xarray as xr
 
-from engine.config import StatisticsConfig
+from engine.journal import Journal
 from engine.report.analyses import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
 from engine.report.kept import GradcamSample, Samples, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
@@ -43,12 +43,14 @@ class Results:
         table: dims (condition, seed, image, layer, head[, region]), one variable a metric.
         sites: layer -> module name, in depth order.
         analyses: tests, trends, clusters and relations.
+        settings: those that the tests and intervals were made with, as in `attention_comparison.json`.
+        journal: what the stages recorded of their files; a file is asked for there before it is read.
         controls, accuracy, data, undefined: as in `attention_comparison.json`.
         prefix_mass_warning: what capture had to say about prefix mass, or "".
         training: `training.json`, or None where nothing was trained.
         samples: None where no maps were kept.
         gradcam: pictures, in the order of their table.
-        study: `study.toml` parsed; study_text: as written ("" if there is none).
+        study: `study.toml` parsed, to be shown; study_text: as written ("" if there is none).
         stage_seconds: stage -> seconds of its last completed run, the report's own left out: a page that
             held it could not be rebuilt with the same bytes.
     """
@@ -57,6 +59,8 @@ class Results:
     table: xr.Dataset
     sites: tuple[str, ...]
     analyses: Analyses
+    settings: Mapping[str, Any]
+    journal: Journal
     controls: tuple[Mapping[str, Any], ...] = ()
     accuracy: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -102,20 +106,23 @@ class Results:
     @property
     def alpha(self) -> float:
         """Level below which an adjusted p-value counts as surviving."""
-        return float(self._statistics("alpha", StatisticsConfig().alpha))
+        return float(self.settings["alpha"])
 
     @property
     def power(self) -> float:
         """Power of the minimum detectable effects."""
-        return float(self._statistics("power", StatisticsConfig().power))
+        return float(self.settings["power"])
 
     @property
     def confidence(self) -> float:
         """Coverage of the intervals."""
-        return float(self._statistics("confidence", StatisticsConfig().confidence))
+        return float(self.settings["confidence"])
 
-    def _statistics(self, key: str, default: Any) -> Any:
-        return self.study.get("statistics", {}).get(key, default)
+    @property
+    def later_settings(self) -> Mapping[str, Any]:
+        """What `study.toml` says of the statistics now, where the results were made with something else."""
+        now = self.study.get("statistics", {})
+        return {key: now[key] for key, value in self.settings.items() if key in now and now[key] != value}
 
     def attribute(self, name: str) -> Mapping[str, Any]:
         """An attribute of the table that holds an object, kept as JSON text; a plain text is its `name`."""
@@ -186,6 +193,9 @@ def load_results(outputs: Path) -> Results:
     """
     if not outputs.is_dir():
         raise InputError(f"{outputs}: no such folder; expected the outputs folder of a study")
+    journal = Journal(outputs / RUN_LOG)
+    for needed in (METRICS_TABLE, COMPARISON):
+        journal.require(outputs / needed)
     table = _load_table(outputs / METRICS_TABLE)
     comparison = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
     if comparison.get("schema") != 1:
@@ -205,25 +215,29 @@ def load_results(outputs: Path) -> Results:
     analyses = load_analyses(comparison, outputs / COMPARISON)
     _check_names(analyses, table, outputs / COMPARISON)
     training = None
-    if (outputs / TRAINING).exists():
+    if journal.usable(outputs / TRAINING):
         training = load_json(outputs / TRAINING, "written by the train stage")
-    study, study_text = _load_study(outputs / STUDY)
+    study, study_text = _load_study(outputs / STUDY) if journal.usable(outputs / STUDY) else ({}, "")
+    stages = journal.stage_seconds()
+    stages.pop("report", None)
     return Results(
         outputs=outputs,
         table=table,
         sites=sites,
         analyses=analyses,
+        settings=_settings(comparison, outputs / COMPARISON),
+        journal=journal,
         controls=tuple(comparison.get("controls", ())),
         accuracy=comparison.get("accuracy") or {},
         data=comparison.get("data") or {},
         undefined=comparison.get("undefined") or {},
         prefix_mass_warning=_sentence(comparison.get("prefix_mass_warning")),
         training=training,
-        samples=load_samples(outputs / SAMPLES, table),
-        gradcam=tuple(load_gradcam(outputs / GRADCAM)),
+        samples=load_samples(outputs / SAMPLES, table, journal.usable),
+        gradcam=tuple(load_gradcam(outputs / GRADCAM)) if journal.usable(outputs / GRADCAM) else (),
         study=study,
         study_text=study_text,
-        stage_seconds=_load_stage_seconds(outputs / RUN_LOG),
+        stage_seconds=stages,
     )
 
 
@@ -269,31 +283,23 @@ def _check_names(analyses: Analyses, table: xr.Dataset, path: Path) -> None:
                     raise InputError(f"{where}.{axis} is {value}, which {METRICS_TABLE} has not")
 
 
+def _settings(comparison: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    settings = comparison.get("settings")
+    levels = ("alpha", "confidence", "power")
+    if not isinstance(settings, Mapping) or not all(isinstance(settings.get(name), float) for name in levels):
+        raise InputError(
+            f"{path}: does not say with which settings ({', '.join(levels)}) its tests and intervals were made; "
+            "run the comparison stage again"
+        )
+    return settings
+
+
 def _load_study(path: Path) -> tuple[dict[str, Any], str]:
-    if not path.exists():
-        return {}, ""
     try:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text), text
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot be read as TOML ({brief(error)})") from error
-
-
-def _load_stage_seconds(path: Path) -> dict[str, float]:
-    """Seconds of each stage's last completed run; a line torn by a kill ends the log."""
-    seconds: dict[str, float] = {}
-    if not path.exists():
-        return seconds
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a killed run may leave half a line; times are for information only
-        if not isinstance(entry, dict) or entry.get("event") == "skipped" or entry.get("stage") in (None, "report"):
-            continue
-        if isinstance(entry.get("seconds"), int | float):
-            seconds[str(entry["stage"])] = float(entry["seconds"])
-    return seconds
 
 
 def _sentence(value: Any) -> str:

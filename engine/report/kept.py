@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ class Samples:
     logits: Mapping[tuple[str, int], np.ndarray]
 
 
-def load_samples(path: Path, table: xr.Dataset) -> Samples | None:
-    if not path.exists():
+def load_samples(path: Path, table: xr.Dataset, usable: Callable[[Path], bool]) -> Samples | None:
+    """The kept maps of the table's runs; `usable` says of a file or folder whether it may be read."""
+    if not usable(path):
         return None
     try:
         root = zarr.open_group(path, mode="r")
@@ -76,7 +78,7 @@ def load_samples(path: Path, table: xr.Dataset) -> Samples | None:
         for condition in (str(name) for name in table["condition"].values):
             for seed in (int(value) for value in table["seed"].values):
                 name = f"{condition}_seed{seed}"
-                if name not in root:
+                if not usable(path / name):
                     continue
                 group = root[name]
                 assert isinstance(group, zarr.Group)
@@ -102,6 +104,8 @@ def load_samples(path: Path, table: xr.Dataset) -> Samples | None:
             runs=runs,
             logits=logits,
         )
+    except InputError:
+        raise
     except Exception as error:  # zarr and the codecs share no base class
         raise InputError(
             f"{path}: cannot be read as the sample maps that capture keeps ({brief(error)}); run capture again"
@@ -112,25 +116,28 @@ def load_gradcam(folder: Path) -> Iterator[GradcamSample]:
     table = folder / "gradcam_samples.csv"
     if not table.exists():
         return
-    with table.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
+    try:
+        rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"), newline=""), restval="", strict=True)
         missing = {"file", "image", "condition", "target"} - set(rows.fieldnames or ())
-        if missing:
-            raise InputError(f"{table}: has no column {sorted(missing)[0]}; run the relevance stage again")
-        for row in rows:
-            file = folder / row["file"]
-            if file.resolve().parent != folder.resolve():
-                raise InputError(f"{table}: names {row['file']!r}, which does not lie beside it")
-            if not file.is_file():
-                raise InputError(f"{file}: not found, though {table.name} lists it; run the relevance stage again")
-            yield GradcamSample(
-                file=file,
-                image=row["image"],
-                condition=row["condition"],
-                target=row["target"],
-                role=row.get("role") or "",
-                probability=_number(row.get("probability") or None),
-            )
+        entries = [(row, _number(row.get("probability") or None)) for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read ({brief(error)}); run the relevance stage again") from error
+    if missing:
+        raise InputError(f"{table}: has no column {sorted(missing)[0]}; run the relevance stage again")
+    for row, probability in entries:
+        file = folder / row["file"]
+        if file.resolve().parent != folder.resolve():
+            raise InputError(f"{table}: names {row['file']!r}, which does not lie beside it")
+        if not file.is_file():
+            raise InputError(f"{file}: not found, though {table.name} lists it; run the relevance stage again")
+        yield GradcamSample(
+            file=file,
+            image=row["image"],
+            condition=row["condition"],
+            target=row["target"],
+            role=row.get("role") or "",
+            probability=probability,
+        )
 
 
 def _number(value: Any) -> float | None:

@@ -57,7 +57,7 @@ def load_relevance(results: Results) -> Relevance | None:
         InputError: the file cannot be read or has another schema.
     """
     path = results.outputs / RELEVANCE
-    if not path.exists():
+    if not results.journal.usable(path):
         return None
     document = load_json(path, "written by the relevance stage")
     if document.get("schema") != 1:
@@ -274,7 +274,8 @@ def _panels(results: Results) -> list[dict[str, str]]:
     """The first panel of each method, as far as the budget of a page goes; Grad-CAM has a section of its own."""
     panels, used = [], 0
     folder = results.outputs / PANELS
-    for method in sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+    methods = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for method in (name for name in methods if results.journal.usable(folder / name)):
         first = next(iter(sorted((folder / method).glob("*_panel.png"))), None)
         if first is not None and used + first.stat().st_size <= _PANEL_BUDGET:
             used += first.stat().st_size

@@ -26,7 +26,7 @@ def analyse(
     equivalence: Mapping[str, float] | None = None,
     cluster_alpha: float = 0.05,
     seed: int = 0,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Any]:
     """What a study says of its table: the parts of attention_comparison.json that are inference or description.
 
     Args:
@@ -34,12 +34,25 @@ def analyse(
             `compare_conditions`.
         cluster_alpha: as in `layer_clusters`.
     Returns:
-        `tests` (`compare_conditions`), `trends` (`layer_trend`), `clusters` (`layer_clusters`) and `relations`
-        (`cross_metric_correlation`); all empty with a single condition.
+        `settings` (the arguments: a reader of the results learns there how they were made), `tests`
+        (`compare_conditions`), `trends` (`layer_trend`), `clusters` (`layer_clusters`) and `relations`
+        (`cross_metric_correlation`); all but the settings are empty with a single condition.
     Raises:
         InputError: as `compare_conditions`.
     """
+    settings = {
+        "against": against,
+        "permutations": permutations,
+        "bootstrap": bootstrap,
+        "confidence": confidence,
+        "alpha": alpha,
+        "power": power,
+        "equivalence": dict(equivalence or {}),
+        "cluster_alpha": cluster_alpha,
+        "seed": seed,
+    }
     return {
+        "settings": settings,
         "tests": compare_conditions(
             table,
             against=against,
