@@ -85,7 +85,7 @@ class LocalStorage(Storage):
     def _read_if_there(self, file: str) -> bytes | None:
         try:
             return self.read(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     @contextlib.contextmanager
