@@ -17,7 +17,7 @@ import train.loop
 import train.state
 from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
-from train.checkpoint import read_checkpoint, state_digest
+from train.checkpoint import read_checkpoint, read_metadata, state_digest
 from train.conditions import TrainResult, train_condition
 from train.data import DataSplits, ImageSet
 from train.embedded import DigitScenes, prepare_digits
@@ -139,9 +139,7 @@ def test_the_same_inputs_give_the_same_bits(run: Callable[..., TrainResult], rec
     assert one.history == two.history
     assert len(one.history) == 2
     assert (one.merge_difference is None) == (recipe == "full")
-    assert one.checkpoint.with_suffix(".json").read_bytes() == two.checkpoint.with_suffix(".json").read_bytes().replace(
-        b"b.safetensors", b"a.safetensors"
-    )
+    assert read_metadata(one.checkpoint) == read_metadata(two.checkpoint) | {"file": "a.safetensors"}
     again = run("a", recipe=recipe)
     assert again.reused
     assert replace(again, seconds=0, reused=False) == replace(one, seconds=0)
