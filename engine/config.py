@@ -214,6 +214,9 @@ class Hdf5Config:
 
     __pydantic_config__ = _FORBID
     file: str = _key("", "export: the file to write; import: the file to read")
+    axes: tuple[Literal["image", "layer", "head", "query", "key"], ...] = _key(
+        (), "import: what the axes of its datasets are, in order, as in layer,image,head,query,key; empty: as it says"
+    )
     grid: tuple[Count, ...] = _key((), "import: rows and columns of patches, where the file does not say it")
     prefix_tokens: Natural = _key(1, "import: class and register tokens before the patches")
     patch_px: tuple[Count, ...] = _key((16, 16), "import: height and width of a patch in pixels")

@@ -199,12 +199,13 @@ COMMANDS: dict[str, Command] = {
         required=("--store", "--hdf5"),
     ),
     "import": Command(
-        "a store of the attention in an HDF5 file of your own: [image, head, query, key] a layer",
+        "a store of the attention in an HDF5 file of your own: a dataset [image, head, query, key] for each layer, …",
         _import,
         ("hdf5",),
         flags={
             "--hdf5": "hdf5.file",
             "--store": "capture.store",
+            "--axes": "hdf5.axes",
             "--grid": "hdf5.grid",
             "--encoding": "capture.encoding",
             "--batch-size": "capture.batch_size",

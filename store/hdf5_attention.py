@@ -1,7 +1,7 @@
 """Attention as HDF5: a store exported on request, and a user's own maps read batch by batch.
 
-file.h5     attrs: model, dataset, preprocessing, ... as JSON
-  attention/layer_00 [image, head, query, key]     attrs site, layer, layout (JSON)
+file.h5     attrs: schema; model, dataset, preprocessing, class_names, ... as JSON
+  attention/layer_00 [image, head, query, key]     attrs site, layer, layout (JSON), precision of the values
   images/{id, label}
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,15 +19,33 @@ from typing import Any
 
 import numpy as np
 
+from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.local import sync_directory
-from store.precisions import Array
+from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
-from store.schema import StoreError, layer_path
-from store.storage import PARTIAL
+from store.removal import is_unfinished, put, remove, unfinished
+from store.schema import MARK, StoreError, layer_path
 
-__all__ = ["AttentionFile", "Dataset", "export_attention"]
+__all__ = ["AttentionFile", "Dataset", "export_attention", "is_export"]
+
+SCHEMA = f"{MARK}-hdf5/1"
 
 _AXES = ("image", "head", "query", "key")
+# What an export's values were rounded to: a float32 dataset holds bfloat16's, too.
+_PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "qk": "float32"}
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file is one that `export_attention` wrote."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            # Exports had no schema once, but all of these.
+            earlier = {"model", "dataset", "preprocessing", "precision", "encoding", "code_version"}
+            return file.attrs.get("schema") == SCHEMA or ("attention" in file and earlier <= set(file.attrs))
+    except OSError:
+        return False
 
 
 def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: Callable[[int], None]) -> None:
@@ -38,11 +56,12 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
 
     Args:
         store: a complete one.
-        path: the file; replaced if it exists.
+        path: the file; an export that is there is replaced.
         done: called with the number of images after each batch.
 
     Raises:
-        StoreError: the store is incomplete, damaged or holds no attention, or the file cannot be written.
+        StoreError: the store is incomplete, damaged or holds no attention, the file cannot be written, or something
+            else lies there.
     """
     import h5py
 
@@ -50,11 +69,13 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
         missing = store.schema.num_images - int(store.committed_images.sum())
         raise StoreError(f"{store.path} lacks {missing} images; resume its capture before exporting it")
     target = Path(path)
-    partial = target.with_name(target.name + PARTIAL)
+    partial = unfinished(target)
     try:
         with h5py.File(partial, "w") as file:
+            file.attrs["schema"] = SCHEMA
             for name in ("model", "dataset", "preprocessing", "precision", "encoding", "code_version"):
                 file.attrs[name] = json.dumps(getattr(store.schema, name))
+            file.attrs["class_names"] = json.dumps(store.class_names)
             file["images/id"] = list(store.image_ids)
             file["images/label"] = store.labels
             datasets = [(layer.layer, _create(file, store, layer.layer)) for layer in store.schema.layers]
@@ -67,12 +88,12 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
             file.flush()
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(partial, target)
+        put(partial, target, is_export)
         sync_directory(target.absolute().parent)
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial, is_unfinished)
 
 
 def _create(file: Any, store: AttentionStore, layer: int) -> Any:
@@ -93,6 +114,7 @@ def _create(file: Any, store: AttentionStore, layer: int) -> Any:
     dataset.attrs["site"] = described.site
     dataset.attrs["layer"] = layer
     dataset.attrs["layout"] = json.dumps(described.layout)
+    dataset.attrs["precision"] = _PRECISIONS[store.schema.encoding]
     return dataset
 
 
@@ -102,8 +124,10 @@ class Dataset:
 
     Args:
         name: of the dataset, and the site unless it says another.
+        site: the module's name.
         heads, tokens: of its maps.
-        layout: `TokenLayout.to_dict()`, if the dataset has it as an attribute.
+        layout: the attribute `layout`, which ought to be `TokenLayout.to_dict()` as JSON; "" without one.
+        precision: that the values were rounded to, see `store.precisions`, if the dataset says it; or "".
         read: rows -> maps [image, head, query, key].
     """
 
@@ -111,26 +135,35 @@ class Dataset:
     site: str
     heads: int
     tokens: int
-    layout: dict[str, int | bool] | None
+    layout: str
+    precision: str
     read: Callable[[slice], Array]
 
 
 class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
-    """A user's HDF5 file of attention: a dataset [image, head, query, key] a layer, or one with `layer` behind `image`.
+    """A user's HDF5 file of attention, one or several datasets of four or five axes.
 
-    Datasets are taken in the order of their names, numbers in them counted as numbers.
+    A dataset without the axis `layer` is a layer, one without `image` is an image, and one without `head` has a single
+    head. Datasets are taken in the order of their names, numbers in them counted as numbers.
+
+    Args:
+        path: the file.
+        axes: their order in all datasets, of `AXES`; (): as dimension labels or scales say, or as alone fits.
 
     Attributes:
         path: the file.
-        image_ids: `images/id`, or image_000000, …
+        image_ids: `images/id`, or the names of datasets that are images, or image_000000, …
         labels: `images/label`, or −1.
+        class_names: of the labels, if they are known.
         layers: what was found, in depth order.
+        order: how the axes were taken and why, a sentence.
 
     Raises:
-        StoreError: no such file, not HDF5, no maps in it, or maps of other shapes than these (named).
+        StoreError: no such file, not HDF5, no maps in it, maps of unknown order or of shapes that do not fit, names or
+            labels that are none (each named).
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], axes: Sequence[str] = ()) -> None:
         import h5py
 
         self.path = Path(path)
@@ -139,13 +172,37 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read as HDF5: {error}") from error
         try:
-            self.layers = tuple(self._layers())
-            self.image_ids, self.labels = self._images()
+            found = self._found()
+            ids = self._numbered("images/id", read_names)
+            labels = self._numbered("images/label", lambda dataset: read_labels(dataset, read_class_names(self._file)))
+            self._axes, self.order = self._ordered(found, tuple(axes), ids, None if labels is None else labels[0])
+            self._check_shapes(found)
+            whole_images = "image" not in next(iter(self._axes.values()))
+            names = list(found) if whole_images else None
+            self.num_images = len(found) if whole_images else self._length(next(iter(found)), found, "image")
+            if whole_images and (ids is not None or labels is not None):
+                raise StoreError(
+                    f"{self.path}: each dataset is an image, so images/{'id' if ids else 'label'} cannot be "
+                    "matched with them; name the datasets as the images and leave it out"
+                )
+            self.image_ids = tuple(ids or names or (f"image_{row:06d}" for row in range(self.num_images)))
+            self.labels, self.class_names = labels or (np.full(self.num_images, -1, np.int64), [])
+            for what, length in (("images/id", len(self.image_ids)), ("images/label", len(self.labels))):
+                if length != self.num_images:
+                    raise StoreError(
+                        f"{self.path}: {what} has {length} entries for {self.num_images} images; expected one for "
+                        "each, or another order of axes (--axes)"
+                    )
+            self.layers = tuple(self._layers(found, whole_images))
+        except OSError as error:
+            self._file.close()
+            raise StoreError(f"{self.path} is damaged: {error}") from error
         except BaseException:
             self._file.close()
             raise
 
-    def _layers(self) -> Iterator[Dataset]:
+    def _found(self) -> dict[str, Any]:
+        """The datasets of four or five axes, in order."""
         import h5py
 
         found: dict[str, Any] = {}
@@ -160,64 +217,117 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
                 f"{self.path} holds no attention; expected a dataset [image, head, query, key] for each layer, or one "
                 "[image, layer, head, query, key]"
             )
-        self.num_images = next(iter(found.values())).shape[0]
-        for name in sorted(found, key=_natural):
-            dataset = found[name]
-            shape, kind = dataset.shape, dataset.dtype.kind
-            if kind != "f" or shape[-1] != shape[-2] or shape[0] != self.num_images or 0 in shape:
-                raise StoreError(
-                    f"{self.path}: {name} is {dataset.dtype} {shape}; expected post-softmax attention, floating point "
-                    f"[image, head, query, key] with {self.num_images} images and as many queries as keys"
-                )
-            if dataset.ndim == 4:
-                yield self._dataset(name, dataset, ())
-            else:
-                for layer in range(shape[1]):
-                    yield self._dataset(f"{name}[{layer}]", dataset, (layer,))
+        return {name: found[name] for name in sorted(found, key=_natural)}
 
-    def _dataset(self, name: str, dataset: Any, layer: tuple[int, ...]) -> Dataset:
-        layout = json.loads(dataset.attrs["layout"]) if "layout" in dataset.attrs else None
-        site = str(dataset.attrs.get("site", name))
-        heads, tokens = dataset.shape[-3:-1]
+    def _numbered(self, name: str, read: Callable[[Any], Any]) -> Any:
+        """What a dataset says of each image; None if there is no such dataset."""
+        import h5py
 
-        def checked(rows: slice) -> Array:
+        dataset = self._file.get(name)
+        if dataset is None:
+            return None
+        if not isinstance(dataset, h5py.Dataset):
+            raise StoreError(f"{self.path}: {name} is a group; expected a dataset with an entry for each image")
+        return read(dataset)
+
+    def _ordered(
+        self, found: dict[str, Any], given: tuple[str, ...], ids: Any, labels: Any
+    ) -> tuple[dict[str, tuple[str, ...]], str]:
+        """Each dataset's axes, and a sentence on them."""
+        axes = {name: given or labelled_axes(dataset) for name, dataset in found.items()}
+        reason = "as --axes says" if given else "by its dimension labels"
+        unstated = {name: found[name].shape for name, order in axes.items() if not order}
+        if unstated:
+            stated = next((len(entries) for entries in (ids, labels) if entries is not None), None)
             try:
-                maps = np.asarray(dataset[rows, *layer])
-            except OSError as error:
-                raise StoreError(f"{self.path}: {name} is damaged: {error}") from error
-            sums = maps.sum(axis=-1, dtype=np.float32)
-            wrong = np.argwhere(~(np.abs(sums - 1) <= ROW_SUM_TOLERANCE) | (maps < 0).any(axis=-1))
-            if wrong.size:
-                image, head, query = (int(number) for number in wrong[0])
+                fitting, reason = unstated_axes(unstated, stated)
+            except StoreError as error:
+                raise StoreError(f"{self.path}: {error}") from None
+            axes |= fitting
+        name, order = next(iter(axes.items()))
+        for other, theirs in axes.items():
+            if ("image" in theirs) != ("image" in order):
                 raise StoreError(
-                    f"{self.path}: {name} is no post-softmax attention: the row of image {rows.start + image}, head "
-                    f"{head}, query {query} sums to {sums[image, head, query]:.4g}; expected non-negative values that "
-                    f"sum to 1 within {ROW_SUM_TOLERANCE}"
+                    f"{self.path}: {name} has the axes {', '.join(order)}, and {other} {', '.join(theirs)}"
                 )
-            return maps
+        return axes, f"{name} is taken as [{', '.join(order)}], {reason}"
 
-        return Dataset(name, site, int(heads), int(tokens), layout, checked)
+    def _check_shapes(self, found: dict[str, Any]) -> None:
+        first = next(iter(found))
+        for name, dataset in found.items():
+            axes, kind = self._axes[name], dataset.dtype.name
+            if len(axes) != dataset.ndim:
+                raise StoreError(
+                    f"{self.path}: {name} has {dataset.ndim} axes, {dataset.shape}; --axes names {len(axes)}: "
+                    f"{','.join(axes)}"
+                )
+            same = ("image",) if "image" in axes else ("layer", "head", "query")
+            if (
+                kind not in ("float16", "float32", "float64")
+                or 0 in dataset.shape
+                or self._length(name, found, "query") != self._length(name, found, "key")
+                or any(self._length(name, found, axis) != self._length(first, found, axis) for axis in same)
+            ):
+                expected = ", ".join(f"{axis} {self._length(first, found, axis)}" for axis in same)
+                raise StoreError(
+                    f"{self.path}: {name} is {dataset.dtype} {dataset.shape}, taken as [{', '.join(axes)}]; expected "
+                    f"post-softmax attention, floats with as many queries as keys, and as in {first}: {expected}"
+                )
 
-    def _images(self) -> tuple[tuple[str, ...], Array]:
-        ids = tuple(f"image_{row:06d}" for row in range(self.num_images))
-        labels = np.full(self.num_images, -1, np.int64)
-        if "images/id" in self._file:
-            ids = tuple(str(name) for name in self._file["images/id"].asstr()[...])
-        if "images/label" in self._file:
-            labels = np.asarray(self._file["images/label"][...], dtype=np.int64)
-        for what, length in (("images/id", len(ids)), ("images/label", len(labels))):
-            if length != self.num_images:
-                raise StoreError(f"{self.path}: {what} has {length} entries for {self.num_images} images")
-        return ids, labels
+    def _length(self, name: str, found: dict[str, Any], axis: str) -> int:
+        axes = self._axes[name]
+        return int(found[name].shape[axes.index(axis)]) if axis in axes else 1
+
+    def _layers(self, found: dict[str, Any], whole_images: bool) -> Iterator[Dataset]:
+        first = next(iter(found))
+        if whole_images:  # layer `number` of every dataset
+            for number in range(self._length(first, found, "layer")):
+                yield self._dataset(f"layer_{number}", list(found.items()), number, found)
+            return
+        for name, dataset in found.items():
+            if "layer" not in self._axes[name]:
+                yield self._dataset(name, [(name, dataset)], 0, found)
+            else:
+                for number in range(self._length(name, found, "layer")):
+                    yield self._dataset(f"{name}[{number}]", [(name, dataset)], number, found)
+
+    def _dataset(self, name: str, sources: list[tuple[str, Any]], layer: int, found: dict[str, Any]) -> Dataset:
+        """One layer, of one dataset that holds it for all images, or of a dataset per image."""
+        first, dataset = sources[0]
+
+        def read(rows: slice) -> Array:
+            if "image" in self._axes[first]:
+                return self._maps(first, dataset, layer, rows)
+            return np.concatenate([self._maps(one, data, layer, slice(None)) for one, data in sources[rows]])
+
+        layout, precision = dataset.attrs.get("layout", ""), dataset.attrs.get("precision", "")
+        return Dataset(
+            name=name,
+            site=str(dataset.attrs.get("site", name)),
+            heads=self._length(first, found, "head"),
+            tokens=self._length(first, found, "query"),
+            layout=layout if isinstance(layout, str) else repr(layout),
+            precision=precision if precision in FLOATS else "",
+            read=read,
+        )
+
+    def _maps(self, name: str, dataset: Any, layer: int, rows: slice) -> Array:
+        """[image, head, query, key] of one layer, in the machine's byte order."""
+        axes = self._axes[name]
+        at = {"image": rows, "layer": layer}
+        try:
+            values = np.asarray(dataset[tuple(at.get(axis, slice(None)) for axis in axes)])
+        except OSError as error:
+            raise StoreError(f"{self.path}: {name} is damaged: {error}") from error
+        left = [axis for axis in axes if axis != "layer"]
+        values = values.transpose([left.index(axis) for axis in _AXES if axis in left])
+        missing = tuple(place for place, axis in enumerate(_AXES) if axis not in left)
+        return np.ascontiguousarray(np.expand_dims(values, missing), dtype=values.dtype.newbyteorder("="))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-# Of bfloat16 maps, the coarsest that come in practice.
-ROW_SUM_TOLERANCE = 1e-2
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -22,6 +22,7 @@ from store.schema import (
     LayerSchema,
     StoreError,
     StoreSchema,
+    UnfinishedStoreError,
     layer_path,
     metric_path,
 )
@@ -76,11 +77,15 @@ class AttentionStore:
             path: its folder, or a URL: s3://, gs://, az://, https:// (with the extra `cloud`), file://.
 
         Raises:
+            UnfinishedStoreError: an import that was not finished.
             StoreError: no such store, not a store, another schema version, or damaged metadata (named).
         """
         root = storage_at(path)
         try:
-            return cls(root, *open_metadata(root))
+            store = cls(root, *open_metadata(root))
+            if store.schema.whole and not store._ledger.exists("complete"):
+                raise UnfinishedStoreError(f"{root} is an import that was not finished; import its file again")
+            return store
         except OSError as error:
             raise StoreError(f"{root} cannot be read: {error}") from error
 

@@ -30,6 +30,7 @@ __all__ = [
     "OtherRunError",
     "StoreError",
     "StoreSchema",
+    "UnfinishedStoreError",
     "layer_path",
     "ledger_name",
     "metric_path",
@@ -58,6 +59,10 @@ class StoreError(RuntimeError):
 
 class OtherRunError(StoreError):
     """A store that is sound and of another run; the message names the first thing that differs."""
+
+
+class UnfinishedStoreError(StoreError):
+    """A store that counts only when it is whole, and is not."""
 
 
 class DamagedStoreError(StoreError):
@@ -172,7 +177,7 @@ class StoreSchema:
         regions: names of the regions, in order; empty if images have none.
         region_metrics: those of `metrics` whose values have a region axis.
         head_ids: numbers of the captured heads in the model, where some were chosen; () for all.
-        extra: anything else that two captures must share to be one.
+        extra: anything else that two captures must share to be one; see `whole`.
     """
 
     layers: tuple[LayerSchema, ...]
@@ -210,6 +215,11 @@ class StoreSchema:
                 f"region metrics {list(self.region_metrics)} need to be among the metrics {list(self.metrics)} "
                 f"and the images to have regions (found {list(self.regions)})"
             )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can be read only when it is complete: so is an import, but a capture is read while it grows."""
+        return bool(self.extra.get("whole"))
 
     @property
     def num_images(self) -> int:
