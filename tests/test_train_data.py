@@ -18,7 +18,6 @@ from train.datasets import build_manifest
 from train.embedded import DigitScenes
 from train.errors import DamagedFileError, InputError
 from train.folders import prepare_folder
-from train.images import UndecodableError, decode_image
 from train.manifest import Manifest
 from train.splits import split_counts, stratified_split
 
@@ -95,28 +94,6 @@ def test_every_odd_file_gets_its_status_and_none_is_substituted(tmp_path: Path) 
     assert pixels.shape == (20 + len(sound), 3, 16, 16)
     deep = data.test.picture(data.test.ids.index("dog/deep.png"))
     np.testing.assert_array_equal(deep, np.full((16, 16, 3), 200))  # 51400 / 257
-
-
-def test_decoding_keeps_orientation_first_frame_and_transparency() -> None:
-    wide = np.zeros((10, 30, 3), dtype=np.uint8)
-    wide[:, :15] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° clockwise to see it upright
-    turned = np.asarray(decode_image(encoded(Image.fromarray(wide), "JPEG", exif=exif)))
-    assert turned.shape == (30, 10, 3)
-    assert turned[:13].mean() > 250 > 5 > turned[17:].mean()
-
-    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    first = decode_image(encoded(red, "GIF", save_all=True, append_images=[blue]))
-    assert first.getpixel((4, 4)) == (255, 0, 0)
-
-    clear = decode_image(encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), "PNG"))
-    assert clear.getpixel((0, 0)) == (255, 255, 255)
-    cmyk = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
-    assert cmyk.mode == "RGB"
-    assert cmyk.getpixel((4, 4))[0] > 200 > 80 > cmyk.getpixel((4, 4))[2]
-    with pytest.raises(UndecodableError, match="floating-point"):
-        decode_image(encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"))
 
 
 def test_pictures_are_timms_own_evaluation_transform(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ __all__ = ["CachedImages", "ImageCache"]
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = "vit-image-cache/1"
+SCHEMA = "vit-image-cache/2"
 _BLOCK = 256  # pictures decoded between two writes
 
 
