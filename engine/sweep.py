@@ -5,7 +5,7 @@ outputs/sweep/<recipe>_<init>/
     acc_quant=<base>_r=<rank>.png  loss_quant=….png      curves of the best trial
     quant=<base>_r=<rank>_eval_acc=<accuracy>.safetensors  its weights, adapters merged, with a .json beside
     quant=<base>_r=<rank>_optimization_history.html      all trials
-    trials.jsonl                                         Optuna's storage: what is there is not done again
+    trials.jsonl                                         Optuna's log, checked: what is there is not done again
 """
 
 from __future__ import annotations

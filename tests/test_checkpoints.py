@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.trial import TrialState
 from safetensors.torch import save_file
 from torch import nn
 
@@ -35,6 +38,7 @@ from train.hyperparameters import Hyperparameters
 from train.manifest import Manifest, Record
 from train.models import build_model, built_size, load_checkpoint, preprocessing_of
 from train.state import StateFile, TrainingState
+from train.trials import TrialsFile
 from train.weights import read_state_dict, refuse_unfit_values
 
 TINY = "test_vit"
@@ -88,6 +92,48 @@ def test_a_flipped_bit_of_a_manifest_is_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(DamagedFileError, match=r"manifest .*manifest\.json .*; delete it"):
             Manifest.load(path)
+
+
+def optuna_study(path: Path, name: str) -> optuna.Study:
+    storage = JournalStorage(TrialsFile(path, name))
+    return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+
+
+def test_a_flipped_bit_of_the_trials_costs_one_study_the_trials_after_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "trials.jsonl"
+
+    def run(name: str, count: int) -> None:
+        study = optuna_study(path, name)
+        for number in range(count):
+            trial = study.ask()
+            value = trial.suggest_float("lr", 1e-4, 1e-1) + number
+            trial.report(value, 0)
+            study.tell(trial, value)
+
+    def outcomes(name: str) -> list[tuple[Any, ...]]:
+        trials = optuna_study(path, name).get_trials(states=(TrialState.COMPLETE,))
+        return [(trial.params, trial.value, trial.intermediate_values) for trial in trials]
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for name, count in (("a", 3), ("b", 3), ("a", 2)):
+        run(name, count)
+    whole, expected = path.read_bytes(), {name: outcomes(name) for name in "ab"}
+    assert [len(expected[name]) for name in "ab"] == [5, 3]
+    for damaged in [*flips(whole, 60), whole[:-20]]:
+        path.write_bytes(damaged)
+        caplog.clear()
+        found = {name: outcomes(name) for name in "ab"}
+        assert "trials.jsonl: line " in caplog.text
+        assert all(found[name] == expected[name][: len(found[name])] for name in "ab")
+        if damaged.count(b"\n") == whole.count(b"\n"):  # otherwise two lines became one
+            assert found["a"] == expected["a"] or found["b"] == expected["b"]
+        caplog.clear()
+        run("a", 5 - len(found["a"]))
+        assert outcomes("a")[: len(found["a"])] == found["a"]
+        assert len(outcomes("a")) == 5, "what was cut off does not come back"
+        assert not caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ weights of any origin

@@ -22,7 +22,7 @@ from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, si
 from train.compress import Compression, compress
 from train.conditions import TrainResult, train_condition
 from train.data import DataSplits
-from train.errors import DamagedFileError, TrainingDivergedError
+from train.errors import InputError, TrainingDivergedError
 from train.evaluation import evaluate
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
@@ -167,11 +167,12 @@ def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) 
 def _study(plan: SweepPlan, name: str) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+
+    from train.trials import TrialsFile
 
     plan.folder.mkdir(parents=True, exist_ok=True)
     return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(plan.folder / "trials.jsonl"))),
+        storage=JournalStorage(TrialsFile(plan.folder / "trials.jsonl", name)),
         study_name=name,
         direction="maximize",
         load_if_exists=True,
@@ -304,7 +305,7 @@ def _keep(
     for path in sorted(plan.folder.glob(f"{name}_eval_acc=*.safetensors")):
         try:
             metadata = read_checkpoint(path).metadata
-        except DamagedFileError as error:
+        except InputError as error:  # damaged, or without its sidecar
             logger.warning("%s; its trial is trained again", error)
             continue
         if {name: metadata.get(name) for name in wanted} == wanted:
