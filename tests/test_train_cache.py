@@ -59,6 +59,18 @@ def test_cached_pictures_are_the_decoded_ones(root: Path, tmp_path: Path, monkey
     np.testing.assert_array_equal(again.train.pixels(order).numpy(), expected[0][order])
 
 
+def test_a_flipped_bit_anywhere_in_the_header_changes_no_pixel(root: Path, tmp_path: Path) -> None:
+    expected = pixels(prepared(root, tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    content = path.read_bytes()
+    for position in (*range(12), 60, 74, 77, 91, 127):
+        damaged = bytearray(content)
+        damaged[position] ^= 8
+        path.write_bytes(damaged)
+        for found, decoded in zip(pixels(prepared(root, tmp_path / "cache")), expected, strict=True):
+            np.testing.assert_array_equal(found, decoded)
+
+
 def test_the_key_is_content_and_transform(root: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 

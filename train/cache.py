@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -96,7 +97,7 @@ class ImageCache:
         try:
             checksums = np.array(json.loads(sidecar.read_bytes())["crc32"], dtype=np.uint32)
             pixels = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, KeyError, TypeError, OverflowError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError, tokenize.TokenError) as error:
             logger.warning("image cache %s is damaged (%s); it is made anew", self.path, error)
             return None
         if pixels.shape != self._shape or pixels.dtype != np.uint8 or checksums.shape != self._shape[:1]:

@@ -23,7 +23,7 @@ def write_history(checkpoint: Path, history: Sequence[Mapping[str, Any]]) -> Non
 
     The same history is in the checkpoint's sidecar, under its checksum: from it a damaged file is written again.
     """
-    content = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in history).encode()
+    content = "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n" for entry in history).encode()
     path = history_path(checkpoint)
     if not path.is_file() or path.read_bytes() != content:
         write_atomically(path, content)
