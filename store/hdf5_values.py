@@ -71,9 +71,11 @@ def unstated_axes(shapes: dict[str, tuple[int, ...]], num_images: int | None) ->
     Raises:
         StoreError: more than one order fits.
     """
+    axes: dict[str, tuple[str, ...]] = {}
     stacked = {name: shape for name, shape in shapes.items() if len(shape) == 5}
     first, second = "[image, layer, head, query, key]", "[layer, image, head, query, key]"
     for name, shape in stacked.items():
+        axes[name] = AXES if shape[1] != num_images else _LAYER_FIRST
         if (shape[0] == num_images) == (shape[1] == num_images) and shape[:2] != (1, 1):
             raise StoreError(
                 f"{name} is {_text(shape)}, which may be {first} or {second}, and nothing in the file says which; "
@@ -84,14 +86,13 @@ def unstated_axes(shapes: dict[str, tuple[int, ...]], num_images: int | None) ->
     of_layers = named and not any(_OF_AN_IMAGE.search(name) for name in flat)
     fit = num_images is not None and all(shape[0] == num_images for shape in flat.values())
     if flat and not fit and (num_images is not None or not of_layers):
-        name, shape = next(iter(flat.items()))
+        name = next(iter(flat))
         raise StoreError(
-            f"{name} is {_text(shape)}, which may be one layer [image, head, query, key] or one image [layer, head, "
+            f"{name} is {_text(flat[name])}, which may be one layer [image, head, query, key] or one image [layer, head, "
             f"query, key], and {'neither fits the images it names' if num_images else 'nothing says which'}; "
             "say it with --axes image,head,query,key or --axes layer,head,query,key"
         )
-    axes = {name: AXES if shape[1] != num_images else _LAYER_FIRST for name, shape in stacked.items()}
-    axes |= dict.fromkeys(flat, ("image", "head", "query", "key"))
+    axes |= {name: ("image", "head", "query", "key") for name in flat}
     if num_images is None:
         return axes, "assumed, for nothing else is said: a dataset for each layer"
     return axes, f"for the file names or labels {num_images} images"
