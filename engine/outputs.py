@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
 from engine.journal import Journal
-from train.checkpoint import write_atomically
+from store import StoreError
+from store.removal import named, remove
+from train.checkpoint import checked_json, parse_checked_json, write_atomically
 from train.errors import InputError
 
-__all__ = ["OutputsFolder", "resolve_device", "write_json"]
+__all__ = ["OutputsFolder", "replace_files", "resolve_device", "write_json"]
+
+# Where a study writes under fixed names; captures and samples.zarr say themselves whose they are.
+_NAMES = (
+    "study.toml",
+    "summary.md",
+    "report.html",
+    "manifest.json",
+    "checkpoints",
+    "metrics",
+    "visualizations",
+    "sweep",
+)
+
+_WRITTEN = ".written.json"  # in a folder of pictures: the files that this program left there
 
 
 class OutputsFolder(AbstractContextManager[None]):
-    """The outputs folder, made, written to and locked; a second process is told to wait.
+    """The outputs folder, made, written to and locked; a second process has to wait.
+
+    Where no run has been before, files of others under the names that a study gives are not overwritten.
 
     Args:
         outputs: the folder.
@@ -33,7 +54,14 @@ class OutputsFolder(AbstractContextManager[None]):
     def __enter__(self) -> None:
         try:
             self._outputs.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._outputs / ".lock", "w")
+            if not any((self._outputs / mark).exists() for mark in (".lock", "run.jsonl")):
+                for name in _NAMES:
+                    if os.path.lexists(self._outputs / name):
+                        raise InputError(
+                            f"{self._outputs / name} is there, and no run of this program wrote it; move it away, or "
+                            "give another folder with --outputs"
+                        )
+            self._lock = open(self._outputs / ".lock", "a")
         except OSError as error:
             raise InputError(
                 f"outputs folder {self._outputs} cannot be written ({error.strerror}); give another with --outputs"
@@ -71,3 +99,34 @@ def resolve_device(device: str) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON values, all of them or nothing; NaN and infinity are refused."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
+    """Write files into a folder, each whole, and remove those that the last call left there and this one does not.
+
+    The folder keeps a list of them, `.written.json`; what is not in it stays.
+
+    Raises:
+        StoreError: a file that this program did not write has the name of one of them; nothing is written then.
+        OSError: the folder is not writable, or the disk is full.
+    """
+    new = dict(files)
+    record = folder / _WRITTEN
+    before: list[str] | None = None
+    if record.is_file():
+        try:
+            before = list(parse_checked_json(record.read_bytes())["files"])
+        except (ValueError, KeyError, TypeError):  # damaged: nothing is known of what lies there
+            before = None
+    for name in new:
+        if before is not None and name not in before and os.path.lexists(folder / name):
+            raise StoreError(f"{folder / name} is there, and this program did not write it; move it away")
+    left = [name for name in before or [] if name not in new and Path(name).name == name]
+    # Named before it is written: a killed call leaves nothing that the next one does not know.
+    write_atomically(record, checked_json({"files": sorted([*new, *left])}))
+    for name, content in new.items():
+        write_atomically(folder / name, content)
+    for name in left:
+        remove(folder / name, named(re.escape(name)))
+    write_atomically(record, checked_json({"files": sorted(new)}))
+    return [folder / name for name in new]

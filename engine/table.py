@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from engine.measure import stored_parameters
 from engine.prefix_mass import heads_on_prefix
 from kernels import load_metric
 from store import AttentionStore
+from store.removal import attributes_of, holds_only, is_unfinished, put, remove, unfinished
 from train.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,19 +128,26 @@ def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
-    partial = paths[0].with_name(".attention_metrics.zarr.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = unfinished(paths[0])
+    remove(partial, is_unfinished)
     codecs = {"compressors": [ZstdCodec(), Crc32cCodec()]}  # of coordinates too: every reader notices damage
     table.to_zarr(
-        partial, mode="w", zarr_format=3, consolidated=False, encoding={str(name): codecs for name in table.variables}
+        partial, mode="w-", zarr_format=3, consolidated=False, encoding={str(name): codecs for name in table.variables}
     )
-    shutil.rmtree(paths[0], ignore_errors=True)
-    os.replace(partial, paths[0])
+    put(partial, paths[0], _is_table)
     write_hdf5(table, paths[1])
-    csv = paths[2].with_name(".attention_metrics.csv.partial")
-    _long_frame(table).to_csv(csv, index=False, float_format="%.7g", lineterminator="\n")
-    os.replace(csv, paths[2])
+    partial = unfinished(paths[2])
+    _long_frame(table).to_csv(partial, index=False, float_format="%.7g", lineterminator="\n")
+    put(partial, paths[2], Path.is_file)  # in metrics/ of the outputs folder, where the name is ours
     return paths
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a folder holds a table of `write_table`, and nothing else."""
+    root = path / "zarr.json"
+    attributes = attributes_of(root.read_bytes() if root.is_file() else None)
+    is_ours = holds_only(r"(?:[^/]+/)?(?:zarr\.json|c(?:/\d+)*)")
+    return {"metrics", "undefined"} <= attributes.keys() and is_ours(path)
 
 
 def _long_frame(table: xarray.Dataset) -> Any:

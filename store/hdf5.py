@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from store.local import sync_directory
+from store.removal import is_unfinished, put, remove, unfinished
 from store.schema import StoreError
-from store.storage import PARTIAL
 
 if TYPE_CHECKING:
     import xarray
@@ -34,15 +34,15 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
 
     Args:
         dataset: numbers, booleans and strings; dimensions of any names.
-        path: the file; replaced if it exists.
+        path: the file; a table that is there is replaced.
 
     Raises:
-        StoreError: a variable of another type, or the file cannot be written.
+        StoreError: a variable of another type, the file cannot be written, or something else lies there.
     """
     import h5py
 
     target = Path(path)
-    partial = target.with_name(target.name + PARTIAL)
+    partial = unfinished(target)
     try:
         with h5py.File(partial, "w", userblock_size=_SEAL_BYTES) as file:
             _set_attributes(file, dataset.attrs)
@@ -61,12 +61,12 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
             written.write(seal)
             written.flush()
             os.fsync(written.fileno())
-        os.replace(partial, target)
+        put(partial, target, _is_table)
         sync_directory(target.absolute().parent)
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial, is_unfinished)
 
 
 def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
@@ -94,6 +94,20 @@ def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
             return xarray.Dataset(data, coords, _get_attributes(file))
     except (OSError, KeyError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _is_table(path: Path) -> bool:
+    """Whether `write_table` wrote a file, sound or damaged; earlier versions put no seal before their tables."""
+    import h5py
+
+    with open(path, "rb") as content:
+        if content.read(len(_SEAL)) == _SEAL:
+            return True
+    try:
+        with h5py.File(path, "r") as file:
+            return _ORDER in file.attrs
+    except OSError:
+        return False
 
 
 def _seal(file: IO[bytes]) -> bytes:

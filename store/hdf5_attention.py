@@ -186,8 +186,8 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
                     "matched with them; name the datasets as the images and leave it out"
                 )
             self.image_ids = tuple(ids or names or (f"image_{row:06d}" for row in range(self.num_images)))
-            unknown: tuple[Array, list[str]] = (np.full(self.num_images, -1, np.int64), [])
-            self.labels, self.class_names = labels or unknown
+            known: tuple[Array, list[str]] = labels or (np.full(self.num_images, -1, np.int64), [])
+            self.labels, self.class_names = known
             for what, length in (("images/id", len(self.image_ids)), ("images/label", len(self.labels))):
                 if length != self.num_images:
                     raise StoreError(

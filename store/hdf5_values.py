@@ -88,11 +88,11 @@ def unstated_axes(shapes: dict[str, tuple[int, ...]], num_images: int | None) ->
     if flat and not fit and (num_images is not None or not of_layers):
         name = next(iter(flat))
         raise StoreError(
-            f"{name} is {_text(flat[name])}, which may be one layer [image, head, query, key] or one image [layer, head, "
-            f"query, key], and {'neither fits the images it names' if num_images else 'nothing says which'}; "
+            f"{name} is {_text(flat[name])}, which may be one layer [image, head, query, key] or one image [layer, "
+            f"head, query, key], and {'neither fits the images it names' if num_images else 'nothing says which'}; "
             "say it with --axes image,head,query,key or --axes layer,head,query,key"
         )
-    axes |= {name: ("image", "head", "query", "key") for name in flat}
+    axes |= dict.fromkeys(flat, ("image", "head", "query", "key"))
     if num_images is None:
         return axes, "assumed, for nothing else is said: a dataset for each layer"
     return axes, f"for the file names or labels {num_images} images"

@@ -13,10 +13,22 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from store.schema import MARK, StoreError
 
-__all__ = ["UNFINISHED", "holds_only", "is_unfinished", "named", "own_zarr", "put", "remove", "schema_of", "unfinished"]
+__all__ = [
+    "UNFINISHED",
+    "attributes_of",
+    "holds_only",
+    "is_unfinished",
+    "named",
+    "own_zarr",
+    "put",
+    "remove",
+    "schema_of",
+    "unfinished",
+]
 
 UNFINISHED = f".{MARK}.partial"
 
@@ -56,11 +68,16 @@ def holds_only(files: str) -> Mark:
 
 def schema_of(zarr_json: bytes | None) -> str:
     """The attribute `schema` in a Zarr group's zarr.json; "" where there is none."""
-    try:
-        schema = json.loads(zarr_json or b"")["attributes"]["schema"]
-    except (ValueError, KeyError, TypeError):
-        return ""
+    schema = attributes_of(zarr_json).get("schema")
     return schema if isinstance(schema, str) else ""
+
+
+def attributes_of(zarr_json: bytes | None) -> dict[str, Any]:
+    """The attributes in a Zarr group's zarr.json; none where there are none."""
+    try:
+        return dict(json.loads(zarr_json or b"")["attributes"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def remove(path: Path, mark: Mark) -> None:

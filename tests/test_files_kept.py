@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import string
 from pathlib import Path
 
 import numpy as np
 import pytest
 import store_cases as case
+import xarray
 import zarr
 
 from engine.folder import require_places
+from engine.journal import Journal
+from engine.outputs import OutputsFolder, replace_files
+from engine.relevance.samples import Explained, write_samples
 from engine.samples import is_samples, require_samples_place
 from store import AttentionStore, AttentionWriter, StoreError
+from store.hdf5 import write_table as hdf5_table
 from store.places import storage_at
 from store.removal import named, own_zarr, put, remove, unfinished
 from store.schema import DamagedStoreError, OtherRunError, ledger_name, samples_name
 from store.verify import verify
+from train.checkpoint import save_checkpoint
 from train.errors import InputError
 
 
@@ -212,3 +220,130 @@ def test_a_store_with_something_else_in_it_is_not_discarded(tmp_path: Path) -> N
     AttentionWriter.discard(path)
     assert not path.exists()
     assert not tree(tmp_path / ledger_name(path.name)).keys() - {"lock"}
+
+
+# ------------------------------------------------------------------------------------------------------ outputs folders
+
+
+def test_an_outputs_folder_that_is_not_ours_keeps_its_files(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text("# mine")
+    with pytest.raises(InputError, match=r"study\.toml is there, and no run of this program wrote it"):
+        OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")).__enter__()
+    assert tree(tmp_path) == {"study.toml": b"# mine"}
+    ours = tmp_path / "ours"
+    for study in ("a = 1", "b = 1"):
+        with OutputsFolder(ours, study, Journal(ours / "run.jsonl")):
+            assert (ours / "study.toml").read_text() == study
+
+
+def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path) -> None:
+    folder = tmp_path / "figures"
+    replace_files(folder, [("a.svg", b"1"), ("b.svg", b"2")])
+    (folder / "mine.svg").write_bytes(b"mine")
+    replace_files(folder, [("b.svg", b"3"), ("c.svg", b"4")])
+    found = tree(folder)
+    assert found.pop(".written.json")
+    assert found == {"b.svg": b"3", "c.svg": b"4", "mine.svg": b"mine"}
+    with pytest.raises(StoreError, match=r"mine\.svg is there, and this program did not write it"):
+        replace_files(folder, [("mine.svg", b"5")])
+    assert (folder / "mine.svg").read_bytes() == b"mine"
+    (folder / ".written.json").write_bytes(b'{"files": ["mine.svg"]}')  # no list of ours
+    replace_files(folder, [("b.svg", b"6")])
+    assert (folder / "mine.svg").read_bytes() == b"mine"
+
+
+def test_a_json_file_beside_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"mine": 1}')
+    with pytest.raises(StoreError, match=r"a\.json is in the way"):
+        save_checkpoint(tmp_path / "a.safetensors", {}, {})
+    assert tree(tmp_path) == {"a.json": b'{"mine": 1}'}
+
+
+def test_a_table_takes_no_other_files_place(tmp_path: Path) -> None:
+    table = xarray.Dataset({"x": ("image", np.arange(3.0))}, attrs={"metrics": "[]", "undefined": "{}"})
+    (tmp_path / "table.h5").write_bytes(b"mine")
+    with pytest.raises(StoreError, match="no file that this program wrote"):
+        hdf5_table(table, tmp_path / "table.h5")
+    assert tree(tmp_path) == {"table.h5": b"mine"}
+    for _ in range(2):
+        hdf5_table(table, tmp_path / "own.h5")
+
+
+# -------------------------------------------------------------------------------------------------------- by the source
+
+PACKAGES = ("engine", "kernels", "store", "train")
+REMOVING = {"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "move", "truncate"}
+
+
+def writes(call: ast.Call) -> str:
+    """What a call may take away or overwrite, "" for nothing: a name it removes by, or a mode it writes in."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    module = function.value.id if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) else ""
+    if name in REMOVING or (module == "os" and name in ("remove", "replace")):
+        return name
+    modes = [a.value for a in (*call.args, *(k.value for k in call.keywords)) if isinstance(a, ast.Constant)]
+    if name in ("open", "File", "open_group", "open_array", "to_zarr") and {"w", "wb", "w+", "w+b", "wt"} & set(modes):
+        return name
+    return name if name in ("write_text", "write_bytes", "to_csv", "tofile", "savez", "save_file") else ""
+
+
+def target(call: ast.Call) -> str:
+    """Name of the variable that holds what a writing call writes to."""
+    first = call.func.value if isinstance(call.func, ast.Attribute) and not call.args else (call.args or [None])[0]
+    return first.id if isinstance(first, ast.Name) else ""
+
+
+def test_nothing_is_removed_or_overwritten_but_by_the_one_module() -> None:
+    """Elsewhere a file is begun only as `partial`, under a name that no other program gives, and put in place."""
+    root = Path(__file__).resolve().parents[1]
+    found = [
+        f"{path.relative_to(root)}:{call.lineno} {writes(call)}"
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*.py"))
+        if path != root / "store" / "removal.py"
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and writes(call) and target(call) != "partial"
+    ]
+    # The lock of a ledger, which its holder signs.
+    assert [entry for entry in found if not entry.startswith("store/local.py") or "truncate" not in entry] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "shutil.rmtree(p)",
+        "p.unlink()",
+        "os.replace(a, b)",
+        "open(p, 'w')",
+        "h5py.File(p, mode='w')",
+        "f.write_text('')",
+    ],
+)
+def test_the_look_at_the_source_is_able_to_fail(line: str) -> None:
+    call = ast.parse(line).body[0].value
+    assert writes(call)
+    assert target(call) != "partial"
+
+
+def test_pictures_of_samples_have_files_of_their_own_whatever_classes_are_called(tmp_path: Path) -> None:
+    """Classes are anything, images too; conditions that differ by a sign do not share a file."""
+
+    class Images:
+        ids = ("../../a b\\0.png", "x" * 300)
+        class_names = ("../up", "é" * 200, "a" * 300, "a" * 299 + "b")
+
+        def picture(self, row: int) -> np.ndarray:
+            return np.zeros((8, 8, 3), np.uint8)
+
+    explained = [
+        Explained(row, condition, target, role, 0.5, np.ones((2, 2), np.float32))
+        for row in (0, 1)
+        for condition in ("a.b", "a-b", "a_true")
+        for role, target in (("true", row), ("other", 2 + row))
+    ]
+    write_samples(tmp_path / "gradcam_samples", "gradcam", Images(), explained)
+    pictures = [name for name in tree(tmp_path / "gradcam_samples") if name.endswith(".png")]
+    assert len(pictures) == len(explained) + 2
+    assert all(len(name) < 150 and set(name) <= set(string.ascii_letters + string.digits + "._-") for name in pictures)
+    assert list(tmp_path.iterdir()) == [tmp_path / "gradcam_samples"]

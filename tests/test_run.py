@@ -186,7 +186,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
 def test_capture_measure_verify_info(
     weights: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = tmp_path / "maps.zarr"
+    store = tmp_path / "samples.zarr"  # sample maps had this name, whatever the store's, and took its place
     capture = ["capture", "--model.name", TINY, "--model.weights", str(weights[TINY]), "--data.root", str(photos)]
     capture += ["--store", str(store), "--batch-size", "3", "--model.img_size", "64"]
     assert main(capture) == 0
@@ -207,6 +207,7 @@ def test_capture_measure_verify_info(
     assert "layer_03" in capsys.readouterr().out
     assert main(capture) == 0, "the damaged batch alone is captured again"
     assert main(["verify", str(store)]) == 0
+    assert {entry.name for entry in tmp_path.iterdir()} >= {"samples.zarr", "samples.ledger", "samples.samples.zarr"}
     assert main(["verify", str(tmp_path / "none.zarr")]) == 1
     assert "none.zarr" in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from store.removal import is_unfinished, put, remove, unfinished
 from train.checkpoint import sync_folder, write_atomically
 from train.data import FolderImages, ImageSet
 from train.errors import InputError
@@ -114,7 +115,7 @@ class ImageCache:
                 f"the image cache needs {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB left; give "
                 "another folder with --data.cache_folder DIR, or decode every time with --data.cache false"
             )
-        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial = unfinished(self.path)
         checksums: list[int] = []
         bar = tqdm(total=len(self._sources), desc="image cache", unit=" images", disable=None, delay=1)
         # Plain writes: on a full disk they raise, where writing to a memory map would kill the process.
@@ -129,11 +130,11 @@ class ImageCache:
                     bar.update(len(block))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, self.path)
+            put(partial, self.path, Path.is_file)  # named by a hash, as no other file is
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(error.filename or self.path)) from error
         finally:
-            partial.unlink(missing_ok=True)
+            remove(partial, is_unfinished)
         sync_folder(self.folder)
         document = {"schema": SCHEMA, "transform": self._transform, "crc32": checksums}
         write_atomically(self.path.with_suffix(".json"), json.dumps(document).encode())
@@ -158,7 +159,7 @@ class ImageCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f".{self.path.stem}.lock", "w") as lock:
+        with open(self.folder / f".{self.path.stem}.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

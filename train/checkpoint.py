@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from store.removal import is_unfinished, put, remove, unfinished
 from train.errors import DamagedFileError, InputError
 
 if TYPE_CHECKING:
@@ -69,17 +70,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises:
         OSError: the folder is not writable or the disk is full; nothing is left behind.
+        StoreError: no file lies there, but a folder or a device.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    partial = unfinished(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put(partial, path, Path.is_file)  # the caller's own names, in an outputs folder that is this program's
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(partial, is_unfinished)
     sync_folder(path.parent)
 
 
@@ -160,6 +162,7 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
     Raises:
         ValueError: another suffix.
         OSError: not writable, or the disk is full.
+        StoreError: a JSON file that is no sidecar of ours lies beside it.
     """
     from safetensors.torch import save
 
@@ -169,7 +172,7 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
     content = save(tensors)
     sha256 = hashlib.sha256(content).hexdigest()
     sidecar = checked_json({"schema": SCHEMA, "file": path.name, "sha256": sha256, **metadata})
-    sidecar_path(path).unlink(missing_ok=True)
+    remove(sidecar_path(path), lambda _: has_sidecar(path))
     write_atomically(path, content)
     write_atomically(sidecar_path(path), sidecar)
     return sha256

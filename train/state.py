@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,12 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from store.removal import named, put, remove
 from train.checkpoint import state_digest, write_atomically
 from train.errors import DamagedFileError
 
 __all__ = ["Progress", "StateFile", "TrainingState", "settings_key", "trained_tensors"]
 
 logger = logging.getLogger(__name__)
+
+_IS_STATE = named(r".+\.state(\.previous)?\.safetensors")  # beside a checkpoint of ours
 
 SAVE_SECONDS = 60.0  # between saves of the training state …
 SAVE_SHARE = 0.02  # … or more where a save is slow: this share of the time at most
@@ -129,7 +131,7 @@ class StateFile:
         header = {"key": self.key, "progress": json.dumps(asdict(state.progress))}
         content = save(tensors, metadata=header | {"digest": _digest(header, tensors)})
         if self.path.is_file():
-            os.replace(self.path, self.previous)
+            put(self.path, self.previous, _IS_STATE)
         write_atomically(self.path, content)
         self._last = time.monotonic()
         self._cost = self._last - start
@@ -154,8 +156,8 @@ class StateFile:
     def remove(self) -> None:
         """Once the result is saved."""
         if self.writes:
-            self.path.unlink(missing_ok=True)
-            self.previous.unlink(missing_ok=True)
+            remove(self.path, _IS_STATE)
+            remove(self.previous, _IS_STATE)
 
 
 def _read(path: Path) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from store.removal import named, remove
 from train.adapters import TARGETS
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path
 from train.compress import Compression, compress
@@ -287,7 +288,7 @@ def _remove_worse(study: optuna.Study, plan: SweepPlan, name: str) -> None:
 def _remove(path: Path) -> None:
     states = [path.with_suffix(f".state{part}.safetensors") for part in ("", ".previous")]
     for file in (path, sidecar_path(path), history_path(path), *states):
-        file.unlink(missing_ok=True)
+        remove(file, named(rf"{re.escape(path.stem)}\.[a-z.]+"))  # a trial's, in the folder of trials
 
 
 def _keep(
@@ -316,8 +317,9 @@ def _keep(
     checkpoint = read_checkpoint(result.checkpoint)
     metadata = {name: value for name, value in checkpoint.metadata.items() if name not in ("schema", "file", "sha256")}
     metadata |= wanted | {"without_adapters": _without_adapters(plan, base, data)}
-    for path in plan.folder.glob(f"{name}_eval_acc=*"):
-        path.unlink()
+    earlier = named(rf"{re.escape(name)}_eval_acc=\d\.\d{{4}}\.(safetensors|json)")
+    for path in filter(earlier, plan.folder.glob(f"{name}_eval_acc=*")):
+        remove(path, earlier)
     path = plan.folder / f"{name}_eval_acc={result.test_accuracy:.4f}.safetensors"
     save_checkpoint(path, checkpoint.tensors, metadata)
     _remove(trial_path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from engine.outputs import replace_files
 from engine.relevance import relevance_maps
 from train.data import ImageSet
 
@@ -100,13 +100,11 @@ def explain_samples(
 
 
 def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequence[Explained]) -> None:
-    """The panels, the table and Grad-CAM's single pictures, in a folder that is replaced whole.
+    """The panels, the table and Grad-CAM's single pictures, those of an earlier run being replaced.
 
     The colours of an image's maps share one scale over conditions and classes, so that a paler map is a weaker one.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    files: dict[str, bytes] = {}
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["file", "image", "condition", "role", "target", "probability", "peak"])
@@ -117,18 +115,23 @@ def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequen
         picture = images.picture(row)
         overlays = [_overlay(picture, item.map, strongest) for item in items]
         panel = f"{row:05d}_panel.png"
-        _panel(images, row, items, overlays, strongest, method).save(partial / panel)
+        files[panel] = _png(_panel(images, row, items, overlays, strongest, method))
         for item, overlay in zip(items, overlays, strict=True):
             name = panel
             if method == "gradcam":
                 name = f"{row:05d}_{item.condition}_{item.role}_{_plain(_class(images, item.target))}.png"
-                overlay.save(partial / name)
+                files[name] = _png(overlay)
             peak, probability = f"{float(item.map.max()):.6g}", f"{item.probability:.4f}"
             target = _class(images, item.target)
             writer.writerow([name, images.ids[row], item.condition, item.role, target, probability, peak])
-    (partial / f"{method}_samples.csv").write_text(table.getvalue(), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    files[f"{method}_samples.csv"] = table.getvalue().encode()
+    replace_files(folder, files.items())
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _overlay(picture: np.ndarray, map: np.ndarray, strongest: float) -> Image.Image:

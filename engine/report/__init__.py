@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.outputs import replace_files
 from train.checkpoint import write_atomically
 from train.errors import InputError
 
@@ -20,7 +20,8 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Writes `summary.md`, `report.html` and the figures (SVG and PNG) of the study in a folder.
 
     Needs neither model nor images, takes seconds, and writes the same bytes for the same inputs. Every file is put in
-    place whole, so a run that is killed leaves no torn one; the folder of figures is replaced as a whole.
+    place whole, so a run that is killed leaves no torn one; of the figures, those
+    that it wrote before and does not now are removed.
 
     Args:
         outputs: the outputs folder, with `metrics/attention_metrics.zarr` and `metrics/attention_comparison.json`;
@@ -55,18 +56,9 @@ def _replace(path: Path, content: bytes) -> Path:
 
 
 def _replace_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
-    """Replaces a folder whole: figures of metrics that are no longer measured go with the old one."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    names = []
+    """Replaces a folder's files: figures of metrics that are no longer measured go."""
     with _writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, content in files:
-            (partial / name).write_bytes(content)
-            names.append(name)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    return [folder / name for name in names]
+        return replace_files(folder, files)
 
 
 @contextmanager
