@@ -26,6 +26,7 @@ from train.errors import InputError
 from train.folders import prepare_folder
 from train.history import history_path, tensorboard_writer
 from train.hyperparameters import Hyperparameters
+from train.listing import files_below
 from train.manifest import Manifest
 from train.models import build_model, built_size, load_checkpoint, preprocessing_of
 from train.parallel import Workers
@@ -282,8 +283,8 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
 
 
 def _listing(root: Path) -> str:
-    """Hash of the names, sizes and times of every file below `root`: a change of one builds the manifest anew."""
-    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else []
+    """Hash of the names, sizes and times of a data set's files: a change of one builds the manifest anew."""
+    files = sorted(path for path in files_below(root) if path.is_file())
     return digest([[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 

@@ -18,6 +18,7 @@ from train.datasets import build_manifest
 from train.embedded import DigitScenes
 from train.errors import DamagedFileError, InputError
 from train.folders import prepare_folder
+from train.images import UndecodableError
 from train.manifest import Manifest
 from train.splits import split_counts, stratified_split
 
@@ -121,6 +122,18 @@ def test_a_file_that_changed_or_vanished_is_named(tmp_path: Path) -> None:
     (tmp_path / "data" / data.ids[1]).unlink()
     with pytest.raises(InputError, match=r"cat/1\.png was readable"):
         data.batch([1])
+
+
+def test_a_file_that_can_no_longer_be_decoded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another version of Pillow, or of this program."""
+    data = prepare_folder(class_folders(tmp_path / "data"), preprocessing=SMALL, split="all").test
+
+    def refuse(content: bytes) -> None:
+        raise UndecodableError("damaged (some way)")
+
+    monkeypatch.setattr("train.data.decode_image", refuse)
+    with pytest.raises(InputError, match=r"cat/0\.png was decoded .* no longer is \(damaged \(some way\)\); delete"):
+        data.batch([0])
 
 
 def test_grey_models_get_one_channel(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from train.data import Preprocessing
 from train.datasets import build_manifest
 from train.errors import InputError
 from train.folders import prepare_folder
+from train.listing import files_below
 from train.manifest import Manifest
 from train.splits import SPLITS
 
@@ -186,6 +187,83 @@ def test_split_folders_are_not_taken_for_classes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds test, train, valid, which are splits and no classes"):
         build_manifest(tmp_path, kind="folder")
     assert len(build_manifest(tmp_path, kind="folder", split="folders").class_names) == 3
+
+
+ASIDE = ("@eaDir/0001.jpg", ".ipynb_checkpoints/deep/er", "#recycle", ".@__thumb", "$RECYCLE.BIN/S-1", "lost+found")
+
+
+@pytest.mark.parametrize("kind", ["folder", "split folders", "indoor67", "indoor67 lists", "sports100"])
+def test_thumbnails_and_hidden_folders_are_no_images_and_no_classes(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the layout, wherever they lie: in the root, between split and class, and deep in a class."""
+    layout, root = kind.split()[0], tmp_path / ".data" / "@eaDir"  # how the root is called is the user's choice
+    (write_indoor67 if layout == "indoor67" else write_sports100)(root)
+    base, split = {
+        "folder": (root / "train", "all"),
+        "split folders": (root, "folders"),
+        "indoor67": (root, "stratified"),
+        "indoor67 lists": (root, "official"),
+        "sports100": (root, "folders"),
+    }[kind]
+    kind_of = "folder" if layout == "split" else layout
+    before = build_manifest(base, kind=kind_of, split=split)  # type: ignore[arg-type]
+    assert "no part of the data set" not in caplog.text
+    files = list(files_below(base))
+    for folder in [base, *(path for path in base.rglob("*") if path.is_dir())]:
+        for number, name in enumerate(ASIDE):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "SYNOPHOTO_THUMB_XL.jpg").write_bytes(encoded(picture(number, 7)))
+    after = build_manifest(base, kind=kind_of, split=split)  # type: ignore[arg-type]
+    assert after == before
+    assert list(files_below(base)) == files
+    if kind == "folder":
+        assert f"{4 * len(ASIDE)} file(s) in hidden folders and folders of the system" in caplog.text
+    assert ("no part of the data set, for example in" in caplog.text) == (kind != "indoor67 lists")
+
+
+def test_a_list_that_names_what_lies_aside_keeps_its_record(rooms: Path) -> None:
+    names = {
+        "bar/@eaDir/0001.jpg/thumb.jpg": "in @eaDir",
+        "bar/.hidden/deep/0001.jpg": "in a hidden folder",
+        ".trash/0001.jpg": "in a hidden folder",
+        "bar/Thumbs.db": "file of the system",
+    }
+    for name in names:
+        (rooms / "Images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (rooms / "Images" / name).write_bytes(encoded(picture(0, 0)))
+    with open(rooms / "TrainImages.txt", "a", encoding="utf-8") as file:
+        file.write("".join(f"\n{name}" for name in names))
+    manifest = build_manifest(rooms, kind="indoor67", split="official")
+    assert statuses(manifest).items() >= names.items()
+    assert manifest.class_names == ROOMS
+
+
+def test_a_class_without_a_readable_image_is_none_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_sports100(tmp_path)
+    (tmp_path / "train" / "curling").mkdir()
+    (tmp_path / "train" / "diving" / "@eaDir").mkdir(parents=True)
+    (tmp_path / "train" / "archery").mkdir()
+    (tmp_path / "train" / "archery" / "1.jpg").write_bytes(b"")
+    manifest = build_manifest(tmp_path, kind="sports100")
+    assert manifest.class_names == SPORTS
+    assert [r.label for r in manifest.records if r.class_name == "archery"] == [-1]
+    for name in ("curling", "diving"):
+        assert f"train/{name} is empty and is left out" in caplog.text
+    assert "class folder 'archery' holds no readable image and is left out" in caplog.text
+
+
+def test_one_class_name_in_two_spellings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for k, name in enumerate(("Dog", "dog", "cafe\u0301")):
+        for number in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{number}.jpg").write_bytes(encoded(picture(k, number)))
+    assert build_manifest(tmp_path).class_names == ("Dog", "cafe\u0301", "dog")
+    assert "classes Dog and dog differ only by case; they are taken for different classes" in caplog.text
+    (tmp_path / "caf\u00e9").mkdir()
+    (tmp_path / "caf\u00e9" / "1.jpg").write_bytes(encoded(picture(2, 5)))
+    with pytest.raises(InputError, match=r"'cafe\\u0301' and 'caf\\xe9' are both shown as caf\u00e9: one name"):
+        build_manifest(tmp_path)
 
 
 def test_rotation_in_the_metadata_is_applied(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from kernels.layout import TokenLayout
 from train.errors import InputError
-from train.images import decode_image
+from train.images import UndecodableError, decode_image
 from train.manifest import Manifest, Record
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class FolderImages(ImageSet):
         """See `ImageSet.pixels`.
 
         Raises:
-            InputError: a file vanished or changed since the manifest was built.
+            InputError: a file vanished, changed or can no longer be decoded since the manifest was built.
         """
         return np.stack(list(self._pool.map(self._decode, [self.records[int(i)] for i in indices])))
 
@@ -215,4 +215,11 @@ class FolderImages(ImageSet):
                 f"{path} has changed since the manifest was built; put the old file back, or delete the outputs to "
                 "begin with a new manifest"
             )
-        return np.asarray(self._transform(decode_image(content).convert(self._mode)))
+        try:
+            picture = decode_image(content)
+        except UndecodableError as error:
+            raise InputError(
+                f"{path} was decoded when the manifest was built and no longer is ({error}); delete the outputs to "
+                "begin with a new manifest"
+            ) from error
+        return np.asarray(self._transform(picture.convert(self._mode)))

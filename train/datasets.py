@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from train.errors import InputError
-from train.listing import CLASS_FOLDERS, Entry, Status, class_files, examine, inside, list_lines, split_folders
+from train.listing import (
+    CLASS_FOLDERS,
+    Entry,
+    Status,
+    check_class_names,
+    class_files,
+    examine,
+    inside,
+    list_lines,
+    split_folders,
+)
 from train.manifest import Manifest, Record
 from train.splits import SPLIT_FOLDERS, stratified_split
 
@@ -104,7 +114,8 @@ def build_manifest(
     source = layout.read(folder.resolve(), rule)
     if not source.entries:
         raise InputError(f"folder {folder} holds class folders but no file in them{advice}")
-    statuses = examine([entry.path for entry in source.entries], workers)
+    check_class_names(entry.class_name for entry in source.entries)
+    statuses = examine(source.entries, workers)
     manifest = _decide(source, statuses, kind, rule, seed, layout.advice)
     _log(manifest)
     return manifest

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,8 +22,10 @@ __all__ = [
     "CLASS_FOLDERS",
     "Entry",
     "Status",
+    "check_class_names",
     "class_files",
     "examine",
+    "files_below",
     "inside",
     "list_lines",
     "split_folders",
@@ -31,6 +34,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 CLASS_FOLDERS = "expected class folders with images in them, as in root/cat/1.jpg and root/dog/2.jpg"
+
+# What storage devices and operating systems put beside pictures: thumbnails, deleted and earlier copies. In lower case.
+_SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),  # Synology, QNAP
+    *("lost+found", "$recycle.bin", "system volume information", "__macosx"),
+}
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +94,83 @@ def split_folders(root: Path) -> list[tuple[Path, str]]:
 def class_files(base: Path, root: Path, split: str = "") -> list[Entry]:
     """Every file of every class folder under `base`, in order; files under sub-folders belong to the class.
 
+    Hidden folders and those of the system, at any depth, are neither classes nor parts of one; the log counts their
+    files.
+
     Raises:
         InputError: `base` is empty or holds no folder, or a link leaves `root`.
     """
     entries = sorted(base.iterdir())
     if not entries:
         raise InputError(f"folder {base} is empty; {CLASS_FOLDERS}")
-    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    aside = [entry for entry in entries if entry.is_dir() and _reason_of_folder(entry.name)]
+    folders = [entry for entry in entries if entry.is_dir() and not _reason_of_folder(entry.name)]
     if not folders:
         raise InputError(f"folder {base} holds {len(entries)} file(s) but no class folders; {CLASS_FOLDERS}")
-    loose = [entry for entry in entries if not entry.is_dir() and not entry.name.startswith(".")]
+    loose = [entry for entry in entries if not entry.is_dir() and not _reason_of_file(entry.name)]
     if loose:
         logger.warning("%d file(s) directly in %s belong to no class, for example %s", len(loose), base, loose[0].name)
     files = []
     for folder in folders:
         inside(folder, root)
-        # os.walk does not follow links to folders, so a circle of them cannot trap it.
-        for path, names, leaves in os.walk(folder):
-            names.sort()
-            for leaf in sorted(leaves):
-                file = inside(Path(path) / leaf, root)
-                files.append(Entry(file, file.relative_to(root).as_posix(), folder.name, split))
+        found = [inside(file, root) for file in files_below(folder, aside)]
+        files += [Entry(file, file.relative_to(root).as_posix(), folder.name, split) for file in found]
+        if not found:
+            logger.warning("class folder %s is empty and is left out", folder)
+    count = sum(len(leaves) for folder in aside for _, _, leaves in os.walk(folder))
+    if count:
+        logger.warning(
+            "%d file(s) in hidden folders and folders of the system are no part of the data set, for example in %s",
+            count,
+            aside[0].relative_to(root).as_posix(),
+        )
     return files
+
+
+def files_below(folder: Path, aside: list[Path] | None = None) -> Iterator[Path]:
+    """Every file below `folder`, in order, but for hidden folders and those of the system, which go into `aside`."""
+    # os.walk does not follow links to folders, so a circle of them cannot trap it.
+    for path, names, leaves in os.walk(folder):
+        if aside is not None:
+            aside += [Path(path) / name for name in sorted(names) if _reason_of_folder(name)]
+        names[:] = sorted(name for name in names if not _reason_of_folder(name))
+        yield from (Path(path) / leaf for leaf in sorted(leaves))
+
+
+def _reason_of_folder(name: str) -> str:
+    """Why nothing in a folder of this name is an image of the data set; "" for any other name."""
+    return "in a hidden folder" if name.startswith(".") else f"in {name}" if name.lower() in _SYSTEM_FOLDERS else ""
+
+
+def _reason_of_file(name: str) -> str:
+    """Why a file of this name is no image of the data set; "" for any other name."""
+    if name.startswith("."):
+        return "hidden (._) file" if name.startswith("._") else "hidden file"
+    return "file of the system" if name.lower() in _SYSTEM_FILES else ""
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Two classes must not have one name in two spellings that look the same.
+
+    Raises:
+        InputError: names that differ only by Unicode's normal form ("é" as one character or as two), as copies over
+            another system leave them; names that differ only by case are said in the log.
+    """
+    forms: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(set(names)):
+        forms[unicodedata.normalize("NFC", name)].append(name)
+    for form, same in forms.items():
+        if len(same) > 1:
+            spelled = " and ".join(ascii(name) for name in same)
+            raise InputError(
+                f"class folders {spelled} are both shown as {form}: one name in two Unicode forms; give them one name"
+            )
+    cases: dict[str, list[str]] = defaultdict(list)
+    for form in forms:
+        cases[form.casefold()].append(form)
+    for same in cases.values():
+        if len(same) > 1:
+            logger.warning("classes %s differ only by case; they are taken for different classes", " and ".join(same))
 
 
 def inside(path: Path, root: Path) -> Path:
@@ -143,23 +208,25 @@ def list_lines(path: Path, content: bytes) -> list[str]:
     return names
 
 
-def examine(paths: Sequence[Path], workers: int = 0) -> list[Status]:
+def examine(entries: Sequence[Entry], workers: int = 0) -> list[Status]:
     """Decode every file once; `workers` threads (0: one a processor, at most 16)."""
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        results: Iterable[Status] = pool.map(_examine, paths)
-        return list(tqdm(results, total=len(paths), desc="decoding", unit=" files", disable=None, delay=1))
+        results: Iterable[Status] = pool.map(_examine, entries)
+        return list(tqdm(results, total=len(entries), desc="decoding", unit=" files", disable=None, delay=1))
 
 
-def _examine(path: Path) -> Status:
+def _examine(entry: Entry) -> Status:
     try:
-        content = path.read_bytes()
+        content = entry.path.read_bytes()
     except FileNotFoundError:
         return Status("missing", "")
     except OSError as error:
         return Status(f"unreadable ({error.strerror})", "")
     sha256 = hashlib.sha256(content).hexdigest()
-    if path.name.startswith(".") or path.parent.name.startswith("."):
-        return Status("hidden (._) file" if path.name.startswith("._") else "hidden file", sha256)
+    *folders, name = PurePosixPath(entry.id).parts
+    reason = next(filter(None, [*map(_reason_of_folder, folders), _reason_of_file(name)]), "")
+    if reason:
+        return Status(reason, sha256)
     try:
         decode_image(content)
     except UndecodableError as error:
