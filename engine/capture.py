@@ -28,6 +28,7 @@ __all__ = [
     "capture_attention",
     "discover_sites",
     "evaluating",
+    "has_classes",
     "token_layout",
     "vision_module",
 ]
@@ -293,9 +294,15 @@ def discover_sites(
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
 ) -> tuple[list[AttentionSite], list[tuple[str, str]], int]:
-    """Measurable sites in depth order, what was skipped and why, and the number of logits, by one forward pass."""
+    """Measurable sites in depth order, what was skipped and why, and the number of classes that the model scores (0
+    without a head), by one forward pass."""
     found: list[AttentionSite] = []
     tap = AttentionTap(model, lambda site, *call: found.append(site), layers=layers, heads=heads)
     with evaluating(model), torch.inference_mode(), tap:
         logits = model(images)
-    return found, tap.skipped, int(logits.shape[-1])
+    return found, tap.skipped, int(logits.shape[-1]) if has_classes(model) else 0
+
+
+def has_classes(model: torch.nn.Module) -> bool:
+    """Whether the model's outputs are scores of classes; False where it says itself that it has no head."""
+    return getattr(unwrapped(model), "num_classes", None) != 0

@@ -5,6 +5,7 @@ Nothing heavy is imported: `--help` reads this module and answers at once.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -75,6 +76,11 @@ class ModelConfig:
         "", "key of the file under which the weights are, such as model_ema; empty: the usual one, which the log says"
     )
     img_size: Natural = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
+    classes: str = _key(
+        "",
+        "file of the class names of a given model's outputs: one a line, or JSON, a list or name → index; empty: what "
+        "its sidecar says, else the class folders where there are as many",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,11 @@ class DataConfig:
         "all: every image is test; auto: folders for sports100, else stratified",
     )
     seed: int = _key(42, "seed of the split, or of the composed scenes")
+    class_order: Literal["auto", "string", "natural"] = _key(
+        "auto",
+        "order of class folders in which a given model without class names was trained; string: 1, 10, 2, as "
+        "torchvision; natural: 1, 2, 10, as timm; auto: known only where both are the same",
+    )
     cache: bool = _key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
     cache_folder: str = _key("", "folder of the image cache; empty: cache/ in the outputs folder")
     prepare_as: str = _key(
@@ -174,6 +185,7 @@ class ConditionConfig:
     epochs: Natural = _key(0, "passes over the training split; 0: train.epochs")
     checkpoint: str = _key("", "checkpoint: the file")
     state: str = _key("", "checkpoint: key of the file under which the weights are; empty: model.state")
+    classes: str = _key("", "checkpoint: file of the class names of its outputs; empty: model.classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +418,7 @@ def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
                 raise InputError(f"{path}: {section} is {table!r}; expected a table of keys")
-        table[name] = value
+        table[name] = copy.deepcopy(value)  # later flags write into it
     return _validated(values, "the command line" if path in (None, EMBEDDED_STUDY) else str(path))
 
 

@@ -176,7 +176,9 @@ def same_attention_control(
 def hybrid_state(
     lower: Mapping[str, torch.Tensor], upper: Mapping[str, torch.Tensor], first_block: int
 ) -> dict[str, torch.Tensor]:
-    """Weights of `lower` below block `first_block` and of `upper` from there on (norm and head included).
+    """Weights of `lower` below block `first_block`, of `upper` from there on, and the readout of `lower`.
+
+    No attention depends on the readout, so the two models may have heads of other sizes, or none.
 
     Raises:
         ValueError: the weights have no `blocks.N.` names, so "below" has no meaning.
@@ -189,7 +191,7 @@ def hybrid_state(
 
     def from_upper(key: str) -> bool:
         match = _BLOCK.search(key)
-        return int(match[1]) >= first_block if match else key.startswith(_READOUT)
+        return match is not None and int(match[1]) >= first_block
 
     return {key: (upper if from_upper(key) else lower)[key] for key in lower}
 
@@ -224,10 +226,12 @@ def hybrid_control(
 def first_reached_block(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> int:
     """The first block whose attention can differ between two states of one model; past the last where none can.
 
-    A weight before the blocks reaches block 0, one behind a block's attention map the next block, the readout none.
+    Readouts may be of other sizes, or missing. A weight before the blocks reaches block 0, one behind a block's
+    attention map the next block, the readout none.
     """
     last = max((int(match[1]) for key in one if (match := _BLOCK.search(key))), default=-1)
-    return min((_reach(key, last) for key in one if not torch.equal(one[key], other[key])), default=last + 1)
+    backbone = [key for key in one if _BLOCK.search(key) or not key.startswith(_READOUT)]
+    return min((_reach(key, last) for key in backbone if not torch.equal(one[key], other[key])), default=last + 1)
 
 
 def _reach(key: str, last: int) -> int:
@@ -235,7 +239,7 @@ def _reach(key: str, last: int) -> int:
         return int(match[1]) + 1
     if match := _BLOCK.search(key):
         return int(match[1])
-    return last + 1 if key.startswith(_READOUT) else 0
+    return 0
 
 
 def untouched_control(
@@ -340,7 +344,7 @@ def negative_controls(
             for key in states[0]
             if key.startswith(above)
         )
-        mixed = contender.load()
+        mixed = contenders[against].load()
         mixed.load_state_dict(hybrid_state(*states, middle))
         layers = pair(lower, mixed, f"hybrid with {name}")
         controls.append(hybrid_control(name, against, layers, middle, len(rows), differs=differs))

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from engine.classes import check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig
 from engine.journal import digest_path
 from engine.outputs import resolve_device
@@ -44,6 +45,9 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     path = location_of(config.capture.store)
     if workers.first:
         require_places(path)
+    if config.model.classes:
+        read_class_names(Path(config.model.classes))  # a wrong file is found before anything is loaded
+    weights = Path(config.model.weights) if config.model.weights else None
     model = build_model(
         config.model.name,
         num_classes=None,
@@ -52,10 +56,16 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         img_size=config.model.img_size,
         state=config.model.state,
     )
+    outputs = int(cast(Any, model).num_classes)
+    named = named_classes(outputs, condition="", checkpoint=weights, file=config.model.classes)
     workers.share_weights(model)  # whatever they start from, all processes capture one model
     preprocessing = preprocessing_of(model)
     manifest = _manifest(config, workers)
     images = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=manifest).test
+    head = named or folder_classes(outputs, images.class_names, config.data.class_order, "model.classes")
+    check_shared_names(head, images.class_names, config.model.classes)
+    if sentence := head.origin("the model"):
+        say(sentence)
     if manifest.dropped:
         say("left out: " + ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()))
     capture_to_store(
@@ -63,9 +73,8 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         images,
         path,
         capture_settings(config, device),
-        model_info=model_info(
-            config.model.name, Path(config.model.weights) if config.model.weights else None, config.model.state
-        ),
+        model_info=model_info(config.model.name, weights, config.model.state)
+        | ({"classes": list(head.names)} if head.known else {}),
         dataset_info={"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256},
         preprocessing=preprocessing.to_dict(),
         manifest=manifest_dict(manifest),

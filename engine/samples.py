@@ -5,6 +5,7 @@ A study keeps one; the command `capture` keeps `maps.samples.zarr` beside `maps.
 samples.zarr/   attrs: schema, class_names, region_names
   images/{pixels [image, row, col, channel], id, label, boxes}
   <condition>_seed<k>/layer_00 [image, head, query, key] float16, attrs site, layout;  logits [image, class]
+                                                                                       (none where a model has no head)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
-from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating, has_classes
 from store.removal import holds_only, is_unfinished, own_zarr, put, remove, schema_of, unfinished
 from store.schema import MARK
 from store.storage import Storage
@@ -129,7 +130,8 @@ def add_sample_maps(
             ("image", "head", "query", "key"),
             {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()},
         )
-    _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
+    if has_classes(model):
+        _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
     put(partial, path / name, holds_only(_RUN_FILES))  # a group of the samples store
 
 

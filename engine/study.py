@@ -25,6 +25,7 @@ from engine.journal import Journal, digest_path
 from engine.measure import measure_store
 from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.progress import say
+from engine.relevance.choice import choose_classes
 from engine.relevance.comparison import prediction_link
 from engine.relevance.samples import samples_folder
 from engine.relevance.stage import explain_study
@@ -35,7 +36,7 @@ from engine.sinks import capture_to_store
 from engine.statistics import analyse
 from engine.statistics.conditions import check_bounds
 from engine.table import build_table, prefix_mass_warning, read_table, write_table
-from engine.training import Run, StudyData, prepare_data, train_runs
+from engine.training import Run, StudyData, check_class_files, prepare_data, train_runs
 from kernels import load_metric
 from store import AttentionStore
 from train.conditions import versions
@@ -69,6 +70,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     """
     # What is mistaken is found before anything is trained.
     metrics_of_one_capture(config.measure.metrics)
+    check_class_files(config)
     check_bounds(config.statistics.equivalence, [load_metric(name).name for name in config.measure.metrics])
     study = Study(config)
     stages = STAGES[: STAGES.index(last) + 1]
@@ -184,6 +186,7 @@ class Study:
             "table": digest_path(folder / "attention_metrics.zarr"),
             "controls": digest_path(folder / "controls.json"),
             "statistics": dataclasses.asdict(config),
+            "classifiers": self._classifiers(),
             "version": __version__,
         }
 
@@ -193,6 +196,7 @@ class Study:
             tests = results.pop("tests")
             extra = results | {
                 "accuracy": self._accuracy(),
+                "classifiers": self._classifiers(),
                 "controls": json.loads((folder / "controls.json").read_text()),
                 "data": self.data.summary(),
                 "undefined": json.loads(table.attrs["undefined"]),
@@ -209,8 +213,11 @@ class Study:
         """
         config = self.config.relevance
         folder = self.outputs / "metrics"
-        drawn = self.sample_rows[: config.images]
-        measured = choose_samples(config.measured, len(self.data.test), self.config.data.seed)
+        heads = {name: self.data.head(name) for name in self.config.conditions}
+        choice = choose_classes(heads, self.data.test, self.against)
+        drawn = [row for row in self.sample_rows if row in choice.rows][: config.images]
+        chosen = choose_samples(config.measured, len(choice.rows), self.config.data.seed)
+        measured = [choice.rows[position] for position in chosen]
         settings = {
             name: value
             for name, value in dataclasses.asdict(self.config.statistics).items()
@@ -225,11 +232,12 @@ class Study:
             "relevance": dataclasses.asdict(config),
             "settings": settings,
             "against": self.against,
+            "classifiers": self._classifiers(),
             "seed": self.config.data.seed,
             "version": __version__,
         }
         left = [folder / "relevance.json", folder / "relevance.csv"]
-        left += [samples_folder(self.outputs, method) for method in config.methods if drawn]
+        left += [samples_folder(self.outputs, method) for method in config.methods]
 
         def work() -> None:
             explain_study(
@@ -240,7 +248,8 @@ class Study:
                 measured,
                 config,
                 against=self.against,
-                labels_are_classes=self._labels_are_classes(),
+                heads=heads,
+                choice=choice,
                 settings=settings,
                 link=self._prediction_link(),
                 seed=self.config.data.seed,
@@ -373,40 +382,52 @@ class Study:
             "code_version": __version__,
         }
 
-    def _labels_are_classes(self) -> bool:
-        """Whether the models' outputs are the data set's classes, so that a label can be looked up in the logits."""
-        return all(
-            AttentionStore.open(self._store_path(run)).schema.num_classes == len(self.data.test.class_names)
-            for run in self.runs
-        )
+    def _outputs_of_labels(self, condition: str) -> np.ndarray:
+        """The output of a condition's head that stands for each test image's class, [image]; −1 where there is none."""
+        return self.data.head(condition).outputs_of(self.data.test.labels, self.data.test.class_names)
+
+    def _classifiers(self) -> dict[str, dict[str, Any]]:
+        """condition → what its outputs stand for, and what a reader must know of it."""
+        classifiers = {}
+        for condition in self.config.conditions:
+            head = self.data.head(condition)
+            of_labels = self._outputs_of_labels(condition)
+            said = head.origin(condition), head.consequences(len(of_labels), int((of_labels < 0).sum()))
+            classifiers[condition] = {
+                "outputs": head.outputs,
+                "classes": list(head.names) if head.known else None,
+                "note": " ".join(filter(None, said)),
+            }
+        return classifiers
 
     def _prediction_link(self) -> list[dict[str, Any]]:
-        """Do heads' changes go with changes of the prediction? Nothing where labels are not the models' classes."""
-        if not self._labels_are_classes() or len(self.config.conditions) < 2:
-            return []
+        """Do heads' changes go with changes of the prediction? Of the conditions whose classes are known."""
         logits: dict[str, list[np.ndarray]] = {}
         for run in self.runs:
-            logits.setdefault(run.condition, []).append(AttentionStore.open(self._store_path(run)).read_logits())
+            if self.data.head(run.condition).known:
+                logits.setdefault(run.condition, []).append(AttentionStore.open(self._store_path(run)).read_logits())
         return prediction_link(
             read_table(self.outputs / "metrics" / "attention_metrics.zarr"),
             {condition: np.mean(of_runs, axis=0) for condition, of_runs in logits.items()},
-            np.asarray(self.data.test.labels),
+            {condition: self._outputs_of_labels(condition) for condition in logits},
             against=self.against,
             permutations=self.config.statistics.permutations,
             seed=self.config.statistics.seed,
         )
 
     def _accuracy(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """condition → seed → {validation, test, chance}; nothing where labels are not the models' classes."""
-        if not self._labels_are_classes():
-            return {}
+        """condition → seed → {validation, test, chance, images}, over the images whose class the head has."""
         accuracy: dict[str, dict[str, dict[str, float | None]]] = {}
         for run in self.runs:
-            store = AttentionStore.open(self._store_path(run))
-            correct = store.read_logits().argmax(axis=1) == store.labels
+            expected = self._outputs_of_labels(run.condition)
+            rows = np.flatnonzero(expected >= 0)
+            if not len(rows):
+                continue
+            predicted = AttentionStore.open(self._store_path(run)).read_logits().argmax(axis=1)
             accuracy.setdefault(run.condition, {})[str(run.seed)] = {
                 "validation": run.validation_accuracy,
-                "test": float(correct.mean()),
-                "chance": 1.0 / len(store.class_names),
+                "test": float((predicted[rows] == expected[rows]).mean()),
+                "chance": 1.0 / self.data.head(run.condition).outputs,
+                "images": len(rows),
             }
         return accuracy

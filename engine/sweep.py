@@ -16,9 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engine.classes import folder_classes, named_classes
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
 from engine.outputs import OutputsFolder, resolve_device
+from engine.progress import say
 from engine.report.sweep import curves_png, evaluation_csv, history_html
 from engine.training import StudyData, image_kind, prepare_data, shared_hyperparameters
 from train.adapters import Init
@@ -79,6 +81,20 @@ def run_sweep(config: StudyConfig) -> Path:
     return folder
 
 
+def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
+    """Whether the head that comes with the pretrained weights is of these classes, in this order."""
+    model = config.model
+    outputs = head_size(model.name, pretrained=model.pretrained, weights=model.weights, state=model.state)
+    if not outputs:
+        return False
+    head = named_classes(
+        outputs, condition="", checkpoint=Path(model.weights) if model.weights else None, file=model.classes
+    ) or folder_classes(outputs, class_names, config.data.class_order, "model.classes")
+    if not head.known:
+        say(f"the head of the weights is replaced by a probe's, as its classes are not known: {head.source}")
+    return head.names == class_names
+
+
 def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, device: str) -> SweepPlan:
     """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
     sweep, model = config.sweep, config.model
@@ -93,9 +109,8 @@ def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, dev
         sparsity=sweep.sparsity,
     )
     weights = outputs / "checkpoints" / "pretrained.safetensors"
-    classes = len(data.splits.class_names)
     probe: Path | None = None
-    if head_size(model.name, pretrained=model.pretrained, weights=model.weights, state=model.state) != classes:
+    if not _head_is_of(data.splits.class_names, config):
         probe = outputs / "checkpoints" / "sweep_probe.safetensors"
         train_condition(
             recipe="probe",

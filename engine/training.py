@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,10 @@ import torch
 from tqdm import tqdm
 
 from engine import __version__
+from engine.classes import HeadClasses, check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig
 from engine.journal import Journal, digest, digest_path
+from engine.progress import say
 from train.augment import Augmentation
 from train.checkpoint import read_metadata, save_checkpoint, sidecar_path
 from train.conditions import train_condition
@@ -32,7 +34,15 @@ from train.models import build_model, built_size, load_checkpoint, preprocessing
 from train.parallel import Workers
 from train.pretrain import pretrain_digits
 
-__all__ = ["Run", "StudyData", "image_kind", "prepare_data", "shared_hyperparameters", "train_runs"]
+__all__ = [
+    "Run",
+    "StudyData",
+    "check_class_files",
+    "image_kind",
+    "prepare_data",
+    "shared_hyperparameters",
+    "train_runs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +88,14 @@ class StudyData:
         preprocessing: read off the model.
         pretrained_digest: hash of the pretrained weights; "" where only given checkpoints are compared.
         pretrained_model: builds the pretrained model.
+        heads: condition → the classes of its head, where checkpoints were given.
     """
 
     splits: DataSplits
     preprocessing: Preprocessing
     pretrained_digest: str
     pretrained_model: Callable[[], torch.nn.Module]
+    heads: Mapping[str, HeadClasses] = field(default_factory=dict)
 
     @property
     def test(self) -> ImageSet:
@@ -93,6 +105,11 @@ class StudyData:
     def digest(self) -> str:
         """Hash of every image, label and split, and of how images are prepared for the model."""
         return digest([self.splits.manifest.sha256, self.preprocessing.to_dict()])
+
+    def head(self, condition: str) -> HeadClasses:
+        """The classes of a condition's head: those of the data where it is trained here."""
+        names = self.splits.class_names
+        return self.heads.get(condition) or HeadClasses(len(names), names)
 
     def info(self, split: str) -> dict[str, Any]:
         """Provenance of one split: {id, split, sha256}."""
@@ -142,23 +159,53 @@ def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device
 def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
     """Data for checkpoints that somebody trained; all get the same pixels."""
     prepared: dict[str, Preprocessing] = {}
+    outputs_of: dict[str, int] = {}
+    named: dict[str, HeadClasses | None] = {}
     for name, condition in config.conditions.items():
         if not condition.checkpoint:
             raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
         # Every file is loaded once before any work, so that a wrong one is found at once.
         state = condition.state or config.model.state
+        file = condition.classes or config.model.classes
         try:
             model = load_checkpoint(config.model.name, condition.checkpoint, config.model.img_size, state)
         except InputError as error:
             raise type(error)(f"condition {name}: {error}") from error
         prepared[name] = preprocessing_of(model)
+        outputs_of[name] = int(cast(Any, model).num_classes)
+        named[name] = named_classes(outputs_of[name], condition=name, checkpoint=Path(condition.checkpoint), file=file)
     preprocessing = _common_preprocessing(config, prepared)
     splits = _folder_splits(config, outputs, journal, preprocessing)
+    heads = {
+        name: found
+        or folder_classes(outputs_of[name], splits.class_names, config.data.class_order, f"conditions.{name}.classes")
+        for name, found in named.items()
+    }
+    for name, condition in config.conditions.items():
+        check_shared_names(heads[name], splits.class_names, condition.classes or config.model.classes)
+        say(heads[name].origin(name))
 
     def no_pretrained() -> torch.nn.Module:
         raise InputError("given checkpoints say nothing of the pretrained model that they started from")
 
-    return StudyData(splits, preprocessing, "", no_pretrained)
+    return StudyData(splits, preprocessing, "", no_pretrained, heads)
+
+
+def check_class_files(config: StudyConfig) -> None:
+    """Read every file of class names, before anything is loaded.
+
+    Raises:
+        InputError: one cannot be read, or is given for a head that is trained here.
+    """
+    for name, condition in config.conditions.items():
+        file = condition.classes or config.model.classes
+        if file and condition.recipe != "checkpoint":
+            raise InputError(
+                f"class names {file} are given, but condition {name} is trained here, on the class folders; leave them "
+                "out, or give a checkpoint"
+            )
+        if file:
+            read_class_names(Path(file))
 
 
 def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocessing]) -> Preprocessing:

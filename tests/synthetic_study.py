@@ -85,6 +85,9 @@ def build_study(
         name: {str(seed): {"validation": 0.9 - 0.05 * c, "test": 0.89 - 0.05 * c, "chance": 0.25} for seed in seeds}
         for c, name in enumerate(reversed(list(conditions)))
     }
+    comparison["classifiers"] = {
+        name: {"outputs": len(classes), "classes": list(classes), "note": ""} for name in conditions
+    }
     comparison["data"] = {
         "images": images,
         "classes": len(classes),

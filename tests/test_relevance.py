@@ -11,7 +11,7 @@ import timm
 import torch
 
 from engine.relevance import METHODS, relevance_maps
-from engine.relevance.samples import choose_targets
+from engine.relevance.choice import choose_targets
 from train.errors import InputError
 
 FIXTURE = Path(__file__).parent / "data" / "relevance_micro.npz"

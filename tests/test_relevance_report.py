@@ -11,8 +11,10 @@ import pytest
 import torch
 import xarray as xr
 
+from engine.classes import HeadClasses
+from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.comparison import prediction_link, relevance_document, write_relevance
-from engine.relevance.evaluation import CONTROL, Evaluation, Targets, evaluate_maps
+from engine.relevance.evaluation import CONTROL, Evaluation, evaluate_maps
 from engine.relevance.faithfulness import Curves
 from engine.report import write_report
 from engine.report.inputs import load_results
@@ -39,19 +41,23 @@ def evaluation(rng: np.random.Generator, good: float, alike: float) -> Evaluatio
     return Evaluation(values, curves)
 
 
-def documents() -> tuple[dict[str, dict[str, Evaluation]], Targets, dict[str, object]]:
+HEAD = HeadClasses(5, tuple("abcde"))
+
+
+def documents() -> tuple[dict[str, dict[str, Evaluation]], dict[str, Targets], dict[str, object]]:
     rng = np.random.default_rng(0)
     good = {"rollout": 0.4, "generic": 0.9, CONTROL: 0.0}
     evaluations = {
         condition: {method: evaluation(rng, value, alike) for method, value in good.items()}
         for condition, alike in (("baseline", 0.3), ("finetuned", 0.6))
     }
-    targets = Targets("true", np.zeros(IMAGES, dtype=np.int64), np.ones(IMAGES, dtype=np.int64))
+    targets = Targets(HEAD, "true", np.zeros(IMAGES, dtype=np.int64), np.ones(IMAGES, dtype=np.int64))
+    choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
     refused = {"baseline": {}, "finetuned": {"lrp": "adapters <b>not</b> merged"}}
     document = relevance_document(
-        evaluations, refused, targets, against="baseline", baseline="blur", steps=3, settings=SETTINGS
+        evaluations, refused, choice, images=IMAGES, against="baseline", baseline="blur", steps=3, settings=SETTINGS
     )
-    return evaluations, targets, document
+    return evaluations, dict.fromkeys(evaluations, targets), document
 
 
 def test_the_document_says_what_the_numbers_say() -> None:
@@ -141,7 +147,7 @@ class Noise(ImageSet):
 
 def test_a_refused_method_is_named_and_the_others_are_measured() -> None:
     images, rows = Noise(5), [0, 1, 3]
-    targets = Targets("true", images.labels[rows], (images.labels[rows] + 1) % 5)
+    targets = Targets(HEAD, "true", images.labels[rows], (images.labels[rows] + 1) % 5)
     found, refused = evaluate_maps(
         family("parallel"),
         images,
@@ -176,7 +182,8 @@ def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:
     table = xr.Dataset(
         {"entropy": (dims, values), "region_mass": ((*dims, "region"), shares)}, coords | {"region": ["a", "b"]}
     )
-    entries = prediction_link(table, logits, labels, against="baseline", permutations=199, seed=0)
+    places = dict.fromkeys(logits, labels)
+    entries = prediction_link(table, logits, places, against="baseline", permutations=199, seed=0)
     assert [entry["outcome"] for entry in entries] == ["logit", "correct"]
     tests = entries[0]["tests"]
     assert len(tests) == entries[0]["family_size"] == 18
@@ -184,3 +191,17 @@ def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:
     assert (best["metric"], best["layer"], best["head"]) == ("entropy", 2, 1)
     assert best["rho"] == pytest.approx(1.0)
     assert best["p_max_r"] == 1 / 200
+    # The same logits with the baseline's columns in another order, and without the class of every fourth image.
+    order = np.array([2, 0, 3, 1])
+    missing = np.where(labels == 1, -1, labels)
+    turned = {"baseline": logits["baseline"][:, order], "finetuned": logits["finetuned"]}
+    places = {"baseline": np.argsort(order)[labels], "finetuned": missing}
+    (entry, _) = prediction_link(table, turned, places, against="baseline", permutations=199, seed=0)
+    assert entry["images"] == (labels != 1).sum()
+    best = max(entry["tests"], key=lambda test: abs(test["rho"]))
+    assert (best["metric"], best["layer"], best["head"]) == ("entropy", 2, 1)
+    assert best["rho"] == pytest.approx(1.0)
+    assert (
+        prediction_link(table, {"finetuned": logits["finetuned"]}, places, against="baseline", permutations=9, seed=0)
+        == []
+    )

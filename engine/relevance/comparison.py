@@ -13,7 +13,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from engine.outputs import write_json
-from engine.relevance.evaluation import CONTROL, Evaluation, Targets
+from engine.relevance.choice import ClassChoice, Targets
+from engine.relevance.evaluation import CONTROL, Evaluation
 from engine.statistics.association import correlate_over_images
 from engine.statistics.bootstrap import bootstrap_interval
 from engine.statistics.conditions import IMAGES
@@ -32,8 +33,9 @@ _SETTINGS = ("permutations", "bootstrap", "confidence", "seed")
 def relevance_document(
     evaluations: Evaluations,
     refused: Mapping[str, Mapping[str, str]],
-    targets: Targets,
+    choice: ClassChoice,
     *,
+    images: int,
     against: str,
     baseline: str,
     steps: int,
@@ -46,11 +48,13 @@ def relevance_document(
 
     - `methods`: is one method's map more faithful than another's (rollout's, a random one's)? A family a condition.
     - `conditions`: does a measure differ between a condition and `against`? A family a condition: method × measure.
+      Only where both explain the same class of an image.
     - `classes`: is the map of another class noisier than that of the image's class? A family a condition.
 
     Args:
         evaluations, refused: condition -> method -> evaluation, or the reason why there is none.
-        targets: the classes of the maps.
+        choice: the classes of the maps.
+        images: how many are measured.
         against: the condition that the others are compared with.
         baseline, steps: as given to `perturbation_curves`.
         settings: permutations, bootstrap, confidence and seed of `compare_paired`.
@@ -59,8 +63,9 @@ def relevance_document(
     return {
         "schema": 1,
         "unit_of_inference": IMAGES,
-        "images": len(targets.target),
-        "target": targets.role,
+        "images": images,
+        "target": choice.role,
+        "left_out": list(choice.left_out),
         "baseline": baseline,
         "steps": steps,
         "against": against,
@@ -83,7 +88,7 @@ def relevance_document(
             for method, evaluation in methods.items()
         ],
         "methods": list(_between_methods(evaluations, chosen)),
-        "conditions": list(_between_conditions(evaluations, against, chosen)),
+        "conditions": list(_between_conditions(evaluations, against, chosen)) if choice.same_class else [],
         "classes": list(_between_classes(evaluations, chosen)),
     }
 
@@ -91,7 +96,7 @@ def relevance_document(
 def prediction_link(
     table: xr.Dataset,
     logits: Mapping[str, Floats],
-    labels: NDArray[np.int64],
+    labels: Mapping[str, NDArray[np.int64]],
     *,
     against: str,
     permutations: int,
@@ -102,12 +107,13 @@ def prediction_link(
     One entry a condition and outcome: the change (condition − against) of the true class's logit, or of being right
     (−1, 0, 1), with every metric's change in every layer and head, seeds averaged. The family is metric × layer × head.
     It is an association over images of these checkpoints: that the attention's change brings about the other is not
-    tested.
+    tested. Images whose class one of the two heads does not have are left out.
 
     Args:
         table: metrics over (condition, seed, image, layer, head[, region]).
-        logits: condition -> [image, class], seeds averaged, of the table's images.
-        labels: [image].
+        logits: condition -> [image, class of its own head], seeds averaged, of the table's images; a condition whose
+            classes are not known is not there and has no entry.
+        labels: condition -> the true class's place in its logits, [image]; −1 where its head does not have it.
         against, permutations, seed: see `correlate_over_images`.
     """
     series = []
@@ -120,9 +126,12 @@ def prediction_link(
         )
         keys = [f"{name}[{region}]" for region in table["region"].values] if "region" in values.dims else [str(name)]
         series += list(zip(keys, parts, strict=True))
-    right = np.arange(len(labels))
     entries = []
-    for condition in (str(name) for name in table["condition"].values if name != against):
+    compared = [str(name) for name in table["condition"].values if name != against and name in logits]
+    for condition in compared if against in logits else ():
+        rows = np.flatnonzero((labels[condition] >= 0) & (labels[against] >= 0))
+        if not len(rows):
+            continue
         changes = xr.concat(
             [
                 values.sel(condition=condition, drop=True) - values.sel(condition=against, drop=True)
@@ -132,13 +141,16 @@ def prediction_link(
             coords="minimal",
             compat="override",
         ).assign_coords(metric=[key for key, _ in series])
+        logit, correct = (
+            {name: values(logits[name][rows], labels[name][rows]) for name in (condition, against)}
+            for values in (_true_logit, _correct)
+        )
         outcomes = {
-            "logit": logits[condition][right, labels] - logits[against][right, labels],
-            "correct": (logits[condition].argmax(axis=1) == labels).astype(float)
-            - (logits[against].argmax(axis=1) == labels),
+            "logit": logit[condition] - logit[against],
+            "correct": correct[condition] - correct[against],
         }
         for outcome, change in outcomes.items():
-            found = correlate_over_images(changes, change, permutations=permutations, seed=seed)
+            found = correlate_over_images(changes.isel(image=rows), change, permutations=permutations, seed=seed)
             cells = found.stack(cell=("metric", "layer", "head"))
             tests = [
                 {
@@ -162,15 +174,27 @@ def prediction_link(
                     "family": "metric × layer × head",
                     "family_size": found.attrs["family_size"],
                     "permutations": permutations,
-                    "images": len(labels),
+                    "images": len(rows),
                     "tests": tests,
                 }
             )
     return entries
 
 
+def _true_logit(logits: Floats, labels: NDArray[np.int64]) -> Floats:
+    return np.asarray(logits[np.arange(len(labels)), labels])
+
+
+def _correct(logits: Floats, labels: NDArray[np.int64]) -> Floats:
+    return np.asarray(logits.argmax(axis=1) == labels, dtype=np.float64)
+
+
 def write_relevance(
-    folder: Path, document: Mapping[str, Any], evaluations: Evaluations, targets: Targets, ids: Sequence[str]
+    folder: Path,
+    document: Mapping[str, Any],
+    evaluations: Evaluations,
+    targets: Mapping[str, Targets],
+    ids: Sequence[str],
 ) -> None:
     """`relevance.json`, and `relevance.csv` with one row a condition, method and image; each whole or not at all."""
     write_json(folder / "relevance.json", document)
@@ -183,7 +207,7 @@ def write_relevance(
             columns = [evaluation.values.get(name) for name in names]
             for i, identity in enumerate(ids):
                 numbers_ = ["" if c is None or not np.isfinite(c[i]) else f"{c[i]:.7g}" for c in columns]
-                writer.writerow([condition, method, identity, int(targets.target[i]), int(targets.other[i]), *numbers_])
+                writer.writerow([condition, method, identity, *targets[condition].names(i), *numbers_])
     write_atomically(folder / "relevance.csv", text.getvalue().encode())
 
 

@@ -13,11 +13,12 @@ from tqdm import tqdm
 from engine.capture import evaluating
 from engine.layouts import CaptureError, token_layout, vision_module
 from engine.relevance import relevance_maps
+from engine.relevance.choice import Targets
 from engine.relevance.faithfulness import Curves, baseline_images, perturbation_curves, random_maps
 from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
 from train.data import ImageSet
 
-__all__ = ["CONTROL", "MEASURES", "Evaluation", "Targets", "evaluate_maps"]
+__all__ = ["CONTROL", "MEASURES", "Evaluation", "evaluate_maps"]
 
 Floats = NDArray[np.float64]
 
@@ -37,20 +38,6 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "map_entropy": ("nat", "entropy of the map over patches"),
     "map_morans_i": ("1", "Moran's I of the map"),
 }
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Which classes the maps are of.
-
-    Args:
-        role: what `target` is to each image: "true", or "predicted" where labels are not the models' classes.
-        target, other: class indices [image], never the same for an image.
-    """
-
-    role: str
-    target: NDArray[np.int64]
-    other: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ def evaluate_maps(
             grid = (layout.grid_rows, layout.grid_cols)
             regions = images.regions(layout)
             coverage = None if regions is None else regions[[rows[i] for i in batch]].astype(np.float64)
-            true, other = (torch.from_numpy(classes[batch]) for classes in (targets.target, targets.other))
+            true = torch.from_numpy(targets.target[batch])
             for method in (*methods, CONTROL):
                 if method in refused:
                     continue
@@ -118,7 +105,8 @@ def evaluate_maps(
                     except CaptureError as error:
                         refused[method] = str(error)
                         continue
-                    if method != "rollout":  # which is the same for every class
+                    if targets.other is not None and method != "rollout":  # which is the same for every class
+                        other = torch.from_numpy(targets.other[batch])
                         others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
                 curves = perturbation_curves(
                     model, pixels, stand_in, true, maps, steps=steps, batch_size=2 * batch_size, seed=seed

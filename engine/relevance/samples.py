@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from engine.outputs import replace_files
 from engine.relevance import relevance_maps
+from engine.relevance.choice import Targets
 from train.data import ImageSet
 
-__all__ = ["Explained", "choose_targets", "explain_samples", "samples_folder", "write_samples"]
+__all__ = ["Explained", "explain_samples", "samples_folder", "write_samples"]
 
 # Pictures are drawn at least this large, whatever the model's input size.
 _PICTURE_PX = 192
@@ -38,14 +39,14 @@ class Explained:
     Args:
         image: row of the data set.
         condition: the model.
-        target: class index; role: "true", "other" or "predicted".
+        target: class name; role: "true", "other" or "predicted".
         probability: softmax of the model's logits at the target.
         map: float32 [row, col] on the patch grid, not normalised.
     """
 
     image: int
     condition: str
-    target: int
+    target: str
     role: str
     probability: float
     map: np.ndarray
@@ -57,18 +58,12 @@ def samples_folder(outputs: Path, method: str) -> Path:
     return visualizations / "gradcam_samples" if method == "gradcam" else visualizations / "relevance" / method
 
 
-def choose_targets(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
-    """A seeded class other than the true one for each image, [image]."""
-    steps = np.random.default_rng(seed).integers(1, num_classes, size=len(labels))
-    return np.asarray((labels + steps) % num_classes)
-
-
 def explain_samples(
     model: torch.nn.Module,
     condition: str,
     images: ImageSet,
     rows: Sequence[int],
-    targets: Mapping[str, np.ndarray],
+    targets: Targets,
     method: str,
     *,
     device: str,
@@ -79,7 +74,7 @@ def explain_samples(
         model: in evaluation mode, on `device`.
         condition: its name.
         images, rows: the samples.
-        targets: role -> class index a sample, [sample]; none: the class that the model predicts.
+        targets: the classes of each sample.
         method: see `relevance_maps`.
 
     Raises:
@@ -89,13 +84,14 @@ def explain_samples(
     with torch.inference_mode():
         output = model(pixels)
         probabilities = getattr(output, "logits", output).float().softmax(dim=-1).cpu().numpy()
-    roles = targets or {"predicted": probabilities.argmax(axis=1)}
+    roles = {targets.role: targets.target} | ({} if targets.other is None else {"other": targets.other})
     found = []
     for role, classes in roles.items():
         maps = relevance_maps(model, pixels, [int(c) for c in classes], method).cpu().numpy()
         for sample, (row, target) in enumerate(zip(rows, classes, strict=True)):
             probability = float(probabilities[sample, int(target)])
-            found.append(Explained(row, condition, int(target), role, probability, maps[sample]))
+            name = targets.head.name(int(target))
+            found.append(Explained(row, condition, name, role, probability, maps[sample]))
     return found
 
 
@@ -119,11 +115,10 @@ def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequen
         for item, overlay in zip(items, overlays, strict=True):
             name = panel
             if method == "gradcam":
-                name = f"{row:05d}_{item.condition}_{item.role}_{_plain(_class(images, item.target))}.png"
+                name = f"{row:05d}_{item.condition}_{item.role}_{_plain(item.target)}.png"
                 files[name] = _png(overlay)
             peak, probability = f"{float(item.map.max()):.6g}", f"{item.probability:.4f}"
-            target = _class(images, item.target)
-            writer.writerow([name, images.ids[row], item.condition, item.role, target, probability, peak])
+            writer.writerow([name, images.ids[row], item.condition, item.role, item.target, probability, peak])
     files[f"{method}_samples.csv"] = table.getvalue().encode()
     replace_files(folder, files.items())
 
@@ -187,7 +182,7 @@ def _panel(
         for column, condition in enumerate(conditions):
             at = next(i for i, item in enumerate(items) if (item.role, item.condition) == (role, condition))
             left = _GAP_PX + cell[0] * (1 + column)
-            note = f"{role} class {_class(images, items[at].target)}, p = {items[at].probability:.2f}"
+            note = f"{role} class {items[at].target}, p = {items[at].probability:.2f}"
             _titles(draw, (left, upper), condition, note, width, (bold, small))
             canvas.paste(overlays[at], (left, upper + title_px))
     upper, length = top + title_px, height + cell[1] * (len(roles) - 1)
@@ -217,10 +212,6 @@ def _font(size_px: int, *, bold: bool = False) -> Font:
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size_px)
-
-
-def _class(images: ImageSet, target: int) -> str:
-    return images.class_names[target] if target < len(images.class_names) else f"class {target}"
 
 
 def _plain(name: str) -> str:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.classes import HeadClasses
 from engine.config import RelevanceConfig
 from engine.layouts import CaptureError
+from engine.relevance.choice import ClassChoice, find_targets
 from engine.relevance.comparison import relevance_document, write_relevance
-from engine.relevance.evaluation import Evaluation, Targets, evaluate_maps
-from engine.relevance.samples import Explained, choose_targets, explain_samples, samples_folder, write_samples
+from engine.relevance.evaluation import Evaluation, evaluate_maps
+from engine.relevance.samples import Explained, explain_samples, samples_folder, write_samples
 from train.data import ImageSet
 
 __all__ = ["explain_study"]
@@ -31,7 +33,8 @@ def explain_study(
     config: RelevanceConfig,
     *,
     against: str,
-    labels_are_classes: bool,
+    heads: Mapping[str, HeadClasses],
+    choice: ClassChoice,
     settings: Mapping[str, Any],
     link: Sequence[Mapping[str, Any]],
     seed: int,
@@ -47,8 +50,8 @@ def explain_study(
         images: the test split; drawn, measured: its rows to draw and to measure.
         config: the methods, and how faithfulness is measured.
         against: the condition that the others are compared with.
-        labels_are_classes: whether a label can be looked up in the logits; else maps are of predicted classes, for the
-            measurements of the class that `against` predicts.
+        heads: condition -> the classes of its head; one without a head is left out.
+        choice: which classes are explained.
         settings: permutations, bootstrap, confidence and seed of the tests.
         link: entries of `prediction_link`.
         seed: of the other classes, the random control and ties.
@@ -56,18 +59,29 @@ def explain_study(
     """
     explained: dict[str, list[Explained]] = {method: [] for method in config.methods}
     refused: dict[str, dict[str, str]] = {condition: {} for condition in models}
-    evaluations: dict[str, dict[str, Evaluation]] = {}
-    labels = np.asarray(images.labels)
-    classes = len(images.class_names)
-    roles: dict[str, NDArray[np.int64]] = {}
-    if labels_are_classes and classes > 1:
-        roles = {"true": labels[list(drawn)], "other": choose_targets(labels[list(drawn)], classes, seed)}
-    targets = _targets(models[against], images, measured, classes if roles else 0, seed, device)
+    evaluations: dict[str, dict[str, Evaluation]] = {condition: {} for condition in models}
+    of_drawn, of_measured = (
+        find_targets(
+            choice,
+            heads,
+            images,
+            rows,
+            seed,
+            against=against,
+            predict=lambda condition, rows=rows: _predicted(models[condition], images, rows, device),  # type: ignore[misc]
+        )
+        for rows in (drawn, measured)
+    )
     for condition, load in models.items():
+        if condition not in of_measured:
+            refused[condition] = dict.fromkeys(config.methods, "it has no head, and a relevance map is of a class")
+            continue
         model = load()
         for method in config.methods if drawn else ():
             try:
-                explained[method] += explain_samples(model, condition, images, drawn, roles, method, device=device)
+                explained[method] += explain_samples(
+                    model, condition, images, drawn, of_drawn[condition], method, device=device
+                )
             except CaptureError as error:
                 refused[condition][method] = str(error)
         methods = [method for method in config.methods if method not in refused[condition]]
@@ -75,7 +89,7 @@ def explain_study(
             model,
             images,
             measured,
-            targets,
+            of_measured[condition],
             methods,
             baseline=config.baseline,
             steps=config.steps,
@@ -84,34 +98,29 @@ def explain_study(
             label=condition,
         )
         refused[condition] |= reasons
-    for method in config.methods if drawn else ():
+    for method in config.methods:
         write_samples(samples_folder(outputs, method), method, images, explained[method])
     document = relevance_document(
         evaluations,
         refused,
-        targets,
+        choice,
+        images=len(measured),
         against=against,
         baseline=config.baseline,
         steps=config.steps,
         settings=settings,
     )
     document["link"] = list(link)
-    write_relevance(outputs / "metrics", document, evaluations, targets, [images.ids[row] for row in measured])
+    write_relevance(outputs / "metrics", document, evaluations, of_measured, [images.ids[row] for row in measured])
 
 
-def _targets(load: Loader, images: ImageSet, rows: Sequence[int], num_classes: int, seed: int, device: str) -> Targets:
-    """True classes and others; without known classes (0), those that the model behind `load` predicts, and others."""
-    if num_classes:
-        labels = np.asarray(images.labels, dtype=np.int64)[list(rows)]
-        return Targets("true", labels, choose_targets(labels, num_classes, seed))
-    predicted: list[NDArray[np.int64]] = []
-    if rows:
-        model = load()
-        with torch.inference_mode():
-            for start in range(0, len(rows), 32):
-                output = model(images.batch(rows[start : start + 32]).to(device))
-                logits = getattr(output, "logits", output)
-                num_classes = logits.shape[-1]
-                predicted.append(logits.argmax(dim=-1).cpu().numpy())
-    of_model = np.concatenate(predicted) if predicted else np.zeros(0, dtype=np.int64)
-    return Targets("predicted", of_model, choose_targets(of_model, max(num_classes, 2), seed))
+def _predicted(load: Loader, images: ImageSet, rows: Sequence[int], device: str) -> NDArray[np.int64]:
+    """The output of the model that is greatest, [row]."""
+    predicted: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    model = load() if rows else None
+    with torch.inference_mode():
+        for start in range(0, len(rows), 32):
+            assert model is not None
+            output = model(images.batch(rows[start : start + 32]).to(device))
+            predicted.append(getattr(output, "logits", output).argmax(dim=-1).cpu().numpy())
+    return np.concatenate(predicted)

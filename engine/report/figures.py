@@ -287,22 +287,24 @@ def _accuracy(results: Results) -> Figure:
     named = [name for name in results.conditions if results.accuracy.get(name)]
     figure, grid = _new(max(3.4, 1.4 + 0.9 * len(named)), 3.3)
     axes = grid[0, 0]
-    chance = None
     for position, condition in enumerate(named):
         runs = list(results.accuracy[condition].values())
         values = [100 * run["test"] for run in runs if run.get("test") is not None]  # type: ignore[operator]
-        chance = next((run["chance"] for run in runs if run.get("chance") is not None), chance)
+        chance = next((run["chance"] for run in runs if run.get("chance") is not None), None)
         if not values:
             continue
+        if chance is not None:
+            axes.hlines(
+                100 * chance, position - 0.5, position + 0.5, color="#444444", linewidth=0.9, linestyle=(0, (4, 2))
+            )
+            if position == len(named) - 1:
+                axes.text(position + 0.55, 100 * chance, "chance", va="center", fontsize=7.5, color="#444444")
         mean = sum(values) / len(values)
         axes.bar(position, mean, width=0.62, color=styles[condition]["color"], alpha=0.85)
         if len(values) > 1:
             offsets = np.linspace(-0.16, 0.16, len(values))
             axes.plot(position + offsets, values, "o", color="black", markersize=3, markeredgecolor="white")
         axes.text(position, max(values) + 1.5, f"{mean:.1f}", ha="center", fontsize=8.5)
-    if chance is not None:
-        axes.axhline(100 * chance, color="#444444", linewidth=0.9, linestyle=(0, (4, 2)))
-        axes.text(len(named) - 0.45, 100 * chance, "chance", va="center", fontsize=7.5, color="#444444")
     axes.set_xticks(range(len(named)), [literal(name) for name in named])
     axes.set_xlim(-0.5, len(named) - 0.5)
     axes.set_ylim(0, 108)

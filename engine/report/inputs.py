@@ -45,7 +45,7 @@ class Results:
         analyses: tests, trends, clusters and relations.
         settings: those that the tests and intervals were made with, as in `attention_comparison.json`.
         journal: what the stages recorded of their files; a file is asked for there before it is read.
-        controls, accuracy, data, undefined: as in `attention_comparison.json`.
+        controls, accuracy, classifiers, data, undefined: as in `attention_comparison.json`.
         prefix_mass_warning: what capture had to say about prefix mass, or "".
         training: `training.json`, or None where nothing was trained.
         samples: None where no maps were kept.
@@ -63,6 +63,7 @@ class Results:
     journal: Journal
     controls: tuple[Mapping[str, Any], ...] = ()
     accuracy: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     undefined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     prefix_mass_warning: str = ""
@@ -229,6 +230,7 @@ def load_results(outputs: Path) -> Results:
         journal=journal,
         controls=tuple(comparison.get("controls", ())),
         accuracy=comparison.get("accuracy") or {},
+        classifiers=comparison.get("classifiers") or {},
         data=comparison.get("data") or {},
         undefined=comparison.get("undefined") or {},
         prefix_mass_warning=_sentence(comparison.get("prefix_mass_warning")),

@@ -75,7 +75,8 @@ def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[st
         "How much maps depend on the class": list(_classes(results, found)),
         "Attention and the prediction": list(_link(results, found)),
         "Not computed": [
-            f"{entry['method']} of {entry['condition']}: {entry['reason']}." for entry in found.document["refused"]
+            *(found.document.get("left_out") or ()),
+            *(f"{entry['method']} of {entry['condition']}: {entry['reason']}." for entry in found.document["refused"]),
         ],
     }
     return {heading: sentences for heading, sentences in parts.items() if sentences}

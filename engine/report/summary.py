@@ -68,6 +68,7 @@ def _compared(results: Results, found: Sequence[Comparison]) -> list[str]:
     accuracy = wording.accuracy_sentence(results)
     if accuracy:
         lines.append(_text(accuracy))
+    lines += [_text(sentence) for sentence in wording.classifier_sentences(results)]
     lines += [_text(sentence) for sentence in wording.scope_sentences(results, found)]
     return lines
 

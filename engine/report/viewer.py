@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,9 +49,14 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
         "images": [_image(samples, index) for index in range(shown)],
         "regions": list(samples.regions),
         "runs": [
-            {"condition": results.conditions.index(condition), "seed": seed, "predictions": _predictions(samples, run)}
-            for run in runs
-            for condition, seed in [run]
+            {
+                "condition": results.conditions.index(condition),
+                "seed": seed,
+                "predictions": _predictions(
+                    samples.logits.get((condition, seed)), results.classifiers.get(condition, {})
+                ),
+            }
+            for condition, seed in runs
         ],
         "layers": [
             {
@@ -149,7 +154,7 @@ def _image(samples: Samples, index: int) -> dict[str, Any]:
     label = samples.labels[index]
     return {
         "id": samples.ids[index],
-        "label": _class_name(samples, label),
+        "label": samples.classes[label] if 0 <= label < len(samples.classes) else str(label),
         "height": int(pixels.shape[0]),
         "width": int(pixels.shape[1]),
         "src": png_data_uri(pixels),
@@ -157,19 +162,16 @@ def _image(samples: Samples, index: int) -> dict[str, Any]:
     }
 
 
-def _class_name(samples: Samples, label: int) -> str:
-    return samples.classes[label] if 0 <= label < len(samples.classes) else str(label)
-
-
-def _predictions(samples: Samples, run: tuple[str, int]) -> list[dict[str, Any]] | None:
-    logits = samples.logits.get(run)
-    if logits is None:
+def _predictions(logits: np.ndarray | None, classifier: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Each image's likeliest class with its probability; None where it is not known what the outputs stand for."""
+    names = classifier.get("classes")
+    if logits is None or not names:
         return None
     values = np.asarray(logits, dtype=np.float64)
     shares = np.exp(values - values.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     best = shares.argmax(-1)
     return [
-        {"name": _class_name(samples, int(label)), "probability": round(float(shares[row, label]), 4)}
-        for row, label in enumerate(best)
+        {"name": str(names[output]), "probability": round(float(shares[row, output]), 4)}
+        for row, output in enumerate(best)
     ]

@@ -13,6 +13,7 @@ __all__ = [
     "accuracy_sentence",
     "change_sentence",
     "class_sentence",
+    "classifier_sentences",
     "cluster_sentence",
     "comparison_sentence",
     "headline",
@@ -338,20 +339,29 @@ def _scope(runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
 
 def accuracy_sentence(results: Results) -> str:
     """Test accuracies, mean over runs; "" where nothing was classified."""
-    parts, chance = [], None
+    parts, chances = [], set()
     for condition in results.conditions:
-        runs = results.accuracy.get(condition) or {}
-        tests = [run["test"] for run in runs.values() if run.get("test") is not None]
-        values = [value for value in tests if value is not None]
-        chances = [run.get("chance") for run in runs.values() if run.get("chance") is not None]
-        chance = chance if not chances else chances[0]
+        runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
+        values = [value for run in runs if (value := run["test"]) is not None]
         if values:
+            chance = runs[0].get("chance")
+            chances.add(chance)
             runs_note = f" (mean of {len(values)} runs)" if len(values) > 1 else ""
-            parts.append(f"{condition} {100 * sum(values) / len(values):.1f} %{runs_note}")
+            parts.append((f"{condition} {100 * sum(values) / len(values):.1f} %{runs_note}", chance))
     if not parts:
         return ""
+    if len(chances) > 1:  # heads of different sizes
+        each = [f"{part}, chance {100 * chance:.1f} %" for part, chance in parts if chance is not None]
+        return f"Test accuracy: {'; '.join(each)}."
+    (chance,) = chances
     tail = f"; chance is {100 * chance:.1f} %." if chance is not None else "."
-    return f"Test accuracy: {text.listing(parts)}{tail}"
+    return f"Test accuracy: {text.listing([part for part, _ in parts])}{tail}"
+
+
+def classifier_sentences(results: Results) -> list[str]:
+    """What a reader must know of the models' classes, a condition each; nothing of heads that were trained here."""
+    notes = (str(results.classifiers.get(condition, {}).get("note") or "") for condition in results.conditions)
+    return [note for note in notes if note]
 
 
 def leaks_sentence(results: Results) -> str:

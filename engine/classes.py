@@ -1,0 +1,225 @@
+"""Which class each output of a model's head stands for: names in the order of the outputs, or why they are not known.
+
+A class is a name and not an index: heads that were trained elsewhere have other sizes, other orders and other classes,
+and the same index means another class in each. Whatever compares a label with an output goes through `HeadClasses`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.checkpoint import has_sidecar, read_metadata, sidecar_path
+from train.errors import DamagedFileError, InputError
+
+__all__ = ["HeadClasses", "check_shared_names", "folder_classes", "named_classes", "read_class_names"]
+
+_FORMS = "expected one class name a line, or a JSON list of names, or JSON of name → index, in the order of the outputs"
+
+
+@dataclass(frozen=True)
+class HeadClasses:
+    """The classes of one head.
+
+    Args:
+        outputs: how many the head has; 0 without a head, when what the model puts out is features and no classes.
+        names: the class name of each output; empty where they are not known.
+        source: where the names come from, or why they are not known, as part of a sentence; "" for a head that was
+            trained here, on the data set's own labels.
+    """
+
+    outputs: int
+    names: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether every output has a name."""
+        return bool(self.names)
+
+    def name(self, output: int) -> str:
+        """What an output is called in a caption: its class, or its number where classes are not known."""
+        return self.names[output] if self.known else f"number {output}"
+
+    def outputs_of(self, labels: Sequence[int] | NDArray[np.int64], class_names: Sequence[str]) -> NDArray[np.int64]:
+        """The output that stands for each image's class, [image]; −1 where the head has no such class.
+
+        Args:
+            labels: index into `class_names` of each image.
+            class_names: the data set's.
+        """
+        place = {name: output for output, name in enumerate(self.names)}
+        of_class: NDArray[np.int64] = np.array([place.get(name, -1) for name in class_names], dtype=np.int64)
+        return np.asarray(of_class[np.asarray(labels)])
+
+    def origin(self, whose: str) -> str:
+        """What is known of the head, in a sentence; "" for one that was trained here."""
+        if not self.outputs:
+            return f"{whose} has no head: what it puts out are features and no classes."
+        if not self.known:
+            return f"The classes of {whose}'s head are not known: {self.source}."
+        return f"The classes of {whose}'s head are {self.source}." if self.source else ""
+
+    def consequences(self, images: int, without: int) -> str:
+        """What is left out because of what is not known of the head, in a sentence; "" for nothing.
+
+        Args:
+            images: how many are measured; without: how many of them are of a class that the head does not have.
+        """
+        link = "the correlation of attention with the prediction"
+        if not self.known:
+            maps = "relevance by true and by other class" if self.outputs else "relevance maps"
+            return f"Left out for it: accuracy, the prediction beside sample maps, {maps}, and {link}."
+        if not without:
+            return ""
+        return (
+            f"{without:,} of {images:,} images are of a class that it does not have, and are left out of its accuracy, "
+            f"of relevance by true class, and of {link}."
+        )
+
+
+def named_classes(outputs: int, *, condition: str, checkpoint: Path | None, file: str) -> HeadClasses | None:
+    """The classes of a head that has none, or that a file or the checkpoint's own sidecar names; None where none does.
+
+    Args:
+        outputs: of the head; 0 without one.
+        condition: whose, for the messages; "" for a model alone.
+        checkpoint: the weights' file, if there is one.
+        file: the user's file of class names; "" for none.
+
+    Raises:
+        InputError: a file that is not class names, or of another number than the head has outputs.
+        DamagedFileError: a sidecar whose class names cannot be those of the head.
+    """
+    of = f"condition {condition}" if condition else "the model"
+    if file:
+        names = read_class_names(Path(file))
+        if len(names) != outputs:
+            head = f"a head of {outputs} outputs" if outputs else "no head"
+            raise InputError(
+                f"class names {file} are {len(names)}, and {of} has {head}; give the names of this head's outputs"
+            )
+        return HeadClasses(outputs, names, f"named by {Path(file).name}")
+    if not outputs:
+        return HeadClasses(0)
+    if checkpoint is None or checkpoint.suffix != ".safetensors" or not has_sidecar(checkpoint):
+        return None
+    sidecar = sidecar_path(checkpoint)
+    recorded = read_metadata(checkpoint).get("class_names")
+    if recorded is None:
+        return HeadClasses(outputs, (), f"its sidecar {sidecar.name} names none")
+    try:
+        names = _checked(recorded, str(sidecar))
+    except InputError as error:
+        raise DamagedFileError(f"{error}; train the checkpoint again") from error
+    if len(names) != outputs:
+        raise DamagedFileError(
+            f"{sidecar} names {len(names)} classes, and its checkpoint has {outputs} outputs; train it again"
+        )
+    return HeadClasses(outputs, names, f"named by its sidecar {sidecar.name}")
+
+
+def check_shared_names(head: HeadClasses, class_names: Sequence[str], file: str) -> None:
+    """Refuse names that a user gave to a head of the data set's size and of which none is a class of the data set.
+
+    Raises:
+        InputError: it is so.
+    """
+    if file and head.outputs == len(class_names) and not set(head.names) & set(class_names):
+        raise InputError(
+            f"none of the class names of {file} is a class of the data set (it begins with {head.names[0]!r}; the "
+            f"class folders with {class_names[0]!r}); give the names as the folders have them"
+        )
+
+
+def folder_classes(outputs: int, class_names: Sequence[str], order: str, key: str) -> HeadClasses:
+    """The classes of a head that nothing names: the class folders in their order, where there is just one reading.
+
+    timm's folder reader has 1, 2, …, 10; torchvision's, as this program, has 1, 10, 2. Where the two are one order, or
+    `order` says which it is, a head of as many outputs is taken to be of the folders in that order.
+
+    Args:
+        outputs: of the head, at least 1.
+        class_names: the class folders, in the order of strings.
+        order: "auto", "string" or "natural".
+        key: of the file of class names, for the messages.
+    """
+    if outputs != len(class_names):
+        return HeadClasses(
+            outputs,
+            (),
+            f"it has {outputs:,} outputs, the data set {len(class_names):,} classes, and nothing names them (--{key} "
+            "FILE does)",
+        )
+    orders = {"string": tuple(class_names), "natural": _natural_order(class_names)}
+    if order == "auto" and orders["string"] != orders["natural"]:
+        at = next(i for i, pair in enumerate(zip(*orders.values(), strict=True)) if pair[0] != pair[1])
+        return HeadClasses(
+            outputs,
+            (),
+            f"of the class folders, class {at + 1} is {orders['string'][at]!r} in the order of strings and "
+            f"{orders['natural'][at]!r} in timm's natural order, and nothing says in which of the two the head was "
+            f"trained (--data.class_order string or natural does, or names by --{key} FILE)",
+        )
+    how = f"in {order} order, as data.class_order says" if order != "auto" else "in the order of their names"
+    return HeadClasses(
+        outputs, orders["string" if order == "auto" else order], f"assumed to be the class folders {how}"
+    )
+
+
+def _natural_order(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The order of timm's own folder reader."""
+    from timm.utils.misc import natural_key
+
+    try:
+        return tuple(sorted(class_names, key=natural_key))
+    except ValueError:  # a name such as "1²": timm's reader stops there, so nothing was trained in its order
+        return tuple(class_names)
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """The class names of a file, in the order of a head's outputs.
+
+    Raises:
+        InputError: no such file, not text, an empty or a repeated name, an index that is missing or twice there.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"file of class names {path} does not exist; {_FORMS}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file of class names {path} cannot be read as UTF-8 text ({error}); {_FORMS}") from error
+    if path.suffix.lower() != ".json":
+        return _checked([line.strip() for line in text.splitlines()], str(path))
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"file of class names {path} is not JSON ({error}); {_FORMS}") from error
+    if isinstance(found, dict):
+        indices = list(found.values())
+        if any(type(index) is not int for index in indices) or sorted(indices) != list(range(len(indices))):
+            raise InputError(
+                f"file of class names {path} does not give each name one index from 0 to {len(indices) - 1}; {_FORMS}"
+            )
+        found = sorted(found, key=found.__getitem__)
+    return _checked(found, str(path))
+
+
+def _checked(names: Any, origin: str) -> tuple[str, ...]:
+    """Names as they are, if they can be those of a head's outputs."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{origin} holds no list of class names; {_FORMS}")
+    empty = next((number for number, name in enumerate(names, start=1) if not name), None)
+    if empty is not None:
+        raise InputError(f"{origin}: class {empty} has no name; {_FORMS}")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{origin} names the class {name!r} {times} times; {_FORMS}")
+    return tuple(names)

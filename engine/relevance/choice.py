@@ -1,0 +1,141 @@
+"""Which class of an image is explained: the same one, by its name, in every model that has a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.classes import HeadClasses
+from train.data import ImageSet
+
+__all__ = ["ClassChoice", "Targets", "choose_classes", "choose_targets", "find_targets"]
+
+Outputs = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """What maps are of, the same for every condition.
+
+    Args:
+        role: "true": the image's class; "predicted": the one that the condition compared against predicts; "own": the
+            one that each model predicts itself, where nothing says which outputs of two heads are one class.
+        rows: of the images that can be explained.
+        shared: the class names that every head has; () for "own".
+        left_out: what is not computed and why, a sentence each.
+    """
+
+    role: str
+    rows: tuple[int, ...]
+    shared: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def same_class(self) -> bool:
+        """Whether all models explain the same class of an image, so that their maps can be compared."""
+        return self.role != "own"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The classes of one model's maps.
+
+    Args:
+        head: the model's.
+        role: what `target` is to each image: "true" or "predicted".
+        target: output of the model's head, [image].
+        other: output of another class of each image, [image]; None where maps of two classes cannot be compared.
+    """
+
+    head: HeadClasses
+    role: str
+    target: Outputs
+    other: Outputs | None = None
+
+    def names(self, image: int) -> tuple[str, str]:
+        """Target and other class of an image; "" for none."""
+        other = "" if self.other is None else self.head.name(int(self.other[image]))
+        return self.head.name(int(self.target[image])), other
+
+
+def choose_targets(labels: Outputs, num_classes: int, seed: int) -> Outputs:
+    """A seeded class other than the true one for each image, [image]."""
+    steps = np.random.default_rng(seed).integers(1, num_classes, size=len(labels))
+    return np.asarray((labels + steps) % num_classes)
+
+
+def choose_classes(heads: Mapping[str, HeadClasses], images: ImageSet, against: str) -> ClassChoice:
+    """What maps can be of, given what is known of the heads.
+
+    Args:
+        heads: condition -> its head; one without a head takes no part.
+        images: all that are measured.
+        against: the condition that the others are compared with.
+    """
+    headed = {name: head for name, head in heads.items() if head.outputs}
+    every = tuple(range(len(images)))
+    if not headed:
+        return ClassChoice("own", (), (), ("No model has a head, and a relevance map is of a class.",))
+    unknown = [name for name, head in headed.items() if not head.known]
+    own = "Maps are of the class that each model predicts, and no measure is compared between classes or conditions"
+    if unknown:
+        whose = " and ".join(unknown)
+        return ClassChoice("own", every, (), (f"{own}: the classes of the head of {whose} are not known.",))
+    names = [set(head.names) for head in headed.values()]
+    shared = tuple(name for name in next(iter(headed.values())).names if all(name in of for of in names))
+    few = ("Maps of two classes are not compared, since the heads share one class.",) if len(shared) == 1 else ()
+    known = np.array([name in set(shared) for name in images.class_names])[np.asarray(images.labels)]
+    rows = tuple(int(row) for row in np.flatnonzero(known))
+    if rows:
+        less = len(every) - len(rows)
+        beside = (f"{less:,} of {len(every):,} images are of a class that not every head has, and are not explained.",)
+        return ClassChoice("true", rows, shared, (beside if less else ()) + few)
+    if all(of == names[0] for of in names):
+        predictor = _predictor(headed, against)
+        sentence = f"No image is of a class that the heads have: maps are of the class that {predictor} predicts."
+        return ClassChoice("predicted", every, shared, (sentence, *few))
+    return ClassChoice("own", every, (), (f"{own}: no image is of a class that every head has.",))
+
+
+def _predictor(headed: Mapping[str, HeadClasses], against: str) -> str:
+    return against if against in headed else next(iter(headed))
+
+
+def find_targets(
+    choice: ClassChoice,
+    heads: Mapping[str, HeadClasses],
+    images: ImageSet,
+    rows: Sequence[int],
+    seed: int,
+    *,
+    against: str,
+    predict: Callable[[str], Outputs],
+) -> dict[str, Targets]:
+    """condition → the outputs of its head that are explained, for each condition that has one.
+
+    Args:
+        choice, heads, images, against: as in and from `choose_classes`.
+        rows: of the images.
+        seed: of the other classes.
+        predict: condition → the output that is greatest, for each of `rows`.
+    """
+    headed = {name: head for name, head in heads.items() if head.outputs}
+    if not choice.same_class:
+        return {name: Targets(head, "predicted", predict(name)) for name, head in headed.items()}
+    place = {name: position for position, name in enumerate(choice.shared)}
+    if choice.role == "true":
+        labels = np.asarray(images.labels)[list(rows)]
+        chosen = [images.class_names[label] for label in labels]
+    else:
+        predictor = _predictor(headed, against)
+        chosen = [headed[predictor].names[output] for output in predict(predictor)]
+    true = np.array([place[name] for name in chosen], dtype=np.int64)
+    other = choose_targets(true, len(choice.shared), seed) if len(choice.shared) > 1 else None
+    found = {}
+    for name, head in headed.items():
+        outputs = head.outputs_of(np.arange(len(choice.shared)), choice.shared)
+        found[name] = Targets(head, choice.role, outputs[true], None if other is None else outputs[other])
+    return found
