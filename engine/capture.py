@@ -293,14 +293,23 @@ def discover_sites(
     images: torch.Tensor,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
-) -> tuple[list[AttentionSite], list[tuple[str, str]], int]:
-    """Measurable sites in depth order, what was skipped and why, and the number of classes that the model scores (0
-    without a head), by one forward pass."""
+) -> tuple[list[AttentionSite], list[tuple[str, str]], int, str]:
+    """Measurable sites in depth order, what was skipped and why, the classes scored (0 without a head), the precision.
+
+    By one forward pass. The precision is the dtype in which query meets key: under autocast, the one that it casts to.
+    """
     found: list[AttentionSite] = []
-    tap = AttentionTap(model, lambda site, *call: found.append(site), layers=layers, heads=heads)
+    dtypes: dict[torch.dtype, None] = {}
+
+    def note(site: AttentionSite, query: torch.Tensor, *rest: object) -> None:
+        found.append(site)
+        dtypes[query.dtype] = None
+
+    tap = AttentionTap(model, note, layers=layers, heads=heads)
     with evaluating(model), torch.inference_mode(), tap:
         logits = model(images)
-    return found, tap.skipped, int(logits.shape[-1]) if has_classes(model) else 0
+    precision = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return found, tap.skipped, int(logits.shape[-1]) if has_classes(model) else 0, precision
 
 
 def has_classes(model: torch.nn.Module) -> bool:

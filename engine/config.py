@@ -426,7 +426,7 @@ def _validated(values: Mapping[str, Any], origin: str) -> StudyConfig:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(StudyConfig).validate_python(values)
+        config = TypeAdapter(StudyConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         if isinstance(ours := first.get("ctx", {}).get("error"), InputError):
@@ -438,6 +438,15 @@ def _validated(values: Mapping[str, Any], origin: str) -> StudyConfig:
             raise InputError(f"{origin}: {dotted} is not a key of the configuration{nearest(dotted, known)}") from error
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise InputError(f"{origin}: {dotted} is {first['input']!r}: {reason}") from error
+    for section in dataclasses.fields(config):
+        keys = getattr(config, section.name)
+        for key in dataclasses.fields(keys) if dataclasses.is_dataclass(keys) else ():
+            listed = getattr(keys, key.name)
+            if not isinstance(listed, tuple) or section.name == "hdf5":  # whose lists are sizes, and may be equal
+                continue
+            if twice := next((item for item in listed if listed.count(item) > 1), None):
+                raise InputError(f"{origin}: {section.name}.{key.name} names {twice!r} more than once; name it once")
+    return config
 
 
 def study_toml(config: StudyConfig) -> str:

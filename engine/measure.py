@@ -89,8 +89,9 @@ def measure_store(
             writer.flush()
     if masked:
         tqdm.write(
-            f"{path.name}: {masked:,} rows are no post-softmax attention (NaN, infinite, negative or off sum 1); they "
-            "are left out of every value and counted with the rows that have none"
+            f"{path.name}{'' if other is None else f' or {other.path.name}'}: {masked:,} rows are no post-softmax "
+            "attention (NaN, infinite, negative or off sum 1); they are left out of every value and counted with the "
+            "rows that have none"
         )
     return AttentionStore.open(path)
 

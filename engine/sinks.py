@@ -108,7 +108,7 @@ def capture_to_store(
     """
     device = torch.device(capture.device)
     first = images.batch([0]).to(device)
-    sites, skipped, num_classes = discover_sites(model, first, capture.layers or None, capture.heads or None)
+    sites, skipped, num_classes, precision = discover_sites(model, first, capture.layers or None, capture.heads or None)
     for name, reason in skipped:
         say(f"{label}: {name} is left out: {reason}")
     factors: dict[int, FactorSchema] = {}
@@ -142,7 +142,7 @@ def capture_to_store(
         model=dict(model_info),
         preprocessing=dict(preprocessing),
         dataset=dict(dataset_info),
-        precision=str(first.dtype).removeprefix("torch."),
+        precision=precision,
         num_classes=num_classes,
         regions=tuple(images.region_names),
         region_metrics=tuple(needing),

@@ -37,7 +37,7 @@ class BatchValues:
         values: metric name -> [image, layer, head(, region)].
         undefined: metric name -> rows of each map that have no part in its value, [image, layer, head]: those without
             one, and those that are no post-softmax attention.
-        masked: rows of the latter kind, in all.
+        masked: rows of the latter kind, each once; with a pair metric, those of either store.
     """
 
     values: dict[str, np.ndarray]
@@ -215,15 +215,16 @@ def _measure_layer(
         assert other is not None  # `measure_store` refuses pair metrics without one
         ours, theirs = _in_one_precision(attention.maps(), other.maps())
         measurements.append(measure_pair(ours, theirs, layout, of_two, backend, invalid="mask"))
-    values, undefined, masked = {}, {}, 0
+    values, undefined = {}, {}
+    masked: np.ndarray = np.zeros((), bool)
     for measured in measurements:
         invalid = ~np.asarray(measured.valid)
-        masked += int(invalid.sum())
-        of_map = invalid[..., layout.num_prefix_tokens :].sum(axis=-1) if masked else 0
+        masked = masked | invalid
+        of_map = invalid[..., layout.num_prefix_tokens :].sum(axis=-1) if invalid.any() else 0
         for name in measured:
             values[name] = np.asarray(measured[name])
             undefined[name] = np.asarray(measured.undefined_rows[name]) + of_map
-    return BatchValues(values, undefined, masked)
+    return BatchValues(values, undefined, int(masked.sum()))
 
 
 def _in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:

@@ -376,7 +376,6 @@ class Study:
         return {
             "model": {"name": self.config.model.name, "img_size": self.config.model.img_size},
             "dataset": self.data.info("test"),
-            "precision": "float32",
             "preprocessing": self.data.preprocessing.to_dict(),
             "versions": versions(),
             "code_version": __version__,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.chosen_metrics import load_metrics
 from engine.measure import stored_parameters
 from engine.prefix_mass import heads_on_prefix
-from kernels import load_metric
 from store import AttentionStore
 from store.removal import attributes_of, holds_only, is_unfinished, put, remove, unfinished
 from train.errors import InputError
@@ -35,7 +35,7 @@ def build_table(
         stores: (condition, seed) -> its capture, all over the same images.
         metrics: names or `module:name`; each must be in every store.
         seed_invariant: conditions captured once; their values stand at every seed.
-        attributes: of the data set (model, dataset, precision, …).
+        attributes: of the data set (model, dataset, …); `precision`, `undefined` and `metrics` come out of the stores.
 
     Raises:
         InputError: the captures are not over the same images, layers and heads.
@@ -47,9 +47,11 @@ def build_table(
     seeds = sorted({seed for condition, seed in stores if condition not in seed_invariant}) or [next(iter(stores))[1]]
     for key, store in stores.items():
         _require_same(first, store, key)
+    # The capture whose values stand at a condition and a seed: its own, or the one of all seeds.
     pick = {
-        (condition, seed): stores.get((condition, seed))
-        or next(store for (name, _), store in stores.items() if name == condition)
+        (condition, seed): (condition, seed)
+        if (condition, seed) in stores and condition not in seed_invariant
+        else next(key for key in stores if key[0] == condition)
         for condition in conditions
         for seed in seeds
     }
@@ -69,24 +71,20 @@ def build_table(
         coords["region"] = _names(schema.regions)
     variables: dict[str, Any] = {}
     undefined: dict[str, dict[str, int]] = {}
-    for name in metrics:
-        spec = load_metric(name)
+    for spec in load_metrics(metrics):
         backends = set()
-        columns = []
-        for condition in conditions:
-            of_seeds = []
-            for seed in seeds:
-                store = pick[condition, seed]
-                parameters = stored_parameters(store, spec)
-                if parameters is None:
-                    raise InputError(f"{store.path} has no {spec.name}; measure it first")
-                values, _ = store.read_metric(spec.name, params=parameters)
-                of_seeds.append(values)
-                backends.add(parameters["backend"])
-                counts = store.read_undefined(spec.name, params=parameters)
-                per_condition = undefined.setdefault(spec.name, {})
-                per_condition[condition] = per_condition.get(condition, 0) + int(counts.clip(min=0).sum())
-            columns.append(np.stack(of_seeds))
+        of_capture: dict[tuple[str, int], np.ndarray] = {}
+        undefined[spec.name] = dict.fromkeys(conditions, 0)
+        for key in dict.fromkeys(pick.values()):  # each capture once, at however many seeds its values stand
+            store = stores[key]
+            parameters = stored_parameters(store, spec)
+            if parameters is None:
+                raise InputError(f"{store.path} has no {spec.name}; measure it first")
+            of_capture[key], _ = store.read_metric(spec.name, params=parameters)
+            backends.add(parameters["backend"])
+            counts = store.read_undefined(spec.name, params=parameters)
+            undefined[spec.name][key[0]] += int(counts.clip(min=0).sum())
+        columns = [np.stack([of_capture[pick[condition, seed]] for seed in seeds]) for condition in conditions]
         dims = ("condition", "seed", *spec.axes)
         described = {
             "units": spec.unit,
@@ -97,7 +95,12 @@ def build_table(
         }
         variables[spec.name] = (dims, np.stack(columns), described)
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in attributes.items()}
-    plain |= {"undefined": json.dumps(undefined), "metrics": json.dumps(list(variables))}
+    precisions = sorted({store.schema.precision for store in stores.values()})
+    plain |= {
+        "precision": ", ".join(precisions),
+        "undefined": json.dumps(undefined),
+        "metrics": json.dumps(list(variables)),
+    }
     return xarray.Dataset(variables, coords, plain)
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "explain_attention",
     "explain_pair",
     "explain_qk",
+    "rounded_to",
     "valid_rows",
 ]
 
@@ -25,6 +26,22 @@ class InvalidAttentionError(ValueError):
     """The input is no post-softmax attention: NaN, infinite or negative values, or rows that do not sum to 1."""
 
 
+def rounded_to(precision: str | None, *attentions: Any) -> str:
+    """The precision that decides how far sums of rows may be off 1: the coarsest that values were rounded to.
+
+    Args:
+        precision: as a user gave it; None: what an array says itself by an attribute `precision` (as those that
+            `store.AttentionStore.read` gives do), else its dtype.
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if precision is not None and precision not in ROW_SUM_TOLERANCE:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(ROW_SUM_TOLERANCE)}")
+    said = [precision or getattr(array, "precision", "") or dtype_name(array) for array in attentions]
+    return max(said, key=ROW_SUM_TOLERANCE.__getitem__)
+
+
 def valid_rows(p: np.ndarray, tolerance: float) -> np.ndarray:
     """Which rows of float64 [..., query, key] are finite, not negative, and sum to 1; bool [..., query]."""
     with np.errstate(invalid="ignore", over="ignore"):
@@ -32,7 +49,9 @@ def valid_rows(p: np.ndarray, tolerance: float) -> np.ndarray:
         return np.asarray((np.abs(total - 1.0) <= tolerance) & ~(p < 0).any(axis=-1))
 
 
-def explain_attention(attention: Any, valid: np.ndarray, name: str = "attention") -> InvalidAttentionError:
+def explain_attention(
+    attention: Any, valid: np.ndarray, precision: str, name: str = "attention"
+) -> InvalidAttentionError:
     """The error for attention [*leading, query, key] some of whose rows are invalid; valid is [*leading, query]."""
     where, found = _first(valid)
     row = to_float64(attention[where])
@@ -43,19 +62,20 @@ def explain_attention(attention: Any, valid: np.ndarray, name: str = "attention"
     elif negative:
         what = f"holds {negative} negative value(s), the least {row.min():.3g}"
     else:
-        dtype = dtype_name(attention)
-        what = f"sums to {row.sum():.6g}, expected 1 within {ROW_SUM_TOLERANCE[dtype]:g} for {dtype}"
+        what = f"sums to {row.sum():.6g}, expected 1 within {ROW_SUM_TOLERANCE[precision]:g} for {precision}"
     return InvalidAttentionError(
         f"{found}: row {name}[{_position(where)}, :] {what}; give post-softmax attention [..., query, key], "
-        'or pass invalid="mask" to leave such rows out'
+        'or pass invalid="mask" to leave such rows out, or precision= if the values were rounded to fewer bits'
     )
 
 
-def explain_pair(attention: Any, other: Any, valid: np.ndarray) -> InvalidAttentionError:
+def explain_pair(attention: Any, other: Any, valid: np.ndarray, precision: str) -> InvalidAttentionError:
     """The error for a pair some of whose rows are invalid in either condition; valid is [*leading, query]."""
     where, _ = _first(valid)
-    in_first = valid_rows(to_float64(attention[where]), ROW_SUM_TOLERANCE[dtype_name(attention)])
-    return explain_attention(other, valid, "other") if in_first else explain_attention(attention, valid)
+    in_first = valid_rows(to_float64(attention[where]), ROW_SUM_TOLERANCE[precision])
+    if in_first:
+        return explain_attention(other, valid, precision, "other")
+    return explain_attention(attention, valid, precision)
 
 
 def explain_qk(query: Any, key: Any, bias: Any, valid: np.ndarray) -> InvalidAttentionError:

@@ -32,6 +32,7 @@ def measure_attention(
     invalid: Invalid = "raise",
     reduce: Reduce = "mean",
     regions: Any = None,
+    precision: str | None = None,
 ) -> Measurement:
     """Metrics of post-softmax attention.
 
@@ -48,6 +49,8 @@ def measure_attention(
         regions: coverage of each patch by each region, 0 to 1, [..., region, patch], for metrics that take
             regions. Its leading axes match the attention's without the last one (head): [image, region, patch]
             for [image, head, query, key]. A region of NaN has no value.
+        precision: "float16", "bfloat16", …: what the values were rounded to, where neither the array (as what
+            `store.AttentionStore.read` gives) nor its dtype says it; it decides how far a row's sum may be off 1.
 
     Returns:
         A `Measurement`: name -> [...], NumPy for NumPy, torch for torch on the same device. A value with no
@@ -65,11 +68,13 @@ def measure_attention(
     attention = _attention(attention, "attention", layout)
     chosen = _choose(backend, (attention,))
     regions = _check_regions(regions, tuple(attention.shape[:-2]), layout)
+    rounded = checks.rounded_to(precision, attention)
+    tolerance = checks.ROW_SUM_TOLERANCE[rounded]
     return _run(
         chosen,
         specs,
-        lambda module, group: module.measure_attention(attention, layout, group, regions),
-        lambda valid: checks.explain_attention(attention, valid),
+        lambda module, group: module.measure_attention(attention, layout, group, regions, tolerance),
+        lambda valid: checks.explain_attention(attention, valid, rounded),
         like=attention,
         layout=layout,
         invalid=invalid,
@@ -146,6 +151,7 @@ def measure_pair(
     backend: str = "auto",
     invalid: Invalid = "raise",
     reduce: Reduce = "mean",
+    precision: str | None = None,
 ) -> Measurement:
     """Pair metrics: how the same rows of post-softmax attention differ between two conditions.
 
@@ -155,6 +161,7 @@ def measure_pair(
         layout, backend, reduce: as in `measure_attention`.
         metrics: names of `METRICS` whose inputs are "pair", "module:name" of a user's, or `MetricSpec` objects.
         invalid: "raise", or "mask": rows invalid in either condition give NaN, are left out and counted once.
+        precision: as in `measure_attention`; without it, rows may be off as far as those of the coarser array.
 
     Returns:
         As `measure_attention`. A row undefined in either condition is undefined.
@@ -180,11 +187,13 @@ def measure_pair(
         )
     if arrays.is_torch(attention) and attention.device != other.device:
         raise ValueError(f"attention is on {attention.device} and other on {other.device}; expected one device")
+    rounded = checks.rounded_to(precision, attention, other)
+    tolerance = checks.ROW_SUM_TOLERANCE[rounded]
     return _run(
         _choose(backend, (attention, other)),
         specs,
-        lambda module, group: module.measure_pair(attention, other, layout, group),
-        lambda valid: checks.explain_pair(attention, other, valid),
+        lambda module, group: module.measure_pair(attention, other, layout, group, tolerance),
+        lambda valid: checks.explain_pair(attention, other, valid, rounded),
         like=attention,
         layout=layout,
         invalid=invalid,

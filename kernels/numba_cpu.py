@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from kernels.arrays import Values, dtype_name, host_view, mean_of_defined
-from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.lane_types import Width, widest
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricError, MetricSpec
@@ -129,14 +128,18 @@ def vector_width() -> Width | None:
 
 
 def measure_attention(
-    attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: np.ndarray | None
+    attention: Any,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    tolerance: float,
 ) -> Values:
-    """The pass over [*leading, query, key] attention."""
+    """The pass over [*leading, query, key] attention; sums of its rows are 1 within the tolerance."""
     name = dtype_name(attention)
     leading = tuple(attention.shape[:-2])
     maps = _flat(_bits(host_view(attention)))
     kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
-    tolerance, needs = ROW_SUM_TOLERANCE[name], _needs(specs, layout)
+    needs = _needs(specs, layout)
     out = _outputs(math.prod(leading), layout, tables[0].dtype, needs)
     width = None if name == "float64" else vector_width()
     if width is not None:
@@ -185,7 +188,9 @@ def measure_qk(
     return _read(out, leading, layout, specs, regions)
 
 
-def measure_pair(attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec]) -> Values:
+def measure_pair(
+    attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec], tolerance: float
+) -> Values:
     """The pass over the same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
     name = dtype_name(attention)
     leading = tuple(attention.shape[:-2])
@@ -194,7 +199,7 @@ def measure_pair(attention: Any, other: Any, layout: TokenLayout, specs: Sequenc
     count = math.prod(leading)
     js = np.full((count, layout.num_patches), np.nan, dtype)
     valid = np.ones((count, layout.num_tokens), np.bool_)
-    kind, tolerance = _KINDS.get(name, FLOAT), ROW_SUM_TOLERANCE[name]
+    kind = _KINDS.get(name, FLOAT)
     over_parts(partial(passes().pair, one, two, kind, layout.num_prefix_tokens, tolerance, js, valid), count)
     result = PairResult(js)
     values = {}

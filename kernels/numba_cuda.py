@@ -25,7 +25,6 @@ from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
 from kernels.backends import BackendUnavailableError
-from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.device_rows import (
     DISTANCE,
     ENTROPY,
@@ -50,7 +49,11 @@ _LN_2 = math.log(2.0)
 
 
 def measure_attention(
-    attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: np.ndarray | None
+    attention: Any,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    tolerance: float,
 ) -> Values:
     """The pass over [*leading, query, key] attention, any strides.
 
@@ -77,7 +80,7 @@ def measure_attention(
                 tensor.stride(-1),
                 _device_array(_widening(half, tensor.device)),
                 _device_array(table),
-                ROW_SUM_TOLERANCE[dtype_name(tensor)],
+                tolerance,
                 layout.num_prefix_tokens,
                 layout.num_patches,
                 layout.grid_cols,

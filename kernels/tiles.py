@@ -13,7 +13,7 @@ import numpy as np
 
 from kernels import reference
 from kernels.arrays import Values, dtype_name, flat_index, to_float64
-from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
+from kernels.checks import valid_rows
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricError, MetricSpec
 
@@ -22,9 +22,10 @@ __all__ = ["measure_attention", "measure_pair", "measure_qk"]
 TILE_BYTES = 32 * 2**20  # of float64 rows; the definitions make a handful of temporaries of that size
 
 
-def measure_attention(attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: Any) -> Values:
-    """The reference's pass over [*leading, query, key] attention."""
-    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
+def measure_attention(
+    attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: Any, tolerance: float
+) -> Values:
+    """The reference's pass over [*leading, query, key] attention; sums of its rows are 1 within the tolerance."""
 
     def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
         tile = to_float64(attention[index])
@@ -33,9 +34,10 @@ def measure_attention(attention: Any, layout: TokenLayout, specs: Sequence[Metri
     return _measure(rows, tuple(attention.shape[:-2]), layout, specs, regions)
 
 
-def measure_pair(attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec]) -> Values:
+def measure_pair(
+    attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec], tolerance: float
+) -> Values:
     """The reference's pass over the same maps [*leading, query, key] in two conditions."""
-    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
 
     def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
         pair = np.stack([to_float64(array[index]) for array in (attention, other)])

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.arrays import Values, dtype_name, flat_index
-from kernels.checks import ROW_SUM_TOLERANCE
+from kernels.arrays import Values, flat_index
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, SEED1_LOG_OFFSET, extent_px
@@ -289,11 +288,14 @@ def _phi(t: Tensor) -> Tensor:
 
 
 def measure_attention(
-    attention: Tensor | np.ndarray, layout: TokenLayout, specs: Sequence[MetricSpec], regions: np.ndarray | None
+    attention: Tensor | np.ndarray,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    tolerance: float,
 ) -> Values:
-    """The pass over [*leading, query, key] attention."""
+    """The pass over [*leading, query, key] attention; sums of its rows are 1 within the tolerance."""
     attention, is_numpy = _tensor(attention)
-    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
     leading = attention.shape[:-2]
     flat = attention.reshape(-1, layout.num_tokens, layout.num_tokens)
 
@@ -366,12 +368,15 @@ def measure_qk(
 
 
 def measure_pair(
-    attention: Tensor | np.ndarray, other: Tensor | np.ndarray, layout: TokenLayout, specs: Sequence[MetricSpec]
+    attention: Tensor | np.ndarray,
+    other: Tensor | np.ndarray,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    tolerance: float,
 ) -> Values:
     """The pass over the same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
     attention, is_numpy = _tensor(attention)
     other = _tensor(other)[0]
-    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
     leading = attention.shape[:-2]
     one, two = (t.reshape(-1, layout.num_tokens, layout.num_tokens) for t in (attention, other))
 

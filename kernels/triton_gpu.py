@@ -24,7 +24,6 @@ from torch import Tensor
 from kernels import triton_rows
 from kernels.arrays import Values, dtype_name
 from kernels.backends import BackendUnavailableError
-from kernels.checks import ROW_SUM_TOLERANCE
 from kernels.device_rows import PLANES, needs_of, read_values, starts, tensor_of
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
@@ -39,7 +38,11 @@ MAPS, MAPS_WARPS = 2, 4
 
 
 def measure_attention(
-    attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: np.ndarray | None
+    attention: Any,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    tolerance: float,
 ) -> Values:
     """The pass over [*leading, query, key] attention: float16, bfloat16 or float32, any strides.
 
@@ -47,7 +50,6 @@ def measure_attention(
         BackendUnavailableError: float64, or a tensor that no Triton program can read here.
     """
     del regions  # no metric of this backend takes any
-    tolerance = ROW_SUM_TOLERANCE[dtype_name(attention)]
     tensor = _readable(attention)
     # bfloat16 is read as its bits: the upper half of a float32.
     stored = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor

@@ -13,7 +13,7 @@ import numpy as np
 
 from store.schema import StoreError
 
-__all__ = ["FILL", "FLOATS", "Array", "as_numbers", "cast", "storage_dtype", "widen"]
+__all__ = ["FILL", "FLOATS", "Array", "RoundedArray", "as_numbers", "cast", "storage_dtype", "widen"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,6 +28,29 @@ FILL: dict[str, float] = {
     "int32": -1,
     "bool": 0,
 }
+
+
+class RoundedArray(np.ndarray[Any, np.dtype[Any]]):
+    """float32 values that were kept in fewer bits: an array like any other, whose `precision` says which.
+
+    What checks its values needs to know: rows of attention in float16 sum to 1 within 2e-3, not within 1e-4. Views,
+    selections and copies say it too; what is computed from it is a plain array.
+    """
+
+    precision: str
+
+    def __array_finalize__(self, whole: Any) -> None:
+        self.precision = getattr(whole, "precision", "")
+
+    def __array_wrap__(self, result: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        return result[()] if return_scalar else np.asarray(result)
+
+    @classmethod
+    def of(cls, values: Array, precision: str) -> RoundedArray:
+        """The same memory, with the precision that the values were rounded to."""
+        array = values.view(cls)
+        array.precision = precision
+        return array
 
 
 def storage_dtype(precision: str) -> np.dtype[Any]:

@@ -15,7 +15,7 @@ from store.commit import attention_digest
 from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, LedgerError, file_problems
 from store.places import storage_at
-from store.precisions import Array
+from store.precisions import Array, RoundedArray
 from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
     SCHEMA,
@@ -175,6 +175,9 @@ class AttentionStore:
     def read(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Array:
         """Post-softmax attention of one layer, float32 [image, head, query, key], whatever its encoding.
 
+        Of maps kept in 16 bits, the array's `precision` names these ("float16", "bfloat16"), and
+        `kernels.measure_attention` allows rows the sums that this rounding explains.
+
         Args:
             layer: one of `layers`.
             images, heads: a slice, or row numbers in any order.
@@ -185,7 +188,8 @@ class AttentionStore:
         """
         arrays = self._layer_arrays(layer)
         if "query" not in arrays:
-            return self._begin(arrays[""], images, columns=heads, wide=True)()
+            maps = self._begin(arrays[""], images, columns=heads, wide=True)()
+            return RoundedArray.of(maps, self.precision(layer))
         factors = self.read_factors(layer, images, heads)
         tokens = arrays["query"].shape[2]
         maps = np.empty((*factors.query.shape[:2], tokens, tokens), dtype=np.float32)

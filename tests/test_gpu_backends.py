@@ -287,7 +287,7 @@ class TestRefusals:
         # The variable set too late, when the compiler is already imported, changes nothing.
         module = CUDA_BACKENDS[backend].load()
         with pytest.raises(BackendUnavailableError, match=f"{CUDA_BACKENDS[backend].emulator}=1 before"):
-            module.measure_attention(attention, OF, [METRICS["distance"]], None)
+            module.measure_attention(attention, OF, [METRICS["distance"]], None, 1e-4)
 
     @pytest.mark.skipif("triton" not in RUNNABLE, reason="triton does not run in this process")
     def test_triton_reads_no_float64(self) -> None:

@@ -33,7 +33,7 @@ def test_stored_maps() -> None:
     attention = torch.from_numpy(trained(OF, np.random.default_rng(0))).half()
 
     def measure(maps: torch.Tensor) -> tuple[dict[str, Any], Any]:
-        result = torch_ops.measure_attention(maps, OF, SPECS, None)
+        result = torch_ops.measure_attention(maps, OF, SPECS, None, 1e-4)
         return result.values, result.valid
 
     got, valid = compiled(measure)(attention)
@@ -60,7 +60,7 @@ def test_gradients() -> None:
     core = [METRICS[name] for name in ("distance", "entropy", "morans_i")]
 
     def loss(maps: torch.Tensor) -> torch.Tensor:
-        values = torch_ops.measure_attention(maps, OF, core, None).values
+        values = torch_ops.measure_attention(maps, OF, core, None, 1e-4).values
         return torch.stack([values[spec.name].mean() for spec in core]).sum()
 
     gradients = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import linecache
 import re
 import shutil
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import store_cases as case
+import torch
 
 from engine import stored
 from engine.measure import measure_store
 from engine.run import main
-from kernels import TokenLayout, measure_attention
+from engine.table import build_table
+from kernels import InvalidAttentionError, TokenLayout, measure_attention, measure_pair
 from kernels.threads import set_num_threads
 from store import AttentionStore
 from store.verify import verify
@@ -245,3 +248,82 @@ def test_values_follow_the_maps_they_were_measured_from(
     assert (store.read_metric("js_divergence")[0][4:8, 0] > 0.01).all()
     assert (store.read_metric("js_divergence")[0][:4, 0] == 0).all()
     assert verify(path) == []
+
+
+# ---------------------------------------------------------------------------------------------- what read gives, counts
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "bf16", "qk"])
+def test_what_read_gives_can_be_measured(tmp_path: Path, encoding: str) -> None:
+    """Its rows sum to 1 as far as the rounding to 16 bits lets them, and the values are those of `measure`."""
+    path = store_of(tmp_path / "run.zarr", encoding)
+    store = measure_store(path, METRICS[:4], "auto")
+    for layer, heads in enumerate(case.HEADS):
+        maps = store.read(layer)
+        assert maps.dtype == np.float32
+        found = measure_attention(maps, LAYOUT, METRICS[:4])
+        for name in METRICS[:4]:
+            values = store.read_metric(name)[0][:, layer, :heads]
+            np.testing.assert_allclose(found[name], values, rtol=2e-5 if encoding == "qk" else 1e-6, atol=1e-6)
+            assert found.undefined[name] == store.read_undefined(name)[:, layer, :heads].sum()
+        for part in (maps[3:, 1:], maps[[2, 0]], maps.copy(), maps.astype(np.float64), store.read(layer, [4], [0])):
+            measure_attention(part, LAYOUT, "distance", "reference")
+    if encoding == "qk":  # computed in float32
+        return
+    for plain in (np.concatenate([maps, maps]), torch.from_numpy(maps), maps * 1):
+        assert getattr(plain, "precision", "") == ""
+        with pytest.raises(InvalidAttentionError, match=r"expected 1 within 0\.0001 for float32; .* or precision="):
+            measure_attention(plain, LAYOUT, "distance")
+        found = measure_attention(plain, LAYOUT, "distance", precision=store.precision(layer))
+        assert torch.as_tensor(found["distance"]).isfinite().all()
+        measure_pair(plain, plain, LAYOUT, precision=store.precision(layer))
+    with pytest.raises(ValueError, match="precision is 'half'; expected one of bfloat16, float16"):
+        measure_attention(maps, LAYOUT, "distance", precision="half")
+    off = maps + np.float32(0.02 / case.TOKENS)
+    with pytest.raises(InvalidAttentionError, match=rf"for {store.precision(layer)}"):
+        measure_attention(off, LAYOUT, "distance", precision=store.precision(layer))
+    exact = maps / maps.sum(axis=-1, keepdims=True)
+    measure_pair(maps, exact, LAYOUT)  # as far off as the coarser of the two
+
+
+def test_a_bad_row_is_counted_once_a_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One in this store, one in both, one in the other alone: three, however many metrics look at them."""
+    whole, bad = case.maps, {"run": [(0, 0, 3), (5, 1, 4)], "other": [(5, 1, 4), (7, 2, 6)]}
+    for name, rows in bad.items():
+        broken = whole(0)
+        for row in rows:
+            broken[row] = np.nan
+        monkeypatch.setattr(case, "maps", lambda layer, broken=broken: broken if layer == 0 else whole(layer))
+        store_of(tmp_path / f"{name}.zarr")
+    command = ["measure", "--store", str(tmp_path / "run.zarr"), "--metrics"]
+    assert main([*command, "distance,js_divergence,gini", "--against", str(tmp_path / "other.zarr")]) == 0
+    assert "run.zarr or other.zarr: 3 rows are no post-softmax" in "".join(capsys.readouterr())
+    assert main([*command, "entropy,morans_i"]) == 0
+    assert "run.zarr: 2 rows are no post-softmax" in "".join(capsys.readouterr())
+    store = AttentionStore.open(tmp_path / "run.zarr")
+    assert store.read_undefined("distance").clip(min=0).sum() == 2
+    assert store.read_undefined("js_divergence").clip(min=0).sum() == 3
+
+
+def test_a_table_counts_each_capture_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three seeds, and a condition that no seed can change: its two rows without a value are two, not six."""
+    whole = case.maps
+    stores = {}
+    for condition, seed, bad in (("probe", 1, 2), ("full", 1, 1), ("full", 2, 0), ("full", 3, 4)):
+        broken = whole(0)
+        broken[0, 0, 2 : 2 + bad] = np.nan
+        monkeypatch.setattr(case, "maps", lambda layer, broken=broken: broken if layer == 0 else whole(layer))
+        path = store_of(tmp_path / f"{condition}_{seed}.zarr", precision="bfloat16")
+        stores[condition, seed] = measure_store(path, ["distance", "gini"], "auto")
+    metrics = ["distance", "gini", "distance"]
+    table = build_table(stores, metrics, seed_invariant=["probe"], attributes={})
+    expected = {"probe": 2, "full": 5}
+    assert json.loads(table.attrs["undefined"]) == {"distance": expected, "gini": expected}
+    assert json.loads(table.attrs["metrics"]) == ["distance", "gini"]
+    assert table.attrs["precision"] == "bfloat16"
+    for seed in (1, 2, 3):
+        for condition, of in (("probe", ("probe", 1)), ("full", ("full", seed))):
+            values = table["distance"].sel(condition=condition, seed=seed).values
+            np.testing.assert_array_equal(values, stores[of].read_metric("distance")[0])

@@ -34,7 +34,7 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     size, batch, batches = (64, 2, 2) if small else (224, 128, 12)
     model = vit(small, 10, device).to(torch.bfloat16).eval()
     images = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
-    sites, _, _ = discover_sites(model, images[:1])
+    sites, *_ = discover_sites(model, images[:1])
     schema = _schema(sites, batch)
 
     def plain() -> None:

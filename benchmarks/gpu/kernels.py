@@ -128,7 +128,7 @@ def _compiled(work: Work) -> Callable[..., Any]:
         if work.from_qk:
             found = torch_ops.measure_qk(*given, work.of, specs, None, 1 / math.sqrt(HEAD_DIM), None)
         else:
-            found = torch_ops.measure_attention(*given, work.of, specs, None)
+            found = torch_ops.measure_attention(*given, work.of, specs, None, 1e-2)
         return [values.nanmean(dim=-1, dtype=torch.float64) for values in found.values.values()], found.valid
 
     torch._dynamo.reset()
