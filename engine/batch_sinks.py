@@ -17,7 +17,7 @@ from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
 from store import Factors, FactorSchema, StoreSchema
 from store.encodings import factor_schema
 
-__all__ = ["BatchSinks", "discover_factors", "one_bias", "stack_layers"]
+__all__ = ["BatchSinks", "discover_factors", "one_bias", "stack_layers", "unusable_rows"]
 
 _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,24 +56,35 @@ class BatchSinks:
         self._copies = copies
         self._arriving: deque[tuple[int, Callable[[], Any]]] = deque()
         self._prefix_mass: dict[int, torch.Tensor] = {}
-        self._measured: list[tuple[AttentionSite, Measurement]] = []
+        self._measured: list[Measurement] = []
+        self._invalid: list[tuple[AttentionSite, torch.Tensor]] = []  # rows that are no attention [image, head, query]
         self._collected: list[HostCopy] = []
 
     def __call__(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
     ) -> None:
+        invalid = None
         if self._metrics:
-            self._measured.append((site, self._measure(site, query, key, scale, bias)))
+            measured = self._measure(site, query, key, scale, bias)
+            self._measured.append(measured)
+            invalid = ~measured.valid
         if self._encoding:
             factors = self._layers[site.layer].factors
             if factors is None:
                 maps = attention_map(query, key, scale, bias)
+                if invalid is None:
+                    invalid = maps[..., 0].isnan()  # a softmax with a NaN in it is NaN throughout
                 self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).nanmean(dim=(0, 2))
                 arriving: Callable[[], Any] = self._copies.start(maps, _PRECISION[self._encoding])
             else:
-                arriving = self._start_factors(query, key, scale, bias, getattr(torch, factors.precision))
+                precision = getattr(torch, factors.precision)
+                arriving = self._start_factors(query, key, scale, bias, precision)
+                if invalid is None:
+                    invalid = unusable_rows(query.to(precision), key.to(precision))
             self._arriving.append((site.layer, arriving))
             self.pass_on(self._copies.depth)
+        assert invalid is not None  # there is a sink
+        self._invalid.append((site, invalid))
 
     def _measure(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
@@ -100,19 +111,12 @@ class BatchSinks:
 
     def finish(self) -> None:
         """The forward pass is launched: start to bring the metrics to the host."""
-        if not self._measured:
-            return
-        of_layers = [measured for _, measured in self._measured]
-        invalid = [~measured.valid for measured in of_layers]  # [image, head, query]
-        rows = torch.stack([torch.stack([mask.sum(), torch.ones_like(mask).sum()]) for mask in invalid])
-        self._collected = [self._copies.start(rows)]
-        left_out = [
-            mask[..., site.layout.num_prefix_tokens :].sum(dim=-1)
-            for (site, _), mask in zip(self._measured, invalid, strict=True)
-        ]
+        rows = [torch.stack([mask.sum(), torch.ones_like(mask).sum()]) for _, mask in self._invalid]
+        self._collected = [self._copies.start(torch.stack(rows))]
+        left_out = [mask[..., site.layout.num_prefix_tokens :].sum(dim=-1) for site, mask in self._invalid]
         for metric in self._metrics:
-            values = stack_layers([layer[metric.name] for layer in of_layers], math.nan)
-            missing = zip(of_layers, left_out, strict=True)
+            values = stack_layers([layer[metric.name] for layer in self._measured], math.nan)
+            missing = zip(self._measured, left_out, strict=True)
             counts = stack_layers([layer.undefined_rows[metric.name] + rest for layer, rest in missing], -1)
             self._collected += [self._copies.start(values), self._copies.start(counts)]
 
@@ -130,11 +134,9 @@ class BatchSinks:
         return dict(zip(names, torch.cat(list(self._prefix_mass.values())).tolist(), strict=True))
 
     def masked_rows(self) -> list[tuple[int, int, int]]:
-        """(layer, its rows that are no attention, all its rows) of each layer measured; waits for the metrics."""
-        if not self._collected:
-            return []
+        """(layer, its rows that are no attention, all its rows) of each layer; waits for the metrics."""
         rows = self._collected[0]().tolist()
-        return [(site.layer, masked, of) for (site, _), (masked, of) in zip(self._measured, rows, strict=True)]
+        return [(site.layer, masked, of) for (site, _), (masked, of) in zip(self._invalid, rows, strict=True)]
 
     def metric_values(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Values [image, layer, head(, region)], and how many rows have no part in each, [image, layer, head].
@@ -147,6 +149,11 @@ class BatchSinks:
             dict(zip(names, arrived[0::2], strict=True)),
             dict(zip(names, arrived[1::2], strict=True)),
         )
+
+
+def unusable_rows(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Rows of softmax(query · keyᵀ) that NaN or infinite factors leave without a value, bool [image, head, query]."""
+    return ~(query.isfinite().all(dim=-1) & key.isfinite().all(dim=-1).all(dim=-1, keepdim=True))
 
 
 def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float) -> torch.Tensor:

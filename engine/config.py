@@ -444,8 +444,8 @@ def _validated(values: Mapping[str, Any], origin: str) -> StudyConfig:
             listed = getattr(keys, key.name)
             if not isinstance(listed, tuple) or section.name == "hdf5":  # whose lists are sizes, and may be equal
                 continue
-            if twice := next((item for item in listed if listed.count(item) > 1), None):
-                raise InputError(f"{origin}: {section.name}.{key.name} names {twice!r} more than once; name it once")
+            if twice := [item for item in listed if listed.count(item) > 1]:
+                raise InputError(f"{origin}: {section.name}.{key.name} names {twice[0]!r} more than once; name it once")
     return config
 
 

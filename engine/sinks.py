@@ -326,7 +326,7 @@ def _warn_of_masked_rows(entries: Sequence[tuple[int, int]], schema: StoreSchema
         total = sum(rows for _, rows in of_layer)
         say(
             f"{label}: {total:,} rows of layer {layer} ({names[layer]}) are no post-softmax attention (NaN or infinite "
-            "logits); they are left out of every value and counted with the rows that have none"
+            "logits); every metric leaves them out and counts them with the rows that have no value"
         )
 
 

@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 
+from engine.batch_sinks import unusable_rows
 from engine.capture import CaptureError, capture_attention
 from engine.sinks import Capture, capture_to_store
 from engine.table import build_table
 from kernels import TokenLayout, measure_attention
-from store import AttentionStore
+from store import AttentionStore, StoreError
 from tests.families import images, spread
 
 METRICS = ("distance", "entropy")
@@ -55,7 +56,7 @@ def capture(model: torch.nn.Module, path: Path, **settings: Any) -> Any:
         model,
         Pictures(),  # type: ignore[arg-type]
         path,
-        Capture(sinks=("store", "metrics"), metrics=METRICS, batch_size=2, **settings),
+        Capture(**{"sinks": ("store", "metrics"), "metrics": METRICS, "batch_size": 2} | settings),
         model_info={"name": "vit"},
         dataset_info={"id": "random"},
         preprocessing={},
@@ -164,6 +165,42 @@ def test_a_batch_without_any_attention_ends_the_capture(model: torch.nn.Module, 
         capture(model, tmp_path / "s.zarr")
     assert not AttentionStore.open(tmp_path / "s.zarr").complete
     assert capture(model, tmp_path / "s.zarr").complete
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "bf16", "qk"])
+def test_a_store_alone_says_what_is_no_attention(
+    model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    """The same rows as with metrics; a batch without any attention is not kept."""
+    only_store: dict[str, Any] = {"sinks": ("store",), "encoding": encoding}
+    wrong = pytest.raises(CaptureError, match="no row of batch 0 is post-softmax attention, in any layer")
+    if encoding == "qk":  # which cannot hold NaN in float16
+        wrong = pytest.raises(StoreError, match="query of layer 0 reaches nan")
+    with nan_in(model.patch_embed.proj.bias), wrong:
+        capture(model, tmp_path / "s.zarr", **only_store)
+    assert not AttentionStore.open(tmp_path / "s.zarr").committed_batches
+    capsys.readouterr()
+    if encoding != "qk":
+        with nan_in(model.blocks[1].attn.qkv.bias):
+            assert capture(model, tmp_path / "s.zarr", **only_store).complete
+        told = "".join(capsys.readouterr())
+        assert "vit: 85 rows of layer 1 (blocks.1.attn) are no post-softmax attention" in told
+        assert "vit: 255 rows of layer 2 (blocks.2.attn)" in told
+        assert "layer 0" not in told
+
+
+def test_rows_that_factors_leave_without_a_value() -> None:
+    query, key = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
+    query[0, 1, 2, 3], key[1, 2, 0, 0] = torch.inf, torch.nan
+    expected = torch.zeros(2, 3, 4, dtype=torch.bool)
+    expected[0, 1, 2] = expected[1, 2] = True
+    assert torch.equal(unusable_rows(query, key), expected)
+
+
+def test_the_stores_precision_is_the_forward_passs(model: torch.nn.Module, tmp_path: Path) -> None:
+    assert capture(model, tmp_path / "s.zarr").schema.precision == "float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert capture(model, tmp_path / "cast.zarr").schema.precision == "bfloat16"
 
 
 @contextmanager

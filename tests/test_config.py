@@ -125,3 +125,21 @@ def test_a_condition_with_a_dot_has_flags() -> None:
     assert config.conditions["lora.r8"].rank == 4
     assert parse_value("conditions.lora.r8.rank", "4") == "4"
     assert _CONDITION_FLAG.fullmatch("--conditions.lora.r8.rank=4")[1] == "lora.r8"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "twice"),
+    [
+        ("measure.metrics", ["gini", "distance", "gini"], "'gini'"),
+        ("train.seeds", [1, 2, 2], "2"),
+        ("capture.layers", [0, 0], "0"),
+        ("relevance.methods", ["lrp", "lrp"], "'lrp'"),
+    ],
+)
+def test_a_list_names_a_thing_once(key: str, value: list[object], twice: str) -> None:
+    with pytest.raises(InputError, match=f"{key} names {twice} more than once; name it once"):
+        load_study(None, {key: value})
+
+
+def test_sizes_may_be_equal() -> None:
+    assert load_study(None, {"hdf5.grid": ["5", "5"]}).hdf5.grid == (5, 5)
