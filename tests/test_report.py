@@ -15,6 +15,7 @@ import pytest
 from synthetic_study import build_study, payload, record_stages, small, texts
 
 from engine.journal import Journal
+from engine.outputs import replace_files
 from engine.report import viewer, write_report
 from engine.report.figures import render_figures
 from engine.report.inputs import load_results
@@ -37,7 +38,7 @@ def test_every_file_is_written(study: Path) -> None:
     figures = {path.name for path in (study / "visualizations/figures").iterdir()}
     stems = {"layers_distance", "layers_entropy", "region_mass", "accuracy", "training"}
     stems |= {f"difference_{name}" for name in DRAWN}
-    assert figures == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
+    assert figures == {".written.json", *(f"{stem}.{kind}" for stem in stems for kind in ("svg", "png"))}
     for path in (study / "visualizations/figures").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert (study / "summary.md").read_text(encoding="utf-8").startswith("# Summary\n")
@@ -61,11 +62,11 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
 def test_what_is_no_longer_measured_has_no_figure(tmp_path: Path) -> None:
     outputs = small(tmp_path, metrics=("distance",), regions=(), conditions=("only",), samples=False, training=False)
     figures = outputs / "visualizations/figures"
-    figures.mkdir(parents=True)
-    (figures / "layers_entropy.svg").write_text("of an earlier study", encoding="utf-8")
-    written = write_report(outputs)
-    assert {path for path in written if path.parent == figures} == set(figures.iterdir())
-    assert not (figures / "layers_entropy.svg").exists()
+    replace_files(figures, [("layers_entropy.svg", b"of an earlier study")])
+    (figures / "mine.svg").write_text("somebody's own", encoding="utf-8")
+    written = {path.name for path in write_report(outputs) if path.parent == figures}
+    assert {path.name for path in figures.iterdir()} == {*written, ".written.json", "mine.svg"}
+    assert "layers_entropy.svg" not in written
 
 
 def test_a_place_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) -> None:
