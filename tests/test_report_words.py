@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_study import build_study, payload, small, texts
 
+from engine.report import text
 from engine.report.figures import render_figures
 from engine.report.findings import comparisons
 from engine.report.inputs import Results, load_results
 from engine.report.verdicts import verdicts
+from train.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def test_every_metric_has_a_verdict(told: tuple[Results, str, str]) -> None:
         for row in rows:
             where = {"condition": comparison.condition, "metric": row.metric, "region": row.region or None}
             tests = results.select("layer", **where)
-            found = [test for test in tests if test.survives(0.05)]
+            found = [test for test in tests if test.survives(0.05)]  # no bounds are set: what survives changed
             assert row.certain == bool(found)
             shown = max(found or tests, key=lambda test: abs(test.difference or 0))
             assert row.layer == shown.layer
@@ -179,3 +183,162 @@ def test_a_failed_control_is_shouted(tmp_path: Path) -> None:
     assert summary.splitlines()[2].startswith("**1 of 2 negative controls failed")
     assert "1 of 2 negative controls FAILED" in summary
     assert "1 of 2 negative controls failed" in page
+
+
+def change_tests(outputs: Path, changes: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> Path:
+    """Gives the tests of a study's document other values: what `changes` returns for each."""
+    path = outputs / "metrics/attention_comparison.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for test in document["tests"]:
+        test.update(changes(test) or {})
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return outputs
+
+
+def two_metrics(tmp_path: Path, **options: Any) -> Path:
+    """Two conditions, entropy and Moran's I, four layers: quick to write, and the tests of it are the test's own."""
+    options = {"metrics": ("entropy", "morans_i"), "regions": (), "samples": False, "gradcam": False} | options
+    return small(tmp_path, conditions=("baseline", "finetuned"), permutations=49, **options)
+
+
+@pytest.mark.parametrize(
+    ("difference", "before", "after", "says"),
+    [
+        (-0.000102, 4.608312, 4.608210, ("4.60831", "4.60821")),
+        (-0.12, 0.323, 0.203, ("0.323", "0.203")),
+        (0.3, 116.49, 116.79, ("116.49", "116.79")),
+        (31.0, 116.49, 147.49, ("116", "147")),
+        (-2e-7, 5.21e-5, 5.19e-5, ("5.210 × 10⁻⁵", "5.190 × 10⁻⁵")),
+        (0.1, 9.99, 10.09, ("9.99", "10.09")),
+        (1e-12, 4.6083124567, 4.6083124567, ("4.60831246", "4.60831246")),
+        (0.0, 4.608312, 4.608312, ("4.61", "4.61")),
+        (None, 4.608312, None, ("4.61", "undefined")),
+    ],
+)
+def test_decimals_of_means_follow_their_difference(
+    difference: float | None, before: float, after: float | None, says: tuple[str, str]
+) -> None:
+    shown = text.decimals(difference)
+    assert (text.number(before, decimals=shown), text.number(after, decimals=shown)) == says
+
+
+def test_means_are_written_with_their_difference_everywhere(tmp_path: Path) -> None:
+    """A change of 0.0001 nat is not "from 4.61 to 4.60": headline, row, sentence and cell."""
+    means = {"mean_against": 4.608312, "mean_condition": 4.608210, "difference": -0.000102, "dz": -1.62, "d_av": -0.9}
+    outputs = two_metrics(tmp_path, metrics=("entropy",))
+    change_tests(outputs, lambda test: means | {"p_max_t": 0.001, "ci": [-0.000120, -0.000084]})
+    summary, page = texts(outputs)
+    assert (
+        "from 4.60831 nat in baseline to 4.60821 nat in finetuned (difference −0.000102 nat" in summary.splitlines()[2]
+    )
+    assert "0.90 standard deviations between images" in summary.splitlines()[2]
+    assert "largest difference that survives from 4.60831 nat to 4.60821 nat in layer" in summary
+    assert "4.60831 → 4.60821 nat" in page
+    assert "4.61 " not in summary.split("## Negative")[0]
+    cell = payload(page)["maps"][0]["grids"][0]["cells"][0][0]
+    assert (cell["a"], cell["b"]) == (4.608312, 4.608210)
+    assert text.interval((4.608101, 4.608312)) == "4.60810 to 4.60831"
+
+
+def test_the_clearest_change_is_the_largest_and_its_row_says_the_same(tmp_path: Path) -> None:
+    """By the size beside how much images differ, and not by how even the change is (|dz|)."""
+
+    def changes(test: dict[str, Any]) -> dict[str, Any]:
+        if test["metric"] == "entropy":  # tiny, and very even
+            layer = test["layer"] or 0
+            return {
+                "difference": -0.0001 * (1 + layer),
+                "dz": -9.0 + layer,
+                "d_av": -0.01 * (1 + layer),
+                "p_max_t": 0.001,
+            }
+        # in layer 1 the largest, in layer 2 the most even
+        difference, dz, size = {1: (-0.12, -1.1, -2.4), 2: (-0.05, -3.0, -2.9)}.get(test["layer"], (0.001, 0.1, 0.0))
+        return {"difference": difference, "dz": dz, "d_av": size, "p_max_t": 0.001 if difference < 0 else 0.9}
+
+    outputs = change_tests(two_metrics(tmp_path), changes)
+    results = load_results(outputs)
+    summary, page = texts(outputs)
+    first = summary.splitlines()[2]
+    assert first.startswith("The clearest change is in morans_i, layer 1 (blocks.1.attn): from")
+    assert "2.4 standard deviations between images" in first
+    assert first.split(" (")[0] in page
+    rows = {row.metric: row for row in verdicts(results, comparisons(results)[0])}
+    assert rows["morans_i"].layer == 1
+    assert rows["morans_i"].change.startswith("layer 1: ")
+    assert rows["morans_i"].layers == "layers 1–2 (2 of 4)"
+    assert rows["entropy"].layer == 3
+    assert "morans_i: largest difference that survives from" in summary
+    assert "in layer 1 (blocks.1.attn); difference −0.120" in summary
+
+
+def test_one_layer_that_changed_does_not_read_as_a_number_of_layers(tmp_path: Path) -> None:
+    outputs = two_metrics(tmp_path, metrics=("entropy",))
+    change_tests(outputs, lambda test: {"p_max_t": 0.001 if test["layer"] == 3 else 0.9})
+    results = load_results(outputs)
+    (row,) = verdicts(results, comparisons(results)[0])
+    assert row.layers == "layer 3 (1 of 4)"
+
+
+def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_path: Path) -> None:
+    outputs = two_metrics(tmp_path, equivalence={"entropy": 0.5})
+    inside = {"difference": 0.01, "dz": 5.0, "d_av": 3.0, "p_max_t": 0.001, "tost_bound": 0.5, "p_tost_holm": 0.001}
+    changed = {"difference": 0.1, "dz": 1.0, "d_av": 1.0, "p_max_t": 0.001}
+    change_tests(outputs, lambda test: inside if test["metric"] == "entropy" else changed)
+    results = load_results(outputs)
+    (comparison,) = comparisons(results)
+    assert (comparison.changed, comparison.negligible) == (16, 16)
+    assert (comparison.layers_changed, comparison.layers_negligible) == (4, 4)
+    entropy, morans = sorted(verdicts(results, comparison), key=lambda row: row.metric)
+    assert (entropy.certain, entropy.negligible, morans.certain, morans.negligible) == (False, True, True, False)
+    assert entropy.layers == "none of 4"
+    assert entropy.verdict == "real but negligible, p 0.001; within ±0.500 in all 4"
+    summary, page = texts(outputs)
+    assert summary.splitlines()[2].startswith("The clearest change is in morans_i"), (
+        "however large the sizes of entropy"
+    )
+    assert "Real but negligible: 16 layer × head cells and 4 layer means. Equivalent within ±0.500 nat" in summary
+    assert "differ (and 16 layer × head cells and 4 layer means that are real but negligible)" in summary
+    assert '<tr class="negligible"><th scope="row">Entropy</th>' in page
+    assert "16 more differ within the bounds set beforehand: real but negligible" in page
+
+    change_tests(outputs, lambda test: {"p_max_t": 0.9} if test["metric"] == "morans_i" else None)
+    summary, page = texts(outputs)
+    assert summary.splitlines()[2].startswith(
+        "What differs between finetuned and baseline is real but negligible: 16 layer × head cells and 4 layer means "
+    )
+    assert "no change beyond the bounds is shown" in page
+
+    # Within the bound in one layer alone: the row says where.
+    alone = {"p_tost_holm": 0.9, "p_max_t": 0.9}
+    change_tests(outputs, lambda test: alone if test["metric"] == "entropy" and test["layer"] != 2 else None)
+    results = load_results(outputs)
+    row = next(row for row in verdicts(results, comparisons(results)[0]) if row.metric == "entropy")
+    assert row.verdict == "real but negligible in layer 2, p 0.001; within ±0.500 in 1 of 4"
+    assert not row.negligible
+
+
+def test_settings_are_those_of_the_results(tmp_path: Path) -> None:
+    """The study.toml of a later command names other ones: intervals keep their level, and the page says both."""
+    statistics = {"confidence": 0.9, "alpha": 0.01, "power": 0.7}
+    outputs = two_metrics(tmp_path, statistics=statistics, seeds=(1, 2, 3, 4, 5, 6))
+    study = outputs / "study.toml"
+    assert "confidence = 0.95" in study.read_text()
+    study.write_text(study.read_text().replace("0.95", "0.5"))
+    summary, page = texts(outputs)
+    assert "90 % CI" in summary
+    assert "50 %" not in summary
+    assert "95 %" not in summary
+    assert "at the family-wise level α = 0.01" in summary
+    assert "a power of 70 %" in summary
+    assert "6 training runs are too few for a seed-level test at 0.01 (an exact sign flip needs 8)" in summary
+    assert "difference (90 % CI)" in page
+    assert "says now: confidence 0.5 (the tests: 0.9), alpha 0.05 (the tests: 0.01)" in page
+    drawn = next(content for name, content in render_figures(load_results(outputs)) if name == "layers_entropy.svg")
+    assert b"90 % t interval" in drawn
+    path = outputs / "metrics/attention_comparison.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    del document["settings"]
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(InputError, match=r"does not say with which settings \(alpha, confidence, power\)"):
+        load_results(outputs)

@@ -409,3 +409,21 @@ class TestCrossMetricCorrelation:
         entries = cross_metric_correlation(flat)
         assert entries
         assert all(entry["rho"] is None and not math.isnan(entry["n"]) for entry in entries)
+
+
+def test_d_av_is_the_difference_in_standard_deviations_between_images(table: xr.Dataset) -> None:
+    """Against NumPy, with a pair missing; null where images do not differ; pairs that are alike do not enlarge it."""
+    changed = table.copy(deep=True)
+    changed["distance"][1, :, 3, 2] = np.nan
+    changed["distance"][:, :, :, 3] = np.float32(0.7)
+    changed["distance"][1, :, :, 3] += np.float32(1e-3)
+    tests = pick(compare_conditions(changed, metrics=["distance"], **FAST), level="layer", condition="finetuned")
+    values = changed["distance"].astype(float).mean("head")
+    a = values.sel(condition="baseline", layer=2).isel(seed=0).values
+    b = values.sel(condition="finetuned", layer=2).mean("seed").values
+    known = np.isfinite(b)
+    spread = math.sqrt((a[known].var(ddof=1) + b[known].var(ddof=1)) / 2)
+    assert tests[2]["d_av"] == pytest.approx((b - a)[known].mean() / spread, rel=1e-9)
+    assert abs(tests[2]["dz"]) > 3 * abs(tests[2]["d_av"])
+    assert tests[3]["difference"] == pytest.approx(1e-3, rel=1e-4)
+    assert tests[3]["d_av"] is None

@@ -54,6 +54,7 @@ class PairedTest:
     skewness: float | None = None
     dz: float | None = None
     gz: float | None = None
+    d_av: float | None = None
     ci: Interval = (None, None)
     ci_method: str = ""
     ci_nested: Interval = (None, None)
@@ -76,6 +77,14 @@ class PairedTest:
     def survives(self, alpha: float) -> bool:
         """Whether it survives its family's max-T test."""
         return self.difference is not None and self.p_max_t is not None and self.p_max_t <= alpha
+
+    def changed(self, alpha: float) -> bool:
+        """Whether there is a difference, and none that is shown to be negligible."""
+        return self.survives(alpha) and not self.equivalent(alpha)
+
+    def negligible(self, alpha: float) -> bool:
+        """Whether the difference is there and yet within the bound that was set beforehand."""
+        return self.survives(alpha) and self.equivalent(alpha)
 
     @property
     def skewed(self) -> bool:

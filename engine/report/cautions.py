@@ -36,8 +36,9 @@ def how_to_read() -> tuple[str, ...]:
         "Read sizes before p-values: with many images the smallest difference is “significant”. The "
         "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
         "images.",
-        "A marked cell survives the sign-flip max-T test over its whole family, so the chance of even one false mark "
-        "in the family is at most α. An unmarked cell is not shown to be unchanged.",
+        "A marked cell survives the sign-flip max-T test over its whole family: the chance of even one false mark in "
+        "the family is at most α, unless differences are skewed (the limits count them). An unmarked cell is not shown "
+        "to be unchanged.",
         "Look at depth: opposite changes in lower and upper layers cancel in a mean over layers.",
         "Look across metrics: distance, entropy and Moran's I of one map are not independent. Agreement between them "
         "is not three pieces of evidence.",
@@ -66,8 +67,8 @@ def limits(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
     ]
     if len(results.conditions) > 2:
         scope.append(
-            "Each condition is tested against the first in a family of its own: the family-wise level holds within a "
-            "comparison, not over all of them."
+            f"Each condition is tested against {results.settings['against']} in a family of its own: the family-wise "
+            "level holds within a comparison, not over all of them."
         )
     return tuple(scope)
 

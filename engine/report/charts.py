@@ -135,7 +135,7 @@ def line_chart(
                 continue
             for i in run:
                 shape = SHAPES[line.color % len(SHAPES)]
-                tip = escape(f"{line.name}, {x_label} {line.x[i]:g}: {line.y[i]:.4g}")
+                tip = escape(f"{line.name}, {x_label} {line.x[i]:g}: {line.y[i]:.6g}")
                 parts.append(
                     f'<path class="mark c{line.color}" transform="translate({across(line.x[i]):.1f} '
                     f'{down(line.y[i]):.1f})" d="{shape}"><title>{tip}</title></path>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,11 +23,14 @@ __all__ = [
     "histories",
     "layer_curve",
     "mean",
+    "seeds_needed",
     "training_runs",
 ]
 
-SEEDS_NEEDED = 6
-"""An exact sign flip over S runs has the smallest two-sided p of 2^(1−S): below .05 from six runs on."""
+
+def seeds_needed(alpha: float) -> int:
+    """How many training runs a test over them takes: an exact sign flip over S runs has a least p of 2^(1−S)."""
+    return math.ceil(1 - math.log2(alpha))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,11 +105,12 @@ class Change:
     """How one metric (in one region) differs between two conditions.
 
     Args:
-        cells: layer × head tests; defined: those with a difference; risen, fallen: those whose difference survives
-            max-T, by sign; identical: every defined difference is exactly 0.
-        layers: layer-level tests in depth order; layers_survived counts those that survive max-T.
-        largest: the layer-level test with the greatest |difference| (head-level where no layer test exists).
-        strongest: the greatest |dz| among layer-level tests that survive, or None.
+        cells: layer × head tests; defined: those with a difference; risen, fallen: those that changed (they survive
+            max-T and are not shown to lie within the bound), by sign; negligible: those that survive and lie within it;
+            identical: every defined difference is exactly 0.
+        layers: layer-level tests in depth order; layers_changed, layers_negligible: how many of them are so.
+        shown: what row, sentence and headline speak of, the greatest |difference| of the layers that changed, or
+            else of those that are negligible, or else of all (head-level where no layer test exists).
         equivalent: layers whose difference is shown to lie within `bound`; None where no bound was set.
         detectable: the layer-level tests' largest minimum detectable effect, in the metric's unit; None where no p can
             fall to α.
@@ -121,11 +126,12 @@ class Change:
     defined: int
     risen: int
     fallen: int
+    negligible: int
     identical: bool
     layers: tuple[PairedTest, ...]
-    layers_survived: int
-    largest: PairedTest | None
-    strongest: PairedTest | None
+    layers_changed: int
+    layers_negligible: int
+    shown: PairedTest | None
     bound: float | None
     equivalent: int | None
     detectable: float | None
@@ -134,8 +140,13 @@ class Change:
     clusters: tuple[Cluster, ...]
 
     @property
-    def survived(self) -> int:
+    def changed(self) -> int:
         return self.risen + self.fallen
+
+    @property
+    def within(self) -> bool:
+        """Whether the difference is shown to lie within the bound in every layer."""
+        return self.equivalent is not None and self.equivalent == len(self.layers) > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +156,7 @@ class Comparison:
     condition: str
     against: str
     runs: int
+    runs_needed: int
     n: int
     unit_of_inference: str
     changes: tuple[Change, ...]
@@ -157,12 +169,20 @@ class Comparison:
         return sum(change.defined for change in self.changes)
 
     @property
-    def survived(self) -> int:
-        return sum(change.survived for change in self.changes)
+    def changed(self) -> int:
+        return sum(change.changed for change in self.changes)
 
     @property
-    def layers_survived(self) -> int:
-        return sum(change.layers_survived for change in self.changes)
+    def layers_changed(self) -> int:
+        return sum(change.layers_changed for change in self.changes)
+
+    @property
+    def negligible(self) -> int:
+        return sum(change.negligible for change in self.changes)
+
+    @property
+    def layers_negligible(self) -> int:
+        return sum(change.layers_negligible for change in self.changes)
 
     @property
     def identical(self) -> bool:
@@ -171,7 +191,7 @@ class Comparison:
     @property
     def speaks_of_runs(self) -> bool:
         """Whether there are training runs enough, and tests over them, to speak of more than these checkpoints."""
-        return self.runs >= SEEDS_NEEDED and bool(self.seed_tests)
+        return self.runs >= self.runs_needed and bool(self.seed_tests)
 
 
 def comparisons(results: Results) -> tuple[Comparison, ...]:
@@ -186,6 +206,7 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
                 condition=condition,
                 against=against,
                 runs=max(training_runs(results, condition), training_runs(results, against)),
+                runs_needed=seeds_needed(results.alpha),
                 n=max((test.n or 0 for test in tests), default=0),
                 unit_of_inference=tests[0].unit_of_inference if tests else "",
                 changes=changes(results, condition, against),
@@ -207,8 +228,9 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
         if not heads and not layers:
             continue
         defined = [test for test in heads if test.difference is not None]
-        surviving = [test for test in defined if test.survives(results.alpha)]
-        surviving_layers = [test for test in layers if test.survives(results.alpha)]
+        changed = [test for test in defined if test.changed(results.alpha)]
+        layers_changed = [test for test in layers if test.changed(results.alpha)]
+        layers_negligible = [test for test in layers if test.negligible(results.alpha)]
         sized = [test for test in layers or heads if test.difference is not None]
         every = [test.difference for test in (*heads, *layers) if test.difference is not None]
         bounds = [test.tost_bound for test in layers if test.tost_bound is not None]
@@ -220,13 +242,18 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
                 unit=results.unit(metric),
                 cells=len(heads),
                 defined=len(defined),
-                risen=sum((test.difference or 0.0) > 0 for test in surviving),
-                fallen=sum((test.difference or 0.0) < 0 for test in surviving),
+                risen=sum((test.difference or 0.0) > 0 for test in changed),
+                fallen=sum((test.difference or 0.0) < 0 for test in changed),
+                negligible=sum(test.negligible(results.alpha) for test in defined),
                 identical=bool(every) and not any(every),
                 layers=layers,
-                layers_survived=len(surviving_layers),
-                largest=max(sized, key=lambda test: abs(test.difference or 0.0), default=None),
-                strongest=max(surviving_layers, key=lambda test: abs(test.dz or 0.0), default=None),
+                layers_changed=len(layers_changed),
+                layers_negligible=len(layers_negligible),
+                shown=max(
+                    layers_changed or layers_negligible or sized,
+                    key=lambda test: abs(test.difference or 0.0),
+                    default=None,
+                ),
                 bound=bounds[0] if bounds else None,
                 equivalent=sum(test.equivalent(results.alpha) for test in layers) if bounds else None,
                 detectable=max(detectable, default=None),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.report import text
 from engine.report.analyses import PairedTest
 from engine.report.findings import Comparison, mean
 from engine.report.inputs import Results
@@ -97,8 +98,8 @@ def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[s
         "ci": [_round(edge) for edge in test.ci],
         "dz": _round(test.dz),
         "p": _round(test.p_max_t),
-        "a": _round(test.mean_against),
-        "b": _round(test.mean_condition),
+        "a": _round(test.mean_against, text.MOST_DIGITS),
+        "b": _round(test.mean_condition, text.MOST_DIGITS),
         "mde": _round(test.mde),
         "n": test.n,
         "missing": test.missing,
@@ -141,6 +142,6 @@ def _packed(values: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
 
 
-def _round(value: float | None) -> float | None:
-    """Six significant digits: more than a reader needs, fewer bytes."""
-    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")
+def _round(value: float | None, digits: int = 6) -> float | None:
+    """Six significant digits: more than a reader needs, fewer bytes; means need more, to show their difference."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.{digits}g}")

@@ -139,8 +139,11 @@ def _curves(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any
                         layer,
                         [
                             (
-                                text.number(float(curve.mean[row])),
-                                f"{text.number(float(curve.low[row]))} to {text.number(float(curve.high[row]))}",
+                                text.number(
+                                    float(curve.mean[row]),
+                                    decimals=text.decimals(float(curve.high[row] - curve.low[row])),
+                                ),
+                                text.interval((float(curve.low[row]), float(curve.high[row]))),
                                 int(curve.n[row]),
                             )
                             for curve in curves.values()

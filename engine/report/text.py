@@ -10,6 +10,7 @@ from engine.report.analyses import Interval, PairedTest
 
 __all__ = [
     "count",
+    "decimals",
     "interval",
     "listing",
     "number",
@@ -27,21 +28,36 @@ __all__ = [
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number in three significant digits, with a true minus; "undefined" for None and NaN."""
+MOST_DIGITS = 9
+"""Means of float32 values have no more significant digits than this."""
+
+
+def decimals(difference: float | None) -> int:
+    """How many decimals two numbers need so that their difference is seen, in two significant digits."""
+    if not difference or not math.isfinite(difference):
+        return 0
+    return max(0, 1 - math.floor(math.log10(abs(difference))))
+
+
+def number(value: float | None, digits: int = 3, decimals: int = 0) -> str:
+    """A number in three significant digits, or in the more that `decimals` takes, with a true minus.
+
+    "undefined" for None and NaN.
+    """
     if value is None or math.isnan(value):
         return "undefined"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     size = abs(value)
+    if size:
+        digits = max(digits, min(decimals + math.floor(math.log10(size)) + 1, MOST_DIGITS))
     if size == 0:
         text = "0"
     elif size < 1e-4 or size >= 1e6:
         mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
         text = f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
     else:
-        decimals = max(0, digits - 1 - math.floor(math.log10(size)))
-        text = f"{size:.{decimals}f}"
+        text = f"{size:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
     return f"−{text}" if value < 0 else text
 
 
@@ -51,9 +67,9 @@ def signed(value: float | None) -> str:
     return f"+{text}" if value is not None and value > 0 else text
 
 
-def quantity(value: float | None, unit: str, *, difference: bool = False) -> str:
+def quantity(value: float | None, unit: str, *, difference: bool = False, decimals: int = 0) -> str:
     """A number with its unit."""
-    text = signed(value) if difference else number(value)
+    text = signed(value) if difference else number(value, decimals=decimals)
     return f"{text} {unit}" if unit and text != "undefined" else text
 
 
@@ -67,7 +83,10 @@ def p_value(value: float | None) -> str:
 def interval(ci: Interval) -> str:
     """ "low to high" of an interval, or "" where there is none."""
     low, high = ci
-    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+    if low is None or high is None:
+        return ""
+    shown = decimals(high - low)
+    return f"{number(low, decimals=shown)} to {number(high, decimals=shown)}"
 
 
 def plain(value: Any) -> str:

@@ -15,6 +15,7 @@ __all__ = ["Verdict", "verdicts"]
 class Verdict:
     """One metric of one comparison in words; `layer` is where its largest change is, None where there is none.
 
+    `certain`: it changed in some layer; `negligible`: it differs, and lies within the bound in every layer.
     `runs` says in how many layers the change survives the sign flip over training runs; "" where there is one run.
     """
 
@@ -28,6 +29,7 @@ class Verdict:
     verdict: str
     runs: str
     certain: bool
+    negligible: bool
     layer: int | None
 
 
@@ -38,9 +40,8 @@ def verdicts(results: Results, comparison: Comparison) -> list[Verdict]:
 
 
 def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdict:
-    found = [test for test in change.layers if test.survives(results.alpha)]
-    # What is shown as the largest change is one that is certain, where there is any.
-    test = max(found, key=lambda test: abs(test.difference or 0.0), default=change.largest)
+    changed = [test.layer for test in change.layers if test.layer is not None and test.changed(results.alpha)]
+    test = change.shown
     title = results.title(change.metric)
     name = title if change.region is None else f"{title}: {change.region}"
     if test is None or test.difference is None:
@@ -55,21 +56,26 @@ def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdic
             verdict="nothing to test",
             runs="",
             certain=False,
+            negligible=False,
             layer=None,
         )
     unit = change.unit
-    means = f"{text.number(test.mean_against)} → {text.quantity(test.mean_condition, unit)}"
+    shown = text.decimals(test.difference)
+    means = (
+        f"{text.number(test.mean_against, decimals=shown)} → {text.quantity(test.mean_condition, unit, decimals=shown)}"
+    )
     return Verdict(
         metric=change.metric,
         region=change.region or "",
         name=name,
-        layers=_layers([test.layer for test in found if test.layer is not None], len(change.layers)),
+        layers=_layers(changed, len(change.layers)),
         change=f"layer {test.layer}: {means}",
         difference=text.signed(test.difference),
         interval=text.interval(test.ci),
-        verdict=_certainty(results, change, test.p_max_t, bool(found)),
+        verdict=_certainty(results, change, test.p_max_t),
         runs=_over_runs(results, comparison, change),
-        certain=bool(found),
+        certain=bool(changed),
+        negligible=not changed and change.within and bool(change.layers_negligible),
         layer=test.layer,
     )
 
@@ -77,9 +83,7 @@ def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdic
 def _layers(found: list[int], of: int) -> str:
     if not found:
         return f"none of {of}"
-    return (
-        f"all {of}" if len(found) == of > 1 else f"{text.span(sorted(found)).split(' ', 1)[1]} ({len(found)} of {of})"
-    )
+    return f"all {of}" if len(found) == of > 1 else f"{text.span(sorted(found))} ({len(found)} of {of})"
 
 
 def _over_runs(results: Results, comparison: Comparison, change: Change) -> str:
@@ -91,12 +95,19 @@ def _over_runs(results: Results, comparison: Comparison, change: Change) -> str:
     return f"{text.share(sum(test.survives(results.alpha) for test in tests), len(tests))} layers"
 
 
-def _certainty(results: Results, change: Change, p: float | None, found: bool) -> str:
+def _certainty(results: Results, change: Change, p: float | None) -> str:
     if change.identical:
         return "exactly the same"
-    verdict = f"yes, p {text.p_value(p)}" if found else f"not shown, p {text.p_value(p)}"
-    if not found and change.survived:
-        verdict += f"; but {text.count(change.survived, 'single head')}"
+    if change.layers_changed:
+        verdict = f"yes, p {text.p_value(p)}"
+    elif change.layers_negligible:
+        layers = [test.layer for test in change.layers if test.layer is not None and test.negligible(results.alpha)]
+        where = "" if change.within else f" in {text.span(layers)}"
+        verdict = f"real but negligible{where}, p {text.p_value(p)}"
+    else:
+        verdict = f"not shown, p {text.p_value(p)}"
+    if not change.layers_changed and change.changed:
+        verdict += f"; but {text.count(change.changed, 'single head')}"
     if change.equivalent and change.bound is not None:
         verdict += f"; within ±{text.number(change.bound)} in {text.share(change.equivalent, len(change.layers))}"
     return verdict

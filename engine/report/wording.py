@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.report import text
 from engine.report.analyses import PairedTest, Relation
-from engine.report.findings import SEEDS_NEEDED, Change, Comparison, layer_curve
+from engine.report.findings import Change, Comparison, layer_curve
 from engine.report.inputs import Results
 
 __all__ = [
@@ -37,22 +37,31 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
     regional = _region_headline(results, found)
     if regional:
         return regional
+    # Each metric's largest change, as its row shows it; among metrics, whose units differ, the size beside how much
+    # images differ decides. A certainty such as |dz| would put the most even change first, however small.
     best = max(
-        ((comparison, change) for comparison in found for change in comparison.changes if change.strongest),
-        key=lambda pair: abs((pair[1].strongest and pair[1].strongest.dz) or 0.0),
+        (change.shown for comparison in found for change in comparison.changes if change.layers_changed),
+        key=lambda test: abs((test and test.d_av) or 0.0),
         default=None,
     )
     if best is None:
         return _null_headline(results, found)
-    comparison, change = best
-    test = change.strongest
-    assert test is not None  # chosen for having one
+    unit = results.unit(best.metric)
+    before, after = _means(best, unit)
+    size = ""
+    if best.d_av is not None:
+        size = f"; {text.number(abs(best.d_av), 2)} standard deviations between images, by which changes are ranked"
     return (
-        f"The clearest change is in {text.what(change.metric, change.region)}, {text.where(test)}: "
-        f"from {text.quantity(test.mean_against, change.unit)} in {comparison.against} to "
-        f"{text.quantity(test.mean_condition, change.unit)} in {comparison.condition} "
-        f"({_effect(results, test, change.unit)})."
+        f"The clearest change is in {text.what(best.metric, best.region)}, {text.where(best)}: "
+        f"from {before} in {best.against} to {after} in {best.condition} ({_effect(results, best, unit)}{size})."
     )
+
+
+def _means(test: PairedTest, unit: str) -> tuple[str, str]:
+    """Both means, with the decimals that their difference takes."""
+    shown = text.decimals(test.difference)
+    before, after = (text.quantity(mean, unit, decimals=shown) for mean in (test.mean_against, test.mean_condition))
+    return before, after
 
 
 def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
@@ -62,25 +71,26 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
         for comparison in found
         for change in comparison.changes
         for test in change.layers
-        if change.region is not None and test.survives(results.alpha)
+        if change.region is not None and test.changed(results.alpha)
     ]
     if not candidates:
         return ""
     best = max(candidates, key=lambda test: abs(test.difference or 0.0))
     if best.layer is None:
         return ""
-    row = results.layers.index(best.layer)
+    row, shown = results.layers.index(best.layer), text.decimals(best.difference)
     parts = []
     for region in results.regions:
         shares = {
             condition: float(layer_curve(results, best.metric, condition, region).mean[row])
             for condition in results.conditions
         }
-        each = text.listing([f"{text.number(share, 2)} in {name}" for name, share in shares.items()])
+        each = text.listing([f"{text.number(share, 2, shown)} in {name}" for name, share in shares.items()])
         parts.append(f"on {region}, {each}")
     return (
         f"Attention on the annotated regions differs most in {text.where(best)}. {_lead(results, best.metric)} "
-        f"{'; '.join(parts)}."
+        f"{'; '.join(parts)} (on {best.region}, {best.condition} against {best.against}: "
+        f"{_effect(results, best, results.unit(best.metric))})."
     )
 
 
@@ -93,11 +103,18 @@ def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
     sentences = []
     nothing: dict[str, list[str]] = {}  # pairs of which the same can be said share their sentence
     for comparison in found:
-        if comparison.survived:
+        if comparison.changed:
             sentences.append(
-                f"{comparison.survived} of {comparison.cells} layer × head × metric cells differ between "
+                f"{comparison.changed} of {comparison.cells} layer × head × metric cells differ between "
                 f"{comparison.condition} and {comparison.against} after the family-wise correction, but no layer as a "
                 "whole does."
+            )
+            continue
+        if within := _negligible(comparison):
+            sentences.append(
+                f"What differs between {comparison.condition} and {comparison.against} is real but negligible: "
+                f"{within} survive the family-wise correction, and each is shown to lie within the "
+                "bounds that were set beforehand (TOST, Holm)."
             )
             continue
         said = (
@@ -140,16 +157,18 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
             f"{comparison.condition} and {comparison.against} do not differ at all: every difference is exactly 0 in "
             f"{text.count(comparison.n, 'image')}."
         )
-    survived, cells = comparison.survived, comparison.cells
+    changed, cells = comparison.changed, comparison.cells
     if not cells:
         return f"No layer × head test of {comparison.condition} against {comparison.against} is defined."
     layers = sum(len(change.layers) for change in comparison.changes)
-    if not survived and not comparison.layers_survived:
+    within = _negligible(comparison)
+    if not changed and not comparison.layers_changed:
         verdict = f"none of the {cells} layer × head × metric cells" + (f" and {layers} layer means" if layers else "")
-        verdict += " differs"
+        verdict += " differs" + (f" but for {within} that are real but negligible" if within else "")
     else:
-        verdict = f"{survived} of {cells} layer × head × metric cells ({100 * survived / cells:.0f} %)"
-        verdict += (f" and {comparison.layers_survived} of {layers} layer means" if layers else "") + " differ"
+        verdict = f"{changed} of {cells} layer × head × metric cells"
+        verdict += (f" and {comparison.layers_changed} of {layers} layer means" if layers else "") + " differ"
+        verdict += f" (and {within} that are real but negligible)" if within else ""
     return (
         f"{comparison.condition} against {comparison.against}: {verdict} at the family-wise level α = "
         f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = "
@@ -162,16 +181,20 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     name = text.what(change.metric, change.region)
     if change.identical:
         return f"{name}: no difference at all (exactly 0 in every layer and head)."
-    if change.largest is None:
+    if change.shown is None:
         return f"{name}: undefined in both conditions or in too few images to compare."
-    test = change.largest
+    test = change.shown
     values = ""
     if test.mean_against is not None and test.mean_condition is not None:
-        means = (text.quantity(mean, change.unit) for mean in (test.mean_against, test.mean_condition))
-        values = f"from {' to '.join(means)} in "
-    size = f"{name}: largest difference {values}{text.where(test)}; {_effect(results, test, change.unit)}"
+        values = f"from {' to '.join(_means(test, change.unit))} in "
+    which = "largest difference that survives" if test.survives(results.alpha) else "largest difference"
+    size = f"{name}: {which} {values}{text.where(test)}; {_effect(results, test, change.unit)}"
     tail = _equivalence(change)
-    if not change.survived and not change.layers_survived:
+    if within := _negligible(change):
+        tail = f" Real but negligible: {within}.{tail}"
+    if not change.changed and not change.layers_changed:
+        if within:
+            return f"{size}.{tail}"
         found = ""
         if change.detectable is not None:
             found = (
@@ -181,12 +204,23 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
         return f"{size}. Nothing survives max-T ({_tested(change)}), so no change is claimed{found}.{tail}"
     parts = []
     if change.layers:
-        parts.append(f"{change.layers_survived} of {len(change.layers)} layers")
+        parts.append(f"{change.layers_changed} of {len(change.layers)} layers")
     if change.cells:
         directions = [f"{n} {way}" for n, way in ((change.risen, "higher"), (change.fallen, "lower")) if n]
         detail = f" ({text.listing(directions)})" if directions else ""
-        parts.append(f"{change.survived} of {change.defined} layer × head cells{detail}")
-    return f"{size}. Surviving max-T: {text.listing(parts)}.{tail}"
+        parts.append(f"{change.changed} of {change.defined} layer × head cells{detail}")
+    beyond = "" if change.bound is None else " and not shown to lie within the bound"
+    return f"{size}. Surviving max-T{beyond}: {text.listing(parts)}.{tail}"
+
+
+def _negligible(found: Comparison | Change) -> str:
+    """How much survives and is shown to lie within the bounds; "" where nothing does."""
+    parts = [
+        text.count(n, noun)
+        for n, noun in ((found.negligible, "layer × head cell"), (found.layers_negligible, "layer mean"))
+        if n
+    ]
+    return text.listing(parts)
 
 
 def _equivalence(change: Change) -> str:
@@ -294,7 +328,8 @@ def seed_sentence(results: Results, comparison: Comparison) -> str:
         f"{results.alpha:g}."
     )
     if not comparison.speaks_of_runs:
-        sentence += f" With {runs} runs the smallest p that can occur is {2.0 ** (1 - runs):.3g}."
+        floor = max((test.p_floor for test in tests if test.p_floor is not None), default=None)
+        sentence += f" With {runs} runs the smallest p that can occur is {text.p_value(floor)}."
     return sentence
 
 
@@ -303,10 +338,11 @@ def scope_sentences(results: Results, found: Sequence[Comparison]) -> tuple[str,
     groups: dict[tuple[int, bool], list[Comparison]] = {}
     for comparison in found:
         groups.setdefault((comparison.runs, comparison.speaks_of_runs), []).append(comparison)
-    return tuple(_scope(runs, of_runs, members) for (runs, of_runs), members in groups.items())
+    return tuple(_scope(results.alpha, *group, members) for group, members in groups.items())
 
 
-def _scope(runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
+def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
+    needed = members[0].runs_needed
     names = text.listing([member.condition for member in members])
     pairs = "; ".join(f"{member.condition} and {member.against}" for member in members)
     if of_runs:
@@ -314,14 +350,14 @@ def _scope(runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
             f"{runs} training runs of {names} were measured: the seed-level tests speak of training runs like these on "
             "this data; the image-level tests speak of these checkpoints."
         )
-    if runs >= SEEDS_NEEDED:
+    if runs >= needed:
         return (
             f"{runs} training runs of {names} were measured but no test was made over them, so what is said holds for "
             "these checkpoints and the kind of image they were given, not for fine-tuning as such."
         )
     if runs > 1:
         return (
-            f"{runs} training runs are too few for a seed-level test at .05 (an exact sign flip needs {SEEDS_NEEDED}), "
+            f"{runs} training runs are too few for a seed-level test at {alpha:g} (an exact sign flip needs {needed}), "
             f"so what is said of {names} holds for these checkpoints and the kind of image they were given, not for "
             "fine-tuning as such."
         )

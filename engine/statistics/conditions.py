@@ -101,11 +101,14 @@ def compare_conditions(
         One dict a test, ready for JSON: no NaN or infinity, null instead with the reason under `degenerate`. `p` is
         that of the test named under `test`: the paired t-test, or for the seed level the sign flip over runs, whose
         least attainable value is `p_floor` (2/2^runs where exact). `p_holm` and `p_bh` adjust `p`; `p_floor` bounds
-        `p_max_t` in every entry. `ci` comes from the method named under `ci_method`. `mean_against` and
-        `mean_condition` are over the pairs of this test. `mde_dz`, and `mde` in the metric's unit, is the effect that
-        such a test finds with the given power (`minimum_detectable_effect` at this n, `sd` and family size); null where
-        no p can fall to alpha. `p_tost` tests equivalence within ± `tost_bound`, `p_tost_holm` in this family. The
-        layer level has a second interval, `ci_nested`, of all runs' pairs, resampled by the `nested_levels`.
+        `p_max_t` in every entry. `d_av` is the difference in standard deviations between units (images, at the image
+        levels), the two conditions' variances averaged: a size that does not grow with how alike the pairs are, as
+        `dz` does; null where units do not differ. `ci` comes from the method named under `ci_method`; `mean_against`
+        and `mean_condition` are over the pairs of this test. `mde_dz`, and `mde` in the metric's unit, is the effect
+        that such a test finds with the given power (`minimum_detectable_effect` at this n, `sd` and family size);
+        null where no p can fall to alpha. `p_tost` tests equivalence within ± `tost_bound`, `p_tost_holm` in this
+        family. The layer level has a second interval, `ci_nested`, of all runs' pairs, resampled by the
+        `nested_levels`.
     Raises:
         InputError: a dimension, coordinate, condition or metric is not there, two conditions share no run, or as
             `check_bounds`.
@@ -239,6 +242,7 @@ def _test_family(
     nested, nested_levels = _nested_intervals(table, columns, settings) if level == "layer" else ({}, None)
 
     paired = np.isfinite(b - a)
+    values["d_av"] = _between_units(np.where(paired, a, np.nan), np.where(paired, b, np.nan), values["difference"])
     values["mean_against"] = defined_mean(np.where(paired, a, np.nan), axis=0)
     values["mean_condition"] = defined_mean(np.where(paired, b, np.nan), axis=0)
     sites = {int(layer): str(site) for layer, site in zip(table["layer"].values, table["site"].values, strict=True)}
@@ -258,7 +262,9 @@ def _test_family(
             "seeds": list(column.pairs.seeds),
             "n": int(values["n"][i]),
             "missing": int(values["missing"][i]),
-            **numbers(values, i, ("mean_against", "mean_condition", "difference", "sd", "skewness", "dz", "gz")),
+            **numbers(
+                values, i, ("mean_against", "mean_condition", "difference", "sd", "skewness", "dz", "gz", "d_av")
+            ),
             "ci": interval(values, i),
             "ci_method": ci_method,
             "ci_nested": interval(nested, i) if nested else None,
@@ -273,6 +279,16 @@ def _test_family(
         }
         for i, column in enumerate(columns)
     ]
+
+
+def _between_units(a: Floats, b: Floats, difference: Floats) -> Floats:
+    """Cohen's d of the averaged variances, [column]; NaN where the values differ by no more than float32 rounds."""
+    variances = [defined_mean((values - defined_mean(values, axis=0)) ** 2, axis=0) for values in (a, b)]
+    n = np.isfinite(a).sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = np.sqrt((variances[0] + variances[1]) / 2 * n / (n - 1))
+        resolved = spread > np.finfo(np.float32).eps * np.abs(defined_mean(a, axis=0))
+        return np.where(resolved, difference / spread, np.nan)
 
 
 def _nested_intervals(

@@ -1,7 +1,7 @@
 
 /** Layer × head maps, and what lies behind a cell: its numbers, its differences, its pairs. */
 (() => {
-  const { data, byId, make, format, signed, pValue, withUnit, swatch, mix, css, gradient, DIVERGING } = page;
+  const { data, byId, make, format, signed, pValue, decimals, withUnit, swatch, mix, css, gradient, DIVERGING } = page;
   if (!data.maps.length) return;
 
   const select = byId("map-metric"), grids = byId("map-grids"), detail = byId("map-detail");
@@ -129,18 +129,22 @@
     drawPairs(map, row, head, blocks);
   }
 
+  const level = (share) => Number((100 * share).toPrecision(6)) + " %";
+  const both = (one, other, difference, between) =>
+    format(one, 3, decimals(difference)) + between + format(other, 3, decimals(difference));
+
   function cellDetail(map, grid, cell) {
     const title = make("h4", {}, swatch(grid.condition), data.conditions[grid.condition] + " against " + data.conditions[grid.against]);
     if (!cell || cell.d === null) return [title, make("p", {}, "No value: undefined, or there is no such head in this layer.")];
     const rows = [["difference", withUnit(signed(cell.d), map.unit)]];
     if (cell.ci[0] !== null && cell.ci[1] !== null)
-      rows.push([100 * data.confidence + " % CI", format(cell.ci[0]) + " to " + format(cell.ci[1])]);
-    if (cell.a !== null && cell.b !== null) rows.push(["means", format(cell.a) + " → " + format(cell.b)]);
+      rows.push([level(data.confidence) + " CI", both(cell.ci[0], cell.ci[1], cell.ci[1] - cell.ci[0], " to ")]);
+    if (cell.a !== null && cell.b !== null) rows.push(["means", both(cell.a, cell.b, cell.d, " → ")]);
     rows.push(["dz", cell.dz === null ? "undefined" : format(cell.dz)]);
     rows.push(["p, max-T", pValue(cell.p) + (cell.sure ? " (survives)" : " (does not survive)")]);
     if (cell.bound !== undefined)
       rows.push(["within ±" + format(cell.bound), (cell.within ? "yes" : "not shown") + ", TOST p " + pValue(cell.tost)]);
-    if (cell.mde !== null) rows.push(["detectable", "from " + format(cell.mde) + " (power " + 100 * data.power + " %)"]);
+    if (cell.mde !== null) rows.push(["detectable", "from " + format(cell.mde) + " (power " + level(data.power) + ")"]);
     rows.push(["images", cell.n + (cell.missing ? " (" + cell.missing + " missing)" : "")]);
     if (cell.note) rows.push(["note", cell.note]);
     const list = make("dl");

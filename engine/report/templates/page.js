@@ -15,10 +15,13 @@ const page = (() => {
     return element;
   }
 
-  function format(value, digits = 3) {
+  // Decimals that two numbers need so that their difference is seen, as in text.py.
+  const decimals = (difference) => (difference ? Math.max(0, 1 - Math.floor(Math.log10(Math.abs(difference)))) : 0);
+  function format(value, digits = 3, shown = 0) {
     if (value === null || value === undefined) return "undefined";
     if (value === 0) return "0";
     const size = Math.abs(value);
+    digits = Math.max(digits, Math.min(shown + Math.floor(Math.log10(size)) + 1, 9));
     let text;
     if (size < 1e-4 || size >= 1e6) {
       const [mantissa, exponent] = size.toExponential(digits - 1).split("e");
@@ -54,7 +57,7 @@ const page = (() => {
   }
 
   return {
-    data, byId, make, format, signed, pValue, percent, withUnit, swatch, mix, css, gradient, inflate,
+    data, byId, make, format, decimals, signed, pValue, percent, withUnit, swatch, mix, css, gradient, inflate,
     DIVERGING, SEQUENTIAL,
     viewer: null, // set by the viewer, where there is one
   };
