@@ -35,28 +35,18 @@ def digest(value: Any) -> str:
 def digest_path(path: Path) -> str:
     """sha256 over a file's bytes, or over the names and bytes of every file in a folder; "" when it is not there.
 
-    A captured store is represented by its ledger (which holds the hashes of its shards) and by the names and sizes of
-    its files: reading all maps again at every start would take longer than the stage that they save.
+    A captured store is represented by `store.verify.content_digest`.
     """
     if path.is_file():
         of = path.stat()
         return _file_digest(path, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns)
     if not path.is_dir():
         return ""
-    ledger = path.with_suffix(".ledger")
+    if path.suffix == ".zarr" and path.with_suffix(".ledger").is_dir():
+        from store.verify import content_digest
+
+        return content_digest(path)
     total = hashlib.sha256()
-    if path.suffix == ".zarr" and ledger.is_dir():
-        # Metrics computed after the capture have a folder of their own in the ledger; they are not its output.
-        later = tuple(f"{found.relative_to(ledger).as_posix()}/" for found in ledger.glob("metrics/*/*"))
-        for record in sorted(ledger.rglob("*.json")):
-            name = record.relative_to(ledger).as_posix()
-            if not name.startswith(later):
-                total.update(f"{name}\0{digest_path(record)}\0".encode())
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            name = file.relative_to(path).as_posix()
-            if not name.startswith(later):
-                total.update(f"{name}\0{file.stat().st_size}\0".encode())
-        return total.hexdigest()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         total.update(f"{file.relative_to(path).as_posix()}\0{digest_path(file)}\0".encode())
     return total.hexdigest()

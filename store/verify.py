@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,13 +12,14 @@ from typing import Any
 
 from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
 from store.commit import STALE, attention_digest
-from store.ledger import Ledger, LedgerError, batch_name, file_problem
+from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem
 from store.places import storage_at
 from store.reader import AttentionStore
 from store.schema import SCHEMA, StoreError, StoreSchema
+from store.shards import FileEntry, ShardError, glance_at_shard
 from store.storage import PARTIAL, Storage
 
-__all__ = ["Damage", "info", "verify"]
+__all__ = ["Damage", "content_digest", "info", "verify"]
 
 # Where metrics computed later lie; what of them no record names is an interrupted run's.
 _RESULT = re.compile(r"metrics/[^/]+/([0-9a-f]{16}/.+|zarr\.json)")
@@ -168,6 +170,36 @@ class _Check:
         for file in self.listed:
             if not file.endswith((".json", PARTIAL)) and file != "lock":
                 self.blame([(self.ledger.storage, file, "is not part of this ledger")])
+
+
+def content_digest(path: str | os.PathLike[str] | Storage) -> str:
+    """SHA-256 of what a capture has left, as it lies there now: its ledger and its files, by name and content.
+
+    Of a shard, the index and the chunks' checksums stand for the content: reading all maps would take longer than what
+    they were captured for. A change inside a chunk is found by whoever reads it. Metrics computed later are no part.
+    """
+    root = storage_at(path)
+    ledger = Ledger(root)
+    total = hashlib.sha256()
+    entries: dict[str, FileEntry] = {}
+    names = [name for name in ledger.names() if not name.startswith("metrics/")]
+    for name, record in ledger.read_all(names).items():
+        total.update(f"{name}\0{record}\0".encode())
+        entries |= record.get("files", {}) if isinstance(record, dict) else {}
+    for file, size in root.sizes().items():
+        entry = entries.get(file)
+        if entry is not None or (not file.startswith("metrics/") and not file.endswith(PARTIAL)):
+            total.update(f"{file}\0{size if entry is None else _content(root, file, entry)}\0".encode())
+    return total.hexdigest()
+
+
+def _content(root: Storage, file: str, entry: FileEntry) -> str:
+    try:
+        if "chunks" not in entry:
+            return str(describe_file(root, file)["sha256"])
+        return glance_at_shard(root, file, entry["chunks"])
+    except (ShardError, FileNotFoundError) as error:
+        return str(error)
 
 
 def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:

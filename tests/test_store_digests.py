@@ -19,7 +19,7 @@ from store.local import LocalStorage
 from store.objects import ObjectStorage
 from store.schema import metric_path
 from store.storage import StoreUrl
-from store.verify import info, verify
+from store.verify import content_digest, info, verify
 
 ENCODINGS = ("fp16", "bf16", "qk")
 LATER_A = metric_path("later_a", case.LATER["later_a"])
@@ -210,6 +210,26 @@ def test_another_runs_ledger_is_refused(path: Path) -> None:
             StoreError, match=r"has no ledger at .*put the ledger back from a copy, or delete the store"
         ):
             use()
+
+
+def test_the_digest_of_a_capture_follows_its_content(path: Path) -> None:
+    """What a study asks at its start: a file of equal size, whole in itself, is another content."""
+    before = content_digest(path)
+    shutil.rmtree(path.with_suffix(".ledger") / "metrics")
+    assert content_digest(path) == before  # metrics computed later are not the capture's
+    case.measure(path)
+    assert content_digest(path) == before
+    entropy = metric_path("entropy", {"backend": "numba"})
+    for file in ("attention/layer_00/c.1.0.0.0", "logits/c.1.0", f"{entropy}/value/c.1.0.0", "zarr.json"):
+        kept = (path / file).read_bytes()
+        other = path / re.sub(r"c\.1", "c.0", file)
+        foreign = other.read_bytes() if other != path / file else kept.replace(b"vit_test", b"vit_best")
+        (path / file).write_bytes(foreign)
+        assert content_digest(path) != before, file
+        (path / file).write_bytes(kept)
+    assert content_digest(path) == before
+    heal(path)
+    assert content_digest(path) != before
 
 
 # ------------------------------------------------------------------------------------ values and what they were made of
