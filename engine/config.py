@@ -78,8 +78,8 @@ class ModelConfig:
     img_size: Natural = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
     classes: str = _key(
         "",
-        "file of the class names of a given model's outputs: one a line, or JSON, a list or name → index; empty: what "
-        "its sidecar says, else the class folders where there are as many",
+        "file of class names in the order of a given model's outputs, one a line or JSON; empty: its sidecar's, else "
+        "the class folders where there are as many",
     )
 
 
@@ -106,8 +106,8 @@ class DataConfig:
     seed: int = _key(42, "seed of the split, or of the composed scenes")
     class_order: Literal["auto", "string", "natural"] = _key(
         "auto",
-        "order of class folders in which a given model without class names was trained; string: 1, 10, 2, as "
-        "torchvision; natural: 1, 2, 10, as timm; auto: known only where both are the same",
+        "order of class folders when a given model was trained; string: 1, 10, 2, as torchvision; natural: 1, 2, 10, "
+        "as timm; auto: known where both are the same",
     )
     cache: bool = _key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
     cache_folder: str = _key("", "folder of the image cache; empty: cache/ in the outputs folder")

@@ -15,7 +15,7 @@ from engine.outputs import resolve_device
 from engine.progress import say
 from engine.samples import FILES, add_sample_maps, choose_samples, require_samples_place, start_samples
 from engine.sinks import Capture, capture_to_store
-from engine.training import image_kind
+from engine.study_data import image_kind
 from store import StoreError
 from store.places import require_place, storage_at
 from store.schema import samples_name

@@ -35,8 +35,9 @@ from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import capture_to_store
 from engine.statistics import analyse
 from engine.statistics.conditions import check_bounds
+from engine.study_data import StudyData, check_class_files, prepare_data
 from engine.table import build_table, prefix_mass_warning, read_table, write_table
-from engine.training import Run, StudyData, check_class_files, prepare_data, train_runs
+from engine.training import Run, train_runs
 from kernels import load_metric
 from store import AttentionStore
 from train.conditions import versions

@@ -22,7 +22,8 @@ from engine.journal import Journal
 from engine.outputs import OutputsFolder, resolve_device
 from engine.progress import say
 from engine.report.sweep import curves_png, evaluation_csv, history_html
-from engine.training import StudyData, image_kind, prepare_data, shared_hyperparameters
+from engine.study_data import StudyData, image_kind, prepare_data
+from engine.training import shared_hyperparameters
 from train.adapters import Init
 from train.checkpoint import write_atomically
 from train.conditions import train_condition

@@ -172,7 +172,7 @@ class StoreSchema:
         preprocessing: mean, std, input size, interpolation, crop of the model's own configuration.
         dataset: {id, split, sha256}
         precision: dtype of the forward pass, e.g. "float32".
-        num_classes: length of the stored logits.
+        num_classes: length of the stored logits; 0: none, as of a model without a head.
         code_version: version of this project.
         regions: names of the regions, in order; empty if images have none.
         region_metrics: those of `metrics` whose values have a region axis.

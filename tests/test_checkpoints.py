@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.config import load_study
 from engine.journal import Journal
-from engine.training import StudyData, prepare_data
+from engine.study_data import StudyData, prepare_data
 from tests.photographs import write_photographs
 from train.checkpoint import (
     checked_json,

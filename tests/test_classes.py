@@ -21,9 +21,10 @@ from engine.controls import hybrid_state
 from engine.relevance.choice import choose_classes, find_targets
 from engine.run import main
 from engine.study import run_study
+from engine.sweep import _head_is_of
 from store import AttentionStore
 from tests.synthetic_study import texts
-from train.checkpoint import save_checkpoint
+from train.checkpoint import read_metadata, save_checkpoint
 from train.errors import DamagedFileError, InputError
 
 NATURAL = tuple(str(number) for number in range(1, 13))
@@ -345,6 +346,42 @@ def test_wrong_names_are_refused_before_anything_runs(folder: Path, tmp_path: Pa
     assert main(["capture", *common, *store, "--classes", str(folder / "three.json")]) == 2
     assert "are 3, and the model has a head of 12 outputs" in capsys.readouterr().err
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_capture_keeps_the_names_of_its_logits(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    given = [
+        "capture",
+        "--model.name",
+        "test_vit",
+        "--model.img_size",
+        str(SIZE),
+        "--data.root",
+        str(folder / "photos"),
+    ]
+    given += ["--capture.sinks", "metrics", "--measure.metrics", "entropy", "--measure.backend", "torch"]
+    for file, names in (("permuted", None), ("whole", NATURAL), ("headless", ())):
+        store, weights = tmp_path / f"{file}.zarr", folder / f"{file}.safetensors"
+        more = ["--store", str(store), "--model.weights", str(weights), "--data.class_order", "natural"]
+        assert main([*given, *more]) == 0
+        expected = read_metadata(weights)["class_names"] if names is None else list(names)
+        schema = AttentionStore.open(store).schema
+        assert schema.model.get("classes", []) == expected
+        assert schema.num_classes == len(expected)
+    assert "the model has no head" in capsys.readouterr().out
+
+
+def test_a_sweep_begins_with_the_weights_head_only_where_it_is_of_the_data(folder: Path, capsys: Any) -> None:
+    def kept(file: str, order: str) -> bool:
+        keys = {"model.name": "test_vit", "model.weights": str(folder / file), "data.class_order": order}
+        return _head_is_of(STRINGS, load_study(None, keys | {"data.kind": "folder"}))
+
+    assert kept("whole.safetensors", "string")
+    assert not kept("whole.safetensors", "natural"), "the data set's labels are in another order"
+    assert not kept("permuted.safetensors", "string"), "its sidecar decides"
+    assert not kept("three.safetensors", "string")
+    assert not kept("headless.safetensors", "string")
+    assert not kept("whole.safetensors", "auto")
+    assert "class 2 is '10' in the order of strings" in capsys.readouterr().out
 
 
 class Images:

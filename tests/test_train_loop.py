@@ -17,7 +17,7 @@ import train.loop
 import train.state
 from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
-from train.checkpoint import read_checkpoint, read_metadata, state_digest
+from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, state_digest
 from train.conditions import TrainResult, train_condition
 from train.data import DataSplits, ImageSet
 from train.embedded import DigitScenes, prepare_digits
@@ -130,6 +130,14 @@ def test_full_fine_tuning_starts_from_the_probes_head(run: Callable[..., TrainRe
     assert all(not torch.equal(moved[name], tensor) for name, tensor in weights(probe).items() if "attn" in name)
     with pytest.raises(InputError, match="is not a probe of the same backbone"):
         run("d", probe_checkpoint=trained.checkpoint)
+    foreign = probe.checkpoint.with_name("foreign.safetensors")
+    saved = read_checkpoint(probe.checkpoint)
+    facts = {
+        name: value for name, value in saved.metadata.items() if name not in ("schema", "file", "sha256", "checksum")
+    }
+    save_checkpoint(foreign, saved.tensors, facts | {"class_names": saved.metadata["class_names"][::-1]})
+    with pytest.raises(InputError, match="is a probe of other classes than the data set's"):
+        run("e", probe_checkpoint=foreign)
 
 
 @pytest.mark.parametrize("recipe", ["full", "lora", "dora"])

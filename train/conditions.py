@@ -160,7 +160,7 @@ def train_condition(
         if not own_head and (recipe == "probe" or probe_checkpoint is None):
             history = fit_probe(model, data.train, data.validation, label_smoothing=hyper.label_smoothing, device=where)
         elif not own_head:
-            _take_head(model, Path(cast(Any, probe_checkpoint)), backbone)
+            _take_head(model, Path(cast(Any, probe_checkpoint)), backbone, data.class_names)
         if recipe == "probe":
             trainable = sum(parameter.numel() for parameter in _head(model).parameters())
         else:
@@ -317,10 +317,12 @@ def _backbone_digest(model: nn.Module) -> str:
     return state_digest({name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)})
 
 
-def _take_head(model: nn.Module, path: Path, backbone: str) -> None:
+def _take_head(model: nn.Module, path: Path, backbone: str, class_names: tuple[str, ...]) -> None:
     probe = read_checkpoint(path)
     if probe.metadata.get("recipe") != "probe" or probe.metadata.get("backbone") != backbone:
         raise InputError(f"checkpoint {path} is not a probe of the same backbone; expected one, or none")
+    if probe.metadata.get("class_names") != list(class_names):
+        raise InputError(f"checkpoint {path} is a probe of other classes than the data set's; expected one of these")
     prefix = classifier_name(model) + "."
     with torch.no_grad():
         for name, parameter in _head(model).named_parameters():
