@@ -16,6 +16,7 @@ from engine.layouts import CaptureError
 from engine.relevance.choice import ClassChoice, find_targets
 from engine.relevance.comparison import relevance_document, write_relevance
 from engine.relevance.evaluation import Evaluation, evaluate_maps
+from engine.relevance.rollout_peaks import rollout_peaks
 from engine.relevance.samples import Explained, explain_samples, samples_folder, write_samples
 from train.data import ImageSet
 
@@ -60,6 +61,7 @@ def explain_study(
     explained: dict[str, list[Explained]] = {method: [] for method in config.methods}
     refused: dict[str, dict[str, str]] = {condition: {} for condition in models}
     evaluations: dict[str, dict[str, Evaluation]] = {condition: {} for condition in models}
+    peaks: list[dict[str, Any]] = []
     of_drawn, of_measured = (
         find_targets(
             choice,
@@ -84,6 +86,10 @@ def explain_study(
                 )
             except CaptureError as error:
                 refused[condition][method] = str(error)
+        if drawn and "rollout" in config.methods and "rollout" not in refused[condition]:
+            ours = {item.image: item.map for item in explained["rollout"] if item.condition == condition}
+            pixels = images.batch(list(drawn)).to(device)
+            peaks.append({"condition": condition} | rollout_peaks(model, pixels, [ours[row] for row in drawn]))
         methods = [method for method in config.methods if method not in refused[condition]]
         evaluations[condition], reasons = evaluate_maps(
             model,
@@ -110,6 +116,7 @@ def explain_study(
         steps=config.steps,
         settings=settings,
     )
+    document["rollout_peaks"] = peaks
     document["link"] = list(link)
     write_relevance(outputs / "metrics", document, evaluations, of_measured, [images.ids[row] for row in measured])
 

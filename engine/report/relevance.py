@@ -72,6 +72,7 @@ def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[st
     parts = {
         "Faithfulness": list(_faithfulness(results, found)),
         "Where maps point": list(_places(results, found)),
+        "Where rollout points": list(_rollout(found)),
         "How much maps depend on the class": list(_classes(results, found)),
         "Attention and the prediction": list(_link(results, found)),
         "Not computed": [
@@ -102,6 +103,7 @@ def relevance_section(results: Results) -> Section | None:
             rows=_rows(found),
             measures=list(_COLUMNS.values()),
             panels=_panels(results),
+            rollout=list(_rollout(found)),
         )
     )
     return Section(anchor="relevance", title="Relevance maps", name="Relevance", body=Markup(body))
@@ -165,6 +167,18 @@ def _places(results: Results, found: Relevance) -> Iterator[str]:
             ]
             if parts:
                 yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
+
+
+def _rollout(found: Relevance) -> Iterator[str]:
+    """A caution for each condition in which rollout's peak is a patch that dominates a head."""
+    for entry in found.document.get("rollout_peaks") or ():
+        if entry["at_dominant"]:
+            yield (
+                f"{entry['condition']}: in {text.share(entry['at_dominant'], entry['images'])} images shown, rollout's "
+                "peak is the patch that receives most of the attention of one head, up to "
+                f"{text.number(100 * entry['share'])} % of it (layer {entry['layer']}, head {entry['head']}). A peak "
+                "there says where attention collects, for every class alike, not what the prediction rests on."
+            )
 
 
 def _classes(results: Results, found: Relevance) -> Iterator[str]:
