@@ -105,6 +105,10 @@ def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device
         )
     if given:
         return _given_checkpoints(config, outputs, journal)
+    if config.data.prepare_as:
+        raise InputError(
+            "data.prepare_as is for given checkpoints; conditions that are trained here share their images"
+        )
     return (
         _digits(config, outputs, journal, device) if config.data.kind == "digits" else _folder(config, outputs, journal)
     )

@@ -19,6 +19,7 @@ from torch import nn
 from engine.config import load_study
 from engine.journal import Journal
 from engine.study_data import StudyData, prepare_data
+from engine.training import train_runs
 from tests.photographs import write_photographs
 from train.checkpoint import (
     checked_json,
@@ -198,6 +199,14 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, model: nn.Module,
             build_model(TINY, num_classes=5, weights=path)
 
 
+def test_a_weight_too_large_for_float32_is_named(tmp_path: Path, model: nn.Module) -> None:
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    state["norm.bias"][3] = 1e300
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"norm\.bias\[3\] is inf;"):
+        load_checkpoint(TINY, tmp_path / "a.safetensors")
+
+
 def test_infinity_that_is_the_models_own_may_stay(tmp_path: Path) -> None:
     own = {"bound": torch.tensor([-torch.inf, torch.inf]), "weight": torch.zeros(2)}
     refuse_unfit_values({name: tensor.clone() for name, tensor in own.items()}, own, tmp_path)
@@ -355,6 +364,24 @@ def test_compared_checkpoints_see_the_same_pixels(tmp_path: Path, photos: Path) 
     data = compared(photos, tmp_path, a, b, **{"model.img_size": "80"})
     assert data.preprocessing == replace(OTHER, height_px=80, width_px=80)
     assert data.test.batch([0]).shape == (1, 3, 80, 80)
+
+
+def test_each_condition_may_choose_its_weights(tmp_path: Path, photos: Path, model: nn.Module) -> None:
+    path = tmp_path / "a.pth"
+    average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    torch.save({"model": model.state_dict(), "model_ema": average}, path)
+    conditions = {name: {"recipe": "checkpoint", "checkpoint": str(path)} for name in ("plain", "average")}
+    conditions["average"]["state"] = "model_ema"
+    given = {"data.kind": "folder", "data.split": "all", "data.root": str(photos), "model.name": TINY}
+    config = load_study(None, given | {"conditions": conditions})
+    journal = Journal(tmp_path / "run.jsonl")
+    runs = train_runs(config, prepare_data(config, tmp_path, journal, device="cpu"), journal, tmp_path, device="cpu")
+    assert [run.state for run in runs] == ["", "model_ema"]
+    assert runs[0].digest != runs[1].digest, "one file, two models"
+    with pytest.raises(InputError, match=r"data\.prepare_as is for given checkpoints"):
+        prepare_data(load_study(None, {**given, "data.prepare_as": "a"}), tmp_path, journal, device="cpu")
+    with pytest.raises(InputError, match=r"model\.state is 'ema', .*give --model\.weights"):
+        build_model(TINY, num_classes=2, state="ema")
 
 
 def test_a_bad_file_is_named_with_its_condition_before_any_picture_is_read(tmp_path: Path, model: nn.Module) -> None:

@@ -62,6 +62,8 @@ def build_model(
             shape or with NaN, a checkpoint of another model, no weights to be had.
     """
     if not weights:
+        if state:
+            raise InputError(f"model.state is {state!r}, a key of a file that is not named: give --model.weights FILE")
         return _create(name, num_classes=num_classes, pretrained=pretrained, img_size=img_size)
     path = Path(weights)
     if num_classes is None:

@@ -88,14 +88,15 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, t
             )
         if not tensor.is_floating_point():
             continue
-        finite = torch.isfinite(tensor)
-        if finite.all() or (tensor.shape == expected.shape and torch.equal(tensor[~finite], expected[~finite])):
+        values = tensor.to(expected.dtype)  # float64 may hold more than float32 can
+        finite = torch.isfinite(values)
+        if finite.all() or (values.shape == expected.shape and torch.equal(values[~finite], expected[~finite])):
             continue
         place = ", ".join(map(str, (~finite).nonzero()[0].tolist()))
         count = int((~finite).sum())
         more = f", and {count - 1} more of its values are NaN or infinite" if count > 1 else ""
         raise InputError(
-            f"checkpoint {path}: {name}[{place}] is {float(tensor[~finite][0])}{more}; a model with such weights has "
+            f"checkpoint {path}: {name}[{place}] is {float(values[~finite][0])}{more}; a model with such weights has "
             "no attention to measure: take a checkpoint from before its training diverged, or copy the file again"
         )
     others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype in _FLOATS[1:]})
