@@ -181,13 +181,13 @@ def create_group(root: Path, path: str, attributes: dict[str, Any] | None = None
     zarr.create_group(LocalStore(root), path=path, attributes=attributes)
 
 
-def create_metric_group(root: Path, name: str, params: Mapping[str, Any]) -> None:
-    """metrics/<name>/<params hash>, with the parameters as attributes."""
+def create_metric_group(root: Path, name: str, params: Mapping[str, Any], *, regions: bool) -> None:
+    """metrics/<name>/<params hash>, with the parameters as attributes, and whether values have a region axis."""
     path = metric_path(name, params)
     parent = path.rpartition("/")[0]
     if not (root / parent / "zarr.json").exists():
         create_group(root, parent)
-    create_group(root, path, {"name": name, "params": dict(params)})
+    create_group(root, path, {"name": name, "params": dict(params), "regions": regions})
 
 
 def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:

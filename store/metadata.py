@@ -140,7 +140,7 @@ class Metadata:
         for group in ("images", "metrics", *(("attention",) if schema.encoding else ())):
             create_group(skeleton, group)
         for name, params in schema.metrics.items():
-            create_metric_group(skeleton, name, params)
+            create_metric_group(skeleton, name, params, regions=name in schema.region_metrics)
         for layer in schema.layers:
             if layer.factors is not None:
                 create_group(skeleton, layer_path(layer.layer), layer_attributes(layer))

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from store.arrays import create_arrays, create_metric_group, metric_arrays
+from store.arrays import ArraySpec, create_arrays, create_metric_group, metric_arrays, read_attributes
 from store.commit import Committer, metric_values, sound_batches
 from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem, file_problems
 from store.places import storage_at
@@ -186,6 +186,7 @@ class MetricWriter:
 
     def _prepare(self) -> None:
         """Make each metric's arrays where they are not there yet, and find what is missing."""
+        self._rebuild_records()
         missing: dict[int, list[str]] = {}
         for name, params in self._metrics.items():
             if _is_own(self.schema, name, params):
@@ -194,7 +195,7 @@ class MetricWriter:
             regions = len(self._arrays[name][0].shape) == 4
             record = _sound_metadata(self.storage, self._ledger, folder)
             if record is None:
-                self._create(name, params, regions)
+                self._create(name, params, self._arrays[name], regions)
             elif bool(record["regions"]) != regions:
                 raise StoreError(f"{name!r} is stored {'with' if record['regions'] else 'without'} a region axis")
             sources = self._sources[name]
@@ -212,16 +213,32 @@ class MetricWriter:
                     missing.setdefault(batch, []).append(name)
         self.missing = {batch: tuple(names) for batch, names in sorted(missing.items())}
 
-    def _create(self, name: str, params: Mapping[str, Any], regions: bool) -> None:
+    def _rebuild_records(self) -> None:
+        """Write damaged records of any metrics again, from the parameters that the groups of their values hold.
+
+        The group's name is a hash of them, which proves them.
+        """
+        names = [name for name in self._ledger.names("metrics") if name.endswith("/metadata")]
+        for record, found in self._ledger.read_all(names).items():
+            group = record.removesuffix("/metadata")
+            if isinstance(found, LedgerError):
+                with contextlib.suppress(StoreError, KeyError, TypeError):
+                    attributes = read_attributes(self.storage, group)
+                    name, params, regions = (attributes[key] for key in ("name", "params", "regions"))
+                    if metric_path(name, params) == group:
+                        arrays = metric_arrays(self.schema, name, params, regions=regions)
+                        self._create(name, params, arrays, regions)
+
+    def _create(self, name: str, params: Mapping[str, Any], arrays: Sequence[ArraySpec], regions: bool) -> None:
         """Write the metadata of a metric's arrays, anew if they were damaged: the same bytes, so data stay valid."""
         group = metric_path(name, params)
         parent = group.rpartition("/")[0]
-        files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in self._arrays[name]))]
+        files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in arrays))]
         own = self._ledger.read("metadata")["files"]
         entries = {}
         with self.storage.skeleton() as skeleton:
-            create_metric_group(skeleton, name, params)
-            create_arrays(skeleton, self._arrays[name])
+            create_metric_group(skeleton, name, params, regions=regions)
+            create_arrays(skeleton, arrays)
             for file in files:
                 content = (skeleton / file).read_bytes()
                 entries[file] = describe_bytes(content)
