@@ -21,7 +21,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating, has_classes
 from store.removal import holds_only, is_unfinished, own_zarr, put, remove, schema_of, unfinished
-from store.schema import MARK
+from store.schema import MARK, StoreError
 from store.storage import Storage
 from train.data import ImageSet
 from train.errors import InputError
@@ -108,7 +108,7 @@ def add_sample_maps(
         device: where the model runs.
 
     Raises:
-        StoreError: a group of that name holds something else.
+        StoreError: it is not, or a group of that name holds something else.
     """
     maps: list[tuple[AttentionSite, np.ndarray]] = []
 
@@ -119,6 +119,8 @@ def add_sample_maps(
 
     with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
         logits = model(images.batch(rows).to(device))
+    if schema_of((path / "zarr.json").read_bytes()) != SCHEMA:
+        raise StoreError(f"{path} is no store of sample maps, so none are put into it")
     partial = unfinished(path / name)
     remove(partial, is_unfinished)
     group = zarr.open_group(partial, mode="w-", zarr_format=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.sinks import Capture, capture_to_store
 from engine.table import build_table
 from kernels import TokenLayout, measure_attention
 from store import AttentionStore, StoreError
+from store.local import LocalStorage
 from tests.families import images, spread
 
 METRICS = ("distance", "entropy")
@@ -51,7 +53,7 @@ def model() -> torch.nn.Module:
     return spread(timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=64, depth=3))
 
 
-def capture(model: torch.nn.Module, path: Path, **settings: Any) -> Any:
+def capture(model: torch.nn.Module, path: Path, replace: bool = False, **settings: Any) -> Any:
     return capture_to_store(
         model,
         Pictures(),  # type: ignore[arg-type]
@@ -61,6 +63,7 @@ def capture(model: torch.nn.Module, path: Path, **settings: Any) -> Any:
         dataset_info={"id": "random"},
         preprocessing={},
         label="vit",
+        replace=replace,
     )
 
 
@@ -126,6 +129,31 @@ def test_a_store_of_other_heads_is_not_continued(model: torch.nn.Module, tmp_pat
     capture(model, tmp_path / "s.zarr", heads=(0, 2))
     with pytest.raises(Exception, match="head_ids"):
         capture(model, tmp_path / "s.zarr", heads=(0, 1))
+
+
+def test_only_a_store_of_another_run_or_without_a_ledger_is_replaced(
+    model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study asks for it; what cannot be read stays, and so does whatever is not ours."""
+    path = tmp_path / "s.zarr"
+    capture(model, path, heads=(0, 2))
+    assert capture(model, path, True, heads=(0, 1)).schema.head_ids == (0, 1)
+    assert "captured from the beginning, since what was there cannot be continued" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "s.ledger")
+    assert capture(model, path, True, heads=(0, 1)).complete
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            LocalStorage, "read", lambda self, file: (_ for _ in ()).throw(PermissionError(13, "denied", file))
+        )
+        with pytest.raises(StoreError, match="cannot be opened for writing"):
+            capture(model, path, True, heads=(0, 1))
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"notes\.txt is in the way"):
+        capture(model, path, True, heads=(0, 2))
+    after = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+    assert after.pop(path / "notes.txt")
+    assert after == before
 
 
 def test_heads_that_are_not_there_are_refused_before_anything_is_written(

@@ -105,6 +105,7 @@ entropy = spec(lambda p, layout: p.max((1, 2)), name="entropy")
 number = 3
 good = spec(lambda p, layout: p.max((1, 2)))
 twin = spec(lambda p, layout: p.min((1, 2)))
+axis = spec(lambda p, layout: p.max((1, 2)), name="image")
 """
 
 
@@ -142,6 +143,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("number", "is a int; expected a kernels.MetricSpec"),
         ("absent", "module 'own_metrics' has no 'absent'"),
         ("", "is not of the form module:name"),
+        ("axis", "own_metrics:axis is called 'image', as a coordinate of the table is; give it another name"),
         ("good,own_metrics:twin", "own_metrics:good and own_metrics:twin are both called 'own'"),
     ],
 )

@@ -26,6 +26,7 @@ from obstore.store import MemoryStore
 from PIL import Image
 from safetensors.torch import save_file
 
+from engine.folder import require_places
 from engine.run import main
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError
 from store.local import LocalStorage
@@ -33,6 +34,7 @@ from store.objects import ObjectStorage
 from store.places import storage_at
 from store.storage import StoreUrl, location_of
 from store.verify import info, verify
+from train.errors import InputError
 
 
 def in_memory(objects: Any = None) -> ObjectStorage:
@@ -243,6 +245,28 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="maps")
     yield "s3://maps"
     server.stop()
+
+
+def test_objects_of_others_stay(bucket: str) -> None:
+    """Under the prefixes of a store's sample maps and of its ledger; a discarded store takes its own objects alone."""
+    for place, file in (("a.samples.zarr", "notes.txt"), ("b.ledger", "accounts.txt")):
+        theirs = storage_at(f"{bucket}/{place}")
+        theirs.replace(file, b"mine")
+        with pytest.raises(InputError, match=f"{place}.* is in the way"):
+            require_places(location_of(f"{bucket}/{place[0]}.zarr"))
+        assert theirs.read(file) == b"mine"
+    with pytest.raises(InputError, match=r"lies inside run\.zarr"):
+        require_places(location_of(f"{bucket}/run.zarr/inner.zarr"))
+    url = f"{bucket}/run.zarr"
+    case.capture(url)
+    storage_at(url).replace("notes.txt", b"mine")
+    with pytest.raises(StoreError, match=r"notes\.txt is in the way"):
+        AttentionWriter.discard(url)
+    storage_at(url).remove("notes.txt")
+    storage_at(f"{bucket}/run.zarr.txt").replace("notes.txt", b"mine")
+    AttentionWriter.discard(url)
+    assert not storage_at(url).sizes()
+    assert list(storage_at(f"{bucket}/run.zarr.txt").sizes()) == ["notes.txt"]
 
 
 def test_an_s3_server(bucket: str, tmp_path: Path) -> None:
