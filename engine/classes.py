@@ -151,37 +151,41 @@ def folder_classes(outputs: int, class_names: Sequence[str], order: str, key: st
         order: "auto", "string" or "natural".
         key: of the file of class names, for the messages.
     """
+    string, natural = tuple(class_names), _natural_order(class_names)
+    unknown = ""
     if outputs != len(class_names):
-        return HeadClasses(
-            outputs,
-            (),
+        unknown = (
             f"it has {outputs:,} outputs, the data set {len(class_names):,} classes, and nothing names them (--{key} "
-            "FILE does)",
+            "FILE does)"
         )
-    orders = {"string": tuple(class_names), "natural": _natural_order(class_names)}
-    if order == "auto" and orders["string"] != orders["natural"]:
-        at = next(i for i, pair in enumerate(zip(*orders.values(), strict=True)) if pair[0] != pair[1])
-        return HeadClasses(
-            outputs,
-            (),
-            f"of the class folders, class {at + 1} is {orders['string'][at]!r} in the order of strings and "
-            f"{orders['natural'][at]!r} in timm's natural order, and nothing says in which of the two the head was "
-            f"trained (--data.class_order string or natural does, or names by --{key} FILE)",
+    elif not natural and order != "string":
+        unknown = (
+            "timm's natural order of the class folders is not defined, as two names are the same in it or one cannot "
+            f"be read, and nothing says that it was not used (--data.class_order string does, or names by --{key} FILE)"
         )
+    elif order == "auto" and string != natural:
+        at = next(i for i, pair in enumerate(zip(string, natural, strict=True)) if pair[0] != pair[1])
+        unknown = (
+            f"of the class folders, class {at + 1} is {string[at]!r} in the order of strings and {natural[at]!r} in "
+            "timm's natural order, and nothing says in which of the two the head was trained (--data.class_order "
+            f"string or natural does, or names by --{key} FILE)"
+        )
+    if unknown:
+        return HeadClasses(outputs, (), unknown)
     how = f"in {order} order, as data.class_order says" if order != "auto" else "in the order of their names"
-    return HeadClasses(
-        outputs, orders["string" if order == "auto" else order], f"assumed to be the class folders {how}"
-    )
+    names = natural if order == "natural" else string
+    return HeadClasses(outputs, names, f"assumed to be the class folders {how}")
 
 
 def _natural_order(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The order of timm's own folder reader."""
+    """The order of timm's own folder reader; () where it has none: of "1" and "01", "Bar" and "bar", or with "1²"."""
     from timm.utils.misc import natural_key
 
     try:
-        return tuple(sorted(class_names, key=natural_key))
-    except ValueError:  # a name such as "1²": timm's reader stops there, so nothing was trained in its order
-        return tuple(class_names)
+        keys = {tuple(natural_key(name)): name for name in class_names}
+    except ValueError:
+        return ()
+    return tuple(keys[key] for key in sorted(keys)) if len(keys) == len(class_names) else ()
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -216,6 +216,13 @@ def _link(results: Results, found: Relevance) -> Iterator[str]:
     words = {"logit": "the true class's logit", "correct": "being right"}
     for entry in found.document.get("link") or ():
         tests: Sequence[Entry] = entry["tests"]
+        if not tests:
+            yield (
+                f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]} cannot be "
+                f"tested over {text.count(entry['images'], 'image')}: either change is the same in all, or they are "
+                "fewer than 4."
+            )
+            continue
         sure = [test for test in tests if test["p_max_r"] is not None and test["p_max_r"] <= results.alpha]
         lead = (
             f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]} goes with the "
