@@ -108,6 +108,7 @@ class Journal:
         outputs: Sequence[Path],
         work: Callable[[], Mapping[str, Any] | None],
         *,
+        reads: Sequence[Path] = (),
         shared: bool = False,
     ) -> str:
         """Run `work` unless it was done before with the same inputs and its outputs are as it left them.
@@ -117,6 +118,8 @@ class Journal:
             inputs: JSON values that decide the result: configuration keys, hashes of files, code version.
             outputs: files and folders that `work` leaves.
             work: does it; what it returns is kept in the record.
+            reads: what it reads of the files that other stages left: when one of them leaves something else, this
+                stage's outputs are not to be used any more.
             shared: several processes do it together; otherwise the first one does, and the others wait.
 
         Returns:
@@ -131,7 +134,7 @@ class Journal:
             return before
         left = None
         if workers.first:
-            left = self._do(name, inputs, outputs, work)
+            left = self._do(name, inputs, outputs, reads, work)
         elif shared:
             work()
         return str(workers.tell(left))
@@ -141,13 +144,17 @@ class Journal:
         name: str,
         inputs: Mapping[str, Any],
         outputs: Sequence[Path],
+        reads: Sequence[Path],
         work: Callable[[], Mapping[str, Any] | None],
     ) -> str:
         """Run `work` and keep the record of it."""
         began = time.perf_counter()
         note = work()
         seconds = time.perf_counter() - began
-        left = self._record("done", name, inputs, outputs, seconds=round(seconds, 3), **(note or {}))
+        sources = {self._name(path): self._recorded(path).get(self._name(path), ("",))[0] for path in reads}
+        sources = {path: sha256 for path, sha256 in sources.items() if sha256}
+        note = {"reads": sources, "seconds": round(seconds, 3), **(note or {})}
+        left = self._record("done", name, inputs, outputs, **note)
         say(f"{name}: {seconds:.1f} s")
         return left
 
@@ -187,6 +194,7 @@ class Journal:
 
         Raises:
             DamagedFileError: something of it is missing, or is not what its stage wrote; what to do is said.
+            InputError: what its stage read was made again since, with another result.
         """
         if not self.path.is_file():
             return path.exists()
@@ -196,6 +204,8 @@ class Journal:
                 raise DamagedFileError(
                     f"{self.path.parent / name} {_fault(found)} (stage {stage}); {self._remedy(stage)}"
                 )
+        for stage in {stage for _, stage in recorded.values()}:
+            self._require_current(stage)
         if not recorded and path.exists() and path not in self._left_out:
             self._left_out.add(path)
             say(f"{path} is left out: {self.path.name} has no record of it")
@@ -210,6 +220,19 @@ class Journal:
         if self.path.is_file() and not self._recorded(path):
             raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(self._name(path))}")
         self.usable(path)
+
+    def _require_current(self, stage: str) -> None:
+        """Whether what a stage read, and what that was made from, is what was there when it was done."""
+        record = self._last(stage)
+        for name, sha256 in (record or {}).get("reads", {}).items():
+            now, maker = self._recorded(self.path.parent / name).get(name, (sha256, stage))
+            if now != sha256:
+                raise InputError(
+                    f"{self.path.parent}: stage {stage} was done with another {name} than stage {maker} left since; "
+                    f"{self._remedy(stage)}"
+                )
+            if maker != stage:
+                self._require_current(maker)
 
     def _recorded(self, path: Path) -> dict[str, tuple[str, str]]:
         """Name → (hash, stage) of what is `path` or lies in it, by the newest record of each stage."""

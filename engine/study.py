@@ -123,6 +123,7 @@ class Study:
                 self._capture_inputs(run),
                 [self._store_path(run), samples / run.name],
                 lambda run=run: self._capture_run(run),  # type: ignore[misc]
+                reads=[run.checkpoint],
                 shared=True,
             )
 
@@ -145,7 +146,7 @@ class Study:
             controls = [control.to_dict() for control in self._controls()]
             write_json(path, controls)
 
-        self.journal.stage("controls", inputs, [path], work)
+        self.journal.stage("controls", inputs, [path], work, reads=[run.checkpoint for run in self.runs])
         for control in json.loads(path.read_text()):
             if not control["held"]:
                 say(f"CONTROL DID NOT HOLD: {control['title']}: {control['detail']}")
@@ -176,7 +177,7 @@ class Study:
             )
             write_table(table, folder)
 
-        self.journal.stage("measure", inputs, outputs, work)
+        self.journal.stage("measure", inputs, outputs, work, reads=[self._store_path(run) for run in self.runs])
 
     def statistics(self) -> None:
         """Needs: the table, controls. Leaves: metrics/attention_comparison.json."""
@@ -205,7 +206,8 @@ class Study:
             }
             write_comparison(path, comparison_document(table, tests, extra))
 
-        self.journal.stage("statistics", inputs, [path], work)
+        reads = [folder / "attention_metrics.zarr", folder / "controls.json"]
+        self.journal.stage("statistics", inputs, [path], work, reads=reads)
 
     def relevance(self) -> None:
         """Needs: checkpoints, captures, the table, test images. Leaves: metrics/relevance.json and .csv, pictures.
@@ -257,7 +259,8 @@ class Study:
                 device=self.device,
             )
 
-        self.journal.stage("relevance", inputs, left, work)
+        reads = [folder / "attention_metrics.zarr", *(run.checkpoint for run in self.runs)]
+        self.journal.stage("relevance", inputs, left, work, reads=reads)
 
     def report(self) -> None:
         """Needs: every file above. Leaves: visualizations/figures/, summary.md, report.html."""

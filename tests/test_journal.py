@@ -154,6 +154,35 @@ def test_only_the_newest_record_of_a_stage_counts(tmp_path: Path) -> None:
         Journal(journal.path).usable(new)
 
 
+def test_what_was_made_from_an_older_file_is_not_used(tmp_path: Path) -> None:
+    """Trained again, and not captured, measured and tested again: the old tests are not those of the new checkpoint."""
+    journal = Journal(tmp_path / "run.jsonl")
+    names = ("train", "capture", "statistics")
+    paths = dict(zip(names, (tmp_path / name for name in names), strict=True))
+
+    def done(name: str, content: str, *reads: str) -> None:
+        def work() -> None:
+            paths[name].write_text(content)
+
+        journal.stage(name, {"of": content}, [paths[name]], work, reads=[paths[read] for read in reads])
+
+    done("train", "a")
+    done("capture", "maps of a", "train")
+    done("statistics", "tests of a", "capture")
+    journal.path.write_bytes(b"".join(journal.path.read_bytes().splitlines(keepends=True)[1:]))
+    journal = Journal(journal.path)
+    done("train", "a")  # its record was lost: done again, with the same result
+    assert journal.usable(paths["statistics"])
+    done("train", "b")
+    with pytest.raises(InputError, match="stage capture was done with another train than stage train left since; make"):
+        journal.usable(paths["statistics"])
+    done("capture", "maps of b", "train")
+    with pytest.raises(InputError, match="stage statistics was done with another capture than stage capture left"):
+        journal.usable(paths["statistics"])
+    done("statistics", "tests of b", "capture")
+    assert Journal(journal.path).usable(paths["statistics"])
+
+
 def test_a_file_of_no_stage_is_written_when_it_is_not_there_so(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     path = tmp_path / "study.toml"
