@@ -70,7 +70,12 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
     if images.boxes is not None:
         _write(group, "boxes", images.boxes[list(rows)].astype(np.float32), ("image", "region", "edge"))
     names = group.create_array(
-        "id", shape=(len(rows),), dtype=str, chunks=(max(len(rows), 1),), dimension_names=["image"]
+        "id",
+        shape=(len(rows),),
+        dtype=str,
+        chunks=(max(len(rows), 1),),
+        dimension_names=["image"],
+        compressors=[Crc32cCodec()],
     )
     names[:] = np.array([images.ids[row] for row in rows], dtype=object)
     put(partial, path, is_samples)

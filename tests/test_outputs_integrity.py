@@ -144,3 +144,27 @@ def read_of_others(path: Path) -> xarray.Dataset:
         variable.encoding.clear()
     table.attrs["metrics"] = json.dumps(list(map(str, table.data_vars)))
     return table
+
+
+def test_every_reader_notices_damage_of_the_sample_maps(tmp_path: Path) -> None:
+    import numpy as np
+    import zarr
+
+    from engine.samples import start_samples
+
+    class Images:
+        ids, labels, class_names, region_names, boxes = ("a.png", "b.png"), (0, 1), ("x", "y"), (), None
+
+        def picture(self, row: int) -> np.ndarray:
+            return np.full((4, 4, 3), row, dtype=np.uint8)
+
+    path = tmp_path / "samples.zarr"
+    start_samples(path, Images(), [0, 1])  # type: ignore[arg-type]
+    chunks = [file for file in path.rglob("*") if file.is_file() and file.name != "zarr.json"]
+    assert {file.relative_to(path).parts[1] for file in chunks} == {"pixels", "label", "id"}
+    for file in chunks:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="checksum"):
+            zarr.open_array(path / "images" / file.relative_to(path).parts[1], mode="r")[...]
