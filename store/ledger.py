@@ -132,7 +132,6 @@ class Ledger:
         if not self._capture and (content := self.storage.fetch([_file("metadata")])[0]) is not None:
             with contextlib.suppress(LedgerError):
                 self._parse("metadata", content)
-                self._capture = hashlib.sha256(content).hexdigest()
         return self._capture
 
     def __str__(self) -> str:
@@ -193,7 +192,9 @@ class Ledger:
             sound = False
         if not sound:
             raise LedgerError(self.where(name), "is damaged (its checksum does not match)")
-        if capture and self.capture not in ("", capture):
+        if name == "metadata":
+            self._capture = hashlib.sha256(content).hexdigest()
+        elif self.capture not in ("", capture):
             raise LedgerError(self.where(name), "is damaged (it is of another capture)")
         return record
 
