@@ -151,8 +151,21 @@ def _second_store(
             f"{other.path} has other layers, heads or tokens than {store.path}; a pair metric compares models of one "
             "architecture at one input size"
         )
+    ours, theirs = _pictures(store), _pictures(other)
+    for name in store.image_ids:
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            raise InputError(
+                f"{name} is another picture in {other.path} than in {store.path} (its file's SHA-256 differs); a pair "
+                "metric compares the same images, so capture both from the same files"
+            )
     _require_maps(other, specs)
     return other
+
+
+def _pictures(store: AttentionStore) -> dict[str, str]:
+    """Image id -> SHA-256 of its file; nothing for a store that keeps no list of files."""
+    records = (store.manifest or {}).get("records", ())
+    return {record["id"]: record["sha256"] for record in records if record["sha256"]}
 
 
 def _require_maps(store: AttentionStore, specs: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -112,11 +113,14 @@ def _names(names: Iterable[str]) -> np.ndarray:
 def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:
     if store.image_ids != first.image_ids:
         raise InputError(f"{key[0]} seed {key[1]} was captured over other images than {first.path.name}; capture again")
-    heads, expected = ((s.schema.max_heads, s.schema.head_ids) for s in (store, first))
-    if store.sites != first.sites or heads != expected:
+    measured, expected = (
+        [s.schema.head_ids, *(dataclasses.replace(layer, factors=None) for layer in s.schema.layers)]
+        for s in (store, first)
+    )
+    if measured != expected:
         raise InputError(
-            f"{key[0]} seed {key[1]} has other layers or heads than {first.path.name}; "
-            "only models of one architecture can be compared"
+            f"{key[0]} seed {key[1]} has other layers, heads or tokens than {first.path.name}; "
+            "only models of one architecture at one input size can be compared"
         )
 
 

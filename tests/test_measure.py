@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import linecache
@@ -24,6 +25,7 @@ from kernels import InvalidAttentionError, TokenLayout, measure_attention, measu
 from kernels.threads import set_num_threads
 from store import AttentionStore
 from store.verify import verify
+from train.errors import InputError
 
 LAYOUT = TokenLayout.from_dict(case.LAYOUT)
 METRICS = ("distance", "entropy", "morans_i", "cls_entropy", "region_mass")
@@ -250,6 +252,40 @@ def test_values_follow_the_maps_they_were_measured_from(
     assert (store.read_metric("js_divergence")[0][4:8, 0] > 0.01).all()
     assert (store.read_metric("js_divergence")[0][:4, 0] == 0).all()
     assert verify(path) == []
+
+
+def test_pair_metrics_compare_the_same_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids are names of files: two captures over the same names saw the same images only if the files were the same."""
+    fixed, paths = case.fixed, {}
+    for name, content in (("one", "a"), ("same", "a"), ("changed", "b")):
+        records = [{"id": id, "sha256": content * 64} for id in case.make_schema().image_ids]
+        monkeypatch.setattr(
+            case, "fixed", lambda schema, records=records: fixed(schema) | {"manifest": {"records": records}}
+        )
+        paths[name] = str(store_of(tmp_path / f"{name}.zarr"))
+    command = ["measure", "--store", paths["one"], "--metrics", "js_divergence", "--against"]
+    assert main([*command, paths["changed"]]) == 2
+    assert re.search(
+        r"classe é/0\.png is another picture in .*changed\.zarr than in .*one\.zarr", capsys.readouterr().err
+    )
+    assert main([*command, paths["same"]]) == 0
+
+
+def test_a_table_is_of_one_architecture_at_one_size(tmp_path: Path) -> None:
+    """Equal names of layers and numbers of heads, another grid."""
+    schema = case.make_schema(metrics={"distance": {"backend": "numba"}}, region_metrics=())
+    other = tuple(
+        dataclasses.replace(layer, layout=layer.layout | {"grid_rows": 4, "grid_cols": 3}) for layer in schema.layers
+    )
+    stores = {}
+    for seed, layers in enumerate((schema.layers, other)):
+        path = tmp_path / f"{seed}.zarr"
+        case.capture(path, dataclasses.replace(schema, layers=layers))
+        stores["full", seed] = AttentionStore.open(path)
+    with pytest.raises(InputError, match=r"full seed 1 has other layers, heads or tokens than 0\.zarr"):
+        build_table(stores, ["distance"], seed_invariant=[], attributes={})
 
 
 # ---------------------------------------------------------------------------------------------- what read gives, counts
