@@ -23,6 +23,7 @@ from store import AttentionStore
 from store.verify import verify
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 IMAGES = 22
 
 
@@ -43,7 +44,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     whole = [*TORCHRUN, str(processes), "-m", "engine.run", *command]
-    return subprocess.run(whole, capture_output=True, text=True, check=False)
+    return subprocess.run(whole, capture_output=True, text=True, check=False, env=ONE_THREAD)
+
+
+def one_process(*command: str) -> int:
+    """With the threads of each of torchrun's processes: a library's products may depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return main([*command])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def capture(inputs: list[str], path: Path, *more: str) -> list[str]:
@@ -68,7 +79,7 @@ def same_capture(path: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("alone") / "maps.zarr"
-    assert main(capture(inputs, path)) == 0
+    assert one_process(*capture(inputs, path)) == 0
     return path
 
 
@@ -86,7 +97,7 @@ def test_two_processes_leave_the_bytes_of_one(inputs: list[str], alone: Path, tm
 @pytest.mark.timeout(900)
 def test_what_is_missing_is_dealt_out(inputs: list[str], alone: Path, tmp_path: Path) -> None:
     path = tmp_path / "maps.zarr"
-    assert main(capture(inputs, path)) == 0
+    assert one_process(*capture(inputs, path)) == 0
     before = {file: file.stat().st_mtime_ns for file in (path / "attention").rglob("c.*")}
     for batch in (0, 5, 6):
         (path / "attention" / "layer_02" / f"c.{batch}.0.0.0").unlink()
@@ -110,7 +121,7 @@ def test_what_is_missing_is_dealt_out(inputs: list[str], alone: Path, tmp_path: 
 def test_three_processes_leave_the_bytes_of_one(inputs: list[str], tmp_path: Path, settings: list[str]) -> None:
     """Metrics without maps; query and key of some heads; two batches for three processes."""
     one, three = tmp_path / "one" / "maps.zarr", tmp_path / "three" / "maps.zarr"
-    assert main(capture(inputs, one, *settings)) == 0
+    assert one_process(*capture(inputs, one, *settings)) == 0
     done = torchrun(3, *capture(inputs, three, *settings))
     assert done.returncode == 0, done.stderr
     same_capture(three, one)
@@ -143,7 +154,7 @@ def test_compare_is_the_same_study(inputs: list[str], tmp_path: Path) -> None:
     compare += ["--data.root", photos, "--capture.batch_size", "4", "--statistics.permutations", "99"]
     compare += ["--statistics.bootstrap", "99", "--relevance.images", "1", "--relevance.measured", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main([*compare, "--outputs", str(one)]) == 0
+    assert one_process(*compare, "--outputs", str(one)) == 0
     done = torchrun(2, *compare, "--outputs", str(two))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("capture finetuned_seed0: ") == 1
@@ -211,7 +222,7 @@ sys.exit(engine.run.main())
 def test_whoever_fails_says_why(tmp_path: Path, rank: int) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     whole = [*TORCHRUN, "3", str(tmp_path / "failing.py"), "capture", "--store", str(rank)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = ONE_THREAD | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(whole, capture_output=True, text=True, check=False, env=environment)
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == ["error: picture 7 is gone"]
     assert "nobody waits in vain" not in done.stderr
@@ -253,7 +264,7 @@ def test_torchrun_starts_them_again(inputs: list[str], alone: Path, tmp_path: Pa
     (tmp_path / "dying.py").write_text(DYING)
     path = tmp_path / "maps.zarr"
     whole = [*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "dying.py"), *capture(inputs, path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = ONE_THREAD | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(whole, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr
@@ -268,12 +279,12 @@ def test_a_process_is_killed_at_random_moments(inputs: list[str], tmp_path: Path
     rng = random.Random(len(again))
     many = [*inputs[:-1], "1"]
     one = tmp_path / "one" / "maps.zarr"
-    assert main(capture(many, one)) == 0
+    assert one_process(*capture(many, one)) == 0
     deaths = []
     for attempt in range(5):
         path = tmp_path / str(attempt) / "maps.zarr"
         command = [*TORCHRUN, "2", "-m", "engine.run", *capture(many, path)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD) as process:
             records, enough = path.with_name("maps.ledger"), rng.randrange(IMAGES // 2)
             while not (path.exists() and len(list(records.glob("batch_*.json"))) >= enough):
                 time.sleep(0.001)
@@ -286,6 +297,6 @@ def test_a_process_is_killed_at_random_moments(inputs: list[str], tmp_path: Path
             done = torchrun(2, *capture(many, path))
             assert done.returncode == 0, done.stderr
         else:
-            assert main(capture(many, path)) == 0
+            assert one_process(*capture(many, path)) == 0
         same_capture(path, one)
     assert any(0 < committed < IMAGES for _, _, committed in deaths), deaths

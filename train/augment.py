@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device, a pure function of (seed, epoch, image)."""
+"""Augmentation of whole batches on the device; what is drawn is a function of (seed, epoch, image) alone."""
 
 from __future__ import annotations
 
