@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.numba_math import CALLED_FROM_PYTHON, LOG2_E, OPTIONS, hold, lent, load_row, rescale, sources, sum_double
+from kernels.numba_math import (
+    CALLED_FROM_PYTHON,
+    LOG2_E,
+    OPTIONS,
+    apart,
+    hold,
+    lent,
+    load_row,
+    rescale,
+    sources,
+    sum_double,
+)
 from kernels.numba_rows import (
     attention_row,
     checked_row,
@@ -77,9 +88,9 @@ def _qk_map(
     log2_e = dtype.type(LOG2_E)
     padded = (head_dim + 3) // 4 * 4
     made = (
-        (np.empty(head_dim, dtype), np.zeros((padded, tokens), dtype)),
-        (np.zeros((4, padded), dtype), np.empty((4, tokens), dtype)),
-        (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype)),
+        (apart(head_dim, dtype), np.zeros((padded, tokens), dtype)),
+        (np.zeros((4, padded), dtype), apart(4 * tokens, dtype).reshape(4, tokens)),
+        (apart(prefix, dtype), apart(patches, dtype), apart(patches, dtype)),
     )
     (vector, kt), (four, logits), scratch = lent(made)
     for token in range(tokens):
@@ -120,7 +131,7 @@ def passes() -> SimpleNamespace:
         (buffer, starts, row_stride), near, into = lent(maps), lent(tables), lent(out)
         prefix, (offsets, has_right) = shape[0], near
         patches, dtype = has_right.size, offsets.dtype
-        made = (np.empty(prefix, dtype), np.empty(patches, dtype), np.empty(patches, dtype))
+        made = (apart(prefix, dtype), apart(patches, dtype), apart(patches, dtype))
         scratch = lent(made)
         for m in range(begin, end):
             clear_map(m, needs, into)
@@ -162,7 +173,7 @@ def passes() -> SimpleNamespace:
         _ = of
         patches = js.shape[1]
         (one_buffer, one_starts, one_stride), (two_buffer, two_starts, two_stride) = lent(one), lent(two)
-        made = (np.empty(prefix, js.dtype), np.empty(patches, js.dtype), np.empty(patches, js.dtype))
+        made = (apart(prefix, js.dtype), apart(patches, js.dtype), apart(patches, js.dtype))
         head, x, y = lent(made)
         for m in range(begin, end):
             for q in range(prefix + patches):
@@ -184,7 +195,7 @@ def passes() -> SimpleNamespace:
     def maps_morans_i(maps: Any, has_right: Any, grid_cols: Any, num_edges: Any, out: Any) -> None:
         """Moran's I of float64 maps [map, patch]; NaN where constant or undefined."""
         _ = of
-        z = np.empty(maps.shape[1])
+        z = apart(maps.shape[1], maps.dtype)
         for m in range(maps.shape[0]):
             out[m] = map_morans_i(maps[m], z, has_right, grid_cols, num_edges)
 

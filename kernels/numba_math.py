@@ -26,6 +26,7 @@ __all__ = [
     "LN_2",
     "LOG2_E",
     "OPTIONS",
+    "apart",
     "exp2",
     "hold",
     "holds_negative",
@@ -106,6 +107,21 @@ def hold(typing: Any, arrays: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(arrays), generate
+
+
+# Items between two arrays of working memory: 512 bytes of float32.
+_APART = 128
+
+
+@njit(forceinline=True, **OPTIONS)
+def apart(count: Any, dtype: Any) -> Any:
+    """An empty array of `count` items that begins and ends far from everything else in memory.
+
+    A compiled loop that writes one array and reads another asks, when it runs, whether they begin closer together than
+    it takes at a step (256 bytes in AVX-512), and adds one by one if they do: the same sum, rounded otherwise, whenever
+    a small grid's arrays happened to lie side by side.
+    """
+    return np.empty(count + 2 * _APART, dtype)[_APART : _APART + count]
 
 
 def _f32(*values: float) -> tuple[np.float32, ...]:

@@ -42,7 +42,7 @@ from kernels.lanes import (
     sums_of_eight,
     transpose,
 )
-from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, hold, lent, log2, sources, stored_bits
+from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, apart, hold, lent, log2, sources, stored_bits
 from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, clear_map, moran_of_sums
 
 __all__ = ["attention_pass"]
@@ -288,7 +288,7 @@ def attention_pass(width: Width) -> Any:
         made = (
             (np.zeros((2, (blocks + 1) * lanes), np.float32), np.zeros(lanes, buffer.dtype)),
             (np.empty((blocks * lanes + 1) * _SUMS, np.float32), np.empty(lanes * lanes, np.float32)),
-            (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32)),
+            (apart(prefix, np.float32), apart(patches, np.float32), apart(patches, np.float32)),
         )
         work, (sums, planes), scratch = lent(made)
         stored, mass = stored_bits(buffer), into[1]

@@ -24,6 +24,7 @@ from kernels.numba_math import (
     LN_2,
     LOG2_E,
     OPTIONS,
+    apart,
     hold,
     lent,
     load_row,
@@ -387,8 +388,8 @@ def qk_pass(width: Width) -> Any:
         made = (
             (np.zeros((lanes, padded), np.float32), np.empty(size, np.float32), np.empty(size, np.float32)),
             np.empty((tokens + 3) // 4 * 4 * lanes, np.float32),
-            (np.empty((10, lanes), np.float32), np.empty(lanes, np.int8), np.empty(tokens, np.float32)),
-            (np.empty(prefix, np.float32), np.empty(patches, np.float32), np.empty(patches, np.float32)),
+            (np.empty((10, lanes), np.float32), np.empty(lanes, np.int8), apart(tokens, np.float32)),
+            (apart(prefix, np.float32), apart(patches, np.float32), apart(patches, np.float32)),
         )
         (group, of_queries, of_keys), tile, (sums, done, logits), scratch = lent(made)
         work = (tile, sums, done, logits, scratch)

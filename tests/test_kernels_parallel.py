@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import METRICS, measure_attention, measure_qk
+from kernels import METRICS, measure_attention, measure_qk, numba_cpu
 from kernels.threads import num_threads, over_parts, set_num_threads
 from tests.cases import CASES, layout, vit_qk
 
@@ -55,6 +55,30 @@ def test_bits_do_not_depend_on_the_batch(reduce: str) -> None:
             for name in NAMES:
                 np.testing.assert_array_equal(part[name], whole[name][at], err_msg=name)
                 np.testing.assert_array_equal(part_qk[name], whole_qk[name][at], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("width", ["the widest", "none"])
+def test_bits_do_not_depend_on_where_memory_lies(
+    dtype: type[np.floating], width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Working memory of a small grid may lie side by side or apart, as what was freed before has left it."""
+    if width == "none":
+        monkeypatch.setattr(numba_cpu, "vector_width", lambda: None)
+    of, generator = layout(3, 4, 2), np.random.default_rng(2)
+    attention = CASES[0].make(of, generator).astype(dtype)
+    query, key = (part.astype(dtype) for part in vit_qk(of, 6, generator))
+    found: dict[str, set[bytes]] = {}
+    for _ in range(600):
+        # Holes of many sizes in many orders, which the next calls fill.
+        blocks = [np.empty(size, np.uint8) for size in generator.integers(1, 400, size=generator.integers(1, 200))]
+        for place in generator.permutation(len(blocks))[: len(blocks) // 2].tolist():
+            blocks[place] = blocks[-1]
+        for name, values in measure_attention(attention, of, NAMES, backend="numba").items():
+            found.setdefault(name, set()).add(values.tobytes())
+        for name, values in measure_qk(query, key, of, NAMES, backend="numba").items():
+            found.setdefault(f"{name} of query and key", set()).add(values.tobytes())
+    assert {name for name, bits in found.items() if len(bits) > 1} == set()
 
 
 def test_bits_do_not_depend_on_the_metrics_asked_for() -> None:
