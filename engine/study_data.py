@@ -279,9 +279,10 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
     journal.stage("data", inputs, [path], work)
     cache = (config.data.cache_folder or outputs / "cache") if config.data.cache else None
     splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path), cache=cache)
-    if not len(splits.test):
+    if len(splits.test) < 2:
         raise InputError(
-            f"{root} gives no test image with split {splits.manifest.rule}; add images, or use --data.split all"
+            f"{root} gives {len(splits.test) or 'no'} test image with split {splits.manifest.rule}, and conditions are "
+            "compared over two at least; add images, or use --data.split all"
         )
     logger.info("%s takes %s", config.model.name, preprocessing)
     return splits

@@ -104,3 +104,15 @@ def test_numbers_agree_with_timms_unfused_maps(name: str, tmp_path: Path) -> Non
     before = (outputs / "run.jsonl").read_text()
     assert main(command) == 0
     assert (outputs / "run.jsonl").read_text() == before, "a second run does nothing that is done"
+
+
+def test_one_picture_is_refused_before_anything_is_captured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photographs(tmp_path / "photos", per_class=1)
+    for other in ("china", "flower"):
+        (tmp_path / "photos" / other / "0.jpg").unlink()
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "a.safetensors")
+    command = ["compare", "--baseline", str(tmp_path / "a.safetensors"), "--finetuned", str(tmp_path / "a.safetensors")]
+    command += ["--model.name", "test_vit", "--data.root", str(tmp_path / "photos")]
+    assert main([*command, "--outputs", str(tmp_path / "outputs")]) == 2
+    assert "gives 1 test image with split all, and conditions are compared over two at least" in capsys.readouterr().err
+    assert not (tmp_path / "outputs" / "captures").exists()

@@ -16,6 +16,7 @@ from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.comparison import prediction_link, relevance_document, write_relevance
 from engine.relevance.evaluation import CONTROL, Evaluation, evaluate_maps
 from engine.relevance.faithfulness import Curves
+from engine.relevance.samples import Explained, write_samples
 from engine.report import write_report
 from engine.report.inputs import load_results
 from engine.report.relevance import load_relevance, relevance_sentences
@@ -120,6 +121,42 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     (outputs / "metrics" / "relevance.json").write_text('{"schema": 7}')
     with pytest.raises(InputError, match="schema is 7; this version reads schema 1"):
         write_report(outputs)
+
+
+def one_image(of: Evaluation) -> Evaluation:
+    curves = Curves(of.curves.fractions, of.curves.deletion[:1], of.curves.insertion[:1])
+    return Evaluation({name: values[:1] for name, values in of.values.items()}, curves)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_maps_of_no_image_or_of_one_are_reported_without_tests(tmp_path: Path, images: int) -> None:
+    outputs = build_study(tmp_path / "study", samples=False)
+    evaluations, targets, _ = documents()
+    few = {
+        condition: {method: one_image(of) for method, of in methods.items()} if images else {}
+        for condition, methods in evaluations.items()
+    }
+    choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
+    nothing: dict[str, dict[str, str]] = {condition: {} for condition in few}
+    document = relevance_document(
+        few, nothing, choice, images=images, against="baseline", baseline="blur", steps=3, settings=SETTINGS
+    )
+    assert document["methods"] == document["conditions"] == document["classes"] == []
+    write_relevance(outputs / "metrics", document, few, targets, ["image0"][:images])
+    write_report(outputs)
+    said = "No map was measured: relevance.measured is 0."
+    for file in ("report.html", "summary.md"):
+        text = (outputs / file).read_text(encoding="utf-8")
+        assert (said in text) == (images == 0), file
+        assert images == 0 or "areas under the curves" in text, file
+
+
+def test_a_panel_takes_names_with_line_breaks(tmp_path: Path) -> None:
+    images = Noise(2)
+    images.ids = ("two\nlines/0.jpg", "two\nlines/1.jpg")
+    item = Explained(0, "baseline", "two\nlines", "true", 0.5, np.ones((4, 4), dtype=np.float32))
+    write_samples(tmp_path / "gradcam", "gradcam", images, [item])
+    assert {path.suffix for path in (tmp_path / "gradcam").iterdir() if path.name[0] != "."} == {".png", ".csv"}
 
 
 class Noise(ImageSet):

@@ -239,8 +239,8 @@ def _means(evaluations: Evaluations, settings: Mapping[str, Any]) -> Iterator[di
 def _tests(
     pairs: Sequence[tuple[dict[str, Any], Floats, Floats]], settings: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """One family: (what it is, values, values of the other side) each, b − a."""
-    if not pairs:
+    """One family: (what it is, values, values of the other side) each, b − a; none over fewer than two images."""
+    if not pairs or len(pairs[0][1]) < 2:
         return
     a, b = np.stack([low for _, _, low in pairs], axis=1), np.stack([high for _, high, _ in pairs], axis=1)
     result = compare_paired(a, b, **settings)

@@ -170,7 +170,7 @@ def _panel(
     canvas = Image.new("RGB", (bar_left + _BAR_PX + 64, top + cell[1] * len(roles)), "white")
     draw = ImageDraw.Draw(canvas)
     small, bold = _font(_TEXT_PX - 2), _font(_TEXT_PX, bold=True)
-    draw.text((_GAP_PX, _GAP_PX), f"{method}: {images.ids[row]}", fill="black", font=bold)
+    draw.text((_GAP_PX, _GAP_PX), _one_line(f"{method}: {images.ids[row]}"), fill="black", font=bold)
     if method == "gradcam":
         draw.text((canvas.width - _GAP_PX, _GAP_PX), "for illustration", fill="#555555", font=small, anchor="ra")
     original = Image.fromarray(images.picture(row)).resize((width, height), Image.Resampling.BILINEAR)
@@ -200,7 +200,7 @@ def _titles(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], first: str, second: str, width: int, fonts: tuple[Font, Font]
 ) -> None:
     for line, (text, font) in enumerate(zip((first, second), fonts, strict=True)):
-        fitting = text
+        fitting = _one_line(text)
         while fitting and draw.textlength(fitting, font=font) > width:
             fitting = fitting[:-2] + "…" if len(fitting) > 2 else ""
         draw.text((at[0], at[1] + line * (_TEXT_PX + 2)), fitting, fill="black", font=font)
@@ -212,6 +212,11 @@ def _font(size_px: int, *, bold: bool = False) -> Font:
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size_px)
+
+
+def _one_line(text: str) -> str:
+    """Names of files and classes may hold line breaks, and Pillow measures one line."""
+    return " ".join(text.split())
 
 
 def _plain(name: str) -> str:

@@ -76,11 +76,15 @@ def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[st
         "How much maps depend on the class": list(_classes(results, found)),
         "Attention and the prediction": list(_link(results, found)),
         "Not computed": [
-            *(found.document.get("left_out") or ()),
+            *(found.document.get("left_out") or _unmeasured(found)),
             *(f"{entry['method']} of {entry['condition']}: {entry['reason']}." for entry in found.document["refused"]),
         ],
     }
     return {heading: sentences for heading, sentences in parts.items() if sentences}
+
+
+def _unmeasured(found: Relevance) -> tuple[str, ...]:
+    return () if found.document["images"] else ("No map was measured: relevance.measured is 0.",)
 
 
 def relevance_section(results: Results) -> Section | None:

@@ -32,7 +32,8 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
     if all(comparison.identical for comparison in found):
         names = text.listing([comparison.condition for comparison in found])
         return (
-            f"Every measured value of {names} equals that of {found[0].against} exactly: the attention did not change."
+            f"Every measured value of {names} equals that of {found[0].against} exactly: on these images, nothing that "
+            "was measured changed."
         )
     regional = _region_headline(results, found)
     if regional:
