@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import timm
 import torch
 
 from engine.capture import capture_attention
+from engine.outputs import write_json
 from engine.relevance import relevance_maps
 from engine.relevance.comparison import write_relevance
 from engine.relevance.rollout_peaks import rollout_peaks
 from engine.report import write_report
 from engine.report.inputs import load_results
-from engine.report.relevance import load_relevance, relevance_sentences
+from engine.report.relevance import load_relevance, relevance_section, relevance_sentences
 from kernels import TokenLayout, measure_attention
 from tests.synthetic_study import build_study
 from tests.test_relevance_report import IMAGES, documents
@@ -75,6 +77,13 @@ def test_nothing_dominates_where_nothing_stands_out() -> None:
     assert rollout_peaks(plain, pixels, maps) == nothing
 
 
+def alone(outputs: Path, document: dict[str, object]) -> Path:
+    """An outputs folder with nothing but this document."""
+    (outputs / "metrics").mkdir(parents=True)
+    write_json(outputs / "metrics" / "relevance.json", document)
+    return outputs
+
+
 @pytest.mark.parametrize("count", [0, 7, 8])
 def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count: int) -> None:
     outputs = build_study(tmp_path / "study", samples=False)
@@ -92,6 +101,12 @@ def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count:
         "collects, for every class alike, not what the prediction rests on."
     )
     assert relevance_sentences(results, found).get("Where rollout points", []) == ([expected] if count else [])
+    for part in ("means", "curves", "methods", "conditions", "classes", "refused"):
+        document[part] = []  # nothing was measured: pictures alone
+    section = relevance_section(replace(results, outputs=alone(tmp_path / "alone", document)))
+    assert (section is not None) == bool(count)
+    if section is not None:
+        assert expected.replace("'", "&#39;") in section.body
     if count == 7:
         write_report(outputs)
         assert expected.replace("'", "&#39;") in (outputs / "report.html").read_text(encoding="utf-8")
