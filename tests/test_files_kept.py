@@ -337,7 +337,7 @@ def test_pictures_of_samples_have_files_of_their_own_whatever_classes_are_called
             return np.zeros((8, 8, 3), np.uint8)
 
     explained = [
-        Explained(row, condition, target, role, 0.5, np.ones((2, 2), np.float32))
+        Explained(row, condition, Images.class_names[target], role, 0.5, np.ones((2, 2), np.float32))
         for row in (0, 1)
         for condition in ("a.b", "a-b", "a_true")
         for role, target in (("true", row), ("other", 2 + row))

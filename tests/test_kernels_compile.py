@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import METRICS, measure_attention, torch_ops
+from kernels.checks import ROW_SUM_TOLERANCE
 from tests.cases import TOLERANCE, layout, metrics_for, trained, vit_qk
 
 OF = layout(5, 6, 2)
@@ -33,7 +34,7 @@ def test_stored_maps() -> None:
     attention = torch.from_numpy(trained(OF, np.random.default_rng(0))).half()
 
     def measure(maps: torch.Tensor) -> tuple[dict[str, Any], Any]:
-        result = torch_ops.measure_attention(maps, OF, SPECS, None, 1e-4)
+        result = torch_ops.measure_attention(maps, OF, SPECS, None, ROW_SUM_TOLERANCE["float16"])
         return result.values, result.valid
 
     got, valid = compiled(measure)(attention)
@@ -60,7 +61,7 @@ def test_gradients() -> None:
     core = [METRICS[name] for name in ("distance", "entropy", "morans_i")]
 
     def loss(maps: torch.Tensor) -> torch.Tensor:
-        values = torch_ops.measure_attention(maps, OF, core, None, 1e-4).values
+        values = torch_ops.measure_attention(maps, OF, core, None, ROW_SUM_TOLERANCE["float32"]).values
         return torch.stack([values[spec.name].mean() for spec in core]).sum()
 
     gradients = []
