@@ -14,7 +14,7 @@ from engine.cluster import connected
 from engine.progress import ImageProgress
 from engine.stored import Batches, StoredMeasurement
 from kernels import MetricSpec
-from store import AttentionStore, MetricWriter, has_metric
+from store import AttentionStore, MetricWriter, StoreError, has_metric
 from store.arrays import attention_arrays
 from store.storage import Location
 from train.errors import InputError
@@ -43,7 +43,7 @@ def measure_store(
     Raises:
         InputError: a metric that the stores cannot give: no maps were stored, there are no regions, no second store
             was named for a pair metric, or it is not over the same images and layers.
-        StoreError: a store is not there or damaged.
+        StoreError: a store is not there or damaged, or nothing of it is captured.
         ClusterError: the cluster failed; see `engine.cluster`.
     """
     store = AttentionStore.open(path)
@@ -57,12 +57,16 @@ def measure_store(
     images = store.committed_images
     if other is not None:
         images = images & other.committed_images
+    damages = [*store.damaged_batches, *(() if other is None else other.damaged_batches)]
+    if not images.any():
+        first = f" ({damages[0]})" if damages else ""
+        raise StoreError(f"{path} holds no batch that can be measured{first}; capture it first")
     if not images.all():
         tqdm.write(
             f"{path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
             "the others are left out"
         )
-    for damage in [*store.damaged_batches, *(() if other is None else other.damaged_batches)]:
+    for damage in damages:
         tqdm.write(damage)
     parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]

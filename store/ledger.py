@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
-from store.schema import LEDGER_FILES, StoreError, ledger_name
+from store.schema import LEDGER_FILES, OtherRunError, StoreError, ledger_name
 from store.shards import FileEntry, ShardError, describe_shard
 from store.storage import Lock, Storage
 
@@ -164,6 +164,7 @@ class Ledger:
 
         Raises:
             LedgerError: it is missing or damaged.
+            OtherRunError: it is of an earlier version, as of every way to read one.
         """
         return self._parse(name, self.content(name))
 
@@ -186,14 +187,19 @@ class Ledger:
         try:
             whole = json.loads(content)
             record: dict[str, Any] = whole["record"]
-            capture = "" if name == "metadata" else str(whole["capture"])
+            capture = str(whole.get("capture", ""))
             sound = content == _serialise(name, record, capture)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
             raise LedgerError(self.where(name), "is damaged (its checksum does not match)")
         if name == "metadata":
             self._capture = hashlib.sha256(content).hexdigest()
+        elif not capture:
+            raise OtherRunError(
+                f"{self.where(name)} is sound and of an earlier version, whose ledgers do not say of which capture a "
+                "batch is; capture again, into another store or after deleting this one and its ledger"
+            )
         elif self.capture not in ("", capture):
             raise LedgerError(self.where(name), "is damaged (it is of another capture)")
         return record

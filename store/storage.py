@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from store.precisions import Array
 from store.schema import StoreError
@@ -39,10 +40,13 @@ Location = Path | StoreUrl
 
 
 def location_of(given: str | os.PathLike[str]) -> Location:
-    """A store's path as every part of this package uses it: absolute, without a trailing slash; or its URL."""
+    """A store's path as every part of this package uses it: absolute, without a trailing slash; or its URL.
+
+    In a file:// URL, as `Path.as_uri` and others write it, spaces and other letters stand as %20, ….
+    """
     text = os.fspath(given)
     if text.startswith("file://"):
-        text = text.removeprefix("file://")
+        text = unquote(text.removeprefix("file://"))
     elif "://" in text:
         return StoreUrl(text.rstrip("/"))
     return Path(os.path.abspath(text))

@@ -222,6 +222,19 @@ def test_a_damaged_record_is_told_and_its_batch_left_out(tmp_path: Path, capsys:
     assert re.search(r"batch 1 cannot be trusted: .*batch_000001\.json is damaged", told)
 
 
+def test_a_store_of_which_nothing_can_be_measured_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was said to be measured, over no image at all."""
+    path = store_of(tmp_path / "run.zarr")
+    (tmp_path / "run.ledger" / "complete.json").unlink()
+    for record in (tmp_path / "run.ledger").glob("batch_*"):
+        record.unlink()
+    assert main(["measure", "--store", str(path), "--metrics", "entropy"]) == 1
+    assert "holds no batch that can be measured; capture it first" in capsys.readouterr().err
+    assert "entropy" not in AttentionStore.open(path).metric_names
+
+
 def test_values_follow_the_maps_they_were_measured_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

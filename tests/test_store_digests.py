@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import re
 import shutil
@@ -16,7 +17,7 @@ import store_cases as case
 from obstore.store import MemoryStore
 
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError, has_metric
-from store.ledger import Ledger
+from store.ledger import Ledger, _serialise
 from store.local import LocalStorage
 from store.objects import ObjectStorage
 from store.schema import metric_path
@@ -485,3 +486,16 @@ def test_exchanged_files_are_named_and_healed(tmp_path: Path, encoding: str) -> 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_200_exchanged_files_are_named_and_healed(tmp_path: Path, encoding: str) -> None:
     check_exchanged_files(tmp_path, encoding, 200, seed=1)
+
+
+def test_a_ledger_of_an_earlier_version_is_no_damage_and_is_not_read(path: Path) -> None:
+    """Before records held the capture that they are of; nothing of such a store is withdrawn or written."""
+    ledger = path.with_suffix(".ledger")
+    for file in ledger.rglob("*.json"):
+        name = file.relative_to(ledger).as_posix().removesuffix(".json")
+        file.write_bytes(_serialise(name, json.loads(file.read_bytes())["record"], ""))
+    before = case.file_bytes(ledger)
+    for attempt in (AttentionStore.open, verify, info, case.capture, case.measure):
+        with pytest.raises(StoreError, match="is sound and of an earlier version"):
+            attempt(path)
+    assert case.file_bytes(ledger) == before

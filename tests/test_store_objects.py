@@ -212,6 +212,8 @@ def test_other_stores_are_left_alone() -> None:
 
 def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert location_of(f"file://{tmp_path}/run.zarr/") == tmp_path / "run.zarr"
+    odd = tmp_path / "a run, 50 % é.zarr"
+    assert location_of(odd.as_uri()) == odd
     assert isinstance(storage_at(f"file://{tmp_path}/run.zarr"), LocalStorage)
     assert location_of("s3://bucket/run.zarr/").name == "run.zarr"
     with pytest.raises(StoreError, match=r"ftp://host/run\.zarr is no URL of a store"):
