@@ -227,6 +227,8 @@ def test_report_and_summary_say_what_is_left_out(named: Path, unnamed: Path) -> 
         assert "permuted's head are named by its sidecar permuted.json" in place
         assert "headless has no head" in place
         assert "are of a class that it does not have, and are left out of its accuracy" in place
+        assert "Accuracy on these images" in place
+        assert "Whether given checkpoints were trained on some of these images is not known" in place
     assert "baseline 100.0 %, chance 8.3 %" in summary
     assert "three 100.0 %, chance 33.3 %" in summary
     assert "permuted against baseline: the change of being right cannot be tested over" in summary
@@ -239,6 +241,7 @@ def test_report_and_summary_say_what_is_left_out(named: Path, unnamed: Path) -> 
         assert "The classes of one's head are not known" in place
         assert "gradcam of baseline: it has no head" in place
         assert "Test accuracy" not in place
+        assert "Accuracy on these images" not in place
         assert "depend on the class" not in place
     shown = json.loads(page.split('id="payload">')[1].split("</script>")[0])["viewer"]
     assert not any(run["predictions"] for run in shown["runs"])

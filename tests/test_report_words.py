@@ -156,7 +156,7 @@ def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path:
         del comparison[key]
     path.write_text(json.dumps(comparison), encoding="utf-8")
     summary, page = texts(outputs)
-    for absent in ('id="training"', 'id="attention"', 'id="gradcam"', "Test accuracy"):
+    for absent in ('id="training"', 'id="attention"', 'id="gradcam"', "Test accuracy", "Accuracy on"):
         assert absent not in page
     assert "No negative control was recorded" in summary
     assert "given checkpoint" in summary

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.report.findings import head_maps, histories, layer_curve
 from engine.report.inputs import Results
+from engine.report.wording import accuracy_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -309,7 +310,7 @@ def _accuracy(results: Results) -> Figure:
     axes.set_xlim(-0.5, len(named) - 0.5)
     axes.set_ylim(0, 108)
     axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(f"{accuracy_title(results).lower()} (%)")
     axes.set_title("Accuracy")
     runs_shown = max((len(results.accuracy[name]) for name in named), default=1)
     _note(figure, "one training run a condition" if runs_shown == 1 else f"bar: mean of {runs_shown} runs; dots: runs")

@@ -10,7 +10,9 @@ from engine.report.findings import Change, Comparison, layer_curve
 from engine.report.inputs import Results
 
 __all__ = [
+    "HELD_OUT_UNKNOWN",
     "accuracy_sentence",
+    "accuracy_title",
     "change_sentence",
     "class_sentence",
     "classifier_sentences",
@@ -23,6 +25,9 @@ __all__ = [
     "seed_sentence",
     "trend_sentence",
 ]
+
+
+HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these images is not known."
 
 
 def headline(results: Results, found: Sequence[Comparison]) -> str:
@@ -374,8 +379,13 @@ def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[Comparison]
     )
 
 
+def accuracy_title(results: Results) -> str:
+    """What the accuracy is of: only of models trained here is it known that the images measured were held out."""
+    return "Test accuracy" if results.training is not None else "Accuracy on these images"
+
+
 def accuracy_sentence(results: Results) -> str:
-    """Test accuracies, mean over runs; "" where nothing was classified."""
+    """Accuracy on the images measured, mean over runs; "" where nothing was classified."""
     parts, chances = [], set()
     for condition in results.conditions:
         runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
@@ -389,10 +399,14 @@ def accuracy_sentence(results: Results) -> str:
         return ""
     if len(chances) > 1:  # heads of different sizes
         each = [f"{part}, chance {100 * chance:.1f} %" for part, chance in parts if chance is not None]
-        return f"Test accuracy: {'; '.join(each)}."
-    (chance,) = chances
-    tail = f"; chance is {100 * chance:.1f} %." if chance is not None else "."
-    return f"Test accuracy: {text.listing([part for part, _ in parts])}{tail}"
+        found = f"{accuracy_title(results)}: {'; '.join(each)}."
+    else:
+        (chance,) = chances
+        tail = f"; chance is {100 * chance:.1f} %." if chance is not None else "."
+        found = f"{accuracy_title(results)}: {text.listing([part for part, _ in parts])}{tail}"
+    if results.training is None:
+        found += f" {HELD_OUT_UNKNOWN}"
+    return found
 
 
 def classifier_sentences(results: Results) -> list[str]:
