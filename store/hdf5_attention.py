@@ -67,7 +67,8 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
 
     if not store.complete:
         missing = store.schema.num_images - int(store.committed_images.sum())
-        raise StoreError(f"{store.path} lacks {missing} images; resume its capture before exporting it")
+        damaged = "".join(f" ({sentence})" for sentence in store.damaged_batches)
+        raise StoreError(f"{store.path} lacks {missing} images{damaged}; resume its capture before exporting it")
     target = Path(path)
     partial = unfinished(target)
     try:

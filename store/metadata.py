@@ -74,7 +74,7 @@ class Metadata:
         ledger.clear()
         with root.skeleton() as skeleton:
             self._build(skeleton, datetime.now(UTC).isoformat(timespec="microseconds"))
-            record = _metadata_record(skeleton)
+            record = self._record(skeleton)
 
             def commit() -> None:
                 ledger.write("metadata", record)
@@ -99,7 +99,7 @@ class Metadata:
         if record is None or damaged:
             with root.skeleton() as skeleton:
                 self._build(skeleton, str(found.get("created")))
-                rebuilt = _metadata_record(skeleton)
+                rebuilt = self._record(skeleton)
                 if record is None:
                     self._repair_record(root, ledger, rebuilt)
                 else:
@@ -153,6 +153,15 @@ class Metadata:
             names = {"regions": list(schema.regions)}
             create_constant(skeleton, "images/regions", ("image", "region", "patch"), self.regions, names)
 
+    def _record(self, skeleton: Path) -> dict[str, Any]:
+        """The ledger's record of the metadata in a folder."""
+        built = LocalStorage(skeleton)
+        return {
+            "attrs": read_attributes(built),
+            "files": {file: describe_file(built, file) for file in built.sizes()},
+            "manifest": self.manifest is not None,
+        }
+
     def _compare_attributes(self, root: Storage, found: Mapping[str, Any]) -> None:
         if found.get("schema") != SCHEMA:
             raise StoreError(f"{root}: schema is {found.get('schema')!r}; this version writes {SCHEMA!r}")
@@ -203,14 +212,6 @@ class Metadata:
         if theirs != self.manifest:
             where, ours, found = _first_difference("manifest", self.manifest, theirs)
             raise OtherRunError(f"{ledger.where('manifest')}: {where} is {found!r}; expected {ours!r}")
-
-
-def _metadata_record(skeleton: Path) -> dict[str, Any]:
-    built = LocalStorage(skeleton)
-    return {
-        "attrs": read_attributes(built),
-        "files": {file: describe_file(built, file) for file in built.sizes()},
-    }
 
 
 def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:

@@ -129,9 +129,9 @@ class AttentionStore:
         """Every file of the data set with its status, if it was given.
 
         Raises:
-            LedgerError: the record is damaged.
+            LedgerError: the record is damaged, or is missing though a manifest was given.
         """
-        if not self._ledger.exists("manifest"):
+        if not self._ledger.exists("manifest") and not self._ledger.read("metadata")["manifest"]:
             return None
         manifest: dict[str, Any] = self._ledger.read("manifest")["manifest"]
         return manifest

@@ -78,7 +78,9 @@ class _Check:
 
     def run(self) -> list[Damage]:
         if "metadata" in self.records:
-            self.unit("metadata")
+            metadata = self.unit("metadata")
+            if metadata is not None and metadata["manifest"] and "manifest" not in self.records:
+                self.blame([(self.ledger.storage, "manifest.json", "is missing")])
         else:
             self.blame([(self.ledger.storage, "metadata.json", "is missing")])
         for name in ("manifest", "complete"):

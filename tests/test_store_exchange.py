@@ -496,4 +496,7 @@ def test_an_incomplete_store_is_not_exported(tmp_path: Path, capsys: pytest.Capt
         case.write(writer, 1)
     assert main(["export", "--store", str(tmp_path / "run.zarr"), "--hdf5", str(tmp_path / "maps.h5")]) == 1
     assert "lacks 7 images; resume its capture" in capsys.readouterr().err
+    (tmp_path / "run.ledger" / "batch_000001.json").write_bytes(b"{}")
+    assert main(["export", "--store", str(tmp_path / "run.zarr"), "--hdf5", str(tmp_path / "maps.h5")]) == 1
+    assert "batch_000001.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "maps.h5").exists()

@@ -283,6 +283,24 @@ def test_missing_record_of_a_complete_capture(measured: Path, unkilled: Unkilled
     assert verify(measured) == []
 
 
+def test_a_missing_manifest_is_named_and_written_again(measured: Path, unkilled: Unkilled) -> None:
+    """It may be absent only where none was given."""
+    record = measured.with_name("run.ledger") / "manifest.json"
+    content = record.read_bytes()
+    record.unlink()
+    assert [str(damage) for damage in verify(measured)] == ["run.ledger/manifest.json is missing"]
+    with pytest.raises(StoreError, match=r"run\.ledger/manifest\.json is missing"):
+        _ = AttentionStore.open(measured).manifest
+    assert resume(measured, unkilled) == []
+    assert record.read_bytes() == content
+    schema = case.make_schema(unkilled.encoding)
+    other = measured.with_name("other.zarr")
+    with case.AttentionWriter.open(other, schema, **case.fixed(schema) | {"manifest": None}):
+        pass
+    assert AttentionStore.open(other).manifest is None
+    assert verify(other) == []
+
+
 def test_strange_files_are_named(measured: Path) -> None:
     (measured / "attention/layer_00/c.3.0.0.0").write_bytes(b"x")
     (measured / "notes.txt").write_text("x")

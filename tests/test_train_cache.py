@@ -138,6 +138,8 @@ def test_damage_to_the_files_of_the_cache_is_said_and_mended(
     document["crc32"][2] ^= 1
     sidecar.write_text(json.dumps(document))
     read_again("is damaged and decoded anew")
+    sidecar.write_bytes(sound[1].replace(b"torchvision", b"torchvisiom"))
+    read_again("it is made anew")
     sidecar.unlink()  # a build that was killed before it was committed
     read_again("")
 

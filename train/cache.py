@@ -96,7 +96,10 @@ class ImageCache:
         if not self.path.is_file() or not sidecar.is_file():
             return None
         try:
-            checksums = np.array(json.loads(sidecar.read_bytes())["crc32"], dtype=np.uint32)
+            content = sidecar.read_bytes()
+            checksums = np.array(json.loads(content)["crc32"], dtype=np.uint32)
+            if content != self._sidecar(checksums.tolist()):
+                raise ValueError(f"{sidecar.name} is not as it was written")
             pixels = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError, tokenize.TokenError) as error:
             logger.warning("image cache %s is damaged (%s); it is made anew", self.path, error)
@@ -136,8 +139,7 @@ class ImageCache:
         finally:
             remove(partial, is_unfinished)
         sync_folder(self.folder)
-        document = {"schema": SCHEMA, "transform": self._transform, "crc32": checksums}
-        write_atomically(self.path.with_suffix(".json"), json.dumps(document).encode())
+        write_atomically(self.path.with_suffix(".json"), self._sidecar(checksums))
 
     def _repair(self, row: int) -> None:
         """One picture anew from its file, which is checked against its own hash."""
@@ -150,8 +152,11 @@ class ImageCache:
             file.write(content.tobytes())
         if zlib.crc32(content) != checksums[row]:  # it was the checksum that was damaged
             checksums[row] = zlib.crc32(content)
-            document = {"schema": SCHEMA, "transform": self._transform, "crc32": checksums.tolist()}
-            write_atomically(self.path.with_suffix(".json"), json.dumps(document).encode())
+            write_atomically(self.path.with_suffix(".json"), self._sidecar(checksums.tolist()))
+
+    def _sidecar(self, checksums: Sequence[int]) -> bytes:
+        document = {"schema": SCHEMA, "transform": self._transform, "crc32": list(checksums)}
+        return json.dumps(document).encode()
 
     def _decoded(self, sources: Sequence[int]) -> np.ndarray:
         return self._pictures.pixels(sources).numpy()
