@@ -23,6 +23,8 @@ from engine.journal import digest_path
 from engine.run import main
 from engine.table import read_table
 from store import AttentionStore
+from tests.damage import contents, kind_of
+from tests.damage_subjects import OUTPUTS as OUTPUT_KINDS
 from tests.photographs import write_broken, write_photographs
 
 SMALL = [
@@ -68,6 +70,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_output_is_there(study: Path) -> None:
     assert not [name for name in OUTPUTS if not (study / name).exists()]
     assert not (study / "checkpoints" / "baseline_seed2.safetensors").exists(), "no seed changes a probe's attention"
+
+
+def test_every_file_is_of_a_kind_that_is_damaged_in_a_test(study: Path) -> None:
+    for name in contents(study):
+        kind_of(name, OUTPUT_KINDS)
 
 
 def test_the_table_and_the_comparison_say_the_same(study: Path) -> None:

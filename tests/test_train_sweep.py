@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import train.sweep
 from engine.run import main
+from tests.damage import contents, kind_of
+from tests.damage_subjects import OUTPUTS, SWEEP
 from tests.miniatures import write_sports100
 from train.checkpoint import read_checkpoint
 from train.compress import compress
@@ -77,6 +79,11 @@ def test_every_named_output_is_there(swept: Path) -> None:
         adapters = int(row["rank"]) * blocks * (64 + 192 + 64 + 64)
         assert int(row["trainable_parameters"]) == adapters + 3 * 64 + 3
     assert not list((swept / "trials").glob("*.safetensors")), "trials that were not kept leave nothing"
+
+
+def test_every_file_is_of_a_kind_that_is_damaged_in_a_test(swept: Path) -> None:
+    for name in contents(swept.parents[1]):
+        kind_of(name, SWEEP | OUTPUTS)
 
 
 def test_the_bases_are_what_they_are_called(swept: Path) -> None:
