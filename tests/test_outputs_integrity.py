@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import xarray
-from synthetic_study import build_study, record_stages, small
+from synthetic_study import build_study, record_stages, small, texts
 
 from engine.report.inputs import Results, load_results
 from engine.report.relevance import load_relevance
@@ -105,6 +105,14 @@ def test_what_no_stage_left_is_not_used(study: Path, capsys: pytest.CaptureFixtu
     (study / "run.jsonl").write_text("")
     with pytest.raises(InputError, match=r"attention_metrics\.zarr: .*run\.jsonl has no record of it; make it again"):
         load_results(study)
+
+
+def test_which_stage_was_done_again_last_changes_no_page(tmp_path: Path) -> None:
+    outputs = record_stages(small(tmp_path))
+    before = texts(outputs)
+    journal = outputs / "run.jsonl"
+    journal.write_bytes(b"".join(reversed(journal.read_bytes().splitlines(keepends=True))))
+    assert texts(outputs) == before
 
 
 def test_outputs_without_a_journal_are_read_and_the_page_says_so(tmp_path: Path) -> None:

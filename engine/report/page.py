@@ -307,7 +307,8 @@ def _provenance(results: Results) -> list[tuple[str, str]]:
         rows.append(("images sha256", _plain(results.data["sha256"])))
     if not results.journal.path.is_file():
         rows.append(("record of the files", "none: no run.jsonl vouches that they are as they were written"))
-    rows += [(f"stage {name}", f"{seconds:.1f} s") for name, seconds in results.stage_seconds.items()]
+    # By name: a page does not depend on which stage was done again last.
+    rows += [(f"stage {name}", f"{seconds:.1f} s") for name, seconds in sorted(results.stage_seconds.items())]
     return rows
 
 
