@@ -236,7 +236,10 @@ class Journal:
 
     def _recorded(self, path: Path) -> dict[str, tuple[str, str]]:
         """Name → (hash, stage) of what is `path` or lies in it, by the newest record of each stage."""
-        newest = {record["stage"]: record for record in self._records}
+        newest: dict[str, dict[str, Any]] = {}
+        for record in self._records:
+            newest.pop(record["stage"], None)  # so that of two stages that leave one file the later one counts
+            newest[record["stage"]] = record
         name = self._name(path)
         return {
             output: (sha256, stage)
@@ -248,6 +251,8 @@ class Journal:
     def _remedy(self, stage: str) -> str:
         outputs = self.path.parent
         if stage == "study.toml":
+            if not (outputs / stage).is_file():
+                return "run the study again with its configuration: --config FILE"
             return f"to go on with it as it is now, give it on purpose: --config {outputs / stage}"
         command = "relevance" if stage == "relevance" else "stats"
         return f"make it again: python -m engine.run {command} --outputs {outputs}"

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -73,8 +74,33 @@ class OutputsFolder(AbstractContextManager[None]):
             raise InputError(
                 f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
             ) from error
+        self._refuse_another_study()
         (self._outputs / "metrics").mkdir(exist_ok=True)
         self._journal.write(self._outputs / "study.toml", self._study.encode())
+
+    def _refuse_another_study(self) -> None:
+        """The study of another model or of other data would replace what the one before left: hours of work.
+
+        Raises:
+            InputError: study.toml is of such a study.
+        """
+        path = self._outputs / "study.toml"
+        if set(self._journal.stage_seconds()) <= {"data"}:
+            return
+        try:
+            before = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):  # none, or a damaged one, which is written again
+            return
+        now = tomllib.loads(self._study)
+        for section, key in (("model", "name"), ("data", "kind")):
+            was, is_ = (toml.get(section, {}).get(key) for toml in (before, now))
+            if was is not None and was != is_:
+                self.__exit__()
+                raise InputError(
+                    f"{self._outputs} holds a study with {section}.{key} {was}, and this one has {is_}: it would "
+                    "replace the other's results; give another folder with --outputs, or the study that is there with "
+                    f"--config {path}"
+                )
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:

@@ -236,6 +236,25 @@ def test_an_outputs_folder_that_is_not_ours_keeps_its_files(tmp_path: Path) -> N
             assert (ours / "study.toml").read_text() == study
 
 
+@pytest.mark.parametrize("other", ['[model]\nname = "b"\n[data]\nkind = "folder"', '[data]\nkind = "digits"'])
+def test_a_study_of_another_model_or_other_data_does_not_replace_one(tmp_path: Path, other: str) -> None:
+    """The embedded study, started in the folder of a study of hours, trained over its checkpoints."""
+    study = '[model]\nname = "a"\n[data]\nkind = "folder"'
+    journal = Journal(tmp_path / "run.jsonl")
+    for begun in (other, study):
+        with OutputsFolder(tmp_path, begun, journal):
+            journal.stage("data", {"study": begun}, [tmp_path / "study.toml"], lambda: None)
+    journal.stage("train", {}, [tmp_path / "study.toml"], lambda: None)
+    before = tree(tmp_path)
+    with pytest.raises(
+        InputError, match=r"holds a study with (model\.name a|data\.kind folder), .*--config .*study\.toml"
+    ):
+        OutputsFolder(tmp_path, other, journal).__enter__()
+    assert tree(tmp_path) == before
+    with OutputsFolder(tmp_path, f"{study}\nroot = 'moved'", journal):
+        pass
+
+
 def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path) -> None:
     folder = tmp_path / "figures"
     replace_files(folder, [("a.svg", b"1"), ("b.svg", b"2")])

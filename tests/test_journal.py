@@ -218,3 +218,11 @@ def test_a_folders_digest_sees_every_byte_and_name(tmp_path: Path) -> None:
     (folder / "in" / "a").rename(folder / "in" / "b")
     assert len({before, changed, digest_path(folder)}) == 3
     assert digest_path(tmp_path / "absent") == ""
+
+
+def test_of_two_stages_that_leave_one_file_the_later_one_counts(tmp_path: Path) -> None:
+    """In whatever order they were first done: "pretrain" and "pretrained" both leave the pretrained weights."""
+    journal, made = Journal(tmp_path / "run.jsonl"), tmp_path / "made.txt"
+    for stage, text in (("pretrain", "1"), ("pretrained", "2"), ("pretrain", "3")):
+        journal.stage(stage, {"text": text}, [made], lambda text=text: made.write_text(text) and None)
+        assert Journal(tmp_path / "run.jsonl").usable(made)

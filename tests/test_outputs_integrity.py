@@ -13,6 +13,7 @@ import pytest
 import xarray
 from synthetic_study import build_study, record_stages, small, texts
 
+from engine.journal import Journal
 from engine.report.inputs import Results, load_results
 from engine.report.relevance import load_relevance
 from engine.table import read_table, write_table
@@ -105,6 +106,15 @@ def test_what_no_stage_left_is_not_used(study: Path, capsys: pytest.CaptureFixtu
     (study / "run.jsonl").write_text("")
     with pytest.raises(InputError, match=r"attention_metrics\.zarr: .*run\.jsonl has no record of it; make it again"):
         load_results(study)
+
+
+def test_maps_of_runs_that_are_no_part_of_the_study_any_more_may_be_gone(study: Path) -> None:
+    """Samples are begun again when other images are kept; the record of a seed that is not run any more stays."""
+    extra = study / "samples.zarr/baseline_seed7"
+    shutil.copytree(study / "samples.zarr/baseline_seed42", extra)
+    Journal(study / "run.jsonl").stage("capture baseline seed 7", {}, [extra], lambda: None)
+    shutil.rmtree(extra)
+    assert load_results(study).samples is not None
 
 
 def test_which_stage_was_done_again_last_changes_no_page(tmp_path: Path) -> None:

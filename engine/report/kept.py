@@ -67,7 +67,8 @@ class Samples:
 
 def load_samples(path: Path, table: xr.Dataset, usable: Callable[[Path], bool]) -> Samples | None:
     """The kept maps of the table's runs; `usable` says of a file or folder whether it may be read."""
-    if not usable(path):
+    # Not of the whole store: of seeds that the study had once, maps are recorded that are gone since.
+    if not (usable(path / "zarr.json") and usable(path / "images")):
         return None
     try:
         root = zarr.open_group(path, mode="r")
