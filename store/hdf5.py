@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from store.hdf5_seal import BLOCK_BYTES, DAMAGE, check_seal, is_sealed, write_seal
 from store.local import sync_directory
 from store.removal import is_unfinished, put, remove, unfinished
-from store.schema import StoreError
+from store.schema import MARK, StoreError
 
 if TYPE_CHECKING:
     import xarray
 
 __all__ = ["read_table", "write_table"]
 
+SCHEMA = f"{MARK}-table/1"
 _ORDER = "variable_order"
-_SEAL = b"sha256 of what follows these 512 bytes: "
-_SEAL_BYTES = 512  # HDF5's user block, which its readers pass over
 _JSON = "json_attributes"  # names of attributes kept as JSON, for HDF5 attributes hold no lists or dicts
 
 
@@ -44,7 +43,7 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     partial = unfinished(target)
     try:
-        with h5py.File(partial, "w", userblock_size=_SEAL_BYTES) as file:
+        with h5py.File(partial, "w", userblock_size=BLOCK_BYTES) as file:
             _set_attributes(file, dataset.attrs)
             file.attrs[_ORDER] = json.dumps({"coords": list(map(str, dataset.coords)), "data": list(map(str, dataset))})
             for name, variable in dataset.variables.items():
@@ -55,12 +54,7 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
                     if dim in dataset.coords and dim != name:
                         file[str(name)].dims[axis].attach_scale(file[str(dim)])
             file.flush()
-        with open(partial, "r+b") as written:
-            seal = _seal(written)
-            written.seek(0)
-            written.write(seal)
-            written.flush()
-            os.fsync(written.fileno())
+        write_seal(partial, SCHEMA)
         put(partial, target, _is_table)
         sync_directory(target.absolute().parent)
     except OSError as error:
@@ -79,13 +73,8 @@ def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
     import xarray
 
     try:
-        # Before HDF5 opens it: the library may end the process on a damaged file.
-        with open(path, "rb") as written:
-            seal = written.read(_SEAL_BYTES)
-            if not seal.startswith(_SEAL):
-                raise StoreError(f"{path} was not written by write_table: it does not begin with {_SEAL.decode()!r}")
-            if not seal.startswith(_seal(written)):
-                raise StoreError(f"{path} is damaged: its bytes are not the ones that were written")
+        if not check_seal(Path(path), SCHEMA):
+            raise StoreError(f"{path} was not written by write_table: it does not begin with {SCHEMA!r}")
         with h5py.File(path, "r") as file:
             order = json.loads(file.attrs[_ORDER])
             variables = {name: _read_variable(file[name]) for name in [*order["coords"], *order["data"]]}
@@ -100,20 +89,13 @@ def _is_table(path: Path) -> bool:
     """Whether `write_table` wrote a file, sound or damaged; earlier versions put no seal before their tables."""
     import h5py
 
-    with open(path, "rb") as content:
-        if content.read(len(_SEAL)) == _SEAL:
-            return True
+    if is_sealed(path, SCHEMA):
+        return True
     try:
         with h5py.File(path, "r") as file:
             return _ORDER in file.attrs
-    except OSError:
+    except DAMAGE:
         return False
-
-
-def _seal(file: IO[bytes]) -> bytes:
-    """What the user block begins with: the sha256 of everything behind the block."""
-    file.seek(_SEAL_BYTES)
-    return _SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()  # type: ignore[arg-type]
 
 
 def _write_variable(file: Any, name: str, variable: xarray.Variable) -> None:

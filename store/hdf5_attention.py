@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from store.hdf5_seal import BLOCK_BYTES, DAMAGE, check_seal, is_sealed, write_seal
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.local import sync_directory
 from store.precisions import FLOATS, Array
@@ -36,15 +37,17 @@ _PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "qk": "float32"}
 
 
 def is_export(path: Path) -> bool:
-    """Whether a file is one that `export_attention` wrote."""
+    """Whether a file is one that `export_attention` wrote, sound or damaged."""
     import h5py
 
+    if is_sealed(path, SCHEMA):
+        return True
     try:
         with h5py.File(path, "r") as file:
             # Exports had no schema once, but all of these.
             earlier = {"model", "dataset", "preprocessing", "precision", "encoding", "code_version"}
             return file.attrs.get("schema") == SCHEMA or ("attention" in file and earlier <= set(file.attrs))
-    except OSError:
+    except DAMAGE:
         return False
 
 
@@ -52,7 +55,7 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
     """Write a store's attention as one HDF5 file, float16 where the store has it and float32 otherwise.
 
     The file appears under its name only when it is whole. Chunks of an image are gzipped and carry a Fletcher-32
-    checksum.
+    checksum, which every reader checks; the sha256 of everything stands before it, which an import checks.
 
     Args:
         store: a complete one.
@@ -72,7 +75,7 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
     target = Path(path)
     partial = unfinished(target)
     try:
-        with h5py.File(partial, "w") as file:
+        with h5py.File(partial, "w", userblock_size=BLOCK_BYTES) as file:
             file.attrs["schema"] = SCHEMA
             for name in ("model", "dataset", "preprocessing", "precision", "encoding", "code_version"):
                 file.attrs[name] = json.dumps(getattr(store.schema, name))
@@ -87,8 +90,7 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
                     dataset[rows] = store.read_stored(layer, rows) if narrow else store.read(layer, rows)
                 done(rows.stop - rows.start)
             file.flush()
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
+        write_seal(partial, SCHEMA)
         put(partial, target, is_export)
         sync_directory(target.absolute().parent)
     except OSError as error:
@@ -169,6 +171,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
 
         self.path = Path(path)
         try:
+            check_seal(self.path, SCHEMA)  # of an export of ours
             self._file = h5py.File(self.path, "r")
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read as HDF5: {error}") from error
@@ -196,11 +199,10 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
                         "each, or another order of axes (--axes)"
                     )
             self.layers = tuple(self._layers(found, whole_images))
-        except OSError as error:
+        except BaseException as error:
             self._file.close()
-            raise StoreError(f"{self.path} is damaged: {error}") from error
-        except BaseException:
-            self._file.close()
+            if isinstance(error, DAMAGE) and not isinstance(error, StoreError):
+                raise StoreError(f"{self.path} is damaged: {error}") from error
             raise
 
     def _found(self) -> dict[str, Any]:
@@ -319,7 +321,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         at = {"image": rows, "layer": layer}
         try:
             values = np.asarray(dataset[tuple(at.get(axis, slice(None)) for axis in axes)])
-        except OSError as error:
+        except DAMAGE as error:
             raise StoreError(f"{self.path}: {name} is damaged: {error}") from error
         left = [axis for axis in axes if axis != "layer"]
         values = values.transpose([left.index(axis) for axis in _AXES if axis in left])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -489,6 +490,27 @@ def test_an_export_takes_no_place_but_an_earlier_ones(tmp_path: Path, capsys: py
     with h5py.File(file, "a") as opened:  # as exports were before they had a schema
         del opened.attrs["schema"]
     assert main(["export", "--store", str(store), "--hdf5", str(file)]) == 0
+
+
+def test_a_flipped_bit_of_an_export_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names, strings, attributes and what lies where have no checksum in HDF5; some flips there end the process."""
+    file, store = tmp_path / "maps.h5", tmp_path / "again.zarr"
+    assert main(["export", "--store", str(store_of(tmp_path / "run.zarr")), "--hdf5", str(file)]) == 0
+    sound = file.read_bytes()
+    places = [sound.index(b"SNOD"), sound.index(b"classe"), sound.index(b"grid_rows"), len(sound) - 1]
+    for place in places + random.Random(0).sample(range(512, len(sound)), 8):
+        content = bytearray(sound)
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+        assert main(["import", "--hdf5", str(file), "--store", str(store)]) == 1
+        assert f"{file} is damaged" in capsys.readouterr().err
+        assert not store.exists()
+    # A damaged export is still one, and is replaced; a file that is not sealed is damaged where HDF5 says so.
+    assert main(["export", "--store", str(tmp_path / "run.zarr"), "--hdf5", str(file)]) == 0
+    assert file.read_bytes() == sound
+    file.write_bytes(bytes(512) + sound[512:].replace(b"SNOD", b"SNOE"))
+    assert main(["import", "--hdf5", str(file), "--store", str(store)]) == 1
+    assert f"{file} is damaged: " in capsys.readouterr().err
 
 
 def test_an_incomplete_store_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,68 @@
+"""A seal before an HDF5 file of ours: the sha256 of everything behind it, in the block that HDF5's readers pass over.
+
+HDF5 has checksums for chunks, and none for names, attributes, strings and for what lies where: a flipped bit there
+gives other values, or ends the process. Looked at before the library opens a file, the seal finds any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import IO
+
+from store.schema import StoreError
+
+__all__ = ["BLOCK_BYTES", "DAMAGE", "check_seal", "is_sealed", "write_seal"]
+
+BLOCK_BYTES = 512  # HDF5's user block, whose size must be asked for when a file is made
+DAMAGE = (OSError, RuntimeError, KeyError)  # what h5py raises of a damaged file
+
+
+def write_seal(path: Path, schema: str) -> None:
+    """Seal a file that was made with a user block, and bring it to the disk.
+
+    Args:
+        schema: what kind of file it is.
+    """
+    with open(path, "r+b") as file:
+        seal = _seal(file, schema)
+        file.seek(0)
+        file.write(seal)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_sealed(path: Path, schema: str) -> bool:
+    """Whether a file is one of this kind, sound or damaged."""
+    if not path.is_file():  # a device may never end
+        return False
+    with open(path, "rb") as file:
+        return file.read(BLOCK_BYTES).startswith(_beginning(schema))
+
+
+def check_seal(path: Path, schema: str) -> bool:
+    """Compare a file with its seal; False if it is not sealed as this kind.
+
+    Raises:
+        StoreError: its bytes are not the ones that were sealed.
+    """
+    with open(path, "rb") as file:
+        block = file.read(BLOCK_BYTES)
+        if not block.startswith(_beginning(schema)):
+            return False
+        if not block.startswith(_seal(file, schema)):
+            raise StoreError(
+                f"{path} is damaged: its bytes are not the ones that were written; write it again, or, if it was "
+                "changed on purpose, copy what it holds to a new HDF5 file"
+            )
+    return True
+
+
+def _beginning(schema: str) -> bytes:
+    return f"{schema}, sha256 of what follows these {BLOCK_BYTES} bytes: ".encode()
+
+
+def _seal(file: IO[bytes], schema: str) -> bytes:
+    file.seek(BLOCK_BYTES)
+    return _beginning(schema) + hashlib.file_digest(file, "sha256").hexdigest().encode()  # type: ignore[arg-type]
