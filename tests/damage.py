@@ -1,6 +1,6 @@
 """Damage to what commands leave behind, and the verdict on what the next commands make of it.
 
-    python -m tests.damage SUBJECT [--flips N] [--files N] [--seed N] [--kind TEXT]
+    python -m tests.damage SUBJECT [--flips N] [--files N] [--units] [--seed N] [--kind TEXT]
 
 A subject is a folder that commands have filled. A trial damages one file of it and runs what a user would run next.
 Each of these commands must either refuse, in a sentence that names the file, or leave the outputs of the undamaged run,
@@ -40,6 +40,7 @@ class Subject:
         before: kind -> what is run between the damage and `remake`, one list a trial, in turn.
         older: files of an earlier run in this folder, by name.
         foreign: files of another run elsewhere, by name.
+        units: regular expression of paths, whose group names a unit of files that belong together -> kind.
         forget: kind -> names of folders that are deleted before every second trial, so that they are made of damage.
         finished: what `remake` leads to; None: to what is there already.
     """
@@ -50,6 +51,7 @@ class Subject:
     before: Mapping[str, Sequence[Sequence[Step]]] = field(default_factory=dict)
     older: Mapping[str, bytes] = field(default_factory=dict)
     foreign: Mapping[str, bytes] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
     forget: Mapping[str, Sequence[str]] = field(default_factory=dict)
     finished: Mapping[str, bytes] | None = None
 
@@ -179,7 +181,7 @@ class Damage:
     def apply(self, home: Path) -> None:
         for name, content in self.files.items():
             if content is None:
-                (home / name).unlink()
+                (home / name).unlink(missing_ok=True)
             else:
                 put(home / name, content)
 
@@ -229,6 +231,19 @@ def replacements(subject: Subject, count: int, seed: int, only: str = "") -> Ite
                 made[kind] += 1
         if made.total() == before:
             return
+
+
+def exchanged_units(subject: Subject) -> Iterator[Damage]:
+    """Files that belong together, all of them another run's or an earlier one's: each fits the others."""
+    for pattern, kind in subject.units.items():
+        for how, source in (("foreign", subject.foreign), ("older", subject.older)):
+            found = {name: re.fullmatch(pattern, name) for name in {**subject.sound, **source} if not is_lock(name)}
+            units = sorted({match[1] for match in found.values() if match})
+            for turn, unit in enumerate(units):
+                names = [name for name, match in found.items() if match and match[1] == unit]
+                files = {name: source.get(name) for name in names if source.get(name) != subject.sound.get(name)}
+                if files:
+                    yield Damage(kind, f"{how}: all of {unit or 'the folder'} ({len(files)} files)", files, turn)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -340,8 +355,8 @@ def names_of(name: str, kind: str) -> list[str]:
         called += stores  # made again as a whole
     elif kind in ("relevance picture", "relevance sample csv", "figure", "record of a folder of pictures"):
         called.append(folder)  # its files are at odds with each other
-    elif kind == "journal":
-        called.append("is not as it was written")  # of the file that it is at odds with
+    elif kind == "journal" or kind.startswith("unit"):
+        called.append("is not as it was written")  # of a file that it is at odds with, or of one of several
     elif stores:
         inside = folder.partition(f"{stores[0]}/")[2]
         if shard := re.fullmatch(r"c\.(\d+)[.\d]*", leaf):
@@ -386,6 +401,7 @@ def _main() -> None:
     parser.add_argument("subject", choices=sorted(SUBJECTS))
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--files", type=int, default=0)
+    parser.add_argument("--units", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", default="")
     given = parser.parse_args()
@@ -395,6 +411,7 @@ def _main() -> None:
         for damages in (
             flips(subject, given.flips, given.seed, given.kind),
             replacements(subject, given.files, given.seed, given.kind),
+            (damage for damage in exchanged_units(subject) if given.units and given.kind in damage.kind),
         ):
             verdicts = try_all(subject, damages)
             print(table(verdicts))

@@ -48,6 +48,15 @@ LEDGER = {
 SAMPLES = {r".+/c/[\d/]+": "sample chunk", r"(.+/)?zarr\.json": "sample metadata"}
 
 
+UNITS = {
+    r"(checkpoints/[^.]+)\..+": "unit of a checkpoint",
+    r"(captures/[^/]+)\.(?:zarr|ledger)/.+": "unit of a capture",
+    r"(samples\.zarr/[^/]+)/.+": "unit of samples",
+    r"(samples\.zarr|metrics/attention_metrics|metrics|visualizations)[./].+": "unit of a folder",
+    r"()(?!run\.jsonl).+": "unit of all but the journal",
+}
+
+
 def below(folder: str, rules: dict[str, str]) -> dict[str, str]:
     """Rules for files below a folder, a regular expression that ends in a slash."""
     return {f"{folder}{pattern}": kind for pattern, kind in rules.items()}
@@ -136,7 +145,8 @@ def study_ways(home: Path) -> dict[str, Sequence[Sequence[Step]]]:
         return 0, ""
 
     report, stats = command("report", "--outputs", home), command("stats", "--outputs", home)
-    ways: dict[str, Sequence[Sequence[Step]]] = {kind: [[report], [stats], []] for kind in READ_BY_REPORT}
+    ways: dict[str, Sequence[Sequence[Step]]] = {}
+    ways |= {kind: [[report], [stats], []] for kind in (*READ_BY_REPORT, *UNITS.values())}
     return ways | {kind: [look, [*look, table_again]] for kind in (*STORE.values(), *LEDGER.values())}
 
 
@@ -159,6 +169,7 @@ def study(folder: Path) -> Subject:
         kinds=OUTPUTS,
         remake=[command(*run(home, *own))],
         before=study_ways(home),
+        units=UNITS,
         older=older,
         foreign=contents(folder / "other"),
     )
@@ -233,6 +244,7 @@ def compare(folder: Path) -> Subject:
         kinds=OUTPUTS,
         remake=[command(*run(home, models[0], models[1], *own))],
         before=study_ways(home) | {kind: [[images_again]] for kind in CACHED},
+        units=UNITS,
         older=older,
         foreign=contents(folder / "other"),
     )

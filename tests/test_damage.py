@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from store import AttentionStore, StoreError
-from tests.damage import Subject, Verdict, flips, put, replacements, table, try_all
+from tests.damage import Subject, Verdict, exchanged_units, flips, put, replacements, table, try_all
 from tests.damage_steps import call, still_clock
 from tests.damage_subjects import SUBJECTS
 
@@ -67,6 +67,13 @@ def test_many_flips(made: Callable[[str], Subject], name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, (_, files) in MANY.items() if files])
 def test_many_replaced_files(made: Callable[[str], Subject], name: str) -> None:
     check(try_all(made(name), replacements(made(name), MANY[name][1], seed=1)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["study", "compare"])
+def test_units_of_another_run_and_of_an_earlier_one(made: Callable[[str], Subject], name: str) -> None:
+    check(try_all(made(name), exchanged_units(made(name))))
 
 
 # --- what a foreign shard must not leave behind -----------------------------------------------------------------------
