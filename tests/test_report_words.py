@@ -272,6 +272,22 @@ def test_the_clearest_change_is_the_largest_and_its_row_says_the_same(tmp_path: 
     assert "in layer 1 (blocks.1.attn); difference −0.120" in summary
 
 
+def test_a_change_of_the_size_of_rounding_is_called_that(tmp_path: Path) -> None:
+    """A copy whose weights differ by 1e-6 differs in every image, which a test finds and nobody should build upon."""
+    outputs = small(tmp_path, conditions=("baseline", "finetuned"), regions=(), samples=False, gradcam=False)
+    said = "That is less than a hundredth of what images differ by; rounding alone"
+    assert said not in texts(outputs)[0]
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    for test in comparison["tests"]:
+        if test.get("d_av") is not None:
+            test["d_av"] *= 1e-4
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, page = texts(outputs)
+    assert said in summary.split("## What was compared")[0]
+    assert said in page
+
+
 def test_one_layer_that_changed_does_not_read_as_a_number_of_layers(tmp_path: Path) -> None:
     outputs = two_metrics(tmp_path, metrics=("entropy",))
     change_tests(outputs, lambda test: {"p_max_t": 0.001 if test["layer"] == 3 else 0.9})

@@ -30,6 +30,9 @@ __all__ = [
 HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these images is not known."
 
 
+_SMALL = 0.01  # standard deviations between images: a copy with 1e-6 of noise in its weights stays below
+
+
 def headline(results: Results, found: Sequence[Comparison]) -> str:
     """The study in a sentence or two, from what survives the family-wise test, or the lack of it."""
     if not found:
@@ -57,9 +60,15 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
     size = ""
     if best.d_av is not None:
         size = f"; {text.number(abs(best.d_av), 2)} standard deviations between images, by which changes are ranked"
+    small = ""
+    if best.d_av is not None and abs(best.d_av) < _SMALL:
+        small = (
+            " That is less than a hundredth of what images differ by; rounding alone, as on another device, can make a "
+            "difference of such a size."
+        )
     return (
         f"The clearest change is in {text.what(best.metric, best.region)}, {text.where(best)}: "
-        f"from {before} in {best.against} to {after} in {best.condition} ({_effect(results, best, unit)}{size})."
+        f"from {before} in {best.against} to {after} in {best.condition} ({_effect(results, best, unit)}{size}).{small}"
     )
 
 
