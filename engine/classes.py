@@ -102,10 +102,8 @@ def named_classes(outputs: int, *, condition: str, checkpoint: Path | None, file
     if file:
         names = read_class_names(Path(file))
         if len(names) != outputs:
-            head = f"a head of {outputs} outputs" if outputs else "no head"
-            raise InputError(
-                f"class names {file} are {len(names)}, and {of} has {head}; give the names of this head's outputs"
-            )
+            head = f"a head of {outputs} outputs; name each output once" if outputs else "no head; leave the file out"
+            raise InputError(f"{file} holds {len(names)} class name{'s'[: len(names) != 1]}, and {of} has {head}")
         return HeadClasses(outputs, names, f"named by {Path(file).name}")
     if not outputs:
         return HeadClasses(0)

@@ -218,8 +218,8 @@ def hybrid_control(
         f"block {first_block}, and not 0 above it",
         largest,
         held,
-        f"{images} images: largest difference below {largest:g} ({len(below)} layers), above {changed:g} "
-        f"({len(above)} layers)",
+        f"{images} images: largest difference {largest:g} in the {len(below)} layers below block {first_block}, "
+        f"{changed:g} in the {len(above)} from there on",
     )
 
 
@@ -261,8 +261,8 @@ def untouched_control(
         + (", and not 0 above" if above else ""),
         largest,
         held,
-        f"{images} images: largest difference below block {first_block} {largest:g} ({len(below)} layers), from there "
-        f"on {changed:g} ({len(above)} layers)",
+        f"{images} images: largest difference {largest:g} in the {len(below)} layers below block {first_block}, "
+        f"{changed:g} in the {len(above)} from there on",
     )
 
 

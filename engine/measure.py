@@ -142,7 +142,7 @@ def _second_store(
             raise InputError(f"--against {against} is given, but none of {', '.join(specs)} compares two captures")
         return None
     if against is None:
-        raise InputError(f"{pairs[0]} compares two captures; name the other one with --against T.zarr")
+        raise InputError(f"{pairs[0]} compares two captures; name the other one with --against OTHER.zarr")
     other = AttentionStore.open(against)
     if other.image_ids != store.image_ids:
         raise InputError(

@@ -229,7 +229,7 @@ COMMANDS: dict[str, Command] = {
         (*_TRAINING, *_STATISTICS, "relevance"),
         shared=True,
     ),
-    "report": Command("figures, summary and page anew, from the tables and samples of an outputs folder", _report),
+    "report": Command("figures, summary and page once more, from the tables and samples of an outputs folder", _report),
     "sweep": Command(
         "adapters of several ranks on a plain, a pruned and a binarised backbone, their hyper-parameters by Optuna",
         _sweep,
@@ -371,7 +371,7 @@ def _parser(name: str, command: Command, conditions: list[str]) -> tuple[argpars
         allow_abbrev=False,
         exit_on_error=True,
     )
-    parser.add_argument("--config", metavar="study.toml", help="the configuration; flags go before it")
+    parser.add_argument("--config", metavar="study.toml", help="the configuration; a flag wins over its key")
     if command.positional:
         parser.add_argument(command.positional)
     keys: dict[str, str] = {}

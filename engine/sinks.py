@@ -169,7 +169,8 @@ def capture_to_store(
         except (OtherRunError, DamagedStoreError) as error:
             if not replace:
                 raise
-            say(f"{path.name}: captured from the beginning, since what was there cannot be continued ({error})")
+            found = str(error).partition(";")[0]  # what to do about it is done here
+            say(f"{path.name}: captured from the beginning, since what was there cannot be continued ({found})")
             AttentionWriter.discard(path)
             return open_writer()
 

@@ -183,7 +183,7 @@ class LocalStorage(Storage):
             lock = _Flock(self.path, file)
             lock.take(fcntl.LOCK_SH)
             if run not in lock.signature():
-                raise StoreError(f"{self.path} is not shared by the run that this process belongs to; start it anew")
+                raise StoreError(f"{self.path} is not shared by the run that this process belongs to; start it again")
             yield lock
 
 

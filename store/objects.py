@@ -197,7 +197,7 @@ class ObjectStorage(Storage):
     def joined(self, run: str) -> Iterator[Lock]:
         lock = _LockObject(self)
         if lock.holder().get("run") != run:
-            raise StoreError(f"{self} is not shared by the run that this process belongs to; start it anew")
+            raise StoreError(f"{self} is not shared by the run that this process belongs to; start it again")
         yield lock
 
     def put_first(self, file: str, content: bytes) -> bool:

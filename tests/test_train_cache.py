@@ -108,7 +108,7 @@ def test_a_flipped_bit_is_found_and_that_picture_alone_decoded_anew(
     path.write_bytes(damaged)
     for found, right in zip(pixels(prepared(root, cache)), expected, strict=True):
         np.testing.assert_array_equal(found, right)
-    assert caplog.text.count("is damaged and decoded anew") == 1
+    assert caplog.text.count("is damaged and decoded again") == 1
     assert path.read_bytes() == sound
 
 

@@ -226,7 +226,7 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_left_aside(
         monkeypatch.setattr(train.state.StateFile, "save", real)
         assert run("cut").sha256 == whole.sha256
         whole.checkpoint.with_name("cut.safetensors").unlink()
-    assert "is damaged (its digest differs); training begins anew" in caplog.text
+    assert "is damaged (its digest differs); training begins again" in caplog.text
 
 
 def test_a_damaged_result_is_trained_again(run: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture) -> None:

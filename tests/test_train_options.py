@@ -203,7 +203,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(
     if damage == "both":
         assert "cut.state.safetensors is damaged (its digest differs); the state before it is taken" in caplog.text
         assert "cut.state.previous.safetensors is damaged" in caplog.text
-        assert "; training begins anew" in caplog.text
+        assert "; training begins again" in caplog.text
     else:
         assert "full seed 42: going on at step 4 of 9" in caplog.text
         assert ("the state before it is taken" in caplog.text) == (damage != "gone")

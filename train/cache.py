@@ -102,10 +102,10 @@ class ImageCache:
                 raise ValueError(f"{sidecar.name} is not as it was written")
             pixels = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError, tokenize.TokenError) as error:
-            logger.warning("image cache %s is damaged (%s); it is made anew", self.path, error)
+            logger.warning("image cache %s is damaged (%s); it is made again", self.path, error)
             return None
         if pixels.shape != self._shape or pixels.dtype != np.uint8 or checksums.shape != self._shape[:1]:
-            logger.warning("image cache %s is %s, expected %s; it is made anew", self.path, pixels.shape, self._shape)
+            logger.warning("image cache %s is %s, expected %s; it is made again", self.path, pixels.shape, self._shape)
             return None
         return pixels, checksums
 
@@ -144,7 +144,7 @@ class ImageCache:
     def _repair(self, row: int) -> None:
         """One picture anew from its file, which is checked against its own hash."""
         source = self._sources[row]
-        logger.warning("image cache %s: %s is damaged and decoded anew", self.path, self._pictures.ids[source])
+        logger.warning("image cache %s: %s is damaged and decoded again", self.path, self._pictures.ids[source])
         pixels, checksums, _ = self._opened
         content = self._decoded([source])[0]
         with open(self.path, "r+b") as file:

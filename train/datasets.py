@@ -190,7 +190,7 @@ def _read_indoor67(root: Path, rule: str) -> _Source:
         lists[list_name] = hashlib.sha256(content).hexdigest()
         for name in list_lines(path, content):
             if name in place:
-                raise InputError(f"{path} names {name}, which {place[name]} names already; get the lists anew")
+                raise InputError(f"{path} names {name}, which {place[name]} names already; get the lists again")
             place[name] = list_name
             for parent in (images / name).relative_to(images).parents:
                 inside(images / parent, images)

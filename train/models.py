@@ -74,7 +74,8 @@ def build_model(
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
         found = _rows(tensors.get(keys[0]))
         if found != num_classes:
-            logger.info("%s: head for %d classes left out, a new one for %d starts anew", path, found, num_classes)
+            left_out = f"its head for {found} classes is left out" if found else "it has no head"
+            logger.info("%s: %s; a new one for %d classes is trained", path, left_out, num_classes)
             own = model.state_dict()
             tensors |= {key: own[key] for key in keys if key in own}
     _load(model, tensors, path, name)

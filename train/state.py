@@ -139,16 +139,16 @@ class StateFile:
 
     def restore(self, state: TrainingState) -> None:
         """Put the last sound state of this key into `state`; without one, leave it as it is, at the beginning."""
-        for path, otherwise in ((self.path, "the state before it is taken"), (self.previous, "training begins anew")):
+        for path, otherwise in ((self.path, "the state before it is taken"), (self.previous, "training begins again")):
             if not path.is_file():
                 continue
             try:
                 header, tensors = _read(path)
             except DamagedFileError as error:
-                logger.warning("%s; %s", error, otherwise if self.previous.is_file() else "training begins anew")
+                logger.warning("%s; %s", error, otherwise if self.previous.is_file() else "training begins again")
                 continue
             if header["key"] != self.key:
-                logger.info("training state %s is of other settings or data; training begins anew", path)
+                logger.info("training state %s is of other settings or data; training begins again", path)
                 return
             _put(state, json.loads(header["progress"]), tensors)
             return

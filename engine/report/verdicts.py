@@ -1,4 +1,4 @@
-"""Which layers changed, by how much, and is it certain: one row a metric, for the reader with a minute."""
+"""Which layers changed, by how much, and is it shown: one row a metric, for the reader with a minute."""
 
 from __future__ import annotations
 

@@ -126,10 +126,15 @@ def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
             )
             continue
         if within := _negligible(comparison):
+            bounds = {
+                change.metric: f"{change.metric} ±{text.quantity(change.bound, change.unit)}"
+                for change in comparison.changes
+                if change.bound is not None
+            }
             sentences.append(
                 f"What differs between {comparison.condition} and {comparison.against} is real but negligible: "
-                f"{within} survive the family-wise correction, and each is shown to lie within the "
-                "bounds that were set beforehand (TOST, Holm)."
+                f"{within} survive the family-wise correction, and each is shown to lie within its bound "
+                f"(TOST, Holm; {', '.join(bounds.values())})."
             )
             continue
         said = (
@@ -178,12 +183,14 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
     layers = sum(len(change.layers) for change in comparison.changes)
     within = _negligible(comparison)
     if not changed and not comparison.layers_changed:
-        verdict = f"none of the {cells} layer × head × metric cells" + (f" and {layers} layer means" if layers else "")
-        verdict += " differs" + (f" but for {within} that are real but negligible" if within else "")
+        tested = f"{cells} layer × head × metric cells" + (f" and {layers} layer means" if layers else "")
+        verdict = f"none of the {tested} differs"
+        if within:
+            verdict = f"of {tested}, {within} differ, each within its bound (real but negligible),"
     else:
         verdict = f"{changed} of {cells} layer × head × metric cells"
         verdict += (f" and {comparison.layers_changed} of {layers} layer means" if layers else "") + " differ"
-        verdict += f" (and {within} that are real but negligible)" if within else ""
+        verdict += f", and {within} differ within their bound (real but negligible)," if within else ""
     return (
         f"{comparison.condition} against {comparison.against}: {verdict} at the family-wise level α = "
         f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = "
