@@ -101,7 +101,7 @@ class DataConfig:
     split: Literal["auto", "stratified", "official", "folders", "all"] = _key(
         "auto",
         "stratified: 70/15/15 within each class; official: indoor67's lists; folders: train/val/test folders; "
-        "all: every image is test; auto: folders for sports100, else stratified; compare and capture: all unless given",
+        "all: every image is test; auto: folders for sports100, else stratified, but all in compare and capture",
     )
     seed: int = _key(42, "seed of the split, or of the composed scenes")
     class_order: Literal["auto", "string", "natural"] = _key(

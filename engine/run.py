@@ -59,6 +59,8 @@ class Command:
 
 # Keys that only a command with a flag of its own for them reads.
 _OF_ONE_STORE = ("capture.store", "measure.store", "measure.against")
+# Commands that write the study.toml of their outputs folder.
+_WRITE_STUDY = ("study", "train", "compare", "stats", "relevance")
 
 
 def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
@@ -340,6 +342,8 @@ def _run(arguments: list[str]) -> int:
     overrides: dict[str, Any] = dict(command.defaults) if parsed.config is None else {}
     overrides |= {keys[flag]: parse_value(keys[flag], text) for flag, text in given.items()}
     config = load_study(config_path, overrides)
+    if name in _WRITE_STUDY and first_process():
+        _keep_edited(Path(config.outputs), config_path)
     return command.run(config, parsed) if command.shared or first_process() else 0
 
 
@@ -357,6 +361,22 @@ def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
     own = outputs / "study.toml"
     Journal(outputs / "run.jsonl").require(own)
     return own if own.is_file() else None
+
+
+def _keep_edited(outputs: Path, given: Path | None) -> None:
+    """A study.toml that was edited since a study wrote it is not written over by a command that does not read it.
+
+    Raises:
+        InputError: the folder holds such a file, and it is not the configuration `given`.
+    """
+    from engine.journal import Journal
+
+    own = outputs / "study.toml"
+    if own.is_file() and not (given is not None and given.is_file() and own.samefile(given)):
+        try:
+            Journal(outputs / "run.jsonl").usable(own)
+        except InputError as error:
+            raise InputError(f"{error}; to go on without it, delete it") from error
 
 
 def _parser(name: str, command: Command, conditions: list[str]) -> tuple[argparse.ArgumentParser, dict[str, str]]:

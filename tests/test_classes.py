@@ -321,7 +321,7 @@ def test_names_must_be_those_of_the_head(tmp_path: Path) -> None:
     assert found == HeadClasses(2, ("cat", "dog"), "named by names.txt")
     np.testing.assert_array_equal(found.outputs_of(np.array([2, 0, 1]), ("cat", "cow", "dog")), [1, 0, -1])
     for outputs, head in ((3, "a head of 3 outputs"), (0, "no head")):
-        with pytest.raises(InputError, match=f"are 2, and condition a has {head}"):
+        with pytest.raises(InputError, match=f"holds 2 class names, and condition a has {head}"):
             named_classes(outputs, condition="a", checkpoint=None, file=file)
     with pytest.raises(InputError, match=r"none of the class names of .* is a class of the data set"):
         check_shared_names(found, ("Cat", "Dog"), file)

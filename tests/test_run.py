@@ -236,6 +236,10 @@ def test_a_changed_study_toml_is_used_on_purpose_only(tmp_path: Path, capsys: py
         assert code == 2
         assert "study.toml is not as it was written: edited, damaged or put in its place (stage study.toml)" in error
         assert f"--config {own}" in error
+    edited = own.read_bytes()
+    code, error = error_of(capsys, "--outputs", str(tmp_path))
+    assert (code, own.read_bytes()) == (2, edited), "a study does not write over it"
+    assert f"--config {own}; to go on without it, delete it" in error
     own.unlink()
     code, error = error_of(capsys, "stats", "--outputs", str(tmp_path))
     assert code == 2, "and not the embedded study in its place"

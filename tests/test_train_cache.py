@@ -129,17 +129,17 @@ def test_damage_to_the_files_of_the_cache_is_said_and_mended(
         assert (path.read_bytes(), sidecar.read_bytes()) == sound
 
     path.write_bytes(sound[0][:-100])
-    read_again("it is made anew")
+    read_again("it is made again")
     path.write_bytes(b"")
-    read_again("it is made anew")
+    read_again("it is made again")
     sidecar.write_text("{")
-    read_again("it is made anew")
+    read_again("it is made again")
     document = json.loads(sound[1])
     document["crc32"][2] ^= 1
     sidecar.write_text(json.dumps(document))
-    read_again("is damaged and decoded anew")
+    read_again("is damaged and decoded again")
     sidecar.write_bytes(sound[1].replace(b"torchvision", b"torchvisiom"))
-    read_again("it is made anew")
+    read_again("it is made again")
     sidecar.unlink()  # a build that was killed before it was committed
     read_again("")
 
