@@ -52,12 +52,12 @@ def in_time() -> Iterator[None]:
         raise TimeoutError(f"stuck for {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    others, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS)  # the test's own limit waits meanwhile
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, others)
 
 
 @contextlib.contextmanager
