@@ -10,7 +10,7 @@ from store.removal import schema_of
 from store.schema import LEDGER_FILES, MARK, RECORD_BEGINS, SCHEMA, DamagedStoreError, StoreError, ledger_name
 from store.storage import Location, Storage, location_of
 
-__all__ = ["containing_store", "require_place", "storage_at"]
+__all__ = ["containing_store", "require_place", "require_store", "storage_at"]
 
 
 def storage_at(given: str | os.PathLike[str] | Storage) -> Storage:
@@ -60,6 +60,21 @@ def require_place(storage: Storage) -> None:
     records = [file for file in files if file != "lock"]
     if records and "lock" not in files and not (ledger.fetch(records[:1])[0] or b"").startswith(RECORD_BEGINS):
         raise StoreError(f"{ledger} was not written by this program; move it away, or give the store another name")
+
+
+def require_store(storage: Storage) -> None:
+    """Refuse what has no ledger and does not say of itself that it is a store.
+
+    Raises:
+        StoreError: a Zarr group of another kind, such as sample maps, or none at all.
+    """
+    found = schema_of(storage.fetch(["zarr.json"])[0])
+    if found != SCHEMA:
+        what = f"its schema is {found!r}" if found else "it has no attribute `schema`"
+        raise StoreError(
+            f"{storage} is no store of attention ({what}) and has no ledger {ledger_name(storage.name)} beside it; "
+            f"expected a {SCHEMA!r} store, as a capture writes it"
+        )
 
 
 def containing_store(location: Location) -> str:

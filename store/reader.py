@@ -14,7 +14,7 @@ from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, r
 from store.commit import attention_digest
 from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, LedgerError, file_problems
-from store.places import storage_at
+from store.places import require_store, storage_at
 from store.precisions import Array, RoundedArray
 from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
@@ -410,11 +410,10 @@ def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str
     if not root.is_there():
         raise StoreError(f"there is no store at {root}")
     if not ledger.exists("metadata"):
-        attrs = read_attributes(root)  # says so if this is no Zarr group at all
-        found = f"its schema is {attrs['schema']!r}" if "schema" in attrs else "it has no attribute `schema`"
+        require_store(root)
         raise StoreError(
-            f"{root} has no ledger at {ledger} ({found}); expected a {SCHEMA!r} store with its ledger beside it: put "
-            "the ledger back from a copy, or delete the store and capture again"
+            f"{root} has no ledger at {ledger}; expected a {SCHEMA!r} store with its ledger beside it: put the ledger "
+            "back from a copy, or delete the store and capture again"
         )
     record = ledger.read("metadata")
     found_schema = record["attrs"].get("schema")

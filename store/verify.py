@@ -13,7 +13,7 @@ from typing import Any
 from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
 from store.commit import STALE, attention_digest
 from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem
-from store.places import storage_at
+from store.places import require_store, storage_at
 from store.reader import AttentionStore
 from store.schema import SCHEMA, StoreError, StoreSchema
 from store.shards import FileEntry, ShardError, glance_at_shard
@@ -59,8 +59,8 @@ def verify(path: str | os.PathLike[str] | Storage) -> list[Damage]:
     if not root.is_there():
         raise StoreError(f"there is no store at {root}")
     check = _Check(root)
-    if not check.ledger.exists("metadata") and "schema" not in read_attributes(root):
-        raise StoreError(f"{root} is not a {SCHEMA!r} store, and has no ledger at {check.ledger}")
+    if not check.ledger.exists("metadata"):
+        require_store(root)
     return check.run()
 
 

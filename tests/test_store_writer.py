@@ -236,15 +236,19 @@ def test_what_is_not_a_store_is_refused_and_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "cat.jpg").write_bytes(b"x")
-    with pytest.raises(StoreError, match="is not a Zarr group"):
+    with pytest.raises(StoreError, match=r"photos is no store of attention .* no ledger photos\.ledger beside it"):
         AttentionStore.open(folder)
     with pytest.raises(StoreError, match="exists but has no ledger"):
         AttentionWriter.open(folder, case.make_schema(), **case.fixed())
-    with pytest.raises(StoreError, match="not a Zarr group"):
+    with pytest.raises(StoreError, match="is no store of attention"):
         verify(folder)
     zarr.create_group(tmp_path / "other.zarr")
     with pytest.raises(StoreError, match="it has no attribute `schema`"):
         AttentionStore.open(tmp_path / "other.zarr")
+    zarr.create_group(tmp_path / "other.zarr", overwrite=True, attributes={"schema": "vit-attention-samples/1"})
+    for look in (verify, AttentionStore.open):  # a study's sample maps are sound without a ledger
+        with pytest.raises(StoreError, match=r"is no store of attention \(its schema is 'vit-attention-samples/1'\)"):
+            look(tmp_path / "other.zarr")
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["cat.jpg", "other.zarr", "photos", "zarr.json"]
 
 
