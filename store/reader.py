@@ -131,7 +131,7 @@ class AttentionStore:
         Raises:
             LedgerError: the record is damaged, or is missing though a manifest was given.
         """
-        if not self._ledger.exists("manifest") and not self._ledger.read("metadata")["manifest"]:
+        if not self._ledger.exists("manifest") and not self._ledger.read("metadata").get("manifest"):
             return None
         manifest: dict[str, Any] = self._ledger.read("manifest")["manifest"]
         return manifest

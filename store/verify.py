@@ -79,7 +79,7 @@ class _Check:
     def run(self) -> list[Damage]:
         if "metadata" in self.records:
             metadata = self.unit("metadata")
-            if metadata is not None and metadata["manifest"] and "manifest" not in self.records:
+            if metadata is not None and metadata.get("manifest") and "manifest" not in self.records:
                 self.blame([(self.ledger.storage, "manifest.json", "is missing")])
         else:
             self.blame([(self.ledger.storage, "metadata.json", "is missing")])

@@ -67,6 +67,14 @@ def test_what_an_absent_finding_means_is_said(tmp_path: Path) -> None:
     assert "would have been found with a power of 80 %" in summary.split("## Observed patterns")[1]
 
 
+def test_images_too_few_for_any_test_are_said_to_be(tmp_path: Path) -> None:
+    """Sign flips over n images have a least p of 2^(1 − n): over five none is below .05."""
+    options: dict[str, Any] = {"conditions": ("baseline", "finetuned"), "regions": (), "samples": False}
+    said = "nothing can, over 5 images: exact sign flips need 6"
+    assert said in texts(small(tmp_path / "five", images=5, effect=0.0, **options))[0]
+    assert "nothing can" not in texts(small(tmp_path / "six", images=6, effect=0.0, **options))[0]
+
+
 def test_skewed_differences_are_a_limit_that_is_named(tmp_path: Path) -> None:
     outputs = small(tmp_path, conditions=("baseline", "finetuned"), regions=(), samples=False, gradcam=False)
     assert "symmetric about zero" not in texts(outputs)[0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.report import text
 from engine.report.analyses import PairedTest, Relation
-from engine.report.findings import Change, Comparison, layer_curve
+from engine.report.findings import Change, Comparison, layer_curve, seeds_needed
 from engine.report.inputs import Results
 
 __all__ = [
@@ -149,6 +149,9 @@ def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
 
 def _power_clause(results: Results, comparison: Comparison) -> str:
     """How large an effect on a layer would have been found, so that finding none has a meaning."""
+    needed = seeds_needed(results.alpha)
+    if 0 < comparison.n < needed:
+        return f"; nothing can, over {text.count(comparison.n, 'image')}: exact sign flips need {needed}"
     effects = [test.mde_dz for change in comparison.changes for test in change.layers if test.mde_dz is not None]
     if not effects:
         return ""
