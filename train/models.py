@@ -19,7 +19,7 @@ from torch import nn
 from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
 from train.errors import InputError
-from train.weights import read_state_dict, refuse_unfit_values
+from train.weights import read_state_dict, refuse_unfit_values, say_once
 
 __all__ = [
     "build_model",
@@ -30,8 +30,6 @@ __all__ = [
     "preprocessing_of",
     "readout",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -75,7 +73,7 @@ def build_model(
         found = _rows(tensors.get(keys[0]))
         if found != num_classes:
             left_out = f"its head for {found} classes is left out" if found else "it has no head"
-            logger.info("%s: %s; a new one for %d classes is trained", path, left_out, num_classes)
+            say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
             own = model.state_dict()
             tensors |= {key: own[key] for key in keys if key in own}
     _load(model, tensors, path, name)
@@ -108,7 +106,7 @@ def load_checkpoint(model_name: str, path: str | Path, img_size: int = 0, state:
     tensors, said = read_state_dict(path, state), _said(path, model_name)
     head = tensors.get(f"{classifiers[0]}.weight")
     if head is None:
-        logger.warning("%s has no %s.weight; %s is built without a head", path, classifiers[0], model_name)
+        say_once(f"{path} has no {classifiers[0]}.weight; {model_name} is built without a head", logging.WARNING)
     model = _create(
         model_name,
         num_classes=_rows(head),
@@ -142,7 +140,7 @@ def _prepare_as_said(model: nn.Module, said: Mapping[str, Any], img_size: int, p
     trained = said["preprocessing"]
     size = (trained["height_px"], trained["width_px"])
     if img_size and (img_size, img_size) != size:
-        logger.info("%s was trained at %d×%d px and is used at model.img_size %d", path, *size, img_size)
+        say_once(f"{path} was trained at {size[0]}×{size[1]} px and is used at model.img_size {img_size}")
         size = (img_size, img_size)
     taken = {name: trained[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     timm_model = cast(Any, model)
@@ -346,7 +344,7 @@ def _resize_positions(
         return state  # not a grid at all: the caller names the key with both shapes
     fitting = {key: filtered[key] for key in keys if key in filtered and filtered[key].shape == expected[key].shape}
     for key, tensor in fitting.items():
-        logger.warning("%s: %s resized from %s to %s by timm", path, key, _shape(state[key]), _shape(tensor))
+        say_once(f"{path}: {key} resized from {_shape(state[key])} to {_shape(tensor)} by timm", logging.WARNING)
     return state | fitting
 
 

@@ -16,7 +16,7 @@ import torch
 from train.checkpoint import has_sidecar, read_checkpoint
 from train.errors import DamagedFileError, InputError
 
-__all__ = ["SUFFIXES", "read_state_dict", "refuse_unfit_values"]
+__all__ = ["SUFFIXES", "read_state_dict", "refuse_unfit_values", "say_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, t
         )
     others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype in _FLOATS[1:]})
     if others:
-        _say_once(f"{path}: weights of {', '.join(others)} are computed with in float32")
+        say_once(f"{path}: weights of {', '.join(others)} are computed with in float32")
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -128,9 +128,9 @@ def _unusual(tensor: torch.Tensor) -> str:
 
 
 @functools.cache
-def _say_once(sentence: str) -> None:
+def say_once(sentence: str, level: int = logging.INFO) -> None:
     """A file is read by several stages; what is said of it is said once."""
-    logger.info("%s", sentence)
+    logger.log(level, "%s", sentence)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -175,12 +175,12 @@ def _check_records(path: Path) -> None:
     with open(path, "rb") as file:
         zipped = file.read(len(_ZIP)) == _ZIP
     if not zipped:
-        _say_once(f"{path} is in torch's format before 1.6, which holds no checksum: damage cannot be seen")
+        say_once(f"{path} is in torch's format before 1.6, which holds no checksum: damage cannot be seen")
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if not any(record.CRC for record in records):
-            _say_once(f"{path} was saved without checksums (set_crc32_options): damage cannot be seen")
+            say_once(f"{path} was saved without checksums (set_crc32_options): damage cannot be seen")
             return
         for record in records:
             try:
@@ -212,7 +212,7 @@ def _unwrap(content: Any, path: Path, state: str) -> dict[str, torch.Tensor]:
             break
         others = [repr(key) for key, value in content.items() if key != wrapper and _is_state(value)]
         if others:
-            _say_once(
+            say_once(
                 f"{path}: weights taken from {wrapper!r}; {', '.join(others)} not used (model.state chooses another)"
             )
         content = content[wrapper]
