@@ -25,6 +25,7 @@ from train.checkpoint import (
     checked_json,
     has_sidecar,
     parse_checked_json,
+    read_checkpoint,
     read_metadata,
     save_checkpoint,
     sidecar_path,
@@ -84,6 +85,17 @@ def test_a_foreign_json_file_beside_weights_is_no_sidecar(tmp_path: Path) -> Non
     path = tmp_path / "a.safetensors"
     sidecar_path(path).write_text('{"architecture": "vit", "sha256": "0"}')
     assert not has_sidecar(path)
+
+
+def test_a_sidecar_of_other_weights_is_called_that_and_nothing_is_to_be_deleted_with_it(tmp_path: Path) -> None:
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        save_checkpoint(tmp_path / f"{name}.safetensors", {"w": torch.full((3,), value)}, {"model": "m"})
+    (tmp_path / "a.json").write_bytes((tmp_path / "b.json").read_bytes())
+    with pytest.raises(DamagedFileError, match=r"a\.json beside it was written for b\.safetensors, with other weights"):
+        read_checkpoint(tmp_path / "a.safetensors")
+    for suffix in (".safetensors", ".json"):  # both renamed: still one another's
+        (tmp_path / f"c{suffix}").write_bytes((tmp_path / f"b{suffix}").read_bytes())
+    assert read_checkpoint(tmp_path / "c.safetensors").tensors["w"].sum() == 3
 
 
 def test_a_flipped_bit_of_a_manifest_is_named(tmp_path: Path) -> None:

@@ -235,6 +235,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != metadata["sha256"]:
+        if (of := metadata.get("file", path.name)) != path.name:
+            raise DamagedFileError(
+                f"checkpoint {path}: {sidecar_path(path).name} beside it was written for {of}, with other weights; put "
+                f"its own there, or delete {sidecar_path(path).name} to use the weights as a file of which nothing is "
+                "known"
+            )
         raise DamagedFileError(
             f"checkpoint {path} is damaged: its sha256 is {found[:12]}…, its sidecar says "
             f"{metadata['sha256'][:12]}…; delete both files and train it again"
