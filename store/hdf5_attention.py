@@ -121,6 +121,16 @@ def _create(file: Any, store: AttentionStore, layer: int) -> Any:
     return dataset
 
 
+def _contradiction(found: dict[str, Any], given: tuple[str, ...]) -> str:
+    """What dimension labels say, where it is not the order that was given."""
+    for name, dataset in found.items():
+        with contextlib.suppress(StoreError):  # labels that are no axes' names
+            stated = labelled_axes(dataset)
+            if stated and stated != given:
+                return f" (the dimension labels of {name} say [{', '.join(stated)}])"
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """One layer in a file.
@@ -239,7 +249,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
     ) -> tuple[dict[str, tuple[str, ...]], str]:
         """Each dataset's axes, and a sentence on them."""
         axes = {name: given or labelled_axes(dataset) for name, dataset in found.items()}
-        reason = "as --axes says" if given else "by its dimension labels"
+        reason = f"as --axes says{_contradiction(found, given)}" if given else "by its dimension labels"
         unstated = {name: found[name].shape for name, order in axes.items() if not order}
         if unstated:
             stated = next((len(entries) for entries in (ids, labels) if entries is not None), None)

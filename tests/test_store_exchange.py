@@ -312,6 +312,12 @@ def test_the_order_of_axes_comes_from_labels_scales_a_flag_or_the_names(
         assert "attentions is taken as [layer, image, head, query, key], " in told
         assert "5 images, 3 layers" in told
         assert (store.schema.num_images, len(store.layers)) == (5, 3)
+        assert "the dimension labels" not in told
+        if how == "labels":
+            contrary = [*command, "--axes", "image,layer,head,query,key", "--store", str(tmp_path / "contrary.zarr")]
+            assert main(contrary) == 0
+            said = capsys.readouterr().out
+            assert "as --axes says (the dimension labels of attentions say [layer, image, head, query, key])" in said
 
 
 def test_a_dataset_is_an_image_where_it_has_no_such_axis(tmp_path: Path) -> None:
