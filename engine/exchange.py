@@ -70,6 +70,12 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
     path = Path(config.hdf5.file)
     with AttentionFile(path, axes) as file:
         say(f"import {path.name}: {file.order}: {file.num_images} images, {len(file.layers)} layers")
+        if file.unused:
+            more = f" and {len(file.unused) - 5} more" if len(file.unused) > 5 else ""
+            say(
+                f"import {path.name}: not used: {', '.join(file.unused[:5])}{more} (names of images are read from "
+                "images/id, their labels from images/label)"
+            )
         schema = StoreSchema(
             layers=tuple(
                 LayerSchema(

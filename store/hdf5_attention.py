@@ -32,6 +32,8 @@ __all__ = ["AttentionFile", "Dataset", "export_attention", "is_export"]
 SCHEMA = f"{MARK}-hdf5/1"
 
 _AXES = ("image", "head", "query", "key")
+_IDS, _LABELS = "images/id", "images/label"
+_CELLS = "#refs#/"  # where MATLAB keeps what cells hold; they are read through what refers to them
 # What an export's values were rounded to: a float32 dataset holds bfloat16's, too.
 _PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "qk": "float32"}
 
@@ -80,8 +82,8 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
             for name in ("model", "dataset", "preprocessing", "precision", "encoding", "code_version"):
                 file.attrs[name] = json.dumps(getattr(store.schema, name))
             file.attrs["class_names"] = json.dumps(store.class_names)
-            file["images/id"] = list(store.image_ids)
-            file["images/label"] = store.labels
+            file[_IDS] = list(store.image_ids)
+            file[_LABELS] = store.labels
             datasets = [(layer.layer, _create(file, store, layer.layer)) for layer in store.schema.layers]
             for batch in store.committed_batches:
                 rows = store.schema.batch_rows(batch)
@@ -170,6 +172,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         class_names: of the labels, if they are known.
         layers: what was found, in depth order.
         order: how the axes were taken and why, a sentence.
+        unused: names of datasets that are neither maps nor `images/id` nor `images/label`, in order.
 
     Raises:
         StoreError: no such file, not HDF5, no maps in it, maps of unknown order or of shapes that do not fit, names or
@@ -187,8 +190,8 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
             raise StoreError(f"{self.path} cannot be read as HDF5: {error}") from error
         try:
             found = self._found()
-            ids = self._numbered("images/id", read_names)
-            labels = self._numbered("images/label", lambda dataset: read_labels(dataset, read_class_names(self._file)))
+            ids = self._numbered(_IDS, read_names)
+            labels = self._numbered(_LABELS, lambda dataset: read_labels(dataset, read_class_names(self._file)))
             self._axes, self.order = self._ordered(found, tuple(axes), ids, None if labels is None else labels[0])
             self._check_shapes(found)
             whole_images = "image" not in next(iter(self._axes.values()))
@@ -196,13 +199,13 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
             self.num_images = len(found) if whole_images else self._length(next(iter(found)), found, "image")
             if whole_images and (ids is not None or labels is not None):
                 raise StoreError(
-                    f"{self.path}: each dataset is an image, so images/{'id' if ids else 'label'} cannot be "
+                    f"{self.path}: each dataset is an image, so {_IDS if ids else _LABELS} cannot be "
                     "matched with them; name the datasets as the images and leave it out"
                 )
             self.image_ids = tuple(ids or names or (f"image_{row:06d}" for row in range(self.num_images)))
             known: tuple[Array, list[str]] = labels or (np.full(self.num_images, -1, np.int64), [])
             self.labels, self.class_names = known
-            for what, length in (("images/id", len(self.image_ids)), ("images/label", len(self.labels))):
+            for what, length in ((_IDS, len(self.image_ids)), (_LABELS, len(self.labels))):
                 if length != self.num_images:
                     raise StoreError(
                         f"{self.path}: {what} has {length} entries for {self.num_images} images; expected one for "
@@ -220,12 +223,17 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         import h5py
 
         found: dict[str, Any] = {}
+        unused: list[str] = []
+        known = (_IDS, _LABELS)
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and item.ndim in (4, 5):
                 found[name] = item
+            elif isinstance(item, h5py.Dataset) and not (item.is_scale or name in known or name.startswith(_CELLS)):
+                unused.append(name)
 
         self._file.visititems(visit)
+        self.unused = tuple(sorted(unused, key=_natural))
         if not found:
             raise StoreError(
                 f"{self.path} holds no attention; expected a dataset [image, head, query, key] for each layer, or one "

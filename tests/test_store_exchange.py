@@ -421,6 +421,21 @@ def test_a_layout_that_is_not_ours_needs_the_flag(
     assert "--grid is taken instead" in capsys.readouterr().out
 
 
+def test_what_is_read_from_no_dataset_of_the_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of images under another name than `images/id` would be lost in silence."""
+    path = tmp_path / "own.h5"
+    with h5py.File(path, "w") as file:
+        file["blocks.0"] = case.maps(0)
+        file["images/label"] = np.arange(case.IMAGES)
+        file["image_ids"] = [f"{row}.png" for row in range(case.IMAGES)]
+        file["#refs#/a"] = [1]
+    command = ["import", "--hdf5", str(path), "--store", str(tmp_path / "own.zarr"), "--grid", "3,4"]
+    assert main([*command, "--hdf5.prefix_tokens", "2"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "not used: image_ids (names of images are read from images/id" in said
+    assert AttentionStore.open(tmp_path / "own.zarr").image_ids[0] == "image_000000"
+
+
 def test_byte_order_and_length_of_floats_change_nothing(tmp_path: Path) -> None:
     for dtype in (">f2", ">f4", "<f8"):
         assert main(own_file(tmp_path, rows(3, 1).astype(np.float16).astype(dtype))) == 0
