@@ -351,7 +351,7 @@ def test_wrong_names_are_refused_before_anything_runs(folder: Path, tmp_path: Pa
     store = ["--store", str(tmp_path / "s.zarr"), "--model.weights", str(folder / "whole.safetensors")]
     common = ["--model.name", "test_vit", "--data.root", str(folder / "photos"), "--model.img_size", str(SIZE)]
     assert main(["capture", *common, *store, "--classes", str(folder / "three.json")]) == 2
-    assert "are 3, and the model has a head of 12 outputs" in capsys.readouterr().err
+    assert "holds 3 class names, and the model has a head of 12 outputs" in capsys.readouterr().err
     assert not (tmp_path / "s.zarr").exists()
 
 
