@@ -291,8 +291,11 @@ def _try(subject: Subject, damage: Damage) -> Verdict:
             named = True
             if makes:  # the advice is to delete what is damaged, and the same command makes it again
                 refused = True
-                delete(subject, damage)
-                code, said = step()
+                for _ in damage.files:
+                    if not code:
+                        break
+                    delete(subject, damage, said)
+                    code, said = step()
                 if code != 0:
                     return failed(f"step {number} is stuck, with the damaged file deleted: {brief(said)}")
         if code == 0 and is_sound(said) and any(content is not None for content in damage.files.values()):
@@ -325,17 +328,16 @@ def is_sound(said: str) -> bool:
     return bool(lines) and all(line.endswith(" is sound") for line in lines)
 
 
-def delete(subject: Subject, damage: Damage) -> None:
-    """Delete the damaged files, as the sentences advise; a store whose own record is damaged goes as a whole."""
-    for name in damage.files:
+def delete(subject: Subject, damage: Damage, said: str = "") -> None:
+    """Delete the damaged files that are named, or all; a folder whose own record is damaged goes as a whole."""
+    for name in [name for name in damage.files if name in said] or damage.files:
         path = subject.home / name
         path.unlink(missing_ok=True)
         if damage.kind == "ledger metadata":
             shutil.rmtree(path.parent, ignore_errors=True)
             shutil.rmtree(path.parent.with_suffix(".zarr"), ignore_errors=True)
-        if damage.kind == "sample metadata":  # nothing else says whose the folder is
-            whole = next(folder for folder in path.parents if folder.name.endswith("samples.zarr"))
-            shutil.rmtree(whole, ignore_errors=True)
+        if damage.kind in ("sample metadata", "table metadata"):  # nothing else says whose the folder is
+            shutil.rmtree(next(folder for folder in path.parents if folder.suffix == ".zarr"), ignore_errors=True)
 
 
 def names(said: str, damage: Damage) -> bool:
