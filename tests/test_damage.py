@@ -16,7 +16,7 @@ from tests.damage import Subject, Verdict, exchanged_units, flips, put, replacem
 from tests.damage_steps import call, still_clock
 from tests.damage_subjects import SUBJECTS
 
-# Subject -> flipped bits and replaced files, in all of the slow tests: 1,180 and 330.
+# Subject -> flipped bits and replaced files, in all of the slow tests: 1,240 and 350.
 MANY = {
     "study": (360, 120),
     "interrupted": (60, 20),
