@@ -305,9 +305,14 @@ def _run_batches(
 
 
 def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, int, float]], schema: StoreSchema, label: str) -> None:
-    """Say which heads leave too little on the patches for 16 bits; entries are (layer, head, batch, mean mass)."""
+    """Say which heads leave too little on the patches for 16 bits.
+
+    Args:
+        entries: (layer, head, batch, mean mass), sorted; NaN for a batch in which the head has no sound row.
+    """
     masses: dict[str, float] = {}
-    for (layer, head), of_head in itertools.groupby(entries, key=lambda entry: entry[:2]):
+    sound = (entry for entry in entries if not np.isnan(entry[-1]))
+    for (layer, head), of_head in itertools.groupby(sound, key=lambda entry: entry[:2]):
         batches = list(of_head)
         rows = [schema.batch_rows(batch) for _, _, batch, _ in batches]
         name = f"layer {layer}, head {schema.head_ids[head] if schema.head_ids else head}"

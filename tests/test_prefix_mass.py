@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import store_cases as case
 import timm
 import torch
 import xarray
 
 from engine.prefix_mass import heads_on_prefix
-from engine.sinks import Capture, capture_to_store
+from engine.sinks import Capture, _warn_of_prefix_mass, capture_to_store
 from engine.table import prefix_mass_warning
 from tests.test_capture_sinks import Pictures
 
@@ -67,6 +68,13 @@ def test_a_capture_names_the_head(
         f"{encoding} keeps the little that patches get there too coarsely for Moran's I (errors up to 0.1): use the "
         "metrics sink"
     ]
+
+
+def test_a_batch_without_a_sound_row_hides_no_head(capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean is over the images of the other batches; 11 images in batches of 4, 4 and 3."""
+    entries = [(0, 0, 0, np.nan), (0, 0, 1, 0.95), (0, 0, 2, 0.88), (0, 1, 0, np.nan)]
+    _warn_of_prefix_mass(entries, case.make_schema(), "vit")
+    assert "of 1 head: layer 0, head 0 (0.920);" in "".join(capsys.readouterr())
 
 
 def table_of(masses: np.ndarray) -> xarray.Dataset:
