@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import StudyConfig, config_keys, load_study, nearest, parse_value
-from train.errors import InputError, TrainingDivergedError, WorkerLostError
+from engine.errors import exit_code
+from train.errors import InputError
 from train.processes import first_process, speaks
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if speaks():  # one of several processes, if torchrun started them
             if code is None:
                 raise
@@ -287,29 +288,6 @@ class _StderrHandler(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """Exit code of an error whose message says all a user needs; None for one that is a fault of ours.
-
-    Looked up by what is already imported: a store's or a kernel's error cannot come before its module.
-    """
-    if isinstance(error, InputError):
-        return 2
-    if isinstance(error, TrainingDivergedError | WorkerLostError):
-        return 1
-    store, kernels, cluster = (sys.modules.get(name) for name in ("store", "kernels", "engine.cluster"))
-    if cluster is not None and isinstance(error, cluster.ClusterError):
-        return 1
-    if store is not None and isinstance(error, store.StoreError):
-        return 1
-    if kernels is not None and isinstance(
-        error, kernels.InvalidAttentionError | kernels.BackendUnavailableError | kernels.MetricError
-    ):
-        return 2
-    if isinstance(error, OSError) and error.filename is not None:
-        return 1
-    return None
 
 
 def _run(arguments: list[str]) -> int:

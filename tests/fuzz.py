@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 import tests.doors
-from engine.run import _exit_code, main
+from engine.errors import exit_code
+from engine.run import main
 
 DOORS = tuple(sorted(module.name for module in pkgutil.iter_modules(tests.doors.__path__)))
 SECONDS = 60
@@ -92,7 +93,7 @@ def _try(trial: Trial, name: str, endings: Endings) -> None:
             trial.call()
     except Exception as error:
         sentence = str(error)
-        if _exit_code(error) is None:
+        if exit_code(error) is None:
             endings.failed.append(f"{name}\n{traceback.format_exc(limit=-4)}")
         elif problem := problem_of(sentence):
             endings.failed.append(f"{name}: the sentence {problem}: {sentence[:2000]!r}")
