@@ -165,6 +165,15 @@ class Journal:
             write_atomically(path, content)
             self._record("written", name, inputs, [path])
 
+    def fail(self, name: str, reason: str) -> None:
+        """Record that a stage failed: what it left before counts as nobody's, until it is done again."""
+        self._record("failed", name, {"failed": reason}, [], reason=reason)
+
+    def failed(self) -> dict[str, str]:
+        """Stage → reason of the stages that failed and were not done since."""
+        newest = {record["stage"]: record for record in self._records}
+        return {stage: record["reason"] for stage, record in newest.items() if record["event"] == "failed"}
+
     def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> str | None:
         """The hash of the outputs, if the stage was done with these inputs and they are as it left them."""
         last = self._last(name)

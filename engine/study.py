@@ -20,6 +20,7 @@ from engine import __version__
 from engine.chosen_metrics import definitions, metrics_of_one_capture
 from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
+from engine.errors import reason_of
 from engine.folder import capture_settings, manifest_dict, model_info
 from engine.journal import Journal, digest_path
 from engine.measure import measure_store
@@ -52,6 +53,9 @@ STAGES = ("train", "capture", "controls", "measure", "statistics", "relevance", 
 # What all processes of torchrun do together; the first one does the rest alone.
 SHARED_STAGES = ("train", "capture")
 
+# What the report can do without: where one of these fails, the others go on, and the report says what it lacks.
+SEPARATE_STAGES = ("controls", "relevance")
+
 # Controls look at every image of a small test split and at a seeded sample of a large one.
 CONTROL_IMAGES = 256
 
@@ -68,6 +72,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
 
     Raises:
         InputError: whatever the configuration asks for that cannot be had, with what to do.
+        Exception: what a stage ended in; of `SEPARATE_STAGES` the first, after the other stages.
     """
     # What is mistaken is found before anything is trained.
     metrics_of_one_capture(config.measure.metrics)
@@ -80,9 +85,14 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
             for stage in stages:
                 if stage in SHARED_STAGES:
                     getattr(study, stage)()
+        errors = []
         for stage in stages if first_process() else ():
-            if stage not in SHARED_STAGES:
+            if stage in SEPARATE_STAGES:
+                errors += study.attempt(stage)
+            elif stage not in SHARED_STAGES:
                 getattr(study, stage)()
+        if errors:
+            raise errors[0]
     return study.outputs
 
 
@@ -101,6 +111,17 @@ class Study:
         self.journal = Journal(self.outputs / "run.jsonl")
         self.runs: list[Run] = []
         self._captured: dict[Run, str] = {}
+
+    def attempt(self, stage: str) -> list[Exception]:
+        """Run a stage that the others can do without; what it ended in, if it failed, for the caller to raise."""
+        try:
+            getattr(self, stage)()
+        except Exception as error:
+            reason = reason_of(error)
+            self.journal.fail(stage, reason)
+            say(f"{stage} failed and is left out: {reason}")
+            return [error]
+        return []
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -184,30 +205,31 @@ class Study:
         config = self.config.statistics
         folder = self.outputs / "metrics"
         path = folder / "attention_comparison.json"
+        table_path, controls_path = folder / "attention_metrics.zarr", folder / "controls.json"
+        controlled = self.journal.usable(controls_path)
         inputs = {
-            "table": digest_path(folder / "attention_metrics.zarr"),
-            "controls": digest_path(folder / "controls.json"),
+            "table": digest_path(table_path),
+            "controls": digest_path(controls_path) if controlled else "",
             "statistics": dataclasses.asdict(config),
             "classifiers": self._classifiers(),
             "version": __version__,
         }
 
         def work() -> None:
-            table = read_table(folder / "attention_metrics.zarr")
+            table = read_table(table_path)
             results: dict[str, Any] = analyse(table, against=self.against, **dataclasses.asdict(config))
             tests = results.pop("tests")
             extra = results | {
                 "accuracy": self._accuracy(),
                 "classifiers": self._classifiers(),
-                "controls": json.loads((folder / "controls.json").read_text()),
+                "controls": json.loads(controls_path.read_text()) if controlled else [],
                 "data": self.data.summary(),
                 "undefined": json.loads(table.attrs["undefined"]),
                 "prefix_mass_warning": prefix_mass_warning(table),
             }
             write_comparison(path, comparison_document(table, tests, extra))
 
-        reads = [folder / "attention_metrics.zarr", folder / "controls.json"]
-        self.journal.stage("statistics", inputs, [path], work, reads=reads)
+        self.journal.stage("statistics", inputs, [path], work, reads=[table_path, controls_path])
 
     def relevance(self) -> None:
         """Needs: checkpoints, captures, the table, test images. Leaves: metrics/relevance.json and .csv, pictures.
@@ -271,6 +293,7 @@ class Study:
             "gradcam": digest_path(samples_folder(outputs, "gradcam")),
             "relevance": digest_path(outputs / "visualizations" / "relevance"),
             "study": digest_path(outputs / "study.toml"),
+            "failed": self.journal.failed(),
             "version": __version__,
         }
         page, summary = outputs / "report.html", outputs / "summary.md"

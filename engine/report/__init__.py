@@ -41,10 +41,12 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
 
     outputs = Path(outputs)
     results = load_results(outputs)
-    written = _replace_folder(outputs / FIGURES, render_figures(results))
     summary = summary_markdown(results)
-    written.append(_replace(outputs / "summary.md", summary.encode("utf-8")))
-    written.append(_replace(outputs / "report.html", render_page(results, summary).encode("utf-8")))
+    written = [
+        _replace(outputs / "summary.md", summary.encode("utf-8")),
+        _replace(outputs / "report.html", render_page(results, summary).encode("utf-8")),
+    ]
+    written += _replace_folder(outputs / FIGURES, render_figures(results))
     return tuple(written)
 
 

@@ -10,7 +10,16 @@ from engine.report.findings import Comparison, training_runs
 from engine.report.inputs import Results
 from engine.report.wording import scope_sentences
 
-__all__ = ["how_to_read", "limits", "not_measured"]
+__all__ = ["failed_stages", "how_to_read", "limits", "not_measured"]
+
+
+def failed_stages(results: Results) -> tuple[str, ...]:
+    """What is not in the report because its stage failed, with the reason."""
+    return tuple(
+        f"Stage {stage} failed, and nothing of it is in this report: {reason.removesuffix('.')}. "
+        "The command that made this folder tries it again."
+        for stage, reason in results.failed.items()
+    )
 
 
 def not_measured() -> tuple[str, ...]:

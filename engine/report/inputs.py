@@ -51,6 +51,7 @@ class Results:
         samples: None where no maps were kept.
         gradcam: pictures, in the order of their table.
         study: `study.toml` parsed, to be shown; study_text: as written ("" if there is none).
+        failed: stage -> reason of the stages that failed and left nothing.
         stage_seconds: stage -> seconds of its last completed run, the report's own left out: a page that
             held it could not be rebuilt with the same bytes.
     """
@@ -72,6 +73,7 @@ class Results:
     gradcam: tuple[GradcamSample, ...] = ()
     study: Mapping[str, Any] = field(default_factory=dict)
     study_text: str = ""
+    failed: Mapping[str, str] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -239,6 +241,7 @@ def load_results(outputs: Path) -> Results:
         gradcam=tuple(load_gradcam(outputs / GRADCAM)) if journal.usable(outputs / GRADCAM) else (),
         study=study,
         study_text=study_text,
+        failed=journal.failed(),
         stage_seconds=stages,
     )
 

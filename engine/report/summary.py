@@ -41,10 +41,11 @@ def summary_markdown(results: Results) -> str:
 
 def _alarm(results: Results) -> list[str]:
     failed = sum(not control.get("held") for control in results.controls)
-    if not failed:
-        return []
-    of = f"{failed} of {len(results.controls)} negative controls failed"
-    return [f"**{of}: do not trust the other numbers before this is explained.**"]
+    alarms = [f"**{_text(sentence)}**" for sentence in cautions.failed_stages(results)]
+    if failed:
+        of = f"{failed} of {len(results.controls)} negative controls failed"
+        alarms.append(f"**{of}: do not trust the other numbers before this is explained.**")
+    return alarms
 
 
 def _compared(results: Results, found: Sequence[Comparison]) -> list[str]:
