@@ -37,6 +37,7 @@ from train.datasets import build_manifest
 from train.digits_vit import IMAGE_SIZE
 from train.embedded import prepare_digits
 from train.folders import prepare_folder
+from train.model_source import ModelSource
 from train.models import load_checkpoint, preprocessing_of
 
 IMAGES = 128
@@ -110,9 +111,9 @@ def embedded(outputs: Path) -> Subject:
 
 def of_files(name: str, weights: Path, against: Path | None, root: Path, img_size: int, about: str) -> Subject:
     """A timm model with its weights, on the pictures of a folder."""
-    models = {"ours": lambda: load_checkpoint(name, weights, img_size).eval()}
+    models = {"ours": lambda: load_checkpoint(ModelSource(name, img_size=img_size), weights).eval()}
     if against is not None:
-        models["theirs"] = lambda: load_checkpoint(name, against, img_size).eval()
+        models["theirs"] = lambda: load_checkpoint(ModelSource(name, img_size=img_size), against).eval()
     preprocessing = preprocessing_of(models["ours"]())
     manifest = build_manifest(root, kind="folder", split="all", seed=0)
     images = prepare_folder(root, preprocessing=preprocessing, manifest=manifest).test

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from engine.classes import check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig
-from engine.journal import digest_path
+from engine.model import model_info, model_source
 from engine.outputs import resolve_device
 from engine.progress import say
 from engine.samples import FILES, add_sample_maps, choose_samples, require_samples_place, start_samples
@@ -20,7 +20,6 @@ from store import StoreError
 from store.places import require_place, storage_at
 from store.schema import samples_name
 from store.storage import Location, location_of
-from train.conditions import versions
 from train.datasets import build_manifest
 from train.errors import InputError
 from train.folders import prepare_folder
@@ -28,7 +27,7 @@ from train.manifest import Manifest, Record
 from train.models import build_model, preprocessing_of
 from train.parallel import Workers, joined
 
-__all__ = ["capture_folder", "capture_settings", "manifest_dict", "model_info", "require_places"]
+__all__ = ["capture_folder", "capture_settings", "manifest_dict", "require_places"]
 
 
 def capture_folder(config: StudyConfig) -> None:
@@ -47,17 +46,10 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         require_places(path)
     if config.model.classes:
         read_class_names(Path(config.model.classes))  # a wrong file is found before anything is loaded
-    weights = Path(config.model.weights) if config.model.weights else None
-    model = build_model(
-        config.model.name,
-        num_classes=None,
-        pretrained=config.model.pretrained,
-        weights=config.model.weights,
-        img_size=config.model.img_size,
-        state=config.model.state,
-    )
+    source = model_source(config)
+    model = build_model(source, num_classes=None)
     outputs = int(cast(Any, model).num_classes)
-    named = named_classes(outputs, condition="", checkpoint=weights, file=config.model.classes)
+    named = named_classes(outputs, condition="", checkpoint=source.file, file=config.model.classes)
     workers.share_weights(model)  # whatever they start from, all processes capture one model
     preprocessing = preprocessing_of(model)
     manifest = _manifest(config, workers)
@@ -73,8 +65,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         images,
         path,
         capture_settings(config, device),
-        model_info=model_info(config.model.name, weights, config.model.state)
-        | ({"classes": list(head.names)} if head.known else {}),
+        model_info=model_info(source) | ({"classes": list(head.names)} if head.known else {}),
         dataset_info={"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256},
         preprocessing=preprocessing.to_dict(),
         manifest=manifest_dict(manifest),
@@ -147,9 +138,3 @@ def capture_settings(config: StudyConfig, device: str) -> Capture:
 def manifest_dict(manifest: Manifest) -> dict[str, Any]:
     """Every file with its status, as plain values; without the folder's own place on this machine."""
     return {"kind": manifest.kind, "records": [dataclasses.asdict(record) for record in manifest.records]}
-
-
-def model_info(name: str, weights: Path | None, state: str = "") -> dict[str, Any]:
-    """Provenance of a model: its name, hash of its weights' file and which of it, and the versions that ran it."""
-    info = {"name": name, "weights_sha256": digest_path(weights) if weights is not None else "", **versions()}
-    return info | {"weights_state": state} if state else info

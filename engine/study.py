@@ -21,9 +21,10 @@ from engine.chosen_metrics import definitions, metrics_of_one_capture
 from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
 from engine.errors import reason_of
-from engine.folder import capture_settings, manifest_dict, model_info
+from engine.folder import capture_settings, manifest_dict
 from engine.journal import Journal, digest_path
 from engine.measure import measure_store
+from engine.model import model_info
 from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.progress import say
 from engine.relevance.choice import choose_classes
@@ -42,7 +43,7 @@ from engine.training import Run, train_runs
 from kernels import load_metric
 from store import AttentionStore
 from train.conditions import versions
-from train.models import load_checkpoint
+from train.models import build_model
 from train.parallel import Workers, joined
 from train.processes import first_process
 
@@ -337,8 +338,7 @@ class Study:
         return self.outputs / "captures" / f"{run.name}.zarr"
 
     def _model(self, run: Run) -> torch.nn.Module:
-        model = load_checkpoint(self.config.model.name, run.checkpoint, self.config.model.img_size, run.state)
-        return model.to(self.device).eval()
+        return build_model(run.model, num_classes=None).to(self.device).eval()
 
     def _first_runs(self) -> dict[str, Run]:
         """Each condition's first run, in the order of the configuration."""
@@ -373,7 +373,7 @@ class Study:
             self.data.test,
             self._store_path(run),
             capture_settings(config, self.device),
-            model_info=model_info(config.model.name, run.checkpoint, run.state),
+            model_info=model_info(run.model),
             dataset_info=self.data.info("test"),
             preprocessing=self.data.preprocessing.to_dict(),
             manifest=manifest_dict(self.data.splits.manifest),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from engine import __version__
 from engine.classes import HeadClasses, check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig
 from engine.journal import Journal, digest, digest_path
+from engine.model import checkpoint_of, model_source, trained_here
 from engine.progress import say
 from train.checkpoint import save_checkpoint, sidecar_path
 from train.data import DataSplits, ImageSet, Preprocessing
@@ -25,7 +27,7 @@ from train.errors import InputError
 from train.folders import prepare_folder
 from train.listing import files_below
 from train.manifest import Manifest
-from train.models import build_model, built_size, load_checkpoint, preprocessing_of
+from train.models import build_model, preprocessing_of
 from train.pretrain import pretrain_digits
 
 __all__ = ["StudyData", "check_class_files", "image_kind", "prepare_data"]
@@ -123,10 +125,9 @@ def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> 
         if not condition.checkpoint:
             raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
         # Every file is loaded once before any work, so that a wrong one is found at once.
-        state = condition.state or config.model.state
         file = condition.classes or config.model.classes
         try:
-            model = load_checkpoint(config.model.name, condition.checkpoint, config.model.img_size, state)
+            model = build_model(checkpoint_of(config, name), num_classes=None)
         except InputError as error:
             raise type(error)(f"condition {name}: {error}") from error
         prepared[name] = preprocessing_of(model)
@@ -184,7 +185,7 @@ def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocess
     chosen = config.data.prepare_as
     if chosen == "model":
         own = preprocessing_of(build_model(config.model.name, num_classes=2))
-        return dataclasses.replace(own, height_px=of_first.height_px, width_px=of_first.width_px)
+        return replace(own, height_px=of_first.height_px, width_px=of_first.width_px)
     if chosen and chosen not in prepared:
         raise InputError(f"data.prepare_as is {chosen!r}; expected model, or a condition ({', '.join(prepared)})")
     for name, other in prepared.items() if not chosen else ():
@@ -202,36 +203,22 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
         raise InputError(
             "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name"
         )
+    source = model_source(config)
     # Weights in a file are read before any picture, so that a bad file is found at once.
-    preprocessing = preprocessing_of(
-        build_model(
-            config.model.name,
-            num_classes=None if config.model.weights else 2,
-            weights=config.model.weights,
-            img_size=config.model.img_size,
-            state=config.model.state,
-        )
-    )
+    looked_at = source if source.weights else replace(source, pretrained=False)
+    preprocessing = preprocessing_of(build_model(looked_at, num_classes=None if source.weights else 2))
     splits = _folder_splits(config, outputs, journal, preprocessing)
     path = outputs / "checkpoints" / "pretrained.safetensors"
     classes = len(splits.class_names)
     model = dataclasses.asdict(config.model)
-    weights = Path(config.model.weights) if config.model.weights else None
 
     def work() -> None:
         torch.manual_seed(config.data.seed)  # the head of a new task starts at random
-        built = build_model(
-            config.model.name,
-            num_classes=classes,
-            pretrained=config.model.pretrained,
-            weights=config.model.weights,
-            img_size=config.model.img_size,
-            state=config.model.state,
-        )
+        built = build_model(source, num_classes=classes)
         facts = {
-            "model": config.model.name,
+            "model": source.name,
             "num_classes": classes,
-            "img_size": built_size(config.model.img_size, config.model.weights),
+            "img_size": source.completed().img_size,
             "preprocessing": preprocessing.to_dict(),
         }
         save_checkpoint(path, built.state_dict(), facts)
@@ -239,12 +226,14 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
     inputs = {
         "model": model,
         "preprocessing": preprocessing.to_dict(),
-        "weights": digest_path(weights) if weights else "",
+        "weights": digest_path(source.file) if source.file else "",
         "classes": classes,
         "version": __version__,
     }
     pretrained = journal.stage("pretrained", inputs, [path, sidecar_path(path)], work)
-    return StudyData(splits, preprocessing, pretrained, lambda: _load(config, path))
+    return StudyData(
+        splits, preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
+    )
 
 
 def image_kind(config: StudyConfig) -> DataKind:
@@ -294,10 +283,6 @@ def _listing(root: Path) -> str:
     return digest([[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
-def _load(config: StudyConfig, path: Path) -> torch.nn.Module:
-    return load_checkpoint(config.model.name, path, config.model.img_size)
-
-
 def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -> StudyData:
     """Scenes of the target task, and the backbone pretrained on the source task."""
     if config.model.name != "digits_vit":
@@ -330,4 +315,6 @@ def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -
         validation_scenes=config.data.validation_scenes,
         test_scenes=config.data.test_scenes,
     )
-    return StudyData(splits, preprocessing, pretrained, lambda: _load(config, path))
+    return StudyData(
+        splits, preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
+    )

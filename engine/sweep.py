@@ -19,6 +19,7 @@ from tqdm import tqdm
 from engine.classes import folder_classes, named_classes
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
+from engine.model import model_source, trained_here
 from engine.outputs import OutputsFolder, resolve_device
 from engine.progress import say
 from engine.report.sweep import curves_png, evaluation_csv, history_html
@@ -84,13 +85,13 @@ def run_sweep(config: StudyConfig) -> Path:
 
 def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
     """Whether the head that comes with the pretrained weights is of these classes, in this order."""
-    model = config.model
-    outputs = head_size(model.name, pretrained=model.pretrained, weights=model.weights, state=model.state)
+    model, source = config.model, model_source(config)
+    outputs = head_size(source)
     if not outputs:
         return False
-    head = named_classes(
-        outputs, condition="", checkpoint=Path(model.weights) if model.weights else None, file=model.classes
-    ) or folder_classes(outputs, class_names, config.data.class_order, "model.classes")
+    head = named_classes(outputs, condition="", checkpoint=source.file, file=model.classes) or folder_classes(
+        outputs, class_names, config.data.class_order, "model.classes"
+    )
     if not head.known:
         say(f"the head of the weights is replaced by a probe's, as its classes are not known: {head.source}")
     return head.names == class_names
@@ -98,7 +99,7 @@ def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
 
 def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, device: str) -> SweepPlan:
     """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
-    sweep, model = config.sweep, config.model
+    sweep = config.sweep
     pretrained = data.pretrained_model()
     # A transformer's attention; in another model the classifier, as in the study that the sweep comes from.
     usual = "attention" if hasattr(pretrained, "blocks") else re.escape(classifier_name(pretrained))
@@ -109,26 +110,22 @@ def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, dev
         init=INITS[sweep.init],
         sparsity=sweep.sparsity,
     )
-    weights = outputs / "checkpoints" / "pretrained.safetensors"
+    model = trained_here(config, outputs / "checkpoints" / "pretrained.safetensors")
     probe: Path | None = None
     if not _head_is_of(data.splits.class_names, config):
         probe = outputs / "checkpoints" / "sweep_probe.safetensors"
         train_condition(
             recipe="probe",
-            model_name=model.name,
+            model=model,
             data=data.splits,
             checkpoint=probe,
-            weights=weights,
-            img_size=model.img_size,
             hyperparameters=hyperparameters,
             device=device,
             deterministic=config.train.deterministic,
             name="probe",
         )
     return SweepPlan(
-        model_name=model.name,
-        img_size=model.img_size,
-        weights=weights,
+        model=model,
         probe=probe,
         recipe=sweep.recipe,
         hyperparameters=hyperparameters,

@@ -13,12 +13,14 @@ from tqdm import tqdm
 from engine import __version__
 from engine.config import StudyConfig
 from engine.journal import Journal, digest_path
+from engine.model import checkpoint_of, trained_here
 from engine.study_data import StudyData
 from train.augment import Augmentation
 from train.checkpoint import read_metadata, sidecar_path
 from train.conditions import train_condition
 from train.history import history_path, tensorboard_writer
 from train.hyperparameters import Hyperparameters
+from train.model_source import ModelSource
 from train.parallel import Workers
 
 __all__ = ["Run", "shared_hyperparameters", "train_runs"]
@@ -32,28 +34,30 @@ class Run:
         condition: its name in the configuration.
         seed: of the training run; for a checkpoint that somebody trained, the first of `train.seeds`.
         recipe: how it was trained.
-        checkpoint: the file.
+        model: what it is; its weights are the checkpoint.
         seed_invariant: no seed can change its attention, so it is captured once.
         validation_accuracy: of the checkpoint kept; None where nothing was trained.
-        state: key of the file under which the weights are; empty: the usual one.
     """
 
     condition: str
     seed: int
     recipe: str
-    checkpoint: Path
+    model: ModelSource
     seed_invariant: bool = False
     validation_accuracy: float | None = None
-    state: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.condition}_seed{self.seed}"
 
     @property
+    def checkpoint(self) -> Path:
+        return Path(self.model.weights)
+
+    @property
     def digest(self) -> str:
         """Hash of the checkpoint file, and which of the weights in it are meant."""
-        return digest_path(self.checkpoint) + (f" {self.state}" if self.state else "")
+        return digest_path(self.checkpoint) + (f" {self.model.state}" if self.model.state else "")
 
 
 def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:
@@ -67,7 +71,7 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
     if all(condition.recipe == "checkpoint" for condition in config.conditions.values()):
         seed = config.train.seeds[0]
         return [
-            Run(name, seed, condition.recipe, Path(condition.checkpoint), state=condition.state or config.model.state)
+            Run(name, seed, condition.recipe, checkpoint_of(config, name))
             for name, condition in config.conditions.items()
         ]
     probes = [name for name, condition in config.conditions.items() if condition.recipe == "probe"]
@@ -81,7 +85,8 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
             path = outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
             _train_run(config, data, journal, name, seed, path, probe, outputs, device)
             sidecar = read_metadata(path)
-            runs.append(Run(name, seed, sidecar["recipe"], path, invariant, sidecar["validation_accuracy"]))
+            model = trained_here(config, path)
+            runs.append(Run(name, seed, sidecar["recipe"], model, invariant, sidecar["validation_accuracy"]))
             kept = ("history", "validation_accuracy", "test_accuracy", "trainable_parameters", "merge_difference")
             entry = results.setdefault(name, {"recipe": sidecar["recipe"], "seed_invariant": invariant, "seeds": {}})
             entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {
@@ -157,12 +162,10 @@ def _train_run(
     def work() -> dict[str, Any]:
         result = train_condition(
             recipe=cast(Any, condition.recipe),
-            model_name=config.model.name,
+            model=trained_here(config, outputs / "checkpoints" / "pretrained.safetensors"),
             data=data.splits,
             checkpoint=path,
             seed=seed,
-            weights=outputs / "checkpoints" / "pretrained.safetensors",
-            img_size=config.model.img_size,
             hyperparameters=hyperparameters,
             probe_checkpoint=probe,
             device=device,

@@ -26,6 +26,7 @@ from tests.damage_steps import (
 )
 from tests.photographs import write_photographs
 from train.conditions import train_condition
+from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
 
 STORE = {
@@ -211,7 +212,7 @@ def weights(folder: Path, name: str, seed: int, img_size: int = 64) -> Path:
     """A random model's weights, as a user has them."""
     torch.manual_seed(seed)
     path = folder / f"{name}.safetensors"
-    save_file(build_model("test_vit", num_classes=3, img_size=img_size).state_dict(), path)
+    save_file(build_model(ModelSource("test_vit", img_size=img_size), num_classes=3).state_dict(), path)
     return path
 
 
@@ -341,13 +342,13 @@ def checkpoint(folder: Path) -> Subject:
     home.mkdir()
     path = home / "b.pth"
     torch.manual_seed(0)
-    model = build_model("test_vit", num_classes=3, img_size=64)
+    model = build_model(ModelSource("test_vit", img_size=64), num_classes=3)
     torch.save({"model": model.state_dict(), "epoch": 3}, path)
     sound = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
     def load() -> Ending:
         try:
-            loaded = load_checkpoint("test_vit", path, 64).state_dict()
+            loaded = load_checkpoint(ModelSource("test_vit", img_size=64), path).state_dict()
         except ValueError as error:
             return 2, str(error)
         except Exception as error:

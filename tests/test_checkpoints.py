@@ -38,7 +38,8 @@ from train.errors import DamagedFileError, InputError
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
 from train.manifest import Manifest, Record
-from train.models import build_model, built_size, load_checkpoint, preprocessing_of
+from train.model_source import ModelSource
+from train.models import build_model, load_checkpoint, preprocessing_of
 from train.state import StateFile, TrainingState
 from train.trials import TrialsFile
 from train.weights import read_state_dict, refuse_unfit_values
@@ -208,7 +209,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, model: nn.Module,
         with pytest.raises(InputError, match=message):
             load_checkpoint(TINY, path)
         with pytest.raises(InputError, match=message):
-            build_model(TINY, num_classes=5, weights=path)
+            build_model(ModelSource(TINY, weights=path), num_classes=5)
 
 
 def test_a_weight_too_large_for_float32_is_named(tmp_path: Path, model: nn.Module) -> None:
@@ -288,14 +289,14 @@ def test_which_of_several_weights_are_used_is_said_and_can_be_chosen(
         torch.save({"epoch": 3, "model": plain, ema: average}, path)
         assert state_digest(load_checkpoint(TINY, path).state_dict()) == state_digest(plain)
         assert f"{path}: weights taken from 'model'; '{ema}' not used (model.state chooses another)" in caplog.text
-        assert state_digest(load_checkpoint(TINY, path, state=ema).state_dict()) == state_digest(average)
+        assert state_digest(load_checkpoint(ModelSource(TINY, state=ema), path).state_dict()) == state_digest(average)
         with pytest.raises(
             InputError, match=rf"holds no weights under 'other' \(it has keys 'epoch', 'model', '{ema}'\)"
         ):
-            load_checkpoint(TINY, path, state="other")
+            load_checkpoint(ModelSource(TINY, state="other"), path)
     save_file(plain, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="holds no weights under 'model'"):
-        load_checkpoint(TINY, tmp_path / "a.safetensors", state="model")
+        load_checkpoint(ModelSource(TINY, state="model"), tmp_path / "a.safetensors")
     itself: dict[str, Any] = {"epoch": 3}
     itself["model"] = itself
     torch.save(itself, tmp_path / "itself.pth")
@@ -320,7 +321,7 @@ OTHER = Preprocessing(
 def save_trained(path: Path, preprocessing: Preprocessing = OTHER, img_size: int = 96) -> Path:
     """A checkpoint as our training saves it."""
     torch.manual_seed(0)
-    state = build_model(TINY, num_classes=2, img_size=img_size).state_dict()
+    state = build_model(ModelSource(TINY, img_size=img_size), num_classes=2).state_dict()
     facts = {"model": f"{TINY}.r160_in1k", "img_size": img_size, "preprocessing": preprocessing.to_dict()}
     save_checkpoint(path, state, facts)
     return path
@@ -329,11 +330,11 @@ def save_trained(path: Path, preprocessing: Preprocessing = OTHER, img_size: int
 def test_size_and_preprocessing_of_a_sidecar_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="train")
     path = save_trained(tmp_path / "a.safetensors")
-    for model in (load_checkpoint(TINY, path), build_model(TINY, num_classes=5, weights=path)):
+    for model in (load_checkpoint(TINY, path), build_model(ModelSource(TINY, weights=path), num_classes=5)):
         assert preprocessing_of(model) == OTHER
         assert model.get_parameter("pos_embed").shape == (1, 37, 64)
     assert "resized" not in caplog.text
-    larger = load_checkpoint(TINY, path, img_size=112)
+    larger = load_checkpoint(ModelSource(TINY, img_size=112), path)
     assert preprocessing_of(larger) == replace(OTHER, height_px=112, width_px=112)
     assert "a.safetensors was trained at 96×96 px and is used at model.img_size 112" in caplog.text
     sidecar_path(path).unlink()
@@ -360,7 +361,7 @@ def test_compared_checkpoints_see_the_same_pixels(tmp_path: Path, photos: Path) 
     a = save_trained(tmp_path / "a.safetensors")
     b = save_trained(tmp_path / "b.safetensors")
     assert compared(photos, tmp_path, a, b).preprocessing == OTHER
-    own = preprocessing_of(build_model(TINY, num_classes=2, img_size=96))
+    own = preprocessing_of(build_model(ModelSource(TINY, img_size=96), num_classes=2))
     save_trained(b, own)
     with pytest.raises(
         InputError, match=r"condition a was .*squash.*, and b as .*center.*choose with --data\.prepare_as a"
@@ -388,12 +389,12 @@ def test_each_condition_may_choose_its_weights(tmp_path: Path, photos: Path, mod
     config = load_study(None, given | {"conditions": conditions})
     journal = Journal(tmp_path / "run.jsonl")
     runs = train_runs(config, prepare_data(config, tmp_path, journal, device="cpu"), journal, tmp_path, device="cpu")
-    assert [run.state for run in runs] == ["", "model_ema"]
+    assert [run.model.state for run in runs] == ["", "model_ema"]
     assert runs[0].digest != runs[1].digest, "one file, two models"
     with pytest.raises(InputError, match=r"data\.prepare_as is for given checkpoints"):
         prepare_data(load_study(None, {**given, "data.prepare_as": "a"}), tmp_path, journal, device="cpu")
     with pytest.raises(InputError, match=r"model\.state is 'ema', .*give --model\.weights"):
-        build_model(TINY, num_classes=2, state="ema")
+        build_model(ModelSource(TINY, state="ema"), num_classes=2)
 
 
 def test_a_bad_file_is_named_with_its_condition_before_any_picture_is_read(tmp_path: Path, model: nn.Module) -> None:
@@ -427,8 +428,8 @@ def test_training_from_a_checkpoint_of_ours_keeps_its_facts(tmp_path: Path, phot
     facts = read_metadata(start)
     assert (facts["img_size"], facts["preprocessing"]) == (96, OTHER.to_dict())
     assert preprocessing_of(data.pretrained_model()) == OTHER
-    assert built_size(0, start) == 96
-    assert built_size(80, start) == 80
+    assert ModelSource(TINY, weights=start).completed().img_size == 96
+    assert ModelSource(TINY, weights=start, img_size=80).completed().img_size == 80
     sidecar = sidecar_path(start).read_bytes()
     sidecar_path(start).write_bytes(sidecar.replace(b"96", b"97", 1))
     prepare_data(config, tmp_path, Journal(tmp_path / "run.jsonl"), device="cpu")
@@ -453,7 +454,7 @@ def train_once(
     def run() -> TrainResult:
         return train_condition(
             recipe=request.param,
-            model_name="digits_vit",
+            model="digits_vit",
             data=data,
             checkpoint=path,
             hyperparameters=Hyperparameters(epochs=1, batch_size=8, lr=1e-3, precision="fp32"),

@@ -25,6 +25,7 @@ from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
 from train.hyperparameters import Hyperparameters
 from train.loop import Schedule, epoch_order, learning_rate
+from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.precision import training_mode
 from train.pretrain import pretrain_digits
@@ -59,10 +60,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probe(data: DataSplits, backbone: Path) -> TrainResult:
     return train_condition(
         recipe="probe",
-        model_name="digits_vit",
+        model=ModelSource("digits_vit", weights=backbone),
         data=data,
         checkpoint=backbone.with_name("probe.safetensors"),
-        weights=backbone,
         hyperparameters=HYPER,
     )
 
@@ -72,10 +72,9 @@ def run(data: DataSplits, backbone: Path, probe: TrainResult, tmp_path: Path) ->
     def run(name: str = "a", **changes: Any) -> TrainResult:
         arguments = {
             "recipe": "full",
-            "model_name": "digits_vit",
+            "model": ModelSource("digits_vit", weights=backbone),
             "data": data,
             "checkpoint": tmp_path / f"{name}.safetensors",
-            "weights": backbone,
             "seed": 1,
             "hyperparameters": HYPER,
             "probe_checkpoint": probe.checkpoint,
@@ -472,15 +471,14 @@ def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
             shade = rng.integers(0, 60, (40, 50, 3)) + (0, 180, 90)[k]
             Image.fromarray(shade.astype(np.uint8)).save(tmp_path / "photographs" / name / f"{index}.jpg")
     (tmp_path / "photographs" / "dark" / "broken.jpg").write_bytes(b"")
-    preprocessing = preprocessing_of(build_model("test_vit", num_classes=1, img_size=64))
+    preprocessing = preprocessing_of(build_model(ModelSource("test_vit", img_size=64), num_classes=1))
     data = prepare_folder(tmp_path / "photographs", preprocessing=preprocessing)
     assert data.manifest.dropped == {"empty file": 1}
     augmentation = Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2)
     results = [
         train_condition(
             recipe=recipe,
-            model_name="test_vit",
-            img_size=64,
+            model=ModelSource("test_vit", img_size=64),
             data=data,
             checkpoint=tmp_path / f"{recipe}{again}.safetensors",
             hyperparameters=replace(HYPER, augmentation=augmentation, batch_size=4),

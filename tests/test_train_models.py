@@ -21,6 +21,7 @@ from train.checkpoint import (
     write_atomically,
 )
 from train.errors import DamagedFileError, InputError
+from train.model_source import ModelSource
 from train.models import build_model, classifier_name, load_checkpoint, preprocessing_of, readout
 
 TINY = "test_vit"  # timm's own tiny ViT: 160 px, width 64
@@ -110,13 +111,13 @@ def test_another_image_size_resizes_positions_and_says_so(
     tmp_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(model.state_dict(), tmp_path / "a.pt")
-    small = load_checkpoint(TINY, tmp_path / "a.pt", img_size=96)
+    small = load_checkpoint(ModelSource(TINY, img_size=96), tmp_path / "a.pt")
     assert small(torch.zeros(1, 3, 96, 96)).shape == (1, 7)
     assert "pos_embed resized from [1, 101, 64] to [1, 37, 64] by timm" in caplog.text
     assert torch.equal(small.state_dict()["blocks.0.attn.qkv.weight"], model.state_dict()["blocks.0.attn.qkv.weight"])
     assert preprocessing_of(small).height_px == 96
     with pytest.raises(InputError, match=r"model\.img_size is 100, expected a multiple of the 16×16 px patches"):
-        load_checkpoint(TINY, tmp_path / "a.pt", img_size=100)
+        load_checkpoint(ModelSource(TINY, img_size=100), tmp_path / "a.pt")
 
 
 def test_weights_that_do_not_fit_name_key_and_shapes(tmp_path: Path, model: nn.Module) -> None:
@@ -192,7 +193,7 @@ def test_names_and_weights_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match="no weights tagged 'none'; expected one of augreg_in21k"):
         build_model("vit_tiny_patch16_224.none", num_classes=3)
     with pytest.raises(InputError, match=r"timm has no pretrained weights for digits_vit.*--model\.weights"):
-        build_model("digits_vit", num_classes=3, pretrained=True)
+        build_model(ModelSource("digits_vit", pretrained=True), num_classes=3)
 
 
 def test_no_network_says_how_to_give_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,14 +212,14 @@ def test_no_network_says_how_to_give_a_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(
         InputError, match=r"neither cached nor to be downloaded; give a file with --model\.weights FILE"
     ):
-        build_model("vit_tiny_patch16_224.augreg_in21k", num_classes=3, pretrained=True)
+        build_model(ModelSource("vit_tiny_patch16_224.augreg_in21k", pretrained=True), num_classes=3)
     assert before == constants.HF_HUB_OFFLINE
 
 
 def test_a_head_for_other_classes_starts_anew(tmp_path: Path, model: nn.Module) -> None:
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    other = build_model(TINY, num_classes=4, weights=tmp_path / "a.pth")
-    kept = build_model(TINY, num_classes=7, weights=tmp_path / "a.pth")
+    other = build_model(ModelSource(TINY, weights=tmp_path / "a.pth"), num_classes=4)
+    kept = build_model(ModelSource(TINY, weights=tmp_path / "a.pth"), num_classes=7)
     assert same(kept, model)
     assert other.get_submodule("head").weight.shape == (4, 64)
     assert torch.equal(other.state_dict()["norm.weight"], model.state_dict()["norm.weight"])

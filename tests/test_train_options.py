@@ -32,6 +32,7 @@ from train.folders import prepare_folder
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
 from train.loop import Schedule, fit
+from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
 from train.state import StateFile
 
@@ -48,7 +49,7 @@ def data() -> DataSplits:
 @pytest.fixture(scope="module")
 def backbone(data: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
-    train_condition(recipe="probe", model_name="digits_vit", data=data, checkpoint=path, hyperparameters=HYPER)
+    train_condition(recipe="probe", model="digits_vit", data=data, checkpoint=path, hyperparameters=HYPER)
     return path
 
 
@@ -56,10 +57,9 @@ def backbone(data: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path
 def run(data: DataSplits, backbone: Path, tmp_path: Path) -> Callable[..., TrainResult]:
     def run(name: str = "a", recipe: str = "full", hyper: dict[str, Any] | None = None, **changes: Any) -> TrainResult:
         arguments: dict[str, Any] = {
-            "model_name": "digits_vit",
+            "model": ModelSource("digits_vit", weights=backbone),
             "data": data,
             "checkpoint": tmp_path / f"{name}.safetensors",
-            "weights": backbone,
             "hyperparameters": replace(HYPER, **(hyper or {})),
             "probe_checkpoint": backbone,
             **changes,
@@ -257,7 +257,7 @@ def test_evaluation_is_accuracy_and_cross_entropy(data: DataSplits) -> None:
 @pytest.mark.parametrize("init", list(INITS))
 def test_every_init_begins_as_the_model_and_merges(kind: str, init: Any) -> None:
     torch.manual_seed(0)
-    model = build_model("test_vit", num_classes=5, img_size=32).eval()
+    model = build_model(ModelSource("test_vit", img_size=32), num_classes=5).eval()
     images = torch.randn(12, 3, 32, 32)
     before = model(images)
     arguments: dict[str, Any] = {"kind": kind, "rank": 3, "alpha": 6, "targets": "attention", "seed": 1, "init": init}
@@ -314,7 +314,7 @@ def test_ranks_and_inits_that_do_not_exist() -> None:
 
 def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:
     torch.manual_seed(0)
-    model = build_model("vit_tiny_patch16_224", num_classes=4, img_size=32).eval()
+    model = build_model(ModelSource("vit_tiny_patch16_224", img_size=32), num_classes=4).eval()
     images = torch.randn(2, 3, 32, 32)
     before = capture_attention(model, images)
     adapted = add_adapters(model, kind="dora", rank=4, alpha=8, targets="block9_fc1", seed=0)
@@ -330,7 +330,7 @@ def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:
 
 def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> None:
     write_sports100(tmp_path / "sports", train=6, held_out=3)
-    preprocessing = preprocessing_of(build_model("test_vit", num_classes=1, img_size=32))
+    preprocessing = preprocessing_of(build_model(ModelSource("test_vit", img_size=32), num_classes=1))
     plain = prepare_folder(tmp_path / "sports", kind="sports100", preprocessing=preprocessing)
     cached = prepare_folder(
         tmp_path / "sports", kind="sports100", preprocessing=preprocessing, manifest=plain.manifest, cache=tmp_path
@@ -354,8 +354,7 @@ def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> Non
         digests = {
             train_condition(
                 recipe="lora",
-                model_name="test_vit",
-                img_size=32,
+                model=ModelSource("test_vit", img_size=32),
                 data=source,
                 checkpoint=tmp_path / f"{name}.safetensors",
                 hyperparameters=hyper,
@@ -376,9 +375,8 @@ def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
 
     save_file(start.state_dict(), tmp_path / "start.safetensors")
     arguments: dict[str, Any] = {
-        "model_name": "test_resnet",
+        "model": ModelSource("test_resnet", weights=tmp_path / "start.safetensors"),
         "data": data,
-        "weights": tmp_path / "start.safetensors",
     }
     adapted = train_condition(
         recipe="lora",
@@ -454,7 +452,7 @@ def replace(*arguments):
 os.replace = replace
 data = prepare_digits(preprocessing=preprocessing_of(build_model("digits_vit", num_classes=10)), train_scenes=20,
                       validation_scenes=8, test_scenes=8)
-result = train_condition(recipe="dora", model_name="digits_vit", data=data, checkpoint=folder / "a.safetensors",
+result = train_condition(recipe="dora", model="digits_vit", data=data, checkpoint=folder / "a.safetensors",
                          hyperparameters=Hyperparameters(epochs=3, batch_size=8, lr=1e-3, precision="fp32"))
 print(result.sha256)
 """

@@ -19,6 +19,7 @@ from train.checkpoint import read_checkpoint
 from train.compress import compress
 from train.conditions import train_condition
 from train.errors import TrainingDivergedError
+from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
 
 NAMES = [f"quant={base}_r={rank}" for base in ("plain", "sparse", "int1") for rank in (1, 2)]
@@ -36,7 +37,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(file, target)
     torch.manual_seed(0)
-    save_file(build_model("test_vit", num_classes=3, img_size=32).state_dict(), root / "vit.safetensors")
+    save_file(build_model(ModelSource("test_vit", img_size=32), num_classes=3).state_dict(), root / "vit.safetensors")
     save_file(build_model("test_resnet", num_classes=3).state_dict(), root / "resnet.safetensors")
     return root
 
@@ -70,12 +71,13 @@ def test_every_named_output_is_there(swept: Path) -> None:
         assert "href=" not in page.replace('xlink:href="#', "").replace('href="#', "")
         (checkpoint,) = swept.glob(f"{name}_eval_acc=*.safetensors")
         assert checkpoint.name == row["checkpoint"] == f"{name}_eval_acc={float(row['test_accuracy']):.4f}.safetensors"
-        assert load_checkpoint("test_vit", checkpoint, img_size=32)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+        model = load_checkpoint(ModelSource("test_vit", img_size=32), checkpoint)
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
         assert read_checkpoint(checkpoint).metadata["test_accuracy"] == float(row["test_accuracy"])
         assert 0 <= float(row["test_accuracy_without_adapters"]) <= 1
         assert int(row["trials_complete"]) + int(row["trials_pruned"]) + int(row["trials_diverged"]) == 3
         # Adapters on qkv (64 → 192) and proj (64 → 64) of each block, and the head.
-        blocks = len(load_checkpoint("test_vit", checkpoint, img_size=32).blocks)
+        blocks = len(load_checkpoint(ModelSource("test_vit", img_size=32), checkpoint).blocks)
         adapters = int(row["rank"]) * blocks * (64 + 192 + 64 + 64)
         assert int(row["trainable_parameters"]) == adapters + 3 * 64 + 3
     assert not list((swept / "trials").glob("*.safetensors")), "trials that were not kept leave nothing"

@@ -31,7 +31,8 @@ from train.evaluation import evaluate
 from train.history import write_history
 from train.hyperparameters import ADAPTERS, SEED_INVARIANT, Hyperparameters, Recipe, check_condition
 from train.loop import epoch_order, fit
-from train.models import build_model, built_size, classifier_name
+from train.model_source import ModelSource, source_of
+from train.models import build_model, classifier_name
 from train.parallel import Workers
 from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
@@ -84,13 +85,10 @@ class TrainResult:
 def train_condition(
     *,
     recipe: Recipe,
-    model_name: str,
+    model: ModelSource | str,
     data: DataSplits,
     checkpoint: str | Path,
     seed: int = 42,
-    weights: str | Path = "",
-    pretrained: bool = False,
-    img_size: int = 0,
     hyperparameters: Hyperparameters | None = None,
     probe_checkpoint: str | Path | None = None,
     device: str = "cpu",
@@ -106,10 +104,10 @@ def train_condition(
     The processes of a group that was joined before (torchrun) train together; the first one writes.
 
     Args:
+        model: the start, as for `train.models.build_model`.
         data: train, validation and test images; the best epoch is chosen on validation.
         checkpoint: the `.safetensors` file to write; a `.json` sidecar and, while it runs, a
             `.state.safetensors` lie beside it, and `.history.jsonl` with a line an epoch.
-        weights, pretrained, img_size: the start, as for `train.models.build_model`.
         probe_checkpoint: a finished probe of the same backbone and data, so that it is not fitted again.
         device: "cpu" or "cuda".
         on_epoch: gets the history so far after each epoch; what it raises ends the run, which can go on later.
@@ -125,16 +123,15 @@ def train_condition(
     path, where = Path(checkpoint), torch.device(device)
     check_condition(recipe, data, hyper)
     precision = resolve_precision(hyper.precision, where)
+    source = source_of(model).completed()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights that come from no file
-        model = build_model(
-            model_name, num_classes=len(data.class_names), pretrained=pretrained, weights=weights, img_size=img_size
-        )
-    backbone = _backbone_digest(model)
+        built = build_model(source, num_classes=len(data.class_names))
+    backbone = _backbone_digest(built)
     own_head = recipe != "probe" and hyper.head == "own"
     settings = {
         "recipe": recipe,
-        "model": model_name,
+        "model": source.name,
         "backbone": backbone,
         "dataset": data.manifest.sha256,
         "preprocessing": data.train.preprocessing.to_dict(),
@@ -142,7 +139,7 @@ def train_condition(
         "hyperparameters": hyper.used_by(recipe, precision),
         "deterministic": deterministic,
         "device": where.type,
-        **({"head": state_digest(_head(model).state_dict())} if own_head else {}),
+        **({"head": state_digest(_head(built).state_dict())} if own_head else {}),
     }
     key = settings_key(version=_VERSION, **settings)
     workers = Workers.current()
@@ -151,23 +148,23 @@ def train_condition(
             write_history(path, done["history"])
         return _result(path, done, began, reused=True)
 
-    model.to(where)
+    built.to(where)
     label = f"{name or recipe} seed {seed}"
     state_file = StateFile(path.with_suffix(".state.safetensors"), key, writes=workers.first)
-    threads = TRAINING_THREADS if model_name == "digits_vit" else 0
+    threads = TRAINING_THREADS if source.name == "digits_vit" else 0
     difference: float | None = None
-    with training_mode(model, where, precision=precision, deterministic=deterministic, threads=threads):
+    with training_mode(built, where, precision=precision, deterministic=deterministic, threads=threads):
         if not own_head and (recipe == "probe" or probe_checkpoint is None):
-            history = fit_probe(model, data.train, data.validation, label_smoothing=hyper.label_smoothing, device=where)
+            history = fit_probe(built, data.train, data.validation, label_smoothing=hyper.label_smoothing, device=where)
         elif not own_head:
-            _take_head(model, Path(cast(Any, probe_checkpoint)), backbone, data.class_names)
+            _take_head(built, Path(cast(Any, probe_checkpoint)), backbone, data.class_names)
         if recipe == "probe":
-            trainable = sum(parameter.numel() for parameter in _head(model).parameters())
+            trainable = sum(parameter.numel() for parameter in _head(built).parameters())
         else:
             if recipe in ADAPTERS:
-                module, optimizer = _adapted(model, recipe, hyper, data, seed, where)
+                module, optimizer = _adapted(built, recipe, hyper, data, seed, where)
             else:
-                module, optimizer = model, _full_optimizer(model, hyper)
+                module, optimizer = built, _full_optimizer(built, hyper)
             trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
             def each_epoch(history: Sequence[Mapping[str, Any]]) -> None:
@@ -179,18 +176,18 @@ def train_condition(
             history = _fit(
                 module, optimizer, data, hyper, precision, seed, state_file, where, each_epoch, workers, label
             )
-            model = module
+            built = module
             if recipe in ADAPTERS:
                 count = min(_MERGE_IMAGES, len(data.validation))
-                model, difference = merge_adapters(module, data.validation.batch(range(count)).to(where))
-        model.eval()
-        validation, test = (evaluate(model, images, where, workers=workers) for images in (data.validation, data.test))
-    if recipe == "probe" and _backbone_digest(model) != backbone:
+                built, difference = merge_adapters(module, data.validation.batch(range(count)).to(where))
+        built.eval()
+        validation, test = (evaluate(built, images, where, workers=workers) for images in (data.validation, data.test))
+    if recipe == "probe" and _backbone_digest(built) != backbone:
         raise RuntimeError(f"{label}: the frozen backbone changed while the probe was fitted")
 
     metadata = {
-        "model": model_name,
-        "img_size": built_size(img_size, weights),
+        "model": source.name,
+        "img_size": source.img_size,
         "num_classes": len(data.class_names),
         "class_names": list(data.class_names),
         "recipe": recipe,
@@ -210,7 +207,7 @@ def train_condition(
     }
     if workers.first:
         write_history(path, history)
-        save_checkpoint(path, model.state_dict(), metadata)
+        save_checkpoint(path, built.state_dict(), metadata)
         state_file.remove()
     workers.wait()
     return _result(path, read_metadata(path), began, reused=False)

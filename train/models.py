@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -19,11 +19,11 @@ from torch import nn
 from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
 from train.errors import InputError
+from train.model_source import ModelSource, pretrained_cfg, source_of
 from train.weights import read_state_dict, refuse_unfit_values, say_once
 
 __all__ = [
     "build_model",
-    "built_size",
     "classifier_name",
     "head_size",
     "load_checkpoint",
@@ -32,89 +32,76 @@ __all__ = [
 ]
 
 
-def build_model(
-    name: str,
-    *,
-    num_classes: int | None,
-    pretrained: bool = False,
-    weights: str | Path = "",
-    img_size: int = 0,
-    state: str = "",
-) -> nn.Module:
-    """A timm model with a head of `num_classes`, as a start for training.
+def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Module:
+    """A timm model with a head of `num_classes`, as a start for training; or as its checkpoint has it, to be looked at.
 
-    The backbone comes from `weights`, else from timm's download (`pretrained`), else it is random. A
-    head for another number of classes than `weights` holds starts anew, which the log says. What a checkpoint of ours
-    says of itself is followed, as by `load_checkpoint`.
+    The backbone comes from the source's `weights`, else from timm's download (`pretrained`), else it is random. A head
+    for another number of classes than `weights` holds is a new one, which the log says. What a checkpoint of ours says
+    of itself is followed: the input size it was trained at, unless the source names another, and how its images were
+    prepared, which `preprocessing_of` the model gives.
 
     Args:
-        name: a timm model name, or `digits_vit`.
-        num_classes: size of the head; None: as the model was made, or as many as `weights` holds.
-        pretrained: let timm fetch or find its weights; ignored when `weights` is given.
-        weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file.
-        img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
-        state: key of the file under which the weights are; see `train.weights.read_state_dict`.
+        model: what it is built from; a name alone stands for a model with random weights.
+        num_classes: size of the head; None: as the model was made, or as many as `weights` holds, in evaluation mode.
 
     Raises:
-        InputError: unknown name, an image size that the model refuses, a bad file, weights of another
-            shape or with NaN, a checkpoint of another model, no weights to be had.
+        InputError: an image size that the model refuses, a bad file, weights of another shape or with NaN, a checkpoint
+            of another model, no weights to be had.
     """
-    if not weights:
-        if state:
-            raise InputError(f"model.state is {state!r}, a key of a file that is not named: give --model.weights FILE")
-        return _create(name, num_classes=num_classes, pretrained=pretrained, img_size=img_size)
-    path = Path(weights)
+    source = source_of(model)
+    if source.file is None:
+        if source.state:
+            raise InputError(
+                f"model.state is {source.state!r}, a key of a file that is not named: give --model.weights FILE"
+            )
+        return _create(source, num_classes)
+    path = source.file
     if num_classes is None:
-        return load_checkpoint(name, path, img_size, state)
-    tensors, said = read_state_dict(path, state), _said(path, name)
-    model = _create(name, num_classes=num_classes, img_size=built_size(img_size, path))
-    for classifier in _classifier_names(name):
+        return load_checkpoint(source, path)
+    tensors, said = read_state_dict(path, source.state), _said(path, source.name)
+    built = _create(source.completed(), num_classes)
+    for classifier in _classifier_names(source.name):
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
         found = _rows(tensors.get(keys[0]))
         if found != num_classes:
             left_out = f"its head for {found} classes is left out" if found else "it has no head"
             say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
-            own = model.state_dict()
+            own = built.state_dict()
             tensors |= {key: own[key] for key in keys if key in own}
-    _load(model, tensors, path, name)
-    _prepare_as_said(model, said, img_size, path)
-    return model
+    _load(built, tensors, path, source.name)
+    _prepare_as_said(built, said, source.img_size, path)
+    return built
 
 
-def built_size(img_size: int, weights: str | Path) -> int:
-    """The input size that a model is built at: the one asked for, else what a checkpoint of ours says; 0: its own."""
-    return img_size or (int(checkpoint_facts(Path(weights)).get("img_size", 0)) if weights else 0)
-
-
-def load_checkpoint(model_name: str, path: str | Path, img_size: int = 0, state: str = "") -> nn.Module:
+def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
     """A fine-tuned model as it was saved, in evaluation mode; the number of classes is read off its head.
 
-    Plain state dicts and ones wrapped under a usual key (`train.weights.WRAPPERS`) or under `state`; prefixes of
-    DistributedDataParallel and torch.compile are taken off. Position embeddings of another grid are resized by timm's
-    own function for the family, which the log says.
+    Plain state dicts and ones wrapped under a usual key (`train.weights.WRAPPERS`) or under the source's `state`;
+    prefixes of DistributedDataParallel and torch.compile are taken off. Position embeddings of another grid are resized
+    by timm's own function for the family, which the log says.
 
     A checkpoint of ours says in its sidecar what it is: the model is built at the image size that it was trained at
-    unless `img_size` says another, and `preprocessing_of` it gives how its images were prepared.
+    unless the source says another, and `preprocessing_of` it gives how its images were prepared.
+
+    Args:
+        model: what it is, or its name alone.
+        path: the file, whatever weights the source names.
 
     Raises:
-        InputError: unknown name, no such file, not a checkpoint, pickled objects, weights of another shape, with NaN
+        InputError: no such file, not a checkpoint, pickled objects, weights of another shape, with NaN
             or of a kind that would be cast, a checkpoint of ours of another model.
         DamagedFileError: a file whose bytes are not the ones that were saved.
     """
-    path = Path(path)
-    classifiers = _classifier_names(model_name)
-    tensors, said = read_state_dict(path, state), _said(path, model_name)
+    source, path = replace(source_of(model), weights=str(path)), Path(path)
+    classifiers = _classifier_names(source.name)
+    tensors, said = read_state_dict(path, source.state), _said(path, source.name)
     head = tensors.get(f"{classifiers[0]}.weight")
     if head is None:
-        say_once(f"{path} has no {classifiers[0]}.weight; {model_name} is built without a head", logging.WARNING)
-    model = _create(
-        model_name,
-        num_classes=_rows(head),
-        img_size=built_size(img_size, path),
-    )
-    _load(model, tensors, path, model_name)
-    _prepare_as_said(model, said, img_size, path)
-    return model.eval()
+        say_once(f"{path} has no {classifiers[0]}.weight; {source.name} is built without a head", logging.WARNING)
+    built = _create(source.completed(), _rows(head))
+    _load(built, tensors, path, source.name)
+    _prepare_as_said(built, said, source.img_size, path)
+    return built.eval()
 
 
 def _rows(head: torch.Tensor | None) -> int:
@@ -147,16 +134,17 @@ def _prepare_as_said(model: nn.Module, said: Mapping[str, Any], img_size: int, p
     timm_model.pretrained_cfg = timm_model.pretrained_cfg | taken | {"input_size": (trained["channels"], *size)}
 
 
-def head_size(name: str, *, pretrained: bool, weights: str | Path, state: str = "") -> int | None:
+def head_size(source: ModelSource) -> int | None:
     """Classes of the trained head that the start of `build_model` comes with; None where no head is trained.
 
     Raises:
-        InputError: unknown name, a bad file.
+        InputError: a bad file.
     """
-    if weights:
-        head = read_state_dict(Path(weights), state).get(f"{_classifier_names(name)[0]}.weight")
+    if source.file is not None:
+        tensors = read_state_dict(source.file, source.state)
+        head = tensors.get(f"{_classifier_names(source.name)[0]}.weight")
         return None if head is None else _rows(head)
-    return int(_pretrained_cfg(name).num_classes) if pretrained else None
+    return int(pretrained_cfg(source.name).num_classes) if source.pretrained else None
 
 
 def classifier_name(model: nn.Module) -> str:
@@ -205,14 +193,15 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     )
 
 
-def _create(name: str, *, num_classes: int | None, img_size: int, pretrained: bool = False) -> nn.Module:
+def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
+    """The model without the weights of a file: random, or timm's where the source asks for them and names no file."""
     import timm
 
-    _pretrained_cfg(name)
+    name, img_size = source.name, source.img_size
     arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size:
         arguments["img_size"] = img_size
-    if not pretrained:
+    if source.weights or not source.pretrained:
         try:
             model = timm.create_model(name, **arguments)
         except (TypeError, AssertionError, ValueError) as error:
@@ -257,32 +246,8 @@ def _offline_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _pretrained_cfg(name: str) -> Any:
-    import timm
-
-    importlib.import_module("train.digits_vit")  # puts digits_vit into timm's registry
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists them"
-        raise InputError(f"unknown model {name!r}; expected a timm model name or digits_vit ({hint})")
-    config = timm.get_pretrained_cfg(name, allow_unregistered=False) if _has_tag(name, tag) else None
-    if config is None:
-        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
-        raise InputError(
-            f"model {architecture} has no weights tagged {tag!r}; expected one of {', '.join(tags) or '—'}"
-        )
-    return config
-
-
-def _has_tag(name: str, tag: str) -> bool:
-    import timm
-
-    return not tag or name in timm.list_models(f"{name}*", pretrained=True)
-
-
 def _classifier_names(name: str) -> tuple[str, ...]:
-    names = _as_names(_pretrained_cfg(name).classifier)
+    names = _as_names(pretrained_cfg(name).classifier)
     if not names:
         raise InputError(
             f"timm names no classifier for {name}, so its number of classes cannot be read off a checkpoint"

@@ -27,6 +27,7 @@ from train.errors import InputError, TrainingDivergedError
 from train.evaluation import evaluate
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
+from train.model_source import ModelSource
 from train.models import classifier_name, load_checkpoint
 from train.state import settings_key
 
@@ -48,8 +49,7 @@ class SweepPlan:
     """What is the same for every backbone and rank.
 
     Args:
-        model_name, img_size: the timm model.
-        weights: the pretrained model, its head of the data's classes.
+        model: the pretrained one as saved here, its head of the data's classes.
         probe: a probe of it, whose head every trial begins with; None: the head that came with the weights.
         recipe: "lora" or "dora".
         hyperparameters: of every trial; lr, alpha, label_smoothing, rank and compression are the sweep's.
@@ -61,9 +61,7 @@ class SweepPlan:
         folder: of all files.
     """
 
-    model_name: str
-    img_size: int
-    weights: Path
+    model: ModelSource
     probe: Path | None
     recipe: Literal["lora", "dora"]
     hyperparameters: Hyperparameters
@@ -125,9 +123,9 @@ def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) 
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     key = settings_key(
-        model=plan.model_name,
-        img_size=plan.img_size,
-        weights=read_metadata(plan.weights)["sha256"],
+        model=plan.model.name,
+        img_size=plan.model.img_size,
+        weights=read_metadata(Path(plan.model.weights))["sha256"],
         probe=None if plan.probe is None else read_metadata(plan.probe)["sha256"],
         data=data.manifest.sha256,
         preprocessing=data.train.preprocessing.to_dict(),
@@ -241,12 +239,10 @@ def _train(
 ) -> TrainResult:
     return train_condition(
         recipe=plan.recipe,
-        model_name=plan.model_name,
+        model=plan.model,
         data=data,
         checkpoint=path,
         seed=plan.seed,
-        weights=plan.weights,
-        img_size=plan.img_size,
         hyperparameters=_hyperparameters(plan, base, rank, params),
         probe_checkpoint=plan.probe,
         device=plan.device,
@@ -327,7 +323,7 @@ def _keep(
 
 
 def _without_adapters(plan: SweepPlan, base: Compression, data: DataSplits) -> float:
-    model = load_checkpoint(plan.model_name, plan.probe or plan.weights, plan.img_size)
+    model = load_checkpoint(plan.model, plan.probe or plan.model.weights)
     classifier = classifier_name(model)
     targets = TARGETS.get(plan.hyperparameters.targets, plan.hyperparameters.targets)
     adapted = re.fullmatch(targets, classifier) is not None
