@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernels import METRICS, measure_attention, measure_qk, numba_cpu
-from kernels.threads import num_threads, over_parts, set_num_threads
+from kernels.threads import _begin_without_pool, num_threads, over_parts, set_num_threads
 from tests.cases import CASES, layout, vit_qk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +162,113 @@ class TestThreads:
         before = list(ended)
         over_parts(lambda begin, end: None, 64)  # the pool still works
         assert ended == before
+
+    @pytest.fixture
+    def switching(self) -> Iterator[None]:
+        """Threads take turns as often as they can."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        yield
+        sys.setswitchinterval(before)
+
+    def test_threads_of_the_user_may_all_begin_at_once(self, threads: None, switching: None) -> None:
+        """Each wants a pool of another size than the one before it: nobody's work may go to one that was closed."""
+        set_num_threads(12)
+        counts = list(range(2, 13, 2))
+        together = threading.Barrier(len(counts))
+        done: list[list[int]] = []
+
+        def call(count: int) -> None:
+            together.wait(timeout=60)
+            seen: list[int] = []
+            over_parts(lambda begin, end: seen.extend(range(begin, end)), count)
+            done.append(sorted(seen))
+
+        for _ in range(80):
+            _begin_without_pool()
+            done.clear()
+            callers = [threading.Thread(target=call, args=(count,)) for count in counts]
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join(timeout=60)
+            assert sorted(done, key=len) == [list(range(count)) for count in counts]
+
+    def test_a_caller_does_not_wait_for_the_work_of_another(self, threads: None) -> None:
+        """All threads of the pool are held by one call; another ends nevertheless."""
+        set_num_threads(3)
+        held, release = threading.Barrier(4), threading.Event()
+
+        def hold(begin: int, end: int) -> None:
+            if begin < 3:
+                held.wait(timeout=60)
+                release.wait(timeout=60)
+
+        holder = threading.Thread(target=over_parts, args=(hold, 12))
+        holder.start()
+        held.wait(timeout=60)
+        seen: list[int] = []
+        over_parts(lambda begin, end: seen.extend(range(begin, end)), 40)
+        assert sorted(seen) == list(range(40))
+        assert holder.is_alive()
+        release.set()
+        holder.join(timeout=60)
+
+    def test_without_more_threads_the_caller_works_alone(self, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_thread(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        set_num_threads(3)
+        _begin_without_pool()
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        seen: list[int] = []
+        over_parts(lambda begin, end: seen.extend(range(begin, end)), 40)
+        assert seen == list(range(40))
+
+        def fail(begin: int, end: int) -> None:
+            seen.append(begin)
+            raise KeyError("the first part")
+
+        with pytest.raises(KeyError, match="the first part"):
+            over_parts(fail, 40)
+        assert len(seen) == 41  # the parts that had not begun are left out
+
+    @pytest.mark.parametrize("when", ["fork while the pool grows", "after the main thread", "at exit"])
+    def test_it_works_whenever_it_is_called(self, when: str) -> None:
+        code = {
+            "fork while the pool grows": (
+                "holds = kernels.threads._pool_lock\n"
+                "holds.acquire()  # as a thread does that the child will not have\n"
+                "child = os.fork()\n"
+                "if child == 0:\n"
+                "    measure()\n"
+                "    os._exit(0)\n"
+                "holds.release()\n"
+                "measure()\n"
+                "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+            ),
+            "after the main thread": (
+                "def later():\n"
+                "    threading.main_thread().join()\n"
+                "    measure()\n"
+                "threading.Thread(target=later).start()\n"
+            ),
+            "at exit": "atexit.register(measure)\n",
+        }[when]
+        begin = (
+            "import atexit, os, sys, threading, kernels.threads\n"
+            "def measure():\n"
+            "    seen = []\n"
+            "    kernels.threads.over_parts(lambda begin, end: seen.extend(range(begin, end)), 64)\n"
+            "    print(sorted(seen) == list(range(64)), flush=True)\n"
+            "kernels.threads.set_num_threads(3)\n"
+            "measure()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", begin + code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("True") == (3 if "fork" in when else 2)
 
     def test_the_number_comes_from_the_setting_then_the_environment(
         self, threads: None, monkeypatch: pytest.MonkeyPatch
