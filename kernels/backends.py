@@ -47,15 +47,13 @@ class BackendSpec:
         """Import the backend's module.
 
         Raises:
-            BackendUnavailableError: an import it needs is missing, or numba finds no folder to cache code in.
+            BackendUnavailableError: an import it needs is missing.
         """
         try:
             return importlib.import_module(self.module)
-        except (ImportError, RuntimeError) as error:
-            # Without a writable folder numba raises a RuntimeError as soon as a function asks to be cached.
-            remedy = "install what is missing" if isinstance(error, ImportError) else "set NUMBA_CACHE_DIR"
+        except ImportError as error:
             raise BackendUnavailableError(
-                f"backend {self.name!r} cannot run: {error}; {remedy} or choose another backend"
+                f"backend {self.name!r} cannot run: {error}; install what is missing or choose another backend"
             ) from error
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from kernels.numba_cache import called_from_python, sources
 from kernels.numba_math import (
-    CALLED_FROM_PYTHON,
     LOG2_E,
     OPTIONS,
     apart,
@@ -23,7 +23,6 @@ from kernels.numba_math import (
     lent,
     load_row,
     rescale,
-    sources,
     sum_double,
 )
 from kernels.numba_rows import (
@@ -123,7 +122,7 @@ def passes() -> SimpleNamespace:
     """
     of = sources()  # a part of the key under which compiled code is kept
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def attention(
         maps: Any, kind: Any, shape: Any, tables: Any, tolerance: Any, needs: Any, out: Any, begin: Any, end: Any
     ) -> None:
@@ -140,7 +139,7 @@ def passes() -> SimpleNamespace:
                 attention_row(buffer, at, kind, m, q, shape, near, tolerance, needs, scratch, into)
         hold(made)
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def qk(
         queries: Any,
         keys: Any,
@@ -165,7 +164,7 @@ def passes() -> SimpleNamespace:
             of_bias = (added[0], added[1][m] if added[1].size > 0 else -1, added[2])
             _qk_map(m, of_query, of_key, kind, factor, of_bias, shape, near, needs, into)
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def pair(
         one: Any, two: Any, kind: Any, prefix: Any, tolerance: Any, js: Any, valid: Any, begin: Any, end: Any
     ) -> None:
@@ -191,7 +190,7 @@ def passes() -> SimpleNamespace:
                     js[m, q - prefix] = row_js_divergence(x, one_total, y, two_total)
         hold(made)
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def maps_morans_i(maps: Any, has_right: Any, grid_cols: Any, num_edges: Any, out: Any) -> None:
         """Moran's I of float64 maps [map, patch]; NaN where constant or undefined."""
         _ = of
@@ -199,14 +198,14 @@ def passes() -> SimpleNamespace:
         for m in range(maps.shape[0]):
             out[m] = map_morans_i(maps[m], z, has_right, grid_cols, num_edges)
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def maps_entropy(maps: Any, out: Any) -> None:
         """Entropy in nat of float64 maps [map, patch]; NaN where undefined."""
         _ = of
         for m in range(maps.shape[0]):
             out[m] = map_entropy(maps[m])
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def row_sums(rows: Any, out: Any) -> None:
         """Sums of [row, value] in float64: NaN where a value is. 57 µs of NumPy for 576 rows of 196 are 16 here."""
         _ = of

@@ -7,9 +7,6 @@ The logarithm decides the speed: libm's is scalar here, so float32 takes polynom
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,6 @@ from numba.extending import intrinsic, overload
 
 __all__ = [
     "BFLOAT16",
-    "CALLED_FROM_PYTHON",
     "FLOAT",
     "FLOAT16",
     "LEAST_EXP2",
@@ -35,7 +31,6 @@ __all__ = [
     "log2",
     "phi_series",
     "rescale",
-    "sources",
     "stored_bits",
     "sum_double",
     "sum_row",
@@ -46,8 +41,8 @@ _intrinsic: Any = intrinsic  # what it makes is not a function to a type checker
 # How the input's bits are read.
 FLOAT, FLOAT16, BFLOAT16 = 0, 1, 2
 
-# Of functions that compiled code calls. What Python calls is kept on disk, by `sources` too; wrappers for Python take
-# a third of the time to compile.
+# Of functions that compiled code calls: wrappers for Python take a third of the time to compile. Those that Python
+# calls are made by `numba_cache.called_from_python`.
 OPTIONS: dict[str, Any] = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
@@ -55,19 +50,6 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",  # division by zero is no exception: its test would stand in every loop's way
     "fastmath": {"reassoc", "nsz", "contract"},
 }
-CALLED_FROM_PYTHON: dict[str, Any] = {**OPTIONS, "no_cpython_wrapper": False, "cache": True}
-
-
-@lru_cache(maxsize=1)
-def sources() -> str:
-    """Digest of the files that compiled loops are made of.
-
-    Numba's disk cache knows a function by its own file alone. A pass that holds this digest in a closure is known
-    by it too, and so is compiled anew when a file of its callees has changed.
-    """
-    folder = Path(__file__).parent
-    names = ("lane_types", "lanes", "numba_loops", "numba_math", "numba_rows", "numba_vector_maps", "numba_vector_qk")
-    return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
 def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:

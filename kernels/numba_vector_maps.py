@@ -42,7 +42,8 @@ from kernels.lanes import (
     sums_of_eight,
     transpose,
 )
-from kernels.numba_math import CALLED_FROM_PYTHON, LN_2, OPTIONS, apart, hold, lent, log2, sources, stored_bits
+from kernels.numba_cache import called_from_python, sources
+from kernels.numba_math import LN_2, OPTIONS, apart, hold, lent, log2, stored_bits
 from kernels.numba_rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, clear_map, moran_of_sums
 
 __all__ = ["attention_pass"]
@@ -267,7 +268,7 @@ def attention_pass(width: Width) -> Any:
     """
     of = sources()  # a part of the key under which compiled code is kept
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def attention(
         maps: Any,
         kind: Any,

@@ -18,8 +18,8 @@ from numba import njit
 
 from kernels.lane_types import Width
 from kernels.lanes import dot_tile, fma, fraction, greater, lanes_of, load, splat, store, times_power, transpose
+from kernels.numba_cache import called_from_python, sources
 from kernels.numba_math import (
-    CALLED_FROM_PYTHON,
     LEAST_EXP2,
     LN_2,
     LOG2_E,
@@ -29,7 +29,6 @@ from kernels.numba_math import (
     lent,
     load_row,
     log2,
-    sources,
     stored_bits,
 )
 from kernels.numba_rows import (
@@ -362,7 +361,7 @@ def qk_pass(width: Width) -> Any:
     """
     of = sources()  # a part of the key under which compiled code is kept
 
-    @njit(**CALLED_FROM_PYTHON)
+    @called_from_python
     def qk(
         queries: Any,
         keys: Any,
