@@ -12,7 +12,7 @@ from engine.journal import digest_path
 from train.conditions import versions
 from train.model_source import ModelSource
 
-__all__ = ["checkpoint_of", "model_info", "model_source", "trained_here"]
+__all__ = ["checkpoint_of", "model_info", "model_source", "trained_here", "with_present_name"]
 
 
 def model_source(config: StudyConfig) -> ModelSource:
@@ -23,6 +23,15 @@ def model_source(config: StudyConfig) -> ModelSource:
     """
     keys = {key.name for key in dataclasses.fields(ModelSource)}
     return ModelSource(**{name: value for name, value in vars(config.model).items() if name in keys})
+
+
+def with_present_name(config: StudyConfig) -> StudyConfig:
+    """With timm's present name of the model, which is the one that everything the study writes records.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    return replace(config, model=replace(config.model, name=model_source(config).name))
 
 
 def checkpoint_of(config: StudyConfig, condition: str) -> ModelSource:

@@ -24,7 +24,7 @@ from engine.errors import reason_of
 from engine.folder import capture_settings, manifest_dict
 from engine.journal import Journal, digest_path
 from engine.measure import measure_store
-from engine.model import model_info
+from engine.model import model_info, with_present_name
 from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.progress import say
 from engine.relevance.choice import choose_classes
@@ -106,7 +106,7 @@ class Study:
     """
 
     def __init__(self, config: StudyConfig) -> None:
-        self.config = config
+        self.config = with_present_name(config)
         self.outputs = Path(config.outputs)
         self.device = resolve_device(config.device)
         self.journal = Journal(self.outputs / "run.jsonl")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.classes import folder_classes, named_classes
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
-from engine.model import model_source, trained_here
+from engine.model import model_source, trained_here, with_present_name
 from engine.outputs import OutputsFolder, resolve_device
 from engine.progress import say
 from engine.report.sweep import curves_png, evaluation_csv, history_html
@@ -50,6 +50,7 @@ def run_sweep(config: StudyConfig) -> Path:
             range that is none.
     """
     image_kind(config)
+    config = with_present_name(config)
     if several_processes():
         raise InputError("sweep runs in one process; start it with python -m engine.run sweep, without torchrun")
     sweep = config.sweep

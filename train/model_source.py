@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import checkpoint_facts
 from train.errors import InputError
+from train.weights import say_once
 
 __all__ = ["ModelSource", "pretrained_cfg", "source_of"]
+
+# How a model of timm's is called on the Hugging Face Hub: `timm/NAME`, also as an address.
+_HUB = re.compile(r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?huggingface\.co/)?timm/")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class ModelSource:
     """All that a model is built from, but for the number of its classes.
 
     Args:
-        name: a timm model name, or `digits_vit`.
+        name: a timm model name, or `digits_vit`; one that timm has given up, or of the Hugging Face Hub
+            (`hf-hub:timm/NAME`), becomes timm's present one.
         img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
         weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file; empty: timm's or random weights.
         state: key of that file under which the weights are; see `train.weights.read_state_dict`.
@@ -38,7 +44,7 @@ class ModelSource:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        pretrained_cfg(self.name)
+        object.__setattr__(self, "name", _present_name(self.name))
 
     @property
     def file(self) -> Path | None:
@@ -62,7 +68,14 @@ def source_of(model: ModelSource | str) -> ModelSource:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """What timm knows of a model by its name: classifier, input size, classes, ….
+    """What timm knows of a model by its present name: classifier, input size, classes, …."""
+    import timm
+
+    return timm.get_pretrained_cfg(name, allow_unregistered=False)
+
+
+def _present_name(given: str) -> str:
+    """timm's name of today for one of the past, or for one as the Hugging Face Hub has it; the log says a change.
 
     Raises:
         InputError: there is no such model, or no such weights of it.
@@ -70,21 +83,25 @@ def pretrained_cfg(name: str) -> Any:
     import timm
 
     importlib.import_module("train.digits_vit")  # puts digits_vit into timm's registry
-    architecture, _, tag = name.partition(".")
+    plain = _HUB.sub("", given).rstrip("/") if _HUB.match(given) else given
+    name = timm.models.get_deprecated_models().get(plain) or plain
+    meant = f" (which {given!r} stands for)" if name != given else ""
+    architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        asked = re.split(r"[/:]", architecture)[-1].lower().replace("-", "_")
+        near = difflib.get_close_matches(asked, timm.list_models(), n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists them"
-        raise InputError(f"unknown model {name!r}; expected a timm model name or digits_vit ({hint})")
-    config = timm.get_pretrained_cfg(name, allow_unregistered=False) if _has_tag(name, tag) else None
-    if config is None:
+        file = (
+            "; give the weights of any other repository or folder as a file: --model.weights" if asked != name else ""
+        )
+        raise InputError(f"unknown model {name!r}{meant}; expected a timm model name or digits_vit ({hint}){file}")
+    if dot and name not in timm.list_models(f"{architecture}.*", pretrained=True):
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         raise InputError(
-            f"model {architecture} has no weights tagged {tag!r}; expected one of {', '.join(tags) or '—'}"
+            f"model {architecture} has no weights tagged {tag!r}{meant}; expected one of {', '.join(tags) or '—'}"
         )
-    return config
-
-
-def _has_tag(name: str, tag: str) -> bool:
-    import timm
-
-    return not tag or name in timm.list_models(f"{name}*", pretrained=True)
+    if plain != given:
+        say_once(f"{given} is timm's {plain}")
+    if name != plain:
+        say_once(f"{plain} is now {name}")
+    return name
