@@ -71,7 +71,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         manifest=manifest_dict(manifest),
         label=f"capture {path.name}",
     )
-    if workers.first:
+    if workers.first and config.capture.samples:
         with _samples_beside(path) as samples:
             rows = choose_samples(config.capture.samples, len(images), config.data.seed)
             start_samples(samples, images, rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -254,6 +255,8 @@ _CONDITION_FLAG = re.compile(r"--conditions\.(.+)\.[a-z_]+(?:=.*)?")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for failure, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # a metric of one's own lies there; last, so that no file there hides a package
     _show_log()
     try:
         return _run(arguments)

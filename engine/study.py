@@ -131,19 +131,20 @@ class Study:
         self.runs = train_runs(self.config, self.data, self.journal, self.outputs, device=self.device)
 
     def capture(self) -> None:
-        """Needs: checkpoints, test images. Leaves: captures/<condition>_seed<k>.zarr, samples.zarr."""
+        """Needs: checkpoints, test images. Leaves: captures/<condition>_seed<k>.zarr, samples.zarr if any are kept."""
         samples = self.outputs / "samples.zarr"
-        self.journal.stage(
-            "samples",
-            {"data": self.data.digest, "rows": self.sample_rows, "version": __version__},
-            [samples / "zarr.json", samples / "images"],
-            lambda: start_samples(samples, self.data.test, self.sample_rows),
-        )
+        if self.sample_rows:
+            self.journal.stage(
+                "samples",
+                {"data": self.data.digest, "rows": self.sample_rows, "version": __version__},
+                [samples / "zarr.json", samples / "images"],
+                lambda: start_samples(samples, self.data.test, self.sample_rows),
+            )
         for run in self.runs:
             self._captured[run] = self.journal.stage(
                 f"capture {run.name}",
                 self._capture_inputs(run),
-                [self._store_path(run), samples / run.name],
+                [self._store_path(run), *([samples / run.name] if self.sample_rows else [])],
                 lambda run=run: self._capture_run(run),  # type: ignore[misc]
                 reads=[run.checkpoint],
                 shared=True,
@@ -381,7 +382,7 @@ class Study:
             replace=True,
         )
         samples = self.outputs / "samples.zarr"
-        if Workers.current().first:
+        if self.sample_rows and Workers.current().first:
             add_sample_maps(samples, run.name, model, self.data.test, self.sample_rows, device=self.device)
         return {"images": len(store.image_ids), "layers": len(store.layers)}
 

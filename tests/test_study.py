@@ -198,6 +198,7 @@ def test_a_folder_is_trained_captured_and_reported(tmp_path: Path) -> None:
     command += ["--model.name", "vit_tiny_patch16_224", "--model.pretrained", "false", "--model.img_size", "32"]
     command += ["--train.epochs", "1", "--train.batch_size", "4", "--statistics.permutations", "99"]
     command += ["--capture.sinks", "store", "--conditions.dora.rank", "2", "--relevance.methods", "gradcam"]
+    command += ["--measure.metrics", "entropy,prefix_mass,tests.own_metrics:peak"]
     assert main(command) == 0
     document = json.loads((outputs / "metrics" / "attention_comparison.json").read_text())
     assert {entry["id"] for entry in document["data"]["dropped"]} == set(broken)

@@ -95,6 +95,8 @@ def load_samples(path: Path, table: xr.Dataset, usable: Callable[[Path], bool]) 
                 )
                 if "logits" in group:
                     logits[condition, seed] = np.asarray(_array(group, "logits"))
+        if not runs:  # images of a study that keeps no maps any more
+            return None
         return Samples(
             pixels=np.asarray(_array(images, "pixels")),
             ids=tuple(str(value) for value in np.asarray(_array(images, "id"))),
