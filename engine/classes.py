@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from train.checkpoint import has_sidecar, read_metadata, sidecar_path
 from train.errors import DamagedFileError, InputError
+from train.files import require_file
 
 __all__ = ["HeadClasses", "check_shared_names", "folder_classes", "named_classes", "read_class_names"]
 
@@ -192,11 +193,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     Raises:
         InputError: no such file, not text, an empty or a repeated name, an index that is missing or twice there.
     """
+    require_file(path, "file of class names", _FORMS)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"file of class names {path} does not exist; {_FORMS}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"file of class names {path} cannot be read as UTF-8 text ({error}); {_FORMS}") from error
     if path.suffix.lower() != ".json":
         return _checked([line.strip() for line in text.splitlines()], str(path))

@@ -104,6 +104,9 @@ class DataConfig:
         "all: every image is test; auto: folders for sports100, else stratified, but all in compare and capture",
     )
     seed: int = _key(42, "seed of the split, or of the composed scenes")
+    follow_links: bool = _key(
+        False, "take what links lead to, wherever it lies; false: a link that leaves the folder is refused"
+    )
     class_order: Literal["auto", "string", "natural"] = _key(
         "auto",
         "order of class folders when a given model was trained; string: 1, 10, 2, as torchvision; natural: 1, 2, 10, "

@@ -22,6 +22,7 @@ from store.hdf5_values import shown_precision
 from store.places import containing_store, require_place, storage_at
 from store.schema import OtherRunError, UnfinishedStoreError
 from train.errors import InputError
+from train.files import require_file
 
 __all__ = ["export_hdf5", "import_hdf5"]
 
@@ -54,7 +55,7 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
     file or another, goes on from it or replaces it.
 
     Raises:
-        InputError: the encoding keeps query and key, the axes are none, the tokens of a map
+        InputError: no such file, the encoding keeps query and key, the axes are none, the tokens of a map
             are no grid with prefix tokens, or something else lies where the store would.
         StoreError: the file holds no post-softmax attention or does not say what it holds, or the store cannot be
             written.
@@ -68,6 +69,7 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
             "them, each once"
         )
     path = Path(config.hdf5.file)
+    require_file(path, "file", "expected an HDF5 file of attention")
     with AttentionFile(path, axes) as file:
         say(f"import {path.name}: {file.order}: {file.num_images} images, {len(file.layers)} layers")
         if file.unused:

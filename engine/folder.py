@@ -112,7 +112,11 @@ def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
     built = None
     if workers.first:
         built = build_manifest(
-            config.data.root, kind=image_kind(config), split=config.data.split, seed=config.data.seed
+            config.data.root,
+            kind=image_kind(config),
+            split=config.data.split,
+            seed=config.data.seed,
+            follow_links=config.data.follow_links,
         )
         if workers.count == 1:
             return built

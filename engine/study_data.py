@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,7 @@ from train.data import DataSplits, ImageSet, Preprocessing
 from train.datasets import DataKind, build_manifest
 from train.embedded import prepare_digits
 from train.errors import InputError
+from train.files import id_of
 from train.folders import prepare_folder
 from train.listing import files_below
 from train.manifest import Manifest
@@ -253,17 +255,23 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
     root = Path(config.data.root)
     inputs = {
         "kind": config.data.kind,
-        "root": str(root.resolve()),
-        "files": _listing(root),
+        "root": id_of(os.path.realpath(root)),
+        "files": _listing(root, config.data.follow_links),
         "split": config.data.split,
         "seed": config.data.seed,
+        "follow_links": config.data.follow_links,
         "version": __version__,
     }
 
     def work() -> None:
-        build_manifest(config.data.root, kind=image_kind(config), split=config.data.split, seed=config.data.seed).save(
-            path
+        manifest = build_manifest(
+            config.data.root,
+            kind=image_kind(config),
+            split=config.data.split,
+            seed=config.data.seed,
+            follow_links=config.data.follow_links,
         )
+        manifest.save(path)
 
     journal.stage("data", inputs, [path], work)
     cache = (config.data.cache_folder or outputs / "cache") if config.data.cache else None
@@ -277,10 +285,12 @@ def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preproc
     return splits
 
 
-def _listing(root: Path) -> str:
+def _listing(root: Path, follow_links: bool) -> str:
     """Hash of the names, sizes and times of a data set's files: a change of one builds the manifest anew."""
-    files = sorted(path for path in files_below(root) if path.is_file())
-    return digest([[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+    if not root.is_dir():
+        return ""
+    files = sorted(path for path in files_below(root, follow_links=follow_links) if path.is_file())
+    return digest([[id_of(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
 def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -> StudyData:

@@ -254,7 +254,7 @@ def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist"):
         build_manifest(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file; expected class folders"):
+    with pytest.raises(InputError, match=r"is a file; give the folder with --data\.root DIR; expected class folders"):
         build_manifest(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="is empty; expected class folders"):

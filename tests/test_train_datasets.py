@@ -97,7 +97,7 @@ def test_lists_with_other_line_ends_say_the_same(rooms: Path) -> None:
         ("../outside/secret.jpg", r"TrainImages\.txt line 34 is '\.\./outside/secret\.jpg', which leaves the folder"),
         ("bar/../../secret.jpg", "leaves the folder"),
         ("/etc/passwd", "leaves the folder"),
-        ("bar\\..\\x.jpg", "leaves the folder"),
+        ("bar\\..\\x.jpg", "which has a backslash; expected class/file"),
         ("alone.jpg", r"line 34 is 'alone\.jpg'; expected class/file\.jpg"),
         (f"bar/{'bar'}_0010.jpg", r"TestImages\.txt names bar/bar_0010\.jpg, which TrainImages\.txt names already"),
     ],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from store.removal import is_unfinished, put, remove, unfinished
 from train.errors import DamagedFileError, InputError
+from train.files import require_file
 
 if TYPE_CHECKING:
     import torch
@@ -229,8 +230,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     from safetensors.torch import load
 
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist; expected a .safetensors file that was saved before")
+    require_file(path, "checkpoint", "expected a .safetensors file that was saved before")
     metadata = read_metadata(path)
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()

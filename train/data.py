@@ -15,6 +15,7 @@ import numpy as np
 
 from kernels.layout import TokenLayout
 from train.errors import InputError
+from train.files import path_of
 from train.images import UndecodableError, decode_image
 from train.manifest import Manifest, Record
 
@@ -202,7 +203,7 @@ class FolderImages(ImageSet):
         return np.stack(list(self._pool.map(self._decode, [self.records[int(i)] for i in indices])))
 
     def _decode(self, record: Record) -> np.ndarray:
-        path = self.root / record.id
+        path = self.root / path_of(record.id)
         try:
             content = path.read_bytes()
         except OSError as error:

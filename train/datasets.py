@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import logging
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.errors import InputError
+from train.files import id_of, require_file, what_lies_at
 from train.listing import (
     CLASS_FOLDERS,
     Entry,
@@ -25,7 +27,7 @@ from train.listing import (
     split_folders,
 )
 from train.manifest import Manifest, Record
-from train.splits import SPLIT_FOLDERS, stratified_split
+from train.splits import SPLIT_FOLDERS, SPLITS, stratified_split
 
 __all__ = ["KINDS", "DataKind", "SplitRule", "build_manifest"]
 
@@ -62,12 +64,12 @@ class _Kind:
     """A layout on disk.
 
     Args:
-        read: root, rule → what is there.
+        read: root, rule, whether links are followed → what is there.
         rules: the ways it can be split; the first is its own.
         advice: where to get it and how to lay it out.
     """
 
-    read: Callable[[Path, str], _Source]
+    read: Callable[[Path, str, bool], _Source]
     rules: tuple[SplitRule, ...]
     advice: str
 
@@ -78,6 +80,7 @@ def build_manifest(
     kind: DataKind = "folder",
     split: SplitRule = "auto",
     seed: int = 42,
+    follow_links: bool = False,
     workers: int = 0,
 ) -> Manifest:
     """Read a data set, decoding every file once.
@@ -93,25 +96,27 @@ def build_manifest(
             training list as validation; `folders`: as they lie; `all`: everything into test; `auto`: the first of
             the layout's own (folder and indoor67 stratified, sports100 folders).
         seed: of a split that is drawn.
+        follow_links: take what links lead to, wherever it lies; without, a link may not leave the folder. The folder
+            itself may be a link. Links to a folder that they lie in are never followed.
         workers: decoding threads; 0: one a processor, at most 16.
 
     Raises:
-        InputError: no such folder, a file instead of one, another layout, a rule that the layout does not have, no
-            readable image, a class too small to split, a link or a list that leaves the folder.
+        InputError: no such folder, a file instead of one, a folder that cannot be read, another layout, a rule that
+            the layout does not have, no readable image, a class too small to split, a link that leaves the folder and
+            is not to be followed, a list that is empty, leaves the folder or names an image twice.
     """
     layout = KINDS[kind]
     advice = f"; {layout.advice}"
     if not str(root):
         raise InputError(f"data.root is empty; give the folder with --data.root DIR{advice}")
     folder = Path(root)
-    if not folder.exists():
-        raise InputError(f"folder {folder} does not exist; give the folder with --data.root DIR{advice}")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file{advice}")
+    reason = what_lies_at(folder)
+    if reason != "is a folder":
+        raise InputError(f"{folder} {reason or 'is a file'}; give the folder with --data.root DIR{advice}")
     rule = layout.rules[0] if split == "auto" else split
     if rule not in layout.rules:
         raise InputError(f"data.split {rule} is no split of {kind}; expected one of {', '.join(layout.rules)}")
-    source = layout.read(folder.resolve(), rule)
+    source = layout.read(Path(os.path.realpath(folder)), rule, follow_links)
     if not source.entries:
         raise InputError(f"folder {folder} holds class folders but no file in them{advice}")
     check_class_names(entry.class_name for entry in source.entries)
@@ -126,7 +131,9 @@ def _decide(source: _Source, statuses: Sequence[Status], kind: str, rule: str, s
     readable = [entry for entry, status in zip(source.entries, statuses, strict=True) if status.text == "ok"]
     if not readable:
         counts = Counter(status.text for status in statuses).most_common()
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts)
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts[:5])
+        if len(counts) > 5:
+            reasons += f", {sum(number for _, number in counts[5:])} for other reasons"
         raise InputError(
             f"folder {source.root} holds no readable image among {len(statuses)} file(s) ({reasons}); {advice}"
         )
@@ -159,10 +166,16 @@ def _draw(entries: Sequence[Entry], hashes: Mapping[str, str], *, seed: int, tes
     return {identity: first.setdefault(hashes[identity], drawn[identity]) for identity in sorted(drawn)}
 
 
-def _read_folder(root: Path, rule: str) -> _Source:
+def _read_folder(root: Path, rule: str, follow_links: bool) -> _Source:
     if rule == "folders":
-        return _Source(root, [entry for base, split in split_folders(root) for entry in class_files(base, root, split)])
-    entries = class_files(root, root, "test" if rule == "all" else "")
+        bases = split_folders(root, follow_links=follow_links)
+        if not bases:
+            raise InputError(
+                f"folder {root} holds none of train, val (valid, validation) and test; expected them with class "
+                "folders in each, or use --data.split stratified or all"
+            )
+        return _Source(root, _split_files(root, bases, follow_links))
+    entries = class_files(root, root, "test" if rule == "all" else "", follow_links=follow_links)
     names = sorted({entry.class_name for entry in entries})
     if len(names) > 1 and all(name.lower() in SPLIT_FOLDERS for name in names):
         raise InputError(
@@ -171,44 +184,58 @@ def _read_folder(root: Path, rule: str) -> _Source:
     return _Source(root, entries)
 
 
-def _read_indoor67(root: Path, rule: str) -> _Source:
+def _split_files(root: Path, folders: Sequence[tuple[Path, str]], follow_links: bool) -> list[Entry]:
+    """The files of every (folder, split)."""
+    files = (class_files(base, root, split, follow_links=follow_links) for base, split in folders)
+    return [entry for found in files for entry in found]
+
+
+def _read_indoor67(root: Path, rule: str, follow_links: bool) -> _Source:
     """All images below Images/, or those that the official lists name; ids are as in the lists."""
     images = root / "Images"
     if not images.is_dir():
         hint = f"; {root.parent} is the root" if root.name == "Images" else ""
         raise InputError(f"folder {root} holds no folder Images{hint}; {_INDOOR67}")
+    images = Path(os.path.realpath(inside(images, root, follow_links=follow_links)))
     if rule != "official":
-        return _Source(images, class_files(images, images, "test" if rule == "all" else ""))
+        split = "test" if rule == "all" else ""
+        return _Source(images, class_files(images, images, split, follow_links=follow_links))
     entries: list[Entry] = []
     lists: dict[str, str] = {}
     place: dict[str, str] = {}
     for list_name, split in OFFICIAL_LISTS.items():
         path = root / list_name
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise InputError(f"folder {root} holds no {list_name}, the official split; {_INDOOR67}")
+        require_file(path, "list", "expected a text file with one path a line")
         content = path.read_bytes()
         lists[list_name] = hashlib.sha256(content).hexdigest()
         for name in list_lines(path, content):
             if name in place:
-                raise InputError(f"{path} names {name}, which {place[name]} names already; get the lists again")
+                raise InputError(
+                    f"{path} names {id_of(name)[:200]}, which {place[name]} names already; get the lists again"
+                )
             place[name] = list_name
-            for parent in (images / name).relative_to(images).parents:
-                inside(images / parent, images)
-            entries.append(Entry(inside(images / name, images), name, name.split("/")[0], split))
+            for parent in reversed((images / name).relative_to(images).parents):
+                inside(images / parent, images, follow_links=follow_links)
+            identity = id_of(name)
+            file = inside(images / name, images, follow_links=follow_links)
+            entries.append(Entry(file, identity, identity.split("/")[0], split))
     return _Source(images, entries, lists)
 
 
-def _read_sports100(root: Path, rule: str) -> _Source:
+def _read_sports100(root: Path, rule: str, follow_links: bool) -> _Source:
     """train, valid and test; `sports.csv`, where it is there, is compared with them and not trusted."""
-    try:
-        bases = split_folders(root)
-    except InputError as error:
-        raise InputError(f"folder {root} holds no folders train, valid and test; {_SPORTS100}") from error
-    entries = [
-        entry
-        for base, split in bases
-        for entry in class_files(base, root, {"folders": split, "all": "test"}.get(rule, ""))
-    ]
+    bases = split_folders(root, follow_links=follow_links)
+    if not bases:
+        raise InputError(f"folder {root} holds no folders train, valid and test; {_SPORTS100}")
+    missing = set(SPLITS) - {split for _, split in bases}
+    if rule == "folders" and missing:
+        raise InputError(
+            f"folder {root} holds no folder of the {' and the '.join(sorted(missing))} split; {_SPORTS100}"
+        )
+    given = [(base, {"folders": split, "all": "test"}.get(rule, "")) for base, split in bases]
+    entries = _split_files(root, given, follow_links)
     return _Source(root, entries, _compare_with_csv(root / "sports.csv", entries))
 
 

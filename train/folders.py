@@ -21,6 +21,7 @@ def prepare_folder(
     kind: DataKind = "folder",
     split: SplitRule = "auto",
     seed: int = 42,
+    follow_links: bool = False,
     manifest: Manifest | None = None,
     cache: str | Path | None = None,
     workers: int = 0,
@@ -32,7 +33,7 @@ def prepare_folder(
         cache: a folder for the decoded pictures, see `train.cache`; None: decode whenever they are asked for.
     """
     if manifest is None:
-        manifest = build_manifest(root, kind=kind, split=split, seed=seed, workers=workers)
+        manifest = build_manifest(root, kind=kind, split=split, seed=seed, follow_links=follow_links, workers=workers)
     base = Path(manifest.root)
 
     def pictures(records: Sequence[Record]) -> FolderImages:

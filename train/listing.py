@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
+import stat
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from train.errors import InputError
+from train.files import id_of
 from train.images import UndecodableError, decode_image
 from train.splits import SPLIT_FOLDERS
 
 __all__ = [
     "CLASS_FOLDERS",
+    "Aside",
     "Entry",
     "Status",
     "check_class_names",
@@ -68,73 +72,187 @@ class Status:
     sha256: str
 
 
-def split_folders(root: Path) -> list[tuple[Path, str]]:
-    """(folder, split) of train, val (valid, validation) and test under `root`.
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Folders that a walk leaves out.
+
+    Args:
+        hidden: hidden ones and those of the system.
+        circles: links to a folder that they lie in themselves.
+        links: other links to folders, where links are not followed.
+    """
+
+    hidden: list[Path] = field(default_factory=list)
+    circles: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
+
+    def log(self, root: Path) -> None:
+        """Say what was left out below `root`."""
+        for found, number, what in (
+            (self.hidden, sum(map(_count, self.hidden)), "file(s) in hidden folders and folders of the system are"),
+            (self.circles, len(self.circles), "link(s) to a folder that they lie in themselves are"),
+            (self.links, len(self.links), "link(s) to folders, which --data.follow_links true follows, are"),
+        ):
+            if number:
+                example = id_of(found[0].relative_to(root))
+                logger.warning("%d %s no part of the data set, for example in %s", number, what, example)
+
+
+def split_folders(root: Path, *, follow_links: bool = False) -> list[tuple[Path, str]]:
+    """(folder, split) of train, val (valid, validation) and test under `root`, as far as they are there.
 
     Raises:
-        InputError: none of them, or two names of one split.
+        InputError: two names of one split, a folder that cannot be read, or a link that leaves `root`
+            and is not to be followed.
     """
-    found = [
-        (entry, SPLIT_FOLDERS[entry.name.lower()])
-        for entry in sorted(root.iterdir())
-        if entry.is_dir() and entry.name.lower() in SPLIT_FOLDERS
-    ]
+    aside = Aside()
+    named = [entry for entry in _entries(root) if entry.name.lower() in SPLIT_FOLDERS]
+    folders = _folders_in(root, named, root, follow_links, aside)
+    aside.log(root)
+    found = [(folder, SPLIT_FOLDERS[folder.name.lower()]) for folder in folders]
     twice = [name for name, number in Counter(name for _, name in found).items() if number > 1]
     if twice:
         names = " and ".join(entry.name for entry, name in found if name == twice[0])
         raise InputError(f"folder {root} holds {names}, which are both the {twice[0]} split; expected one of them")
-    if not found:
-        raise InputError(
-            f"folder {root} holds none of train, val (valid, validation) and test; expected them with class folders in "
-            "each, or use --data.split stratified or all"
-        )
     return found
 
 
-def class_files(base: Path, root: Path, split: str = "") -> list[Entry]:
-    """Every file of every class folder under `base`, in order; files under sub-folders belong to the class.
+def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool = False) -> list[Entry]:
+    """Every file of every class folder under `base`; files under sub-folders belong to the class.
 
-    Hidden folders and those of the system, at any depth, are neither classes nor parts of one; the log counts their
-    files.
+    Hidden folders and those of the system, at any depth, are neither classes nor parts of one. The log says how much
+    was left out.
+
+    Args:
+        base: holds the class folders.
+        root: of the data set.
+        split: that the files belong to.
+        follow_links: whether links may lead out of `root`, and links in class folders to other folders are followed.
 
     Raises:
-        InputError: `base` is empty or holds no folder, or a link leaves `root`.
+        InputError: `base` is empty or holds no folder, a folder cannot be read, or a link leaves `root` and is not to
+            be followed.
     """
-    entries = sorted(base.iterdir())
+    entries = _entries(base)
     if not entries:
         raise InputError(f"folder {base} is empty; {CLASS_FOLDERS}")
-    aside = [entry for entry in entries if entry.is_dir() and _reason_of_folder(entry.name)]
-    folders = [entry for entry in entries if entry.is_dir() and not _reason_of_folder(entry.name)]
-    if not folders:
-        raise InputError(f"folder {base} holds {len(entries)} file(s) but no class folders; {CLASS_FOLDERS}")
-    loose = [entry for entry in entries if not entry.is_dir() and not _reason_of_file(entry.name)]
+    aside = Aside()
+    folders = _folders_in(base, entries, root, follow_links, aside)
+    leaves = [entry for entry in entries if not _is_folder(entry)]
+    lost = [entry for entry in leaves if entry.is_symlink() and not os.path.exists(entry)]
+    if lost:
+        logger.warning("%d link(s) directly in %s lead nowhere, for example %s", len(lost), base, lost[0].name)
+    loose = [entry for entry in leaves if not _reason_of_file(entry.name) and entry not in lost]
     if loose:
         logger.warning("%d file(s) directly in %s belong to no class, for example %s", len(loose), base, loose[0].name)
+    if not folders:
+        links = f", {len(lost)} of them links that lead nowhere," if lost else ""
+        raise InputError(f"folder {base} holds {len(leaves)} file(s){links} but no class folders; {CLASS_FOLDERS}")
     files = []
     for folder in folders:
-        inside(folder, root)
-        found = [inside(file, root) for file in files_below(folder, aside)]
-        files += [Entry(file, file.relative_to(root).as_posix(), folder.name, split) for file in found]
+        found = [
+            inside(file, root, follow_links=follow_links)
+            for file in files_below(folder, follow_links=follow_links, aside=aside)
+        ]
+        files += [Entry(file, id_of(file.relative_to(root)), id_of(folder.name), split) for file in found]
         if not found:
             logger.warning("class folder %s is empty and is left out", folder)
-    count = sum(len(leaves) for folder in aside for _, _, leaves in os.walk(folder))
-    if count:
-        logger.warning(
-            "%d file(s) in hidden folders and folders of the system are no part of the data set, for example in %s",
-            count,
-            aside[0].relative_to(root).as_posix(),
-        )
+    aside.log(root)
     return files
 
 
-def files_below(folder: Path, aside: list[Path] | None = None) -> Iterator[Path]:
-    """Every file below `folder`, in order, but for hidden folders and those of the system, which go into `aside`."""
-    # os.walk does not follow links to folders, so a circle of them cannot trap it.
-    for path, names, leaves in os.walk(folder):
-        if aside is not None:
-            aside += [Path(path) / name for name in sorted(names) if _reason_of_folder(name)]
-        names[:] = sorted(name for name in names if not _reason_of_folder(name))
-        yield from (Path(path) / leaf for leaf in sorted(leaves))
+def files_below(folder: Path, *, follow_links: bool = False, aside: Aside | None = None) -> Iterator[Path]:
+    """Every file below `folder`, but for hidden folders and those of the system, which go into `aside`.
+
+    Args:
+        folder: may be a link itself.
+        follow_links: whether links to folders are followed; each folder is read once, under its own name where that
+            lies below `folder`, and no link leads back to a folder around it.
+        aside: takes what is left out.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    aside = aside or Aside()
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [folder], deque[Path]()
+    while waiting or links:
+        here = waiting.pop() if waiting else links.popleft()
+        if follow_links:
+            of = here.stat()
+            if (of.st_dev, of.st_ino) in seen:
+                continue
+            seen.add((of.st_dev, of.st_ino))
+        below = []
+        for entry in _entries(here):
+            path = Path(entry)
+            if not _is_folder(entry):
+                yield path
+            elif _reason_of_folder(entry.name):
+                aside.hidden.append(path)
+            elif not entry.is_symlink():
+                below.append(path)
+            elif _is_around(path, here) or _is_around(path, folder):
+                aside.circles.append(path)
+            else:
+                (links if follow_links else aside.links).append(path)
+        waiting += reversed(below)
+
+
+def _folders_in(
+    base: Path, entries: Sequence[os.DirEntry[str]], root: Path, follow_links: bool, aside: Aside
+) -> list[Path]:
+    """The folders among what `base` holds, but for those that go into `aside`."""
+    folders = []
+    for entry in filter(_is_folder, entries):
+        path = Path(entry)
+        if _reason_of_folder(entry.name):
+            aside.hidden.append(path)
+        elif entry.is_symlink() and _is_around(path, base):
+            aside.circles.append(path)
+        else:
+            folders.append(inside(path, root, follow_links=follow_links))
+    return folders
+
+
+def _is_around(link: Path, folder: Path) -> bool:
+    """Whether a link leads to a folder around `folder`, or to `folder`: its files would be found without end."""
+    target = Path(os.path.realpath(link))
+    return any(Path(place).is_relative_to(target) for place in (os.path.realpath(folder), os.path.abspath(folder)))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, in the order of names."""
+    try:
+        with os.scandir(folder) as listing:
+            return sorted(listing, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(
+            f"folder {folder} cannot be read ({error.strerror}); expected a folder that this user may read, and that "
+            "nothing else changes"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _count(folder: Path) -> int:
+    """Number of files below a folder that is left out, as far as it can be read."""
+    number, waiting = 0, [str(folder)]
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except OSError:
+            continue
+        folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        number += len(entries) - len(folders)
+        waiting += folders
+    return number
 
 
 def _reason_of_folder(name: str) -> str:
@@ -173,14 +291,19 @@ def check_class_names(names: Iterable[str]) -> None:
             logger.warning("classes %s differ only by case; they are taken for different classes", " and ".join(same))
 
 
-def inside(path: Path, root: Path) -> Path:
-    """`path` itself, unless it is a link that leaves `root`.
+def inside(path: Path, root: Path, *, follow_links: bool = False) -> Path:
+    """`path` itself, unless it is a link that leaves `root` and links are not to be followed.
 
     Raises:
-        InputError: it does.
+        InputError: it is.
     """
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-        raise InputError(f"{path} is a link to {path.resolve()}, outside the folder {root}; expected files inside it")
+    if not follow_links and path.is_symlink():
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(root):
+            raise InputError(
+                f"{path} is a link to {target}, outside the folder {root}; to take what links lead to, give "
+                "--data.follow_links true"
+            )
     return path
 
 
@@ -188,23 +311,31 @@ def list_lines(path: Path, content: bytes) -> list[str]:
     """The relative paths that a split list names, one a line; with or without a final newline, LF or CRLF.
 
     Raises:
-        InputError: not UTF-8, or a path that is absolute, leaves the root with `..`, or has no class folder.
+        InputError: not UTF-8, no path at all, or one that is absolute, leaves the root with `..`, has a backslash or
+            no class folder.
     """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text file in UTF-8 ({error.reason}); expected one path a line") from error
     names = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if not line.strip():
             continue
         name = PurePosixPath(line)
-        # A backslash is a letter here and a way out on another system.
-        if name.is_absolute() or ".." in name.parts or "\\" in line or "\0" in line:
-            raise InputError(f"{path} line {number} is {line!r}, which leaves the folder; expected class/file.jpg")
-        if len(name.parts) < 2:
-            raise InputError(f"{path} line {number} is {line!r}; expected class/file.jpg")
+        problem = None
+        if "\\" in line:  # a letter here and a way out on another system
+            problem = ", which has a backslash"
+        elif name.is_absolute() or ".." in name.parts:
+            problem = ", which leaves the folder"
+        elif len(name.parts) < 2 or "\0" in line:
+            problem = ""
+        if problem is not None:
+            shown = repr(line if len(line) <= 200 else f"{line[:200]}…")
+            raise InputError(f"{path} line {number} is {shown}{problem}; expected class/file.jpg")
         names.append(name.as_posix())
+    if not names:
+        raise InputError(f"{path} names no image; expected one path a line, as in class/file.jpg")
     return names
 
 
@@ -217,6 +348,8 @@ def examine(entries: Sequence[Entry], workers: int = 0) -> list[Status]:
 
 def _examine(entry: Entry) -> Status:
     try:
+        if not stat.S_ISREG(entry.path.stat().st_mode):  # a pipe or a device might never end
+            return Status("not a file", "")
         content = entry.path.read_bytes()
     except FileNotFoundError:
         return Status("missing", "")

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from train.checkpoint import checked_json, parse_checked_json, write_atomically
-from train.errors import DamagedFileError, InputError
+from train.errors import DamagedFileError
+from train.files import require_file
 from train.splits import SPLITS
 
 __all__ = ["Manifest", "Record"]
@@ -24,7 +25,7 @@ class Record:
     """One file.
 
     Args:
-        id: path relative to the root, with `/` (digits: task/split/index).
+        id: path relative to the root, as `train.files.id_of` writes it down (digits: task/split/index).
         label: index into the manifest's class names.
         split: "train", "validation" or "test"; "" for a dropped file of a split that is drawn.
         status: "ok", or why the file is left out of every condition.
@@ -116,8 +117,7 @@ class Manifest:
             InputError: no such file.
             DamagedFileError: it is not as it was written.
         """
-        if not path.is_file():
-            raise InputError(f"manifest {path} does not exist")
+        require_file(path, "manifest", "expected the one that a study left there")
         try:
             document = parse_checked_json(path.read_bytes())
             if document.get("schema") != SCHEMA:

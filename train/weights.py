@@ -15,6 +15,7 @@ import torch
 
 from train.checkpoint import has_sidecar, read_checkpoint
 from train.errors import DamagedFileError, InputError
+from train.files import require_file
 
 __all__ = ["SUFFIXES", "read_state_dict", "refuse_unfit_values", "say_once"]
 
@@ -45,9 +46,7 @@ def read_state_dict(path: Path, state: str = "") -> dict[str, torch.Tensor]:
             tensors that are sparse, quantised, complex, of 8-bit floats or without values.
         DamagedFileError: a checksum does not match: of the sidecar, of the file as the sidecar has it, or of a record.
     """
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"checkpoint {path} {kind}; expected a file that ends in {', '.join(SUFFIXES)}")
+    require_file(path, "checkpoint", f"expected a file that ends in {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES:
         raise InputError(f"checkpoint {path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
