@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import re
-import tomllib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from engine.toml_file import read_toml
+from engine.values import INT64, NotBoolean, OneLine, Plain, Two, described, shortened, validated
 from train.errors import InputError
 
 __all__ = [
@@ -35,21 +35,27 @@ __all__ = [
     "TrainConfig",
     "config_keys",
     "load_study",
-    "nearest",
     "parse_value",
     "study_toml",
 ]
 
 EMBEDDED_STUDY = Path(__file__).with_name("studies") / "digits.toml"
 
-Count = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
-Rate = Annotated[float, Gt(0.0)]
-NonNegative = Annotated[float, Ge(0.0)]
-Fraction = Annotated[float, Ge(0.0), Lt(1.0)]
-Proportion = Annotated[float, Gt(0.0), Lt(1.0)]
+Whole = Annotated[int, NotBoolean(), Le(INT64)]
+Count = Annotated[Whole, Ge(1)]
+Natural = Annotated[Whole, Ge(0)]
+Pixels = Annotated[Natural, Le(16_384)]
+Resamples = Annotated[Count, Le(10_000_000)]
+Real = Annotated[float, NotBoolean()]
+Rate = Annotated[Real, Gt(0.0)]
+NonNegative = Annotated[Real, Ge(0.0)]
+Fraction = Annotated[Real, Ge(0.0), Lt(1.0)]
+Proportion = Annotated[Real, Gt(0.0), Lt(1.0)]
+Text = Annotated[str, OneLine()]
+Name = Annotated[Text, MinLen(1)]
+Place = Annotated[Text, Plain()]  # a file, a folder or a URL
 
-_FORBID = {"extra": "forbid"}
+_FORBID = {"extra": "forbid", "allow_inf_nan": False}
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -66,17 +72,17 @@ class ModelConfig:
     """Which Vision Transformer."""
 
     __pydantic_config__ = _FORBID
-    name: str = _key(
+    name: Name = _key(
         "vit_base_patch16_224.augreg_in21k",
         "a timm model name, or digits_vit: the small model of the embedded study",
     )
     pretrained: bool = _key(True, "let timm download pretrained weights when no file is given")
-    weights: str = _key("", "a .safetensors or .pth file; nothing is downloaded then")
-    state: str = _key(
+    weights: Place = _key("", "a .safetensors or .pth file; nothing is downloaded then")
+    state: Text = _key(
         "", "key of the file under which the weights are, such as model_ema; empty: the usual one, which the log says"
     )
-    img_size: Natural = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
-    classes: str = _key(
+    img_size: Pixels = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
+    classes: Place = _key(
         "",
         "file of class names in the order of a given model's outputs, one a line or JSON; empty: its sidecar's, else "
         "the class folders where there are as many",
@@ -93,7 +99,7 @@ class DataConfig:
         "digits: embedded scenes of handwritten digits; folder: class folders under root; indoor67: MIT Indoor-67; "
         "sports100: 100 Sports",
     )
-    root: str = _key(
+    root: Place = _key(
         "",
         "the folder of class folders (or of train/, val/ and test/ with class folders in each); indoor67: of Images/ "
         "and the official lists",
@@ -103,7 +109,7 @@ class DataConfig:
         "stratified: 70/15/15 within each class; official: indoor67's lists; folders: train/val/test folders; "
         "all: every image is test; auto: folders for sports100, else stratified, but all in compare and capture",
     )
-    seed: int = _key(42, "seed of the split, or of the composed scenes")
+    seed: Natural = _key(42, "seed of the split, or of the composed scenes")
     follow_links: bool = _key(
         False, "take what links lead to, wherever it lies; false: a link that leaves the folder is refused"
     )
@@ -113,8 +119,8 @@ class DataConfig:
         "as timm; auto: known where both are the same",
     )
     cache: bool = _key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
-    cache_folder: str = _key("", "folder of the image cache; empty: cache/ in the outputs folder")
-    prepare_as: str = _key(
+    cache_folder: Place = _key("", "folder of the image cache; empty: cache/ in the outputs folder")
+    prepare_as: Text = _key(
         "",
         "checkpoints that were trained on images prepared in different ways: the condition whose way all images get, "
         "or model: the timm model's own; empty: they are refused",
@@ -133,7 +139,7 @@ class PretrainConfig:
     epochs: Count = _key(3, "passes over them")
     batch_size: Count = _key(32, "scenes a step")
     lr: Rate = _key(3e-3, "peak learning rate")
-    seed: int = _key(0, "seed of initial weights and data order")
+    seed: Natural = _key(0, "seed of initial weights and data order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,7 @@ class TrainConfig:
     """What all conditions share."""
 
     __pydantic_config__ = _FORBID
-    seeds: tuple[int, ...] = _key((42,), "one training run a condition and seed")
+    seeds: Annotated[tuple[Natural, ...], MinLen(1)] = _key((42,), "one training run a condition and seed")
     epochs: Count = _key(30, "passes over the training split")
     batch_size: Count = _key(64, "images a step")
     accumulate: Count = _key(1, "forward and backward passes that a step's images are divided into, to save memory")
@@ -173,12 +179,12 @@ class ConditionConfig:
         "probe: frozen backbone; full: all weights, layer-wise rates; lora, dora: adapters; checkpoint: no training",
     )
     lr: Rate = _key(1e-4, "peak learning rate")
-    layer_decay: Annotated[float, Gt(0.0), Le(1.0)] = _key(
+    layer_decay: Annotated[Real, Gt(0.0), Le(1.0)] = _key(
         0.75, "full: each block's rate is this times the rate of the block above it"
     )
     rank: Count = _key(8, "lora, dora: rank")
     alpha: Rate = _key(16.0, "lora, dora: scale numerator")
-    targets: str = _key(
+    targets: Name = _key(
         r"blocks\.\d+\.attn\.(qkv|proj)",
         "lora, dora: regular expression of the adapted linear layers, or attention, mlp, block9_fc1",
     )
@@ -186,9 +192,9 @@ class ConditionConfig:
         "paper", "lora, dora: initial values; paper: Kaiming and zero; pissa: singular vectors; olora; eva: from images"
     )
     epochs: Natural = _key(0, "passes over the training split; 0: train.epochs")
-    checkpoint: str = _key("", "checkpoint: the file")
-    state: str = _key("", "checkpoint: key of the file under which the weights are; empty: model.state")
-    classes: str = _key("", "checkpoint: file of the class names of its outputs; empty: model.classes")
+    checkpoint: Place = _key("", "checkpoint: the file")
+    state: Text = _key("", "checkpoint: key of the file under which the weights are; empty: model.state")
+    classes: Place = _key("", "checkpoint: file of the class names of its outputs; empty: model.classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,17 +202,17 @@ class CaptureConfig:
     """Attention capture."""
 
     __pydantic_config__ = _FORBID
-    sinks: tuple[Literal["metrics", "store"], ...] = _key(
+    sinks: Annotated[tuple[Literal["metrics", "store"], ...], MinLen(1)] = _key(
         ("metrics",), "metrics: measure on the spot; store: keep the maps"
     )
     encoding: Literal["fp16", "bf16", "qk"] = _key(
         "fp16", "how attention is stored: fp16 or bf16: its maps; qk: the query and key they are made of"
     )
     batch_size: Count = _key(32, "images a forward pass, and a shard of the store")
-    layers: tuple[int, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
-    heads: tuple[int, ...] = _key((), "heads of each layer to capture, from 0; empty: all")
+    layers: tuple[Natural, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
+    heads: tuple[Natural, ...] = _key((), "heads of each layer to capture, from 0; empty: all")
     samples: Natural = _key(8, "seeded images whose whole maps are kept for the report")
-    store: str = _key("", "capture: the store to write")
+    store: Place = _key("", "capture: the store to write")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +220,13 @@ class MeasureConfig:
     """Metrics over captured attention."""
 
     __pydantic_config__ = _FORBID
-    metrics: tuple[str, ...] = _key(
+    metrics: Annotated[tuple[Name, ...], MinLen(1)] = _key(
         ("distance", "entropy", "morans_i", "prefix_mass"), "metric names, or module:name of your own"
     )
-    backend: str = _key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
-    store: str = _key("", "measure: the store to read")
-    against: str = _key("", "measure: the second condition's store, which pair metrics compare with")
-    scheduler: str = _key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")
+    backend: Name = _key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
+    store: Place = _key("", "measure: the store to read")
+    against: Place = _key("", "measure: the second condition's store, which pair metrics compare with")
+    scheduler: Text = _key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,13 +234,15 @@ class Hdf5Config:
     """Attention to and from HDF5: the commands export and import."""
 
     __pydantic_config__ = _FORBID
-    file: str = _key("", "export: the file to write; import: the file to read")
+    file: Place = _key("", "export: the file to write; import: the file to read")
     axes: tuple[Literal["image", "layer", "head", "query", "key"], ...] = _key(
         (), "import: what the axes of its datasets are, in order, as in layer,image,head,query,key; empty: as it says"
     )
-    grid: tuple[Count, ...] = _key((), "import: rows and columns of patches, where the file does not say it")
+    grid: Annotated[tuple[Count, ...], Two()] = _key(
+        (), "import: rows and columns of patches, where the file does not say it"
+    )
     prefix_tokens: Natural = _key(1, "import: class and register tokens before the patches")
-    patch_px: tuple[Count, ...] = _key((16, 16), "import: height and width of a patch in pixels")
+    patch_px: tuple[Count, Count] = _key((16, 16), "import: height and width of a patch in pixels")
     class_token: bool = _key(True, "import: whether the first prefix token is a class token")
 
 
@@ -243,16 +251,16 @@ class StatisticsConfig:
     """Paired comparisons."""
 
     __pydantic_config__ = _FORBID
-    permutations: Count = _key(9999, "sign flips of the max-T test")
-    bootstrap: Count = _key(2000, "resamples of the BCa intervals")
+    permutations: Resamples = _key(9999, "sign flips of the max-T test")
+    bootstrap: Resamples = _key(2000, "resamples of the BCa intervals")
     confidence: Proportion = _key(0.95, "coverage of the intervals")
     alpha: Proportion = _key(0.05, "level below which an adjusted p-value is marked")
-    power: Annotated[float, Ge(0.5), Lt(1.0)] = _key(0.8, "power of the minimum detectable effect, from 0.5")
+    power: Annotated[Real, Ge(0.5), Lt(1.0)] = _key(0.8, "power of the minimum detectable effect, from 0.5")
     equivalence: dict[str, Rate] = _key(
         {}, "bounds of equivalence tests (TOST) in each metric's unit, set before looking: distance=0.01,entropy=0.1"
     )
     cluster_alpha: Proportion = _key(0.05, "level whose critical t makes neighbouring layers a cluster")
-    seed: int = _key(0, "seed of flips and resamples")
+    seed: Natural = _key(0, "seed of flips and resamples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +268,7 @@ class RelevanceConfig:
     """Relevance maps: pictures of sample images, and measurements on more."""
 
     __pydantic_config__ = _FORBID
-    methods: tuple[Literal["gradcam", "rollout", "generic", "lrp"], ...] = _key(
+    methods: Annotated[tuple[Literal["gradcam", "rollout", "generic", "lrp"], ...], MinLen(1)] = _key(
         ("gradcam", "generic"), "gradcam, rollout, generic, lrp"
     )
     images: Count = _key(8, "sample images that are drawn; no more than capture.samples")
@@ -280,16 +288,16 @@ class SweepConfig:
         "paper_init", "initial values of adapters; paper_init: Kaiming and zero; svd_init: singular vectors (PiSSA)"
     )
     recipe: Literal["lora", "dora"] = _key("lora", "kind of adapters")
-    bases: tuple[Literal["plain", "sparse", "int1"], ...] = _key(
+    bases: Annotated[tuple[Literal["plain", "sparse", "int1"], ...], MinLen(1)] = _key(
         ("plain", "sparse", "int1"), "backbones; sparse: smallest weights set to 0; int1: weights of one bit"
     )
     sparsity: Fraction = _key(0.5, "sparse: share of each layer's weights that become 0")
-    ranks: tuple[Count, ...] = _key((1, 2, 4, 8, 16, 32), "ranks of the adapters")
+    ranks: Annotated[tuple[Count, ...], MinLen(1)] = _key((1, 2, 4, 8, 16, 32), "ranks of the adapters")
     trials: Count = _key(20, "trials of hyper-parameters for each backbone and rank")
     epochs: Natural = _key(0, "passes over the training split in a trial; 0: train.epochs")
     lr_low: Rate = _key(1e-4, "lower end of the learning rates that are tried")
     lr_high: Rate = _key(3e-2, "upper end of the learning rates that are tried")
-    targets: str = _key(
+    targets: Text = _key(
         "", "regular expression of the adapted layers; empty: attention of a transformer, else the classifier"
     )
 
@@ -299,7 +307,7 @@ class StudyConfig:
     """A whole study."""
 
     __pydantic_config__ = _FORBID
-    outputs: str = _key("outputs", "folder of everything the study writes")
+    outputs: Annotated[Place, MinLen(1)] = _key("outputs", "folder of everything the study writes")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda when there is one")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -321,6 +329,8 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         """Conditions name files and folders: of every kind of file system, and no other folder's."""
+        if not self.conditions:
+            raise InputError("conditions is an empty table; give at least one, as in [conditions.finetuned]")
         taken: dict[str, str] = {}
         for name in self.conditions:
             if not _NAME.fullmatch(name) or name in (".", ".."):
@@ -368,12 +378,14 @@ def parse_value(dotted: str, text: str) -> Any:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if kind is tuple:
         return parts
-    table = {}
+    table: dict[str, str] = {}
     for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"--{dotted}: {part!r} is not of the form name=value; write a=1,b=2")
-        table[key.strip()] = value.strip()
+        key, equals, value = (side.strip() for side in part.partition("="))
+        if not equals or not key:
+            raise InputError(f"--{dotted}: {described(part)} is not of the form name=value; write a=1,b=2")
+        if key in table:
+            raise InputError(f"--{dotted} gives {described(key)} twice; give it once")
+        table[key] = value
     return table
 
 
@@ -384,12 +396,6 @@ def _split(dotted: str) -> list[str]:
         return dotted.split(".")
     condition, _, key = rest.rpartition(".")
     return [first, condition, key]
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
@@ -404,52 +410,24 @@ def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
     """
     if path is None and overrides.get("data.kind", "digits") == "digits":
         path = EMBEDDED_STUDY
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"there is no configuration file {path}; give the path of a study.toml") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{path} cannot be read as TOML: {error}") from error
+    values = read_toml(path) if path is not None else {}
     if "conditions" not in values and "conditions" not in overrides:
         values["conditions"] = dataclasses.asdict(StudyConfig())["conditions"]
     for dotted, value in overrides.items():
         *sections, name = _split(dotted)
         table = values
         for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise InputError(f"{path}: {section} is {table!r}; expected a table of keys")
+            if not isinstance(inner := table.setdefault(section, {}), dict):
+                found = f"{path}: {shortened(section)} is {described(inner)}"
+                raise InputError(f"{found}; expected a table of keys, as in [{shortened(section)}]")
+            table = inner
         table[name] = copy.deepcopy(value)  # later flags write into it
-    return _validated(values, "the command line" if path in (None, EMBEDDED_STUDY) else str(path))
 
+    def called(dotted: str) -> str:
+        """What a sentence calls a key, or, without one, what the sentence begins with."""
+        return f"--{dotted}" if path in (None, EMBEDDED_STUDY) or dotted in overrides else f"{path}: {dotted}"
 
-def _validated(values: Mapping[str, Any], origin: str) -> StudyConfig:
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        config = TypeAdapter(StudyConfig).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(ours := first.get("ctx", {}).get("error"), InputError):
-            raise InputError(f"{origin}: {ours}") from error
-        dotted = ".".join(str(part) for part in first["loc"])
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            conditions = list(values.get("conditions", {}))
-            known = [key for key, _ in config_keys(conditions)] + [f.name for f in dataclasses.fields(StudyConfig)]
-            raise InputError(f"{origin}: {dotted} is not a key of the configuration{nearest(dotted, known)}") from error
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise InputError(f"{origin}: {dotted} is {first['input']!r}: {reason}") from error
-    for section in dataclasses.fields(config):
-        keys = getattr(config, section.name)
-        for key in dataclasses.fields(keys) if dataclasses.is_dataclass(keys) else ():
-            listed = getattr(keys, key.name)
-            if not isinstance(listed, tuple) or section.name == "hdf5":  # whose lists are sizes, and may be equal
-                continue
-            if twice := [item for item in listed if listed.count(item) > 1]:
-                raise InputError(f"{origin}: {section.name}.{key.name} names {twice[0]!r} more than once; name it once")
-    return config
+    return validated(StudyConfig, values, called)
 
 
 def study_toml(config: StudyConfig) -> str:

@@ -6,20 +6,31 @@ is imported before the arguments are known to be sound.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from engine.config import StudyConfig, config_keys, load_study, nearest, parse_value
-from engine.errors import exit_code
-from train.errors import InputError
-from train.processes import first_process, speaks
+from engine.process import PROGRAM, find_modules_here, foreign_package, open_streams, reader_left
+
+if _sentence := foreign_package():
+    print(f"error: {_sentence}", file=sys.stderr)
+    sys.exit(2)
+try:
+    import argparse
+    import logging
+    import re
+    from collections.abc import Callable, Sequence
+    from dataclasses import dataclass, field
+    from pathlib import Path
+    from typing import TYPE_CHECKING, Any
+
+    from engine.config import StudyConfig, config_keys, load_study, parse_value
+    from engine.errors import exit_code
+    from engine.flags import FlagParser
+    from engine.values import nearest, shortened
+    from train.errors import InputError
+    from train.files import printable
+    from train.processes import first_process, speaks
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -249,15 +260,32 @@ COMMANDS: dict[str, Command] = {
     "info": Command("what a store holds", _info, positional="store"),
 }
 
+_LONGEST = 1000 - len("error: ")  # characters of a sentence
 _CONDITION_FLAG = re.compile(r"--conditions\.(.+)\.[a-z_]+(?:=.*)?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for failure, 2 for bad input, 130 when interrupted."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 1 for failure, 2 for bad input, 130 when interrupted, 141 when the program that reads what is
+        printed has ended (the two as a shell gives them).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # a metric of one's own lies there; last, so that no file there hides a package
+    open_streams()
+    find_modules_here()
     _show_log()
+    try:
+        code = _answered(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_left():
+            raise
+        return 141
+    return code
+
+
+def _answered(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -269,8 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks():  # one of several processes, if torchrun started them
             if code is None:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_sentence_of(error)}", file=sys.stderr)
         return 1 if code is None else code
+
+
+def _sentence_of(error: Exception) -> str:
+    """An error's message on one line of the terminal, whatever names are in it."""
+    text = printable(error)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def _show_log() -> None:
@@ -298,34 +332,59 @@ def _run(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
     if name not in COMMANDS:
-        raise InputError(f"{name} is not a command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
+        raise InputError(
+            f"{shortened(name)} is not a command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})"
+        )
     command = COMMANDS[name]
     conditions = dict.fromkeys(
         ["baseline", "finetuned", *(m[1] for a in arguments if (m := _CONDITION_FLAG.fullmatch(a)))]
     )
     if name != "compare":
         conditions["dora"] = None
-    all_keys = [key for key, _ in config_keys(conditions)]
-    parser, keys = _parser(name, command, list(conditions))
-    parsed, unknown = parser.parse_known_args(arguments)
+    all_keys = dict(config_keys(conditions))
+    parser = FlagParser(
+        name,
+        PROGRAM,
+        command.help,
+        "".join(f"  {other:<10} {c.help}\n" for other, c in COMMANDS.items()),
+        command.positional,
+        command.flags,
+        [(key, declared) for key, declared in all_keys.items() if command.reads(key)],
+        command.required,
+    )
+    parsed, unknown = parser.read(arguments)
     if unknown:
         flag = unknown[0].split("=")[0]
         key = flag.removeprefix("--")
         if users := [other for other, c in COMMANDS.items() if key in all_keys and c.reads(key)]:
             raise InputError(f"{name} makes no use of {flag}; give it to {', '.join(users)}")
-        hint = nearest(flag, [*keys, "--config"]) if flag.startswith("-") else "; it stands behind no flag"
-        raise InputError(f"{flag} is not a flag of {name}{hint}")
-    given = {flag: getattr(parsed, flag) for flag in keys if getattr(parsed, flag) is not None}
+        hint = nearest(flag, [*parser.keys, "--config"]) if flag.startswith("-") else "; it stands behind no flag"
+        raise InputError(f"{shortened(flag)} is not a flag of {name}{hint}")
+    keys = dict.fromkeys(parser.keys.values())
+    given = {key: getattr(parsed, key) for key in keys if getattr(parsed, key) is not None}
     config_path = Path(parsed.config) if parsed.config is not None else _own_study(name, given)
-    for flag in command.required if parsed.config is None else ():
-        if flag not in given:
-            raise InputError(f"{name} needs {flag}: {parser.format_usage().strip()}")
+    if config_path is None:
+        _require(name, [flag for flag in command.required if parser.keys[flag] not in given], parser)
     overrides: dict[str, Any] = dict(command.defaults) if parsed.config is None else {}
-    overrides |= {keys[flag]: parse_value(keys[flag], text) for flag, text in given.items()}
+    overrides |= {key: parse_value(key, text) for key, text in given.items()}
     config = load_study(config_path, overrides)
+    _require(name, [flag for flag in command.required if not _value(config, parser.keys[flag])], parser)
     if name in _WRITE_STUDY and first_process():
         _keep_edited(Path(config.outputs), config_path)
     return command.run(config, parsed) if command.shared or first_process() else 0
+
+
+def _require(name: str, missing: Sequence[str], parser: FlagParser) -> None:
+    if missing:
+        raise InputError(f"{name} needs {missing[0]}: {parser.format_usage().strip()}")
+
+
+def _value(config: StudyConfig, key: str) -> Any:
+    """The value of a dotted key; None of a condition that is not there."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else getattr(found, part, None)
+    return found
 
 
 def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
@@ -338,7 +397,7 @@ def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
         return None
     from engine.journal import Journal
 
-    outputs = Path(given.get("--outputs", StudyConfig.outputs))
+    outputs = Path(given.get("outputs", StudyConfig.outputs))
     own = outputs / "study.toml"
     Journal(outputs / "run.jsonl").require(own)
     return own if own.is_file() else None
@@ -358,41 +417,6 @@ def _keep_edited(outputs: Path, given: Path | None) -> None:
             Journal(outputs / "run.jsonl").usable(own)
         except InputError as error:
             raise InputError(f"{error}; to go on without it, delete it") from error
-
-
-def _parser(name: str, command: Command, conditions: list[str]) -> tuple[argparse.ArgumentParser, dict[str, str]]:
-    """The command's parser and its flags with the configuration keys they set."""
-    commands = "".join(f"  {other:<10} {c.help}\n" for other, c in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog=f"python -m engine.run {name}",
-        usage=_usage(name, command),
-        description=f"{name}: {command.help}",
-        epilog=f"commands:\n{commands}\nLists are written a,b,c. Every key is also a key of study.toml.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=True,
-    )
-    parser.add_argument("--config", metavar="study.toml", help="the configuration; a flag wins over its key")
-    if command.positional:
-        parser.add_argument(command.positional)
-    keys: dict[str, str] = {}
-    for flag, key in command.flags.items():
-        parser.add_argument(flag, dest=flag, metavar=key.rpartition(".")[2].upper(), help=f"the key {key}")
-        keys[flag] = key
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for key, declared in ((key, declared) for key, declared in config_keys(conditions) if command.reads(key)):
-        section = key.rpartition(".")[0] or "study"
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        text = declared.metadata.get("help", "").replace("%", "%%")
-        group.add_argument(f"--{key}", dest=f"--{key}", metavar=declared.name.upper(), help=text)
-        keys[f"--{key}"] = key
-    return parser, keys
-
-
-def _usage(name: str, command: Command) -> str:
-    needed = "".join(f" {flag} {flag.rpartition('.')[2].lstrip('-').upper()}" for flag in command.required)
-    positional = f" {command.positional.upper()}" if command.positional else ""
-    return f"python -m engine.run {name}{positional}{needed} [--config study.toml] [--section.key value ...]"
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         (["--model.nam", "x"], "--model.nam is not a flag of study; did you mean --model.name?"),
         (["study", "stray"], "stray is not a flag of study; it stands behind no flag"),
         (["--train.epochs", "many"], "train.epochs is 'many'"),
-        (["--config", "absent.toml"], "there is no configuration file absent.toml"),
+        (["--config", "absent.toml"], "configuration file absent.toml does not exist"),
         (["--measure.metrics", "entropi"], "no metric is called 'entropi'; did you mean 'entropy'?"),
         (["--measure.metrics", "js_divergence"], "js_divergence compares two captures"),
         (

@@ -1,0 +1,67 @@
+"""How this process was started: by which name, beside which files, with which streams. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["PROGRAM", "find_modules_here", "foreign_package", "open_streams", "reader_left"]
+
+# What the user types: the console script, or Python's -m.
+PROGRAM = "vit-attention" if Path(sys.argv[0]).stem == "vit-attention" else "python -m engine.run"
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def foreign_package() -> str:
+    """What lies where this program's other packages are looked for, in a sentence; "" where all is as it should be.
+
+    Their names are common: many a folder has a train.py, and PyPI a package kernels. Nothing foreign is run to see it.
+    """
+    for name in ("kernels", "store", "train"):
+        spec = importlib.util.find_spec(name)
+        found = spec.origin if spec is not None else None
+        if found is None or Path(found).resolve() != _ROOT / name / "__init__.py":
+            return (
+                f"{found or f'a folder {name}'} is taken for this program's package {name}, as Python looks there "
+                "first; rename it, or start vit-attention in another folder and without PYTHONPATH"
+            )
+    for folder in sys.path:
+        if record := next(Path(folder or ".").glob("kernels-*.dist-info"), None):
+            return (
+                f"Hugging Face's package kernels is installed too ({record}), and has the name of a package of this "
+                "program: neither works beside the other; install this program in an environment of its own"
+            )
+    return ""
+
+
+def open_streams() -> None:
+    """Make what is printed find a way: to nowhere where a stream was closed, and as escapes where it is not Unicode."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def find_modules_here() -> None:
+    """Let a metric of the user's own be found in the working directory; last, so that no file there hides a package."""
+    with contextlib.suppress(FileNotFoundError):  # a folder that is gone holds none
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
+
+
+def reader_left() -> bool:
+    """Whether the program that reads what is printed has ended; nothing more is written to it then."""
+    left = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            left = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return left
