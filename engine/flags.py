@@ -15,7 +15,7 @@ __all__ = ["FlagParser"]
 
 # What word processors and web pages make of - and --, and what looks like them.
 _DASHES = "‐‑‒–—―−"
-_WITHOUT_VALUE = re.compile(r"--.|-h$")
+_NO_VALUE = re.compile(r"--|-h$")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -95,13 +95,14 @@ class FlagParser(argparse.ArgumentParser):
         known = {*self.keys, "--config"}
         joined: list[str] = []
         for argument in arguments:
-            if joined and joined[-1] in known and not _WITHOUT_VALUE.match(argument):
+            if joined and joined[-1] in known and not _NO_VALUE.match(argument):
                 joined[-1] += f"={argument}"
-            elif argument[:1] in _DASHES and argument:
+            elif argument and argument[0] in _DASHES:
                 raise InputError(f"{described(argument)} begins with a dash that is not -; flags begin with --")
             else:
                 joined.append(argument)
-        if bare := next((argument for argument in joined if argument in known), ""):
+        # argparse takes -- out of values, and gives a list for it.
+        if bare := next((flag for flag in (argument.removesuffix("=--") for argument in joined) if flag in known), ""):
             raise InputError(f"{bare} needs a value; write {bare} VALUE, or {bare}=VALUE if that begins with --")
         return joined
 

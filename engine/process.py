@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -29,12 +30,11 @@ def foreign_package() -> str:
                 f"{found or f'a folder {name}'} is taken for this program's package {name}, as Python looks there "
                 "first; rename it, or start vit-attention in another folder and without PYTHONPATH"
             )
-    for folder in sys.path:
-        if record := next(Path(folder or ".").glob("kernels-*.dist-info"), None):
-            return (
-                f"Hugging Face's package kernels is installed too ({record}), and has the name of a package of this "
-                "program: neither works beside the other; install this program in an environment of its own"
-            )
+    if record := next((record for folder in sys.path for record in Path(folder).glob("kernels-*.dist-info")), None):
+        return (
+            f"Hugging Face's package kernels is installed too ({record}), and has the name of a package of "
+            "vit-attention-engine: neither works beside the other; install each in an environment of its own"
+        )
     return ""
 
 
@@ -56,12 +56,12 @@ def find_modules_here() -> None:
 
 
 def reader_left() -> bool:
-    """Whether the program that reads what is printed has ended; nothing more is written to it then."""
+    """Whether the program that reads what is printed has ended; what is still to be written goes nowhere then."""
     left = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
+        poll = select.poll()
+        poll.register(stream, 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
             left = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return left

@@ -150,11 +150,13 @@ def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
 
 def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    import codecs
     import json
 
     from store.verify import info
 
-    print(json.dumps(info(arguments.store), indent=2, ensure_ascii=False))
+    unicode = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    print(json.dumps(info(arguments.store), indent=2, ensure_ascii=not unicode))
     return 0
 
 

@@ -1,5 +1,15 @@
 """Spatial metrics of attention maps: one pass over the data, every backend, one set of definitions."""
 
+import sys
+from pathlib import Path
+
+# Hugging Face's package kernels on PyPI: installed into one environment, the two write over each other's files.
+if _record := next((record for folder in sys.path for record in Path(folder).glob("kernels-*.dist-info")), None):
+    raise ImportError(
+        f"Hugging Face's package kernels is installed too ({_record}), and has the name of a package of "
+        "vit-attention-engine: neither works beside the other; install each in an environment of its own"
+    )
+
 from kernels.backends import BACKENDS, BackendSpec, BackendUnavailableError, resolve
 from kernels.checks import InvalidAttentionError
 from kernels.layout import TokenLayout

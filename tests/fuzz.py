@@ -90,7 +90,7 @@ def run(door: str, folder: Path, *, count: int, seed: int, only: int | None = No
 def _try(trial: Trial, name: str, endings: Endings) -> None:
     try:
         with _limit(SECONDS):
-            trial.call()
+            answer = trial.call()
     except Exception as error:
         sentence = str(error)
         if exit_code(error) is None:
@@ -104,7 +104,10 @@ def _try(trial: Trial, name: str, endings: Endings) -> None:
             raise
         endings.failed.append(f"{name}: {type(error).__name__} {error}")
     else:
-        endings.answered += 1
+        if answer == 2:  # of a command whose sentence is as it should be
+            endings.refused["exit code 2"] += 1
+        else:
+            endings.answered += 1
 
 
 def problem_of(sentence: str) -> str:
