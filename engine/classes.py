@@ -22,7 +22,10 @@ from train.files import require_file
 
 __all__ = ["HeadClasses", "check_shared_names", "folder_classes", "named_classes", "read_class_names"]
 
-_FORMS = "expected one class name a line, or a JSON list of names, or JSON of name → index, in the order of the outputs"
+_FORMS = (
+    "expected one class name per line, a JSON list of names, JSON of name → index or of index → name, or a model's "
+    "config.json, in the order of the outputs"
+)
 
 
 @dataclass(frozen=True)
@@ -199,19 +202,31 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise InputError(f"file of class names {path} cannot be read as UTF-8 text ({error}); {_FORMS}") from error
     if path.suffix.lower() != ".json":
-        return _checked([line.strip() for line in text.splitlines()], str(path))
+        return _checked([line.strip() for line in text.rstrip().splitlines()], str(path))
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"file of class names {path} is not JSON ({error}); {_FORMS}") from error
-    if isinstance(found, dict):
-        indices = list(found.values())
-        if any(type(index) is not int for index in indices) or sorted(indices) != list(range(len(indices))):
-            raise InputError(
-                f"file of class names {path} does not give each name one index from 0 to {len(indices) - 1}; {_FORMS}"
-            )
-        found = sorted(found, key=found.__getitem__)
-    return _checked(found, str(path))
+    if isinstance(found, dict):  # a config.json of Hugging Face's models, or of timm's
+        found = found.get("id2label", found.get("label_names", found))
+    return _checked(_in_order(found, path) if isinstance(found, dict) else found, str(path))
+
+
+def _in_order(found: dict[str, Any], path: Path) -> list[Any]:
+    """The names of a table of name → index, or of index → name, in the order of the indices.
+
+    Raises:
+        InputError: it gives no name, or two, to an index from 0 on.
+    """
+    if all(isinstance(name, str) and index.isdecimal() and len(index) < 10 for index, name in found.items()):
+        pairs = [(int(index), name) for index, name in found.items()]
+    else:
+        pairs = [(index, name) for name, index in found.items() if type(index) is int]
+    if len(pairs) < len(found) or sorted(index for index, _ in pairs) != list(range(len(pairs))):
+        raise InputError(
+            f"file of class names {path} does not give each name one index from 0 to {len(found) - 1}; {_FORMS}"
+        )
+    return [name for _, name in sorted(pairs)]
 
 
 def _checked(names: Any, origin: str) -> tuple[str, ...]:

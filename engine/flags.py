@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from engine.values import described, unusual
 from train.errors import InputError
 
-__all__ = ["FlagParser"]
+__all__ = ["DASHES", "FlagParser"]
 
 # What word processors and web pages make of - and --, and what looks like them.
-_DASHES = "‐‑‒–—―−"
+DASHES = "‐‑‒–—―−"
 _NO_VALUE = re.compile(r"--|-h$")
 
 
@@ -97,7 +97,7 @@ class FlagParser(argparse.ArgumentParser):
         for argument in arguments:
             if joined and joined[-1] in known and not _NO_VALUE.match(argument):
                 joined[-1] += f"={argument}"
-            elif argument and argument[0] in _DASHES:
+            elif argument and argument[0] in DASHES:
                 raise InputError(f"{described(argument)} begins with a dash that is not -; flags begin with --")
             else:
                 joined.append(argument)

@@ -9,16 +9,19 @@ import re
 import tomllib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
+from engine.config import StudyConfig
 from engine.journal import Journal
 from store import StoreError
 from store.removal import named, remove
 from train.checkpoint import checked_json, parse_checked_json, write_atomically
 from train.errors import InputError
+from train.splits import SPLIT_FOLDERS
 
-__all__ = ["OutputsFolder", "replace_files", "resolve_device", "write_json"]
+__all__ = ["OutputsFolder", "replace_files", "require_apart", "resolve_device", "write_json"]
 
 # Where a study writes under fixed names; captures and samples.zarr say themselves whose they are.
 _NAMES = (
@@ -105,6 +108,38 @@ class OutputsFolder(AbstractContextManager[None]):
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def require_apart(config: StudyConfig, keys: Iterable[str]) -> None:
+    """Check that nothing is written where the data set's classes are looked for: the next run would take it for one.
+
+    Args:
+        keys: of the configuration, dotted, that name what is written.
+
+    Raises:
+        InputError: one of them lies there.
+    """
+    kind, rule = config.data.kind, config.data.split
+    if kind == "digits" or not config.data.root:
+        return
+    root = Path(os.path.realpath(config.data.root))
+    for key in keys:
+        place = str(attrgetter(key)(config))
+        path = Path(os.path.realpath(place))
+        if not place or "://" in place or not path.is_relative_to(root):
+            continue
+        first = path.relative_to(root).parts[0] if path != root else ""
+        if kind == "indoor67":
+            taken = first == "Images"
+        elif kind == "sports100" or rule == "folders":
+            taken = first.lower() in SPLIT_FOLDERS
+        else:
+            taken = not first.startswith(".")
+        if taken:
+            raise InputError(
+                f"{key} is {place}, where data.root {config.data.root} has its class folders: what is written there "
+                "would be taken for one; give a place outside it"
+            )
 
 
 def resolve_device(device: str) -> str:

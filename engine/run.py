@@ -24,7 +24,7 @@ try:
 
     from engine.config import StudyConfig, config_keys, load_study, parse_value
     from engine.errors import exit_code
-    from engine.flags import FlagParser
+    from engine.flags import DASHES, FlagParser
     from engine.values import nearest, shortened
     from train.errors import InputError
     from train.files import printable
@@ -74,6 +74,11 @@ class Command:
 _OF_ONE_STORE = ("capture.store", "measure.store", "measure.against")
 # Commands that write the study.toml of their outputs folder.
 _WRITE_STUDY = ("study", "train", "compare", "stats", "relevance")
+# Keys that name what a command writes from pictures.
+_WRITTEN = {
+    **dict.fromkeys((*_WRITE_STUDY, "sweep"), ("outputs", "data.cache_folder")),
+    "capture": ("capture.store",),
+}
 
 
 def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
@@ -98,6 +103,13 @@ def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from engine.folder import capture_folder
 
     capture_folder(config)
+    if first_process():
+        from store.verify import info
+
+        held = info(config.capture.store)
+        layers, attention = held["layers"], held["attention"]["bytes"]
+        kept = f"{attention / 1e6:,.1f} MB of attention" if attention else "metrics, and no attention"
+        print(f"{held['path']}: {held['images']:,} images, {len(layers)} layers, {kept}")
     return 0
 
 
@@ -331,7 +343,7 @@ class _StderrHandler(logging.Handler):
 
 def _run(arguments: list[str]) -> int:
     name = "study"
-    if arguments and not arguments[0].startswith("-"):
+    if arguments and not arguments[0].startswith(("-", *DASHES)):
         name = arguments.pop(0)
     if name not in COMMANDS:
         raise InputError(
@@ -373,6 +385,10 @@ def _run(arguments: list[str]) -> int:
     _require(name, [flag for flag in command.required if not _value(config, parser.keys[flag])], parser)
     if name in _WRITE_STUDY and first_process():
         _keep_edited(Path(config.outputs), config_path)
+    if writes := _WRITTEN.get(name):
+        from engine.outputs import require_apart
+
+        require_apart(config, writes)
     return command.run(config, parsed) if command.shared or first_process() else 0
 
 

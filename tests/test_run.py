@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from engine.config import StudyConfig, load_study
+from engine.outputs import require_apart
 from engine.run import COMMANDS, main
+from train.errors import InputError
 
 TINY = "vit_tiny_patch16_224"
 
@@ -105,6 +110,92 @@ def test_mistaken_arguments(command: list[str], message: str, capsys: pytest.Cap
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--train.seeds", "-1,2"], "--train.seeds holds '-1'; expected a whole number from 0"),
+        (["train", "--data.seed", "-1"], "--data.seed is '-1'; expected a whole number from 0"),
+        (["train", "--data.seed=-1e3"], "--data.seed is '-1e3'; expected a whole number from 0"),
+        (["train", "--train.seeds", ""], "--train.seeds is an empty list; expected a list that is not empty, as in"),
+        (["train", "--outputs", ""], "--outputs is ''; expected text that is not empty, as in --outputs outputs"),
+        (["train", "--outputs", "a\0b"], "--outputs is 'a\\x00b'; it holds a line break, a tab or another control"),
+        (["train", "--outputs", "caf\udce9"], "--outputs is 'caf\\udce9'; it holds bytes that are not UTF-8"),
+        (["train", "--outputs", "x" * 100_000], "it holds 100,000 characters; expected text of one line"),
+        (["train", "--outputs", "~/out"], "--outputs is '~/out'; write the path in full"),
+        (["train", "--train.epochs", "3", "--train.epochs=4"], "--train.epochs gives train.epochs a second value"),
+        (["capture", "--store", "a.zarr", "--capture.store", "b.zarr"], "--capture.store gives capture.store a second"),
+        (["train", "--config", "a.toml", "--config", "b.toml"], "--config gives config a second value; give it once"),
+        (["train", "--train.epochs"], "--train.epochs needs a value"),
+        (["train", "--train.epochs", "--outputs", "out"], "--train.epochs needs a value"),
+        (["train", "--train.epochs", "--"], "--train.epochs needs a value"),
+        (["train", "–train.epochs", "3"], "'–train.epochs' begins with a dash that is not -"),
+        (["—config", "a.toml"], "'—config' begins with a dash that is not -"),
+        (["train", "--train.epo", "3"], "--train.epo is not a flag of train; did you mean --train.epochs?"),
+        (["verify"], "verify needs STORE: usage: "),
+        (["info", ""], "info needs STORE: usage: "),
+        (["info", "a\nb.zarr"], "store is 'a\\nb.zarr'; it holds a line break"),
+        (["measure", "--store", ""], "measure needs --store: usage: "),
+        (["stduy", "--help"], "stduy is not a command; did you mean study?"),
+        (["train", "--train.seeds", "0.5"], "--train.seeds holds '0.5'; expected a whole number from 0"),
+        (["study", "--model.img_size", "1e9"], "--model.img_size is '1e9'; expected a whole number from 0 to 16,384"),
+        (
+            ["train", "--data.cache", "maybe"],
+            "--data.cache is 'maybe'; expected true or false, as in --data.cache true",
+        ),
+        (["x" * 5000], "...xxx"),
+    ],
+)
+def test_what_is_wrong_with_a_flag(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = error_of(capsys, *command)
+    assert code == 2
+    assert message in error
+    assert len(error) <= 1001
+
+
+def test_numbers_and_switches_as_people_write_them() -> None:
+    read: list[StudyConfig] = []
+    flags = ["--statistics.seed", "8.0", "--train.epochs=1_000", "--data.cache", "no", "--train.flip", "True"]
+    command = replace(COMMANDS["study"], run=lambda config, _: read.append(config) or 0)
+    with mock.patch.dict(COMMANDS, {"study": command}):
+        assert main(["study", *flags, "--train.seeds", "0, 1,", "--model.weights="]) == 0
+    (config,) = read
+    assert (config.statistics.seed, config.train.epochs) == (8, 1000)
+    assert (config.data.cache, config.train.flip, config.train.seeds) == (False, True, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "outputs", "refused"),
+    [
+        ("folder", "auto", "root", True),
+        ("folder", "all", "root/out", True),
+        ("folder", "all", "root/.out", False),
+        ("folder", "all", ".", False),
+        ("folder", "folders", "root/out", False),
+        ("folder", "folders", "root/Train/out", True),
+        ("sports100", "auto", "root/test", True),
+        ("indoor67", "official", "root/out", False),
+        ("indoor67", "official", "root/Images/out", True),
+    ],
+)
+def test_outputs_do_not_become_a_class(
+    kind: str, split: str, outputs: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_study(None, {"data.kind": kind, "data.split": split, "data.root": "root", "outputs": outputs})
+    if not refused:
+        require_apart(config, ("outputs", "data.cache_folder"))
+        return
+    with pytest.raises(InputError, match=f"outputs is {outputs}, where data.root root has its class folders"):
+        require_apart(config, ("outputs",))
+
+
+def test_a_store_does_not_become_a_class(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = photos / "a.zarr"
+    code, error = error_of(capsys, "capture", "--model.name", TINY, "--data.root", str(photos), "--store", str(store))
+    assert code == 2
+    assert f"capture.store is {store}, where data.root {photos} has its class folders" in error
+
+
 def test_mistaken_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "study.toml"
     path.write_text("[capture]\nbatchsize = 4\n", encoding="utf-8")
@@ -190,6 +281,8 @@ def test_capture_measure_verify_info(
     capture = ["capture", "--model.name", TINY, "--model.weights", str(weights[TINY]), "--data.root", str(photos)]
     capture += ["--store", str(store), "--batch-size", "3", "--model.img_size", "64"]
     assert main(capture) == 0
+    assert f"{store}: 4 images, 12 layers, 0." in (said := capsys.readouterr().out)
+    assert said.endswith(" MB of attention\n")
     assert main(["verify", str(store)]) == 0
     assert main(["measure", "--store", str(store), "--metrics", "distance,entropy_normalized"]) == 0
     assert "measured entropy_normalized" in capsys.readouterr().out
