@@ -28,8 +28,8 @@ class ModelSource:
         name: a timm model name, or `digits_vit`; one that timm has given up, or of the Hugging Face Hub
             (`hf-hub:timm/NAME`), becomes timm's present one.
         img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
-        weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file; empty: timm's or random weights.
-        state: key of that file under which the weights are; see `train.weights.read_state_dict`.
+        weights: a file of safetensors or of torch.save, whatever its name; empty: timm's or random weights.
+        state: which weights of that file, where it holds several; see `train.weights.read_state_dict`.
         pretrained: let timm fetch or find its weights where no file is named.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import socket
@@ -19,8 +18,11 @@ from torch import nn
 from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
 from train.errors import InputError
+from train.fitting import load_weights
+from train.layouts import Fit, fit
 from train.model_source import ModelSource, pretrained_cfg, source_of
-from train.weights import read_state_dict, refuse_unfit_values, say_once
+from train.weight_files import say_once
+from train.weights import read_state_dict
 
 __all__ = [
     "build_model",
@@ -58,17 +60,18 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
     path = source.file
     if num_classes is None:
         return load_checkpoint(source, path)
-    tensors, said = read_state_dict(path, source.state), _said(path, source.name)
+    said = _said(path, source.name)
+    file, found = _read_fitting(source, path)
     built = _create(source.completed(), num_classes)
     for classifier in _classifier_names(source.name):
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
-        found = _rows(tensors.get(keys[0]))
-        if found != num_classes:
-            left_out = f"its head for {found} classes is left out" if found else "it has no head"
+        classes = _rows(found.tensors.get(keys[0]))
+        if classes != num_classes:
+            left_out = f"its head for {classes} classes is left out" if classes else "it has no head"
             say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
             own = built.state_dict()
-            tensors |= {key: own[key] for key in keys if key in own}
-    _load(built, tensors, path, source.name)
+            found = found.with_new({key: own[key] for key in keys if key in own})
+    load_weights(built, found, file, path, source.name)
     _prepare_as_said(built, said, source.img_size, path)
     return built
 
@@ -76,9 +79,9 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
 def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
     """A fine-tuned model as it was saved, in evaluation mode; the number of classes is read off its head.
 
-    Plain state dicts and ones wrapped under a usual key (`train.weights.WRAPPERS`) or under the source's `state`;
-    prefixes of DistributedDataParallel and torch.compile are taken off. Position embeddings of another grid are resized
-    by timm's own function for the family, which the log says.
+    Plain state dicts and ones wrapped under a usual key (`train.weights.WRAPPERS`) or under the source's `state`, under
+    the model's own names or those of another code (`train.layouts`). Position embeddings of another grid are resized by
+    timm's own function for the family, which the log says.
 
     A checkpoint of ours says in its sidecar what it is: the model is built at the image size that it was trained at
     unless the source says another, and `preprocessing_of` it gives how its images were prepared.
@@ -93,15 +96,24 @@ def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
         DamagedFileError: a file whose bytes are not the ones that were saved.
     """
     source, path = replace(source_of(model), weights=str(path)), Path(path)
-    classifiers = _classifier_names(source.name)
-    tensors, said = read_state_dict(path, source.state), _said(path, source.name)
-    head = tensors.get(f"{classifiers[0]}.weight")
+    said = _said(path, source.name)
+    file, found = _read_fitting(source, path)
+    classifier = f"{_classifier_names(source.name)[0]}.weight"
+    head = found.tensors.get(classifier)
     if head is None:
-        say_once(f"{path} has no {classifiers[0]}.weight; {source.name} is built without a head", logging.WARNING)
+        say_once(f"{path} has no {classifier}; {source.name} is built without a head", logging.WARNING)
     built = _create(source.completed(), _rows(head))
-    _load(built, tensors, path, source.name)
+    load_weights(built, found, file, path, source.name)
     _prepare_as_said(built, said, source.img_size, path)
     return built.eval()
+
+
+def _read_fitting(source: ModelSource, path: Path) -> tuple[dict[str, torch.Tensor], Fit]:
+    """The tensors of a file, and which of the model's weights they are."""
+    file = read_state_dict(path, source.state)
+    with torch.device("meta"):  # names and shapes alone, in a moment
+        outline = _create(source.completed(), None)
+    return file, fit(file, outline, _classifier_names(source.name), path)
 
 
 def _rows(head: torch.Tensor | None) -> int:
@@ -141,8 +153,8 @@ def head_size(source: ModelSource) -> int | None:
         InputError: a bad file.
     """
     if source.file is not None:
-        tensors = read_state_dict(source.file, source.state)
-        head = tensors.get(f"{_classifier_names(source.name)[0]}.weight")
+        _, found = _read_fitting(source, source.file)
+        head = found.tensors.get(f"{_classifier_names(source.name)[0]}.weight")
         return None if head is None else _rows(head)
     return int(pretrained_cfg(source.name).num_classes) if source.pretrained else None
 
@@ -259,59 +271,3 @@ def _as_names(classifier: Any) -> tuple[str, ...]:
     if not classifier:
         return ()
     return (classifier,) if isinstance(classifier, str) else tuple(classifier)
-
-
-def _is_position(key: str) -> bool:
-    leaf = key.rsplit(".", 1)[-1]
-    return "pos_embed" in leaf or leaf.startswith(("rel_pos", "relative_position"))
-
-
-def _load(model: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    """Load all of `state` or none of it."""
-    expected = model.state_dict()
-    refuse_unfit_values(state, expected, path)
-    resized = [
-        key for key in state if key in expected and _is_position(key) and state[key].shape != expected[key].shape
-    ]
-    if resized:
-        state = _resize_positions(model, state, resized, path)
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    count = len(missing) + len(unexpected) + len(shaped)
-    if count:
-        more = f", and {count - 1} more key(s)" if count > 1 else ""
-        if shaped:
-            key = shaped[0]
-            problem = f"{key} is {_shape(state[key])}, expected {_shape(expected[key])}"
-        elif missing:
-            problem = f"{missing[0]} is missing, expected {_shape(expected[missing[0]])}"
-        else:
-            problem = f"{unexpected[0]} {_shape(state[unexpected[0]])} is not a weight of this model"
-        raise InputError(
-            f"checkpoint {path} does not fit model {name}: {problem}{more}; give the model name it was trained with"
-        )
-    model.load_state_dict(state)
-
-
-def _resize_positions(
-    model: nn.Module, state: dict[str, torch.Tensor], keys: list[str], path: Path
-) -> dict[str, torch.Tensor]:
-    """Position embeddings at the model's grid, by the family's own `checkpoint_filter_fn`; the rest as it is."""
-    expected = model.state_dict()
-    family = importlib.import_module(type(model).__module__)
-    filter_fn = getattr(family, "checkpoint_filter_fn", None)
-    if filter_fn is None:
-        return state
-    try:
-        filtered = filter_fn({key: state[key] for key in keys}, model)
-    except (RuntimeError, ValueError, AssertionError):
-        return state  # not a grid at all: the caller names the key with both shapes
-    fitting = {key: filtered[key] for key in keys if key in filtered and filtered[key].shape == expected[key].shape}
-    for key, tensor in fitting.items():
-        say_once(f"{path}: {key} resized from {_shape(state[key])} to {_shape(tensor)} by timm", logging.WARNING)
-    return state | fitting
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return f"[{', '.join(map(str, tensor.shape))}]"

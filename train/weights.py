@@ -1,61 +1,80 @@
-"""The weights in a checkpoint file of any origin: found, checked against every checksum there is, under plain names."""
+"""The weights in a checkpoint file of any origin: found among what was saved with them, and checked value by value."""
 
 from __future__ import annotations
 
-import argparse
-import functools
-import logging
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train.checkpoint import has_sidecar, read_checkpoint
-from train.errors import DamagedFileError, InputError
-from train.files import require_file
+from train.errors import InputError
+from train.weight_files import read_content, say_once, shown
 
-__all__ = ["SUFFIXES", "read_state_dict", "refuse_unfit_values", "say_once"]
+__all__ = ["WRAPPERS", "read_state_dict", "refuse_unfit_values"]
 
-logger = logging.getLogger(__name__)
+# Where training scripts put the weights in what they save, as keys or at the beginning of names. The first that is
+# there is taken unless another is chosen: the model itself before averages of it, a teacher before its student.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "teacher",
+    "encoder",
+    "base_encoder",
+    "backbone",
+    "target_encoder",
+    "student",
+    "momentum_encoder",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "ema_state_dict",
+    "params_ema",
+)
 
-# Where training scripts put the weights in what they save; the first that is there is taken unless another is chosen.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# What wrappers of torch put into names: torch.compile, FullyShardedDataParallel, activation checkpointing.
+_TORCH_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
-_ZIP = b"PK\x03\x04"
-# What zipfile raises for the ways in which a record can be damaged.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+_MOST_LEVELS = 50  # of dicts within each other
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def read_state_dict(path: Path, state: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file under plain names.
+    """The tensors of a checkpoint file under the names that they have there, less what wrappers of torch put into them.
 
     Args:
-        path: a `.safetensors`, `.pth`, `.pt` or `.bin` file.
-        state: key of the file under which the weights are, such as `model_ema`; empty: the first of `WRAPPERS` that
-            is there, which the log says where there are several.
+        path: a file of safetensors or of torch.save, whatever its name.
+        state: the weights to take: a key of the file, such as `model_ema`, keys of dicts within each other
+            (`model.teacher`), or the beginning of names (`student.backbone`); empty: the first of `WRAPPERS` that is
+            there, which the log says where there are several.
 
     Raises:
-        InputError: no such file, unknown suffix, unreadable, pickled objects, no weights inside or none under `state`,
-            tensors that are sparse, quantised, complex, of 8-bit floats or without values.
+        InputError: no such file, another kind of file, unreadable, pickled objects, no weights inside or none under
+            `state`, tensors that are sparse, quantised, complex, of 8-bit floats, without values, or larger than the
+            file.
         DamagedFileError: a checksum does not match: of the sidecar, of the file as the sidecar has it, or of a record.
     """
-    require_file(path, "checkpoint", f"expected a file that ends in {', '.join(SUFFIXES)}")
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"checkpoint {path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    tensors = _plain_names(_unwrap(content, path, state))
+    content = read_content(path)
+    size = path.stat().st_size
+    tensors = {name: tensor.detach() for name, tensor in _plain_names(_chosen(content, path, state)).items()}
     for name, tensor in tensors.items():
         if kind := _unusual(tensor):
             raise InputError(
-                f"checkpoint {path}: {name} is {kind}, expected plain numbers (float32, float16, bfloat16, float64); "
-                "weights are not converted here: save them as float32"
+                f"checkpoint {path}: {shown(name)} is {kind}, expected plain numbers (float32, float16, bfloat16, "
+                "float64); weights are not converted here: save them as float32"
+            )
+        if tensor.numel() * tensor.element_size() > max(size, tensor.untyped_storage().nbytes()):
+            raise InputError(
+                f"checkpoint {path}: {shown(name)} stands for {tensor.numel()} values, more than the file of {size} "
+                "bytes holds (expanded or strided); save it with .contiguous()"
             )
     return tensors
 
@@ -81,7 +100,7 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, t
         expected = own[name]
         if _kind(tensor) != _kind(expected):
             raise InputError(
-                f"checkpoint {path}: {name} is {_name(tensor.dtype)}, expected "
+                f"checkpoint {path}: {shown(name)} is {_name(tensor.dtype)}, expected "
                 f"{kinds.get(expected.dtype, 'integers')} ({_name(expected.dtype)}); weights are not converted here: "
                 f"save them as {_name(expected.dtype)}"
             )
@@ -95,8 +114,9 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, t
         count = int((~finite).sum())
         more = f", and {count - 1} more of its values are NaN or infinite" if count > 1 else ""
         raise InputError(
-            f"checkpoint {path}: {name}[{place}] is {float(values[~finite][0])}{more}; a model with such weights has "
-            "no attention to measure: take a checkpoint from before its training diverged, or copy the file again"
+            f"checkpoint {path}: {shown(name)}[{place}] is {float(values[~finite][0])}{more}; a model with such "
+            "weights has no attention to measure: take a checkpoint from before its training diverged, or copy the "
+            "file again"
         )
     others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype in _FLOATS[1:]})
     if others:
@@ -126,95 +146,50 @@ def _unusual(tensor: torch.Tensor) -> str:
     return "" if tensor.dtype in (*_FLOATS, *_INTEGERS, torch.bool) else _name(tensor.dtype)
 
 
-@functools.cache
-def say_once(sentence: str, level: int = logging.INFO) -> None:
-    """A file is read by several stages; what is said of it is said once."""
-    logger.log(level, "%s", sentence)
+def _chosen(content: Any, path: Path, state: str) -> Mapping[str, torch.Tensor]:
+    """The weights that are asked for, or the first that there are."""
+    if not state:
+        return _unwrap(content, path)
+    within = content
+    for key in [state] if isinstance(content, Mapping) and state in content else state.split("."):
+        within = within.get(key) if isinstance(within, Mapping) else None
+    if isinstance(within, Mapping):
+        return _unwrap(within, path)
+    tensors = _unwrap(content, path)
+    start = f"{state.removesuffix('.')}."
+    named = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    if named:
+        return named
+    raise InputError(
+        f"checkpoint {path} holds no weights under {state!r} (it has {_found(content)}); name a key of the file or the "
+        "beginning of names, or leave model.state out"
+    )
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if has_sidecar(path):
-        return read_checkpoint(path).tensors
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        _check_records(path)
-        # A Namespace of the command line's arguments is what timm's and DeiT's own scripts save beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except DamagedFileError:
-        raise
-    except Exception as error:  # torch.load raises a different class for each way a file can be broken
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise InputError(
-                f"checkpoint {path} holds pickled objects beside tensors, which could run code and are refused; save "
-                "model.state_dict() alone, or a .safetensors file"
-            ) from error
-        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise InputError(
-            f"checkpoint {path} is not a file that torch.save wrote, or it is cut short ({reason}); save it again"
-        ) from error
-
-
-def _check_records(path: Path) -> None:
-    """Compare every record of a file that torch.save wrote with its CRC-32, which torch.load does not do.
-
-    Raises:
-        DamagedFileError: a record changed.
-        zipfile.BadZipFile: the list of records cannot be read.
-    """
-    with open(path, "rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
-    if not zipped:
-        say_once(f"{path} is in torch's format before 1.6, which holds no checksum: damage cannot be seen")
-        return
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if not any(record.CRC for record in records):
-            say_once(f"{path} was saved without checksums (set_crc32_options): damage cannot be seen")
-            return
-        for record in records:
-            try:
-                with archive.open(record) as content:
-                    while content.read(1 << 20):
-                        pass
-            except _ZIP_ERRORS as error:
-                raise DamagedFileError(
-                    f"checkpoint {path} is damaged: its record {record.filename} is not as it was saved ({error}); "
-                    "copy or download the file again"
-                ) from error
-
-
-def _unwrap(content: Any, path: Path, state: str) -> dict[str, torch.Tensor]:
-    if state:
-        if not isinstance(content, Mapping) or not isinstance(content.get(state), Mapping):
-            raise InputError(
-                f"checkpoint {path} holds no weights under {state!r} (it has {_found(content)}); name a key of the "
-                "file, or leave model.state out"
-            )
-        content = content[state]
-    seen: list[Any] = []  # a dict may hold itself
-    while isinstance(content, Mapping) and not any(content is before for before in seen):
+def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in the dicts of what was saved; what else lies beside them is passed over."""
+    for _ in range(_MOST_LEVELS):  # a dict may hold itself
         if _is_state(content):
-            return {str(name): tensor for name, tensor in content.items()}
-        seen.append(content)
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
+            return _tensors(content)
+        if not isinstance(content, Mapping):
             break
+        wrapper = next((key for key in WRAPPERS if _holds_tensors(content.get(key))), None)
+        if wrapper is None:
+            tensors, inner = _tensors(content), [key for key, value in content.items() if _is_state(value)]
+            if len(tensors) > 1:
+                return tensors
+            if len(inner) != 1:
+                break
+            wrapper = inner[0]
         others = [repr(key) for key, value in content.items() if key != wrapper and _is_state(value)]
         if others:
             say_once(
-                f"{path}: weights taken from {wrapper!r}; {', '.join(others)} not used (model.state chooses another)"
+                f"{path}: weights taken from {shown(repr(wrapper))}; {shown(', '.join(others))} not used (model.state "
+                "chooses another)"
             )
         content = content[wrapper]
+    if isinstance(content, Mapping) and "param_groups" in content:
+        raise InputError(f"checkpoint {path} holds the state of an optimizer and no weights; give the model's own file")
     raise InputError(
         f"checkpoint {path} holds no state dict ({_found(content)}); expected name → tensor, plain or under one of "
         f"{', '.join(WRAPPERS)}"
@@ -225,15 +200,36 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
+def _tensors(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _holds_tensors(content: Any) -> bool:
+    """Whether there is a tensor by name in a dict, or in the dicts that it holds."""
+    to_see, seen = [content], set()
+    while to_see:
+        value = to_see.pop()
+        if isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            if any(isinstance(inner, torch.Tensor) for inner in value.values()):
+                return True
+            to_see.extend(value.values())
+    return False
+
+
 def _found(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"keys {', '.join(map(repr, list(content)[:5]))}"
+        return f"keys {', '.join(shown(repr(key)) for key in list(content)[:5])}" if content else "an empty dict"
     return type(content).__name__
 
 
-def _plain_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefixes of torch.compile (`_orig_mod.`, anywhere) and DistributedDataParallel (`module.`)."""
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    while state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+def _plain_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what wrappers of torch put into names, and without DistributedDataParallel's `module.` before all."""
+    names = {name: name for name in state}
+    for wrapper in _TORCH_WRAPPERS:
+        names = {name: plain.replace(wrapper, "") for name, plain in names.items()}
+    while names and all(plain.startswith("module.") for plain in names.values()):
+        names = {name: plain.removeprefix("module.") for name, plain in names.items()}
+    if len(set(names.values())) < len(names):  # two would become one
+        return dict(state)
+    return {plain: state[name] for name, plain in names.items()}

@@ -1,0 +1,175 @@
+"""A file's weights put into a timm model: all of them or none, and what was done to them said."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from train.errors import InputError
+from train.layouts import Fit, filter_of, is_position
+from train.weight_files import say_once, shown
+from train.weights import refuse_unfit_values
+
+__all__ = ["load_weights"]
+
+_IN_PARTS = re.compile(r"-\d{5}-of-\d{5}\.")
+
+# Width and number of blocks -> the word for them in timm's names.
+_SIZES = {
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1280, 32): "huge",
+    (1408, 40): "giant",
+}
+
+
+def load_weights(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
+    """Load all weights or none of them; position embeddings of another grid are resized by timm, which the log says.
+
+    Args:
+        model: gets the weights.
+        found: the weights under its names.
+        file: as read.
+        path: of the file, for messages.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: a weight is missing, not the model's, of another shape or kind of numbers, NaN or infinite.
+    """
+    expected = model.state_dict()
+    state, sources = dict(found.tensors), found.sources
+    own = {of: expected[key] for key, several in sources.items() if key in expected for of in several}
+    refuse_unfit_values({of: file[of] for of in own}, own, path)
+    resized = [key for key in state if key in expected and is_position(key) and state[key].shape != expected[key].shape]
+    if resized:
+        state = _resize_positions(model, state, resized)
+    problems = _problems(state, expected)
+    if problems:
+        more = f", and {len(problems) - 1} more key(s)" if len(problems) > 1 else ""
+        raise InputError(
+            f"checkpoint {path} does not fit model {name}: {problems[0]}{more}; {_advice(file, expected, path, name)}"
+        )
+    _say(found, state, file, path, name)
+    model.load_state_dict(state)
+
+
+def _problems(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """What is wrong with each weight that does not fit, the most telling first."""
+    shaped = [
+        f"{key} is {_shape(state[key])}, expected {_shape(tensor)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    missing = [f"{key} is missing, expected {_shape(tensor)}" for key, tensor in expected.items() if key not in state]
+    unexpected = [
+        f"{shown(key)} {_shape(tensor)} is not a weight of this model"
+        for key, tensor in state.items()
+        if key not in expected
+    ]
+    return shaped + missing + unexpected
+
+
+def _resize_positions(model: nn.Module, state: dict[str, torch.Tensor], keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Position embeddings at the model's grid, by the family's own `checkpoint_filter_fn`; the rest as it is."""
+    expected = model.state_dict()
+    filter_fn = filter_of(model)
+    if filter_fn is None:
+        return state
+    try:
+        filtered = filter_fn({key: state[key] for key in keys}, model)
+    except Exception:  # foreign code on shapes that may be no grid at all: the caller names the key with both shapes
+        return state
+    return state | {
+        key: filtered[key] for key in keys if key in filtered and filtered[key].shape == expected[key].shape
+    }
+
+
+def _say(
+    found: Fit, state: Mapping[str, torch.Tensor], file: Mapping[str, torch.Tensor], path: Path, name: str
+) -> None:
+    """What was done to the file's weights, each once."""
+    if found.layout:
+        say_once(f"{path}: its names are those of {found.layout}")
+    if found.other_starts:
+        others = ", ".join(shown(repr(start)) for start in found.other_starts[:4])
+        say_once(
+            f"{path}: weights taken from names that begin with {shown(repr(found.start))}; {others} not used "
+            "(model.state chooses another)"
+        )
+    if found.left:
+        several = ", ".join(shown(of) for of in found.left[:5]) + (", …" if len(found.left) > 5 else "")
+        say_once(f"{path}: {len(found.left)} of {len(file)} tensors are no part of {name} and left out: {several}")
+    for key, tensor in state.items():
+        if key not in found.sources:
+            continue
+        several_of = found.sources[key]
+        if not several_of:
+            say_once(f"{path}: {key} is not in the file; timm's reader of such files makes it", logging.WARNING)
+        elif len(several_of) == 1 and is_position(key) and file[several_of[0]].numel() != tensor.numel():
+            before = _shape(file[several_of[0]])
+            say_once(f"{path}: {key} resized from {before} to {_shape(tensor)} by timm", logging.WARNING)
+
+
+def _advice(file: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path, name: str) -> str:
+    """What to do about a file that does not fit, as far as its names and shapes say it."""
+    if _IN_PARTS.search(path.name):
+        return "the file is one part of a checkpoint in several; save that as one file"
+    if any("lora_" in key for key in file):
+        return "the file holds adapters (lora_A, lora_B); merge them into the model before it is saved"
+    there, wanted = _size(file), _size(expected)
+    if there and wanted and there != wanted:
+        likely = _likely(there, file)
+        return f"the file holds {_words(there)}, {name} has {_words(wanted)}" + (f"; try {likely}" if likely else "")
+    if "norm.weight" in expected and any(key.endswith("fc_norm.weight") for key in file):
+        return "the file has fc_norm and no norm, as models that average their patches (global_pool 'avg')"
+    if not any(key.endswith(tuple(f".{leaf}" for leaf in expected)) or key in expected for key in file):
+        return f"its names are such as {_some(file)}, those of {name} such as {_some(expected)}"
+    return f"expected every weight of {name} and, beside its classifier, no other"
+
+
+def _some(names: Mapping[str, torch.Tensor]) -> str:
+    weights = [name for name in names if name.endswith("weight")] or list(names)
+    return ", ".join(shown(name) for name in weights[:3])
+
+
+def _size(state: Mapping[str, torch.Tensor]) -> tuple[int, int, int] | None:
+    """Blocks, width and pixels of a patch's side, by names and shapes; None where they do not say it."""
+    patches = [
+        t for key, t in state.items() if t.ndim == 4 and ("patch" in key or "conv1" in key) and key.endswith("weight")
+    ]
+    numbers = [int(n[1]) for key in state if (n := re.search(r"(?:blocks|layers?)\.(\d{1,4})\.", key))]
+    return (max(numbers) + 1, patches[0].shape[0], patches[0].shape[-1]) if patches and numbers else None
+
+
+def _words(size: tuple[int, int, int]) -> str:
+    return f"{size[0]} blocks of width {size[1]} on patches of {size[2]} px"
+
+
+def _likely(size: tuple[int, int, int], file: Mapping[str, torch.Tensor]) -> str:
+    """A timm model of a plain ViT's blocks, width and patches; "" where there is none."""
+    import timm
+
+    word = _SIZES.get((size[1], size[0]))
+    names = timm.list_models(f"vit_{word}_patch{size[2]}_*") if word else []
+    scaled, registers = any("ls1." in key for key in file), any("reg" in key and "token" in key for key in file)
+    clip = any("norm_pre" in key or "ln_pre" in key for key in file)
+    kinds = [
+        name
+        for name in names
+        if ("dinov2" in name) == scaled
+        and ("_reg" in name) == registers
+        and ("clip" in name) == clip
+        and re.search(r"patch\d+_(clip_|reg4_)?(\d+|dinov2)$", name)
+    ]
+    return f"--model.name {kinds[0]}" if kinds else ""
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape[:8]))}]"
