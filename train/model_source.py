@@ -12,7 +12,7 @@ from typing import Any
 
 from train.checkpoint import checkpoint_facts
 from train.errors import InputError
-from train.weights import say_once
+from train.weight_files import say_once
 
 __all__ = ["ModelSource", "pretrained_cfg", "source_of"]
 

@@ -18,7 +18,7 @@ import torch
 
 from train.checkpoint import has_sidecar, read_checkpoint
 from train.errors import DamagedFileError, InputError
-from train.files import printable, require_file
+from train.files import printable, require_file, what_lies_at
 
 __all__ = ["read_content", "say_once", "shown"]
 
@@ -95,7 +95,8 @@ def shown(text: object) -> str:
 
 
 def _head(path: Path) -> bytes:
-    inside = [name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+    folder = what_lies_at(path) == "is a folder"
+    inside = [name for name in ("model.safetensors", "pytorch_model.bin") if folder and (path / name).is_file()]
     require_file(path, "checkpoint", f"give the file {path / inside[0]}" if inside else EXPECTED)
     with open(path, "rb") as file:
         return file.read(_HEAD)
