@@ -60,8 +60,8 @@ def bad_files(label: int) -> dict[str, tuple[bytes, str]]:
     return {
         "cut short.jpg": (whole[: len(whole) // 2], "truncated"),
         "empty.jpg": (b"", "empty file"),
-        "page.jpg": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "not an image"),
-        "159.lnk": (b"L\0\0\0\x01\x14\x02\0", "not an image"),
+        "page.jpg": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "a web page, which is not opened"),
+        "159.lnk": (b"L\0\0\0\x01\x14\x02\0", "not an image of a known format"),
         "._0001.jpg": (b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ", "hidden (._) file"),
     }
 

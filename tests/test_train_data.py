@@ -70,8 +70,8 @@ def odd_files() -> dict[str, tuple[bytes, str]]:
         "empty.jpg": (b"", "empty file"),
         "half.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "half.png": (encoded(picture(9), "PNG")[:900], "truncated"),
-        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
-        "notes.txt": (b"hello", "not an image"),
+        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "a web page, which is not opened"),
+        "notes.txt": (b"hello", "not an image of a known format"),
         "._real.jpg": (jpeg, "hidden (._) file"),
         ".DS_Store": (b"\0\0\0\1Bud1", "hidden file"),
     }
@@ -131,7 +131,7 @@ def test_a_file_that_can_no_longer_be_decoded_is_named(tmp_path: Path, monkeypat
     def refuse(content: bytes) -> None:
         raise UndecodableError("damaged (some way)")
 
-    monkeypatch.setattr("train.data.decode_image", refuse)
+    monkeypatch.setattr("train.data.decoded_image", refuse)
     with pytest.raises(InputError, match=r"cat/0\.png was decoded .* no longer is \(damaged \(some way\)\); delete"):
         data.batch([0])
 
@@ -263,7 +263,7 @@ def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file in them"):
         build_manifest(tmp_path / "hollow")
     (tmp_path / "hollow" / "cat" / "x.jpg").write_text("<html>")
-    with pytest.raises(InputError, match=r"no readable image among 1 file\(s\) \(1 not an image\)"):
+    with pytest.raises(InputError, match=r"no readable image among 1 file\(s\) \(1 a web page, which is not opened\)"):
         build_manifest(tmp_path / "hollow")
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "1.png").write_bytes(encoded(picture(), "PNG"))

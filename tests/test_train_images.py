@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
+import threading
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from train.images import UndecodableError, decode_image
+from train import images, pixels
+from train.images import UndecodableError, decoded_image, picture_bytes
 
 GREY = np.arange(0, 256, 17, dtype=np.uint8)[None].repeat(2, axis=0)  # [2, 16], 0 to 255
 WIDE = GREY.astype(np.uint16) * 257
+
+
+def decode_image(content: bytes) -> Image.Image:
+    with decoded_image(content) as picture:
+        return picture.copy()
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -40,12 +52,14 @@ def tiff(values: np.ndarray, bits: int, *, planes: bool = False, **tags: int) ->
     Args:
         values: of a type of `bits` bits; packed bytes for 12.
         planes: one strip a channel.
-        tags: photometric (0: white is zero), greatest, format (1 unsigned, 2 signed, 3 float), orientation, width.
+        tags: photometric (0: white is zero), greatest, format (1 unsigned, 2 signed, 3 float), orientation, width,
+            kind (1: a smaller copy).
     """
     channels = values.shape[2] if values.ndim == 3 else 1
     data = (np.moveaxis(values, -1, 0) if planes else values).tobytes()
     strips = channels if planes else 1
     entries = {
+        254: [tags["kind"]] if "kind" in tags else [],
         256: [tags.get("width", values.shape[1])],
         257: [values.shape[0]],
         258: [bits] * channels,
@@ -148,7 +162,7 @@ def test_of_16_bit_colours_the_upper_8_bits_are_taken(wide: Callable[[np.ndarray
         (lambda: tiff(WIDE.view(np.int16), 16, format=2), "signed 16-bit pixels without a range"),
         (lambda: tiff(WIDE.astype(np.float32), 32, format=3), "floating-point pixels without a range"),
         (lambda: saved(Image.fromarray(GREY / np.float32(255)), "TIFF"), "floating-point pixels without a range"),
-        (lambda: fits(WIDE), "FITS pixels without a range"),
+        (lambda: fits(WIDE), "a FITS file, which is not opened"),
         (lambda: png(rgb(WIDE // 16), 2), "16-bit colours that fill 12 bits, in a range that the file does not say"),
         (lambda: png(rgb(WIDE // 257), 2), "16-bit colours that fill 8 bits"),
         (lambda: tiff(rgb(WIDE // 2), 16, greatest=32767), "colours of 15 bits in 16"),
@@ -232,6 +246,197 @@ def test_the_first_frame_is_taken(kind: str) -> None:
     animated = saved(red, kind, save_all=True, append_images=[blue], **options)
     assert Image.open(io.BytesIO(animated)).n_frames == 2
     assert decode_image(animated).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", [*DEEP, "palette", "alpha", "cmyk"])
+def test_pictures_are_converted_rows_by_rows_to_the_same_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = Image.fromarray(np.dstack([rgb(GREY), GREY[:, ::-1]]))
+    colors = {"palette": alpha.convert("P"), "alpha": alpha, "cmyk": alpha.convert("CMYK")}
+    content = DEEP[kind]() if kind in DEEP else saved(colors[kind], "TIFF" if kind == "cmyk" else "PNG")
+    whole = np.asarray(decode_image(content))
+    monkeypatch.setattr(pixels, "_BLOCK_PIXELS", 1)
+    np.testing.assert_array_equal(np.asarray(decode_image(content)), whole)
+
+
+def exif_of(*entries: tuple[int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, four bytes of value or place)."""
+    return (
+        b"Exif\0\0II*\0"
+        + struct.pack("<IH", 8, len(entries))
+        + b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    )
+
+
+TURNED = (0x0112, 3, b"\6\0\0\0")  # the first row belongs to the right
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (exif_of(TURNED, (0x011B, 9, struct.pack("<i", -5))), True),  # a negative resolution
+        (exif_of(TURNED, (0x011A, 5, b"\xff\xff\xff\x7f")), True),  # one that lies behind the end
+        (exif_of(TURNED)[:-3], False),
+        (b"Exif\0\0XX*\0" + exif_of(TURNED)[10:], False),
+        (b"Exif\0\0", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_metadata_that_cannot_be_read_leave_a_sound_picture(kind: str, exif: bytes, turned: bool) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    grey = Image.fromarray(GREY)
+    upright = np.asarray(decode_image(saved(grey.convert("RGB"), kind, **options)))
+    found = np.asarray(decode_image(saved(grey.convert("RGB"), kind, exif=exif, **options)))
+    np.testing.assert_array_equal(found, np.rot90(upright, -1) if turned else upright)
+
+
+def test_a_png_is_decoded_without_the_chunks_that_change_no_pixel() -> None:
+    expected = np.asarray(decode_image(png(GREY, 0, bits=8)))
+    content = png(GREY, 0, (b"iCCP", b"p\0\0not zlib"), (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**22))), bits=8)
+    np.testing.assert_array_equal(np.asarray(decode_image(content)), expected)
+    place = content.index(b"iCCP")
+    np.testing.assert_array_equal(np.asarray(decode_image(content[:place] + b"iCCPq" + content[place + 5 :])), expected)
+    place = content.index(b"IDAT")
+    with pytest.raises(UndecodableError, match="damaged"):
+        decode_image(content[: place + 12] + b"\0\1" + content[place + 14 :])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (saved(Image.fromarray(rgb(GREY)), "EPS"), r"a PostScript \(EPS\) drawing, which is not opened"),
+        (saved(Image.fromarray(rgb(GREY)), "PDF"), "a PDF document, which is not opened"),
+        (saved(Image.fromarray(rgb(GREY)), "DDS"), "a DDS texture, which is not opened"),
+        (saved(Image.fromarray(rgb(GREY)), "ICO"), "a set of icons, which is not opened"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIF picture, which is not opened"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isom", "an MP4 file, which is not opened"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"a Git LFS pointer \(git lfs pull gets the picture\)"),
+        (b"<!doctype HTML><html>", "a web page, which is not opened"),
+        (b"hello", "not an image of a known format"),
+        (b"GIF89a", r"damaged \(header of GIF\)"),
+    ],
+)
+def test_what_is_no_picture_is_named_and_never_opened(
+    content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow starts `gs` for an EPS, whatever the file's name ends in."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'started'}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UndecodableError, match=f"^{reason}"):
+        decode_image(content)
+    assert not (tmp_path / "started").exists()
+
+
+def test_the_thumbnail_of_a_raw_file_is_not_taken_for_the_picture() -> None:
+    assert decode_image(tiff(GREY, 8, kind=0)).size == (16, 2)
+    with pytest.raises(UndecodableError, match="the first picture in it is marked as a smaller copy"):
+        decode_image(tiff(GREY, 8, kind=1))
+
+
+@pytest.mark.parametrize("pillows", [None, 89478485, 10**9])
+def test_too_many_pixels_whatever_the_limit_of_pillow(pillows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+    for size in ((18900, 18900), (2**31 - 1, 1)):
+        header = struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)
+        content = png(GREY, 0, bits=8).replace(
+            png(GREY, 0, bits=8)[16:33], header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+        )
+        with pytest.raises(UndecodableError, match="too many pixels"):
+            decode_image(content)
+    long = saved(Image.new("1", (2**20 + 1, 1)))
+    with pytest.raises(UndecodableError, match="a side of more than 1048576 pixels"):
+        decode_image(long)
+
+
+def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
+    film = tmp_path / "film.jpg"
+    film.touch()
+    with open(film, "r+b") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(UndecodableError, match="file of more than 1 GiB"), picture_bytes(film):
+        pass
+
+
+def test_threads_share_the_room_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of 8 × 32 bytes in a room of 1000: three at once, and one that needs more than all alone."""
+    monkeypatch.setattr(images, "_room_for_pictures", images._Room(1000))
+    small, large = png(GREY, 0, bits=8), png(GREY.repeat(5, 0), 0, bits=8)
+    lock, held, most = threading.Lock(), [0], [0]
+
+    def decode(content: bytes) -> int:
+        with decoded_image(content) as picture:
+            needed = 8 * picture.width * picture.height
+            with lock:
+                held[0] += needed
+                most[0] = max(most[0], held[0])
+            assert needed < 1000 or held[0] == needed
+            threading.Event().wait(0.002)
+            with lock:
+                held[0] -= needed
+            return needed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(decode, [small, small, large, small] * 10)) == 30 * 256 + 10 * 1280
+    assert 256 < most[0] <= 1280
+
+
+def test_room_is_given_back_by_a_picture_that_fails() -> None:
+    room = images._room_for_pictures
+    before = room._free
+    for content in (png(GREY, 0, bits=8)[:60], tiff(WIDE.astype(np.float32), 32, format=3)):
+        with pytest.raises(UndecodableError):
+            decode_image(content)
+    assert room._free == before
+
+
+def test_pillow_and_libtiff_print_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And other warnings stay as they are, whatever threads decode."""
+    fax = saved(Image.fromarray(GREY.repeat(9, 0)).convert("1"), "TIFF", compression="group4")
+    damaged = fax.replace(fax[8:12], b"\x55\x55\x55\x55", 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # Pillow warns of 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(reason_of, [damaged, exif_of(TURNED), png(GREY, 0)] * 8))
+        assert warnings.filters[1][:3] == ("always", None, Warning)
+    assert "".join(capfd.readouterr()) == ""
+
+
+def reason_of(content: bytes) -> str:
+    try:
+        decode_image(content)
+    except UndecodableError as error:
+        return str(error)
+    return "ok"
+
+
+@pytest.mark.slow
+def test_sixteen_threads_on_sixteen_bombs_stay_below_four_gigabytes(tmp_path: Path) -> None:
+    """The largest pictures that are decoded, in a process of their own."""
+    side = 13370
+    for color, channels, number_of_files in ((0, 1, 14), (6, 4, 2)):
+        packer = zlib.compressobj(9)
+        rows = b"".join(packer.compress(bytes(1 + channels * side)) for _ in range(side)) + packer.flush()
+        header = struct.pack(">IIBBBBB", side, side, 8, color, 0, 0, 0)
+        chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+        content = b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in chunks
+        )
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        for number in range(number_of_files):
+            (tmp_path / "cat" / f"{color} {number}.png").write_bytes(content)
+    program = (
+        "import sys; from pathlib import Path; from train.datasets import build_manifest; "
+        "manifest = build_manifest(sys.argv[1], split='all', workers=16); "
+        "status = Path('/proc/self/status').read_text(); "
+        "print(len(manifest.split('test')), status.split('VmHWM:')[1].split()[0])"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    decoded, kilobytes = map(int, ended.stdout.split())
+    assert decoded == 16
+    assert kilobytes < 4 * 2**20
 
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, struct.error])

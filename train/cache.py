@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,9 +29,6 @@ from store.removal import is_unfinished, put, remove, unfinished
 from train.checkpoint import sync_folder, write_atomically
 from train.data import FolderImages, ImageSet
 from train.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["CachedImages", "ImageCache"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +17,17 @@ import numpy as np
 from kernels.layout import TokenLayout
 from train.errors import InputError
 from train.files import path_of
-from train.images import UndecodableError, decode_image
+from train.images import UndecodableError, decoded_image, picture_bytes
 from train.manifest import Manifest, Record
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 __all__ = ["DataSplits", "FolderImages", "ImageSet", "Preprocessing"]
+
+
+_RESIZED_PIXELS = 2**25  # of a picture while it is resized, before the crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,22 +210,55 @@ class FolderImages(ImageSet):
     def _decode(self, record: Record) -> np.ndarray:
         path = self.root / path_of(record.id)
         try:
-            content = path.read_bytes()
+            with picture_bytes(path) as content:
+                if hashlib.sha256(content).hexdigest() != record.sha256:
+                    raise InputError(
+                        f"{path} has changed since the manifest was built; put the old file back, or delete the "
+                        "outputs to begin with a new manifest"
+                    )
+                with decoded_image(content) as picture:
+                    return self._fitted(picture)
         except OSError as error:
             raise InputError(
                 f"{path} was readable when the manifest was built and no longer is ({error.strerror}); put it back, "
                 "or delete the outputs to begin with a new manifest"
             ) from error
-        if hashlib.sha256(content).hexdigest() != record.sha256:
-            raise InputError(
-                f"{path} has changed since the manifest was built; put the old file back, or delete the outputs to "
-                "begin with a new manifest"
-            )
-        try:
-            picture = decode_image(content)
         except UndecodableError as error:
             raise InputError(
                 f"{path} was decoded when the manifest was built and no longer is ({error}); delete the outputs to "
                 "begin with a new manifest"
             ) from error
-        return np.asarray(self._transform(picture.convert(self._mode)))
+
+    def _fitted(self, picture: Image.Image) -> np.ndarray:
+        """At the model's size, uint8 [channel, row, col]."""
+        colors = picture if picture.mode == self._mode else picture.convert(self._mode)
+        return np.asarray(self._transform(_resizable(colors, self.preprocessing)))
+
+
+def _resizable(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """A picture so thin that enlarging it would take gigabytes, made shorter first; any other as it is.
+
+    What is cut off would be cut off after the resize: 60000×1 pixels at a height of 248 are 14,880,000 pixels wide, of
+    which the crop leaves 224.
+    """
+    from timm.data.transforms import str_to_interp_mode
+    from torchvision.transforms.functional import resize
+
+    rows, cols = (math.floor(x / preprocessing.crop_pct) for x in (preprocessing.height_px, preprocessing.width_px))
+    ratios = picture.height / rows, picture.width / cols
+    interpolation = str_to_interp_mode(preprocessing.interpolation)
+    if preprocessing.crop_mode == "squash":  # the first pass leaves all rows
+        tall = cols * picture.height > _RESIZED_PIXELS
+        return resize(picture, [rows, picture.width], interpolation) if tall else picture
+    if preprocessing.crop_mode == "border":  # the whole picture is kept; of a thin one no pixel would be left
+        size = [round(side / max(ratios)) for side in (picture.height, picture.width)]
+        return picture if all(size) else resize(picture, [max(1, side) for side in size], interpolation)
+    ratio = min(ratios)
+    if picture.width * picture.height <= _RESIZED_PIXELS * ratio**2:
+        return picture
+    # Twice what is kept, and the pixels beside it that the interpolation sees; as much from both ends.
+    cut = [
+        max(0, (side - math.ceil(2 * kept * ratio) - 16) // 2)
+        for side, kept in ((picture.width, cols), (picture.height, rows))
+    ]
+    return picture.crop((cut[0], cut[1], picture.width - cut[0], picture.height - cut[1]))

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from train.errors import InputError
 from train.files import id_of
-from train.images import UndecodableError, decode_image
+from train.images import UndecodableError, decoded_image, picture_bytes
 from train.splits import SPLIT_FOLDERS
 
 __all__ = [
@@ -348,20 +347,24 @@ def examine(entries: Sequence[Entry], workers: int = 0) -> list[Status]:
 
 def _examine(entry: Entry) -> Status:
     try:
-        if not stat.S_ISREG(entry.path.stat().st_mode):  # a pipe or a device might never end
-            return Status("not a file", "")
-        content = entry.path.read_bytes()
+        with picture_bytes(entry.path) as content:
+            return _status(entry, content)
     except FileNotFoundError:
         return Status("missing", "")
     except OSError as error:
         return Status(f"unreadable ({error.strerror})", "")
+    except UndecodableError as error:
+        return Status(str(error), "")
+
+
+def _status(entry: Entry, content: bytes) -> Status:
     sha256 = hashlib.sha256(content).hexdigest()
     *folders, name = PurePosixPath(entry.id).parts
     reason = next(filter(None, [*map(_reason_of_folder, folders), _reason_of_file(name)]), "")
     if reason:
         return Status(reason, sha256)
     try:
-        decode_image(content)
+        with decoded_image(content):
+            return Status("ok", sha256)
     except UndecodableError as error:
         return Status(str(error), sha256)
-    return Status("ok", sha256)
