@@ -1,6 +1,6 @@
 """docs/encodings.md: bytes an image and the error in every metric, for each encoding of a store.
 
-    python -m engine.run                                    the embedded study, whose models are looked at
+    vit-attention                                           the embedded study, whose models are looked at
     python -m benchmarks.encodings_table outputs --model.name NAME --model.weights FILE --data.root DIR
                                                             writes docs/encodings.md: the study's model beside another
     python -m benchmarks.encodings_table --model.name NAME --model.weights FILE --data.root DIR
@@ -103,7 +103,7 @@ def embedded(outputs: Path) -> Subject:
     models = {"ours": loader("finetuned"), "theirs": loader("baseline")}
     images = prepare_digits(preprocessing=preprocessing_of(models["ours"]()), test_scenes=IMAGES).test
     about = (
-        f"the fine-tuned model of the embedded study (`python -m engine.run`), {IMAGE_SIZE}×{IMAGE_SIZE} pixels, and "
+        f"the fine-tuned model of the embedded study (`vit-attention`), {IMAGE_SIZE}×{IMAGE_SIZE} pixels, and "
         f"its baseline; {IMAGES} test scenes"
     )
     return Subject(MODEL, models, images, about)

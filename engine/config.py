@@ -84,7 +84,7 @@ class ModelConfig:
     img_size: Pixels = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
     classes: Place = _key(
         "",
-        "file of class names in the order of a given model's outputs, one a line or JSON; empty: its sidecar's, else "
+        "file of class names in the order of a given model's outputs, one per line or JSON; empty: its sidecar's, else "
         "the class folders where there are as many",
     )
 

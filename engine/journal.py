@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.process import PROGRAM
 from engine.progress import say
 from train.checkpoint import write_atomically
 from train.errors import DamagedFileError, InputError
@@ -264,7 +265,7 @@ class Journal:
                 return "run the study again with its configuration: --config FILE"
             return f"to go on with it as it is now, give it on purpose: --config {outputs / stage}"
         command = "relevance" if stage == "relevance" else "stats"
-        return f"make it again: python -m engine.run {command} --outputs {outputs}"
+        return f"make it again: {PROGRAM} {command} --outputs {outputs}"
 
     # -------------------------------------------------------------------------------------------------- the records
 

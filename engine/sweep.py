@@ -21,6 +21,7 @@ from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
 from engine.model import model_source, trained_here, with_present_name
 from engine.outputs import OutputsFolder, resolve_device
+from engine.process import PROGRAM
 from engine.progress import say
 from engine.report.sweep import curves_png, evaluation_csv, history_html
 from engine.study_data import StudyData, image_kind, prepare_data
@@ -52,7 +53,7 @@ def run_sweep(config: StudyConfig) -> Path:
     image_kind(config)
     config = with_present_name(config)
     if several_processes():
-        raise InputError("sweep runs in one process; start it with python -m engine.run sweep, without torchrun")
+        raise InputError(f"sweep runs in one process; start it with {PROGRAM} sweep, without torchrun")
     sweep = config.sweep
     if not sweep.lr_low < sweep.lr_high:
         raise InputError(f"sweep.lr_low {sweep.lr_low:g} must be below sweep.lr_high {sweep.lr_high:g}")

@@ -34,7 +34,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is larger than 1 MB, and no study.toml is; give the path of one")
     text = _text(path, content)
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(f"{text}\n")  # a mistake in the last line has a line then
     except RecursionError as error:
         raise InputError(f"{path} cannot be read as TOML: it nests tables or lists too deep") from error
     except ValueError as error:  # TOMLDecodeError is one, and so is a number of too many digits
@@ -83,6 +83,8 @@ def _reason(line: str, reason: str) -> str:
         return "\\ in double quotes begins an escape; if it is a Windows path, write it in single quotes"
     if any(mark in line for mark in "“”„«»‘’"):
         return 'text is written in straight quotes, as in "text"'
+    if reason == "Illegal character '\\n'":
+        return "the line ends inside text in quotes; close it on the line"
     if "digits" in reason:
         return "a number has too many digits"
     if reason == "Invalid value":
