@@ -144,6 +144,53 @@ def test_grey_models_get_one_channel(tmp_path: Path) -> None:
     assert images.picture(0).shape == (16, 16, 3)
 
 
+def way(mode: str, size: tuple[int, int] = (16, 16), crop_pct: float = 0.9) -> Preprocessing:
+    """How pictures become grey input of (height, width)."""
+    values = SMALL.to_dict() | {"channels": 1, "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic"}
+    values |= {"height_px": size[0], "width_px": size[1], "crop_mode": mode, "crop_pct": crop_pct}
+    return Preprocessing(**values)
+
+
+def one_image(root: Path, image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """[row, col] of a folder's only picture."""
+    (root / "cat").mkdir(parents=True, exist_ok=True)
+    (root / "cat" / "0.png").write_bytes(encoded(image, "PNG"))
+    return prepare_folder(root, preprocessing=preprocessing, split="all").test.pixels([0])[0, 0].numpy()
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_pictures_one_pixel_thin_take_little_memory_and_show_what_they_hold(tall: bool, tmp_path: Path) -> None:
+    """Thirds of 0, 100 and 200: the middle is kept, all of it is squashed, or it is a line between borders."""
+    values = np.repeat(np.array([0, 100, 200], dtype=np.uint8), 20_000)[None]
+    line = Image.fromarray(values.T if tall else values)
+
+    def read(mode: str, size: tuple[int, int] = (16, 16)) -> np.ndarray:
+        found = one_image(tmp_path, line, way(mode, size[::-1] if tall else size))
+        return found.T if tall else found
+
+    assert (read("center") == 100).all()
+    assert (read("center", (8, 32)) == 100).all()
+    squashed = read("squash")
+    assert set(squashed[0]) >= {0, 100, 200}
+    assert (squashed == squashed[0]).all()
+    bordered = read("border")
+    lines = np.flatnonzero((bordered != 128).any(axis=1))
+    assert len(lines) == 1
+    np.testing.assert_array_equal(bordered[lines[0]], squashed[0])
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(600, 1), (1, 600), (700, 2), (2, 700), (90, 60), (64, 64)])
+def test_a_picture_made_shorter_first_gives_the_pixels_of_a_whole_one(
+    mode: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8))
+    whole = one_image(tmp_path, noise, way(mode, (32, 32)))
+    monkeypatch.setattr("train.data._RESIZED_PIXELS", 1)
+    short = one_image(tmp_path, noise, way(mode, (32, 32)))
+    assert np.abs(short.astype(int) - whole).max() <= 4  # squash: the two passes round in another order
+
+
 def roads(root: Path, cache: Path, preprocessing: Preprocessing) -> dict[str, ImageSet]:
     """The same pictures from everywhere that they are read from."""
     manifest = build_manifest(root, split="all")

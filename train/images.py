@@ -209,12 +209,21 @@ def _words(error: BaseException) -> str:
     return (said if said.isprintable() else ascii(said))[:100]
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has: AVIF came with 11.3."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _kind_of(content: bytes) -> str:
     """The reason for a file that Pillow opens as none of `FORMATS`."""
     from PIL import Image
 
-    for name in FORMATS:
-        accept = Image.OPEN[name][1] if name in Image.OPEN else None
+    for name in _formats():
+        accept = Image.OPEN[name][1]
         if accept is not None and accept(content[:16]) is True:
             return f"damaged (header of {name})"
     for offset, mark, kind in _OTHERS:
@@ -227,7 +236,7 @@ def _decode(content: bytes, held: ExitStack) -> Image.Image:
     """The picture; `held` gets the room that it takes and closes it before that is given back."""
     from PIL import Image
 
-    opened = Image.open(io.BytesIO(_without_metadata(content)), formats=FORMATS)
+    opened = Image.open(io.BytesIO(_without_metadata(content)), formats=_formats())
     held.enter_context(_room_for_pictures.taken(_bytes_of(opened)))
     held.callback(opened.close)
     bits, stated = bits_of(opened), stated_greatest(opened)  # before `load` forgets how the pixels lie in the file

@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,7 +170,9 @@ def _written(picture: Image.Image, kind: str, **options: object) -> bytes:
     """What Pillow writes; nothing where it has no way to."""
     file = io.BytesIO()
     try:
-        picture.save(file, kind, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Pillow will not write some of them for ever
+            picture.save(file, kind, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return b""
     return file.getvalue()
