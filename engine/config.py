@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engine.toml_file import read_toml
-from engine.values import INT64, NotBoolean, OneLine, Plain, Two, described, shortened, validated
+from engine.values import INT64, NotBoolean, OneLine, Plain, Two, described, plain_value, shortened, validated
 from train.errors import InputError
 
 __all__ = [
@@ -53,6 +53,7 @@ Fraction = Annotated[Real, Ge(0.0), Lt(1.0)]
 Proportion = Annotated[Real, Gt(0.0), Lt(1.0)]
 Text = Annotated[str, OneLine()]
 Name = Annotated[Text, MinLen(1)]
+Argument = bool | Whole | Real | Text
 Place = Annotated[Text, Plain()]  # a file, a folder or a URL
 
 _FORBID = {"extra": "forbid", "allow_inf_nan": False}
@@ -75,6 +76,9 @@ class ModelConfig:
     name: Name = _key(
         "vit_base_patch16_224.augreg_in21k",
         "a timm model name, or digits_vit: the small model of the embedded study",
+    )
+    arguments: dict[Name, Argument] = _key(
+        {}, "what timm builds the model with besides, as in global_pool=avg,in_chans=1,init_values=1e-5"
     )
     pretrained: bool = _key(True, "let timm download pretrained weights when no file is given")
     weights: Place = _key("", "a .safetensors or .pth file; nothing is downloaded then")
@@ -372,20 +376,22 @@ def parse_value(dotted: str, text: str) -> Any:
             cls = ConditionConfig
             break
         cls = typing.get_type_hints(cls)[section]
-    kind = typing.get_origin(typing.get_type_hints(cls)[name])
+    hint = typing.get_type_hints(cls)[name]
+    kind = typing.get_origin(hint)
     if kind not in (tuple, dict):
         return text
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if kind is tuple:
         return parts
-    table: dict[str, str] = {}
+    of_any_type = str in typing.get_args(typing.get_args(hint)[1])
+    table: dict[str, Any] = {}
     for part in parts:
         key, equals, value = (side.strip() for side in part.partition("="))
         if not equals or not key:
             raise InputError(f"--{dotted}: {described(part)} is not of the form name=value; write a=1,b=2")
         if key in table:
             raise InputError(f"--{dotted} gives {described(key)} twice; give it once")
-        table[key] = value
+        table[key] = plain_value(value) if of_any_type else value
     return table
 
 

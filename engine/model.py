@@ -46,7 +46,10 @@ def trained_here(config: StudyConfig, path: Path) -> ModelSource:
 
 
 def model_info(source: ModelSource) -> dict[str, Any]:
-    """Provenance of a model: its name, hash of its weights' file and which of it, and the versions that ran it."""
+    """Provenance of a model: its name and arguments, hash of its weights' file and which of it, and the versions."""
+    source = source.completed()
     sha256 = digest_path(source.file) if source.file else ""
-    info = {"name": source.name, "weights_sha256": sha256, **versions()}
+    info: dict[str, Any] = {"name": source.name, "weights_sha256": sha256, **versions()}
+    if source.arguments:
+        info["arguments"] = dict(source.arguments)
     return info | {"weights_state": source.state} if source.state else info

@@ -401,8 +401,10 @@ class Study:
         )
 
     def _table_attributes(self) -> dict[str, Any]:
+        model = self.config.model
+        arguments = {"arguments": model.arguments} if model.arguments else {}
         return {
-            "model": {"name": self.config.model.name, "img_size": self.config.model.img_size},
+            "model": {"name": model.name, "img_size": model.img_size, **arguments},
             "dataset": self.data.info("test"),
             "preprocessing": self.data.preprocessing.to_dict(),
             "versions": versions(),

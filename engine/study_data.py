@@ -29,6 +29,7 @@ from train.files import id_of
 from train.folders import prepare_folder
 from train.listing import files_below
 from train.manifest import Manifest
+from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
 from train.pretrain import pretrain_digits
 
@@ -184,9 +185,15 @@ def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocess
                 f"{other.height_px}×{other.width_px} px; to be compared they must see the same pixels: give the size "
                 "for both with --model.img_size"
             )
+        if other.channels != of_first.channels:
+            raise InputError(
+                f"condition {first} takes images of {of_first.channels} channel(s) and {name} of {other.channels}; to "
+                "be compared they must see the same pixels: give checkpoints of models with the same in_chans"
+            )
     chosen = config.data.prepare_as
     if chosen == "model":
-        own = preprocessing_of(build_model(config.model.name, num_classes=2))
+        arguments = checkpoint_of(config, first).completed().arguments
+        own = preprocessing_of(build_model(ModelSource(config.model.name, arguments=arguments), num_classes=2))
         return replace(own, height_px=of_first.height_px, width_px=of_first.width_px)
     if chosen and chosen not in prepared:
         raise InputError(f"data.prepare_as is {chosen!r}; expected model, or a condition ({', '.join(prepared)})")
@@ -219,6 +226,7 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
         built = build_model(source, num_classes=classes)
         facts = {
             "model": source.name,
+            "arguments": dict(source.completed().arguments),
             "num_classes": classes,
             "img_size": source.completed().img_size,
             "preprocessing": preprocessing.to_dict(),
@@ -298,6 +306,11 @@ def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -
     if config.model.name != "digits_vit":
         raise InputError(
             f"the digit scenes are 48×48 and grey, made for digits_vit; {config.model.name} needs --data.kind folder"
+        )
+    if config.model.arguments:
+        raise InputError(
+            "model.arguments are for a timm model; digits_vit is pretrained here as it is, on the digit scenes: leave "
+            "them out"
         )
     path = outputs / "checkpoints" / "pretrained.safetensors"
     settings = dataclasses.asdict(config.pretrain) | {

@@ -56,8 +56,9 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Hash of the checkpoint file, and which of the weights in it are meant."""
-        return digest_path(self.checkpoint) + (f" {self.model.state}" if self.model.state else "")
+        """Hash of the checkpoint file, which of the weights in it are meant, and what the model is built with."""
+        arguments = json.dumps(self.model.arguments, sort_keys=True) if self.model.arguments else ""
+        return " ".join(filter(None, (digest_path(self.checkpoint), self.model.state, arguments)))
 
 
 def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:
@@ -152,6 +153,7 @@ def _train_run(
         "pretrained": data.pretrained_digest,
         "data": data.digest,
         "img_size": config.model.img_size,
+        "arguments": config.model.arguments,
         "deterministic": shared.deterministic,
         "device": device,
         "version": __version__,

@@ -32,6 +32,7 @@ __all__ = [
     "described",
     "expected",
     "nearest",
+    "plain_value",
     "shortened",
     "unusual",
     "validated",
@@ -216,6 +217,15 @@ def described(value: Any) -> str:
     return short.repr(value)
 
 
+def plain_value(text: str) -> str | int | float | bool:
+    """A flag's text where any plain value may stand: a whole number, a decimal number, true or false, else text."""
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        return float(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing when no known name is near."""
     near = difflib.get_close_matches(name[:_LONGEST], list(known), n=1, cutoff=0.6)
@@ -270,6 +280,7 @@ def _mistake(cls: type[Any], values: Mapping[str, Any], error: Any, name: Callab
         else:  # a value of a table; of a union, pydantic adds which of its types it tried
             items = typing.get_args(hint)
             if typing.get_origin(hint) not in (dict, Mapping):
+                dotted = dotted.removesuffix(f".{part}")
                 break
             hint, default = items[1], None
     flag = name(dotted) if name(dotted).startswith("--") else ""

@@ -25,6 +25,7 @@ from train.checkpoint import state_digest
 from train.errors import InputError
 from train.fitting import load_weights
 from train.layouts import fit
+from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
 from train.weight_files import say_once
 from train.weights import read_state_dict
@@ -201,7 +202,7 @@ def loaded(model: nn.Module, state: State, classifiers: tuple[str, ...] = ("head
     path = Path("a.pth")
     with torch.device("meta"):
         outline = type(model)(**model.arguments)
-    load_weights(model, fit(state, outline, classifiers, path), state, path, "model")
+    load_weights(model, fit(state, outline, classifiers, path), state, path, ModelSource(TINY))
     return model.eval()
 
 
@@ -424,7 +425,7 @@ def test_a_file_of_another_size_is_called_that_and_a_model_of_its_size_named(tmp
             lambda s: {
                 name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in s.items()
             },
-            "as models that average their patches (global_pool 'avg')",
+            "it fits with --model.arguments global_pool=avg",
         ),
         (lambda s: {name: t for name, t in s.items() if name != "norm.bias"}, "expected every weight of test_vit and"),
     ],

@@ -132,6 +132,7 @@ def train_condition(
     settings = {
         "recipe": recipe,
         "model": source.name,
+        **({"arguments": dict(source.arguments)} if source.arguments else {}),
         "backbone": backbone,
         "dataset": data.manifest.sha256,
         "preprocessing": data.train.preprocessing.to_dict(),
@@ -187,6 +188,7 @@ def train_condition(
 
     metadata = {
         "model": source.name,
+        "arguments": dict(source.arguments),
         "img_size": source.img_size,
         "num_classes": len(data.class_names),
         "class_names": list(data.class_names),

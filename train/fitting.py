@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from train.errors import InputError
-from train.layouts import Fit, filter_of, is_position
+from train.layouts import Fit, filter_of, fit, is_position
+from train.model_arguments import as_flag, build_timm_model, shown_arguments
+from train.model_source import ModelSource, classifier_names
 from train.weight_files import say_once, shown
 from train.weights import refuse_unfit_values
 
@@ -30,7 +32,9 @@ _SIZES = {
 }
 
 
-def load_weights(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
+def load_weights(
+    model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
+) -> None:
     """Load all weights or none of them; position embeddings of another grid are resized by timm, which the log says.
 
     Args:
@@ -38,7 +42,7 @@ def load_weights(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor],
         found: the weights under its names.
         file: as read.
         path: of the file, for messages.
-        name: of the model, for messages.
+        source: what the model was built from.
 
     Raises:
         InputError: a weight is missing, not the model's, of another shape or kind of numbers, NaN or infinite.
@@ -53,10 +57,12 @@ def load_weights(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor],
     problems = _problems(state, expected)
     if problems:
         more = f", and {len(problems) - 1} more key(s)" if len(problems) > 1 else ""
+        built_with = f" with {as_flag(source.arguments)}" if source.arguments else ""
+        advice = _fitting_arguments(model, found, file, path, source) or _advice(file, expected, path, source.name)
         raise InputError(
-            f"checkpoint {path} does not fit model {name}: {problems[0]}{more}; {_advice(file, expected, path, name)}"
+            f"checkpoint {path} does not fit model {source.name}{built_with}: {problems[0]}{more}; {advice}"
         )
-    _say(found, state, file, path, name)
+    _say(found, state, file, path, source.name)
     model.load_state_dict(state)
 
 
@@ -117,6 +123,22 @@ def _say(
             say_once(f"{path}: {key} resized from {before} to {_shape(tensor)} by timm", logging.WARNING)
 
 
+def _fitting_arguments(
+    model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
+) -> str:
+    """What to do where a model of other arguments, which the weights show plainly, takes all of them; else ""."""
+    arguments = {**source.arguments, **shown_arguments(model, found.tensors)}
+    if arguments == source.arguments:
+        return ""
+    try:
+        with torch.device("meta"):
+            outline = build_timm_model(source.name, arguments, img_size=source.img_size)
+    except InputError:
+        return ""
+    problems = fit(file, outline, classifier_names(source.name), path).problems
+    return "" if problems else f"it fits with {as_flag(arguments)}"
+
+
 def _advice(file: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path, name: str) -> str:
     """What to do about a file that does not fit, as far as its names and shapes say it."""
     if _IN_PARTS.search(path.name):
@@ -127,8 +149,6 @@ def _advice(file: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tenso
     if there and wanted and there != wanted:
         likely = _likely(there, file)
         return f"the file holds {_words(there)}, {name} has {_words(wanted)}" + (f"; try {likely}" if likely else "")
-    if "norm.weight" in expected and any(key.endswith("fc_norm.weight") for key in file):
-        return "the file has fc_norm and no norm, as models that average their patches (global_pool 'avg')"
     if not any(key.endswith(tuple(f".{leaf}" for leaf in expected)) or key in expected for key in file):
         return f"its names are such as {_some(file)}, those of {name} such as {_some(expected)}"
     return f"expected every weight of {name} and, beside its classifier, no other"

@@ -6,15 +6,17 @@ import dataclasses
 import difflib
 import importlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import checkpoint_facts
 from train.errors import InputError
+from train.model_arguments import Argument, refuse_arguments
 from train.weight_files import say_once
 
-__all__ = ["ModelSource", "pretrained_cfg", "source_of"]
+__all__ = ["ModelSource", "classifier_names", "pretrained_cfg", "source_of"]
 
 # How a model of timm's is called on the Hugging Face Hub: `timm/NAME`, also as an address.
 _HUB = re.compile(r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?huggingface\.co/)?timm/")
@@ -27,17 +29,19 @@ class ModelSource:
     Args:
         name: a timm model name, or `digits_vit`; one that timm has given up, or of the Hugging Face Hub
             (`hf-hub:timm/NAME`), becomes timm's present one.
+        arguments: what timm builds the model with besides, such as {"global_pool": "avg"}.
         img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
         weights: a file of safetensors or of torch.save, whatever its name; empty: timm's or random weights.
         state: which weights of that file, where it holds several; see `train.weights.read_state_dict`.
         pretrained: let timm fetch or find its weights where no file is named.
 
     Raises:
-        InputError: timm has no model of that name.
+        InputError: timm has no model of that name, or an argument has a key of its own.
     """
 
     name: str
     _: dataclasses.KW_ONLY
+    arguments: Mapping[str, Argument] = field(default_factory=dict, hash=False)
     img_size: int = 0
     weights: str | Path = ""
     state: str = ""
@@ -45,6 +49,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", _present_name(self.name))
+        refuse_arguments(self.arguments)
 
     @property
     def file(self) -> Path | None:
@@ -57,9 +62,19 @@ class ModelSource:
         Raises:
             DamagedFileError: its sidecar is not as it was written.
         """
-        if self.img_size or self.file is None:
+        if self.file is None:
             return self
-        return dataclasses.replace(self, img_size=int(checkpoint_facts(self.file).get("img_size", 0)))
+        said = checkpoint_facts(self.file)
+        for name, trained in said.get("arguments", {}).items():
+            if (asked := self.arguments.get(name, trained)) != trained:
+                say_once(
+                    f"{self.file} was trained with {name}={trained} and is used with model.arguments {name}={asked}"
+                )
+        return dataclasses.replace(
+            self,
+            arguments={**said.get("arguments", {}), **self.arguments},
+            img_size=self.img_size or int(said.get("img_size", 0)),
+        )
 
 
 def source_of(model: ModelSource | str) -> ModelSource:
@@ -72,6 +87,20 @@ def pretrained_cfg(name: str) -> Any:
     import timm
 
     return timm.get_pretrained_cfg(name, allow_unregistered=False)
+
+
+def classifier_names(name: str) -> tuple[str, ...]:
+    """The layers of a model that map its readout to classes.
+
+    Raises:
+        InputError: timm names none.
+    """
+    classifier = pretrained_cfg(name).classifier
+    if not classifier:
+        raise InputError(
+            f"timm names no classifier for {name}, so its number of classes cannot be read off a checkpoint"
+        )
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
 def _present_name(given: str) -> str:

@@ -20,7 +20,8 @@ from train.data import Preprocessing
 from train.errors import InputError
 from train.fitting import load_weights
 from train.layouts import Fit, fit
-from train.model_source import ModelSource, pretrained_cfg, source_of
+from train.model_arguments import as_flag, build_timm_model
+from train.model_source import ModelSource, classifier_names, pretrained_cfg, source_of
 from train.weight_files import say_once
 from train.weights import read_state_dict
 
@@ -62,8 +63,8 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
         return load_checkpoint(source, path)
     said = _said(path, source.name)
     file, found = _read_fitting(source, path)
-    built = _create(source.completed(), num_classes)
-    for classifier in _classifier_names(source.name):
+    built = _create(completed := source.completed(), num_classes)
+    for classifier in classifier_names(source.name):
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
         classes = _rows(found.tensors.get(keys[0]))
         if classes != num_classes:
@@ -71,7 +72,7 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
             say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
             own = built.state_dict()
             found = found.with_new({key: own[key] for key in keys if key in own})
-    load_weights(built, found, file, path, source.name)
+    load_weights(built, found, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
     return built
 
@@ -98,12 +99,12 @@ def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
     source, path = replace(source_of(model), weights=str(path)), Path(path)
     said = _said(path, source.name)
     file, found = _read_fitting(source, path)
-    classifier = f"{_classifier_names(source.name)[0]}.weight"
+    classifier = f"{classifier_names(source.name)[0]}.weight"
     head = found.tensors.get(classifier)
     if head is None:
         say_once(f"{path} has no {classifier}; {source.name} is built without a head", logging.WARNING)
-    built = _create(source.completed(), _rows(head))
-    load_weights(built, found, file, path, source.name)
+    built = _create(completed := source.completed(), _rows(head))
+    load_weights(built, found, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
     return built.eval()
 
@@ -113,7 +114,7 @@ def _read_fitting(source: ModelSource, path: Path) -> tuple[dict[str, torch.Tens
     file = read_state_dict(path, source.state)
     with torch.device("meta"):  # names and shapes alone, in a moment
         outline = _create(source.completed(), None)
-    return file, fit(file, outline, _classifier_names(source.name), path)
+    return file, fit(file, outline, classifier_names(source.name), path)
 
 
 def _rows(head: torch.Tensor | None) -> int:
@@ -154,7 +155,7 @@ def head_size(source: ModelSource) -> int | None:
     """
     if source.file is not None:
         _, found = _read_fitting(source, source.file)
-        head = found.tensors.get(f"{_classifier_names(source.name)[0]}.weight")
+        head = found.tensors.get(f"{classifier_names(source.name)[0]}.weight")
         return None if head is None else _rows(head)
     return int(pretrained_cfg(source.name).num_classes) if source.pretrained else None
 
@@ -165,7 +166,8 @@ def classifier_name(model: nn.Module) -> str:
     Raises:
         InputError: the model has none, or several, or it is not one linear layer.
     """
-    names = _as_names(cast(Any, model).default_cfg["classifier"])
+    classifier = cast(Any, model).default_cfg["classifier"] or ()
+    names: tuple[str, ...] = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     head = model.get_submodule(names[0]) if len(names) == 1 else None
     if not isinstance(head, nn.Linear):
         raise InputError(
@@ -190,6 +192,9 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
+    colours, channels = channels, getattr(model, "in_chans", channels)
+    if channels != colours:  # shades of grey where the family has colours: all alike, as their mean is
+        config |= {key: (sum(config[key]) / len(config[key]),) * channels for key in ("mean", "std")}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None:
         height, width = size
@@ -209,34 +214,30 @@ def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
     """The model without the weights of a file: random, or timm's where the source asks for them and names no file."""
     import timm
 
-    name, img_size = source.name, source.img_size
-    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if img_size:
-        arguments["img_size"] = img_size
+    name, arguments, img_size = source.name, source.arguments, source.img_size
     if source.weights or not source.pretrained:
-        try:
-            model = timm.create_model(name, **arguments)
-        except (TypeError, AssertionError, ValueError) as error:
-            if not img_size:
-                raise
-            raise InputError(f"model {name} cannot be built for {img_size}×{img_size} px images ({error})") from error
-        patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-        if img_size and (img_size % patch[0] or img_size % patch[1]):
-            raise InputError(
-                f"model.img_size is {img_size}, expected a multiple of the {patch[0]}×{patch[1]} px patches of {name}"
-            )
-        return model
+        return build_timm_model(name, arguments, num_classes=num_classes, img_size=img_size)
+    if arguments:  # wrong ones are found before anything is downloaded
+        build_timm_model(name, arguments, num_classes=num_classes, img_size=img_size)
+    keys: dict[str, Any] = {**arguments, **({} if num_classes is None else {"num_classes": num_classes})}
+    if img_size:
+        keys["img_size"] = img_size
     advice = "give a file with --model.weights FILE, or start from random weights with --model.pretrained false"
     try:
         with _offline_if_unreachable():
-            return timm.create_model(name, pretrained=True, **arguments)
+            return timm.create_model(name, pretrained=True, **keys)
     except OSError as error:
         # huggingface_hub's "not in the cache and no connection" is an OSError, as are the socket's own.
         raise InputError(f"pretrained weights of {name} are neither cached nor to be downloaded; {advice}") from error
     except RuntimeError as error:
-        if "No pretrained weights" not in str(error) and "Pretrained weights" not in str(error):
+        if "No pretrained weights" in str(error) or "Pretrained weights" in str(error):
+            raise InputError(f"timm has no pretrained weights for {name}; {advice}") from error
+        if not arguments:
             raise
-        raise InputError(f"timm has no pretrained weights for {name}; {advice}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"timm's pretrained weights of {name} do not fit {as_flag(arguments)} ({reason}); {advice}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -256,18 +257,3 @@ def _offline_if_unreachable() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _classifier_names(name: str) -> tuple[str, ...]:
-    names = _as_names(pretrained_cfg(name).classifier)
-    if not names:
-        raise InputError(
-            f"timm names no classifier for {name}, so its number of classes cannot be read off a checkpoint"
-        )
-    return names
-
-
-def _as_names(classifier: Any) -> tuple[str, ...]:
-    if not classifier:
-        return ()
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier)

@@ -125,6 +125,7 @@ def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) 
     key = settings_key(
         model=plan.model.name,
         img_size=plan.model.img_size,
+        arguments=dict(plan.model.arguments),
         weights=read_metadata(Path(plan.model.weights))["sha256"],
         probe=None if plan.probe is None else read_metadata(plan.probe)["sha256"],
         data=data.manifest.sha256,
