@@ -192,4 +192,5 @@ def _likely(size: tuple[int, int, int], file: Mapping[str, torch.Tensor]) -> str
 
 
 def _shape(tensor: torch.Tensor) -> str:
-    return f"[{', '.join(map(str, tensor.shape[:8]))}]"
+    more = ", …" if tensor.ndim > 8 else ""
+    return f"[{', '.join(map(str, tensor.shape[:8]))}{more}]"

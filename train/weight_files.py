@@ -90,7 +90,7 @@ def say_once(sentence: str, level: int = logging.INFO) -> None:
 
 def shown(text: object) -> str:
     """A name out of a file, fit for a sentence: on one line, and not longer than 100 characters."""
-    name = printable(text)
+    name = printable(text) or "''"
     return name if len(name) <= 100 else f"{name[:97]}…"
 
 
@@ -178,8 +178,9 @@ _HARMLESS = (
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _HARMLESS]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # The file and not its path, of which torch would look at the ending.
+        with open(path, "rb") as file, torch.serialization.safe_globals([(_Inert, name) for name in _HARMLESS]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different class for each way a file can be broken
         said = str(error)
         if "weights_only" in said or "Unsupported" in said:

@@ -191,8 +191,8 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
     if isinstance(content, Mapping) and "param_groups" in content:
         raise InputError(f"checkpoint {path} holds the state of an optimizer and no weights; give the model's own file")
     raise InputError(
-        f"checkpoint {path} holds no state dict ({_found(content)}); expected name → tensor, plain or under one of "
-        f"{', '.join(WRAPPERS)}"
+        f"checkpoint {path} holds no state dict ({_found(content)}); expected name → tensor, plain or under a key such "
+        f"as {', '.join(WRAPPERS[:3])}"
     )
 
 
