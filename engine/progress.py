@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from train.files import printable
 from train.processes import first_process
 
 __all__ = ["ImageProgress", "say"]
@@ -16,7 +17,7 @@ __all__ = ["ImageProgress", "say"]
 def say(sentence: str) -> None:
     """Print a sentence above any progress bar; of several processes that torchrun started, the first one does."""
     if first_process():
-        tqdm.write(sentence)
+        tqdm.write(printable(sentence))
 
 
 class ImageProgress:

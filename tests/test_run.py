@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from engine.config import StudyConfig, load_study
 from engine.outputs import require_apart
+from engine.progress import say
 from engine.run import COMMANDS, main
 from train.errors import InputError
 
@@ -337,3 +339,14 @@ def test_a_changed_study_toml_is_used_on_purpose_only(tmp_path: Path, capsys: py
     code, error = error_of(capsys, "stats", "--outputs", str(tmp_path))
     assert code == 2, "and not the embedded study in its place"
     assert "study.toml is missing" in error
+
+
+def test_names_are_shown_on_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """In what is said and in the log; a name must not write over the terminal, or go on in a second line."""
+    main(["info", "absent"])  # sets the log up
+    capsys.readouterr()
+    say("pictures of caf\udce9\x1b[2J\n\u202egpj")
+    logging.getLogger("train").warning("%s is empty", "caf\udce9\x1b[2J\n")
+    captured = capsys.readouterr()
+    assert captured.out == "pictures of caf\\xe9\\x1b[2J\\n\\u202egpj\n"
+    assert captured.err == "caf\\xe9\\x1b[2J\\n is empty\n"

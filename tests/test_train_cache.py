@@ -163,3 +163,9 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
         pixels(prepared(root, tmp_path / "cache"))
     assert caught.value.filename.endswith(".npy")
     assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+
+
+def test_a_file_where_the_cache_would_be_is_said(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(InputError, match=r"taken \(File exists\); give another folder with --data\.cache_folder DIR"):
+        pixels(prepared(root, tmp_path / "taken"))

@@ -160,7 +160,13 @@ class ImageCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise InputError(
+                f"the image cache cannot be made in {self.folder} ({error.strerror}); give another folder with "
+                "--data.cache_folder DIR, or decode every time with --data.cache false"
+            ) from error
         with open(self.folder / f".{self.path.stem}.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
