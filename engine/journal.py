@@ -19,6 +19,7 @@ from typing import Any
 
 from engine.process import PROGRAM
 from engine.progress import say
+from store.disk import writing
 from train.checkpoint import write_atomically
 from train.errors import DamagedFileError, InputError
 
@@ -291,7 +292,7 @@ class Journal:
         }
         self._records.append(record)
         if self._whole:
-            with open(self.path, "ab") as file:
+            with writing(self.path), open(self.path, "ab") as file:
                 file.write(_line(record))
                 file.flush()
                 os.fsync(file.fileno())

@@ -16,6 +16,7 @@ from typing import IO, Any
 from engine.config import StudyConfig
 from engine.journal import Journal
 from store import StoreError
+from store.disk import disk_error
 from store.removal import named, remove
 from train.checkpoint import checked_json, parse_checked_json, write_atomically
 from train.errors import InputError
@@ -67,9 +68,8 @@ class OutputsFolder(AbstractContextManager[None]):
                         )
             self._lock = open(self._outputs / ".lock", "a")
         except OSError as error:
-            raise InputError(
-                f"outputs folder {self._outputs} cannot be written ({error.strerror}); give another with --outputs"
-            ) from error
+            clause = f"outputs folder {self._outputs} (--outputs) cannot be written"
+            raise InputError(str(disk_error(clause, error))) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -169,7 +169,7 @@ def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path
 
     Raises:
         StoreError: a file that this program did not write has the name of one of them; nothing is written then.
-        OSError: the folder is not writable, or the disk is full.
+        DiskError: the folder is not writable, or the disk is full.
     """
     new = dict(files)
     record = folder / _WRITTEN

@@ -23,7 +23,7 @@ try:
     from typing import TYPE_CHECKING, Any
 
     from engine.config import StudyConfig, config_keys, load_study, parse_value
-    from engine.errors import exit_code
+    from engine.errors import exit_code, foreseen
     from engine.flags import DASHES, FlagParser
     from engine.values import nearest, shortened
     from train.errors import InputError
@@ -300,13 +300,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answered(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else ""
     try:
         return _run(arguments)
     except KeyboardInterrupt:
         if first_process():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as raised:
+        error = foreseen(raised, _batch_keys(name))
         code = exit_code(error)
         if speaks():  # one of several processes, if torchrun started them
             if code is None:
@@ -319,6 +321,12 @@ def _sentence_of(error: Exception) -> str:
     """An error's message on one line of the terminal, whatever names are in it."""
     text = printable(error)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
+def _batch_keys(name: str) -> list[str]:
+    """Keys of a command (the study's, without a name) that say how many images it takes at once."""
+    command = COMMANDS.get(name, COMMANDS["study"])
+    return [key for key, _ in config_keys({}) if key.endswith(".batch_size") and command.reads(key)]
 
 
 def _show_log() -> None:

@@ -20,6 +20,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating, has_classes
+from store.disk import writing
 from store.removal import holds_only, is_unfinished, own_zarr, put, remove, schema_of, unfinished
 from store.schema import MARK, StoreError
 from store.storage import Storage
@@ -50,10 +51,18 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
         rows: rows of the samples.
 
     Raises:
+        DiskError: it cannot be written.
         StoreError: something else lies there.
     """
+    pixels = np.stack([images.picture(row) for row in rows])
     partial = unfinished(path)
-    remove(partial, is_unfinished)
+    with writing(path):
+        remove(partial, is_unfinished)
+        _write_images(partial, pixels, images, rows)
+        put(partial, path, is_samples)
+
+
+def _write_images(partial: Path, pixels: np.ndarray, images: ImageSet, rows: Sequence[int]) -> None:
     root = zarr.open_group(
         partial,
         mode="w-",
@@ -65,7 +74,7 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
         },
     )
     group = root.create_group("images")
-    _write(group, "pixels", np.stack([images.picture(row) for row in rows]), ("image", "row", "col", "channel"))
+    _write(group, "pixels", pixels, ("image", "row", "col", "channel"))
     _write(group, "label", np.asarray(images.labels)[list(rows)], ("image",))
     if images.boxes is not None:
         _write(group, "boxes", images.boxes[list(rows)].astype(np.float32), ("image", "region", "edge"))
@@ -78,7 +87,6 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
         compressors=[Crc32cCodec()],
     )
     names[:] = np.array([images.ids[row] for row in rows], dtype=object)
-    put(partial, path, is_samples)
 
 
 def is_samples(path: Path) -> bool:
@@ -113,6 +121,7 @@ def add_sample_maps(
         device: where the model runs.
 
     Raises:
+        DiskError: it cannot be written.
         StoreError: it is not, or a group of that name holds something else.
     """
     maps: list[tuple[AttentionSite, np.ndarray]] = []
@@ -127,19 +136,20 @@ def add_sample_maps(
     if schema_of((path / "zarr.json").read_bytes()) != SCHEMA:
         raise StoreError(f"{path} is no store of sample maps, so none are put into it")
     partial = unfinished(path / name)
-    remove(partial, is_unfinished)
-    group = zarr.open_group(partial, mode="w-", zarr_format=3)
-    for site, values in maps:
-        _write(
-            group,
-            f"layer_{site.layer:02d}",
-            values,
-            ("image", "head", "query", "key"),
-            {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()},
-        )
-    if has_classes(model):
-        _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
-    put(partial, path / name, holds_only(_RUN_FILES))  # a group of the samples store
+    with writing(path / name):
+        remove(partial, is_unfinished)
+        group = zarr.open_group(partial, mode="w-", zarr_format=3)
+        for site, values in maps:
+            _write(
+                group,
+                f"layer_{site.layer:02d}",
+                values,
+                ("image", "head", "query", "key"),
+                {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()},
+            )
+        if has_classes(model):
+            _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
+        put(partial, path / name, holds_only(_RUN_FILES))  # a group of the samples store
 
 
 def _write(

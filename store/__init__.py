@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from store.disk import DiskError
 from store.schema import SCHEMA, FactorSchema, LayerSchema, StoreError, StoreSchema
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "SCHEMA",
     "AttentionStore",
     "AttentionWriter",
+    "DiskError",
     "FactorSchema",
     "Factors",
     "LayerSchema",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from store.arrays import ArraySpec, attention_arrays
+from store.disk import disk_error
 from store.ledger import Ledger, LedgerError, batch_name, file_problem, size_problem
 from store.precisions import Array, as_numbers, cast
 from store.schema import StoreError, StoreSchema
@@ -150,9 +151,9 @@ class Committer:
         try:
             return work(*args, **kwargs)
         except OSError as error:
-            self._failure = StoreError(
-                f"batch {batch} of {self._root} could not be written: {error}; the batches committed before it are "
-                "intact, run again to go on"
+            self._failure = disk_error(
+                f"batch {batch} of {self._root} could not be written (the batches committed before it are intact)",
+                error,
             )
             raise self._failure from error
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from store.hdf5_seal import BLOCK_BYTES, DAMAGE, check_seal, is_sealed, write_seal
-from store.local import sync_directory
-from store.removal import is_unfinished, put, remove, unfinished
+from store.hdf5_file import new_hdf5
+from store.hdf5_seal import DAMAGE, check_seal, is_sealed
 from store.schema import MARK, StoreError
 
 if TYPE_CHECKING:
@@ -36,31 +35,20 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
         path: the file; a table that is there is replaced.
 
     Raises:
-        StoreError: a variable of another type, the file cannot be written, or something else lies there.
+        DiskError: the file cannot be written.
+        StoreError: a variable of another type, or something else lies there.
     """
-    import h5py
-
-    target = Path(path)
-    partial = unfinished(target)
-    try:
-        with h5py.File(partial, "w", userblock_size=BLOCK_BYTES) as file:
-            _set_attributes(file, dataset.attrs)
-            file.attrs[_ORDER] = json.dumps({"coords": list(map(str, dataset.coords)), "data": list(map(str, dataset))})
-            for name, variable in dataset.variables.items():
-                _write_variable(file, str(name), variable)
-            for name, variable in dataset.variables.items():
-                for axis, dim in enumerate(variable.dims):
-                    file[str(name)].dims[axis].label = str(dim)
-                    if dim in dataset.coords and dim != name:
-                        file[str(name)].dims[axis].attach_scale(file[str(dim)])
-            file.flush()
-        write_seal(partial, SCHEMA)
-        put(partial, target, _is_table)
-        sync_directory(target.absolute().parent)
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error}") from error
-    finally:
-        remove(partial, is_unfinished)
+    with new_hdf5(Path(path), SCHEMA, _is_table) as (file, check):
+        _set_attributes(file, dataset.attrs)
+        file.attrs[_ORDER] = json.dumps({"coords": list(map(str, dataset.coords)), "data": list(map(str, dataset))})
+        for name, variable in dataset.variables.items():
+            _write_variable(file, str(name), variable)
+            check()
+        for name, variable in dataset.variables.items():
+            for axis, dim in enumerate(variable.dims):
+                file[str(name)].dims[axis].label = str(dim)
+                if dim in dataset.coords and dim != name:
+                    file[str(name)].dims[axis].attach_scale(file[str(dim)])
 
 
 def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from store.hdf5_seal import BLOCK_BYTES, DAMAGE, check_seal, is_sealed, write_seal
+from store.hdf5_file import new_hdf5
+from store.hdf5_seal import DAMAGE, check_seal, is_sealed
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
-from store.local import sync_directory
 from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
-from store.removal import is_unfinished, put, remove, unfinished
 from store.schema import MARK, StoreError, layer_path
 
 __all__ = ["AttentionFile", "Dataset", "export_attention", "is_export"]
@@ -65,40 +64,28 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
         done: called with the number of images after each batch.
 
     Raises:
-        StoreError: the store is incomplete, damaged or holds no attention, the file cannot be written, or something
-            else lies there.
+        DiskError: the file cannot be written.
+        StoreError: the store is incomplete, damaged or holds no attention, or something else lies there.
     """
-    import h5py
-
     if not store.complete:
         missing = store.schema.num_images - int(store.committed_images.sum())
         damaged = "".join(f" ({sentence})" for sentence in store.damaged_batches)
         raise StoreError(f"{store.path} lacks {missing} images{damaged}; resume its capture before exporting it")
-    target = Path(path)
-    partial = unfinished(target)
-    try:
-        with h5py.File(partial, "w", userblock_size=BLOCK_BYTES) as file:
-            file.attrs["schema"] = SCHEMA
-            for name in ("model", "dataset", "preprocessing", "precision", "encoding", "code_version"):
-                file.attrs[name] = json.dumps(getattr(store.schema, name))
-            file.attrs["class_names"] = json.dumps(store.class_names)
-            file[_IDS] = list(store.image_ids)
-            file[_LABELS] = store.labels
-            datasets = [(layer.layer, _create(file, store, layer.layer)) for layer in store.schema.layers]
-            for batch in store.committed_batches:
-                rows = store.schema.batch_rows(batch)
-                for layer, dataset in datasets:
-                    narrow = dataset.dtype == np.float16
-                    dataset[rows] = store.read_stored(layer, rows) if narrow else store.read(layer, rows)
-                done(rows.stop - rows.start)
-            file.flush()
-        write_seal(partial, SCHEMA)
-        put(partial, target, is_export)
-        sync_directory(target.absolute().parent)
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error}") from error
-    finally:
-        remove(partial, is_unfinished)
+    with new_hdf5(Path(path), SCHEMA, is_export) as (file, check):
+        file.attrs["schema"] = SCHEMA
+        for name in ("model", "dataset", "preprocessing", "precision", "encoding", "code_version"):
+            file.attrs[name] = json.dumps(getattr(store.schema, name))
+        file.attrs["class_names"] = json.dumps(store.class_names)
+        file[_IDS] = list(store.image_ids)
+        file[_LABELS] = store.labels
+        datasets = [(layer.layer, _create(file, store, layer.layer)) for layer in store.schema.layers]
+        for batch in store.committed_batches:
+            rows = store.schema.batch_rows(batch)
+            for layer, dataset in datasets:
+                narrow = dataset.dtype == np.float16
+                dataset[rows] = store.read_stored(layer, rows) if narrow else store.read(layer, rows)
+                check()
+            done(rows.stop - rows.start)
 
 
 def _create(file: Any, store: AttentionStore, layer: int) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from store.arrays import ArraySpec, create_arrays, create_metric_group, metric_arrays, read_attributes
 from store.commit import Committer, metric_values, sound_batches
+from store.disk import disk_error
 from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem, file_problems
 from store.places import storage_at
 from store.reader import AttentionStore, open_metadata
@@ -122,7 +123,7 @@ class MetricWriter:
                 writer._ledger.storage.sweep()
                 writer._prepare()
             except OSError as error:
-                raise StoreError(f"{root} cannot be opened for writing: {error}") from error
+                raise disk_error(f"{root} cannot be opened for writing", error) from error
             writer._resources = resources.pop_all()
         return writer
 

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, require_free_disk
 from store.commit import Committer, check_names, check_shape, float32, metric_values, sound_batches
+from store.disk import disk_error
 from store.encodings import resolve_encoding
 from store.ledger import Ledger, LedgerError, batch_name
 from store.metadata import Metadata
@@ -114,7 +115,7 @@ class AttentionWriter:
                 else:
                     writer._prepare(fixed)
             except OSError as error:
-                raise StoreError(f"{root} cannot be opened for writing: {error}") from error
+                raise disk_error(f"{root} cannot be opened for writing", error) from error
             writer._resources = resources.pop_all()
         return writer
 
@@ -137,7 +138,7 @@ class AttentionWriter:
                 ledger.clear()
                 root.clear(STORE_FILES)
         except OSError as error:
-            raise StoreError(f"{root} cannot be removed: {error}") from error
+            raise disk_error(f"{root} cannot be removed", error) from error
 
     def _prepare(self, fixed: Metadata) -> None:
         """Make the store, or find out what of it holds."""
@@ -271,7 +272,7 @@ class AttentionWriter:
             try:
                 self._ledger.write("complete", {"batches": self.schema.num_batches})
             except OSError as error:
-                raise StoreError(f"{self.path} could not be finished: {error}; run again to finish it") from error
+                raise disk_error(f"{self.path} could not be finished", error) from error
 
     def close(self) -> None:
         """Wait for what is under way, then let another writer in. What was committed stays."""

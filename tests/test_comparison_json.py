@@ -12,6 +12,7 @@ import xarray as xr
 
 from engine.report.comparison import comparison_document, write_comparison
 from engine.statistics import compare_conditions
+from store import DiskError
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_failed_writing_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match="no space left"):
         write_comparison(path, {"schema": 2})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]

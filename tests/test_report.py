@@ -20,6 +20,7 @@ from engine.report import viewer, write_report
 from engine.report.figures import render_figures
 from engine.report.inputs import load_results
 from engine.report.page import render_page
+from store import DiskError
 from train.errors import InputError
 
 DRAWN = ("distance", "entropy", "region_mass")
@@ -72,7 +73,7 @@ def test_what_is_no_longer_measured_has_no_figure(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) -> None:
     outputs = small(tmp_path, metrics=("distance",), regions=(), conditions=("only",), samples=False, gradcam=False)
     (outputs / "visualizations").write_text("a file where a folder must go", encoding="utf-8")
-    with pytest.raises(InputError, match="figures: cannot be written"):
+    with pytest.raises(DiskError, match=r"figures.* cannot be written: a part of the path is a file"):
         write_report(outputs)
 
 

@@ -16,7 +16,7 @@ import pytest
 import store_cases as case
 
 from engine.progress import ImageProgress
-from store import AttentionStore, AttentionWriter, StoreError, estimate_bytes
+from store import AttentionStore, AttentionWriter, DiskError, StoreError, estimate_bytes
 from store.verify import verify
 
 ENCODINGS = ("fp16", "bf16", "qk")
@@ -119,9 +119,7 @@ def test_a_disk_that_fills_up_leaves_the_last_commit_intact(
         case.write(writer, 0)
         ballast = small_disk / "ballast"
         fill(ballast)
-        with pytest.raises(
-            StoreError, match=r"batch 1 of .* could not be written: .*No space left.*run again to go on"
-        ):
+        with pytest.raises(DiskError, match=r"batch 1 of .* could not be written .*: no space left.*free some space"):
             case.write(writer, 1)
         assert writer.committed == {0}
     assert verify(path) == []

@@ -21,7 +21,7 @@ import torch
 import xarray
 import zarr
 
-from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema, estimate_bytes
+from store import AttentionStore, AttentionWriter, DiskError, LayerSchema, StoreError, StoreSchema, estimate_bytes
 from store.verify import info, verify
 
 
@@ -381,7 +381,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 def test_a_disk_that_fails_leaves_the_last_commit_intact(path: Path) -> None:
     with AttentionWriter.open(path, case.make_schema(), **case.fixed()) as writer:
         case.write(writer, 0)
-        with file_size_limit(2048), pytest.raises(StoreError, match=r"batch 1 of .* could not be written: .*too large"):
+        with file_size_limit(2048), pytest.raises(DiskError, match=r"batch 1 of .* could not be written .*: .*larger"):
             case.write(writer, 1)
         assert writer.committed == {0}
         assert verify(path) == []

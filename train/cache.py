@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from store.disk import writing
 from store.removal import is_unfinished, put, remove, unfinished
 from train.checkpoint import sync_folder, write_atomically
 from train.data import FolderImages, ImageSet
@@ -79,7 +80,7 @@ class ImageCache:
     @cached_property
     def _opened(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(pixels, CRC-32 a picture, whether it was checked in this process)."""
-        with self._locked():
+        with writing(self.path), self._locked():
             found = self._open()
             if found is None:
                 self._build()
@@ -131,8 +132,6 @@ class ImageCache:
                 file.flush()
                 os.fsync(file.fileno())
             put(partial, self.path, Path.is_file)  # named by a hash, as no other file is
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(error.filename or self.path)) from error
         finally:
             remove(partial, is_unfinished)
         sync_folder(self.folder)
@@ -144,7 +143,7 @@ class ImageCache:
         logger.warning("image cache %s: %s is damaged and decoded again", self.path, self._pictures.ids[source])
         pixels, checksums, _ = self._opened
         content = self._decoded([source])[0]
-        with open(self.path, "r+b") as file:
+        with writing(self.path), open(self.path, "r+b") as file:
             file.seek(self.path.stat().st_size - pixels.nbytes + row * content.nbytes)
             file.write(content.tobytes())
         if zlib.crc32(content) != checksums[row]:  # it was the checksum that was damaged

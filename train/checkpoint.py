@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from store.disk import writing
 from store.removal import is_unfinished, put, remove, unfinished
 from train.errors import DamagedFileError, InputError
 from train.files import require_file
@@ -70,20 +71,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     so what a killed write leaves is overwritten by the next; a file has one writer.
 
     Raises:
-        OSError: the folder is not writable or the disk is full; nothing is left behind.
+        DiskError: the folder is not writable or the disk is full; nothing is left behind.
         StoreError: no file lies there, but a folder or a device.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = unfinished(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        put(partial, path, Path.is_file)  # the caller's own names, in an outputs folder that is this program's
-    finally:
-        remove(partial, is_unfinished)
-    sync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            put(partial, path, Path.is_file)  # the caller's own names, in an outputs folder that is this program's
+        finally:
+            remove(partial, is_unfinished)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -162,7 +164,7 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
 
     Raises:
         ValueError: another suffix.
-        OSError: not writable, or the disk is full.
+        DiskError: not writable, or the disk is full.
         StoreError: a JSON file that is no sidecar of ours lies beside it.
     """
     from safetensors.torch import save

@@ -115,7 +115,7 @@ class StateFile:
         """Write the state; the last one becomes the one before.
 
         Raises:
-            OSError: the disk is full or the folder is not writable; the state before is still there.
+            DiskError: the disk is full or the folder is not writable; the state before is still there.
         """
         from safetensors.torch import save
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
+from store.disk import writing
 from train.checkpoint import write_atomically
 
 __all__ = ["TrialsFile"]
@@ -53,7 +54,7 @@ class TrialsFile(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write entries of Optuna's, durably."""
-        with open(self.path, "ab") as file:
+        with writing(self.path), open(self.path, "ab") as file:
             for log in logs:
                 line = _line(self.study, self._last, log)
                 file.write(line)

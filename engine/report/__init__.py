@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from engine.outputs import replace_files
 from train.checkpoint import write_atomically
-from train.errors import InputError
 
 __all__ = ["write_report"]
 
@@ -31,7 +28,8 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
         The files written.
     Raises:
         InputError: an input is missing, cannot be read, is not what its stage wrote (where there is a `run.jsonl`) or
-            does not fit the others, or the folder cannot be written.
+            does not fit the others.
+        DiskError: a file cannot be written.
     """
     # Lazy: the command line answers without xarray, matplotlib and jinja2.
     from engine.report.figures import render_figures
@@ -42,32 +40,7 @@ def write_report(outputs: str | os.PathLike[str]) -> tuple[Path, ...]:
     outputs = Path(outputs)
     results = load_results(outputs)
     summary = summary_markdown(results)
-    written = [
-        _replace(outputs / "summary.md", summary.encode("utf-8")),
-        _replace(outputs / "report.html", render_page(results, summary).encode("utf-8")),
-    ]
-    written += _replace_folder(outputs / FIGURES, render_figures(results))
-    return tuple(written)
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    """Writes a file whole or not at all."""
-    with _writing(path):
-        write_atomically(path, content)
-    return path
-
-
-def _replace_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
-    """Replaces a folder's files: figures of metrics that are no longer measured go."""
-    with _writing(folder):
-        return replace_files(folder, files)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another --outputs folder"
-        ) from error
+    files = {"summary.md": summary.encode("utf-8"), "report.html": render_page(results, summary).encode("utf-8")}
+    for name, content in files.items():
+        write_atomically(outputs / name, content)
+    return (*(outputs / name for name in files), *replace_files(outputs / FIGURES, render_figures(results)))

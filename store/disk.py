@@ -1,0 +1,67 @@
+"""What a disk refuses, as one sentence: what could not be written, why, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+from store.schema import StoreError
+
+__all__ = ["DiskError", "disk_error", "is_refusal", "writing"]
+
+_AGAIN = "run the same command again"
+_ELSEWHERE = "give another place"
+# errno -> what is wrong, what to do.
+_REFUSALS = {
+    errno.ENOSPC: ("no space left on its disk", f"free some space there, and {_AGAIN}"),
+    errno.EDQUOT: ("no space left in the quota of its disk", f"free some space there, and {_AGAIN}"),
+    errno.EFBIG: (
+        "it would be larger than its file system or a limit allows (ulimit -f)",
+        f"raise the limit or {_ELSEWHERE}",
+    ),
+    errno.EROFS: ("its disk can only be read", _ELSEWHERE),
+    errno.EACCES: ("permission denied", f"{_ELSEWHERE}, or see to the right to write there"),
+    errno.EPERM: ("permission denied", f"{_ELSEWHERE}, or see to the right to write there"),
+    errno.ENOENT: ("there is no such folder", f"make it, or {_ELSEWHERE}"),
+    errno.EEXIST: ("a file lies there", _ELSEWHERE),
+    errno.ENOTDIR: ("a part of the path is a file", _ELSEWHERE),
+    errno.EISDIR: ("a folder lies there", _ELSEWHERE),
+    errno.ENAMETOOLONG: ("the path is too long", _ELSEWHERE),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
+    errno.EIO: ("its disk failed (input/output error)", f"see to the disk, and {_AGAIN}"),
+}
+
+
+class DiskError(StoreError):
+    """Something that could not be written, and is not there; what was finished before is intact."""
+
+
+def disk_error(clause: str, error: OSError) -> DiskError:
+    """The sentence for an error of the system.
+
+    Args:
+        clause: what could not be done, with the path, as the sentence's beginning.
+    """
+    reason, remedy = _REFUSALS.get(error.errno or 0, (error.strerror or str(error), f"see to it, and {_AGAIN}"))
+    return DiskError(f"{clause}: {reason}; {remedy}")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this is an error of a disk, whatever was asked of it, and not of one file that is there or is not."""
+    return isinstance(error, OSError) and error.errno in _REFUSALS.keys() - {errno.ENOENT, errno.EEXIST}
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is written in the `with` block becomes this file or folder.
+
+    Raises:
+        DiskError: it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(f"{os.fspath(path)} cannot be written", error) from error
