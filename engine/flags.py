@@ -85,7 +85,8 @@ class FlagParser(argparse.ArgumentParser):
         for key, text in vars(parsed).items():
             if text is not None and (found := unusual(text)):
                 flag = "" if key == self._positional else "--"
-                raise InputError(f"{flag}{key} is {described(text)}; it holds {found}; expected text of one line")
+                hint = " (of a file or folder, give a link to it that has a plain name)" if "UTF-8" in found else ""
+                raise InputError(f"{flag}{key} is {described(text)}; it holds {found}; expected text of one line{hint}")
         if self._positional and not getattr(parsed, self._positional) and not unknown:
             raise InputError(f"{self._name} needs {self._positional.upper()}: {self.format_usage().strip()}")
         return parsed, unknown

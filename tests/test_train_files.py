@@ -126,6 +126,16 @@ def test_no_kind_leaves_the_folder_unless_asked_to(tmp_path: Path, kind: str) ->
     assert followed.records == build_manifest(tmp_path / "whole", **of).records  # type: ignore[arg-type]
 
 
+def test_the_folder_itself_may_have_any_name(tmp_path: Path) -> None:
+    """The command line takes text in UTF-8 alone, and a link to such a folder."""
+    root = class_folders(tmp_path / os.fsdecode(b"caf\xe9\n"), "ant", "bee")
+    (tmp_path / "plain").symlink_to(root)
+    manifest = build_manifest(tmp_path / "plain", split="all")
+    manifest.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path / "manifest.json") == manifest
+    assert len(prepare_folder(root, preprocessing=SMALL, manifest=manifest).test.pixels(range(6))) == 6
+
+
 def circles(root: Path) -> None:
     """Links that lead to themselves, to each other, nowhere, and to folders that they lie in."""
     (root / "self").symlink_to("self")
