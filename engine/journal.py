@@ -28,6 +28,9 @@ __all__ = ["Journal", "digest", "digest_path"]
 SEAL = "sha256"
 """The key of a line that holds the hash of the others."""
 
+_MARKS = (b'"event": "', b'"stage": "')  # a journal that is damaged still holds these texts
+_KEYS = {"event", "stage", "key", "time", "outputs"}  # of every line
+
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, whatever the order of its keys."""
@@ -80,6 +83,8 @@ class Journal:
     def _records(self) -> list[dict[str, Any]]:
         """The sound lines, in order."""
         if not self.path.is_file():
+            if os.path.lexists(self.path):
+                raise InputError(f"{self.path} is a folder, a device or a link to nowhere; move it away")
             return []
         content = self.path.read_bytes()
         records, damaged = [], []
@@ -88,7 +93,7 @@ class Journal:
                 continue
             try:
                 record = json.loads(line.decode("utf-8"))
-                sound = record.pop(SEAL) == digest(record)
+                sound = record.pop(SEAL) == digest(record) and record.keys() >= _KEYS
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 sound = False
             if sound:
@@ -102,6 +107,12 @@ class Journal:
                 "counts as not written; a study does what it recorded again"
             )
         return records
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a file lies there that this program wrote, sound or damaged."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return all(mark in content for mark in _MARKS)
 
     def stage(
         self,

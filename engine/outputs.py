@@ -18,6 +18,7 @@ from engine.journal import Journal
 from store import StoreError
 from store.disk import disk_error
 from store.removal import named, remove
+from store.schema import MARK
 from train.checkpoint import checked_json, parse_checked_json, write_atomically
 from train.errors import InputError
 from train.splits import SPLIT_FOLDERS
@@ -26,6 +27,7 @@ __all__ = ["OutputsFolder", "replace_files", "require_apart", "resolve_device", 
 
 # Where a study writes under fixed names; captures and samples.zarr say themselves whose they are.
 _NAMES = (
+    "run.jsonl",
     "study.toml",
     "summary.md",
     "report.html",
@@ -35,6 +37,8 @@ _NAMES = (
     "visualizations",
     "sweep",
 )
+
+_OURS = f"{MARK}\n".encode()  # in the file .lock: a run of this program made the folder its own
 
 _WRITTEN = ".written.json"  # in a folder of pictures: the files that this program left there
 
@@ -54,19 +58,22 @@ class OutputsFolder(AbstractContextManager[None]):
         self._outputs = outputs
         self._study = study
         self._journal = journal
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> None:
         try:
             self._outputs.mkdir(parents=True, exist_ok=True)
-            if not any((self._outputs / mark).exists() for mark in (".lock", "run.jsonl")):
+            lock = self._outputs / ".lock"
+            if os.path.lexists(lock) and not lock.is_file():
+                raise InputError(f"{lock} is a folder, a device or a link to nowhere; move it away")
+            if not (lock.is_file() and lock.read_bytes() == _OURS) and not self._journal.is_ours:
                 for name in _NAMES:
                     if os.path.lexists(self._outputs / name):
                         raise InputError(
                             f"{self._outputs / name} is there, and no run of this program wrote it; move it away, or "
                             "give another folder with --outputs"
                         )
-            self._lock = open(self._outputs / ".lock", "a")
+            self._lock = open(lock, "ab")
         except OSError as error:
             clause = f"outputs folder {self._outputs} (--outputs) cannot be written"
             raise InputError(str(disk_error(clause, error))) from error
@@ -77,6 +84,9 @@ class OutputsFolder(AbstractContextManager[None]):
             raise InputError(
                 f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
             ) from error
+        if not os.path.getsize(self._outputs / ".lock"):
+            self._lock.write(_OURS)
+            self._lock.flush()
         self._refuse_another_study()
         (self._outputs / "metrics").mkdir(exist_ok=True)
         self._journal.write(self._outputs / "study.toml", self._study.encode())

@@ -189,7 +189,7 @@ class Ledger:
             record: dict[str, Any] = whole["record"]
             capture = str(whole.get("capture", ""))
             sound = content == _serialise(name, record, capture)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise LedgerError(self.where(name), "is damaged (its checksum does not match)")

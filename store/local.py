@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -33,6 +34,19 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        StoreError: something that is no folder lies there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        found = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        raise StoreError(f"the folder {path} cannot be made: {found} is in the way; move it away") from error
+
+
 class LocalStorage(Storage):
     """A folder.
 
@@ -56,22 +70,30 @@ class LocalStorage(Storage):
         return (self.path / file).is_file()
 
     def size(self, file: str) -> int:
-        return (self.path / file).stat().st_size
+        return self._there(file).stat().st_size
 
     def version(self, file: str) -> tuple[int, Any]:
-        found = (self.path / file).stat()
+        found = self._there(file).stat()
         return found.st_size, (found.st_ino, found.st_mtime_ns)
+
+    def _there(self, file: str) -> Path:
+        """A file's path; a folder, a device (whose end may never come) or a link to nowhere is no file of ours."""
+        path = self.path / file
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return path
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         found = {}
         for below, _, names in os.walk(self.path / folder):
             for file in (Path(below) / name for name in names):
                 with contextlib.suppress(FileNotFoundError):  # gone since: a writer's temporary file, or withdrawn
-                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+                    if file.is_file():
+                        found[file.relative_to(self.path).as_posix()] = file.stat().st_size
         return dict(sorted(found.items()))
 
     def read(self, file: str) -> bytes:
-        return (self.path / file).read_bytes()
+        return self._there(file).read_bytes()
 
     def read_range(self, file: str, offset: int, length: int) -> Array:
         buffer = scratch("read", length)
@@ -85,7 +107,7 @@ class LocalStorage(Storage):
     def _read_if_there(self, file: str) -> bytes | None:
         try:
             return self.read(file)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     @contextlib.contextmanager
@@ -115,7 +137,7 @@ class LocalStorage(Storage):
     def replace(self, file: str, content: bytes) -> None:
         folder = (self.path / file).parent
         if not folder.is_dir():
-            folder.mkdir(parents=True)
+            _make_folder(folder)
             for above in [folder, *folder.parents]:
                 sync_directory(above)
                 if above == self.path.parent:
@@ -170,7 +192,7 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lock]:
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.path)
         with open(self.path / "lock", "a+", encoding="ascii") as file:
             lock = _Flock(self.path, file)
             lock.take(fcntl.LOCK_EX)

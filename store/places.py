@@ -43,8 +43,10 @@ def require_place(storage: Storage) -> None:
         if not ledger.exists("metadata.json"):
             ours = schema_of(storage.fetch(["zarr.json"])[0]) == SCHEMA
             raise (DamagedStoreError if ours else StoreError)(
-                f"{storage} exists but has no ledger at {ledger}; give the path of a store with its ledger beside it "
-                "(put the ledger back from a copy, or delete the store), or one where nothing lies yet"
+                f"{storage} has no ledger at {ledger}; a store that is moved or renamed takes its ledger "
+                f"along, as {ledger.name} beside it: put it there, or delete the store, or give another path"
+                if ours
+                else f"{storage} is there and no store of this program; give another path, where nothing lies yet"
             )
         return
     stem = name.removesuffix(".zarr")

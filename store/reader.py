@@ -24,6 +24,7 @@ from store.schema import (
     StoreSchema,
     UnfinishedStoreError,
     layer_path,
+    ledger_name,
     metric_path,
 )
 from store.scratch import scratch
@@ -412,10 +413,13 @@ def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str
     if not ledger.exists("metadata"):
         require_store(root)
         raise StoreError(
-            f"{root} has no ledger at {ledger}; expected a {SCHEMA!r} store with its ledger beside it: put the ledger "
-            "back from a copy, or delete the store and capture again"
+            f"{root} has no ledger at {ledger}; a store that is moved or renamed takes its ledger along, as "
+            f"{ledger_name(root.name)} beside it: put it there, or delete the store and capture again"
         )
-    record = ledger.read("metadata")
+    try:
+        record = ledger.read("metadata")
+    except LedgerError as error:
+        raise StoreError(f"{error}; {CAPTURE_AGAIN}") from error
     found_schema = record["attrs"].get("schema")
     if found_schema != SCHEMA:
         raise StoreError(f"{root}: schema is {found_schema!r}; this version reads {SCHEMA!r}")

@@ -118,7 +118,7 @@ def put(partial: Path, path: Path, mark: Mark) -> None:
     if partial.is_dir():
         remove(path, mark)
     elif os.path.lexists(path) and (not path.is_file() or not mark(path)):
-        raise StoreError(f"{path} is no file that this program wrote, so it is not replaced; give another place")
+        raise StoreError(f"{path} is no file that this program wrote, so it stays; move it away, or give another place")
     os.replace(partial, path)
 
 

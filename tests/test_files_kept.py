@@ -105,7 +105,7 @@ def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path: Path) -> Non
     (tmp_path / "d.samples.zarr").write_text("mine")
     before = tree(tmp_path)
     for name, message in (
-        ("file.zarr", "file.zarr exists but has no ledger"),
+        ("file.zarr", "file.zarr is there and no store of this program"),
         ("link.zarr", "is a link"),
         ("run.zarr/inner.zarr", "lies inside .*run.zarr"),
         ("run.ledger/inner.zarr", "lies inside .*run.ledger"),
@@ -235,6 +235,27 @@ def test_an_outputs_folder_that_is_not_ours_keeps_its_files(tmp_path: Path) -> N
     for study in ("a = 1", "b = 1"):
         with OutputsFolder(ours, study, Journal(ours / "run.jsonl")):
             assert (ours / "study.toml").read_text() == study
+
+
+@pytest.mark.parametrize("mark", [".lock", "run.jsonl"])
+def test_a_lock_or_a_log_of_another_program_makes_no_folder_ours(tmp_path: Path, mark: str) -> None:
+    (tmp_path / mark).write_text('{"loss": 0.5}\n')
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "controls.json").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="is there, and no run of this program wrote it"):
+        OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")).__enter__()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "run.jsonl"])
+def test_a_folder_in_the_place_of_a_file_of_an_outputs_folder_is_named(tmp_path: Path, name: str) -> None:
+    with OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")):
+        pass
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name} is a folder, a device or a link to nowhere; move it away"):
+        OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")).__enter__()
 
 
 @pytest.mark.parametrize("other", ['[model]\nname = "b"\n[data]\nkind = "folder"', '[data]\nkind = "digits"'])

@@ -210,7 +210,7 @@ def test_another_runs_ledger_is_refused(path: Path) -> None:
     shutil.rmtree(ledger)
     for use in (lambda: AttentionStore.open(path), lambda: case.capture(path), lambda: case.measure(path)):
         with pytest.raises(
-            StoreError, match=r"has no ledger at .*put the ledger back from a copy, or delete the store"
+            StoreError, match=r"has no ledger at .*takes its ledger along, as .* put it there, or delete the store"
         ):
             use()
 

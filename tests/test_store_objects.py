@@ -203,7 +203,7 @@ def test_the_lock_of_a_dead_process(host: str, taken: bool) -> None:
 def test_other_stores_are_left_alone() -> None:
     storage = in_memory()
     storage.replace("zarr.json", b"{}")
-    with pytest.raises(StoreError, match="exists but has no ledger"):
+    with pytest.raises(StoreError, match="no store of this program"):
         open_writer(storage)
     assert storage.sizes() == {"zarr.json": 2}
     with pytest.raises(StoreError, match=r"there is no store at s3://bucket/runs/run\.zarr"):

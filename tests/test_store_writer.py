@@ -238,7 +238,7 @@ def test_what_is_not_a_store_is_refused_and_left_alone(tmp_path: Path) -> None:
     (folder / "cat.jpg").write_bytes(b"x")
     with pytest.raises(StoreError, match=r"photos is no store of attention .* no ledger photos\.ledger beside it"):
         AttentionStore.open(folder)
-    with pytest.raises(StoreError, match="exists but has no ledger"):
+    with pytest.raises(StoreError, match="no store of this program"):
         AttentionWriter.open(folder, case.make_schema(), **case.fixed())
     with pytest.raises(StoreError, match="is no store of attention"):
         verify(folder)
@@ -258,7 +258,7 @@ def test_a_store_moved_without_its_ledger_says_so(path: Path) -> None:
     path.rename(moved)
     with pytest.raises(StoreError, match=r"moved\.zarr has no ledger at .*moved\.ledger"):
         AttentionStore.open(moved)
-    with pytest.raises(StoreError, match="exists but has no ledger"):
+    with pytest.raises(StoreError, match=r"takes its ledger along, as moved\.ledger beside it"):
         case.capture(moved)
 
 
@@ -392,7 +392,7 @@ def test_a_disk_that_fails_leaves_the_last_commit_intact(path: Path) -> None:
 
 def test_a_read_only_place_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be opened for writing"):
+    with pytest.raises(StoreError, match=r"run\.ledger cannot be made: .*file is in the way"):
         AttentionWriter.open(tmp_path / "file" / "run.zarr", case.make_schema(), **case.fixed())
 
 
@@ -401,3 +401,28 @@ def test_the_schema_survives_its_attributes() -> None:
     assert StoreSchema.from_attrs(json.loads(json.dumps(schema.to_attrs())), schema.image_ids) == schema
     with pytest.raises(StoreError, match="do not describe"):
         StoreSchema.from_attrs({"schema": "vit-attention/1"}, schema.image_ids)
+
+
+@pytest.mark.parametrize("instead", ["folder", "link", "pipe", "deep", "not UTF-8", "1e400"])
+def test_what_lies_in_the_place_of_a_record_is_named_and_nothing_hangs(path: Path, instead: str) -> None:
+    """Of a batch's record, of the metadata's and of a metadata file: `verify` names it, and reading ends at once."""
+    case.capture(path)
+    ledger = path.with_suffix(".ledger")
+    for file in (ledger / "batch_000001.json", ledger / "metadata.json", path / "logits" / "zarr.json"):
+        sound = file.read_bytes()
+        file.unlink()
+        if instead == "folder":
+            file.mkdir()
+        elif instead == "link":
+            file.symlink_to(file.name)
+        elif instead == "pipe":
+            os.mkfifo(file)
+        else:
+            wrong = {"deep": b'{"record":' * 100_000, "not UTF-8": b"\xff" + sound, "1e400": b'{"record": 1e400}'}
+            file.write_bytes(wrong[instead])
+        assert any(file.name in damage.unit for damage in verify(path))
+        with pytest.raises(StoreError, match=rf"{file.name}|has no ledger|batch 1"):
+            AttentionStore.open(path).read(0)
+        file.rmdir() if instead == "folder" else file.unlink()
+        file.write_bytes(sound)
+    assert verify(path) == []
