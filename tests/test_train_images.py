@@ -403,6 +403,18 @@ def test_pillow_and_libtiff_print_nothing(capfd: pytest.CaptureFixture[str], mon
     assert "".join(capfd.readouterr()) == ""
 
 
+def test_of_many_frames_only_the_first_is_looked_for() -> None:
+    """A GIF that shows its second frame 100,000 times, and a TIFF whose first page is the page after it."""
+    first = saved(Image.fromarray(GREY), "GIF")
+    both = saved(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(255 - GREY)])
+    second = both[both.rindex(b"\x21\xf9") : -1]
+    np.testing.assert_array_equal(decode_image(both[:-1] + 100_000 * second + b";"), decode_image(first))
+    ring = bytearray(tiff(GREY, 8))
+    entries = int.from_bytes(ring[8:10], "little")
+    ring[10 + 12 * entries : 14 + 12 * entries] = struct.pack("<I", 8)
+    np.testing.assert_array_equal(decode_image(bytes(ring)), decode_image(first))
+
+
 def reason_of(content: bytes) -> str:
     try:
         decode_image(content)
