@@ -143,6 +143,7 @@ def circles(root: Path) -> None:
     (root / "b").symlink_to("a")
     (root / "gone").symlink_to(root / "nowhere")
     (root / "everything").symlink_to(root)
+    (root / ".everything").symlink_to("/")
     (root / "ant" / "self.png").symlink_to("self.png")
     (root / "ant" / "gone.png").symlink_to("nowhere.png")
     (root / "ant" / "around").symlink_to(root)
@@ -169,6 +170,7 @@ def test_circles_of_links_end_and_nothing_is_counted_twice(
     assert f"4 link(s) directly in {root} lead nowhere, for example a" in caplog.text
     circular = 5 if follow_links else 4  # bee/more leads to ant/deep, where up leads to ant
     assert f"{circular} link(s) to a folder that they lie in themselves are no part of the data set" in caplog.text
+    assert "hidden folders" not in caplog.text  # nor are the files counted that a hidden link leads to
     followed = "1 link(s) to folders, which --data.follow_links true follows, are no part of the data set"
     assert (followed in caplog.text) != follow_links
 

@@ -241,8 +241,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _count(folder: Path) -> int:
-    """Number of files below a folder that is left out, as far as it can be read."""
-    number, waiting = 0, [str(folder)]
+    """Number of files below a folder that is left out, as far as it can be read; a link is left out with no file."""
+    number, waiting = 0, [] if folder.is_symlink() else [str(folder)]
     while waiting:
         try:
             entries = list(os.scandir(waiting.pop()))

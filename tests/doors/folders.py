@@ -54,11 +54,11 @@ def trials(folder: Path, count: int, seed: int) -> Iterator[fuzz.Trial]:
     """Each tree is removed before the next one is made."""
     for number in range(count):
         random = fuzz.random_of(seed, number)
-        place = folder / str(number)
-        place.mkdir()
+        place = folder / str(number) / "one deeper"  # a link to the folder around a data set leads to no other trial
+        place.mkdir(parents=True)
         make = _whole_command if number % _WHOLE == SHARE - 1 else _data_set
         yield make(place, _Tree(place, random), random)
-        shutil.rmtree(os.fsencode(place))
+        shutil.rmtree(os.fsencode(place.parent))
 
 
 def _data_set(place: Path, tree: _Tree, random: np.random.Generator) -> fuzz.Trial:
@@ -178,6 +178,8 @@ class _Tree:
     def _classes(self, base: Path, root: Path) -> None:
         if self._odd(0.3):
             self._make_odd(base, root)
+            return
+        if os.path.lexists(base) and not base.is_dir():
             return
         base.mkdir(exist_ok=True)
         for _ in range(self._below(4) if self._odd() else 2):
