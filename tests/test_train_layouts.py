@@ -438,6 +438,17 @@ def test_the_advice_says_what_the_names_say(
     assert "model name it was trained with" not in said
 
 
+def test_no_model_is_named_that_does_not_take_the_file(tmp_path: Path) -> None:
+    """BEiT has the sizes of a plain ViT, and other weights."""
+    config = transformers.BeitConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
+    )
+    beit = saved(tmp_path / "a.pth", transformers.BeitModel(config).state_dict())
+    assert "test_vit has 6 blocks of width 64 on patches of 16 px" in refused(beit)
+    assert "try" not in refused(beit)
+    assert "the file has blocks.0.lambda_1" in refused(beit, "vit_tiny_patch16_224")
+
+
 def test_one_part_of_a_checkpoint_in_several_is_called_that(tmp_path: Path, state: State) -> None:
     half = dict(list(state.items())[:10])
     assert "is one part of a checkpoint in several" in refused(saved(tmp_path / "model-00001-of-00002.bin", half))
@@ -484,6 +495,13 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path, name: str) -
     content, message = FILES[name]
     (tmp_path / name).write_bytes(content)
     assert re.search(message, refused(tmp_path / name))
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", b"\x80\x02}.")
+        file.writestr("a/data/0", bytes(1 << 20))
+    assert "unpacks to 1048580 bytes, more than weights can" in refused(tmp_path / "a.pth")
 
 
 def test_real_torchscript_is_called_that(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from train.errors import InputError
 from train.layouts import Fit, filter_of, fit, is_position
-from train.model_arguments import as_flag, build_timm_model, shown_arguments
+from train.model_arguments import Argument, as_flag, build_timm_model, shown_arguments
 from train.model_source import ModelSource, classifier_names
 from train.weight_files import say_once, shown
 from train.weights import refuse_unfit_values
@@ -58,7 +58,7 @@ def load_weights(
     if problems:
         more = f", and {len(problems) - 1} more key(s)" if len(problems) > 1 else ""
         built_with = f" with {as_flag(source.arguments)}" if source.arguments else ""
-        advice = _fitting_arguments(model, found, file, path, source) or _advice(file, expected, path, source.name)
+        advice = _advice(model, found, file, path, source)
         raise InputError(
             f"checkpoint {path} does not fit model {source.name}{built_with}: {problems[0]}{more}; {advice}"
         )
@@ -123,35 +123,50 @@ def _say(
             say_once(f"{path}: {key} resized from {before} to {_shape(tensor)} by timm", logging.WARNING)
 
 
-def _fitting_arguments(
-    model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
-) -> str:
-    """What to do where a model of other arguments, which the weights show plainly, takes all of them; else ""."""
-    arguments = {**source.arguments, **shown_arguments(model, found.tensors)}
-    if arguments == source.arguments:
-        return ""
-    try:
-        with torch.device("meta"):
-            outline = build_timm_model(source.name, arguments, img_size=source.img_size)
-    except InputError:
-        return ""
-    problems = fit(file, outline, classifier_names(source.name), path).problems
-    return "" if problems else f"it fits with {as_flag(arguments)}"
-
-
-def _advice(file: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path, name: str) -> str:
+def _advice(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource) -> str:
     """What to do about a file that does not fit, as far as its names and shapes say it."""
     if _IN_PARTS.search(path.name):
         return "the file is one part of a checkpoint in several; save that as one file"
     if any("lora_" in key for key in file):
         return "the file holds adapters (lora_A, lora_B); merge them into the model before it is saved"
+    expected = model.state_dict()
     there, wanted = _size(file), _size(expected)
+    sizes = ""
     if there and wanted and there != wanted:
-        likely = _likely(there, file)
-        return f"the file holds {_words(there)}, {name} has {_words(wanted)}" + (f"; try {likely}" if likely else "")
-    if not any(key.endswith(tuple(f".{leaf}" for leaf in expected)) or key in expected for key in file):
-        return f"its names are such as {_some(file)}, those of {name} such as {_some(expected)}"
-    return f"expected every weight of {name} and, beside its classifier, no other"
+        sizes = f"the file holds {_words(there)}, {source.name} has {_words(wanted)}"
+    if there and (likely := _likely(there, file, path)):
+        return f"{sizes}; try --model.name {likely}" if sizes else f"it fits with --model.name {likely}"
+    if arguments := _fitting_arguments(model, found, file, path, source):
+        return arguments
+    if sizes:
+        return sizes
+    if not found.tensors.keys() & expected.keys():
+        return f"its names are such as {_some(file)}, those of {source.name} such as {_some(expected)}"
+    more = {key: tensor for key, tensor in found.tensors.items() if key not in expected}
+    beside = f"; the file has {_some(more)} besides" if more else ""
+    return f"expected every weight of {source.name} and, beside its classifier, no other{beside}"
+
+
+def _fitting_arguments(
+    model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
+) -> str:
+    """What to do where a model of other arguments, which the weights show plainly, takes all of them; else ""."""
+    arguments = {**source.arguments, **shown_arguments(model, found.tensors)}
+    if arguments == source.arguments or not _fits(file, path, source.name, arguments, source.img_size):
+        return ""
+    return f"it fits with {as_flag(arguments)}"
+
+
+def _fits(
+    file: Mapping[str, torch.Tensor], path: Path, name: str, arguments: Mapping[str, Argument], img_size: int = 0
+) -> bool:
+    """Whether a model takes all weights of a file."""
+    try:
+        with torch.device("meta"):
+            outline = build_timm_model(name, arguments, img_size=img_size)
+        return not fit(file, outline, classifier_names(name), path).problems
+    except InputError:
+        return False
 
 
 def _some(names: Mapping[str, torch.Tensor]) -> str:
@@ -172,23 +187,14 @@ def _words(size: tuple[int, int, int]) -> str:
     return f"{size[0]} blocks of width {size[1]} on patches of {size[2]} px"
 
 
-def _likely(size: tuple[int, int, int], file: Mapping[str, torch.Tensor]) -> str:
-    """A timm model of a plain ViT's blocks, width and patches; "" where there is none."""
+def _likely(size: tuple[int, int, int], file: Mapping[str, torch.Tensor], path: Path) -> str:
+    """A timm model of a plain ViT's blocks, width and patches that takes the file's weights; "" where none does."""
     import timm
 
     word = _SIZES.get((size[1], size[0]))
     names = timm.list_models(f"vit_{word}_patch{size[2]}_*") if word else []
-    scaled, registers = any("ls1." in key for key in file), any("reg" in key and "token" in key for key in file)
-    clip = any("norm_pre" in key or "ln_pre" in key for key in file)
-    kinds = [
-        name
-        for name in names
-        if ("dinov2" in name) == scaled
-        and ("_reg" in name) == registers
-        and ("clip" in name) == clip
-        and re.search(r"patch\d+_(clip_|reg4_)?(\d+|dinov2)$", name)
-    ]
-    return f"--model.name {kinds[0]}" if kinds else ""
+    plain = [name for name in names if re.search(r"patch\d+_(clip_|reg4_)?(\d+|dinov2)$", name)]
+    return next((name for name in plain if _fits(file, path, name, {})), "")
 
 
 def _shape(tensor: torch.Tensor) -> str:

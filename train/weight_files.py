@@ -28,6 +28,7 @@ EXPECTED = "expected safetensors, or weights that torch.save wrote"
 
 _HEAD = 4096  # bytes that are looked at to say what a file is
 _ZIP = b"PK\x03\x04"
+_MOST_PACKED = 20  # times the size of the file
 # What zipfile raises for the ways in which a record can be damaged (OSError: a place before the file).
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
 _LEGACY_MARK = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # torch's magic number, as pickled
@@ -218,6 +219,11 @@ def _check_archive(path: Path) -> None:
         records = archive.infolist()
         if kind := _other_archive([record.filename for record in records]):
             raise InputError(f"checkpoint {path} is {kind}")
+        unpacked = sum(record.file_size for record in records)
+        if unpacked > _MOST_PACKED * path.stat().st_size:  # torch.save packs nothing
+            raise InputError(
+                f"checkpoint {path} unpacks to {unpacked} bytes, more than weights can; save it with torch.save"
+            )
         if not any(record.CRC for record in records):
             say_once(f"{path} was saved without checksums (set_crc32_options): damage cannot be seen")
             return
