@@ -20,8 +20,8 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating, has_classes
-from store.disk import writing
-from store.removal import holds_only, is_unfinished, own_zarr, put, remove, schema_of, unfinished
+from store.disk import making
+from store.removal import holds_only, own_zarr, schema_of
 from store.schema import MARK, StoreError
 from store.storage import Storage
 from train.data import ImageSet
@@ -55,11 +55,8 @@ def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
         StoreError: something else lies there.
     """
     pixels = np.stack([images.picture(row) for row in rows])
-    partial = unfinished(path)
-    with writing(path):
-        remove(partial, is_unfinished)
+    with making(path, is_samples) as partial:
         _write_images(partial, pixels, images, rows)
-        put(partial, path, is_samples)
 
 
 def _write_images(partial: Path, pixels: np.ndarray, images: ImageSet, rows: Sequence[int]) -> None:
@@ -135,9 +132,7 @@ def add_sample_maps(
         logits = model(images.batch(rows).to(device))
     if schema_of((path / "zarr.json").read_bytes()) != SCHEMA:
         raise StoreError(f"{path} is no store of sample maps, so none are put into it")
-    partial = unfinished(path / name)
-    with writing(path / name):
-        remove(partial, is_unfinished)
+    with making(path / name, holds_only(_RUN_FILES)) as partial:  # a group of the samples store
         group = zarr.open_group(partial, mode="w-", zarr_format=3)
         for site, values in maps:
             _write(
@@ -149,7 +144,6 @@ def add_sample_maps(
             )
         if has_classes(model):
             _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
-        put(partial, path / name, holds_only(_RUN_FILES))  # a group of the samples store
 
 
 def _write(

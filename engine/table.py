@@ -14,8 +14,8 @@ from engine.chosen_metrics import load_metrics
 from engine.measure import stored_parameters
 from engine.prefix_mass import heads_on_prefix
 from store import AttentionStore
-from store.disk import writing
-from store.removal import attributes_of, holds_only, is_unfinished, put, remove, unfinished
+from store.disk import making
+from store.removal import attributes_of, holds_only
 from train.errors import InputError
 
 if TYPE_CHECKING:
@@ -136,18 +136,13 @@ def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
-    partial = unfinished(paths[0])
     codecs = {"compressors": [ZstdCodec(), Crc32cCodec()]}  # of coordinates too: every reader notices damage
     encoding = {str(name): codecs for name in table.variables}
-    with writing(paths[0]):
-        remove(partial, is_unfinished)
+    with making(paths[0], _is_table) as partial:
         table.to_zarr(partial, mode="w-", zarr_format=3, consolidated=False, encoding=encoding)
-        put(partial, paths[0], _is_table)
     write_hdf5(table, paths[1])
-    partial = unfinished(paths[2])
-    with writing(paths[2]):
+    with making(paths[2], Path.is_file) as partial:  # in metrics/ of the outputs folder, where the name is ours
         _long_frame(table).to_csv(partial, index=False, float_format="%.7g", lineterminator="\n")
-        put(partial, paths[2], Path.is_file)  # in metrics/ of the outputs folder, where the name is ours
     return paths
 
 

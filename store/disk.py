@@ -6,10 +6,12 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+from store.removal import Mark, is_unfinished, put, remove, unfinished
 from store.schema import StoreError
 
-__all__ = ["DiskError", "disk_error", "is_refusal", "writing"]
+__all__ = ["DiskError", "disk_error", "is_refusal", "making", "writing"]
 
 _AGAIN = "run the same command again"
 _ELSEWHERE = "give another place"
@@ -65,3 +67,28 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(f"{os.fspath(path)} cannot be written", error) from error
+
+
+@contextlib.contextmanager
+def making(path: Path, mark: Mark) -> Iterator[Path]:
+    """A file or folder that appears under its name at the end of the `with` block, whole, and not at all on error.
+
+    Args:
+        path: its name.
+        mark: of what it may replace, see `store.removal`.
+
+    Returns:
+        Where it is put together; nothing lies there.
+
+    Raises:
+        DiskError: it could not be written.
+        StoreError: something lies there that is not ours.
+    """
+    partial = unfinished(path)
+    with writing(path):
+        try:
+            remove(partial, is_unfinished)
+            yield partial
+            put(partial, path, mark)
+        finally:
+            remove(partial, is_unfinished)

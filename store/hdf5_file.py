@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from store.disk import writing
+from store.disk import making, writing
 from store.hdf5_seal import BLOCK_BYTES, write_seal
 from store.local import sync_directory
-from store.removal import is_unfinished, put, remove, unfinished
 
 __all__ = ["new_hdf5"]
 
@@ -39,19 +38,15 @@ def new_hdf5(path: Path, schema: str, mark: Callable[[Path], bool]) -> Iterator[
     """
     import h5py
 
-    partial = unfinished(path)
-    try:
-        with writing(path):
-            with open(partial, "w+b", buffering=0) as raw:
-                target = _Target(raw)
-                with h5py.File(partial, "w", driver="fileobj", fileobj=target, userblock_size=BLOCK_BYTES) as file:
-                    yield file, target.check
-                target.check()
-            write_seal(partial, schema)
-            put(partial, path, mark)
-            sync_directory(path.absolute().parent)
-    finally:
-        remove(partial, is_unfinished)
+    with making(path, mark) as partial:
+        with open(partial, "w+b", buffering=0) as raw:
+            target = _Target(raw)
+            with h5py.File(partial, "w", driver="fileobj", fileobj=target, userblock_size=BLOCK_BYTES) as file:
+                yield file, target.check
+            target.check()
+        write_seal(partial, schema)
+    with writing(path):
+        sync_directory(path.absolute().parent)
 
 
 class _Target:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import zarr
 
 from store import AttentionStore, AttentionWriter, DiskError, LayerSchema, StoreError, StoreSchema, estimate_bytes
 from store.verify import info, verify
+from tests.full_disk import file_size_limit
 
 
 @pytest.fixture
@@ -362,20 +359,6 @@ def test_the_estimate_bounds_what_is_written(path: Path) -> None:
     assert written <= estimate_bytes(schema)
     attention = sum(layer.heads * layer.tokens**2 * 2 * 11 for layer in schema.layers)
     assert attention < estimate_bytes(schema) < attention + 2**21
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let every write beyond `size` bytes of a file fail, as on a full disk (EFBIG in place of ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Python ignores the signal that comes with it; a library that an earlier test loaded may not.
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_disk_that_fails_leaves_the_last_commit_intact(path: Path) -> None:

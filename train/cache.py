@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from store.disk import writing
-from store.removal import is_unfinished, put, remove, unfinished
+from store.disk import making, writing
 from train.checkpoint import sync_folder, write_atomically
 from train.data import FolderImages, ImageSet
 from train.errors import InputError
@@ -116,24 +115,20 @@ class ImageCache:
                 f"the image cache needs {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB left; give "
                 "another folder with --data.cache_folder DIR, or decode every time with --data.cache false"
             )
-        partial = unfinished(self.path)
         checksums: list[int] = []
         bar = tqdm(total=len(self._sources), desc="image cache", unit=" images", disable=None, delay=1)
-        # Plain writes: on a full disk they raise, where writing to a memory map would kill the process.
-        try:
-            with bar, open(partial, "wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(self._sources), _BLOCK):
-                    block = self._decoded(self._sources[start : start + _BLOCK])
-                    checksums += [zlib.crc32(picture) for picture in block]
-                    file.write(block.data)
-                    bar.update(len(block))
-                file.flush()
-                os.fsync(file.fileno())
-            put(partial, self.path, Path.is_file)  # named by a hash, as no other file is
-        finally:
-            remove(partial, is_unfinished)
+        # Named by a hash, as no other file is. Plain writes: on a full disk they raise, where writing to a memory map
+        # would kill the process.
+        with making(self.path, Path.is_file) as partial, bar, open(partial, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(self._sources), _BLOCK):
+                block = self._decoded(self._sources[start : start + _BLOCK])
+                checksums += [zlib.crc32(picture) for picture in block]
+                file.write(block.data)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
         sync_folder(self.folder)
         write_atomically(self.path.with_suffix(".json"), self._sidecar(checksums))
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from store.disk import writing
-from store.removal import is_unfinished, put, remove, unfinished
+from store.disk import making, writing
+from store.removal import remove
 from train.errors import DamagedFileError, InputError
 from train.files import require_file
 
@@ -74,17 +74,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         DiskError: the folder is not writable or the disk is full; nothing is left behind.
         StoreError: no file lies there, but a folder or a device.
     """
-    partial = unfinished(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            put(partial, path, Path.is_file)  # the caller's own names, in an outputs folder that is this program's
-        finally:
-            remove(partial, is_unfinished)
+        # The caller's own names, in an outputs folder that is this program's.
+        with making(path, Path.is_file) as partial, open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         sync_folder(path.parent)
 
 
