@@ -22,6 +22,11 @@ def foreign_package() -> str:
 
     Their names are common: many a folder has a train.py, and PyPI a package kernels. Nothing foreign is run to see it.
     """
+    if record := next((record for folder in sys.path for record in Path(folder).glob("kernels-*.dist-info")), None):
+        return (
+            f"Hugging Face's package kernels is installed too ({record}), and has the name of a package of "
+            "vit-attention-engine: neither works beside the other; install each in an environment of its own"
+        )
     for name in ("kernels", "store", "train"):
         spec = importlib.util.find_spec(name)
         found = spec.origin if spec is not None else None
@@ -30,11 +35,6 @@ def foreign_package() -> str:
                 f"{found or f'a folder {name}'} is taken for this program's package {name}, as Python looks there "
                 "first; rename it, or start vit-attention in another folder and without PYTHONPATH"
             )
-    if record := next((record for folder in sys.path for record in Path(folder).glob("kernels-*.dist-info")), None):
-        return (
-            f"Hugging Face's package kernels is installed too ({record}), and has the name of a package of "
-            "vit-attention-engine: neither works beside the other; install each in an environment of its own"
-        )
     return ""
 
 

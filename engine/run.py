@@ -19,6 +19,7 @@ try:
     import re
     from collections.abc import Callable, Sequence
     from dataclasses import dataclass, field
+    from operator import attrgetter
     from pathlib import Path
     from typing import TYPE_CHECKING, Any
 
@@ -290,19 +291,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     find_modules_here()
     _show_log()
     try:
-        code = _answered(arguments)
-        sys.stdout.flush()
+        return _answered(arguments)
     except BrokenPipeError:
         if not reader_left():
             raise
         return 141
-    return code
 
 
 def _answered(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         if first_process():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
@@ -390,7 +391,7 @@ def _run(arguments: list[str]) -> int:
     overrides: dict[str, Any] = dict(command.defaults) if parsed.config is None else {}
     overrides |= {key: parse_value(key, text) for key, text in given.items()}
     config = load_study(config_path, overrides)
-    _require(name, [flag for flag in command.required if not _value(config, parser.keys[flag])], parser)
+    _require(name, [flag for flag in ("--store", "--hdf5") if _is_empty(config, command.flags.get(flag))], parser)
     if name in _WRITE_STUDY and first_process():
         _keep_edited(Path(config.outputs), config_path)
     if writes := _WRITTEN.get(name):
@@ -405,12 +406,8 @@ def _require(name: str, missing: Sequence[str], parser: FlagParser) -> None:
         raise InputError(f"{name} needs {missing[0]}: {parser.format_usage().strip()}")
 
 
-def _value(config: StudyConfig, key: str) -> Any:
-    """The value of a dotted key; None of a condition that is not there."""
-    found: Any = config
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else getattr(found, part, None)
-    return found
+def _is_empty(config: StudyConfig, key: str | None) -> bool:
+    return key is not None and not attrgetter(key)(config)
 
 
 def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
