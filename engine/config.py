@@ -45,6 +45,7 @@ Whole = Annotated[int, NotBoolean(), Le(INT64)]
 Count = Annotated[Whole, Ge(1)]
 Natural = Annotated[Whole, Ge(0)]
 Pixels = Annotated[Natural, Le(16_384)]
+Scenes = Annotated[Count, Le(1_000_000)]
 Resamples = Annotated[Count, Le(10_000_000)]
 Real = Annotated[float, NotBoolean()]
 Rate = Annotated[Real, Gt(0.0)]
@@ -129,9 +130,9 @@ class DataConfig:
         "checkpoints that were trained on images prepared in different ways: the condition whose way all images get, "
         "or model: the timm model's own; empty: they are refused",
     )
-    train_scenes: Count = _key(8000, "digits: scenes in the target task's training split")
-    validation_scenes: Count = _key(1024, "digits: scenes in each validation split")
-    test_scenes: Count = _key(1024, "digits: scenes in each test split")
+    train_scenes: Scenes = _key(8000, "digits: scenes in the target task's training split")
+    validation_scenes: Scenes = _key(1024, "digits: scenes in each validation split")
+    test_scenes: Scenes = _key(1024, "digits: scenes in each test split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class PretrainConfig:
     """Pretraining of the embedded study's backbone on the source task (digits only)."""
 
     __pydantic_config__ = _FORBID
-    scenes: Count = _key(8000, "scenes in the source task's training split")
+    scenes: Scenes = _key(8000, "scenes in the source task's training split")
     epochs: Count = _key(3, "passes over them")
     batch_size: Count = _key(32, "scenes a step")
     lr: Rate = _key(3e-3, "peak learning rate")
@@ -164,8 +165,12 @@ class TrainConfig:
     )
     patience: Natural = _key(0, "epochs without a better validation accuracy after which training stops; 0: never")
     flip: bool = _key(True, "augment with horizontal flips")
-    rotation_degrees: NonNegative = _key(10.0, "augment with rotations up to this many degrees either way")
-    color_jitter: NonNegative = _key(0.2, "augment brightness, contrast and saturation by up to this fraction")
+    rotation_degrees: Annotated[NonNegative, Le(180.0)] = _key(
+        10.0, "augment with rotations up to this many degrees either way"
+    )
+    color_jitter: Annotated[NonNegative, Le(1.0)] = _key(
+        0.2, "augment brightness, contrast and saturation by up to this fraction"
+    )
     precision: Literal["auto", "bf16", "fp32"] = _key(
         "auto", "forward precision; auto: bf16 where the device has it in hardware"
     )
@@ -212,7 +217,7 @@ class CaptureConfig:
     encoding: Literal["fp16", "bf16", "qk"] = _key(
         "fp16", "how attention is stored: fp16 or bf16: its maps; qk: the query and key they are made of"
     )
-    batch_size: Count = _key(32, "images a forward pass, and a shard of the store")
+    batch_size: Annotated[Count, Le(65_536)] = _key(32, "images a forward pass, and a shard of the store")
     layers: tuple[Natural, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
     heads: tuple[Natural, ...] = _key((), "heads of each layer to capture, from 0; empty: all")
     samples: Natural = _key(8, "seeded images whose whole maps are kept for the report")
@@ -280,7 +285,7 @@ class RelevanceConfig:
     baseline: Literal["blur", "mean"] = _key(
         "blur", "what replaces a patch that is taken away: the blurred image, or the data set's mean"
     )
-    steps: Count = _key(9, "shares of patches between 0 and 1 at which the model is asked again")
+    steps: Annotated[Count, Le(1000)] = _key(9, "shares of patches between 0 and 1 at which the model is asked again")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from operator import attrgetter
 from pathlib import Path
@@ -120,8 +120,11 @@ class OutputsFolder(AbstractContextManager[None]):
             self._lock.close()
 
 
-def require_apart(config: StudyConfig, keys: Iterable[str]) -> None:
-    """Check that nothing is written where the data set's classes are looked for: the next run would take it for one.
+def require_apart(config: StudyConfig, keys: Collection[str]) -> None:
+    """Check that nothing is written where it does not belong.
+
+    That is the root of the file system, and where the data set's classes are looked for: the next run would take it for
+    one.
 
     Args:
         keys: of the configuration, dotted, that name what is written.
@@ -129,6 +132,9 @@ def require_apart(config: StudyConfig, keys: Iterable[str]) -> None:
     Raises:
         InputError: one of them lies there.
     """
+    outputs = Path(os.path.realpath(config.outputs))
+    if "outputs" in keys and outputs == outputs.parent:
+        raise InputError(f"outputs is {config.outputs}, which holds the whole system; give a folder of its own")
     kind, rule = config.data.kind, config.data.split
     if kind == "digits" or not config.data.root:
         return

@@ -301,9 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answered(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     try:
-        code = _run(arguments)
+        done = _run(arguments)
         sys.stdout.flush()
-        return code
+        return done
     except KeyboardInterrupt:
         if first_process():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
