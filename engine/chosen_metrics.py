@@ -5,16 +5,36 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from engine import __version__
-from kernels import METRICS, MetricSpec, load_metric, resolve
+from kernels import (
+    BACKENDS,
+    METRICS,
+    MetricError,
+    MetricSpec,
+    TokenLayout,
+    load_metric,
+    measure_attention,
+    measure_pair,
+    resolve,
+)
 from kernels.threads import num_threads
 from store import AttentionStore
 from train.errors import InputError
 
-__all__ = ["chosen_backend", "definition", "definitions", "load_metrics", "metric_parameters", "metrics_of_one_capture"]
+__all__ = [
+    "check_metrics",
+    "chosen_backend",
+    "definition",
+    "definitions",
+    "load_metrics",
+    "metric_parameters",
+    "metrics_of_one_capture",
+]
 
 
 # What a table of metrics has besides metrics; see `engine.table`.
@@ -74,6 +94,40 @@ def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSp
                 "with --against"
             )
     return specs
+
+
+def check_metrics(specs: Sequence[MetricSpec], layouts: Iterable[TokenLayout], regions: int, backend: str) -> None:
+    """Try every metric on two maps of each layout: what it lacks there is found at once, not after hours.
+
+    Args:
+        regions: how many regions an image has; 0: none.
+        backend: that will measure, never "auto".
+
+    Raises:
+        InputError: a metric that these maps do not have, as that of a class token that is not there.
+        MetricError: a user's own one gives something else than one value a map.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    BACKENDS[backend].load()
+    for spec in specs:
+        if spec.inputs == "regions" and not regions:
+            raise InputError(f"{spec.name} needs images with regions, and this data set has none; leave it out")
+        spec.implementation(backend)
+    generator = np.random.default_rng(0)
+    for layout in dict.fromkeys(layouts):
+        maps = generator.random((1, 2, layout.num_tokens, layout.num_tokens))  # [image, head, query, key]
+        maps /= maps.sum(axis=-1, keepdims=True)
+        covered = np.ones((1, regions, layout.num_patches)) if regions else None
+        for spec in specs:
+            try:
+                if spec.inputs == "pair":
+                    measure_pair(maps, maps, layout, [spec], "reference")
+                else:
+                    measure_attention(maps, layout, [spec], "reference", regions=covered)
+            except MetricError as error:
+                if METRICS.get(spec.name) is not spec:
+                    raise
+                raise InputError(f"{spec.name} cannot be measured here: {error.__cause__}; leave it out") from error
 
 
 def metric_parameters(spec: MetricSpec, backend: str, other: AttentionStore | None = None) -> dict[str, Any]:

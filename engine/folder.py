@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from engine.check import check_capture, one_thread
 from engine.classes import check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig
 from engine.model import model_info, model_source
@@ -52,6 +53,10 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     named = named_classes(outputs, condition="", checkpoint=source.file, file=config.model.classes)
     workers.share_weights(model)  # whatever they start from, all processes capture one model
     preprocessing = preprocessing_of(model)
+    model.to(device)
+    if workers.first:  # before any picture is decoded
+        with one_thread():
+            check_capture(config, model, preprocessing, device, stored_alone="metrics" not in config.capture.sinks)
     manifest = _manifest(config, workers)
     images = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=manifest).test
     head = named or folder_classes(outputs, images.class_names, config.data.class_order, "model.classes")
@@ -61,7 +66,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     if manifest.dropped:
         say("left out: " + ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()))
     capture_to_store(
-        model.to(device).eval(),
+        model.eval(),
         images,
         path,
         capture_settings(config, device),

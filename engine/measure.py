@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.chosen_metrics import chosen_backend, load_metrics, metric_parameters
+from engine.chosen_metrics import check_metrics, chosen_backend, load_metrics, metric_parameters
 from engine.cluster import connected
 from engine.progress import ImageProgress
 from engine.stored import Batches, StoredMeasurement
-from kernels import MetricSpec
+from kernels import MetricSpec, TokenLayout
 from store import AttentionStore, MetricWriter, StoreError, has_metric
 from store.arrays import attention_arrays
 from store.storage import Location
@@ -54,6 +54,8 @@ def measure_store(
     pairs = any(spec.inputs == "pair" for spec in missing.values())
     other = _second_store(store, missing, against) if pairs else None
     _require_maps(store, missing)
+    layouts = [TokenLayout.from_dict(layer.layout) for layer in store.schema.layers]
+    check_metrics(list(missing.values()), layouts, len(store.schema.regions), chosen)
     images = store.committed_images
     if other is not None:
         images = images & other.committed_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -43,8 +44,8 @@ _OURS = f"{MARK}\n".encode()  # in the file .lock: a run of this program made th
 _WRITTEN = ".written.json"  # in a folder of pictures: the files that this program left there
 
 
-class OutputsFolder(AbstractContextManager[None]):
-    """The outputs folder, made, written to and locked; a second process has to wait.
+class OutputsFolder(AbstractContextManager["OutputsFolder"]):
+    """The outputs folder, made and locked; a second process has to wait. What ends before `begin` leaves nothing.
 
     Where no run has been before, files of others under the names that a study gives are not overwritten.
 
@@ -59,11 +60,14 @@ class OutputsFolder(AbstractContextManager[None]):
         self._study = study
         self._journal = journal
         self._lock: IO[bytes] | None = None
+        self._begun = False
+        self._made: list[Path] = []  # by this run, the innermost first
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> OutputsFolder:
+        lock = self._outputs / ".lock"
+        self._made = [path for path in (lock, self._outputs, *self._outputs.parents) if not os.path.lexists(path)]
         try:
             self._outputs.mkdir(parents=True, exist_ok=True)
-            lock = self._outputs / ".lock"
             if os.path.lexists(lock) and not lock.is_file():
                 raise InputError(f"{lock} is a folder, a device or a link to nowhere; move it away")
             if not (lock.is_file() and lock.read_bytes() == _OURS) and not self._journal.is_ours:
@@ -75,19 +79,27 @@ class OutputsFolder(AbstractContextManager[None]):
                         )
             self._lock = open(lock, "ab")
         except OSError as error:
+            self.__exit__()
             clause = f"outputs folder {self._outputs} (--outputs) cannot be written"
             raise InputError(str(disk_error(clause, error))) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(lock)):
+                raise FileNotFoundError(lock)  # its holder, just now, left nothing
+        except (BlockingIOError, FileNotFoundError) as error:
             self._lock.close()
             raise InputError(
                 f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
             ) from error
-        if not os.path.getsize(self._outputs / ".lock"):
+        if not os.path.getsize(lock):
             self._lock.write(_OURS)
             self._lock.flush()
         self._refuse_another_study()
+        return self
+
+    def begin(self) -> None:
+        """Leave `metrics/` and `study.toml`: what is asked for was found possible, and its stages begin."""
+        self._begun = True
         (self._outputs / "metrics").mkdir(exist_ok=True)
         self._journal.write(self._outputs / "study.toml", self._study.encode())
 
@@ -98,7 +110,7 @@ class OutputsFolder(AbstractContextManager[None]):
             InputError: study.toml is of such a study.
         """
         path = self._outputs / "study.toml"
-        if set(self._journal.stage_seconds()) <= {"data"}:
+        if set(self._journal.stage_seconds()) <= {"check", "data"}:
             return
         try:
             before = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -116,6 +128,10 @@ class OutputsFolder(AbstractContextManager[None]):
                 )
 
     def __exit__(self, *exception: object) -> None:
+        if not self._begun:
+            for path in self._made:
+                with contextlib.suppress(OSError, StoreError):  # something else came to lie there
+                    remove(path, named(r"\.lock"))
         if self._lock is not None:
             self._lock.close()
 

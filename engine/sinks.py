@@ -22,7 +22,7 @@ import torch
 from engine import __version__
 from engine.batch_sinks import BatchSinks, discover_factors, one_bias
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
-from engine.chosen_metrics import chosen_backend, metric_parameters, metrics_of_one_capture
+from engine.chosen_metrics import check_metrics, chosen_backend, metric_parameters, metrics_of_one_capture
 from engine.prefix_mass import heads_on_prefix
 from engine.progress import ImageProgress, say
 from engine.transfer import HostCopies, HostCopy
@@ -119,9 +119,8 @@ def capture_to_store(
     regions = {site.layout: images.regions(site.layout) for site in sites}
     specs = metrics_of_one_capture(capture.metrics) if "metrics" in capture.sinks else []
     needing = [spec.name for spec in specs if spec.inputs == "regions"]
-    if needing and any(region is None for region in regions.values()):
-        raise CaptureError(f"{needing[0]} needs images with regions, and this data set has none; leave it out")
     backend = chosen_backend(capture.backend, device.type)
+    check_metrics(specs, [site.layout for site in sites], len(images.region_names), backend)
     if specs and backend == "numba":
         _announce_compilation()
     schema = StoreSchema(

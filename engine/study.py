@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from engine import __version__
+from engine.check import check_study, one_thread
 from engine.chosen_metrics import definitions, metrics_of_one_capture
 from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
@@ -37,7 +39,7 @@ from engine.samples import add_sample_maps, choose_samples, start_samples
 from engine.sinks import capture_to_store
 from engine.statistics import analyse
 from engine.statistics.conditions import check_bounds
-from engine.study_data import StudyData, check_class_files, prepare_data
+from engine.study_data import Start, StudyData, check_class_files, prepare_data
 from engine.table import build_table, prefix_mass_warning, read_table, write_table
 from engine.training import Run, train_runs
 from kernels import load_metric
@@ -81,8 +83,11 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     check_bounds(config.statistics.equivalence, [load_metric(name).name for name in config.measure.metrics])
     study = Study(config)
     stages = STAGES[: STAGES.index(last) + 1]
-    with study.opened():
+    with study.opened() as folder:
         with joined(study.device):
+            study.check(stages)
+            if folder is not None:
+                folder.begin()
             for stage in stages:
                 if stage in SHARED_STAGES:
                     getattr(study, stage)()
@@ -102,6 +107,7 @@ class Study:
 
     Attributes:
         outputs: the folder.
+        start: what it starts from, known after `check`.
         runs: every trained model, known after `train`.
     """
 
@@ -110,6 +116,7 @@ class Study:
         self.outputs = Path(config.outputs)
         self.device = resolve_device(config.device)
         self.journal = Journal(self.outputs / "run.jsonl")
+        self.start: Start
         self.runs: list[Run] = []
         self._captured: dict[Run, str] = {}
 
@@ -125,6 +132,24 @@ class Study:
         return []
 
     # ------------------------------------------------------------------------------------------------ the stages
+
+    def check(self, stages: Sequence[str]) -> None:
+        """Needs: models or checkpoints, the data set's files. Leaves: nothing; says what cannot be had, of `stages`."""
+        config = self.config
+        with one_thread():
+            self.start = Start(config, self.outputs, self.journal)
+            model = self.start.take_model()
+            given = [config.model.weights, *(condition.checkpoint for condition in config.conditions.values())]
+            inputs = {
+                "study": dataclasses.asdict(config),
+                "stages": stages,
+                "weights": [digest_path(Path(file)) for file in given if file],
+                "data": self.start.data_inputs if self.start.listed is not None else {},
+                "definitions": definitions(config.measure.metrics),
+                "device": self.device,
+                "version": __version__,
+            }
+            self.journal.stage("check", inputs, [], lambda: check_study(self.start, model, self.device, stages))
 
     def train(self) -> None:
         """Needs: images. Leaves: checkpoints/<condition>_seed<k>.safetensors, metrics/training.json."""
@@ -312,7 +337,7 @@ class Study:
     @cached_property
     def data(self) -> StudyData:
         """The images in their splits, prepared once."""
-        return prepare_data(self.config, self.outputs, self.journal, device=self.device)
+        return prepare_data(self.start, device=self.device)
 
     @cached_property
     def sample_rows(self) -> list[int]:
@@ -330,7 +355,7 @@ class Study:
         names = list(self.config.conditions)
         return "baseline" if "baseline" in names else names[0]
 
-    def opened(self) -> AbstractContextManager[None]:
+    def opened(self) -> AbstractContextManager[OutputsFolder | None]:
         """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
         toml = study_toml(self.config)
         return OutputsFolder(self.outputs, toml, self.journal) if first_process() else nullcontext()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +22,8 @@ from engine.model import checkpoint_of, model_source, trained_here
 from engine.progress import say
 from train.checkpoint import save_checkpoint, sidecar_path
 from train.data import DataSplits, ImageSet, Preprocessing
-from train.datasets import DataKind, build_manifest
-from train.embedded import prepare_digits
+from train.datasets import DataKind, Listing, list_files
+from train.embedded import CLASS_NAMES, prepare_digits
 from train.errors import InputError
 from train.files import id_of
 from train.folders import prepare_folder
@@ -33,7 +33,7 @@ from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
 from train.pretrain import pretrain_digits
 
-__all__ = ["StudyData", "check_class_files", "image_kind", "prepare_data"]
+__all__ = ["Start", "StudyData", "check_class_files", "image_kind", "prepare_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +93,121 @@ class StudyData:
         }
 
 
-def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device: str) -> StudyData:
-    """Images in their splits, and the pretrained weights, made or fetched once.
+class Start:
+    """What a study starts from, looked at before anything is written: its models and the files of its data set.
+
+    Attributes:
+        config, outputs, journal: of the study.
+        preprocessing: how the images are prepared for the models.
+        listed: the files of a folder, each taken for a readable picture; None for scenes, which are composed.
+    """
+
+    def __init__(self, config: StudyConfig, outputs: Path, journal: Journal) -> None:
+        """List the data set's files, and load every checkpoint that is given.
+
+        Raises:
+            InputError: conditions that do not go together, an unknown model, a bad file, no such folder.
+        """
+        _check_conditions(config)
+        self.config, self.outputs, self.journal = config, outputs, journal
+        self.manifest_path = outputs / "manifest.json"
+        self.pretrained_path = outputs / "checkpoints" / "pretrained.safetensors"
+        self._outputs_of: dict[str, int] = {}
+        self._named: dict[str, HeadClasses | None] = {}
+        self._model: torch.nn.Module | None = None
+        # Weights in a file are read before any picture, so that a bad file is found at once.
+        given = any(condition.recipe == "checkpoint" for condition in config.conditions.values())
+        prepared = self._load_given() if given else {}
+        self._listing = None if config.data.kind == "digits" else _listing(config)
+        self.listed = None if self._listing is None else self._listing.undecoded()
+        if given:
+            self.preprocessing = _common_preprocessing(config, prepared)
+        else:
+            self._model = model = self._build_trained()
+            self.preprocessing = preprocessing_of(model)
+
+    def take_model(self) -> torch.nn.Module:
+        """One of the study's models as it is before any training, one with a head if there is one; given once."""
+        model, self._model = self._model, None
+        assert model is not None, "the model was taken before"
+        return model
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where decoded pictures are kept, if they are."""
+        data = self.config.data
+        return (Path(data.cache_folder) if data.cache_folder else self.outputs / "cache") if data.cache else None
+
+    @cached_property
+    def data_inputs(self) -> dict[str, Any]:
+        """What the manifest depends on: a file that was added, removed or touched is seen by its size and time."""
+        root, data = Path(self.config.data.root), self.config.data
+        files = sorted(path for path in files_below(root, follow_links=data.follow_links) if path.is_file())
+        listing = [[id_of(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return {
+            "kind": data.kind,
+            "root": id_of(os.path.realpath(root)),
+            "files": digest(listing),
+            "split": data.split,
+            "seed": data.seed,
+            "follow_links": data.follow_links,
+            "version": __version__,
+        }
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Every file of the folder, decoded once: as an earlier run recorded it, or now."""
+        if self.journal.done("data", self.data_inputs, [self.manifest_path]) is not None:
+            return Manifest.load(self.manifest_path)
+        assert self._listing is not None, "scenes have no files"
+        return self._listing.decoded()
+
+    def heads(self, class_names: Sequence[str]) -> dict[str, HeadClasses]:
+        """Condition → the classes of its head, where checkpoints are given.
+
+        Raises:
+            InputError: class names that a user gave to a head are none of the data set's.
+        """
+        order = self.config.data.class_order
+        heads = {
+            name: found or folder_classes(self._outputs_of[name], class_names, order, f"conditions.{name}.classes")
+            for name, found in self._named.items()
+        }
+        for name, head in heads.items():
+            check_shared_names(head, class_names, self.config.conditions[name].classes or self.config.model.classes)
+        return heads
+
+    def _load_given(self) -> dict[str, Preprocessing]:
+        """Condition → how its checkpoint's images are prepared; one of the models is kept for the checks."""
+        prepared: dict[str, Preprocessing] = {}
+        for name, condition in self.config.conditions.items():
+            file = condition.classes or self.config.model.classes
+            try:
+                model = build_model(checkpoint_of(self.config, name), num_classes=None)
+            except InputError as error:
+                raise type(error)(f"condition {name}: {error}") from error
+            prepared[name] = preprocessing_of(model)
+            outputs = self._outputs_of[name] = int(cast(Any, model).num_classes)
+            path = Path(condition.checkpoint)
+            self._named[name] = named_classes(outputs, condition=name, checkpoint=path, file=file)
+            if self._model is None or (outputs and not cast(Any, self._model).num_classes):
+                self._model = model
+        return prepared
+
+    def _build_trained(self) -> torch.nn.Module:
+        """The model that conditions are trained from, with a head for the classes of the data set."""
+        source = model_source(self.config)
+        classes = len(CLASS_NAMES if self.listed is None else self.listed.class_names)
+        # timm's weights are looked for as long as the study has not saved them.
+        looked_for = source.pretrained and not self.pretrained_path.is_file()
+        return build_model(replace(source, pretrained=looked_for), num_classes=classes)
+
+
+def _check_conditions(config: StudyConfig) -> None:
+    """Whether the conditions go together, with each other and with the data.
 
     Raises:
-        InputError: no such folder, no readable image, no test image, an unknown model, no weights to be had.
+        InputError: they do not.
     """
     given = [name for name, condition in config.conditions.items() if condition.recipe == "checkpoint"]
     if not config.conditions:
@@ -108,49 +218,54 @@ def prepare_data(config: StudyConfig, outputs: Path, journal: Journal, *, device
             f"condition {given[0]} is a given checkpoint and {other} is trained here; their starting points cannot be "
             "known to be the same, so train all conditions or give all as checkpoints"
         )
+    for name in given:
+        if not config.conditions[name].checkpoint:
+            raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
     if given:
-        return _given_checkpoints(config, outputs, journal)
+        image_kind(config)
+        return
     if config.data.prepare_as:
         raise InputError(
             "data.prepare_as is for given checkpoints; conditions that are trained here share their images"
         )
-    return (
-        _digits(config, outputs, journal, device) if config.data.kind == "digits" else _folder(config, outputs, journal)
-    )
+    embedded = config.model.name == "digits_vit"
+    if config.data.kind != "digits" and embedded:
+        raise InputError(
+            "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name"
+        )
+    if config.data.kind == "digits" and not embedded:
+        raise InputError(
+            f"the digit scenes are 48×48 and grey, made for digits_vit; {config.model.name} needs --data.kind folder"
+        )
+    if config.data.kind == "digits" and config.model.arguments:
+        raise InputError(
+            "model.arguments are for a timm model; digits_vit is pretrained here as it is, on the digit scenes: leave "
+            "them out"
+        )
 
 
-def _given_checkpoints(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
+def prepare_data(start: Start, *, device: str) -> StudyData:
+    """Images in their splits, and the pretrained weights, made or fetched once.
+
+    Raises:
+        InputError: no readable image, no weights to be had.
+    """
+    if any(condition.recipe == "checkpoint" for condition in start.config.conditions.values()):
+        return _given_checkpoints(start)
+    return _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
+
+
+def _given_checkpoints(start: Start) -> StudyData:
     """Data for checkpoints that somebody trained; all get the same pixels."""
-    prepared: dict[str, Preprocessing] = {}
-    outputs_of: dict[str, int] = {}
-    named: dict[str, HeadClasses | None] = {}
-    for name, condition in config.conditions.items():
-        if not condition.checkpoint:
-            raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
-        # Every file is loaded once before any work, so that a wrong one is found at once.
-        file = condition.classes or config.model.classes
-        try:
-            model = build_model(checkpoint_of(config, name), num_classes=None)
-        except InputError as error:
-            raise type(error)(f"condition {name}: {error}") from error
-        prepared[name] = preprocessing_of(model)
-        outputs_of[name] = int(cast(Any, model).num_classes)
-        named[name] = named_classes(outputs_of[name], condition=name, checkpoint=Path(condition.checkpoint), file=file)
-    preprocessing = _common_preprocessing(config, prepared)
-    splits = _folder_splits(config, outputs, journal, preprocessing)
-    heads = {
-        name: found
-        or folder_classes(outputs_of[name], splits.class_names, config.data.class_order, f"conditions.{name}.classes")
-        for name, found in named.items()
-    }
-    for name, condition in config.conditions.items():
-        check_shared_names(heads[name], splits.class_names, condition.classes or config.model.classes)
-        say(heads[name].origin(name))
+    splits = _folder_splits(start)
+    heads = start.heads(splits.class_names)
+    for name, head in heads.items():
+        say(head.origin(name))
 
     def no_pretrained() -> torch.nn.Module:
         raise InputError("given checkpoints say nothing of the pretrained model that they started from")
 
-    return StudyData(splits, preprocessing, "", no_pretrained, heads)
+    return StudyData(splits, start.preprocessing, "", no_pretrained, heads)
 
 
 def check_class_files(config: StudyConfig) -> None:
@@ -206,18 +321,11 @@ def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocess
     return prepared[chosen or first]
 
 
-def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
+def _folder(start: Start) -> StudyData:
     """A folder of images, and timm's (or the user's) pretrained weights with a head for its classes."""
-    if config.model.name == "digits_vit":
-        raise InputError(
-            "digits_vit is the embedded study's model for 48×48 scenes; name a timm model with --model.name"
-        )
+    config, preprocessing, path = start.config, start.preprocessing, start.pretrained_path
     source = model_source(config)
-    # Weights in a file are read before any picture, so that a bad file is found at once.
-    looked_at = source if source.weights else replace(source, pretrained=False)
-    preprocessing = preprocessing_of(build_model(looked_at, num_classes=None if source.weights else 2))
-    splits = _folder_splits(config, outputs, journal, preprocessing)
-    path = outputs / "checkpoints" / "pretrained.safetensors"
+    splits = _folder_splits(start)
     classes = len(splits.class_names)
     model = dataclasses.asdict(config.model)
 
@@ -240,7 +348,7 @@ def _folder(config: StudyConfig, outputs: Path, journal: Journal) -> StudyData:
         "classes": classes,
         "version": __version__,
     }
-    pretrained = journal.stage("pretrained", inputs, [path, sidecar_path(path)], work)
+    pretrained = start.journal.stage("pretrained", inputs, [path, sidecar_path(path)], work)
     return StudyData(
         splits, preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
     )
@@ -257,62 +365,26 @@ def image_kind(config: StudyConfig) -> DataKind:
     return config.data.kind
 
 
-def _folder_splits(config: StudyConfig, outputs: Path, journal: Journal, preprocessing: Preprocessing) -> DataSplits:
-    """The manifest of the folder, built anew when a file was added, removed or touched, and its splits."""
-    path = outputs / "manifest.json"
-    root = Path(config.data.root)
-    inputs = {
-        "kind": config.data.kind,
-        "root": id_of(os.path.realpath(root)),
-        "files": _listing(root, config.data.follow_links),
-        "split": config.data.split,
-        "seed": config.data.seed,
-        "follow_links": config.data.follow_links,
-        "version": __version__,
-    }
-
-    def work() -> None:
-        manifest = build_manifest(
-            config.data.root,
-            kind=image_kind(config),
-            split=config.data.split,
-            seed=config.data.seed,
-            follow_links=config.data.follow_links,
-        )
-        manifest.save(path)
-
-    journal.stage("data", inputs, [path], work)
-    cache = (config.data.cache_folder or outputs / "cache") if config.data.cache else None
-    splits = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=Manifest.load(path), cache=cache)
-    if len(splits.test) < 2:
-        raise InputError(
-            f"{root} gives {len(splits.test) or 'no'} test image with split {splits.manifest.rule}, and conditions are "
-            "compared over two at least; add images, or use --data.split all"
-        )
-    logger.info("%s takes %s", config.model.name, preprocessing)
-    return splits
+def _listing(config: StudyConfig) -> Listing:
+    data = config.data
+    return list_files(
+        data.root, kind=image_kind(config), split=data.split, seed=data.seed, follow_links=data.follow_links
+    )
 
 
-def _listing(root: Path, follow_links: bool) -> str:
-    """Hash of the names, sizes and times of a data set's files: a change of one builds the manifest anew."""
-    if not root.is_dir():
-        return ""
-    files = sorted(path for path in files_below(root, follow_links=follow_links) if path.is_file())
-    return digest([[id_of(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+def _folder_splits(start: Start) -> DataSplits:
+    """The manifest of the folder, made again when a file was added, removed or touched, and its splits."""
+    config, path = start.config, start.manifest_path
+    start.journal.stage("data", start.data_inputs, [path], lambda: start.manifest.save(path))
+    manifest = Manifest.load(path)
+    logger.info("%s takes %s", config.model.name, start.preprocessing)
+    cache = start.cache_folder
+    return prepare_folder(config.data.root, preprocessing=start.preprocessing, manifest=manifest, cache=cache)
 
 
-def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -> StudyData:
+def _digits(start: Start, device: str) -> StudyData:
     """Scenes of the target task, and the backbone pretrained on the source task."""
-    if config.model.name != "digits_vit":
-        raise InputError(
-            f"the digit scenes are 48×48 and grey, made for digits_vit; {config.model.name} needs --data.kind folder"
-        )
-    if config.model.arguments:
-        raise InputError(
-            "model.arguments are for a timm model; digits_vit is pretrained here as it is, on the digit scenes: leave "
-            "them out"
-        )
-    path = outputs / "checkpoints" / "pretrained.safetensors"
+    config, path = start.config, start.pretrained_path
     settings = dataclasses.asdict(config.pretrain) | {
         "data_seed": config.data.seed,
         "validation_scenes": config.data.validation_scenes,
@@ -329,15 +401,14 @@ def _digits(config: StudyConfig, outputs: Path, journal: Journal, device: str) -
         )
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
-    pretrained = journal.stage("pretrain", settings | {"version": __version__}, [path, sidecar_path(path)], work)
-    preprocessing = preprocessing_of(build_model(config.model.name, num_classes=2))
+    pretrained = start.journal.stage("pretrain", settings | {"version": __version__}, [path, sidecar_path(path)], work)
     splits = prepare_digits(
-        preprocessing=preprocessing,
+        preprocessing=start.preprocessing,
         seed=config.data.seed,
         train_scenes=config.data.train_scenes,
         validation_scenes=config.data.validation_scenes,
         test_scenes=config.data.test_scenes,
     )
     return StudyData(
-        splits, preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
+        splits, start.preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
     )

@@ -14,8 +14,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from engine.check import check_sweep, one_thread
 from engine.classes import folder_classes, named_classes
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
@@ -24,7 +26,7 @@ from engine.outputs import OutputsFolder, resolve_device
 from engine.process import PROGRAM
 from engine.progress import say
 from engine.report.sweep import curves_png, evaluation_csv, history_html
-from engine.study_data import StudyData, image_kind, prepare_data
+from engine.study_data import Start, StudyData, image_kind, prepare_data
 from engine.training import shared_hyperparameters
 from train.adapters import Init
 from train.checkpoint import write_atomically
@@ -61,9 +63,14 @@ def run_sweep(config: StudyConfig) -> Path:
     device = resolve_device(config.device)
     folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
     journal = Journal(outputs / "run.jsonl")
-    with OutputsFolder(outputs, study_toml(config), journal):
-        data = prepare_data(config, outputs, journal, device=device)
-        plan = _plan(config, data, folder, outputs, device)
+    with OutputsFolder(outputs, study_toml(config), journal) as place:
+        with one_thread():
+            start = Start(config, outputs, journal)
+            targets = _targets(config, model := start.take_model())
+            check_sweep(start, model, targets)
+        place.begin()
+        data = prepare_data(start, device=device)
+        plan = _plan(config, data, targets, folder, outputs, device)
         results = []
         for base in sweep.bases:
             for rank in sweep.ranks:
@@ -99,16 +106,21 @@ def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
     return head.names == class_names
 
 
-def _plan(config: StudyConfig, data: StudyData, folder: Path, outputs: Path, device: str) -> SweepPlan:
+def _targets(config: StudyConfig, model: torch.nn.Module) -> str:
+    """Where adapters go: a transformer's attention; in another model the classifier, as in the study that the sweep
+    comes from.
+    """
+    usual = "attention" if hasattr(model, "blocks") else re.escape(classifier_name(model))
+    return config.sweep.targets or usual
+
+
+def _plan(config: StudyConfig, data: StudyData, targets: str, folder: Path, outputs: Path, device: str) -> SweepPlan:
     """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
     sweep = config.sweep
-    pretrained = data.pretrained_model()
-    # A transformer's attention; in another model the classifier, as in the study that the sweep comes from.
-    usual = "attention" if hasattr(pretrained, "blocks") else re.escape(classifier_name(pretrained))
     hyperparameters = replace(
         shared_hyperparameters(config),
         epochs=sweep.epochs or config.train.epochs,
-        targets=sweep.targets or usual,
+        targets=targets,
         init=INITS[sweep.init],
         sparsity=sweep.sparsity,
     )

@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.config import load_study
 from engine.journal import Journal
-from engine.study_data import StudyData, prepare_data
+from engine.study_data import Start, StudyData, prepare_data
 from engine.training import train_runs
 from tests.photographs import write_photographs
 from train.checkpoint import (
@@ -354,7 +354,7 @@ def compared(photos: Path, folder: Path, a: Path, b: Path, **keys: str) -> Study
     given = {"data.kind": "folder", "data.split": "all", "data.root": str(photos), "model.name": TINY}
     conditions = {name: {"recipe": "checkpoint", "checkpoint": str(path)} for name, path in (("a", a), ("b", b))}
     config = load_study(None, {**given, "conditions": conditions, **keys})
-    return prepare_data(config, folder, Journal(folder / "run.jsonl"), device="cpu")
+    return prepare_data(Start(config, folder, Journal(folder / "run.jsonl")), device="cpu")
 
 
 def test_compared_checkpoints_see_the_same_pixels(tmp_path: Path, photos: Path) -> None:
@@ -388,16 +388,20 @@ def test_each_condition_may_choose_its_weights(tmp_path: Path, photos: Path, mod
     given = {"data.kind": "folder", "data.split": "all", "data.root": str(photos), "model.name": TINY}
     config = load_study(None, given | {"conditions": conditions})
     journal = Journal(tmp_path / "run.jsonl")
-    runs = train_runs(config, prepare_data(config, tmp_path, journal, device="cpu"), journal, tmp_path, device="cpu")
+    runs = train_runs(
+        config, prepare_data(Start(config, tmp_path, journal), device="cpu"), journal, tmp_path, device="cpu"
+    )
     assert [run.model.state for run in runs] == ["", "model_ema"]
     assert runs[0].digest != runs[1].digest, "one file, two models"
     with pytest.raises(InputError, match=r"data\.prepare_as is for given checkpoints"):
-        prepare_data(load_study(None, {**given, "data.prepare_as": "a"}), tmp_path, journal, device="cpu")
+        prepare_data(Start(load_study(None, {**given, "data.prepare_as": "a"}), tmp_path, journal), device="cpu")
     with pytest.raises(InputError, match=r"model\.state is 'ema', .*give --model\.weights"):
         build_model(ModelSource(TINY, state="ema"), num_classes=2)
 
 
-def test_a_bad_file_is_named_with_its_condition_before_any_picture_is_read(tmp_path: Path, model: nn.Module) -> None:
+def test_a_bad_file_is_named_with_its_condition_before_any_picture_is_read(
+    tmp_path: Path, model: nn.Module, photos: Path
+) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
     state["head.bias"][0] = torch.nan
@@ -409,20 +413,21 @@ def test_a_bad_file_is_named_with_its_condition_before_any_picture_is_read(tmp_p
         None,
         {
             "data.kind": "folder",
-            "data.root": str(nowhere),
+            "data.root": str(photos),
+            "data.split": "all",
             "model.name": TINY,
             "model.weights": str(tmp_path / "b.safetensors"),
         },
     )
     with pytest.raises(InputError, match=r"head\.bias\[0\] is nan"):
-        prepare_data(config, tmp_path, Journal(tmp_path / "run.jsonl"), device="cpu")
+        prepare_data(Start(config, tmp_path, Journal(tmp_path / "run.jsonl")), device="cpu")
 
 
 def test_training_from_a_checkpoint_of_ours_keeps_its_facts(tmp_path: Path, photos: Path) -> None:
     path = save_trained(tmp_path / "a.safetensors")
     given = {"data.kind": "folder", "data.root": str(photos), "data.split": "all", "model.name": TINY}
     config = load_study(None, {**given, "model.weights": str(path)})
-    data = prepare_data(config, tmp_path, Journal(tmp_path / "run.jsonl"), device="cpu")
+    data = prepare_data(Start(config, tmp_path, Journal(tmp_path / "run.jsonl")), device="cpu")
     assert data.preprocessing == OTHER
     start = tmp_path / "checkpoints" / "pretrained.safetensors"
     facts = read_metadata(start)
@@ -432,7 +437,7 @@ def test_training_from_a_checkpoint_of_ours_keeps_its_facts(tmp_path: Path, phot
     assert ModelSource(TINY, weights=start, img_size=80).completed().img_size == 80
     sidecar = sidecar_path(start).read_bytes()
     sidecar_path(start).write_bytes(sidecar.replace(b"96", b"97", 1))
-    prepare_data(config, tmp_path, Journal(tmp_path / "run.jsonl"), device="cpu")
+    prepare_data(Start(config, tmp_path, Journal(tmp_path / "run.jsonl")), device="cpu")
     assert sidecar_path(start).read_bytes() == sidecar, "made again, not blessed"
 
 

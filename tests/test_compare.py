@@ -114,5 +114,8 @@ def test_one_picture_is_refused_before_anything_is_captured(tmp_path: Path, caps
     command = ["compare", "--baseline", str(tmp_path / "a.safetensors"), "--finetuned", str(tmp_path / "a.safetensors")]
     command += ["--model.name", "test_vit", "--data.root", str(tmp_path / "photos")]
     assert main([*command, "--outputs", str(tmp_path / "outputs")]) == 2
-    assert "gives 1 test image with split all, and conditions are compared over two at least" in capsys.readouterr().err
-    assert not (tmp_path / "outputs" / "captures").exists()
+    assert (
+        "gives 1 file for the test split with split all, and conditions are compared over two images"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "outputs").exists()

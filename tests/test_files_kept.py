@@ -233,7 +233,8 @@ def test_an_outputs_folder_that_is_not_ours_keeps_its_files(tmp_path: Path) -> N
     assert tree(tmp_path) == {"study.toml": b"# mine"}
     ours = tmp_path / "ours"
     for study in ("a = 1", "b = 1"):
-        with OutputsFolder(ours, study, Journal(ours / "run.jsonl")):
+        with OutputsFolder(ours, study, Journal(ours / "run.jsonl")) as place:
+            place.begin()
             assert (ours / "study.toml").read_text() == study
 
 
@@ -250,8 +251,8 @@ def test_a_lock_or_a_log_of_another_program_makes_no_folder_ours(tmp_path: Path,
 
 @pytest.mark.parametrize("name", [".lock", "run.jsonl"])
 def test_a_folder_in_the_place_of_a_file_of_an_outputs_folder_is_named(tmp_path: Path, name: str) -> None:
-    with OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")):
-        pass
+    with OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")) as place:
+        place.begin()
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=rf"{name} is a folder, a device or a link to nowhere; move it away"):
@@ -264,7 +265,8 @@ def test_a_study_of_another_model_or_other_data_does_not_replace_one(tmp_path: P
     study = '[model]\nname = "a"\n[data]\nkind = "folder"'
     journal = Journal(tmp_path / "run.jsonl")
     for begun in (other, study):
-        with OutputsFolder(tmp_path, begun, journal):
+        with OutputsFolder(tmp_path, begun, journal) as place:
+            place.begin()
             journal.stage("data", {"study": begun}, [tmp_path / "study.toml"], lambda: None)
     journal.stage("train", {}, [tmp_path / "study.toml"], lambda: None)
     before = tree(tmp_path)

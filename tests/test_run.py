@@ -214,7 +214,8 @@ def test_folders_without_images(weights: dict[str, Path], tmp_path: Path, capsys
     cases = {"absent": "does not exist", "empty": "expected class folders", "broken": "no readable image"}
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken" / "cat").mkdir(parents=True)
-    (tmp_path / "broken" / "cat" / "a.jpg").write_bytes(b"no picture")
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "broken" / "cat" / name).write_bytes(b"no picture")
     for name, message in cases.items():
         command = compare(TINY, weights[TINY], weights[TINY], tmp_path / name, outputs)
         code, error = error_of(capsys, *command)

@@ -278,11 +278,11 @@ def test_controls_measure_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pyte
 
 
 def test_checkpoints_and_training_do_not_mix() -> None:
-    from engine.study_data import prepare_data
+    from engine.study_data import Start
     from train.errors import InputError
 
     config = load_study(
         None, {"conditions": {"a": {"recipe": "checkpoint", "checkpoint": "x.pth"}, "b": {"recipe": "full"}}}
     )
     with pytest.raises(InputError, match="a is a given checkpoint and b is trained here"):
-        prepare_data(config, Path("unused"), None, device="cpu")  # type: ignore[arg-type]
+        Start(config, Path("unused"), None)  # type: ignore[arg-type]

@@ -14,7 +14,16 @@ from torch import nn
 
 from train.errors import InputError
 
-__all__ = ["INITS", "MERGE_TOLERANCE", "TARGETS", "Init", "MergeError", "add_adapters", "merge_adapters"]
+__all__ = [
+    "INITS",
+    "MERGE_TOLERANCE",
+    "TARGETS",
+    "Init",
+    "MergeError",
+    "add_adapters",
+    "check_adapters",
+    "merge_adapters",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +82,33 @@ def add_adapters(
 
     if init not in INITS:
         raise InputError(f"unknown init {init!r} of adapters; expected one of {', '.join(INITS)}")
+    check_adapters(model, rank=rank, targets=targets)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=cast(int, alpha),  # peft divides by it; any number will do
+        target_modules=TARGETS.get(targets, targets),
+        use_dora=kind == "dora",
+        lora_dropout=0.0,
+        init_lora_weights=cast(Any, INITS[init]),
+        # rho 1: every layer keeps the rank that was asked for.
+        eva_config=peft.EvaConfig(rho=1.0) if init == "eva" else None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="lora with eva initialization")  # advice on very large models
+            adapted = cast(nn.Module, peft.get_peft_model(cast(Any, model), config))
+        if init == "eva":
+            _initialize_eva(adapted, batches)
+    return adapted
+
+
+def check_adapters(model: nn.Module, *, rank: int, targets: str) -> None:
+    """Whether adapters of this rank fit the layers that are meant; see `add_adapters`.
+
+    Raises:
+        InputError: nothing matches, or something that is not linear, or a layer has no such rank.
+    """
     targets = TARGETS.get(targets, targets)
     try:
         pattern = re.compile(targets)
@@ -93,24 +129,6 @@ def add_adapters(
             raise InputError(
                 f"rank {rank} is more than {name} has ({module.out_features}×{module.in_features}); give a lower one"
             )
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=cast(int, alpha),  # peft divides by it; any number will do
-        target_modules=targets,
-        use_dora=kind == "dora",
-        lora_dropout=0.0,
-        init_lora_weights=cast(Any, INITS[init]),
-        # rho 1: every layer keeps the rank that was asked for.
-        eva_config=peft.EvaConfig(rho=1.0) if init == "eva" else None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="lora with eva initialization")  # advice on very large models
-            adapted = cast(nn.Module, peft.get_peft_model(cast(Any, model), config))
-        if init == "eva":
-            _initialize_eva(adapted, batches)
-    return adapted
 
 
 def _initialize_eva(adapted: nn.Module, batches: Sequence[torch.Tensor]) -> None:

@@ -29,7 +29,7 @@ from train.listing import (
 from train.manifest import Manifest, Record
 from train.splits import SPLIT_FOLDERS, SPLITS, stratified_split
 
-__all__ = ["KINDS", "DataKind", "SplitRule", "build_manifest"]
+__all__ = ["KINDS", "DataKind", "Listing", "SplitRule", "build_manifest", "list_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def build_manifest(
     follow_links: bool = False,
     workers: int = 0,
 ) -> Manifest:
-    """Read a data set, decoding every file once.
+    """Read a data set, decoding every file once: what `list_files` finds, `decoded`.
 
     Unreadable files keep their record, with the reason as status; nothing is put in their place. Files with the
     same bytes go to the same split, where the split is drawn here.
@@ -105,6 +105,49 @@ def build_manifest(
             the layout does not have, no readable image, a class too small to split, a link that leaves the folder and
             is not to be followed, a list that is empty, leaves the folder or names an image twice.
     """
+    return list_files(root, kind=kind, split=split, seed=seed, follow_links=follow_links).decoded(workers)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files that a data set names, none of them opened.
+
+    Args:
+        kind: the layout; rule: how it is split; seed: of a split that is drawn.
+    """
+
+    source: _Source
+    kind: str
+    rule: str
+    seed: int
+
+    def undecoded(self) -> Manifest:
+        """The manifest if every file were a readable picture of its own, which takes seconds.
+
+        Raises:
+            InputError: a class too small to split.
+        """
+        return self._manifest([Status("ok", entry.id) for entry in self.source.entries])
+
+    def decoded(self, workers: int = 0) -> Manifest:
+        """The manifest; see `build_manifest`."""
+        manifest = self._manifest(examine(self.source.entries, workers))
+        _log(manifest)
+        return manifest
+
+    def _manifest(self, statuses: Sequence[Status]) -> Manifest:
+        return _decide(self.source, statuses, self.kind, self.rule, self.seed, KINDS[self.kind].advice)
+
+
+def list_files(
+    root: str | Path,
+    *,
+    kind: DataKind = "folder",
+    split: SplitRule = "auto",
+    seed: int = 42,
+    follow_links: bool = False,
+) -> Listing:
+    """The files of a data set; arguments and errors as of `build_manifest`, but for those of the pictures."""
     layout = KINDS[kind]
     advice = f"; {layout.advice}"
     if not str(root):
@@ -120,10 +163,7 @@ def build_manifest(
     if not source.entries:
         raise InputError(f"folder {folder} holds class folders but no file in them{advice}")
     check_class_names(entry.class_name for entry in source.entries)
-    statuses = examine(source.entries, workers)
-    manifest = _decide(source, statuses, kind, rule, seed, layout.advice)
-    _log(manifest)
-    return manifest
+    return Listing(source, kind, rule, seed)
 
 
 def _decide(source: _Source, statuses: Sequence[Status], kind: str, rule: str, seed: int, advice: str) -> Manifest:

@@ -25,7 +25,16 @@ from train.errors import InputError
 from train.manifest import Manifest, Record
 from train.splits import SPLITS
 
-__all__ = ["REGION_NAMES", "SCENE_SIZE", "TASKS", "DigitScenes", "prepare_digits", "region_coverage", "split_digits"]
+__all__ = [
+    "CLASS_NAMES",
+    "REGION_NAMES",
+    "SCENE_SIZE",
+    "TASKS",
+    "DigitScenes",
+    "prepare_digits",
+    "region_coverage",
+    "split_digits",
+]
 
 SCENE_SIZE = 48  # px, square
 TASKS = ("source", "target")
