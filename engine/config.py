@@ -83,6 +83,7 @@ class ModelConfig:
     )
     pretrained: bool = _key(True, "let timm download pretrained weights when no file is given")
     weights: Place = _key("", "a .safetensors or .pth file; nothing is downloaded then")
+    adapter: Place = _key("", "adapters of peft (LoRA, DoRA) for these weights: the folder that it saved, or its file")
     state: Text = _key(
         "", "key of the file under which the weights are, such as model_ema; empty: the usual one, which the log says"
     )

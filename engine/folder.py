@@ -50,7 +50,9 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     source = model_source(config)
     model = build_model(source, num_classes=None)
     outputs = int(cast(Any, model).num_classes)
-    named = named_classes(outputs, condition="", checkpoint=source.file, file=config.model.classes)
+    named = named_classes(
+        outputs, condition="", checkpoint=None if source.adapter else source.file, file=config.model.classes
+    )
     workers.share_weights(model)  # whatever they start from, all processes capture one model
     preprocessing = preprocessing_of(model)
     model.to(device)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import StudyConfig
-from engine.journal import digest_path
+from engine.journal import digest, digest_path
+from train.adapter_files import adapter_files, holds_adapters_alone
 from train.conditions import versions
 from train.model_source import ModelSource
 
@@ -35,14 +36,16 @@ def with_present_name(config: StudyConfig) -> StudyConfig:
 
 
 def checkpoint_of(config: StudyConfig, condition: str) -> ModelSource:
-    """A condition's model, where it is a checkpoint that somebody trained."""
-    given = config.conditions[condition]
-    return replace(model_source(config), weights=given.checkpoint, state=given.state or config.model.state)
+    """A condition's model, where it is a checkpoint that somebody trained, or adapters of the model's weights."""
+    given, source = config.conditions[condition], model_source(config)
+    if not given.state and holds_adapters_alone(Path(given.checkpoint)):
+        return replace(source, adapter=given.checkpoint)
+    return replace(source, weights=given.checkpoint, adapter="", state=given.state or source.state)
 
 
 def trained_here(config: StudyConfig, path: Path) -> ModelSource:
     """A model that this study saved: the pretrained one, or a condition's."""
-    return replace(model_source(config), weights=str(path), state="")
+    return replace(model_source(config), weights=str(path), adapter="", state="")
 
 
 def model_info(source: ModelSource) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def model_info(source: ModelSource) -> dict[str, Any]:
     source = source.completed()
     sha256 = digest_path(source.file) if source.file else ""
     info: dict[str, Any] = {"name": source.name, "weights_sha256": sha256, **versions()}
+    if source.adapter:
+        info["adapter_sha256"] = digest([digest_path(file) for file in adapter_files(Path(source.adapter))])
     if source.arguments:
         info["arguments"] = dict(source.arguments)
     return info | {"weights_state": source.state} if source.state else info

@@ -344,7 +344,7 @@ def _folder(start: Start) -> StudyData:
     inputs = {
         "model": model,
         "preprocessing": preprocessing.to_dict(),
-        "weights": digest_path(source.file) if source.file else "",
+        "weights": " ".join(map(digest_path, source.files)),
         "classes": classes,
         "version": __version__,
     }

@@ -98,9 +98,9 @@ def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
     outputs = head_size(source)
     if not outputs:
         return False
-    head = named_classes(outputs, condition="", checkpoint=source.file, file=model.classes) or folder_classes(
-        outputs, class_names, config.data.class_order, "model.classes"
-    )
+    head = named_classes(
+        outputs, condition="", checkpoint=None if source.adapter else source.file, file=model.classes
+    ) or folder_classes(outputs, class_names, config.data.class_order, "model.classes")
     if not head.known:
         say(f"the head of the weights is replaced by a probe's, as its classes are not known: {head.source}")
     return head.names == class_names

@@ -52,13 +52,13 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        return Path(self.model.weights)
+        return Path(self.model.adapter or self.model.weights)
 
     @property
     def digest(self) -> str:
-        """Hash of the checkpoint file, which of the weights in it are meant, and what the model is built with."""
+        """Hash of the files, which of the weights in them are meant, and what the model is built with."""
         arguments = json.dumps(self.model.arguments, sort_keys=True) if self.model.arguments else ""
-        return " ".join(filter(None, (digest_path(self.checkpoint), self.model.state, arguments)))
+        return " ".join(filter(None, (*map(digest_path, self.model.files), self.model.state, arguments)))
 
 
 def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:

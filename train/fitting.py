@@ -127,8 +127,6 @@ def _advice(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path
     """What to do about a file that does not fit, as far as its names and shapes say it."""
     if _IN_PARTS.search(path.name):
         return "the file is one part of a checkpoint in several; save that as one file"
-    if any("lora_" in key for key in file):
-        return "the file holds adapters (lora_A, lora_B); merge them into the model before it is saved"
     expected = model.state_dict()
     there, wanted = _size(file), _size(expected)
     sizes = ""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.adapter_files import adapter_files
 from train.checkpoint import checkpoint_facts
 from train.errors import InputError
 from train.model_arguments import Argument, refuse_arguments
@@ -32,6 +33,7 @@ class ModelSource:
         arguments: what timm builds the model with besides, such as {"global_pool": "avg"}.
         img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
         weights: a file of safetensors or of torch.save, whatever its name; empty: timm's or random weights.
+        adapter: peft's adapters, a file or the folder it saved, that are merged into these weights.
         state: which weights of that file, where it holds several; see `train.weights.read_state_dict`.
         pretrained: let timm fetch or find its weights where no file is named.
 
@@ -44,12 +46,22 @@ class ModelSource:
     arguments: Mapping[str, Argument] = field(default_factory=dict, hash=False)
     img_size: int = 0
     weights: str | Path = ""
+    adapter: str | Path = ""
     state: str = ""
     pretrained: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", _present_name(self.name))
         refuse_arguments(self.arguments)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that the model is made from.
+
+        Raises:
+            InputError: an adapter's file or its configuration is not there.
+        """
+        return [*([self.file] if self.file else []), *(adapter_files(Path(self.adapter)) if self.adapter else [])]
 
     @property
     def file(self) -> Path | None:

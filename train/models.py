@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
+from train.adapter_files import Adapters, has_adapters, read_adapters, refuse_adapters_alone, split_adapters
 from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
 from train.errors import InputError
@@ -52,6 +53,8 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
             of another model, no weights to be had.
     """
     source = source_of(model)
+    if source.adapter:
+        return _with_adapters(source, num_classes)
     if source.file is None:
         if source.state:
             raise InputError(
@@ -62,7 +65,7 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
     if num_classes is None:
         return load_checkpoint(source, path)
     said = _said(path, source.name)
-    file, found = _read_fitting(source, path)
+    file, found, adapters = _read_fitting(source, path)
     built = _create(completed := source.completed(), num_classes)
     for classifier in classifier_names(source.name):
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
@@ -74,7 +77,7 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
             found = found.with_new({key: own[key] for key in keys if key in own})
     load_weights(built, found, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
-    return built
+    return adapters.merged_into(built, source.name) if adapters else built
 
 
 def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
@@ -96,9 +99,9 @@ def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
             or of a kind that would be cast, a checkpoint of ours of another model.
         DamagedFileError: a file whose bytes are not the ones that were saved.
     """
-    source, path = replace(source_of(model), weights=str(path)), Path(path)
+    source, path = replace(source_of(model), weights=str(path), adapter=""), Path(path)
     said = _said(path, source.name)
-    file, found = _read_fitting(source, path)
+    file, found, adapters = _read_fitting(source, path)
     classifier = f"{classifier_names(source.name)[0]}.weight"
     head = found.tensors.get(classifier)
     if head is None:
@@ -106,15 +109,40 @@ def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
     built = _create(completed := source.completed(), _rows(head))
     load_weights(built, found, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
-    return built.eval()
+    return adapters.merged_into(built, source.name) if adapters else built.eval()
 
 
-def _read_fitting(source: ModelSource, path: Path) -> tuple[dict[str, torch.Tensor], Fit]:
-    """The tensors of a file, and which of the model's weights they are."""
-    file = read_state_dict(path, source.state)
+def _with_adapters(source: ModelSource, num_classes: int | None) -> nn.Module:
+    """The model of the source with its adapters merged; a head that was trained with them takes the other's place."""
+    if source.file is None and not source.pretrained:
+        raise InputError(
+            f"adapters {source.adapter} need the weights that they were trained on; give them with --model.weights "
+            "FILE, or timm's with --model.pretrained true"
+        )
+    adapters = read_adapters(Path(source.adapter))
+    classifier = classifier_names(source.name)[0]
+    built = build_model(replace(source, adapter=""), num_classes=None)
+    say_once(
+        f"{adapters.path}: adapters are merged into {source.file or f'timm’s pretrained weights of {source.name}'}"
+    )
+    if (classes := adapters.classes(classifier)) is not None:
+        cast(Any, built).reset_classifier(classes)
+    merged = adapters.merged_into(built, source.name)
+    if num_classes is not None and num_classes != cast(Any, merged).num_classes:
+        say_once(f"{adapters.path}: its head is left out; a new one for {num_classes} classes is trained")
+        cast(Any, merged).reset_classifier(num_classes)
+    return merged
+
+
+def _read_fitting(source: ModelSource, path: Path) -> tuple[dict[str, torch.Tensor], Fit, Adapters | None]:
+    """The tensors of a file, which of the model's weights they are, and adapters that are not merged into them yet."""
+    refuse_adapters_alone(path)
+    file, adapters = read_state_dict(path, source.state), None
+    if has_adapters(file):
+        file, adapters = split_adapters(file, path)
     with torch.device("meta"):  # names and shapes alone, in a moment
         outline = _create(source.completed(), None)
-    return file, fit(file, outline, classifier_names(source.name), path)
+    return file, fit(file, outline, classifier_names(source.name), path), adapters
 
 
 def _rows(head: torch.Tensor | None) -> int:
@@ -153,8 +181,10 @@ def head_size(source: ModelSource) -> int | None:
     Raises:
         InputError: a bad file.
     """
+    if source.adapter and (classes := read_adapters(Path(source.adapter)).classes(classifier_names(source.name)[0])):
+        return classes
     if source.file is not None:
-        _, found = _read_fitting(source, source.file)
+        _, found, _ = _read_fitting(source, source.file)
         head = found.tensors.get(f"{classifier_names(source.name)[0]}.weight")
         return None if head is None else _rows(head)
     return int(pretrained_cfg(source.name).num_classes) if source.pretrained else None

@@ -1,0 +1,273 @@
+"""Adapters as peft saves them, alone or within a model that they are not merged into: merged into a timm model.
+
+peft itself builds and merges them. What a file cannot say is in the `adapter_config.json` that peft writes beside it:
+how adapters are scaled, and whether they are DoRA's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from train.errors import InputError
+from train.files import require_file, what_lies_at
+from train.weight_files import say_once, shown
+from train.weights import read_state_dict
+
+__all__ = [
+    "Adapters",
+    "adapter_files",
+    "has_adapters",
+    "holds_adapters_alone",
+    "read_adapters",
+    "refuse_adapters_alone",
+    "split_adapters",
+]
+
+CONFIG = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+# What is followed, and what says nothing of a finished adapter. Anything else must be as peft has it by default.
+_FOLLOWED = (
+    *(
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "modules_to_save",
+    ),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+_OF_TRAINING = (
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+    ),
+    *("lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "megatron_core"),
+    *("runtime_config", "qalora_group_size", "ensure_weight_tying"),
+)
+# Initial values that change the weights below: peft does so again when it loads such adapters, to the same values.
+_CHANGING = ("pissa", "olora")
+_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_INSIDE = re.compile(r"^(.*\.)?base_model\.model\.")
+_PART = re.compile(
+    r"^(?P<module>.*)\.(?P<part>lora_(?:A|B|embedding_A|embedding_B)|lora_magnitude_vector)(?:\.(?P<name>[^.]+))?"
+    r"(?P<weight>\.weight)?$"
+)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters of one model, and what else was trained with them.
+
+    Args:
+        path: of the file, for messages.
+        settings: peft's, as far as they are followed.
+        tensors: under the names of the model's modules, as peft saves them.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def classes(self, classifier: str) -> int | None:
+        """Outputs of the classifier that was trained with them; None where none was."""
+        head = self.tensors.get(f"{classifier}.weight")
+        return None if head is None or not head.ndim else int(head.shape[0])
+
+    @torch.no_grad()
+    def merged_into(self, model: nn.Module, name: str) -> nn.Module:
+        """The plain model with the adapters in its weights, in evaluation mode.
+
+        Args:
+            model: with the weights that the adapters were trained on; changed in place.
+            name: of the model, for messages.
+
+        Raises:
+            InputError: they are of another model, or of no values that weights can have.
+        """
+        import peft
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice on training
+                adapted = peft.get_peft_model(cast(Any, model), peft.LoraConfig(**self.settings))
+                names = {f"base_model.model.{own}": tensor for own, tensor in self.tensors.items()}
+                missing = {own for own in peft.get_peft_model_state_dict(adapted) if own not in names}
+                found: Any = peft.set_peft_model_state_dict(adapted, names)
+                merged = cast(nn.Module, cast(Any, adapted).merge_and_unload())
+        except Exception as error:  # settings of any kind meet peft here: what it raises then cannot be known
+            raise InputError(
+                f"{self.path}: the adapters do not fit model {name} ({_first_line(error)}); give the model that they "
+                "were trained on"
+            ) from error
+        odd = [*found.unexpected_keys, *sorted(missing)]
+        if odd:
+            kind = "are not in the file" if missing and not found.unexpected_keys else f"are not of model {name}"
+            raise InputError(
+                f"{self.path}: adapters do not fit model {name}: {shown(_INSIDE.sub('', odd[0]))} and {len(odd) - 1} "
+                f"other(s) {kind}; give the model that they were trained on, or merge them where they were trained "
+                "(peft's merge_and_unload) and save the model"
+            )
+        for own, tensor in merged.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InputError(f"{self.path}: merging makes NaN or infinity in {own}; save the adapters again")
+        return merged.eval()
+
+
+def has_adapters(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether there are parts of adapters among tensors."""
+    return any(_PART.match(name) for name in tensors)
+
+
+def refuse_adapters_alone(path: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Refuse adapters where a model's weights are expected.
+
+    Args:
+        path: of the file or folder.
+        tensors: what it holds, once that is read.
+
+    Raises:
+        InputError: they are that.
+    """
+    if holds_adapters_alone(path) if tensors is None else _alone(tensors):
+        raise InputError(
+            f"{path} holds adapters of peft without the weights that they were trained on; name it with "
+            f"--model.adapter {path}, and those weights with --model.weights FILE (none: timm's pretrained ones)"
+        )
+
+
+def holds_adapters_alone(path: Path) -> bool:
+    """Whether a file or folder holds adapters without the weights that they were trained on."""
+    found = what_lies_at(path)
+    if found == "is a folder":
+        return any((path / name).is_file() for name in (CONFIG, *_FILES))
+    if found:
+        return False
+    return path.name in _FILES or ((path.parent / CONFIG).is_file() and _alone(read_state_dict(path)))
+
+
+def _alone(tensors: Mapping[str, torch.Tensor]) -> bool:
+    modules = {part["module"] for name in tensors if (part := _PART.match(name))}
+    return bool(modules) and not any(f"{m}.{of}weight" in tensors for m in modules for of in ("", "base_layer."))
+
+
+def adapter_files(path: Path) -> list[Path]:
+    """The file of adapters at a path or in a folder, and its configuration.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    if what_lies_at(path) == "is a folder":
+        path = next((path / name for name in _FILES if (path / name).is_file()), path / _FILES[0])
+    require_file(path, "file of adapters", "expected what peft's save_pretrained writes: a folder or its adapter_model")
+    config = path.parent / CONFIG
+    if not config.is_file():
+        raise InputError(
+            f"{path} holds adapters of peft, and there is no {CONFIG} beside it, which says how they are scaled; put "
+            "the one there that peft saved with them, or merge them where they were trained (merge_and_unload)"
+        )
+    return [path, config]
+
+
+def read_adapters(path: Path) -> Adapters:
+    """Adapters alone, of a file or a folder that peft's `save_pretrained` wrote.
+
+    Raises:
+        InputError: no such file, no configuration, adapters of a kind or with settings that are not followed here.
+    """
+    file, config = adapter_files(path)
+    tensors = read_state_dict(file)
+    if not _alone(tensors):
+        raise InputError(
+            f"{file} holds no adapters of LoRA or DoRA alone (it has {', '.join(map(shown, list(tensors)[:3]))}); "
+            "give the folder that peft's save_pretrained wrote"
+        )
+    return Adapters(file, _settings(config), {_INSIDE.sub("", name): tensor for name, tensor in tensors.items()})
+
+
+def split_adapters(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], Adapters]:
+    """A model's weights without the adapters in it, and these.
+
+    Args:
+        tensors: of a model that peft adapted, as its `state_dict` has them.
+        path: of the file; its `adapter_config.json` lies beside.
+
+    Raises:
+        InputError: adapters alone, several adapters, or see `read_adapters`.
+    """
+    refuse_adapters_alone(path, tensors)
+    plain: dict[str, torch.Tensor] = {}
+    parts: dict[str, torch.Tensor] = {}
+    names = set()
+    for full, tensor in tensors.items():
+        name = _INSIDE.sub("", full)
+        if part := _PART.match(name):
+            names.add(part["name"] or "default")
+            weight = "" if part["part"] == "lora_magnitude_vector" else part["weight"] or ""
+            parts[f"{part['module']}.{part['part']}{weight}"] = tensor
+        elif saved := re.match(r"^(.*)\.modules_to_save\.([^.]+)\.(.*)$", name):
+            names.add(saved[2])
+            plain[f"{saved[1]}.{saved[3]}"] = tensor
+        elif ".original_module." not in name:
+            plain[name.replace(".base_layer.", ".")] = tensor
+    if len(names) > 1:
+        raise InputError(
+            f"{path} holds several adapters ({', '.join(map(shown, sorted(names)))}), and nothing says which is meant; "
+            "merge the one where it was trained (peft's merge_and_unload) and save the model"
+        )
+    file, config = adapter_files(path)
+    say_once(f"{path}: adapters that are not merged yet are merged, as {config.name} beside it says")
+    return plain, Adapters(file, _settings(config) | {"modules_to_save": None}, parts)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What peft needs of an `adapter_config.json`."""
+    import peft
+
+    try:
+        said = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON ({_first_line(error)}); save the adapters again") from error
+    if not isinstance(said, dict) or said.get("peft_type") != "LORA":
+        kind = shown(said.get("peft_type")) if isinstance(said, dict) else "no table"
+        raise InputError(
+            f"{path} is of {kind}; adapters of LoRA and DoRA are merged here: merge others where they were trained "
+            "(peft's merge_and_unload) and save the model"
+        )
+    usual = peft.LoraConfig().to_dict()
+    for key, value in said.items():
+        if key not in (*_FOLLOWED, *_OF_TRAINING) and value not in (usual.get(key), None, False, {}, []):
+            raise InputError(
+                f"{path} has {shown(key)} {shown(json.dumps(value))}, which is not followed here; merge the adapters "
+                "where they were trained (peft's merge_and_unload) and save the model"
+            )
+    initial = said.get("init_lora_weights")
+    if initial not in (*_PLAIN, *_CHANGING):
+        raise InputError(
+            f"{path} has init_lora_weights {shown(json.dumps(initial))}, which changed the weights below in a way that "
+            "cannot be done again; merge the adapters where they were trained (merge_and_unload) and save the model"
+        )
+    followed = {key: said[key] for key in _FOLLOWED if said.get(key) is not None}
+    return followed | {"init_lora_weights": initial if initial in _CHANGING else True, "lora_dropout": 0.0}
+
+
+def _first_line(error: Exception) -> str:
+    return shown(" ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
