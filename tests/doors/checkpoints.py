@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import save
 
 from tests.fuzz import Trial, changed, random_of
@@ -21,7 +21,7 @@ from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
 from train.weight_files import say_once
 
-SHARE = 40
+SHARE = 30
 MODEL = "test_vit"
 
 State = dict[str, torch.Tensor]
@@ -83,9 +83,6 @@ def _begun(start: str, state: State) -> State:
 def _layouts(state: State) -> dict[str, Any]:
     body = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
     half = {name: tensor * 0.5 for name, tensor in body.items()}
-    config = transformers.ViTConfig(
-        hidden_size=64, num_hidden_layers=6, num_attention_heads=2, intermediate_size=192, image_size=160
-    )
     return {
         "plain": state,
         "timm": {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1), "best": np.float64(0.5)},
@@ -98,10 +95,36 @@ def _layouts(state: State) -> dict[str, Any]:
         "ijepa": {"encoder": _begun("module.", body), "predictor": {"a": torch.zeros(2)}, "opt": {"state": {}}},
         "openclip": {**_begun("visual.trunk.", body), "logit_scale": torch.zeros(())},
         "dinov2": {**body, "mask_token": torch.zeros(1, 64)},
-        "transformers": dict(transformers.ViTModel(config).state_dict()),
+        "transformers": _begun("vit.", _of_transformers(body)),
         "optimizer": torch.optim.Adam([torch.nn.Parameter(torch.ones(2))]).state_dict(),
         "adapters": {f"base_model.model.{name}.lora_A.weight": torch.zeros(2, 64) for name in ("a", "b")},
     }
+
+
+def _of_transformers(state: State) -> State:
+    """Under the names of ViTModel, with query, key and value apart."""
+    found: State = {}
+    for name, tensor in state.items():
+        for ours, theirs in (
+            (r"^(cls_token|patch_embed)", r"embeddings.\1"),
+            (r"patch_embed\.", "patch_embeddings."),
+            (r"^pos_embed$", "embeddings.position_embeddings"),
+            (r"^norm\.", "layernorm."),
+            (r"^blocks\.", "encoder.layer."),
+            (r"norm1\.", "layernorm_before."),
+            (r"norm2\.", "layernorm_after."),
+            (r"attn\.proj\.", "attention.output.dense."),
+            (r"mlp\.fc1\.", "intermediate.dense."),
+            (r"mlp\.fc2\.", "output.dense."),
+        ):
+            name = re.sub(ours, theirs, name)
+        name = name.replace("patch_embeddings.proj.", "patch_embeddings.projection.")
+        if ".attn.qkv." in name:
+            for part, of in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                found[name.replace("attn.qkv", f"attention.attention.{part}")] = of
+        else:
+            found[name] = tensor
+    return found
 
 
 def _formats(content: Any) -> dict[str, bytes]:
