@@ -43,11 +43,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(images: Path, outputs: Path, *more: str) -> list[str]:
-    return [
-        *("sweep", "--data.root", str(images / "val"), "--outputs", str(outputs), "--model.name", "test_vit"),
+    """A sweep; what `more` gives is given instead."""
+    given = [
+        *("--data.root", str(images / "val"), "--outputs", str(outputs), "--model.name", "test_vit"),
         *("--model.weights", str(images / "vit.safetensors"), "--model.img_size", "32", "--sweep.ranks", "1,2"),
         *("--sweep.trials", "3", "--sweep.epochs", "2", "--train.batch_size", "16", "--train.precision", "fp32", *more),
     ]
+    flags = dict(zip(given[::2], given[1::2], strict=True))
+    return ["sweep", *(part for flag in flags.items() for part in flag)]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_the_classifier_of_a_resnet_is_what_is_adapted(images: Path, tmp_path: P
     outputs = tmp_path / "out"
     arguments = ["--model.name", "test_resnet", "--model.weights", str(images / "resnet.safetensors")]
     arguments += ["--model.img_size", "0", "--sweep.bases", "int1", "--sweep.ranks", "2", "--sweep.trials", "1"]
-    assert main([*command(images, outputs), *arguments, "--sweep.epochs", "1"]) == 0
+    assert main(command(images, outputs, *arguments, "--sweep.epochs", "1")) == 0
     (checkpoint,) = (outputs / "sweep" / "lora_paper_init").glob("quant=int1_r=2_eval_acc=*.safetensors")
     found, start = read_checkpoint(checkpoint), build_model("test_resnet", num_classes=3)
     start.load_state_dict(load_file(images / "resnet.safetensors"))
