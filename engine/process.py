@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import select
@@ -49,10 +48,13 @@ def open_streams() -> None:
 
 
 def find_modules_here() -> None:
-    """Let a metric of the user's own be found in the working directory; last, so that no file there hides a package."""
-    with contextlib.suppress(FileNotFoundError):  # a folder that is gone holds none
-        if (here := os.getcwd()) not in sys.path:
-            sys.path.append(here)
+    """Let a metric of the user's own be found in the working directory; last, so that no file there hides a package.
+
+    Raises:
+        FileNotFoundError: the directory is gone.
+    """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
 
 
 def reader_left() -> bool:

@@ -288,7 +288,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_streams()
-    find_modules_here()
     _show_log()
     try:
         return _answered(arguments)
@@ -359,6 +358,10 @@ def _run(arguments: list[str]) -> int:
             f"{shortened(name)} is not a command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})"
         )
     command = COMMANDS[name]
+    try:
+        find_modules_here()
+    except FileNotFoundError as error:
+        raise InputError("the folder that this was started in is gone; change to one that is there") from error
     conditions = dict.fromkeys(
         ["baseline", "finetuned", *(m[1] for a in arguments if (m := _CONDITION_FLAG.fullmatch(a)))]
     )

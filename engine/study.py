@@ -195,7 +195,7 @@ class Study:
             write_json(path, controls)
 
         self.journal.stage("controls", inputs, [path], work, reads=[run.checkpoint for run in self.runs])
-        for control in json.loads(path.read_text()):
+        for control in json.loads(path.read_bytes()):
             if not control["held"]:
                 say(f"CONTROL DID NOT HOLD: {control['title']}: {control['detail']}")
 
@@ -249,7 +249,7 @@ class Study:
             extra = results | {
                 "accuracy": self._accuracy(),
                 "classifiers": self._classifiers(),
-                "controls": json.loads(controls_path.read_text()) if controlled else [],
+                "controls": json.loads(controls_path.read_bytes()) if controlled else [],
                 "data": self.data.summary(),
                 "undefined": json.loads(table.attrs["undefined"]),
                 "prefix_mass_warning": prefix_mass_warning(table),

@@ -88,6 +88,13 @@ def test_a_terminal_without_unicode(store: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["path"] == str(path)
 
 
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    done = shell('cd gone && rmdir ../gone && "$PY" -m engine.run train', tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: the folder that this was started in is gone; change to one")
+
+
 def test_an_interrupt_while_it_is_imported(tmp_path: Path) -> None:
     code = (
         "import builtins, runpy\n"
