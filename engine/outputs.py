@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
+from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
@@ -104,7 +105,7 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
         self._journal.write(self._outputs / "study.toml", self._study.encode())
 
     def _refuse_another_study(self) -> None:
-        """The study of another model or of other data would replace what the one before left: hours of work.
+        """A study of another model, other data or other recipes would replace what the one before left: hours of work.
 
         Raises:
             InputError: study.toml is of such a study.
@@ -114,15 +115,16 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
             return
         try:
             before = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):  # none, or a damaged one, which is written again
+        except (OSError, ValueError, RecursionError):  # none, or a damaged one, which is written again
             return
         now = tomllib.loads(self._study)
-        for section, key in (("model", "name"), ("data", "kind")):
-            was, is_ = (toml.get(section, {}).get(key) for toml in (before, now))
-            if was is not None and was != is_:
+        recipes = (("conditions", name, "recipe") for name in now.get("conditions", {}))
+        for key in (("model", "name"), ("data", "kind"), *recipes):
+            was, is_ = (reduce(lambda table, part: table.get(part, {}), key, toml) for toml in (before, now))
+            if was and was != is_:
                 self.__exit__()
                 raise InputError(
-                    f"{self._outputs} holds a study with {section}.{key} {was}, and this one has {is_}: it would "
+                    f"{self._outputs} holds a study with {'.'.join(key)} {was}, and this one has {is_}: it would "
                     "replace the other's results; give another folder with --outputs, or the study that is there with "
                     f"--config {path}"
                 )

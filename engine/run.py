@@ -320,7 +320,7 @@ def _answered(arguments: list[str]) -> int:
 def _sentence_of(error: Exception) -> str:
     """An error's message on one line of the terminal, whatever names are in it."""
     text = printable(sentence(error))
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[3 - _LONGEST // 2 :]}"
 
 
 def _batch_keys(name: str) -> list[str]:

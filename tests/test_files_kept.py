@@ -259,10 +259,17 @@ def test_a_folder_in_the_place_of_a_file_of_an_outputs_folder_is_named(tmp_path:
         OutputsFolder(tmp_path, "", Journal(tmp_path / "run.jsonl")).__enter__()
 
 
-@pytest.mark.parametrize("other", ['[model]\nname = "b"\n[data]\nkind = "folder"', '[data]\nkind = "digits"'])
+@pytest.mark.parametrize(
+    "other",
+    [
+        '[model]\nname = "b"\n[data]\nkind = "folder"',
+        '[data]\nkind = "digits"',
+        '[model]\nname = "a"\n[data]\nkind = "folder"\n[conditions.base]\nrecipe = "checkpoint"',
+    ],
+)
 def test_a_study_of_another_model_or_other_data_does_not_replace_one(tmp_path: Path, other: str) -> None:
     """The embedded study, started in the folder of a study of hours, trained over its checkpoints."""
-    study = '[model]\nname = "a"\n[data]\nkind = "folder"'
+    study = '[model]\nname = "a"\n[data]\nkind = "folder"\n[conditions.base]\nrecipe = "probe"\n'
     journal = Journal(tmp_path / "run.jsonl")
     for begun in (other, study):
         with OutputsFolder(tmp_path, begun, journal) as place:
@@ -271,11 +278,12 @@ def test_a_study_of_another_model_or_other_data_does_not_replace_one(tmp_path: P
     journal.stage("train", {}, [tmp_path / "study.toml"], lambda: None)
     before = tree(tmp_path)
     with pytest.raises(
-        InputError, match=r"holds a study with (model\.name a|data\.kind folder), .*--config .*study\.toml"
+        InputError,
+        match=r"holds a study with (model\.name a|data\.kind folder|conditions\.base\.recipe probe), .*--config ",
     ):
         OutputsFolder(tmp_path, other, journal).__enter__()
     assert tree(tmp_path) == before
-    with OutputsFolder(tmp_path, f"{study}\nroot = 'moved'", journal):
+    with OutputsFolder(tmp_path, f"{study}[conditions.more]\nrecipe = 'full'\n", journal):
         pass
 
 
