@@ -29,10 +29,12 @@ def foreseen(error: Exception, batch_keys: Sequence[str] = ()) -> Exception:
         error: what ended a command.
         batch_keys: the keys that decide how much memory the command takes.
     """
-    from store.disk import disk_error, is_refusal
+    from store.disk import DiskError, disk_error, is_refusal
 
     if exit_code(error) is None or isinstance(error, OSError):
         for found in _chain(error):
+            if str(found).startswith(f"[Errno {errno.ENOENT}] No usable temporary directory"):  # Python's tempfile
+                return DiskError("no folder for temporary files can be written; set TMPDIR to one that can")
             if isinstance(found, OSError) and is_refusal(found):
                 return disk_error(f"{found.filename or 'a file'} cannot be read or written", found)
     if exit_code(error) is None:

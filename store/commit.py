@@ -40,7 +40,7 @@ COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one a metric of
 
 def available_cpus() -> int:
     """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Committer:

@@ -13,7 +13,8 @@ from numba import njit
 
 __all__ = ["bfloat16_to_float32", "float16_to_float32", "float32_to_bfloat16", "float32_to_float16"]
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+# Not kept on disk: each compiles in 0.2 s, and a cache is one more thing that can be full, damaged or read-only.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 _SIGN, _MAGNITUDE = np.uint32(0x8000), np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)

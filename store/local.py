@@ -98,7 +98,8 @@ class LocalStorage(Storage):
     def read_range(self, file: str, offset: int, length: int) -> Array:
         buffer = scratch("read", length)
         with open(self.path / file, "rb", buffering=0) as stream:
-            done = os.preadv(stream.fileno(), [buffer.data], offset)
+            stream.seek(offset)
+            done = stream.readinto(buffer.data)
         return buffer[:done]
 
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:

@@ -158,6 +158,8 @@ def test_an_error_of_the_disk_is_found_wherever_it_came_from() -> None:
         assert exit_code(found) == 1
         assert "no space left on its disk; free some space" in str(found)
     assert "/a/b" in str(foreseen(OSError(errno.ENOSPC, "x", "/a/b")))
+    no_folder = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+    assert "set TMPDIR" in str(foreseen(no_folder))
     for fault in (RuntimeError("a fault of ours"), FileNotFoundError(errno.ENOENT, "x", "/a/b"), KeyError(28)):
         assert foreseen(fault) is fault
 
@@ -179,6 +181,13 @@ def test_memory_that_cannot_be_had_names_the_key_to_lower(error: Exception) -> N
     assert "lower --train.batch_size or --capture.batch_size" in str(found)
     assert len(str(found).splitlines()) == 1
     assert "lower" not in str(foreseen(error))
+
+
+def test_memory_that_no_machine_has_in_the_words_of_today() -> None:
+    for allocate in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
+        with pytest.raises((RuntimeError, MemoryError)) as error:
+            allocate()
+        assert isinstance(foreseen(error.value), MemoryExhaustedError)
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "file/out", "file"])
