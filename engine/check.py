@@ -274,7 +274,7 @@ def _check_methods(methods: Sequence[str], model: torch.nn.Module, preprocessing
         try:
             relevance_maps(model, _noise(preprocessing, 1, device), [0], method)
         except CaptureError as error:
-            raise InputError(f"relevance.methods names {method}, which this model does not have: {error}") from error
+            raise InputError(f"leave {method} out of relevance.methods, as this model has none: {error}") from error
 
 
 def _measure_once(model: torch.nn.Module, image: torch.Tensor, specs: Sequence[MetricSpec], backend: str) -> None:

@@ -153,7 +153,7 @@ ALL_LINEAR = r"blocks\..*\.qkv"
     ("name", "flags", "sentence"),
     [
         ("vit_relpos_small_patch16_224", ["--measure.metrics", "cls_entropy"], "this layout has no class token"),
-        ("vit_small_patch16_18x2_224", ["--conditions.dora.targets", ALL_LINEAR], "names gradcam, which this model"),
+        ("vit_small_patch16_18x2_224", ["--conditions.dora.targets", ALL_LINEAR], "leave gradcam out of relevance.m"),
     ],
 )
 def test_models_that_do_not_have_what_is_asked_for(
