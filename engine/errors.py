@@ -9,10 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from train.errors import InputError, TrainingDivergedError, WorkerLostError
 
-__all__ = ["MemoryExhaustedError", "exit_code", "foreseen", "reason_of", "sentence"]
-
-# A folder, a file or a link in the place of something else.
-_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+__all__ = ["MemoryExhaustedError", "exit_code", "foreseen", "reason_of"]
 
 # What torch and others raise as a RuntimeError.
 _NO_MEMORY = re.compile(r"can(?:not|'t) allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
@@ -92,10 +89,3 @@ def reason_of(error: Exception) -> str:
     error = foreseen(error)
     text = " ".join(str(error).split())
     return text if exit_code(error) is not None else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def sentence(error: Exception) -> str:
-    """An error's message; of what lies in the place of a file or a folder, with what to do."""
-    if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
-        return f"{error.filename} is in the way: another kind of file is needed there ({error.strerror}); move it away"
-    return str(error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from kernels import TokenLayout
 from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
 from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
-from store.hdf5_attention import AttentionFile, Dataset, export_attention, is_export
+from store.hdf5_attention import AttentionFile, Dataset, export_attention, is_export, rehearse
 from store.hdf5_values import shown_precision
 from store.places import containing_store, require_place, storage_at
 from store.schema import OtherRunError, UnfinishedStoreError
@@ -70,7 +72,12 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
         )
     path = Path(config.hdf5.file)
     require_file(path, "file", "expected an HDF5 file of attention")
-    with AttentionFile(path, axes) as file:
+    try:
+        rehearse(path, axes)
+        opened = AttentionFile(path, axes)
+    except StoreError as error:
+        raise InputError(str(error)) from error
+    with opened as file:
         say(f"import {path.name}: {file.order}: {file.num_images} images, {len(file.layers)} layers")
         if file.unused:
             more = f" and {len(file.unused) - 5} more" if len(file.unused) > 5 else ""
@@ -99,13 +106,13 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
         )
         missing = np.zeros(len(file.layers), np.int64)  # rows without values, [layer]
         image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-        with _writer(config.capture.store, schema, file) as writer:
+        with _removed_if_refused(_writer(config.capture.store, schema, file)) as writer:
             rows = {batch: schema.batch_rows(batch) for batch in writer.missing}
             done = schema.num_images - sum(of.stop - of.start for of in rows.values())
             with ImageProgress(f"import {path.name}", schema.num_images, done, image_bytes) as progress:
                 for batch, of in rows.items():
                     for number, layer in enumerate(file.layers):
-                        maps = layer.read(of)
+                        maps = _read(layer, of)
                         missing[number] += _checked(path, layer, maps, of.start, encoding)
                         writer.add_attention(batch, number, maps)
                     writer.commit(batch)
@@ -138,6 +145,27 @@ def _writer(place: str, schema: StoreSchema, file: AttentionFile) -> AttentionWr
         raise
 
 
+@contextlib.contextmanager
+def _removed_if_refused(writer: AttentionWriter) -> Iterator[AttentionWriter]:
+    """The writer, open; what it wrote is removed again when the file turns out to hold something else than attention.
+
+    After any other failure the same import goes on from it.
+    """
+    try:
+        with writer:
+            yield writer
+    except InputError:
+        AttentionWriter.discard(writer.path)
+        raise
+
+
+def _read(layer: Dataset, rows: slice) -> np.ndarray:
+    try:
+        return layer.read(rows)
+    except StoreError as error:
+        raise InputError(str(error)) from error
+
+
 def _checked(path: Path, layer: Dataset, maps: np.ndarray, first: int, encoding: str) -> int:
     """How many rows hold NaN; all others must be post-softmax attention, and stay so in the store.
 
@@ -155,13 +183,13 @@ def _checked(path: Path, layer: Dataset, maps: np.ndarray, first: int, encoding:
     row = f"{path}: {layer.name}: the row of image {first + image}, head {head}, query {query}"
     total = wide[image, head, query].sum()
     if valid_rows(wide[image, head, query], tolerance):
-        raise StoreError(
+        raise InputError(
             f"{row} sums to {total:.6g}, as rows of {precision} do, and {encoding} is read as attention within "
             f"{kept:g} only; import it with --encoding bf16"
         )
     columns = valid_rows(wide[image, head].T, tolerance).all()
     hint = "; its columns do, so if keys come before queries, say so with --axes" if columns else ""
-    raise StoreError(
+    raise InputError(
         f"{row} sums to {total:.6g} and is no post-softmax attention; expected non-negative values that sum to 1 "
         f"within {tolerance:g} ({precision}){hint}"
     )
@@ -208,5 +236,5 @@ def _own_layout(text: str) -> TokenLayout | None:
     try:
         values: Any = json.loads(text)
         return TokenLayout.from_dict(values)
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError):
         return None

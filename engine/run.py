@@ -24,7 +24,7 @@ try:
     from typing import TYPE_CHECKING, Any
 
     from engine.config import StudyConfig, config_keys, load_study, parse_value
-    from engine.errors import exit_code, foreseen, sentence
+    from engine.errors import exit_code, foreseen
     from engine.flags import DASHES, FlagParser
     from engine.values import nearest, shortened
     from train.errors import InputError
@@ -319,7 +319,7 @@ def _answered(arguments: list[str]) -> int:
 
 def _sentence_of(error: Exception) -> str:
     """An error's message on one line of the terminal, whatever names are in it."""
-    text = printable(sentence(error))
+    text = printable(error)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[3 - _LONGEST // 2 :]}"
 
 

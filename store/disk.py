@@ -30,6 +30,7 @@ _REFUSALS = {
     errno.EEXIST: ("a file lies there", _ELSEWHERE),
     errno.ENOTDIR: ("a part of the path is a file", _ELSEWHERE),
     errno.EISDIR: ("a folder lies there", _ELSEWHERE),
+    errno.ELOOP: ("a link there leads to itself", f"remove the link, or {_ELSEWHERE}"),
     errno.ENAMETOOLONG: ("the path is too long", _ELSEWHERE),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
     errno.ENFILE: ("too many files are open on this machine", "close other programs"),

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from store.hdf5_file import new_hdf5
+from store.hdf5_input import attribute, datasets, open_hdf5, require_readable, survives
 from store.hdf5_seal import DAMAGE, check_seal, is_sealed
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
 from store.schema import MARK, StoreError, layer_path
 
-__all__ = ["AttentionFile", "Dataset", "export_attention", "is_export"]
+__all__ = ["AttentionFile", "Dataset", "export_attention", "is_export", "rehearse"]
 
 SCHEMA = f"{MARK}-hdf5/1"
 
@@ -167,14 +168,8 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
     """
 
     def __init__(self, path: str | os.PathLike[str], axes: Sequence[str] = ()) -> None:
-        import h5py
-
         self.path = Path(path)
-        try:
-            check_seal(self.path, SCHEMA)  # of an export of ours
-            self._file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be read as HDF5: {error}") from error
+        self._file = open_hdf5(self.path)
         try:
             found = self._found()
             ids = self._numbered(_IDS, read_names)
@@ -207,19 +202,14 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
 
     def _found(self) -> dict[str, Any]:
         """The datasets of four or five axes, in order."""
-        import h5py
-
         found: dict[str, Any] = {}
         unused: list[str] = []
-        known = (_IDS, _LABELS)
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and item.ndim in (4, 5):
-                found[name] = item
-            elif isinstance(item, h5py.Dataset) and not (item.is_scale or name in known or name.startswith(_CELLS)):
+        for name, dataset in datasets(self._file):
+            if dataset.ndim in (4, 5):
+                require_readable(self._file, name, dataset)
+                found[name] = dataset
+            elif not (dataset.is_scale or name in (_IDS, _LABELS) or name.startswith(_CELLS)):
                 unused.append(name)
-
-        self._file.visititems(visit)
         self.unused = tuple(sorted(unused, key=_natural))
         if not found:
             raise StoreError(
@@ -237,6 +227,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
             return None
         if not isinstance(dataset, h5py.Dataset):
             raise StoreError(f"{self.path}: {name} is a group; expected a dataset with an entry for each image")
+        require_readable(self._file, name, dataset)
         return read(dataset)
 
     def _ordered(
@@ -309,13 +300,13 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
                 return self._maps(first, dataset, layer, rows)
             return np.concatenate([self._maps(one, data, layer, slice(None)) for one, data in sources[rows]])
 
-        layout, precision = dataset.attrs.get("layout", ""), dataset.attrs.get("precision", "")
+        precision = attribute(dataset, "precision")
         return Dataset(
             name=name,
-            site=str(dataset.attrs.get("site", name)),
+            site=attribute(dataset, "site") or name,
             heads=self._length(first, found, "head"),
             tokens=self._length(first, found, "query"),
-            layout=layout if isinstance(layout, str) else repr(layout),
+            layout=attribute(dataset, "layout"),
             precision=precision if precision in FLOATS else "",
             read=read,
         )
@@ -339,6 +330,25 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         self._file.close()
 
 
+def rehearse(path: Path, axes: Sequence[str]) -> None:
+    """Read a little of each layer of a file in a copy of this process, for HDF5's library can end it on a damaged one.
+
+    An export of ours is compared with its seal instead.
+
+    Raises:
+        StoreError: it does end it, or does not come back; or an export is damaged.
+    """
+
+    def read() -> None:
+        with AttentionFile(path, axes) as file:
+            for layer in file.layers:
+                for image in {0, file.num_images - 1}:
+                    layer.read(slice(image, image + 1))
+
+    if path.is_file() and not check_seal(path, SCHEMA) and not survives(read):
+        raise StoreError(f"{path} is damaged: HDF5's library fails on it; copy it again, or write it again")
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """layer_2 before layer_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(len(part.lstrip("0")), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from store.hdf5_input import attribute, require_readable
 from store.precisions import Array
 from store.schema import StoreError
 
@@ -151,15 +152,28 @@ def _texts(dataset: Any) -> list[str] | None:
     if h5py.check_string_dtype(dataset.dtype) is not None:
         return [_decoded(value) for value in np.ravel(dataset[...])]
     if h5py.check_ref_dtype(dataset.dtype) is not None:
-        cells = [dataset.file[reference] for reference in np.ravel(dataset[...]) if reference]
-        return [_characters(cell, np.ravel(cell[...])) for cell in cells]
+        return [_cell(dataset, reference) for reference in np.ravel(dataset[...]) if reference]
     if dataset.dtype.kind != "u" or dataset.dtype.itemsize > 2 or dataset.ndim > 2:
         return None
-    if dataset.attrs.get("MATLAB_class") in (b"char", "char"):  # stored with its axes in reverse
+    if attribute(dataset, "MATLAB_class") == "char":  # stored with its axes in reverse
         return [_characters(dataset, row) for row in np.atleast_2d(dataset[...].T)]
     if dataset.ndim == 2 and 1 not in dataset.shape:
         return [_characters(dataset, row) for row in dataset[...]]
     return None
+
+
+def _cell(dataset: Any, reference: Any) -> str:
+    """Text of a cell of MATLAB's."""
+    import h5py
+
+    try:
+        cell = dataset.file[reference] if type(reference) is h5py.Reference else None
+    except (ValueError, KeyError, RuntimeError):  # what it led to was removed
+        cell = None
+    if not isinstance(cell, h5py.Dataset) or cell.dtype.kind != "u":
+        raise StoreError(f"{_place(dataset)} holds a reference that leads to no text; expected text in each cell")
+    require_readable(dataset.file, cell.name or "a cell", cell)
+    return _characters(cell, np.ravel(cell[...]))
 
 
 def _characters(dataset: Any, codes: Array) -> str:
@@ -201,8 +215,8 @@ def _place(dataset: Any) -> str:
 def read_class_names(file: Any) -> list[str]:
     """Names of the classes, as an export keeps them; none if the attribute is missing or something else."""
     try:
-        names = json.loads(file.attrs.get("class_names", "[]"))
-    except (TypeError, ValueError):
+        names = json.loads(attribute(file, "class_names") or "[]")
+    except (ValueError, RecursionError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
 

@@ -27,7 +27,7 @@ from store.metadata import Metadata
 from store.places import require_place, storage_at
 from store.precisions import Array
 from store.removal import schema_of
-from store.schema import SCHEMA, STORE_FILES, StoreError, StoreSchema
+from store.schema import LEDGER_FILES, SCHEMA, STORE_FILES, StoreError, StoreSchema
 from store.shards import FileEntry
 from store.storage import Location, Lock, Storage
 
@@ -137,6 +137,8 @@ class AttentionWriter:
                 root.own_files(STORE_FILES)
                 ledger.clear()
                 root.clear(STORE_FILES)
+                if root.near:
+                    ledger.storage.clear(LEDGER_FILES)  # the lock, too, and the folder; elsewhere it goes by itself
         except OSError as error:
             raise disk_error(f"{root} cannot be removed", error) from error
 
