@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engine.toml_file import read_toml
 from engine.values import INT64, NotBoolean, OneLine, Plain, Two, described, plain_value, shortened, validated
+from store.redaction import redacted
 from train.errors import InputError
 
 __all__ = [
@@ -238,6 +239,14 @@ class MeasureConfig:
     against: Place = _key("", "measure: the second condition's store, which pair metrics compare with")
     scheduler: Text = _key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")
 
+    def __post_init__(self) -> None:
+        """Found before the hours that may lie before the first measurement."""
+        if self.scheduler and not re.fullmatch(r"[a-z]+://[^\s@?#]+:\d+", self.scheduler):
+            raise InputError(
+                f"measure.scheduler is {redacted(self.scheduler)!r}; expected tcp://HOST:PORT of a running "
+                "`dask scheduler`"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hdf5Config:
@@ -443,7 +452,7 @@ def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
 
 
 def study_toml(config: StudyConfig) -> str:
-    """The configuration as a study.toml with every key, which given back repeats the study."""
+    """The configuration as a study.toml with every key, which given back repeats the study; without secrets of URLs."""
     import tomli_w
 
     return tomli_w.dumps(_plain(dataclasses.asdict(config)))
@@ -452,4 +461,6 @@ def study_toml(config: StudyConfig) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return redacted(value) if isinstance(value, str) else value

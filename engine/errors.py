@@ -73,7 +73,7 @@ def exit_code(error: Exception) -> int | None:
     store, kernels, cluster = (sys.modules.get(name) for name in ("store", "kernels", "engine.cluster"))
     if cluster is not None and isinstance(error, cluster.ClusterError):
         return 1
-    if store is not None and isinstance(error, store.StoreError):
+    if store is not None and isinstance(error, store.StoreError | store.NetworkError):
         return 1
     if kernels is not None and isinstance(
         error, kernels.InvalidAttentionError | kernels.BackendUnavailableError | kernels.MetricError

@@ -152,13 +152,14 @@ def _import(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
 
 def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from store.storage import location_of
     from store.verify import verify
 
     damages = verify(arguments.store)
     for damage in damages:
         print(damage)
     if not damages:
-        print(f"{arguments.store} is sound")
+        print(f"{location_of(arguments.store)} is sound")
     return 1 if damages else 0
 
 

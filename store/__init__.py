@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from store.disk import DiskError
-from store.schema import SCHEMA, FactorSchema, LayerSchema, StoreError, StoreSchema
+from store.schema import SCHEMA, FactorSchema, LayerSchema, NetworkError, StoreError, StoreSchema
 
 if TYPE_CHECKING:
     from store.arrays import estimate_bytes as estimate_bytes
@@ -39,6 +39,7 @@ __all__ = [
     "Factors",
     "LayerSchema",
     "MetricWriter",
+    "NetworkError",
     "StoreError",
     "StoreSchema",
     "estimate_bytes",

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from store.precisions import Array
+from store.redaction import redacted
 from store.removal import UNFINISHED, is_unfinished, remove
-from store.schema import StoreError
+from store.schema import NetworkError, StoreError
 from store.storage import Lock, Storage, StoreUrl, Write
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class ObjectStorage(Storage):
             raise StoreError(
                 f"{location} is no URL of a store ({_sentence(error)}); expected s3://bucket/run.zarr, gs://, az://, "
                 "https:// or file://"
-            ) from error
+            ) from None
 
     def beside(self, name: str) -> ObjectStorage:
         return ObjectStorage(self._objects, StoreUrl(f"{self.location.rpartition('/')[0]}/{name}"))
@@ -206,8 +207,8 @@ class ObjectStorage(Storage):
 
         try:
             self._call("put", file, content, mode="create")
-        except OSError as error:
-            if isinstance(error.__cause__, AlreadyExistsError):
+        except NetworkError as error:
+            if isinstance(error.__context__, AlreadyExistsError):
                 return False
             raise
         return True
@@ -225,10 +226,10 @@ class ObjectStorage(Storage):
 
         try:
             yield
-        except (FileNotFoundError, NotFoundError) as error:
-            raise FileNotFoundError(f"there is no {self.where(file)}") from error
+        except (FileNotFoundError, NotFoundError):
+            raise FileNotFoundError(f"there is no {self.where(file)}") from None
         except (BaseError, PermissionError, NotImplementedError) as error:
-            raise OSError(f"{self.where(file)}: {_sentence(error)}") from error
+            raise NetworkError(f"{self.where(file)}: {_sentence(error)}") from None  # its own text has the whole URL
 
 
 class _LockObject:
@@ -290,5 +291,5 @@ def _runs(process: int) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    """obstore's first line; what follows is for its developers."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """obstore's first line, without secrets of a URL in it; what follows is for its developers."""
+    return redacted((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -27,6 +27,7 @@ __all__ = [
     "DamagedStoreError",
     "FactorSchema",
     "LayerSchema",
+    "NetworkError",
     "OtherRunError",
     "StoreError",
     "StoreSchema",
@@ -55,6 +56,10 @@ _METRIC_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 class StoreError(RuntimeError):
     """A store that cannot be opened, read or written as asked; the message names the unit at fault."""
+
+
+class NetworkError(OSError):
+    """What an object store or the network on the way to it answers; the message is a sentence that names the URL."""
 
 
 class OtherRunError(StoreError):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from store.precisions import Array
+from store.redaction import redacted
 from store.schema import StoreError
 
 __all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of"]
@@ -27,9 +28,18 @@ Write = Callable[[bytes], int]  # takes all of it, and gives its length
 
 
 class StoreUrl(str):
-    """The URL of a store; like a path, it has a name."""
+    """The URL of a store; like a path, it has a name. Where it is shown or written, no secret in it is."""
 
     __slots__ = ()
+
+    def __str__(self) -> str:
+        return redacted(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+    def __repr__(self) -> str:
+        return repr(str(self))
 
     @property
     def name(self) -> str:
@@ -43,13 +53,31 @@ def location_of(given: str | os.PathLike[str]) -> Location:
     """A store's path as every part of this package uses it: absolute, without a trailing slash; or its URL.
 
     In a file:// URL, as `Path.as_uri` and others write it, spaces and other letters stand as %20, ….
+
+    Raises:
+        StoreError: a URL with a password where none is used, or with a query.
     """
     text = os.fspath(given)
     if text.startswith("file://"):
         text = unquote(text.removeprefix("file://"))
     elif "://" in text:
-        return StoreUrl(text.rstrip("/"))
+        return _store_url(text)
     return Path(os.path.abspath(text))
+
+
+def _store_url(text: str) -> StoreUrl:
+    shown = redacted(text)
+    if "?" in text or "#" in text:
+        raise StoreError(
+            f"{shown} has a query; expected the URL of a store, which ends in its name: what signs requests is read "
+            "from the environment (AZURE_STORAGE_SAS_KEY, AWS_ACCESS_KEY_ID, …)"
+        )
+    if shown != text and not text.startswith(("http://", "https://")):
+        raise StoreError(
+            f"{shown} holds a user or a password, which no object store reads from its URL; give keys in the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, …)"
+        )
+    return StoreUrl(text.rstrip("/"))
 
 
 class Lock(Protocol):

@@ -7,6 +7,7 @@ import re
 import stat
 from pathlib import Path, PurePath
 
+from store.redaction import redacted
 from train.errors import InputError
 
 __all__ = ["id_of", "path_of", "printable", "require_file", "what_lies_at"]
@@ -45,8 +46,10 @@ def _bytewise(content: bytes) -> str:
 
 
 def printable(text: object) -> str:
-    """A text, such as a path, on one line that a terminal shows as it is meant; what cannot be shown is escaped."""
-    return "".join(c if c.isprintable() else _escape(c) for c in str(text))
+    """A text, such as a path, on one line that a terminal shows as it is meant; what cannot be shown is escaped, and
+    secrets in URLs are left out.
+    """
+    return redacted("".join(c if c.isprintable() else _escape(c) for c in str(text)))
 
 
 def _escape(character: str) -> str:
