@@ -207,7 +207,7 @@ def test_bad_flags_are_one_sentence(
         return capsys.readouterr().err
 
     assert "backend is 'numbaa'; expected auto or one of reference" in error("--measure.backend", "numbaa")
-    assert "there is no metric to measure" in error("--metrics", "")
+    assert "--measure.metrics is an empty list; expected a list that is not empty" in error("--metrics", "")
     monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
     assert "NUMBA_NUM_THREADS is 'many'; expected a positive number" in error("--metrics", "gini")
 
