@@ -5,8 +5,9 @@ record. Credentials and endpoints come from the environment, as obstore reads th
 AWS_ENDPOINT_URL, …).
 
 The lock is an object that is PUT on condition that there is none (If-None-Match). Nobody takes it away when its writer
-dies: a run on the same machine does, if that process is gone, and one on another machine says whose it is. Were two
-runs to write one store all the same, they would PUT the same bytes under the same names.
+dies: a run on the same machine replaces it, if that process is gone, on condition that it is still the one that it read
+(If-Match), and one on another machine says whose it is. Were two runs to write one store all the same, they would PUT
+the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -201,17 +202,25 @@ class ObjectStorage(Storage):
             raise StoreError(f"{self} is not shared by the run that this process belongs to; start it again")
         yield lock
 
-    def put_first(self, file: str, content: bytes) -> bool:
-        """Put an object if there is none of that name; whether there was none."""
-        from obstore.exceptions import AlreadyExistsError
+    def put_over(self, file: str, content: bytes, version: Any = None) -> bool:
+        """Put an object in the place of one version of it, None: of none; whether that is what was there."""
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:
-            self._call("put", file, content, mode="create")
+            self._call("put", file, content, mode="create" if version is None else version)
+        except FileNotFoundError:
+            return False
         except NetworkError as error:
-            if isinstance(error.__context__, AlreadyExistsError):
+            if isinstance(error.__context__, AlreadyExistsError | PreconditionError):
                 return False
             raise
         return True
+
+    def read_version(self, file: str) -> tuple[bytes, Any]:
+        """An object's content, and what `put_over` knows this version of it by."""
+        found = self._call("get", file)
+        version = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key] is not None}
+        return bytes(found.bytes()), version
 
     def _call(self, function: str, file: str, *args: Any, **kwargs: Any) -> Any:
         with self._named(file):
@@ -245,14 +254,14 @@ class _LockObject:
         Raises:
             StoreError: another writer holds it, or may.
         """
-        if self._put_first():
+        if self._storage.put_over("lock", self._content()):
             return
-        holder = self.holder()
-        if holder.get("host") == self._mine["host"] and not self._lives(int(holder["process"])):
-            self._storage.remove("lock")
-            if self._put_first():
+        holder, version = self._held()
+        if holder.get("host") == self._mine["host"] and not self._lives(holder.get("process")):
+            # Of several that find it so, one replaces the version that they all have read.
+            if version and self._storage.put_over("lock", self._content(), version):
                 return
-            holder = self.holder()
+            holder, _ = self._held()
         process, host = (holder.get(key, "unknown") for key in ("process", "host"))
         raise StoreError(
             f"{self._storage} is locked: process {process} on {host} is writing this store; wait for it to end, or if "
@@ -265,16 +274,24 @@ class _LockObject:
         return str(self._mine["run"])
 
     def holder(self) -> dict[str, Any]:
-        """What the object says; nothing if there is none."""
-        content = self._storage.fetch(["lock"])[0]
-        return dict(json.loads(content)) if content else {}
+        """What the object says; nothing if there is none, or a damaged one."""
+        return self._held()[0]
 
-    def _lives(self, process: int) -> bool:
+    def _held(self) -> tuple[dict[str, Any], Any]:
+        try:
+            content, version = self._storage.read_version("lock")
+        except FileNotFoundError:
+            return {}, None
+        try:
+            return dict(json.loads(content)), version
+        except (ValueError, TypeError, RecursionError):
+            return {}, version
+
+    def _lives(self, process: object) -> bool:
         """Whether a process of this machine still holds the lock; a dead one may have had this one's number."""
-        return self._storage.location in _held if process == os.getpid() else _runs(process)
-
-    def _put_first(self) -> bool:
-        return self._storage.put_first("lock", self._content())
+        if process == os.getpid():
+            return self._storage.location in _held
+        return not isinstance(process, int) or _runs(process)
 
     def _content(self) -> bytes:
         return json.dumps(self._mine).encode()

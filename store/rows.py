@@ -175,7 +175,8 @@ def _named(array: ArraySpec, batch: int, root: Storage, records: Records) -> Ite
         elif isinstance(error, OSError):
             what = f"cannot be read: {error}"
         else:
-            what = f"is damaged ({error}); {records.remedy}"
+            # Who writes again goes by the sizes of objects, which damage may leave as they are.
+            what = f"is damaged ({error}); {'' if root.near else 'delete it and '}{records.remedy}"
         raise StoreError(f"{array.path}, batch {batch}: {where} {what}") from error
 
 

@@ -26,6 +26,7 @@ from obstore.store import MemoryStore
 from PIL import Image
 from safetensors.torch import save_file
 
+import store.objects
 from engine.folder import require_places
 from engine.run import main
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError
@@ -157,7 +158,7 @@ def test_a_flipped_bit_is_found_by_who_reads_and_by_verify() -> None:
     flipped[100] ^= 4
     storage.replace(shard, bytes(flipped))
     assert [damage.unit for damage in verify(storage)] == [f"run.zarr/{shard}"]
-    with pytest.raises(StoreError, match=r"attention/layer_00, batch 1: .* is damaged"):
+    with pytest.raises(StoreError, match=r"attention/layer_00, batch 1: .* is damaged .*; delete it and capture this"):
         AttentionStore.open(storage).read(0)
     storage.remove(shard)  # what verify names is removed, and captured again
     assert case.capture(storage) == [1]
@@ -198,6 +199,57 @@ def test_the_lock_of_a_dead_process(host: str, taken: bool) -> None:
     else:
         with pytest.raises(StoreError, match="on elsewhere is writing this store"):
             open_writer(storage)
+
+
+def stale_lock(storage: ObjectStorage) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock = {"host": socket.gethostname(), "process": dead.pid, "run": ""}
+    storage.beside("run.ledger").replace("lock", json.dumps(lock).encode())
+
+
+def test_of_starters_that_find_a_dead_process_lock_one_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have read the stale lock when the first replaces it."""
+    storage = in_memory()
+    stale_lock(storage)
+    starters = 8
+    together = threading.Barrier(starters)
+    real = store.objects._runs
+
+    def look(process: int) -> bool:
+        together.wait(10)
+        return real(process)
+
+    monkeypatch.setattr(store.objects, "_runs", look)
+    taken: list[AttentionWriter] = []
+    refused: list[str] = []
+
+    def start() -> None:
+        try:
+            taken.append(open_writer(storage))
+        except StoreError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(starters)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 1
+    assert len(refused) == starters - 1
+    assert all("is locked: process" in sentence for sentence in refused)
+    taken[0].close()
+    open_writer(storage).close()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{", b'{"host": "' + socket.gethostname().encode() + b'"}'])
+def test_a_damaged_lock_is_somebodys(content: bytes) -> None:
+    storage = in_memory()
+    storage.beside("run.ledger").replace("lock", content)
+    with pytest.raises(StoreError, match=r"is locked: process unknown .* if it has died, delete .*run\.ledger/lock"):
+        open_writer(storage)
+    storage.beside("run.ledger").remove("lock")
+    open_writer(storage).close()
 
 
 def test_other_stores_are_left_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -409,3 +410,22 @@ def test_what_lies_in_the_place_of_a_record_is_named_and_nothing_hangs(path: Pat
         file.rmdir() if instead == "folder" else file.unlink()
         file.write_bytes(sound)
     assert verify(path) == []
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_is_not_held(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`discard` removes the file that another process has just opened; the next one makes another."""
+    case.capture(path)
+    lock = path.with_suffix(".ledger") / "lock"
+    real = fcntl.flock
+
+    def removed_meanwhile(file: Any, kind: int) -> None:
+        lock.unlink()
+        real(file, kind)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr("store.local.fcntl.flock", removed_meanwhile)
+        with pytest.raises(StoreError, match="has just been removed by another process; start again"):
+            AttentionWriter.open(path, case.make_schema(), **case.fixed())
+    AttentionWriter.open(path, case.make_schema(), **case.fixed()).close()
+    AttentionWriter.discard(path)
+    assert [file.name for file in path.parent.iterdir()] == []
