@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import store_cases as case
+import timm
 import torch
 import xarray
 
@@ -32,6 +33,8 @@ from store.hdf5_file import new_hdf5
 from tests import full_disk
 from tests.full_disk import file_size_limit
 from train.checkpoint import save_checkpoint, write_atomically
+from train.model_source import ModelSource
+from train.models import build_model
 from train.trials import TrialsFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +127,15 @@ def test_hdf5_reads_what_the_disk_refused(tmp_path: Path) -> None:
     with file_size_limit(3 * LIMIT), pytest.raises(DiskError, match=r"a\.h5 cannot be written"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_downloaded_weights_that_find_no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(timm, "create_model", full)
+    with pytest.raises(DiskError, match=r"weights of test_vit\.r160_in1k: .*HF_HOME.* no space left"):
+        build_model(ModelSource("test_vit.r160_in1k", pretrained=True), num_classes=3)
 
 
 SENTENCES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
+from store.disk import disk_error
 from train.adapter_files import Adapters, has_adapters, read_adapters, refuse_adapters_alone, split_adapters
 from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
@@ -257,6 +259,9 @@ def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
         with _offline_if_unreachable():
             return timm.create_model(name, pretrained=True, **keys)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            kept = error.filename or "the folder of downloaded weights (HF_HOME)"
+            raise disk_error(f"pretrained weights of {name}: {kept} cannot be written", error) from error
         # huggingface_hub's "not in the cache and no connection" is an OSError, as are the socket's own.
         raise InputError(f"pretrained weights of {name} are neither cached nor to be downloaded; {advice}") from error
     except RuntimeError as error:
