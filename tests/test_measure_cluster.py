@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -26,15 +27,16 @@ KILL_ONCE = "VIT_ATTENTION_TEST_KILL_ONCE"  # a file; the worker that finds it r
 
 def _dies(p: np.ndarray, layout: Any) -> np.ndarray:
     flag = Path(os.environ[KILL_ONCE])
-    if flag.exists():
+    if flag.exists() and multiprocessing.parent_process() is not None:  # the command tries a metric here first
         flag.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     return np.asarray(layout.patches(p).max(axis=-1))
 
 
 def _always_dies(p: np.ndarray, layout: Any) -> np.ndarray:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.asarray(layout.patches(p).max(axis=-1))
 
 
 dying_once = MetricSpec(name="dying_once", unit="1", inputs="rows", reference=_dies)
