@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from store.hdf5_file import new_hdf5
-from store.hdf5_input import attribute, datasets, open_hdf5, require_readable, survives
+from store.hdf5_input import attribute, datasets, fatality, open_hdf5, require_readable
 from store.hdf5_seal import DAMAGE, check_seal, is_sealed
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.precisions import FLOATS, Array
@@ -33,6 +34,7 @@ SCHEMA = f"{MARK}-hdf5/1"
 
 _AXES = ("image", "head", "query", "key")
 _IDS, _LABELS = "images/id", "images/label"
+_PATIENCE = 5.0  # seconds, for reading a little of each layer beforehand
 _CELLS = "#refs#/"  # where MATLAB keeps what cells hold; they are read through what refers to them
 # What an export's values were rounded to: a float32 dataset holds bfloat16's, too.
 _PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "qk": "float32"}
@@ -340,13 +342,15 @@ def rehearse(path: Path, axes: Sequence[str]) -> None:
     """
 
     def read() -> None:
+        began = time.monotonic()
         with AttentionFile(path, axes) as file:
             for layer in file.layers:
                 for image in {0, file.num_images - 1}:
-                    layer.read(slice(image, image + 1))
+                    if time.monotonic() - began < _PATIENCE:  # large chunks of sound files take theirs
+                        layer.read(slice(image, image + 1))
 
-    if path.is_file() and not check_seal(path, SCHEMA) and not survives(read):
-        raise StoreError(f"{path} is damaged: HDF5's library fails on it; copy it again, or write it again")
+    if path.is_file() and not check_seal(path, SCHEMA) and (what := fatality(read)):
+        raise StoreError(f"{path} is damaged: {what}; copy it again, or write it again")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

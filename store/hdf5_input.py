@@ -11,15 +11,16 @@ import faulthandler
 import math
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from store.schema import StoreError
 
-__all__ = ["attribute", "datasets", "open_hdf5", "require_readable", "survives"]
+__all__ = ["attribute", "datasets", "fatality", "open_hdf5", "require_readable"]
 
-_SECONDS = 60  # of CPU time, for what takes a part of one
+_SECONDS = 30  # of CPU time, for what takes a part of one
 _CHUNK_BYTES = 1 << 30
 _SHRUNK = 2000  # gzip makes zeros a thousandth, and nothing less than that
 _SMALL_BYTES = 1 << 20
@@ -72,8 +73,8 @@ def open_hdf5(path: Path) -> Any:
         raise StoreError(f"{path} cannot be read as HDF5 ({error}); copy it again, or write it again") from error
 
 
-def survives(read: Callable[[], object]) -> bool:
-    """Whether a process that reads a file lives on, and comes back: a copy of this one tries.
+def fatality(read: Callable[[], object]) -> str:
+    """What becomes of a process that reads a file, for a sentence; "" if it lives on: a copy of this one tries.
 
     What the reading raises is no matter here: this process meets it, too.
     """
@@ -86,7 +87,12 @@ def survives(read: Callable[[], object]) -> bool:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the C library says at its end
             read()
         os._exit(0)
-    return not os.WIFSIGNALED(os.waitpid(copy, 0)[1])
+    status = os.waitpid(copy, 0)[1]
+    if not os.WIFSIGNALED(status):
+        return ""
+    if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        return f"HDF5's library does not come back from it in {_SECONDS} s"
+    return "HDF5's library fails on it"
 
 
 def datasets(file: Any) -> Iterator[tuple[str, Any]]:

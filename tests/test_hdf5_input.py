@@ -17,7 +17,7 @@ import pytest
 
 from engine.run import main
 from store import AttentionStore
-from store.hdf5_input import survives
+from store.hdf5_input import fatality
 
 SHAPE = (3, 2, 5, 5)
 GRID = ["--grid", "2,2", "--axes", "image,head,query,key"]
@@ -182,8 +182,15 @@ def test_a_file_that_ends_the_process_which_reads_it_is_named(
     def end(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    assert not survives(end)
-    assert survives(lambda: 1 / 0)
+    def stay() -> None:
+        while True:
+            pass
+
+    assert fatality(end) == "HDF5's library fails on it"
+    assert fatality(lambda: 1 / 0) == ""
+    with monkeypatch.context() as soon:
+        soon.setattr("store.hdf5_input._SECONDS", 1)
+        assert fatality(stay) == "HDF5's library does not come back from it in 1 s"
     monkeypatch.setattr("store.hdf5_attention.open_hdf5", end)
     message = imported(sound(tmp_path / "own.h5"), capsys, 2)
     assert "is damaged: HDF5's library fails on it; copy it again, or write it again" in message
