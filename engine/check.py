@@ -272,7 +272,8 @@ def _check_methods(methods: Sequence[str], model: torch.nn.Module, preprocessing
     """Run every relevance method on one image; a model without a head has no class to explain, which is no mistake."""
     for method in methods if has_classes(model) else ():
         try:
-            relevance_maps(model, _noise(preprocessing, 1, device), [0], method)
+            # In float32 all of them: whether a map can be made does not depend on the type, how long it takes does.
+            relevance_maps(model, _noise(preprocessing, 1, device), [0], method, dtype=torch.float32)
         except CaptureError as error:
             raise InputError(f"leave {method} out of relevance.methods, as this model has none: {error}") from error
 
