@@ -302,7 +302,7 @@ class Journal:
             **more,
         }
         self._records.append(record)
-        if self._whole:
+        if self._whole and self.path.is_file():  # the first line appears whole: a file without one says nothing
             with writing(self.path), open(self.path, "ab") as file:
                 file.write(_line(record))
                 file.flush()

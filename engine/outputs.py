@@ -18,7 +18,7 @@ from typing import IO, Any
 from engine.config import StudyConfig
 from engine.journal import Journal
 from store import StoreError
-from store.disk import disk_error
+from store.disk import disk_error, writing
 from store.removal import named, remove
 from store.schema import MARK
 from train.checkpoint import checked_json, parse_checked_json, write_atomically
@@ -93,8 +93,9 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
                 f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
             ) from error
         if not os.path.getsize(lock):
-            self._lock.write(_OURS)
-            self._lock.flush()
+            with writing(lock):
+                self._lock.write(_OURS)
+                self._lock.flush()
         self._refuse_another_study()
         return self
 

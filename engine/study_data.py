@@ -198,8 +198,8 @@ class Start:
         """The model that conditions are trained from, with a head for the classes of the data set."""
         source = model_source(self.config)
         classes = len(CLASS_NAMES if self.listed is None else self.listed.class_names)
-        # timm's weights are looked for as long as the study has not saved them.
-        looked_for = source.pretrained and not self.pretrained_path.is_file()
+        # timm's weights are looked for as long as the study has not saved them; on digit scenes it pretrains its own.
+        looked_for = source.pretrained and self.listed is not None and not self.pretrained_path.is_file()
         return build_model(replace(source, pretrained=looked_for), num_classes=classes)
 
 

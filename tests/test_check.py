@@ -12,7 +12,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from engine.config import load_study
+from engine.journal import Journal
 from engine.run import main
+from engine.study_data import Start
 from engine.table import read_table
 from store import AttentionStore
 from tests.photographs import write_photographs
@@ -182,3 +185,11 @@ def test_a_stored_capture_is_asked_for_what_its_maps_have(
     capsys.readouterr()
     for metric, sentence in (("cls_entropy", "this layout has no class token"), ("region_mass", "needs images with")):
         assert sentence in refused(["measure", "--store", store, "--metrics", metric], capsys, tmp_path)
+
+
+def test_weights_are_not_looked_for_at_timm_where_scenes_make_them(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text('[conditions.baseline]\nrecipe = "probe"\n', encoding="utf-8")
+    config = load_study(path, {"model.name": "digits_vit"})
+    assert config.model.pretrained
+    assert Start(config, tmp_path, Journal(tmp_path / "run.jsonl")).take_model().num_classes == 10

@@ -100,6 +100,13 @@ def test_every_writer_names_what_it_could_not_write(tmp_path: Path, kind: str) -
     WRITERS[kind](folder)  # with space
 
 
+def test_a_journal_whose_first_line_found_no_space_is_not_there(tmp_path: Path) -> None:
+    """An empty one would be taken for another program's."""
+    with file_size_limit(0), pytest.raises(DiskError, match=r"run\.jsonl cannot be written"):
+        Journal(tmp_path / "run.jsonl").stage("train", {}, [], lambda: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_table_of_hdf5_and_of_text(tmp_path: Path) -> None:
     """Equal values make small files of Zarr, so that the other two are reached."""
     same = table(np.zeros(2048))
