@@ -222,11 +222,15 @@ def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
     attention = attention_arrays(schema)
     stored = sum(store.files(batch)[array.file(batch)]["bytes"] for array in attention for batch in committed)
     raw = sum(array.row_bytes for array in attention) * int(store.committed_images.sum())
-    metrics = [
-        {"name": name, "params": params, "batches": len(store.metric_batches(name, params))}
-        for name in store.metric_names
-        for params in store.metric_params(name)
-    ]
+    metrics, damaged = [], [*store.damaged_batches, *store.damaged_metrics]
+    for name in store.metric_names:
+        for params in store.metric_params(name):
+            batches = 0
+            try:
+                batches = len(store.metric_batches(name, params))
+            except StoreError as error:  # of this metric alone
+                damaged.append(str(error))
+            metrics.append({"name": name, "params": params, "batches": batches})
     attrs = read_attributes(store.storage)
     return {
         "path": str(store.path),
@@ -248,5 +252,5 @@ def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
         "complete": store.complete,
         "attention": {"bytes": stored, "raw_bytes": raw, "ratio": stored / raw if raw else None},
         "metrics": metrics,
-        "damaged": [*store.damaged_batches, *store.damaged_metrics],
+        "damaged": damaged,
     }

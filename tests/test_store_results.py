@@ -56,6 +56,21 @@ def test_a_measurement_goes_on_where_it_stopped(path: Path) -> None:
     assert has_metric(path, "later_a", PARAMS)
 
 
+def test_info_of_a_store_with_one_damaged_metric_shows_the_rest(path: Path) -> None:
+    """A capture tells by it what it wrote, and cannot mend what was measured later."""
+    case.measure(path)
+    file = next(path.glob("metrics/later_a/*/value/zarr.json"))
+    file.unlink()
+    found = info(path)
+    assert {metric["name"]: metric["batches"] for metric in found["metrics"]} == {
+        "region_mass": 3,
+        "entropy": 3,
+        "later_a": 0,
+        "later_b": 3,
+    }
+    assert [str(file) in sentence and "measure it again" in sentence for sentence in found["damaged"]] == [True]
+
+
 def test_only_captured_batches_can_be_measured(tmp_path: Path) -> None:
     with AttentionWriter.open(tmp_path / "run.zarr", case.make_schema(), **case.fixed()) as writer:
         case.write(writer, 2)
