@@ -216,9 +216,12 @@ class Journal:
 
         Raises:
             DamagedFileError: something of it is missing, or is not what its stage wrote; what to do is said.
-            InputError: what its stage read was made again since, with another result.
+            InputError: what its stage read was made again since, with another result; or a pipe or the like lies there.
         """
         if not self.path.is_file():
+            for found in (path, *path.rglob("*")):
+                if os.path.lexists(found) and not (found.is_file() or found.is_dir()):  # a pipe's end may never come
+                    raise InputError(f"{found} is a device or a link to nowhere; move it away")
             return path.exists()
         recorded = self._recorded(path)
         for name, (sha256, stage) in recorded.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,16 @@ def run(folder: Path, inputs: dict[str, int], ran: list[dict[str, int]]) -> str:
         output.write_text(json.dumps(inputs))
 
     return Journal(folder / "run.jsonl").stage("make", inputs, [output], work)
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_a_pipe_in_a_folder_without_a_journal_is_named_and_not_waited_for(
+    tmp_path: Path, odd: Callable[[Path], None]
+) -> None:
+    (tmp_path / "samples.zarr" / "images").mkdir(parents=True)
+    odd(tmp_path / "samples.zarr" / "images" / "zarr.json")
+    with pytest.raises(InputError, match=r"images/zarr\.json is a device or a link to nowhere; move it away"):
+        Journal(tmp_path / "run.jsonl").usable(tmp_path / "samples.zarr")
 
 
 def test_a_stage_runs_once_for_its_inputs(tmp_path: Path) -> None:
