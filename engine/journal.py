@@ -219,9 +219,9 @@ class Journal:
             InputError: what its stage read was made again since, with another result; or a pipe or the like lies there.
         """
         if not self.path.is_file():
-            for found in (path, *path.rglob("*")):
-                if os.path.lexists(found) and not (found.is_file() or found.is_dir()):  # a pipe's end may never come
-                    raise InputError(f"{found} is a device or a link to nowhere; move it away")
+            for file in (path, *path.rglob("*")):
+                if os.path.lexists(file) and not (file.is_file() or file.is_dir()):  # a pipe's end may never come
+                    raise InputError(f"{file} is a device or a link to nowhere; move it away")
             return path.exists()
         recorded = self._recorded(path)
         for name, (sha256, stage) in recorded.items():
