@@ -90,8 +90,8 @@ def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSp
     for spec in specs:
         if spec.inputs == "pair":
             raise InputError(
-                f"{spec.name} compares two captures, and here there is one; leave it out, or measure stored captures "
-                "with --against"
+                f"{spec.name} compares two captures, and each condition is measured alone; leave it out here, store "
+                "two captures (capture --store) and measure one of them with --against the other"
             )
     return specs
 

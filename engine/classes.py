@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.values import nearest
 from train.checkpoint import has_sidecar, read_metadata, sidecar_path
 from train.errors import DamagedFileError, InputError
 from train.files import require_file
+from train.weight_files import say_once
 
 __all__ = ["HeadClasses", "check_shared_names", "folder_classes", "named_classes", "read_class_names"]
 
@@ -131,9 +133,15 @@ def named_classes(outputs: int, *, condition: str, checkpoint: Path | None, file
 def check_shared_names(head: HeadClasses, class_names: Sequence[str], file: str) -> None:
     """Refuse names that a user gave to a head of the data set's size and of which none is a class of the data set.
 
+    Where some are, the log names the first class that is not among them, for it may be a slip of the pen.
+
     Raises:
-        InputError: it is so.
+        InputError: none of them is.
     """
+    missing = sorted(set(class_names) - set(head.names)) if file else []
+    if missing and len(missing) < len(class_names):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        say_once(f"class {missing[0]!r}{more} of the data set is not in {file}{nearest(missing[0], head.names)}")
     if file and head.outputs == len(class_names) and not set(head.names) & set(class_names):
         raise InputError(
             f"none of the class names of {file} is a class of the data set (it begins with {head.names[0]!r}; the "
@@ -169,8 +177,8 @@ def folder_classes(outputs: int, class_names: Sequence[str], order: str, key: st
         at = next(i for i, pair in enumerate(zip(string, natural, strict=True)) if pair[0] != pair[1])
         unknown = (
             f"of the class folders, class {at + 1} is {string[at]!r} in the order of strings and {natural[at]!r} in "
-            "timm's natural order, and nothing says in which of the two the head was trained (--data.class_order "
-            f"string or natural does, or names by --{key} FILE)"
+            "timm's natural order, and in which of the two the head was trained is not said (say it with "
+            f"--data.class_order string or --data.class_order natural, or name the classes with --{key} FILE)"
         )
     if unknown:
         return HeadClasses(outputs, (), unknown)

@@ -63,11 +63,19 @@ _FORBID = {"extra": "forbid", "allow_inf_nan": False}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def _key(default: Any, help: str) -> Any:
-    """A configuration key with its one-line help."""
+# Recipes that read a key of a condition.
+_ADAPTED = ("lora", "dora")
+_TRAINED = ("probe", "full", *_ADAPTED)
+_GIVEN = ("checkpoint",)
+
+
+def _key(default: Any, help: str, recipes: tuple[str, ...] = ()) -> Any:
+    """A configuration key with its one-line help, and the recipes that read it; none: all."""
+    whose = "all but checkpoint: " if recipes == _TRAINED else f"{', '.join(recipes)}: " if recipes else ""
+    metadata = {"help": whose + help, "recipes": recipes}
     if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,23 +197,26 @@ class ConditionConfig:
         "full",
         "probe: frozen backbone; full: all weights, layer-wise rates; lora, dora: adapters; checkpoint: no training",
     )
-    lr: Rate = _key(1e-4, "peak learning rate")
+    lr: Rate = _key(1e-4, "peak learning rate", _TRAINED)
     layer_decay: Annotated[Real, Gt(0.0), Le(1.0)] = _key(
-        0.75, "full: each block's rate is this times the rate of the block above it"
+        0.75, "each block's rate is this times the rate of the block above it", ("full",)
     )
-    rank: Count = _key(8, "lora, dora: rank")
-    alpha: Rate = _key(16.0, "lora, dora: scale numerator")
+    rank: Count = _key(8, "rank", _ADAPTED)
+    alpha: Rate = _key(16.0, "scale numerator", _ADAPTED)
     targets: Name = _key(
         r"blocks\.\d+\.attn\.(qkv|proj)",
-        "lora, dora: regular expression of the adapted linear layers, or attention, mlp, block9_fc1",
+        "regular expression of the adapted linear layers, or attention, mlp, block9_fc1",
+        _ADAPTED,
     )
     init: Literal["paper", "pissa", "olora", "eva"] = _key(
-        "paper", "lora, dora: initial values; paper: Kaiming and zero; pissa: singular vectors; olora; eva: from images"
+        "paper",
+        "initial values; paper: Kaiming and zero; pissa: singular vectors; olora; eva: from images",
+        _ADAPTED,
     )
-    epochs: Natural = _key(0, "passes over the training split; 0: train.epochs")
-    checkpoint: Place = _key("", "checkpoint: the file")
-    state: Text = _key("", "checkpoint: key of the file under which the weights are; empty: model.state")
-    classes: Place = _key("", "checkpoint: file of the class names of its outputs; empty: model.classes")
+    epochs: Natural = _key(0, "passes over the training split; 0: train.epochs", _TRAINED)
+    checkpoint: Place = _key("", "the file", _GIVEN)
+    state: Text = _key("", "key of the file under which the weights are; empty: model.state", _GIVEN)
+    classes: Place = _key("", "file of the class names of its outputs; empty: model.classes", _GIVEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +374,23 @@ class StudyConfig:
                     f"conditions {other} and {name} differ in upper and lower case alone, which not every disk tells "
                     "apart in the names of files; rename one"
                 )
+            _check_recipe(name, self.conditions[name])
+
+
+def _check_recipe(name: str, condition: ConditionConfig) -> None:
+    """Whether the recipe of a condition reads what is set: a rank beside recipe full was meant for another recipe.
+
+    Raises:
+        InputError: it does not.
+    """
+    for key in dataclasses.fields(condition):
+        recipes = key.metadata["recipes"]
+        value = getattr(condition, key.name)
+        if recipes and condition.recipe not in recipes and value != key.default:
+            raise InputError(
+                f"conditions.{name}.{key.name} is {value!r}, and recipe {condition.recipe} makes no use of it "
+                f"({', '.join(recipes)}: yes); leave it out, or choose another with conditions.{name}.recipe"
+            )
 
 
 def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:

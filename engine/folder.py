@@ -65,8 +65,6 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     check_shared_names(head, images.class_names, config.model.classes)
     if sentence := head.origin("the model"):
         say(sentence)
-    if manifest.dropped:
-        say("left out: " + ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()))
     capture_to_store(
         model.eval(),
         images,

@@ -314,6 +314,8 @@ def _answered(arguments: list[str]) -> int:
         if speaks():  # one of several processes, if torchrun started them
             if code is None:
                 raise
+            for note in getattr(raised, "__notes__", ()):
+                print(printable(note), file=sys.stderr)
             print(f"error: {_sentence_of(error)}", file=sys.stderr)
         return 1 if code is None else code
 
@@ -385,7 +387,12 @@ def _run(arguments: list[str]) -> int:
         key = flag.removeprefix("--")
         if users := [other for other, c in COMMANDS.items() if key in all_keys and c.reads(key)]:
             raise InputError(f"{name} makes no use of {flag}; give it to {', '.join(users)}")
-        hint = nearest(flag, [*parser.keys, "--config"]) if flag.startswith("-") else "; it stands behind no flag"
+        hint = "; it stands behind no flag"
+        if flag.startswith("-"):
+            of_section = [required for required in command.required if required.startswith(f"{flag}.")]
+            hint = nearest(flag, of_section or [*parser.keys, "--config"])
+        elif flag.endswith(".toml"):
+            hint = f"; did you mean --config {shortened(flag)}?"
         raise InputError(f"{shortened(flag)} is not a flag of {name}{hint}")
     keys = dict.fromkeys(parser.keys.values())
     given = {key: getattr(parsed, key) for key in keys if getattr(parsed, key) is not None}

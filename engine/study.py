@@ -98,6 +98,8 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
             elif stage not in SHARED_STAGES:
                 getattr(study, stage)()
         if errors:
+            if "report" in stages:
+                errors[0].add_note(f"the report, without what failed: {study.outputs / 'report.html'}")
             raise errors[0]
     return study.outputs
 

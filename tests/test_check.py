@@ -84,7 +84,10 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str], folder: Path
     ("flags", "sentence"),
     [
         (["--measure.metrics", "distance,region_mass"], "region_mass needs images with regions"),
-        (["--measure.metrics", "js_divergence"], "js_divergence compares two captures, and here there is one"),
+        (
+            ["--measure.metrics", "js_divergence"],
+            "js_divergence compares two captures, and each condition is measured alone",
+        ),
         (["--measure.metrics", "tests.own_metrics:batched"], "returned shape (1,) for 2 map(s); expected"),
         (["--measure.metrics", "tests.own_metrics:missing"], "module 'tests.own_metrics' has no 'missing'"),
         (["--measure.backend", "triton"], "backend 'triton' reads data on cuda"),

@@ -208,7 +208,7 @@ def test_without_identity_nothing_is_computed_by_index(unnamed: Path) -> None:
     for condition in ("one", "other"):
         note = found["classifiers"][condition]["note"]
         assert "class 2 is '10' in the order of strings and '2' in timm's natural order" in note
-        assert f"--data.class_order string or natural does, or names by --conditions.{condition}.classes FILE" in note
+        assert f"or --data.class_order natural, or name the classes with --conditions.{condition}.classes FILE" in note
         assert "Left out for it: accuracy" in note
     relevance = document(unnamed, "relevance.json")
     assert relevance["target"] == "own"
@@ -231,7 +231,7 @@ def test_report_and_summary_say_what_is_left_out(named: Path, unnamed: Path) -> 
         assert "Whether given checkpoints were trained on some of these images is not known" in place
     assert "baseline 100.0 %, chance 8.3 %" in summary
     assert "three 100.0 %, chance 33.3 %" in summary
-    assert "permuted against baseline: the change of being right cannot be tested over" in summary
+    assert "permuted against baseline: the change of being right cannot be tested: of" in summary
     shown = json.loads(page.split('id="payload">')[1].split("</script>")[0])["viewer"]
     predicted = [run["predictions"] for run in shown["runs"]]
     assert predicted[0] == predicted[1], "the same model, by name"
@@ -454,3 +454,10 @@ def test_what_maps_are_of() -> None:
     choice, targets = chosen({"baseline": HeadClasses(0)}, images)
     assert not choice.rows
     assert not targets
+
+
+def test_a_class_that_a_file_of_names_spells_otherwise_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    head = HeadClasses(3, ("kitchen", "baht", "living"), "named by names.txt")
+    with caplog.at_level("INFO", logger="train"):
+        check_shared_names(head, ("bath", "kitchen", "living"), "misspelt.txt")
+    assert caplog.messages == ["class 'bath' of the data set is not in misspelt.txt; did you mean baht?"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +151,20 @@ def test_a_list_names_a_thing_once(key: str, value: list[object], twice: str) ->
 
 def test_sizes_may_be_equal() -> None:
     assert load_study(None, {"hdf5.grid": ["5", "5"]}).hdf5.grid == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ({"recipe": "full", "rank": 4}, "conditions.x.rank is 4, and recipe full makes no use of it (lora, dora: yes)"),
+        (
+            {"recipe": "probe", "layer_decay": 0.5},
+            "conditions.x.layer_decay is 0.5, and recipe probe makes no use of it",
+        ),
+        ({"recipe": "checkpoint", "epochs": 3}, "conditions.x.epochs is 3, and recipe checkpoint makes no use of it"),
+        ({"recipe": "lora", "checkpoint": "a.pth"}, "conditions.x.checkpoint is 'a.pth', and recipe lora makes no use"),
+    ],
+)
+def test_what_a_recipe_does_not_read_is_refused(condition: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        StudyConfig(conditions={"x": ConditionConfig(**condition)})

@@ -72,7 +72,10 @@ def test_controls_and_relevance_that_fail_are_left_out_and_named(
     with monkeypatch.context() as patched:
         patched.setattr(study, "explain_study", refused)
         assert compare(tmp_path) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: no map can be made of these"
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"the report, without what failed: {outputs / 'report.html'}",
+        "error: no map can be made of these",
+    ]
     assert json.loads((outputs / "metrics/attention_comparison.json").read_text())["controls"]
     assert "Stage controls" not in (outputs / "summary.md").read_text()
 

@@ -319,7 +319,8 @@ def _log(manifest: Manifest) -> None:
         ", ".join(f"{name} {number}" for name, number in sorted(count.items())),
     )
     for reason, number in manifest.dropped.items():
-        logger.warning("%d file(s) left out of every condition: %s", number, reason)
+        first = next(record.id for record in manifest.records if record.status == reason)
+        logger.warning("%d file(s) left out of every condition: %s (first: %s)", number, reason, first)
     leaks = manifest.leaks()
     if leaks:
         logger.warning("%d image(s) lie in more than one split, for example %s", len(leaks), " and ".join(leaks[0]))

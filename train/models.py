@@ -123,7 +123,10 @@ def _with_adapters(source: ModelSource, num_classes: int | None) -> nn.Module:
         )
     adapters = read_adapters(Path(source.adapter))
     classifier = classifier_names(source.name)[0]
-    built = build_model(replace(source, adapter=""), num_classes=None)
+    if source.file is None:
+        built = _create(source, None)
+    else:
+        built = build_model(replace(source, adapter=""), num_classes=None)
     say_once(
         f"{adapters.path}: adapters are merged into {source.file or f'timm’s pretrained weights of {source.name}'}"
     )
@@ -255,6 +258,8 @@ def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
     if img_size:
         keys["img_size"] = img_size
     advice = "give a file with --model.weights FILE, or start from random weights with --model.pretrained false"
+    if source.adapter:
+        advice = f"give those that adapters {source.adapter} were trained on with --model.weights FILE"
     try:
         with _offline_if_unreachable():
             return timm.create_model(name, pretrained=True, **keys)

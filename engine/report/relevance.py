@@ -223,8 +223,8 @@ def _link(results: Results, found: Relevance) -> Iterator[str]:
         if not tests:
             yield (
                 f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]} cannot be "
-                f"tested over {text.count(entry['images'], 'image')}: a test needs 4 images in which both changes have "
-                "a value, and neither may be the same in all of them."
+                f"tested: of {text.count(entry['images'], 'image')} fewer than 4 have both changes, or one of the two "
+                "is the same in all of them."
             )
             continue
         sure = [test for test in tests if test["p_max_r"] is not None and test["p_max_r"] <= results.alpha]
