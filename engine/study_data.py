@@ -223,6 +223,7 @@ def _check_conditions(config: StudyConfig) -> None:
             raise InputError(f"condition {name} names no file; give conditions.{name}.checkpoint")
     if given:
         image_kind(config)
+        _check_use(config)
         return
     if config.data.prepare_as:
         raise InputError(
@@ -241,6 +242,25 @@ def _check_conditions(config: StudyConfig) -> None:
         raise InputError(
             "model.arguments are for a timm model; digits_vit is pretrained here as it is, on the digit scenes: leave "
             "them out"
+        )
+
+
+def _check_use(config: StudyConfig) -> None:
+    """Whether a model that is named beside given checkpoints is part of one of them.
+
+    Raises:
+        InputError: it is not, so what it would change is left out.
+    """
+    if config.model.adapter:
+        raise InputError(
+            f"model.adapter is {config.model.adapter}, and the conditions are given as checkpoints, which it is not "
+            "merged into; give the adapters as a condition's checkpoint, and with --model.weights what they were "
+            "trained on"
+        )
+    if config.model.weights and not any(checkpoint_of(config, name).adapter for name in config.conditions):
+        raise InputError(
+            f"model.weights is {config.model.weights}, and the conditions are given as checkpoints of whole models, "
+            "which make no use of it; leave it out, or give a condition's checkpoint as adapters of these weights"
         )
 
 

@@ -74,6 +74,10 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
         missing = store.schema.num_images - int(store.committed_images.sum())
         damaged = "".join(f" ({sentence})" for sentence in store.damaged_batches)
         raise StoreError(f"{store.path} lacks {missing} images{damaged}; resume its capture before exporting it")
+    if not store.schema.encoding:
+        raise StoreError(
+            f"{store.path} holds metrics only, and an export is of attention; capture again with capture.sinks store"
+        )
     with new_hdf5(Path(path), SCHEMA, is_export) as (file, check):
         file.attrs["schema"] = SCHEMA
         for name in ("model", "dataset", "preprocessing", "precision", "encoding", "code_version"):

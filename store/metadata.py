@@ -165,7 +165,8 @@ class Metadata:
     def _compare_attributes(self, root: Storage, found: Mapping[str, Any]) -> None:
         if found.get("schema") != SCHEMA:
             raise StoreError(f"{root}: schema is {found.get('schema')!r}; this version writes {SCHEMA!r}")
-        for key, expected in self.attrs.items():
+        for key in ("encoding", *self.attrs):  # layers follow from it
+            expected = self.attrs[key]
             if found.get(key) != expected:
                 where, ours, theirs = _first_difference(key, expected, found.get(key))
                 raise OtherRunError(
@@ -183,7 +184,10 @@ class Metadata:
         for path, ours in expected.items():
             theirs = read_constant(root, path)
             if theirs.shape != ours.shape:
-                raise OtherRunError(f"{root}: {path} has shape {theirs.shape}; expected {ours.shape}")
+                raise OtherRunError(
+                    f"{root} was captured with another shape of {path}: found {theirs.shape}, expected {ours.shape}; "
+                    "capture into another store, or delete this one and its ledger"
+                )
             same = (theirs == ours) | ((theirs != theirs) & (ours != ours))  # NaN is the same as NaN
             differ = np.flatnonzero(~same.reshape(len(ours), -1).all(axis=1))
             if differ.size:
@@ -220,7 +224,9 @@ def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
         for inner in [*ours, *(name for name in theirs if name not in ours)]:
             if ours.get(inner) != theirs.get(inner):
                 return _first_difference(f"{key}.{inner}", ours.get(inner), theirs.get(inner))
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+    if isinstance(ours, list) and isinstance(theirs, list):
+        if len(ours) != len(theirs):
+            return f"number of {key}", len(ours), len(theirs)
         for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             if mine != other:
                 return _first_difference(f"{key}[{index}]", mine, other)

@@ -245,6 +245,26 @@ def test_a_condition_of_adapters_lies_on_the_models_weights_and_counts_all_its_f
     assert infos[1] != infos[2]
 
 
+def test_what_no_given_checkpoint_is_made_of_is_refused(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, photographs = str(lora.with_name("base.safetensors")), tmp_path / "photographs"
+    write_photographs(photographs, per_class=1)
+    command = ["compare", "--baseline", weights, "--finetuned", weights, "--model.name", TINY]
+    command += ["--data.root", str(photographs), "--outputs", str(tmp_path / "out")]
+    assert main([*command, "--model.adapter", str(lora)]) == 2
+    assert "which it is not merged into; give the adapters as a condition's checkpoint" in capsys.readouterr().err
+    assert main([*command, "--model.weights", weights]) == 2
+    assert "checkpoints of whole models, which make no use of it; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_not_called_adapters(lora: Path) -> None:
+    weights = lora.with_name("base.safetensors")
+    with pytest.raises(InputError, match=r"base\.safetensors holds no adapters of LoRA or DoRA alone"):
+        build_model(ModelSource(TINY, weights=weights, adapter=weights), num_classes=None)
+
+
 def test_adapters_on_the_command_line(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = lora.parent
     write_photographs(folder / "photographs", per_class=1)

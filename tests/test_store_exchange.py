@@ -553,3 +553,10 @@ def test_an_incomplete_store_is_not_exported(tmp_path: Path, capsys: pytest.Capt
     assert main(["export", "--store", str(tmp_path / "run.zarr"), "--hdf5", str(tmp_path / "maps.h5")]) == 1
     assert "batch_000001.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "maps.h5").exists()
+
+
+def test_a_store_of_metrics_alone_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case.capture(tmp_path / "run.zarr", case.make_schema(encoding=""))
+    assert main(["export", "--store", str(tmp_path / "run.zarr"), "--hdf5", str(tmp_path / "maps.h5")]) == 1
+    assert "run.zarr holds metrics only, and an export is of attention" in capsys.readouterr().err
+    assert not (tmp_path / "maps.h5").exists()

@@ -189,6 +189,8 @@ def test_bytes_do_not_depend_on_the_order_or_the_run(path: Path, tmp_path: Path)
         ({"model": {"name": "vit_test", "weights_sha256": "f" * 64}}, r"another model\.weights_sha256: found '000"),
         ({"metrics": {"entropy": {"backend": "torch"}, "region_mass": {}}}, r"another metrics\.entropy\.backend"),
         ({"batch_size": 8}, "another batch_size: found 4, expected 8"),
+        ({"layers": case.make_schema().layers[:1]}, "another number of layers: found 2, expected 1"),
+        ({"encoding": "qk"}, "another encoding: found 'fp16', expected 'qk'"),
         (
             {"image_ids": tuple(f"{row}.png" for row in range(11))},
             "another images/id: row 0 is classe é/0.png, expected 0.png",
@@ -198,8 +200,9 @@ def test_bytes_do_not_depend_on_the_order_or_the_run(path: Path, tmp_path: Path)
 def test_another_schema_is_refused_by_its_first_difference(path: Path, changes: dict[str, Any], message: str) -> None:
     case.capture(path)
     before = case.file_bytes(path)
+    schema = case.make_schema(**changes)
     with pytest.raises(StoreError, match=message):
-        AttentionWriter.open(path, case.make_schema(**changes), **case.fixed())
+        AttentionWriter.open(path, schema, **case.fixed(schema))
     assert case.file_bytes(path) == before
     case.capture(path)  # the lock was let go and nothing is left in the way
 

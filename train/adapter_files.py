@@ -175,9 +175,7 @@ def adapter_files(path: Path) -> list[Path]:
     Raises:
         InputError: one of them is not there.
     """
-    if what_lies_at(path) == "is a folder":
-        path = next((path / name for name in _FILES if (path / name).is_file()), path / _FILES[0])
-    require_file(path, "file of adapters", "expected what peft's save_pretrained writes: a folder or its adapter_model")
+    path = _adapter_file(path)
     config = path.parent / CONFIG
     if not config.is_file():
         raise InputError(
@@ -187,19 +185,26 @@ def adapter_files(path: Path) -> list[Path]:
     return [path, config]
 
 
+def _adapter_file(path: Path) -> Path:
+    if what_lies_at(path) == "is a folder":
+        path = next((path / name for name in _FILES if (path / name).is_file()), path / _FILES[0])
+    require_file(path, "file of adapters", "expected what peft's save_pretrained writes: a folder or its adapter_model")
+    return path
+
+
 def read_adapters(path: Path) -> Adapters:
     """Adapters alone, of a file or a folder that peft's `save_pretrained` wrote.
 
     Raises:
         InputError: no such file, no configuration, adapters of a kind or with settings that are not followed here.
     """
-    file, config = adapter_files(path)
-    tensors = read_state_dict(file)
+    tensors = read_state_dict(file := _adapter_file(path))
     if not _alone(tensors):
         raise InputError(
             f"{file} holds no adapters of LoRA or DoRA alone (it has {', '.join(map(shown, list(tensors)[:3]))}); "
             "give the folder that peft's save_pretrained wrote"
         )
+    file, config = adapter_files(path)
     return Adapters(file, _settings(config), {_INSIDE.sub("", name): tensor for name, tensor in tensors.items()})
 
 
