@@ -90,6 +90,10 @@ def require_places(store: Location) -> None:
         InputError: one of them would, or the store has no name that a store can have.
     """
     root = storage_at(store)
+    if isinstance(store, Path):
+        there = next(folder for folder in store.absolute().parents if folder.exists())
+        if not there.is_dir():
+            raise InputError(f"store {store} cannot be made: {there} is a file; expected a folder there")
     try:
         require_place(root)
         require_samples_place(root.beside(samples_name(root.name)))

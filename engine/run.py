@@ -425,7 +425,8 @@ def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
     """The study.toml an outputs folder was made with, for the commands that go on with a study that is there.
 
     Raises:
-        InputError: it is not the one that the study wrote; an edited one is given with --config.
+        InputError: it is not the one that the study wrote (an edited one is given with --config), or a folder is
+            given that holds none, and nothing that another study could be of.
     """
     if name not in ("stats", "relevance"):
         return None
@@ -434,7 +435,14 @@ def _own_study(name: str, given: Mapping[str, str]) -> Path | None:
     outputs = Path(given.get("outputs", StudyConfig.outputs))
     own = outputs / "study.toml"
     Journal(outputs / "run.jsonl").require(own)
-    return own if own.is_file() else None
+    if own.is_file():
+        return own
+    if "outputs" in given and not any(key.partition(".")[0] in _TRAINING for key in given):
+        raise InputError(
+            f"{outputs} holds no study to go on with; give the folder of one with --outputs, or what to study with "
+            "--config study.toml"
+        )
+    return None
 
 
 def _keep_edited(outputs: Path, given: Path | None) -> None:

@@ -87,6 +87,7 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         (["--train.epoch", "3"], "--train.epoch is not a flag of study; did you mean --train.epochs?"),
         (["--model.nam", "x"], "--model.nam is not a flag of study; did you mean --model.name?"),
         (["study", "stray"], "stray is not a flag of study; it stands behind no flag"),
+        (["stats", "--outputs", "typo"], "typo holds no study to go on with; give the folder of one with --outputs"),
         (["stats", "s.toml"], "s.toml is not a flag of stats; did you mean --config s.toml?"),
         (["compare", "--data", "photos"], "--data is not a flag of compare; did you mean --data.root?"),
         (["--train.epochs", "many"], "train.epochs is 'many'"),

@@ -58,7 +58,7 @@ def stratified_split(
         ids = sorted(classes[name])
         if len(ids) < 3:
             raise InputError(
-                f"class {name!r} has {len(ids)} readable image(s), expected at least 3 to split into train, "
+                f"class {name!r} has {len(ids)} image(s), expected at least 3 to split into train, "
                 "validation and test; add images, or use --data.split folders (all, where nothing is trained)"
             )
         order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(ids))
