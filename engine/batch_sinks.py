@@ -14,10 +14,10 @@ from torch.nn import functional
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
 from engine.transfer import HostCopies, HostCopy
 from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
-from store import Factors, FactorSchema, StoreSchema
+from store import Factors, FactorSchema, LayerSchema, StoreSchema
 from store.encodings import factor_schema
 
-__all__ = ["BatchSinks", "discover_factors", "one_bias", "stack_layers", "unusable_rows"]
+__all__ = ["BatchSinks", "discover_factors", "one_bias", "stack_layers", "stored_layers", "unusable_rows"]
 
 _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -162,6 +162,20 @@ def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float) -> to
     heads = max(tensor.shape[1] for tensor in tensors)
     padded = [functional.pad(t, (0, 0) * (t.ndim - 2) + (0, heads - t.shape[1]), value=fill) for t in tensors]
     return torch.stack(padded, dim=1)
+
+
+def stored_layers(sites: Sequence[AttentionSite], factors: Mapping[int, FactorSchema]) -> tuple[LayerSchema, ...]:
+    """What a store says of its layers: of each site, and of its query and key where they are kept."""
+    return tuple(
+        LayerSchema(
+            layer=site.layer,
+            site=site.name,
+            heads=site.heads,
+            layout=site.layout.to_dict(),
+            factors=factors.get(site.layer),
+        )
+        for site in sites
+    )
 
 
 def discover_factors(

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from engine.batch_sinks import discover_factors
+from engine.batch_sinks import discover_factors, stored_layers
 from engine.capture import AttentionSite, AttentionTap, CaptureError, discover_sites, evaluating, has_classes
 from engine.chosen_metrics import check_metrics, chosen_backend, metrics_of_one_capture
 from engine.config import StudyConfig
 from engine.relevance import relevance_maps
 from engine.study_data import Start
 from kernels import BACKENDS, MetricSpec, measure_qk
-from store import FactorSchema, LayerSchema, StoreSchema, estimate_bytes
+from store import FactorSchema, StoreSchema, estimate_bytes
 from store.encodings import resolve_encoding
 from train.adapters import check_adapters
 from train.data import Preprocessing
@@ -241,16 +241,7 @@ def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Captur
     regions = REGION_NAMES if config.data.kind == "digits" else ()
     specs = metrics_of_one_capture(config.measure.metrics)
     schema = StoreSchema(
-        layers=tuple(
-            LayerSchema(
-                layer=site.layer,
-                site=site.name,
-                heads=site.heads,
-                layout=site.layout.to_dict(),
-                factors=captured.factors.get(site.layer),
-            )
-            for site in captured.sites
-        ),
+        layers=stored_layers(captured.sites, captured.factors),
         image_ids=tuple(map(str, range(images))),
         batch_size=capture.batch_size,
         encoding=capture.encoding if "store" in capture.sinks else "",

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from engine import __version__
-from engine.batch_sinks import BatchSinks, discover_factors, one_bias
+from engine.batch_sinks import BatchSinks, discover_factors, one_bias, stored_layers
 from engine.capture import AttentionTap, CaptureError, discover_sites, evaluating
 from engine.chosen_metrics import check_metrics, chosen_backend, metric_parameters, metrics_of_one_capture
 from engine.prefix_mass import heads_on_prefix
 from engine.progress import ImageProgress, say
 from engine.transfer import HostCopies, HostCopy
 from kernels import MetricSpec, TokenLayout
-from store import AttentionStore, AttentionWriter, FactorSchema, LayerSchema, StoreSchema
+from store import AttentionStore, AttentionWriter, FactorSchema, StoreSchema
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
 from store.schema import DamagedStoreError, OtherRunError
@@ -124,16 +124,7 @@ def capture_to_store(
     if specs and backend == "numba":
         _announce_compilation()
     schema = StoreSchema(
-        layers=tuple(
-            LayerSchema(
-                layer=site.layer,
-                site=site.name,
-                heads=site.heads,
-                layout=site.layout.to_dict(),
-                factors=factors.get(site.layer),
-            )
-            for site in sites
-        ),
+        layers=stored_layers(sites, factors),
         image_ids=tuple(images.ids),
         batch_size=capture.batch_size,
         encoding=capture.encoding if "store" in capture.sinks else "",
