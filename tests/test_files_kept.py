@@ -118,9 +118,10 @@ def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path: Path) -> Non
             require_places(tmp_path / name)
     require_places(tmp_path / "run.zarr")
     require_places(tmp_path / "new.zarr")
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"store .*inner\.zarr cannot be made: .*file is a file; expected a folder"):
-        require_places(tmp_path / "file" / "inner.zarr")
+    with pytest.raises(
+        InputError, match=r"store .*inner\.zarr cannot be made: .*file.zarr is a file; expected a folder"
+    ):
+        require_places(tmp_path / "file.zarr" / "inner.zarr")
     assert tree(tmp_path) == before
 
 

@@ -275,7 +275,7 @@ def test_stratified_split_is_disjoint_complete_and_by_class(tmp_path: Path) -> N
     assert alone == {i: assigned[i] for i in classes["a"]}
     assert stratified_split(classes, seed=43) != assigned
     assert split_counts(7, 0.15, 0.15) == (5, 1, 1)
-    with pytest.raises(InputError, match="class 'b' has 2 readable"):
+    with pytest.raises(InputError, match="class 'b' has 2 image"):
         stratified_split({"b": classes["b"][:2]}, seed=42)
 
 
@@ -317,7 +317,7 @@ def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="but no class folders; expected class folders with images"):
         build_manifest(tmp_path / "loose")
     class_folders(tmp_path / "one", classes=("cat",), count=1)
-    with pytest.raises(InputError, match="class 'cat' has 1 readable image"):
+    with pytest.raises(InputError, match="class 'cat' has 1 image"):
         build_manifest(tmp_path / "one")
     assert len(build_manifest(tmp_path / "one", split="all").split("test")) == 1
 
