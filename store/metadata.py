@@ -26,7 +26,7 @@ from store.encodings import bias_dims, shared_bias
 from store.ledger import Ledger, LedgerError, describe_file, file_problems
 from store.local import LocalStorage
 from store.precisions import Array
-from store.schema import SCHEMA, DamagedStoreError, OtherRunError, StoreError, StoreSchema, layer_path
+from store.schema import SCHEMA, DamagedStoreError, OtherRunError, StoreError, StoreSchema, layer_path, ledger_name
 from store.storage import Storage
 
 __all__ = ["Metadata"]
@@ -169,10 +169,7 @@ class Metadata:
             expected = self.attrs[key]
             if found.get(key) != expected:
                 where, ours, theirs = _first_difference(key, expected, found.get(key))
-                raise OtherRunError(
-                    f"{root} was captured with another {where}: found {theirs!r}, expected {ours!r}; "
-                    "capture into another store, or delete this one and its ledger"
-                )
+                raise _another(root, f"{where}: found {_shown(theirs)}, expected {_shown(ours)}")
 
     def _compare_arrays(self, root: Storage) -> None:
         expected: dict[str, Array] = {
@@ -184,26 +181,17 @@ class Metadata:
         for path, ours in expected.items():
             theirs = read_constant(root, path)
             if theirs.shape != ours.shape:
-                raise OtherRunError(
-                    f"{root} was captured with another shape of {path}: found {theirs.shape}, expected {ours.shape}; "
-                    "capture into another store, or delete this one and its ledger"
-                )
+                raise _another(root, f"shape of {path}: found {theirs.shape}, expected {ours.shape}")
             same = (theirs == ours) | ((theirs != theirs) & (ours != ours))  # NaN is the same as NaN
             differ = np.flatnonzero(~same.reshape(len(ours), -1).all(axis=1))
             if differ.size:
                 row = int(differ[0])
                 values = f" is {theirs[row]}, expected {ours[row]}" if ours.ndim == 1 else " differs"
-                raise OtherRunError(
-                    f"{root} was captured with another {path}: row {row}{values}; "
-                    "capture into another store, or delete this one and its ledger"
-                )
+                raise _another(root, f"{path}: row {row}{values}")
 
         for path, (_, ours) in self.biases.items():
             if not np.array_equal(read_constant(root, path), ours):
-                raise OtherRunError(
-                    f"{root} was captured with another bias in {path}; capture into another store, or delete this one "
-                    "and its ledger"
-                )
+                raise _another(root, f"bias in {path}")
 
     def _compare_manifest(self, ledger: Ledger) -> None:
         if self.manifest is None:
@@ -231,3 +219,17 @@ def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
             if mine != other:
                 return _first_difference(f"{key}[{index}]", mine, other)
     return key, ours, theirs
+
+
+def _another(root: Storage, what: str) -> OtherRunError:
+    """The error of a capture that goes on with a store of another: `what` differs."""
+    ledger = ledger_name(root.name)
+    return OtherRunError(
+        f"{root} was captured with another {what}; capture into another store, or delete this one and its {ledger}"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence; of a hash, enough to tell it from another."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:13]}…"

@@ -288,7 +288,8 @@ def _compare_with_csv(path: Path, entries: Sequence[Entry]) -> dict[str, str]:
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
         table = {row["filepaths"]: row["labels"] for row in rows if row["filepaths"]}
     except (UnicodeDecodeError, KeyError, csv.Error) as error:
-        logger.warning("%s cannot be read as a table with filepaths and labels (%r); the folders decide", path, error)
+        reason = f"no column {error.args[0]}" if isinstance(error, KeyError) else error
+        logger.warning("%s cannot be read as a table with filepaths and labels (%s); the folders decide", path, reason)
         return {}
     labels = {entry.id: entry.class_name for entry in entries}
     for what, names in (
