@@ -66,11 +66,11 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
             check_targets(model, condition.targets, [condition.rank], f"condition {name}: ")
     model.to(device)
     captured = check_capture(config, model, start.preprocessing, device) if "capture" in stages else None
-    if "relevance" in stages and (config.relevance.measured or config.capture.samples):
-        _check_methods(config.relevance.methods, model, start.preprocessing, device)
     if start.listed is not None:
         check_splits(start.listed, "file", trained=bool(trained))
     require_disk(_needs(start, model, captured), start.outputs)
+    if "relevance" in stages and (config.relevance.measured or config.capture.samples):
+        _check_methods(config.relevance.methods, model, start.preprocessing, device)
     if start.listed is not None:  # all that takes seconds is sound, so the files are decoded
         check_splits(start.manifest, "readable image", trained=bool(trained))
         start.heads(start.manifest.class_names)
