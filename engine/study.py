@@ -1,4 +1,4 @@
-"""The study in order: images → conditions → capture → store → table → statistics → report.
+"""The study in order: check → images → conditions → capture → store → table → statistics → report.
 
 Each stage is one call, says what it needs and what it leaves, and is skipped when its inputs, by content hash, are
 those of the last time and its outputs are as it left them.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine import __version__
-from engine.check import check_study, one_thread
+from engine.check import check_study, one_torch_thread
 from engine.chosen_metrics import definitions, metrics_of_one_capture
 from engine.config import StudyConfig, study_toml
 from engine.controls import Contender, Control, negative_controls
@@ -26,7 +26,7 @@ from engine.errors import reason_of
 from engine.folder import capture_settings, manifest_dict
 from engine.journal import Journal, digest_path
 from engine.measure import measure_store
-from engine.model import model_info, with_present_name
+from engine.model import checkpoint_of, model_info, model_source, with_present_name
 from engine.outputs import OutputsFolder, resolve_device, write_json
 from engine.progress import say
 from engine.relevance.choice import choose_classes
@@ -126,6 +126,8 @@ class Study:
         """Run a stage that the others can do without; what it ended in, if it failed, for the caller to raise."""
         try:
             getattr(self, stage)()
+        except BrokenPipeError:  # the reader of what is said has left, which is no fault of the stage
+            raise
         except Exception as error:
             reason = reason_of(error)
             self.journal.fail(stage, reason)
@@ -138,14 +140,15 @@ class Study:
     def check(self, stages: Sequence[str]) -> None:
         """Needs: models or checkpoints, the data set's files. Leaves: nothing; says what cannot be had, of `stages`."""
         config = self.config
-        with one_thread():
+        with one_torch_thread():
             self.start = Start(config, self.outputs, self.journal)
             model = self.start.take_model()
-            given = [config.model.weights, *(condition.checkpoint for condition in config.conditions.values())]
+            given = [checkpoint_of(config, name) for name, of in config.conditions.items() if of.recipe == "checkpoint"]
+            files = [file for source in given or [model_source(config)] for file in source.files]
             inputs = {
                 "study": dataclasses.asdict(config),
                 "stages": stages,
-                "weights": [digest_path(Path(file)) for file in given if file],
+                "weights": [digest_path(file) for file in files],
                 "data": self.start.data_inputs if self.start.listed is not None else {},
                 "definitions": definitions(config.measure.metrics),
                 "device": self.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -100,3 +101,13 @@ def test_what_a_stage_left_before_it_failed_is_not_reported(tmp_path: Path, caps
     journal.stage("relevance", {"rows": 1}, [left], lambda: None)
     assert journal.failed() == {}
     assert journal.usable(left)
+
+
+def test_a_reader_that_leaves_is_no_fault_of_a_stage(tmp_path: Path) -> None:
+    def left() -> None:
+        raise BrokenPipeError
+
+    journal = Journal(tmp_path / "run.jsonl")
+    with pytest.raises(BrokenPipeError):
+        study.Study.attempt(SimpleNamespace(controls=left, journal=journal), "controls")
+    assert journal.failed() == {}
