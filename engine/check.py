@@ -33,7 +33,7 @@ from train.manifest import Manifest
 from train.models import classifier_name
 from train.splits import SPLITS
 
-__all__ = ["check_capture", "check_splits", "check_study", "check_sweep", "one_thread", "require_disk"]
+__all__ = ["check_capture", "check_splits", "check_study", "check_sweep", "one_torch_thread", "require_disk"]
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _noise(preprocessing: Preprocessing, images: int, device: str) -> torch.Tens
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """torch on one CPU inside: of one image there is nothing to share out, and threads that wait burn time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

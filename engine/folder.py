@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from engine.check import check_capture, one_thread
+from engine.check import check_capture, one_torch_thread
 from engine.classes import check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig
 from engine.model import model_info, model_source
@@ -57,7 +57,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     preprocessing = preprocessing_of(model)
     model.to(device)
     if workers.first:  # before any picture is decoded
-        with one_thread():
+        with one_torch_thread():
             check_capture(config, model, preprocessing, device, stored_alone="metrics" not in config.capture.sinks)
     manifest = _manifest(config, workers)
     images = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=manifest).test

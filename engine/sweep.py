@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.check import check_sweep, one_thread
+from engine.check import check_sweep, one_torch_thread
 from engine.classes import folder_classes, named_classes
 from engine.config import StudyConfig, study_toml
 from engine.journal import Journal
@@ -64,7 +64,7 @@ def run_sweep(config: StudyConfig) -> Path:
     folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
     journal = Journal(outputs / "run.jsonl")
     with OutputsFolder(outputs, study_toml(config), journal) as place:
-        with one_thread():
+        with one_torch_thread():
             start = Start(config, outputs, journal)
             targets = _targets(config, model := start.take_model())
             check_sweep(start, model, targets)
