@@ -388,8 +388,8 @@ def _check_recipe(name: str, condition: ConditionConfig) -> None:
         value = getattr(condition, key.name)
         if recipes and condition.recipe not in recipes and value != key.default:
             raise InputError(
-                f"conditions.{name}.{key.name} is {value!r}, and recipe {condition.recipe} makes no use of it "
-                f"({', '.join(recipes)}: yes); leave it out, or choose another with conditions.{name}.recipe"
+                f"conditions.{name}.{key.name} is {value!r}, and recipe {condition.recipe} makes no use of it; "
+                f"leave it out, or set conditions.{name}.recipe to one that does ({', '.join(recipes)})"
             )
 
 

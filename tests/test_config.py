@@ -156,7 +156,10 @@ def test_sizes_may_be_equal() -> None:
 @pytest.mark.parametrize(
     ("condition", "says"),
     [
-        ({"recipe": "full", "rank": 4}, "conditions.x.rank is 4, and recipe full makes no use of it (lora, dora: yes)"),
+        (
+            {"recipe": "full", "rank": 4},
+            "conditions.x.recipe to one that does (lora, dora)",
+        ),
         (
             {"recipe": "probe", "layer_decay": 0.5},
             "conditions.x.layer_decay is 0.5, and recipe probe makes no use of it",

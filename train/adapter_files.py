@@ -37,30 +37,36 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What is followed, and what says nothing of a finished adapter. Anything else must be as peft has it by default.
 _FOLLOWED = (
-    *(
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "fan_in_fan_out",
-        "modules_to_save",
-    ),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
 )
 _OF_TRAINING = (
-    *(
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "peft_version",
-    ),
-    *("lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "megatron_core"),
-    *("runtime_config", "qalora_group_size", "ensure_weight_tying"),
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "lora_dropout",
+    "init_lora_weights",
+    "eva_config",
+    "loftq_config",
+    "corda_config",
+    "megatron_core",
+    "runtime_config",
+    "qalora_group_size",
+    "ensure_weight_tying",
 )
 # Initial values that change the weights below: peft does so again when it loads such adapters, to the same values.
 _CHANGING = ("pissa", "olora")
