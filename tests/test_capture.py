@@ -57,11 +57,33 @@ def test_layers_are_chosen_in_depth_order() -> None:
         capture_attention(model, images_for(model), layers=[7])
 
 
-def test_gradients_flow_with_trainable_parameters_under_no_grad() -> None:
+def test_gradients_reach_the_projection_and_under_no_grad_there_are_none() -> None:
+    """Of a map's entropy: those of the map that query and key make by hand."""
     model = random_model("vit_tiny_patch16_224", img_size=64, depth=1)
-    assert any(parameter.requires_grad for parameter in model.parameters())
-    with torch.no_grad():
-        assert len(capture_attention(model, images_for(model))) == 1
+    images = images_for(model)
+    weight = model.blocks[0].attn.qkv.weight
+    maps: list[torch.Tensor] = []
+
+    def keep(site: AttentionSite, *call: Any) -> None:
+        maps.append(attention_map(*call))
+
+    with AttentionTap(model, keep):
+        model(images)
+        with torch.no_grad():
+            model(images)
+    attention, without = maps
+    assert attention.requires_grad
+    assert not without.requires_grad
+    torch.testing.assert_close(without, attention.detach())
+
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    block = model.blocks[0]
+    q, k, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+    by_hand = (q @ k.mT * 64**-0.5).softmax(-1)
+    expected, found = (torch.autograd.grad(-(m * m.log()).sum(-1).mean(), weight)[0] for m in (by_hand, attention))
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
+    assert torch.equal(found[128 * 3 :], torch.zeros_like(found[128 * 3 :])), "a map does not depend on the values"
 
 
 def test_a_model_without_attention_is_refused() -> None:

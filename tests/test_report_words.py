@@ -89,22 +89,6 @@ def test_skewed_differences_are_a_limit_that_is_named(tmp_path: Path) -> None:
     assert ["skewed" in cell["note"] for cell in cells[1]] == [True] * 4 + [False]
 
 
-def test_patterns_along_the_layers_come_from_their_tests(told: tuple[Results, str, str]) -> None:
-    results, summary, _ = told
-    clusters = results.clusters(condition="dora", metric="entropy")
-    assert clusters
-    for cluster in clusters:
-        assert f"{cluster.direction} in layer" in summary
-    assert "cluster permutation over images" in summary
-    (trend,) = results.trends(condition="dora", metric="distance")
-    assert trend.p_max_t is not None
-    assert ("no evidence that the change differs with depth" in summary) == any(
-        not one.survives(0.05) for one in results.analyses.trends
-    )
-    assert "within a layer" in summary.split("## Between metrics")[1]
-    assert "classes counts alike" in summary.split("## Classes")[1]
-
-
 def test_a_study_without_effect_says_so(tmp_path: Path) -> None:
     outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"))
     summary, page = texts(outputs)

@@ -233,7 +233,9 @@ def test_no_warning_escapes_on_ties_zeros_and_small_samples() -> None:
         warnings.simplefilter("error")
         for n in (2, 3, 8, 30, 60):
             d = np.round(np.random.default_rng(n).normal(size=(n, 6)), 0)
-            compare_paired(np.zeros_like(d), d, permutations=99, bootstrap=99)
+            result = compare_paired(np.zeros_like(d), d, permutations=99, bootstrap=99)
+            np.testing.assert_allclose(result.difference, d.mean(axis=0), atol=1e-12)
+            assert ((result.p > 0) & (result.p <= 1)).all()
 
 
 @pytest.mark.parametrize("unit", [2.0**-600, 2.0**300])
