@@ -27,16 +27,16 @@ import numpy as np
 import torch
 
 from engine.capture import AttentionSite, AttentionTap, attention_map
-from engine.measure import measure_store
-from engine.sinks import Capture, capture_to_store
+from engine.capture.sinks import Capture, capture_to_store
+from engine.measure.store import measure_store
 from kernels import METRICS, MetricSpec, measure_attention, measure_pair
 from store import AttentionStore, info
 from store.encodings import ENCODINGS
-from train.data import ImageSet
-from train.datasets import build_manifest
+from train.data.datasets import build_manifest
+from train.data.digits import prepare_digits
+from train.data.folders import prepare_folder
+from train.data.sets import ImageSet
 from train.digits_vit import IMAGE_SIZE
-from train.embedded import prepare_digits
-from train.folders import prepare_folder
 from train.model_source import ModelSource
 from train.models import load_checkpoint, preprocessing_of
 

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from numba import njit
 
-from kernels import TokenLayout, measure_attention, measure_qk, numba_cpu
-from kernels.lane_types import EIGHT, Width, widest
-from kernels.threads import over_parts, set_num_threads
+from kernels import TokenLayout, measure_attention, measure_qk
+from kernels.cpu import backend as numba_cpu
+from kernels.cpu.lane_types import EIGHT, Width, widest
+from kernels.cpu.threads import over_parts, set_num_threads
 from tests.cases import layout, trained
 
 CORE = ("distance", "entropy", "morans_i")

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.measure import measure_store
-from engine.stored import StoredMeasurement
+from engine.measure.store import measure_store
+from engine.measure.units import StoredMeasurement
 from kernels import TokenLayout
-from kernels.threads import num_threads
+from kernels.cpu.threads import num_threads
 from store import AttentionStore, AttentionWriter, Factors, FactorSchema, LayerSchema, StoreSchema
 from store.arrays import attention_arrays
 from store.commit import available_cpus

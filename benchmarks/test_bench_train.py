@@ -26,9 +26,9 @@ import train.state
 from tests.photographs import sources
 from train.augment import Augmentation
 from train.checkpoint import state_digest
-from train.data import DataSplits
+from train.data.folders import prepare_folder
+from train.data.sets import DataSplits
 from train.evaluation import Evaluation
-from train.folders import prepare_folder
 from train.loop import Schedule, epoch_order, fit
 from train.models import build_model, preprocessing_of
 from train.precision import forward_precision, resolve_precision, training_mode

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 
 from train.errors import InputError, TrainingDivergedError, WorkerLostError
 
-__all__ = ["MemoryExhaustedError", "exit_code", "foreseen", "reason_of"]
-
 # What torch and others raise as a RuntimeError.
 _NO_MEMORY = re.compile(r"can(?:not|'t) allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 
@@ -70,7 +68,7 @@ def exit_code(error: Exception) -> int | None:
         return 2
     if isinstance(error, TrainingDivergedError | WorkerLostError | MemoryExhaustedError):
         return 1
-    store, kernels, cluster = (sys.modules.get(name) for name in ("store", "kernels", "engine.cluster"))
+    store, kernels, cluster = (sys.modules.get(name) for name in ("store", "kernels", "engine.measure.cluster"))
     if cluster is not None and isinstance(error, cluster.ClusterError):
         return 1
     if store is not None and isinstance(error, store.StoreError | store.NetworkError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,7 +13,8 @@ from tqdm import tqdm
 from train.files import printable
 from train.processes import first_process
 
-__all__ = ["ImageProgress", "say"]
+# What the user types: the console script, or Python's -m.
+PROGRAM = "vit-attention" if Path(sys.argv[0]).stem == "vit-attention" else "python -m engine.run"
 
 
 def say(sentence: str) -> None:

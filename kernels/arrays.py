@@ -8,19 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "FLOAT_DTYPES",
-    "Values",
-    "device_type",
-    "dtype_name",
-    "flat_index",
-    "from_host",
-    "host_view",
-    "is_torch",
-    "to_float64",
-    "wants_grad",
-]
-
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -11,8 +11,6 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
-__all__ = ["BACKENDS", "BackendSpec", "BackendUnavailableError", "resolve"]
-
 
 class BackendUnavailableError(RuntimeError):
     """The backend asked for by name cannot run here; the message says why."""
@@ -61,18 +59,20 @@ BACKENDS: dict[str, BackendSpec] = {
     spec.name: spec
     for spec in (
         BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
-        BackendSpec("numba", "kernels.numba_cpu", ("cpu",), "compiled CPU loops, one pass; the default without a GPU"),
+        BackendSpec(
+            "numba", "kernels.cpu.backend", ("cpu",), "compiled CPU loops, one pass; the default without a GPU"
+        ),
         BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
         BackendSpec(
             "triton",
-            "kernels.triton_gpu",
+            "kernels.cuda.triton_gpu",
             ("cuda",),
             "fused CUDA kernels, from maps or from query and key",
             emulator="TRITON_INTERPRET",
         ),
         BackendSpec(
             "numba_cuda",
-            "kernels.numba_cuda",
+            "kernels.cuda.numba_cuda",
             ("cuda",),
             "CUDA kernel for stored maps",
             emulator="NUMBA_ENABLE_CUDASIM",

@@ -8,16 +8,6 @@ import numpy as np
 
 from kernels.arrays import dtype_name, host_view, to_float64
 
-__all__ = [
-    "ROW_SUM_TOLERANCE",
-    "InvalidAttentionError",
-    "explain_attention",
-    "explain_pair",
-    "explain_qk",
-    "rounded_to",
-    "valid_rows",
-]
-
 # How far a row's sum may be off 1 by rounding alone. float64 often holds a float32 softmax.
 ROW_SUM_TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4, "float64": 1e-4}
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TokenLayout"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLayout:

@@ -15,8 +15,6 @@ from kernels.backends import BackendSpec, BackendUnavailableError, resolve
 from kernels.layout import TokenLayout
 from kernels.metrics import Measurement, MetricSpec, load_metric
 
-__all__ = ["measure_attention", "measure_pair", "measure_qk"]
-
 CORE_METRICS = ("distance", "entropy", "morans_i")
 PAIR_METRICS = ("js_divergence",)
 

@@ -32,8 +32,6 @@ import numpy as np
 from kernels import reference
 from kernels.layout import TokenLayout
 
-__all__ = ["METRICS", "Measurement", "MetricError", "MetricSpec", "load_metric"]
-
 Implementation = Callable[..., Any] | str
 
 
@@ -258,10 +256,10 @@ def _in(*backends: str, name: str) -> dict[str, Implementation]:
 
 
 _MODULES = {
-    "numba": "kernels.numba_cpu",
+    "numba": "kernels.cpu.backend",
     "torch": "kernels.torch_ops",
-    "triton": "kernels.device_rows",
-    "numba_cuda": "kernels.device_rows",
+    "triton": "kernels.cuda.rows",
+    "numba_cuda": "kernels.cuda.rows",
 }
 _CPU_AND_CUDA = ("numba", "torch", "triton", "numba_cuda")
 

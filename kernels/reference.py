@@ -12,35 +12,6 @@ import numpy as np
 
 from kernels.layout import TokenLayout
 
-__all__ = [
-    "RECEIVED_SPREAD",
-    "SEED1_LEAST_SUM_SQ",
-    "SEED1_LOG_OFFSET",
-    "class_row",
-    "cls_entropy",
-    "cls_morans_i",
-    "distance",
-    "distance_px",
-    "distance_seed1",
-    "distance_walmer",
-    "entropy",
-    "entropy_normalized",
-    "entropy_seed1",
-    "extent_px",
-    "gearys_c",
-    "gini",
-    "js_divergence",
-    "morans_i",
-    "morans_i_received",
-    "morans_i_seed1",
-    "prefix_mass",
-    "received_map",
-    "region_mass",
-    "renormalised",
-    "sink_share",
-    "softmax_rows",
-]
-
 # A received map whose greatest and least value differ by less than this share of their mean is constant. Rounding of
 # float32 rows alone leaves about 1e-7; the order of a sum would decide whether such a map has a Moran's I.
 RECEIVED_SPREAD = 1e-5

@@ -17,8 +17,6 @@ from kernels.checks import valid_rows
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricError, MetricSpec
 
-__all__ = ["measure_attention", "measure_pair", "measure_qk"]
-
 TILE_BYTES = 32 * 2**20  # of float64 rows; the definitions make a handful of temporaries of that size
 
 

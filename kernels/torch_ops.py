@@ -20,32 +20,6 @@ from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, SEED1_LOG_OFFSET, extent_px
 
-__all__ = [
-    "MapRows",
-    "PairRows",
-    "cls_entropy",
-    "cls_morans_i",
-    "distance",
-    "distance_px",
-    "distance_seed1",
-    "distance_walmer",
-    "entropy",
-    "entropy_normalized",
-    "entropy_seed1",
-    "gearys_c",
-    "gini",
-    "js_divergence",
-    "measure_attention",
-    "measure_pair",
-    "measure_qk",
-    "morans_i",
-    "morans_i_received",
-    "morans_i_seed1",
-    "prefix_mass",
-    "region_mass",
-    "sink_share",
-]
-
 # Bytes of one temporary, a chunk of rows in the arithmetic's dtype: in the CPU's cache, or enough to fill a GPU.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 

@@ -25,24 +25,6 @@ from store.precisions import FILL, Array, storage_dtype
 from store.schema import LayerSchema, StoreError, StoreSchema, layer_path, metric_path
 from store.storage import Storage
 
-__all__ = [
-    "ArraySpec",
-    "attention_arrays",
-    "batch_arrays",
-    "create_arrays",
-    "create_constant",
-    "create_group",
-    "create_metric_group",
-    "estimate_bytes",
-    "layer_arrays",
-    "layer_attributes",
-    "metric_arrays",
-    "read_attributes",
-    "read_constant",
-    "require_free_disk",
-    "shared_biases",
-]
-
 CHUNK_IMAGES = 4  # images a chunk: 1-4 serve reading single images, more serve nothing (notes: layout table)
 
 

@@ -20,18 +20,6 @@ from store.schema import StoreError, StoreSchema
 from store.shards import FileEntry, encode_chunk, write_file
 from store.storage import Storage
 
-__all__ = [
-    "STALE",
-    "Committer",
-    "attention_digest",
-    "available_cpus",
-    "check_names",
-    "check_shape",
-    "float32",
-    "metric_values",
-    "sound_batches",
-]
-
 FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
 SMALL_BYTES = 1 << 20  # smaller ones (a batch's logits, a metric's values) wait beside them, until their commit
 FILE_THREADS = 2  # one file is written while the other is being forced to disk

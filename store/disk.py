@@ -11,8 +11,6 @@ from pathlib import Path
 from store.removal import Mark, is_unfinished, put, remove, unfinished
 from store.schema import StoreError
 
-__all__ = ["DiskError", "disk_error", "is_refusal", "making", "writing"]
-
 _AGAIN = "run the same command again"
 _ELSEWHERE = "give another place"
 # errno -> what is wrong, what to do.

@@ -16,19 +16,6 @@ import numpy as np
 from store.precisions import Array, as_numbers, widen
 from store.schema import FactorSchema, LayerSchema, StoreError
 
-__all__ = [
-    "ENCODINGS",
-    "Encoding",
-    "Factors",
-    "Part",
-    "bias_dims",
-    "factor_schema",
-    "resolve_encoding",
-    "shared_bias",
-    "softmax_maps",
-    "with_all_axes",
-]
-
 Numbers = tuple[Array, str]  # values and their precision
 
 

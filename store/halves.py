@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["bfloat16_to_float32", "float16_to_float32", "float32_to_bfloat16", "float32_to_float16"]
-
 # Not kept on disk: each compiles in 0.2 s, and a cache is one more thing that can be full, damaged or read-only.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 

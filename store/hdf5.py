@@ -17,8 +17,6 @@ from store.schema import MARK, StoreError
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["read_table", "write_table"]
-
 SCHEMA = f"{MARK}-table/1"
 _ORDER = "variable_order"
 _JSON = "json_attributes"  # names of attributes kept as JSON, for HDF5 attributes hold no lists or dicts

@@ -28,8 +28,6 @@ from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
 from store.schema import MARK, StoreError, layer_path
 
-__all__ = ["AttentionFile", "Dataset", "export_attention", "is_export", "rehearse"]
-
 SCHEMA = f"{MARK}-hdf5/1"
 
 _AXES = ("image", "head", "query", "key")

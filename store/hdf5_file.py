@@ -17,8 +17,6 @@ from store.disk import making, writing
 from store.hdf5_seal import BLOCK_BYTES, write_seal
 from store.local import sync_directory
 
-__all__ = ["new_hdf5"]
-
 
 @contextlib.contextmanager
 def new_hdf5(path: Path, schema: str, mark: Callable[[Path], bool]) -> Iterator[tuple[Any, Callable[[], None]]]:

@@ -18,8 +18,6 @@ from typing import Any
 
 from store.schema import StoreError
 
-__all__ = ["attribute", "datasets", "fatality", "open_hdf5", "require_readable"]
-
 _SECONDS = 30  # of CPU time, for what takes a part of one
 _CHUNK_BYTES = 1 << 30
 _SHRUNK = 2000  # gzip makes zeros a thousandth, and nothing less than that

@@ -13,8 +13,6 @@ from typing import IO
 
 from store.schema import StoreError
 
-__all__ = ["BLOCK_BYTES", "DAMAGE", "check_seal", "is_sealed", "write_seal"]
-
 BLOCK_BYTES = 512  # HDF5's user block, whose size must be asked for when a file is made
 DAMAGE = (OSError, RuntimeError, KeyError)  # what h5py raises of a damaged file
 

@@ -17,8 +17,6 @@ from store.hdf5_input import attribute, require_readable
 from store.precisions import Array
 from store.schema import StoreError
 
-__all__ = ["AXES", "labelled_axes", "read_class_names", "read_labels", "read_names", "shown_precision", "unstated_axes"]
-
 AXES = ("image", "layer", "head", "query", "key")
 _LAYER_FIRST = ("layer", "image", "head", "query", "key")
 

@@ -27,18 +27,6 @@ from store.schema import LEDGER_FILES, OtherRunError, StoreError, ledger_name
 from store.shards import FileEntry, ShardError, describe_shard
 from store.storage import Lock, Storage
 
-__all__ = [
-    "Ledger",
-    "LedgerError",
-    "batch_name",
-    "describe_bytes",
-    "describe_file",
-    "file_problem",
-    "file_problems",
-    "size_problem",
-]
-
-
 AT_ONCE = 16  # requests to an object store under way
 
 

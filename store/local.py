@@ -18,8 +18,6 @@ from store.schema import StoreError
 from store.scratch import scratch
 from store.storage import PARTIAL, Lock, Storage, Write
 
-__all__ = ["LocalStorage", "sync_directory"]
-
 # Names of files in stores and ledgers, whole or not.
 _FILE = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json(?:{PARTIAL})?|c(?:\.\d+)*(?:{PARTIAL})?|lock")
 _HALF_WRITTEN = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json{PARTIAL}|c(?:\.\d+)*{PARTIAL}")

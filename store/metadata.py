@@ -29,8 +29,6 @@ from store.precisions import Array
 from store.schema import SCHEMA, DamagedStoreError, OtherRunError, StoreError, StoreSchema, layer_path, ledger_name
 from store.storage import Storage
 
-__all__ = ["Metadata"]
-
 FileEntries = dict[str, dict[str, Any]]  # path inside the store -> size and SHA-256
 
 

@@ -35,8 +35,6 @@ from store.storage import Lock, Storage, StoreUrl, Write
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
 
-__all__ = ["ObjectStorage"]
-
 _AT_ONCE = 16  # requests under way
 _held: set[str] = set()  # ledgers that this process has locked
 _PATIENCE = timedelta(seconds=60)  # with a network that fails

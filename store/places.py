@@ -10,8 +10,6 @@ from store.removal import schema_of
 from store.schema import LEDGER_FILES, MARK, RECORD_BEGINS, SCHEMA, DamagedStoreError, StoreError, ledger_name
 from store.storage import Location, Storage, location_of
 
-__all__ = ["containing_store", "require_place", "require_store", "storage_at"]
-
 
 def storage_at(given: str | os.PathLike[str] | Storage) -> Storage:
     """The files of a store at a path or URL.

@@ -13,8 +13,6 @@ import numpy as np
 
 from store.schema import StoreError
 
-__all__ = ["FILL", "FLOATS", "Array", "RoundedArray", "as_numbers", "cast", "storage_dtype", "widen"]
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")

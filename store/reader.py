@@ -31,8 +31,6 @@ from store.scratch import scratch
 from store.shards import FileEntry
 from store.storage import Location, Storage
 
-__all__ = ["AttentionStore", "check_files", "open_metadata"]
-
 
 class AttentionStore:
     """A captured run. Use `AttentionStore.open`.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["redacted"]
-
 _HIDDEN = "***"
 
 # Behind `https:/` or `https://` (a path drops a slash): what stands before @, up to the last one; passwords may hold

@@ -17,19 +17,6 @@ from typing import Any
 
 from store.schema import MARK, StoreError
 
-__all__ = [
-    "UNFINISHED",
-    "attributes_of",
-    "holds_only",
-    "is_unfinished",
-    "named",
-    "own_zarr",
-    "put",
-    "remove",
-    "schema_of",
-    "unfinished",
-]
-
 UNFINISHED = f".{MARK}.partial"
 
 Mark = Callable[[Path], bool]

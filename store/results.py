@@ -23,8 +23,6 @@ from store.reader import AttentionStore, open_metadata
 from store.schema import StoreError, StoreSchema, metric_path
 from store.storage import Storage
 
-__all__ = ["MetricWriter", "has_metric"]
-
 
 def has_metric(
     path: str | os.PathLike[str] | Storage,

@@ -20,8 +20,6 @@ from store.scratch import scratch
 from store.shards import ShardError, begin_chunks, decode_chunk
 from store.storage import Storage
 
-__all__ = ["Records", "Rows", "begin_rows", "positions"]
-
 Rows = slice | Sequence[int] | Array
 
 

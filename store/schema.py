@@ -18,26 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = [
-    "LEDGER_FILES",
-    "MARK",
-    "RECORD_BEGINS",
-    "SCHEMA",
-    "STORE_FILES",
-    "DamagedStoreError",
-    "FactorSchema",
-    "LayerSchema",
-    "NetworkError",
-    "OtherRunError",
-    "StoreError",
-    "StoreSchema",
-    "UnfinishedStoreError",
-    "layer_path",
-    "ledger_name",
-    "metric_path",
-    "samples_name",
-]
-
 MARK = "vit-attention"  # the attribute `schema` of whatever this program writes begins with it
 SCHEMA = f"{MARK}/1"
 

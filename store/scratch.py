@@ -8,8 +8,6 @@ import numpy as np
 
 from store.precisions import Array
 
-__all__ = ["scratch"]
-
 _thread = threading.local()
 
 

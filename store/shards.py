@@ -28,17 +28,6 @@ from store.schema import StoreError
 from store.scratch import scratch
 from store.storage import Storage
 
-__all__ = [
-    "FileEntry",
-    "ShardError",
-    "begin_chunks",
-    "decode_chunk",
-    "describe_shard",
-    "encode_chunk",
-    "glance_at_shard",
-    "write_file",
-]
-
 _CHECKSUM = 4  # bytes of a CRC-32C
 _EMPTY = np.iinfo(np.uint64).max  # offset and length of a chunk that holds no row
 

@@ -20,8 +20,6 @@ from store.precisions import Array
 from store.redaction import redacted
 from store.schema import StoreError
 
-__all__ = ["PARTIAL", "Location", "Lock", "Storage", "StoreUrl", "location_of"]
-
 PARTIAL = ".partial"  # suffix of everything unfinished
 
 Write = Callable[[bytes], int]  # takes all of it, and gives its length

@@ -19,8 +19,6 @@ from store.schema import SCHEMA, StoreError, StoreSchema
 from store.shards import FileEntry, ShardError, glance_at_shard
 from store.storage import PARTIAL, Storage
 
-__all__ = ["Damage", "content_digest", "info", "verify"]
-
 # Where metrics computed later lie; what of them no record names is an interrupted run's.
 _RESULT = re.compile(r"metrics/[^/]+/([0-9a-f]{16}/.+|zarr\.json)")
 

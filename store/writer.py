@@ -31,8 +31,6 @@ from store.schema import LEDGER_FILES, SCHEMA, STORE_FILES, StoreError, StoreSch
 from store.shards import FileEntry
 from store.storage import Location, Lock, Storage
 
-__all__ = ["AttentionWriter"]
-
 
 class AttentionWriter:
     """The writer of a store, or one of those that share it. Use `AttentionWriter.open`, as a context manager.

@@ -65,12 +65,12 @@ def still_clock() -> Iterator[None]:
     """Times that are written down are always the same, so that two runs can be compared byte for byte."""
     noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
     clock = SimpleNamespace(now=lambda zone=None: noon)
-    import engine.journal
+    import engine.study.journal
     import store.metadata
 
     with (
-        mock.patch.object(engine.journal, "time", SimpleNamespace(perf_counter=lambda: 0.0)),
-        mock.patch.object(engine.journal, "datetime", clock),
+        mock.patch.object(engine.study.journal, "time", SimpleNamespace(perf_counter=lambda: 0.0)),
+        mock.patch.object(engine.study.journal, "datetime", clock),
         mock.patch.object(store.metadata, "datetime", clock),
     ):
         yield

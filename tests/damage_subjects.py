@@ -197,7 +197,7 @@ def interrupted(folder: Path) -> Subject:
     done(run(home))
     finished = contents(home)
     shutil.rmtree(home)
-    with mock.patch("engine.training.train_condition", stopped):
+    with mock.patch("engine.study.training.train_condition", stopped):
         assert call(run(home))[0] == 130
     return Subject(home=home, kinds=OUTPUTS, remake=[command(*run(home))], finished=finished)
 

@@ -326,7 +326,7 @@ def namespace() -> list[str] | None:
 
 def _try(command: str, count: int, only: int | None) -> int:
     import engine.study
-    import engine.sweep  # noqa: F401
+    import engine.study.sweep  # noqa: F401
 
     failed = 0
     with tempfile.TemporaryDirectory() as name:

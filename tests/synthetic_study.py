@@ -19,12 +19,12 @@ import xarray as xr
 import zarr
 from PIL import Image
 
-from engine.journal import Journal
-from engine.report.comparison import comparison_document
 from engine.report.inputs import load_results
 from engine.report.page import render_page
 from engine.report.summary import summary_markdown
 from engine.statistics import analyse
+from engine.statistics.document import comparison_document
+from engine.study.journal import Journal
 
 METRICS: Mapping[str, tuple[str, str, float, float]] = {
     # name: (units, title, level, spread)

@@ -18,9 +18,9 @@ from torch import nn
 
 from engine.capture import capture_attention
 from engine.config import load_study
-from engine.model import checkpoint_of, model_info
 from engine.run import main
-from engine.training import Run
+from engine.study.model import checkpoint_of, model_info
+from engine.study.training import Run
 from tests.photographs import write_photographs
 from train.errors import InputError
 from train.model_source import ModelSource

@@ -241,7 +241,7 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
 
 DYING = """
 import os, signal, sys
-from engine import sinks
+from engine.capture import sinks
 from engine.run import main
 
 captured, go_on = [], sinks._return_freed_memory

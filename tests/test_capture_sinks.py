@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 
-from engine.batch_sinks import unusable_rows
 from engine.capture import CaptureError, capture_attention
-from engine.sinks import Capture, capture_to_store
-from engine.table import build_table
+from engine.capture.batch_sinks import unusable_rows
+from engine.capture.sinks import Capture, capture_to_store
+from engine.measure.table import build_table
 from kernels import TokenLayout, measure_attention
 from store import AttentionStore, StoreError
 from store.local import LocalStorage

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from engine.capture import AttentionTap, capture_attention
-from engine.interception import ModelInterception, unwrapped
+from engine.capture.interception import ModelInterception, unwrapped
 from tests.families import MEASURED, images, spread
 from train.adapters import add_adapters, merge_adapters
 

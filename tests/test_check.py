@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import load_study
-from engine.journal import Journal
+from engine.measure.table import read_table
 from engine.run import main
-from engine.study_data import Start
-from engine.table import read_table
+from engine.study.data import Start
+from engine.study.journal import Journal
 from store import AttentionStore
 from tests.photographs import write_photographs
 
@@ -104,8 +104,8 @@ def test_what_cannot_be_captured_is_refused_before_any_work(
 def test_a_refused_command_leaves_a_finished_study_as_it_is(
     comparison: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from engine.journal import Journal
-    from engine.outputs import OutputsFolder
+    from engine.study.journal import Journal
+    from engine.study.outputs import OutputsFolder
 
     outputs = tmp_path / "made" / "outputs"
     with OutputsFolder(outputs, "a = 1\n", Journal(outputs / "run.jsonl")) as place:

@@ -17,32 +17,24 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.config import load_study
-from engine.journal import Journal
-from engine.study_data import Start, StudyData, prepare_data
-from engine.training import train_runs
+from engine.study.data import Start, StudyData, prepare_data
+from engine.study.journal import Journal
+from engine.study.training import train_runs
 from tests.photographs import write_photographs
-from train.checkpoint import (
-    checked_json,
-    has_sidecar,
-    parse_checked_json,
-    read_checkpoint,
-    read_metadata,
-    save_checkpoint,
-    sidecar_path,
-    state_digest,
-)
+from train.checkpoint import has_sidecar, read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
 from train.conditions import TrainResult, train_condition
-from train.data import DataSplits, Preprocessing
-from train.embedded import prepare_digits
+from train.data.digits import prepare_digits
+from train.data.manifest import Manifest, Record
+from train.data.sets import DataSplits, Preprocessing
 from train.errors import DamagedFileError, InputError
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
-from train.manifest import Manifest, Record
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.state import StateFile, TrainingState
 from train.trials import TrialsFile
 from train.weights import read_state_dict, refuse_unfit_values
+from train.whole_files import checked_json, parse_checked_json
 
 TINY = "test_vit"
 

@@ -15,16 +15,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
-from engine.classes import HeadClasses, check_shared_names, folder_classes, named_classes, read_class_names
 from engine.config import StudyConfig, load_study
-from engine.controls import hybrid_state
 from engine.relevance.choice import choose_classes, find_targets
 from engine.run import main
-from engine.study import run_study
-from engine.sweep import _head_is_of
+from engine.study.controls import hybrid_state
+from engine.study.stages import run_study
+from engine.study.sweep import _head_is_of
 from store import AttentionStore
 from tests.synthetic_study import texts
 from train.checkpoint import read_metadata, save_checkpoint
+from train.data.classes import HeadClasses, check_shared_names, folder_classes, named_classes, read_class_names
 from train.errors import DamagedFileError, InputError
 
 NATURAL = tuple(str(number) for number in range(1, 13))

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.utils import AttentionExtract
 
+from engine.measure.table import read_table
 from engine.run import main
-from engine.table import read_table
 from kernels import METRICS, TokenLayout
 from tests.photographs import write_broken, write_photographs
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from engine.report.comparison import comparison_document, write_comparison
 from engine.statistics import compare_conditions
+from engine.statistics.document import comparison_document, write_comparison
 from store import DiskError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import (
+from engine.config.study import (
     EMBEDDED_STUDY,
     ConditionConfig,
     StudyConfig,

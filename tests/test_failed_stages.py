@@ -11,10 +11,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from engine import study
-from engine.journal import Journal
 from engine.report import figures
 from engine.run import main
+from engine.study import stages as study
+from engine.study.journal import Journal
 from tests.photographs import write_photographs
 from train.errors import InputError
 

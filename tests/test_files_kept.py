@@ -14,11 +14,11 @@ import store_cases as case
 import xarray
 import zarr
 
-from engine.folder import require_places
-from engine.journal import Journal
-from engine.outputs import OutputsFolder, replace_files
+from engine.capture.samples import is_samples, require_samples_place
 from engine.relevance.samples import Explained, write_samples
-from engine.samples import is_samples, require_samples_place
+from engine.study.journal import Journal
+from engine.study.one_capture import require_places
+from engine.study.outputs import OutputsFolder
 from store import AttentionStore, AttentionWriter, StoreError
 from store.hdf5 import write_table as hdf5_table
 from store.places import storage_at
@@ -27,6 +27,7 @@ from store.schema import DamagedStoreError, OtherRunError, ledger_name, samples_
 from store.verify import verify
 from train.checkpoint import save_checkpoint
 from train.errors import InputError
+from train.whole_files import replace_files
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -363,7 +364,7 @@ def test_nothing_is_removed_or_overwritten_but_by_the_one_module() -> None:
     own = {
         "store/local.py truncate",  # the lock of a ledger, which its holder signs
         "store/hdf5_file.py truncate",  # the file that is being put together
-        "kernels/numba_cache.py unlink",  # numba's index of our compiled kernels
+        "kernels/cpu/cache.py unlink",  # numba's index of our compiled kernels
     }
     assert [entry for entry in found if re.sub(r":\d+", "", entry) not in own] == []
 

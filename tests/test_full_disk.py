@@ -20,22 +20,22 @@ import timm
 import torch
 import xarray
 
+from engine.capture.samples import start_samples
 from engine.errors import MemoryExhaustedError, exit_code, foreseen
-from engine.journal import Journal
-from engine.outputs import replace_files
+from engine.measure.table import write_table
 from engine.run import main
-from engine.samples import start_samples
-from engine.table import write_table
+from engine.study.journal import Journal
 from store import AttentionStore, DiskError
 from store.disk import writing
 from store.hdf5_attention import export_attention
 from store.hdf5_file import new_hdf5
 from tests import full_disk
 from tests.full_disk import file_size_limit
-from train.checkpoint import save_checkpoint, write_atomically
+from train.checkpoint import save_checkpoint
 from train.model_source import ModelSource
 from train.models import build_model
 from train.trials import TrialsFile
+from train.whole_files import replace_files, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 2048  # bytes of a file

@@ -357,7 +357,7 @@ class TestTritonCompiles:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def from_maps(self, side: int, dtype: str, needs: int, tmp_path: Path) -> int:
-        from kernels import triton_gpu, triton_rows
+        from kernels.cuda import triton_gpu, triton_rows
 
         pairs = triton_gpu.triton.next_power_of_2((side + 1) // 2)
         constants = {
@@ -376,7 +376,7 @@ class TestTritonCompiles:
         return self.spilled(self.compiled(triton_rows.attention_rows, constants, types, options, ()), tmp_path)
 
     def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path) -> int:
-        from kernels import triton_gpu, triton_rows
+        from kernels.cuda import triton_gpu, triton_rows
 
         columns = max(16, triton_gpu.triton.next_power_of_2(side))
         queries, warps = triton_gpu._qk_tile(columns, 4 if dtype == "fp32" else 2)
@@ -422,7 +422,7 @@ class TestTritonCompiles:
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:
-        from kernels import triton_rows
+        from kernels.cuda import triton_rows
 
         constants = {**geometry(37, 15), "BLOCK_P": 1, "BLOCK_K": 2048, "BLOCK_T": 2048, "stride_k": 1}
         constants["IS_BFLOAT16"] = dtype == "bf16"

@@ -17,14 +17,15 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.batch_sinks import BatchSinks
 from engine.capture import AttentionTap
-from kernels import METRICS, measure_attention, measure_qk, torch_ops, triton_gpu, triton_rows
-from kernels.device_rows import _starts, distances
+from engine.capture.batch_sinks import BatchSinks
+from kernels import METRICS, measure_attention, measure_qk, torch_ops
+from kernels.cuda import triton_gpu, triton_rows
+from kernels.cuda.rows import _starts, distances
 from store import LayerSchema, StoreSchema
 from tests.cases import layout
 from train.augment import Augmentation, _luma
-from train.data import Preprocessing, _channels
+from train.data.sets import Preprocessing, _channels
 
 CORE = tuple(METRICS[name] for name in ("distance", "entropy", "morans_i"))
 OF = layout(4, 4, 1)

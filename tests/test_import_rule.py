@@ -20,22 +20,68 @@ ALLOWED = {
 }
 
 
-def project_imports(path: Path) -> set[str]:
-    """Dotted names of the project's modules that a file imports, at any depth of the code."""
+# Rooms, from below: one imports of those before it, and of them what their `__init__` names; never back.
+ROOMS = (
+    "engine.config",
+    "engine.progress",
+    "engine.capture",
+    "engine.measure",
+    "engine.statistics",
+    "engine.relevance",
+    "engine.report",
+    "engine.study",
+    "engine.run",
+)
+DATA = "train.data"  # a room too, below all that is not in it
+
+
+def imports_of(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of what a file imports of the project, at any depth of the code."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where a name comes from"
             assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in (*PACKAGES, "tests", "benchmarks")}
+            found |= {(node.module, alias.name) for alias in node.names}
+    return {(module, name) for module, name in found if module.split(".")[0] in (*PACKAGES, "tests", "benchmarks")}
+
+
+def project_imports(path: Path) -> set[str]:
+    """Dotted names of what a file imports of the project."""
+    return {f"{module}.{name}" if name else module for module, name in imports_of(path)}
 
 
 def may_import(package: str, name: str) -> bool:
     allowed = (package, *ALLOWED[package])
     return any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+
+
+def room_of(module: str) -> str:
+    return next((room for room in (*ROOMS, DATA) if module == room or module.startswith(room + ".")), "")
+
+
+def breaks_rooms(module: str, imported: str, name: str, named: frozenset[str]) -> bool:
+    """Whether a module of one room imports from a later one, or of another what its `__init__` does not name."""
+    here, there = room_of(module), room_of(imported)
+    if not there or here == there:
+        return False
+    if here in ROOMS and there in ROOMS and ROOMS.index(there) > ROOMS.index(here):
+        return True
+    return imported != there or name not in named
+
+
+def named_by(room: str) -> frozenset[str]:
+    """Names in `__all__` of a room's `__init__`; of a room that is one file, all in it."""
+    path = ROOT / room.replace(".", "/")
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset(
+        getattr(node, "name", getattr(getattr(node, "targets", [None])[0], "id", "")) for node in ast.parse(text).body
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -51,7 +97,26 @@ def test_packages_import_only_what_the_rule_allows(package: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_rooms_import_only_from_rooms_before_them_and_what_their_init_names() -> None:
+    wrong = []
+    for path in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "train").rglob("*.py")]:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for imported, name in sorted(imports_of(path)):
+            there = room_of(imported)
+            if (module, name) == ("engine.report.inputs", "Journal"):
+                continue  # until the report is handed what it reads of the run
+            if there and breaks_rooms(module, imported, name, named_by(there)):
+                wrong.append(f"{path.relative_to(ROOT)}: from {imported} import {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_rule_is_able_to_fail() -> None:
+    capture = named_by("engine.capture")
+    assert breaks_rooms("engine.capture.sinks", "engine.measure", "measure_store", named_by("engine.measure"))
+    assert breaks_rooms("engine.measure.store", "engine.capture.tap", "AttentionTap", capture)
+    assert breaks_rooms("engine.measure.store", "engine.capture", "HostCopies", capture)
+    assert not breaks_rooms("engine.measure.store", "engine.capture", "AttentionTap", capture)
+    assert not breaks_rooms("engine.capture.sinks", "engine.progress", "say", named_by("engine.progress"))
     assert not may_import("kernels", "store.schema")
     assert not may_import("train", "kernels.metrics")
     assert not may_import("store", "engine.config")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.journal import Journal, digest_path
+from engine.study.journal import Journal, digest_path
 from train.errors import DamagedFileError, InputError
 
 

@@ -16,8 +16,8 @@ import numba
 import numpy as np
 import pytest
 
-from kernels import numba_cache
-from kernels.numba_cache import called_from_python
+from kernels.cpu import cache as numba_cache
+from kernels.cpu.cache import called_from_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCE = "the compiled kernels cannot be kept ("
@@ -49,11 +49,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_no_folder_can_be_written(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "kernels" / "__pycache__").touch()  # no folder, whoever the user is
+    (tmp_path / "kernels" / "cpu" / "__pycache__").touch()  # no folder, whoever the user is
     below_a_file = tmp_path / "kernels" / "__init__.py" / "cache"
     code = (
         "import numpy as np\n"
-        "from kernels.numba_loops import passes\n"
+        "from kernels.cpu.loops import passes\n"
         "for call in range(2):\n"
         "    sums = np.zeros(2)\n"
         "    passes().row_sums(np.ones((2, 3)), sums)\n"

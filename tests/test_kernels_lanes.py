@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from kernels import lanes
-from kernels.lane_types import EIGHT, SIXTEEN, Width, widest
+from kernels.cpu import lanes
+from kernels.cpu.lane_types import EIGHT, SIXTEEN, Width, widest
 
 WIDEST = widest()
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +243,8 @@ def test_another_cpu_that_numba_is_told_of(cpu: str, features: str, lanes_of_it:
     if WIDEST is None or WIDEST.lanes < lanes_of_it:
         pytest.skip(f"this CPU has no registers of {lanes_of_it} lanes")
     code = (
-        "import numpy as np; from kernels import measure_attention, numba_cpu; from tests.cases import layout\n"
+        "import numpy as np; from kernels import measure_attention; from tests.cases import layout\n"
+        "from kernels.cpu import backend as numba_cpu\n"
         f"width = numba_cpu.vector_width()\nassert (width.lanes if width else 0) == {lanes_of_it}, width\n"
         "a = np.full((1, 13, 13), 1 / 13, np.float16)\n"
         "print(float(measure_attention(a, layout(3, 4, 1), 'entropy')['entropy'][0]))\n"

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import METRICS, measure_attention, measure_qk, numba_cpu
-from kernels.threads import _begin_without_pool, num_threads, over_parts, set_num_threads
+from kernels import METRICS, measure_attention, measure_qk
+from kernels.cpu import backend as numba_cpu
+from kernels.cpu.threads import _begin_without_pool, num_threads, over_parts, set_num_threads
 from tests.cases import CASES, layout, vit_qk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,7 @@ def test_a_forked_child_measures(threads: None) -> None:
         "import os, sys\n"
         "import numpy as np\n"
         "from kernels import measure_attention\n"
-        "from kernels.threads import set_num_threads\n"
+        "from kernels.cpu.threads import set_num_threads\n"
         "from tests.cases import layout\n"
         "of = layout(3, 4, 1)\n"
         "a = np.full((8, 13, 13), 1 / 13, np.float32)\n"
@@ -237,7 +238,7 @@ class TestThreads:
     def test_it_works_whenever_it_is_called(self, when: str) -> None:
         code = {
             "fork while the pool grows": (
-                "holds = kernels.threads._pool_lock\n"
+                "holds = kernels.cpu.threads._pool_lock\n"
                 "holds.acquire()  # as a thread does that the child will not have\n"
                 "child = os.fork()\n"
                 "if child == 0:\n"
@@ -256,12 +257,12 @@ class TestThreads:
             "at exit": "atexit.register(measure)\n",
         }[when]
         begin = (
-            "import atexit, os, sys, threading, kernels.threads\n"
+            "import atexit, os, sys, threading, kernels.cpu.threads\n"
             "def measure():\n"
             "    seen = []\n"
-            "    kernels.threads.over_parts(lambda begin, end: seen.extend(range(begin, end)), 64)\n"
+            "    kernels.cpu.threads.over_parts(lambda begin, end: seen.extend(range(begin, end)), 64)\n"
             "    print(sorted(seen) == list(range(64)), flush=True)\n"
-            "kernels.threads.set_num_threads(3)\n"
+            "kernels.cpu.threads.set_num_threads(3)\n"
             "measure()\n"
         )
         done = subprocess.run(

@@ -17,12 +17,12 @@ import pytest
 import store_cases as case
 import torch
 
-from engine import stored
-from engine.measure import measure_store
+from engine.measure import units as stored
+from engine.measure.store import measure_store
+from engine.measure.table import build_table
 from engine.run import main
-from engine.table import build_table
 from kernels import InvalidAttentionError, TokenLayout, measure_attention, measure_pair
-from kernels.threads import set_num_threads
+from kernels.cpu.threads import set_num_threads
 from store import AttentionStore
 from store.verify import verify
 from train.errors import InputError
@@ -139,7 +139,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("changing", "raised ValueError: output array is read-only"),
         ("pair", r"called with \(p, other, layout\), returned shape"),
         ("regions", r"called with \(p, layout, regions\), returned shape \(2,\) for 2 map\(s\); expected \(2, 2\)"),
-        ("implemented", r"its implementation for numba is a function; expected a kernels\.numba_cpu\.FromPass"),
+        ("implemented", r"its implementation for numba is a function; expected a kernels\.cpu\.backend\.FromPass"),
         ("elsewhere", "no.such:thing, its implementation for numba, cannot be imported"),
         ("entropy", "is called 'entropy', as a metric of kernels is; give it another name"),
         ("number", "is a int; expected a kernels.MetricSpec"),

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import store_cases as case
 
-import engine.cluster
+import engine.measure.cluster
+from engine import __version__
 from engine.run import main
 from kernels import MetricSpec
 from store import AttentionStore
@@ -114,9 +115,9 @@ def test_what_a_worker_lacks_is_one_sentence(
     error = refused(path, "only_here:metric", scheduler, capsys)
     assert "cannot take part: metric 'only_here:metric': module 'only_here' cannot be imported" in error
     with monkeypatch.context() as other:
-        other.setattr(engine.cluster, "__version__", "9.9.9")
+        other.setattr(engine.measure.cluster, "__version__", "9.9.9")
         error = refused(path, "distance", scheduler, capsys)
-    assert f"vit-attention-engine is {engine.cluster.__version__} there and 9.9.9 here; install one version" in error
+    assert f"vit-attention-engine is {__version__} there and 9.9.9 here; install one version" in error
     with monkeypatch.context() as other:
         other.setattr(AttentionStore, "digest", "another")
         assert "run.zarr is another capture there; expected a file system" in refused(path, "gini", scheduler, capsys)
@@ -126,7 +127,7 @@ def test_no_scheduler_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = store_of(tmp_path / "run.zarr")
-    monkeypatch.setattr(engine.cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(engine.measure.cluster, "CONNECT_SECONDS", 1)
     nobody = "tcp://127.0.0.1:9"
     assert f"error: no Dask scheduler answers at {nobody} within 1 s" in refused(path, "gini", nobody, capsys)
     for address in ("nowhere", "tcp:/x", "127.0.0.1:9", "tcp://host"):
@@ -162,7 +163,7 @@ def test_a_scheduler_that_goes_away_ends_the_measurement(
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0", memory_limit=0
     ) as cluster:
-        measured = engine.cluster._any_done
+        measured = engine.measure.cluster._any_done
 
         def close_after_the_first(*arguments: Any) -> list[Any]:
             done = measured(*arguments)
@@ -170,7 +171,7 @@ def test_a_scheduler_that_goes_away_ends_the_measurement(
             return done
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.cluster, "_any_done", close_after_the_first)
+            patch.setattr(engine.measure.cluster, "_any_done", close_after_the_first)
             assert measure(path, "distance", "--scheduler", cluster.scheduler_address) == 1
     assert "went away" in capsys.readouterr().err
     assert verify(path) == []

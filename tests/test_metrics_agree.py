@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import Measurement, measure_attention, measure_qk, numba_cpu
-from kernels.lane_types import EIGHT, widest
+from kernels import Measurement, measure_attention, measure_qk
+from kernels.cpu import backend as numba_cpu
+from kernels.cpu.lane_types import EIGHT, widest
 from kernels.reference import softmax_rows
 from tests.cases import CASES, CPU_BACKENDS, DTYPES, FROM_QK, TOLERANCE, Case, layout, metrics_for, rounded, vit_qk
 

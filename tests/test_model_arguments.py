@@ -17,15 +17,15 @@ from timm.models import get_deprecated_models, model_entrypoint
 
 from engine.capture import capture_attention
 from engine.config import load_study, parse_value
-from engine.model import model_info
 from engine.run import main
-from engine.study import Study
-from engine.training import Run
+from engine.study.model import model_info
+from engine.study.stages import Study
+from engine.study.training import Run
 from store import AttentionStore
 from tests.photographs import write_photographs
 from train.checkpoint import save_checkpoint, state_digest
+from train.data.folders import prepare_folder
 from train.errors import InputError
-from train.folders import prepare_folder
 from train.model_source import ModelSource, pretrained_cfg
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.weight_files import say_once

@@ -13,10 +13,10 @@ import pytest
 import xarray
 from synthetic_study import build_study, record_stages, small, texts
 
-from engine.journal import Journal
+from engine.measure.table import read_table, write_table
 from engine.report.inputs import Results, load_results
 from engine.report.relevance import load_relevance
-from engine.table import read_table, write_table
+from engine.study.journal import Journal
 from train.errors import DamagedFileError, InputError
 
 READ = (
@@ -168,7 +168,7 @@ def test_every_reader_notices_damage_of_the_sample_maps(tmp_path: Path) -> None:
     import numpy as np
     import zarr
 
-    from engine.samples import start_samples
+    from engine.capture.samples import start_samples
 
     class Images:
         ids, labels, class_names, region_names, boxes = ("a.png", "b.png"), (0, 1), ("x", "y"), (), None

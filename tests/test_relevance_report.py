@@ -11,7 +11,6 @@ import pytest
 import torch
 import xarray as xr
 
-from engine.classes import HeadClasses
 from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.comparison import prediction_link, relevance_document, write_relevance
 from engine.relevance.evaluation import CONTROL, Evaluation, evaluate_maps
@@ -22,7 +21,8 @@ from engine.report.inputs import load_results
 from engine.report.relevance import load_relevance, relevance_sentences
 from tests.relevance_cases import family
 from tests.synthetic_study import build_study
-from train.data import ImageSet, Preprocessing
+from train.data.classes import HeadClasses
+from train.data.sets import ImageSet, Preprocessing
 from train.errors import InputError
 
 SETTINGS = {"permutations": 499, "bootstrap": 99, "confidence": 0.95, "seed": 0}

@@ -11,7 +11,6 @@ import timm
 import torch
 
 from engine.capture import capture_attention
-from engine.outputs import write_json
 from engine.relevance import relevance_maps
 from engine.relevance.comparison import write_relevance
 from engine.relevance.rollout_peaks import rollout_peaks
@@ -21,6 +20,7 @@ from engine.report.relevance import load_relevance, relevance_section, relevance
 from kernels import TokenLayout, measure_attention
 from tests.synthetic_study import build_study
 from tests.test_relevance_report import IMAGES, documents
+from train.whole_files import write_json
 
 BRIGHT = [(0, 3), (2, 1), (1, 1)]  # the patch that stands out, another one in each image
 

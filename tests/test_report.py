@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from synthetic_study import build_study, payload, record_stages, small, texts
 
-from engine.journal import Journal
-from engine.outputs import replace_files
 from engine.report import viewer, write_report
 from engine.report.figures import render_figures
 from engine.report.inputs import load_results
 from engine.report.page import render_page
+from engine.study.journal import Journal
 from store import DiskError
 from train.errors import InputError
+from train.whole_files import replace_files
 
 DRAWN = ("distance", "entropy", "region_mass")
 HOSTILE = '<script>alert("x")</script>|`[a](b)`&amp;$x$\n# h'

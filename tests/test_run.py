@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from engine.config import StudyConfig, load_study
-from engine.outputs import require_apart
 from engine.progress import say
 from engine.run import COMMANDS, main
+from engine.study.outputs import require_apart
 from train.errors import InputError
 
 TINY = "vit_tiny_patch16_224"
@@ -316,7 +316,7 @@ def test_capture_measure_verify_info(
 
 def test_a_second_run_in_the_same_folder_is_told_to_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from engine.config import load_study
-    from engine.study import Study
+    from engine.study.stages import Study
 
     outputs = tmp_path / "out"
     study = Study(load_study(None, {"outputs": str(outputs)}))
@@ -328,7 +328,7 @@ def test_a_second_run_in_the_same_folder_is_told_to_wait(tmp_path: Path, capsys:
 
 def test_a_changed_study_toml_is_used_on_purpose_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`stats` goes on with the study.toml of its folder: the one that a study wrote there, or one that is given."""
-    from engine.journal import Journal
+    from engine.study.journal import Journal
 
     journal, own = Journal(tmp_path / "run.jsonl"), tmp_path / "study.toml"
     journal.write(own, b"[statistics]\nconfidence = 0.95\n")

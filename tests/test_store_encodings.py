@@ -17,8 +17,8 @@ import zarr
 
 import kernels
 from engine.capture import capture_attention
-from engine.measure import measure_store
-from engine.sinks import Capture, capture_to_store
+from engine.capture.sinks import Capture, capture_to_store
+from engine.measure.store import measure_store
 from kernels import TokenLayout
 from store import AttentionStore, AttentionWriter, Factors, StoreError, estimate_bytes
 from store.encodings import ENCODINGS, factor_schema

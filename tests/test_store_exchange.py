@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import store_cases as case
 
-from engine.measure import measure_store
+from engine.measure.store import measure_store
 from engine.run import main
 from kernels import MetricSpec, TokenLayout, measure_attention, measure_pair
 from store import AttentionStore

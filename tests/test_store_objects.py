@@ -27,8 +27,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import store.objects
-from engine.folder import require_places
 from engine.run import main
+from engine.study.one_capture import require_places
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError
 from store.local import LocalStorage
 from store.objects import ObjectStorage

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from engine.config import load_study
-from engine.controls import (
+from engine.measure.table import read_table
+from engine.run import main
+from engine.study.controls import (
     first_reached_block,
     hybrid_control,
     hybrid_state,
@@ -19,9 +21,7 @@ from engine.controls import (
     same_attention_control,
     untouched_control,
 )
-from engine.journal import digest_path
-from engine.run import main
-from engine.table import read_table
+from engine.study.journal import digest_path
 from store import AttentionStore
 from tests.damage import contents, kind_of
 from tests.damage_subjects import OUTPUTS as OUTPUT_KINDS
@@ -156,9 +156,9 @@ def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
     outputs = tmp_path / "out"
     command = ["--config", str(study / "study.toml"), "--outputs", str(outputs)]
 
-    import engine.sinks
+    import engine.capture.sinks
 
-    commit = engine.sinks.AttentionWriter.commit
+    commit = engine.capture.sinks.AttentionWriter.commit
     batches = []
 
     def interrupted(self, batch, *args, **options):  # type: ignore[no-untyped-def]
@@ -167,7 +167,7 @@ def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
             raise KeyboardInterrupt
         return commit(self, batch, *args, **options)
 
-    monkeypatch.setattr(engine.sinks.AttentionWriter, "commit", interrupted)
+    monkeypatch.setattr(engine.capture.sinks.AttentionWriter, "commit", interrupted)
     assert main(command) == 130
     monkeypatch.undo()
     store = AttentionStore.open(outputs / "captures" / "baseline_seed1.zarr")
@@ -278,7 +278,7 @@ def test_controls_measure_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pyte
 
 
 def test_checkpoints_and_training_do_not_mix() -> None:
-    from engine.study_data import Start
+    from engine.study.data import Start
     from train.errors import InputError
 
     config = load_study(

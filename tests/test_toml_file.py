@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import load_study
-from engine.toml_file import read_toml
+from engine.config.toml_file import read_toml
 from train.errors import InputError
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train.cache
+import train.data.cache
 from store import DiskError
 from tests.miniatures import write_sports100
-from train.data import DataSplits, FolderImages, Preprocessing
+from train.data.folders import prepare_folder
+from train.data.sets import DataSplits, FolderImages, Preprocessing
 from train.errors import InputError
-from train.folders import prepare_folder
 
 SMALL = Preprocessing(
     channels=3,
@@ -151,7 +151,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     class Usage:
         free = 10
 
-    monkeypatch.setattr(train.cache.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(train.data.cache.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(InputError, match=r"needs 0\.0 GB and .* left; give another folder with --data\.cache_folder"):
         pixels(prepared(root, tmp_path / "cache"))
     monkeypatch.undo()
@@ -159,7 +159,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.cache.os, "fsync", full)
+    monkeypatch.setattr(train.data.cache.os, "fsync", full)
     with pytest.raises(DiskError, match=r"\.npy cannot be written: no space left"):
         pixels(prepared(root, tmp_path / "cache"))
     assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from train.augment import Augmentation
-from train.data import FolderImages, ImageSet, Preprocessing
-from train.datasets import build_manifest
-from train.embedded import DigitScenes
+from train.data.datasets import build_manifest
+from train.data.digits import DigitScenes
+from train.data.folders import prepare_folder
+from train.data.images import UndecodableError
+from train.data.manifest import Manifest
+from train.data.sets import FolderImages, ImageSet, Preprocessing
+from train.data.splits import split_counts, stratified_split
 from train.errors import DamagedFileError, InputError
-from train.folders import prepare_folder
-from train.images import UndecodableError
-from train.manifest import Manifest
-from train.splits import split_counts, stratified_split
 
 SMALL = Preprocessing(
     channels=3,
@@ -131,7 +131,7 @@ def test_a_file_that_can_no_longer_be_decoded_is_named(tmp_path: Path, monkeypat
     def refuse(content: bytes) -> None:
         raise UndecodableError("damaged (some way)")
 
-    monkeypatch.setattr("train.data.decoded_image", refuse)
+    monkeypatch.setattr("train.data.sets.decoded_image", refuse)
     with pytest.raises(InputError, match=r"cat/0\.png was decoded .* no longer is \(damaged \(some way\)\); delete"):
         data.batch([0])
 
@@ -186,7 +186,7 @@ def test_a_picture_made_shorter_first_gives_the_pixels_of_a_whole_one(
 ) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8))
     whole = one_image(tmp_path, noise, way(mode, (32, 32)))
-    monkeypatch.setattr("train.data._RESIZED_PIXELS", 1)
+    monkeypatch.setattr("train.data.sets._RESIZED_PIXELS", 1)
     short = one_image(tmp_path, noise, way(mode, (32, 32)))
     assert np.abs(short.astype(int) - whole).max() <= 4  # squash: the two passes round in another order
 

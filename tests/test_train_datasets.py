@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests.miniatures import ROOMS, SPORTS, bad_files, encoded, odd_files, picture, write_indoor67, write_sports100
-from train.data import Preprocessing
-from train.datasets import build_manifest
+from train.data.datasets import build_manifest
+from train.data.folders import prepare_folder
+from train.data.listing import files_below
+from train.data.manifest import Manifest
+from train.data.sets import Preprocessing
+from train.data.splits import SPLITS
 from train.errors import InputError
-from train.folders import prepare_folder
-from train.listing import files_below
-from train.manifest import Manifest
-from train.splits import SPLITS
 
 SMALL = Preprocessing(
     channels=3,

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.layout import TokenLayout
-from train.data import Preprocessing
-from train.embedded import (
+from train.data.digits import (
     SCENE_SIZE,
     DigitScenes,
     compose_scene,
@@ -17,6 +16,7 @@ from train.embedded import (
     region_coverage,
     split_digits,
 )
+from train.data.sets import Preprocessing
 from train.errors import InputError
 from train.pretrain import token_targets
 

@@ -13,12 +13,12 @@ import pytest
 
 from tests.miniatures import encoded, picture, write_indoor67, write_sports100
 from tests.test_train_datasets import SMALL, statuses
-from train.datasets import build_manifest
+from train.data.datasets import build_manifest
+from train.data.folders import prepare_folder
+from train.data.listing import files_below
+from train.data.manifest import Manifest
 from train.errors import InputError
 from train.files import id_of, path_of, printable, require_file
-from train.folders import prepare_folder
-from train.listing import files_below
-from train.manifest import Manifest
 
 ODD_NAMES = {
     b"caf\xe9.jpg": r"caf\xe9.jpg",

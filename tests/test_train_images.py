@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train import images, pixels
-from train.images import UndecodableError, decoded_image, picture_bytes
+from train.data import images, pixels
+from train.data.images import UndecodableError, decoded_image, picture_bytes
 
 GREY = np.arange(0, 256, 17, dtype=np.uint8)[None].repeat(2, axis=0)  # [2, 16], 0 to 255
 WIDE = GREY.astype(np.uint16) * 257
@@ -440,7 +440,7 @@ def test_sixteen_threads_on_sixteen_bombs_stay_below_four_gigabytes(tmp_path: Pa
         for number in range(number_of_files):
             (tmp_path / "cat" / f"{color} {number}.png").write_bytes(content)
     program = (
-        "import sys; from pathlib import Path; from train.datasets import build_manifest; "
+        "import sys; from pathlib import Path; from train.data.datasets import build_manifest; "
         "manifest = build_manifest(sys.argv[1], split='all', workers=16); "
         "status = Path('/proc/self/status').read_text(); "
         "print(len(manifest.split('test')), status.split('VmHWM:')[1].split()[0])"

@@ -19,8 +19,8 @@ from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, state_digest
 from train.conditions import TrainResult, train_condition
-from train.data import DataSplits, ImageSet
-from train.embedded import DigitScenes, prepare_digits
+from train.data.digits import DigitScenes, prepare_digits
+from train.data.sets import DataSplits, ImageSet
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
 from train.hyperparameters import Hyperparameters
@@ -462,7 +462,7 @@ def test_the_sidecar_says_what_the_weights_are(run: Callable[..., TrainResult]) 
 def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
     from PIL import Image
 
-    from train.folders import prepare_folder
+    from train.data.folders import prepare_folder
 
     rng = np.random.default_rng(0)
     for k, name in enumerate(("dark", "light", "middle")):

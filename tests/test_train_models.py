@@ -14,16 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from store import DiskError
-from train.checkpoint import (
-    read_checkpoint,
-    save_checkpoint,
-    sidecar_path,
-    state_digest,
-    write_atomically,
-)
+from train.checkpoint import read_checkpoint, save_checkpoint, sidecar_path, state_digest
 from train.errors import DamagedFileError, InputError
 from train.model_source import ModelSource
 from train.models import build_model, classifier_name, load_checkpoint, preprocessing_of, readout
+from train.whole_files import write_atomically
 
 TINY = "test_vit"  # timm's own tiny ViT: 160 px, width 64
 

@@ -24,11 +24,11 @@ from train.augment import Augmentation
 from train.checkpoint import read_checkpoint
 from train.compress import compress
 from train.conditions import TrainResult, train_condition
-from train.data import DataSplits, FolderImages
-from train.embedded import prepare_digits
+from train.data.digits import prepare_digits
+from train.data.folders import prepare_folder
+from train.data.sets import DataSplits, FolderImages
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
-from train.folders import prepare_folder
 from train.history import history_path
 from train.hyperparameters import Hyperparameters
 from train.loop import Schedule, fit
@@ -432,7 +432,7 @@ import os, sys
 import train.state
 from pathlib import Path
 from train.conditions import train_condition
-from train.embedded import prepare_digits
+from train.data.digits import prepare_digits
 from train.hyperparameters import Hyperparameters
 from train.models import build_model, preprocessing_of
 from train.state import StateFile

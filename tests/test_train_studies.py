@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from engine.measure.table import read_table
 from engine.run import main
-from engine.table import read_table
 from tests.miniatures import ROOMS, SPORTS, write_indoor67, write_sports100
 from train.checkpoint import read_metadata
+from train.data.manifest import Manifest
 from train.history import history_path
-from train.manifest import Manifest
 
 STUDY = """
 outputs = {outputs}

@@ -22,16 +22,6 @@ from train.files import require_file, what_lies_at
 from train.weight_files import say_once, shown
 from train.weights import read_state_dict
 
-__all__ = [
-    "Adapters",
-    "adapter_files",
-    "has_adapters",
-    "holds_adapters_alone",
-    "read_adapters",
-    "refuse_adapters_alone",
-    "split_adapters",
-]
-
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 

@@ -14,17 +14,6 @@ from torch import nn
 
 from train.errors import InputError
 
-__all__ = [
-    "INITS",
-    "MERGE_TOLERANCE",
-    "TARGETS",
-    "Init",
-    "MergeError",
-    "add_adapters",
-    "check_adapters",
-    "merge_adapters",
-]
-
 logger = logging.getLogger(__name__)
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit; peft's merges on timm's qkv were within 1e-6

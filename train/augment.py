@@ -12,8 +12,6 @@ from torch.nn import functional
 
 from train.transfer import uploaded
 
-__all__ = ["Augmentation"]
-
 # Rec. 601 luma, the grey that saturation mixes with.
 _LUMA = (0.299, 0.587, 0.114)
 

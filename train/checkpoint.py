@@ -7,35 +7,18 @@ safetensors has no checksum of its own: a flipped bit in a weight loads without 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from store.disk import making, writing
 from store.removal import remove
 from train.errors import DamagedFileError, InputError
 from train.files import require_file
+from train.whole_files import checked_json, parse_checked_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "Checkpoint",
-    "checked_json",
-    "checkpoint_facts",
-    "file_digest",
-    "has_sidecar",
-    "parse_checked_json",
-    "read_checkpoint",
-    "read_metadata",
-    "save_checkpoint",
-    "sidecar_path",
-    "state_digest",
-    "write_atomically",
-]
 
 SCHEMA = "vit-checkpoint/2"
 # A sidecar of ours has both of these texts, so one that lost one of them to damage is still known as ours.
@@ -62,76 +45,6 @@ class Checkpoint:
 def sidecar_path(path: Path) -> Path:
     """`a/b.safetensors` → `a/b.json`."""
     return path.with_suffix(".json")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, and a machine that loses power, sees all of it or none.
-
-    Temporary file beside it, fsync, rename, fsync of the folder. The temporary name is always the same,
-    so what a killed write leaves is overwritten by the next; a file has one writer.
-
-    Raises:
-        DiskError: the folder is not writable or the disk is full; nothing is left behind.
-        StoreError: no file lies there, but a folder or a device.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The caller's own names, in an outputs folder that is this program's.
-        with making(path, Path.is_file) as partial, open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable (POSIX; elsewhere the rename itself is the best there is)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checked_json(document: Mapping[str, Any]) -> bytes:
-    """A JSON object as readable text with a checksum of itself, the same bytes for the same values.
-
-    Raises:
-        ValueError: NaN or infinity, or a value that JSON has no form for.
-    """
-    body = json.dumps(document, sort_keys=True, allow_nan=False)
-    whole = {"checksum": hashlib.sha256(body.encode()).hexdigest(), **document}
-    return (json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def parse_checked_json(content: bytes) -> dict[str, Any]:
-    """The object that `checked_json` wrote, without the checksum; any changed bit is found.
-
-    Raises:
-        ValueError: it is not what `checked_json` wrote; the message says how, as the end of a sentence.
-    """
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not readable JSON ({error})") from error
-    if not isinstance(document, dict) or "checksum" not in document:
-        raise ValueError("holds no checksum of itself (earlier versions wrote none)")
-    document.pop("checksum")
-    try:
-        sound = checked_json(document) == content
-    except ValueError:  # a number that no writer of ours wrote
-        sound = False
-    if not sound:
-        raise ValueError("changed after it was written (its checksum does not match)")
-    return document
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_digest(state: Mapping[str, torch.Tensor]) -> str:

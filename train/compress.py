@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-__all__ = ["COMPRESSIONS", "Compression", "compress"]
-
 logger = logging.getLogger(__name__)
 
 Compression = Literal["plain", "sparse", "int1"]

@@ -16,13 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from train.adapters import TARGETS, add_adapters, merge_adapters
-from train.checkpoint import (
-    read_checkpoint,
-    read_metadata,
-    save_checkpoint,
-    sidecar_path,
-    state_digest,
-)
+from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
 from train.compress import compress
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
@@ -38,8 +32,6 @@ from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
 from train.state import StateFile, settings_key
 from train.transfer import uploaded
-
-__all__ = ["TrainResult", "finished_metadata", "train_condition", "versions"]
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-__all__ = ["IMAGE_SIZE", "TRAINING_THREADS", "digits_vit"]
-
 IMAGE_SIZE = 48
 _PATCH_SIZE = 6
 

@@ -1,6 +1,9 @@
 """The errors of training: what a user caused and can mend, and what a run met on its way."""
 
-__all__ = ["DamagedFileError", "InputError", "TrainingDivergedError", "WorkerLostError"]
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -20,3 +23,9 @@ class TrainingDivergedError(RuntimeError):
 
 class WorkerLostError(RuntimeError):
     """Another of the processes that work together has ended; what was finished stays."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name[:4096], list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -14,8 +14,6 @@ from train.parallel import SINGLE, Workers
 from train.precision import forward_precision
 from train.transfer import uploaded
 
-__all__ = ["Evaluation", "evaluate"]
-
 
 @dataclass(frozen=True)
 class Evaluation:

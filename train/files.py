@@ -10,8 +10,6 @@ from pathlib import Path, PurePath
 from store.redaction import redacted
 from train.errors import InputError
 
-__all__ = ["id_of", "path_of", "printable", "require_file", "what_lies_at"]
-
 _KINDS = {
     stat.S_IFDIR: "is a folder",
     stat.S_IFIFO: "is a named pipe",

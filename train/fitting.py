@@ -17,8 +17,6 @@ from train.model_source import ModelSource, classifier_names
 from train.weight_files import say_once, shown
 from train.weights import refuse_unfit_values
 
-__all__ = ["load_weights"]
-
 _IN_PARTS = re.compile(r"-\d{5}-of-\d{5}\.")
 
 # Width and number of blocks -> the word for them in timm's names.

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import write_atomically
 from train.errors import InputError
-
-__all__ = ["history_path", "tensorboard_writer", "write_history"]
+from train.whole_files import write_atomically
 
 
 def history_path(checkpoint: Path) -> Path:

@@ -12,8 +12,6 @@ from train.data import DataSplits
 from train.errors import InputError
 from train.loop import Schedule
 
-__all__ = ["ADAPTERS", "RECIPES", "SEED_INVARIANT", "Hyperparameters", "Recipe", "check_condition"]
-
 Recipe = Literal["probe", "full", "lora", "dora"]
 RECIPES = ("probe", "full", "lora", "dora")
 ADAPTERS = frozenset({"lora", "dora"})

@@ -27,8 +27,6 @@ from torch import nn
 from train.errors import InputError
 from train.weights import WRAPPERS
 
-__all__ = ["Fit", "filter_of", "fit", "is_position"]
-
 Tensors = Mapping[str, torch.Tensor]
 
 # Parts of pretraining that stand beside a backbone under its own names, and that no timm model has.

@@ -33,8 +33,6 @@ from train.precision import forward_precision
 from train.state import StateFile, TrainingState, trained_tensors
 from train.transfer import downloaded, pinned, uploaded
 
-__all__ = ["Schedule", "epoch_order", "fit", "learning_rate"]
-
 logger = logging.getLogger(__name__)
 
 # Steps launched before the loss of the first of them is looked at: one keeps a GPU busy meanwhile.

@@ -15,8 +15,6 @@ from torch import nn
 
 from train.errors import InputError
 
-__all__ = ["Argument", "as_flag", "build_timm_model", "refuse_arguments", "shown_arguments"]
-
 Argument = str | int | float | bool
 
 # Arguments of timm's that another key stands for, or that are no choice of the user's.

@@ -17,8 +17,6 @@ from train.errors import InputError
 from train.model_arguments import Argument, refuse_arguments
 from train.weight_files import say_once
 
-__all__ = ["ModelSource", "classifier_names", "pretrained_cfg", "source_of"]
-
 # How a model of timm's is called on the Hugging Face Hub: `timm/NAME`, also as an address.
 _HUB = re.compile(r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?huggingface\.co/)?timm/")
 

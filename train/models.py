@@ -28,15 +28,6 @@ from train.model_source import ModelSource, classifier_names, pretrained_cfg, so
 from train.weight_files import say_once
 from train.weights import read_state_dict
 
-__all__ = [
-    "build_model",
-    "classifier_name",
-    "head_size",
-    "load_checkpoint",
-    "preprocessing_of",
-    "readout",
-]
-
 
 def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Module:
     """A timm model with a head of `num_classes`, as a start for training; or as its checkpoint has it, to be looked at.

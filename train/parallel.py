@@ -27,8 +27,6 @@ from train.processes import let_speak, several_processes
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["SINGLE", "Tally", "Workers", "joined"]
-
 T = TypeVar("T")
 
 # A worker may have to wait while the first one decodes a data set; torchrun ends all when one fails.

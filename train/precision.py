@@ -11,8 +11,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-__all__ = ["forward_precision", "resolve_precision", "training_mode"]
-
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` → "bf16" where the device multiplies it in hardware, else "fp32"; others as they are."""

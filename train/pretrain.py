@@ -16,16 +16,14 @@ from torch.nn import functional
 
 from train.checkpoint import save_checkpoint
 from train.conditions import finished_metadata, versions
+from train.data import DigitScenes, prepare_digits
 from train.digits_vit import TRAINING_THREADS
-from train.embedded import DigitScenes, prepare_digits
 from train.evaluation import evaluate
 from train.loop import Schedule, fit
 from train.models import build_model, preprocessing_of
 from train.precision import resolve_precision, training_mode
 from train.state import StateFile, settings_key
 from train.transfer import uploaded
-
-__all__ = ["PretrainResult", "pretrain_digits", "token_targets"]
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,6 @@ from tqdm import tqdm
 from train.data import ImageSet
 from train.models import classifier_name, readout
 
-__all__ = ["cached_features", "fit_probe"]
-
 logger = logging.getLogger(__name__)
 
 PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5)  # L2 on the standardised weights; the best on validation is taken

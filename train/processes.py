@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["first_process", "let_speak", "several_processes", "speaks"]
-
 _speaks: bool | None = None
 
 

@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from store.removal import named, put, remove
-from train.checkpoint import state_digest, write_atomically
+from train.checkpoint import state_digest
 from train.errors import DamagedFileError
-
-__all__ = ["Progress", "StateFile", "TrainingState", "settings_key", "trained_tensors"]
+from train.whole_files import write_atomically
 
 logger = logging.getLogger(__name__)
 

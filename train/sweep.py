@@ -34,8 +34,6 @@ from train.state import settings_key
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["RankResult", "SweepPlan", "TrialRecord", "sweep_rank"]
-
 logger = logging.getLogger(__name__)
 
 ALPHA_RATIOS = (0.5, 1.0, 2.0, 4.0)  # alpha / rank

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["downloaded", "pinned", "uploaded"]
-
 
 def pinned(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Host memory from which a copy to `device` is asynchronous (`.to(device, non_blocking=True)`)."""

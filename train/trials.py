@@ -18,9 +18,7 @@ from typing import Any
 from optuna.storages.journal import BaseJournalBackend
 
 from store.disk import writing
-from train.checkpoint import write_atomically
-
-__all__ = ["TrialsFile"]
+from train.whole_files import write_atomically
 
 logger = logging.getLogger(__name__)
 

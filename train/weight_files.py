@@ -20,8 +20,6 @@ from train.checkpoint import has_sidecar, read_checkpoint
 from train.errors import DamagedFileError, InputError
 from train.files import printable, require_file, what_lies_at
 
-__all__ = ["read_content", "say_once", "shown"]
-
 logger = logging.getLogger(__name__)
 
 EXPECTED = "expected safetensors, or weights that torch.save wrote"

@@ -11,8 +11,6 @@ import torch
 from train.errors import InputError
 from train.weight_files import read_content, say_once, shown
 
-__all__ = ["WRAPPERS", "read_state_dict", "refuse_unfit_values"]
-
 # Where training scripts put the weights in what they save, as keys or at the beginning of names. The first that is
 # there is taken unless another is chosen: the model itself before averages of it, a teacher before its student.
 WRAPPERS = (

@@ -15,10 +15,10 @@ import torch
 from benchmarks.gpu.pictures import Pictures, vit
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
-from engine.batch_sinks import BatchSinks
-from engine.capture import AttentionTap, discover_sites
-from engine.sinks import Capture, capture_to_store
-from engine.transfer import HostCopies
+from engine.capture.batch_sinks import BatchSinks
+from engine.capture.sinks import Capture, capture_to_store
+from engine.capture.tap import AttentionTap, discover_sites
+from engine.capture.transfer import HostCopies
 from kernels import METRICS
 from store import LayerSchema, StoreSchema
 from store.arrays import attention_arrays
@@ -42,7 +42,7 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
             model(images)
 
     def tapped(on_attention: Callable[[], Any]) -> None:
-        """As `engine.sinks` does it: a batch is launched before the metrics of the one before are looked at."""
+        """As `engine.capture.sinks` does it: a batch is launched before the metrics of the one before are looked at."""
         before = None
         for _ in range(batches):
             sinks = on_attention()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from train.data import ImageSet, Preprocessing
+from train.data.sets import ImageSet, Preprocessing
 
 __all__ = ["Pictures", "vit"]
 

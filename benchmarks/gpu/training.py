@@ -15,11 +15,11 @@ from torch.nn import functional
 from benchmarks.gpu.pictures import Pictures, vit
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
-from engine.sinks import Capture, capture_to_store
+from engine.capture.sinks import Capture, capture_to_store
 from engine.statistics import compare_paired
 from train.augment import Augmentation
 from train.conditions import _full_optimizer
-from train.data import ImageSet
+from train.data.sets import ImageSet
 from train.evaluation import Evaluation, evaluate
 from train.hyperparameters import Hyperparameters
 from train.loop import Schedule, fit

@@ -11,12 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.attention_call import AttentionCall
-from engine.interception import named_modules
-from engine.layouts import CaptureError
+from engine.capture import AttentionCall, CaptureError, named_modules
 from kernels import TokenLayout
-
-__all__ = ["check_call", "product_row", "read_tokens", "transformer_blocks", "with_identity"]
 
 
 def transformer_blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

@@ -11,14 +11,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.attention_call import AttentionCall, attention_map, read_attention_call
-from engine.interception import FunctionCall, ModelInterception
-from engine.layouts import CaptureError, token_layout, vision_module
+from engine.capture import (
+    AttentionCall,
+    CaptureError,
+    FunctionCall,
+    ModelInterception,
+    attention_map,
+    read_attention_call,
+    token_layout,
+    vision_module,
+)
 from engine.relevance.chain import check_call, product_row, read_tokens, with_identity
 from engine.relevance.targets import class_logits
 from kernels import TokenLayout
-
-__all__ = ["generic_maps", "rollout_maps"]
 
 
 @dataclass(frozen=True)

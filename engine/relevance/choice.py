@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.classes import HeadClasses
-from train.data import ImageSet
-
-__all__ = ["ClassChoice", "Targets", "choose_classes", "choose_targets", "find_targets"]
+from train.data import HeadClasses, ImageSet
 
 Outputs = NDArray[np.int64]
 

@@ -12,17 +12,19 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from engine.outputs import write_json
 from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.evaluation import CONTROL, Evaluation
-from engine.statistics.association import correlate_over_images
-from engine.statistics.bootstrap import bootstrap_interval
-from engine.statistics.conditions import IMAGES
-from engine.statistics.entries import interval, number, numbers, why_degenerate
-from engine.statistics.paired import compare_paired
-from train.checkpoint import write_atomically
-
-__all__ = ["prediction_link", "relevance_document", "write_relevance"]
+from engine.statistics import (
+    IMAGES,
+    bootstrap_interval,
+    compare_paired,
+    correlate_over_images,
+    interval,
+    number,
+    numbers,
+    why_degenerate,
+)
+from train.whole_files import write_atomically, write_json
 
 Floats = NDArray[np.float64]
 Evaluations = Mapping[str, Mapping[str, Evaluation]]  # condition -> method -> evaluation

@@ -10,15 +10,12 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from engine.capture import evaluating
-from engine.layouts import CaptureError, token_layout, vision_module
-from engine.relevance import relevance_maps
+from engine.capture import CaptureError, evaluating, token_layout, vision_module
 from engine.relevance.choice import Targets
 from engine.relevance.faithfulness import Curves, baseline_images, perturbation_curves, random_maps
 from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
+from engine.relevance.methods import relevance_maps
 from train.data import ImageSet
-
-__all__ = ["CONTROL", "MEASURES", "Evaluation", "evaluate_maps"]
 
 Floats = NDArray[np.float64]
 

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from engine.capture import evaluating
 from train.errors import InputError
 
-__all__ = ["BASELINES", "Curves", "baseline_images", "perturbation_curves", "random_maps"]
-
 Floats = NDArray[np.float64]
 
 BASELINES = ("blur", "mean")

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from engine.layouts import CaptureError, token_layout, vision_module
+from engine.capture import CaptureError, token_layout, vision_module
 from engine.relevance.chain import transformer_blocks
 from engine.relevance.targets import class_logits
-
-__all__ = ["gradcam_maps"]
 
 # What a block's first norm is called by timm, Hugging Face (two) and torchvision.
 _FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "ln_1")

@@ -17,9 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import resolve_name
 
-from engine.attention_call import read_attention_call
-from engine.interception import FunctionCall, ModelInterception
-from engine.layouts import CaptureError, patch_stem, token_layout, vision_module
+from engine.capture import (
+    CaptureError,
+    FunctionCall,
+    ModelInterception,
+    patch_stem,
+    read_attention_call,
+    token_layout,
+    vision_module,
+)
 from engine.relevance.chain import check_call, product_row, read_tokens, transformer_blocks, with_identity
 from engine.relevance.rules import (
     AttentionRule,
@@ -35,8 +41,6 @@ from engine.relevance.rules import (
 )
 from engine.relevance.targets import class_logits
 from kernels import TokenLayout
-
-__all__ = ["Propagation", "lrp_maps"]
 
 # Relevance that is lost or made on the way beyond this share means that a rule does not fit the model.
 _LEAK = 0.01

@@ -8,8 +8,6 @@ from scipy import ndimage, stats
 
 from kernels import METRICS, TokenLayout
 
-__all__ = ["localization", "noise", "rank_correlation", "structural_similarity"]
-
 Floats = NDArray[np.float64]
 
 # Wang et al. (2004), doi:10.1109/TIP.2003.819861: the window's standard deviation and the two stabilisers.

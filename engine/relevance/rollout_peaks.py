@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention_call import attention_map
-from engine.capture import AttentionSite, AttentionTap
+from engine.capture import AttentionSite, AttentionTap, attention_map
 from kernels.reference import received_map
-
-__all__ = ["DOMINANT_SHARE", "rollout_peaks"]
 
 # A patch that receives more than this share of all attention in a head dominates it.
 DOMINANT_SHARE = 0.5

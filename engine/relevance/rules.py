@@ -20,22 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.attention_call import attention_map, read_attention_call
-from engine.interception import FunctionCall
-
-__all__ = [
-    "AttentionRule",
-    "LinearRule",
-    "Passes",
-    "ProductRule",
-    "ResidualRule",
-    "Rule",
-    "UnitRule",
-    "VjpRule",
-    "as_unit",
-    "over",
-    "probe",
-]
+from engine.capture import FunctionCall, attention_map, read_attention_call
 
 _EPS = 1e-9
 

@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from engine.outputs import replace_files
-from engine.relevance import relevance_maps
 from engine.relevance.choice import Targets
+from engine.relevance.methods import relevance_maps
 from train.data import ImageSet
-
-__all__ = ["Explained", "explain_samples", "samples_folder", "write_samples"]
+from train.whole_files import replace_files
 
 # Pictures are drawn at least this large, whatever the model's input size.
 _PICTURE_PX = 192

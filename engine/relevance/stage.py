@@ -10,17 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.classes import HeadClasses
+from engine.capture import CaptureError
 from engine.config import RelevanceConfig
-from engine.layouts import CaptureError
 from engine.relevance.choice import ClassChoice, find_targets
 from engine.relevance.comparison import relevance_document, write_relevance
 from engine.relevance.evaluation import Evaluation, evaluate_maps
 from engine.relevance.rollout_peaks import rollout_peaks
 from engine.relevance.samples import Explained, explain_samples, samples_folder, write_samples
-from train.data import ImageSet
-
-__all__ = ["explain_study"]
+from train.data import HeadClasses, ImageSet
 
 Loader = Callable[[], torch.nn.Module]
 

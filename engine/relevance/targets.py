@@ -9,8 +9,6 @@ import torch
 
 from train.errors import InputError
 
-__all__ = ["class_logits"]
-
 
 def class_logits(
     model: torch.nn.Module,

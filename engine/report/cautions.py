@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.report import text
-from engine.report.analyses import SKEWED
 from engine.report.findings import Comparison, training_runs
 from engine.report.inputs import Results
 from engine.report.wording import scope_sentences
-
-__all__ = ["failed_stages", "how_to_read", "limits", "not_measured"]
+from engine.statistics import SKEWED
 
 
 def failed_stages(results: Results) -> tuple[str, ...]:

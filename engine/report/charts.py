@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-__all__ = ["Bar", "Line", "line_chart", "ticks"]
-
 WIDTH, HEIGHT = 360, 240
 RIGHT, TOP, BOTTOM = 10, 12, 40
 BAR = 5.5  # height of a marked stretch

@@ -12,8 +12,6 @@ from engine.report.findings import layer_curve
 from engine.report.inputs import COMPARISON, Results
 from engine.report.viewer import data_uri
 
-__all__ = ["downloads"]
-
 BUDGET = 1_200_000
 """Bytes of all files; what does not fit stays in the outputs folder, and the page says where."""
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PALETTE", "STYLE", "condition_styles", "file_stem", "render_figures"]
-
 # Okabe & Ito's palette without its yellow (too pale for a line) and black; blue and vermilion, the pair that is told
 # apart best, come first. Shapes and dashes repeat the distinction for print in grey.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

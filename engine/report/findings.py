@@ -9,23 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from engine.report.analyses import Cluster, PairedTest, Relation, Trend
 from engine.report.inputs import Results
-
-__all__ = [
-    "Change",
-    "Comparison",
-    "LayerCurve",
-    "cell_relations",
-    "changes",
-    "comparisons",
-    "head_maps",
-    "histories",
-    "layer_curve",
-    "mean",
-    "seeds_needed",
-    "training_runs",
-]
+from engine.statistics import Cluster, PairedTest, Relation, Trend
 
 
 def seeds_needed(alpha: float) -> int:

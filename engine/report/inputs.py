@@ -14,14 +14,12 @@ from typing import Any
 
 import xarray as xr
 
-from engine.journal import Journal
-from engine.report.analyses import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
 from engine.report.kept import GradcamSample, Samples, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
+from engine.statistics import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
+from engine.study import Journal
 from kernels import METRICS
 from train.errors import InputError
-
-__all__ = ["COMPARISON", "Results", "load_results"]
 
 METRICS_TABLE = Path("metrics/attention_metrics.zarr")
 COMPARISON = Path("metrics/attention_comparison.json")

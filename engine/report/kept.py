@@ -16,8 +16,6 @@ import zarr
 from engine.report.reading import brief
 from train.errors import InputError
 
-__all__ = ["GradcamSample", "LayerSamples", "Samples", "load_gradcam", "load_samples"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradcamSample:

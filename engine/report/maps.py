@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from engine.report import text
-from engine.report.analyses import PairedTest
 from engine.report.findings import Comparison, mean
 from engine.report.inputs import Results
-
-__all__ = ["maps_payload", "scatter_images"]
+from engine.statistics import PairedTest
 
 HISTOGRAM_BINS = 24
 SCATTER_IMAGES = 256

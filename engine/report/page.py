@@ -24,8 +24,6 @@ from engine.report.sections import environment, gradcam
 from engine.report.verdicts import verdicts
 from engine.report.viewer import viewer_payload
 
-__all__ = ["render_page"]
-
 # Sections that stand on files of their own, in the page's order between the attention viewer and the training.
 SECTIONS = (relevance_section, gradcam)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from train.errors import InputError
 
-__all__ = ["brief", "load_json"]
-
 
 def load_json(path: Path, hint: str) -> dict[str, Any]:
     """A JSON object.

@@ -18,8 +18,6 @@ from engine.report.sections import Section, environment
 from engine.report.viewer import data_uri
 from train.errors import InputError
 
-__all__ = ["Relevance", "load_relevance", "relevance_section", "relevance_sentences"]
-
 RELEVANCE = Path("metrics/relevance.json")
 PANELS = Path("visualizations/relevance")
 CONTROL = "random"

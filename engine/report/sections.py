@@ -19,8 +19,6 @@ from engine.report.inputs import Results
 from engine.report.kept import GradcamSample
 from engine.report.viewer import data_uri
 
-__all__ = ["Section", "environment", "gradcam"]
-
 GRADCAM_BUDGET = 1_300_000
 
 

@@ -11,8 +11,6 @@ from engine.report.findings import Comparison, cell_relations, comparisons, trai
 from engine.report.inputs import Results
 from engine.report.relevance import load_relevance, relevance_sentences
 
-__all__ = ["summary_markdown"]
-
 DROPPED_SHOWN = 20
 
 

@@ -13,8 +13,6 @@ from train.sweep import RankResult, TrialRecord
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLUMNS", "curves_png", "evaluation_csv", "history_html"]
-
 COLUMNS = (
     "quant",
     "rank",

@@ -6,24 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from engine.report.analyses import Interval, PairedTest
-
-__all__ = [
-    "count",
-    "decimals",
-    "interval",
-    "listing",
-    "number",
-    "p_value",
-    "percent",
-    "plain",
-    "quantity",
-    "share",
-    "signed",
-    "span",
-    "what",
-    "where",
-]
+from engine.statistics import Interval, PairedTest
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

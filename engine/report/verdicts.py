@@ -8,8 +8,6 @@ from engine.report import text
 from engine.report.findings import Change, Comparison
 from engine.report.inputs import Results
 
-__all__ = ["Verdict", "verdicts"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:

@@ -13,8 +13,6 @@ import numpy as np
 from engine.report.inputs import Results
 from engine.report.kept import LayerSamples, Samples
 
-__all__ = ["png_data_uri", "viewer_payload"]
-
 BUDGET = 4_800_000
 """Bytes of base64 text for all maps: with everything else the page stays below 10 MB."""
 MOST_IMAGES = 8

@@ -5,27 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.report import text
-from engine.report.analyses import PairedTest, Relation
 from engine.report.findings import Change, Comparison, layer_curve, seeds_needed
 from engine.report.inputs import Results
-
-__all__ = [
-    "HELD_OUT_UNKNOWN",
-    "accuracy_sentence",
-    "accuracy_title",
-    "change_sentence",
-    "class_sentence",
-    "classifier_sentences",
-    "cluster_sentence",
-    "comparison_sentence",
-    "headline",
-    "leaks_sentence",
-    "relation_sentence",
-    "scope_sentences",
-    "seed_sentence",
-    "trend_sentence",
-]
-
+from engine.statistics import PairedTest, Relation
 
 HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these images is not known."
 

@@ -11,8 +11,6 @@ from engine.statistics.clusters import layer_clusters
 from engine.statistics.conditions import compare_conditions
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
 
-__all__ = ["analyse"]
-
 
 def analyse(
     table: xr.Dataset,

@@ -9,8 +9,6 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["correlate_over_images"]
-
 Floats = NDArray[np.float64]
 
 _BLOCK_BYTES = 32 * 2**20

@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-__all__ = ["bca_bounds", "bootstrap_interval"]
-
 Floats = NDArray[np.float64]
 
 _BLOCK_BYTES = 32 * 2**20

@@ -16,8 +16,6 @@ from engine.statistics.entries import number
 from engine.statistics.pairing import check_table, existing_heads, other_conditions, paired_metrics
 from engine.statistics.permutation import BLOCK_BYTES, normalised, sign_patterns, t_squared
 
-__all__ = ["Cluster", "cluster_sign_flip", "layer_clusters"]
-
 Floats = NDArray[np.float64]
 
 # As in `sign_flip`: masses that differ by rounding only count as equal.

@@ -26,8 +26,6 @@ from engine.statistics.pairing import (
 from engine.statistics.power import minimum_detectable_effect
 from train.errors import InputError
 
-__all__ = ["check_bounds", "compare_conditions"]
-
 Floats = NDArray[np.float64]
 
 # Units of inference, as the report words them.

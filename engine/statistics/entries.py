@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["interval", "number", "numbers", "why_degenerate"]
-
 
 def number(value: Any) -> float | None:
     """A float, or None for NaN and infinity."""

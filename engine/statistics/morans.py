@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-__all__ = ["MoransInference", "morans_inference"]
-
 Floats = NDArray[np.float64]
 
 # Permuted values of one block of maps.

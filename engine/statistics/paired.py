@@ -16,8 +16,6 @@ from engine.statistics.equivalence import tost
 from engine.statistics.multiplicity import benjamini_hochberg, holm
 from engine.statistics.permutation import sign_flip
 
-__all__ = ["compare_paired"]
-
 Floats = NDArray[np.float64]
 
 _VARIABLES = (

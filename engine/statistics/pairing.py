@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from train.errors import InputError
 
-__all__ = ["MetricPairs", "check_table", "defined_mean", "existing_heads", "other_conditions", "paired_metrics"]
-
 Floats = NDArray[np.float64]
 
 _AXES = ("seed", "image", "layer", "head")

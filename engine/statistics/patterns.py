@@ -16,8 +16,6 @@ from engine.statistics.entries import interval, number, numbers, why_degenerate
 from engine.statistics.paired import compare_paired
 from engine.statistics.pairing import check_table, defined_mean, existing_heads, other_conditions, paired_metrics
 
-__all__ = ["cross_metric_correlation", "layer_trend"]
-
 Floats = NDArray[np.float64]
 
 

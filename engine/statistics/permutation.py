@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_BYTES", "Patterns", "SignFlip", "normalised", "sign_flip", "sign_patterns", "t_squared"]
-
 Floats = NDArray[np.float64]
 
 # Flips of one block: the block's signs and its sums stay below this, whatever the number of images.

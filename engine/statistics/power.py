@@ -7,8 +7,6 @@ from functools import cache
 
 from scipy import optimize, stats
 
-__all__ = ["minimum_detectable_effect"]
-
 
 @cache
 def minimum_detectable_effect(n: int, *, alpha: float = 0.05, power: float = 0.8, family_size: int = 1) -> float:

@@ -16,11 +16,11 @@ from store import AttentionStore
 from tests import fuzz
 from tests.miniatures import encoded, picture
 from tests.test_train_datasets import SMALL
-from train.datasets import build_manifest
+from train.data.datasets import build_manifest
+from train.data.folders import prepare_folder
+from train.data.manifest import Manifest
 from train.errors import InputError
 from train.files import path_of, printable
-from train.folders import prepare_folder
-from train.manifest import Manifest
 
 SHARE = 60
 _WHOLE = 120  # of so many trials, one is a whole capture

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from tests import fuzz
-from train.data import FolderImages, Preprocessing
-from train.datasets import build_manifest
-from train.listing import Entry, examine
-from train.manifest import Record
+from train.data.datasets import build_manifest
+from train.data.listing import Entry, examine
+from train.data.manifest import Record
+from train.data.sets import FolderImages, Preprocessing
 
 SHARE = 150
 

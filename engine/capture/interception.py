@@ -1,0 +1,210 @@
+"""The one function mode that sees a model's operations; capture and relevance both stand on it.
+
+timm, Hugging Face and torchvision models compute attention in `F.scaled_dot_product_attention`. A hook on a module
+cannot see that call's arguments, but a `TorchFunctionMode` around the forward pass can, after RoPE and q/k-norm, with
+the fused kernel still running. What it cannot see by itself is which module makes the call, so forward hooks keep
+the innermost running module beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+# Names that wrappers inside a model put between a module and its children; a site is named as without them.
+_WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "base_layer"})
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """One call of a torch function.
+
+    Args:
+        function: the torch function.
+        args, kwargs: as called.
+        module: name of the innermost module of the model that was running, "" at the model itself; None for a call
+            that none of its modules made. Modules without children count as the one that holds them.
+        caller: that module.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    module: str | None
+    caller: torch.nn.Module | None = None
+
+    def run(self) -> Any:
+        """The function's own result."""
+        return self.function(*self.args, **self.kwargs)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside `torch.compile`, (Distributed)DataParallel and peft, whose names and tokens are the model's own.
+
+    Raises:
+        TypeError: the wrapper hides the model's operations: TorchScript, or DataParallel over several devices.
+    """
+    peft = sys.modules.get("peft")
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{model.original_name} is TorchScript, whose operations run outside Python and cannot be seen; "
+                "pass the original module"
+            )
+        if isinstance(model, torch.nn.DataParallel) and len(model.device_ids) > 1:
+            raise TypeError(
+                f"DataParallel runs copies of {type(model.module).__name__} on {len(model.device_ids)} devices in "
+                "threads of their own, where nothing can be seen; pass and call the original module (model.module)"
+            )
+        if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif peft is not None and isinstance(model, peft.PeftModel):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules of an unwrapped model in order, named as without the wrappers that torch and peft put inside."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES), module
+
+
+class ModelInterception(AbstractContextManager["ModelInterception"]):
+    """Hands chosen function calls to handlers while the context is open; the model is unchanged afterwards.
+
+    Inside the context the model runs so that its calls can be seen, and after it (after an exception, too) as before:
+    modules whose `fused_attn` flag is off are switched to the fused call, Hugging Face models of another attention
+    implementation to `sdpa`, and whatever `torch.compile` compiled runs uncompiled. `nn.MultiheadAttention` takes its
+    Python path, where `F.multi_head_attention_forward` is followed into its body, instead of its native fast path.
+
+    Calls are seen in the thread that opened the context. Contexts may be nested, on one model or on several.
+
+    Args:
+        model: see `unwrapped` for the wrappers that may be around it.
+        handlers: torch function -> handler; a handler gets the `FunctionCall` and returns the call's result.
+        others: handler of every other torch function; None: they run as they are.
+
+    Raises:
+        TypeError: see `unwrapped`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        handlers: Mapping[Callable[..., Any], Callable[[FunctionCall], Any]],
+        others: Callable[[FunctionCall], Any] | None = None,
+    ) -> None:
+        self.model = unwrapped(model)
+        self._handlers = dict(handlers)
+        self._others = others
+        self._running: list[tuple[str, torch.nn.Module]] = []
+        self._thread = 0
+        self._open: ExitStack | None = None
+
+    def __enter__(self) -> ModelInterception:
+        if self._open is not None:
+            raise RuntimeError("this context is open already; make another one to nest it")
+        self._thread = threading.get_ident()
+        with ExitStack() as stack:
+            for name, module in named_modules(self.model):
+                if name and not module._modules:
+                    continue  # five modules in six, whose calls hooks would make 10 µs longer each
+                stack.enter_context(module.register_forward_pre_hook(self._entering(name)))
+                # always_call: the name must leave the stack when the forward raises, too.
+                stack.enter_context(module.register_forward_hook(self._leaving, always_call=True))
+            stack.enter_context(_fused(self.model))
+            if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(self._running.clear)
+            stack.enter_context(_Mode(self._dispatch))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack = self._open
+        if stack is not None:
+            self._open = None
+            stack.close()
+
+    def _entering(self, name: str) -> Callable[[torch.nn.Module, Any], None]:
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            if threading.get_ident() == self._thread:
+                self._running.append((name, module))
+
+        return enter
+
+    def _leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        # Not on top when another hook raised before `enter` ran.
+        if threading.get_ident() == self._thread and self._running and self._running[-1][1] is module:
+            self._running.pop()
+
+    def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        handler = self._handlers.get(func, self._others)
+        if handler is None:
+            return func(*args, **kwargs)
+        name, module = self._running[-1] if self._running else (None, None)
+        return handler(FunctionCall(func, args, kwargs, name, module))
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, dispatch: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]) -> None:
+        super().__init__()
+        self._dispatch = dispatch
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _MULTI_HEAD_ATTENTION:
+            with self:
+                return _multi_head_attention_body(*args, **(kwargs or {}))
+        return self._dispatch(func, args, kwargs or {})
+
+
+# A mode is handed `F.multi_head_attention_forward` whole. This is the same code without the question at its top
+# whether somebody wants it whole, so that under a mode its operations are seen one at a time.
+_MULTI_HEAD_ATTENTION = F.multi_head_attention_forward
+_multi_head_attention_body = types.FunctionType(
+    _MULTI_HEAD_ATTENTION.__code__,
+    vars(F) | {"has_torch_function": lambda tensors: False},
+    _MULTI_HEAD_ATTENTION.__name__,
+    _MULTI_HEAD_ATTENTION.__defaults__,
+)
+
+
+@contextmanager
+def _fused(model: torch.nn.Module) -> Iterator[None]:
+    """Fused attention on inside, every module's own setting after."""
+    hugging_face = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    with ExitStack() as stack:
+        for module in model.modules():
+            own = vars(module)
+            if own.get("fused_attn") is False:
+                own["fused_attn"] = True  # timm's own flag, a plain bool beside tensors and modules
+                stack.callback(own.__setitem__, "fused_attn", False)
+            if isinstance(module, hugging_face):
+                config = module.config
+                before = config._attn_implementation
+                if before != "sdpa" and module._supports_sdpa:
+                    # The key that attention modules look up at each call; `set_attn_implementation` would load kernels.
+                    config._attn_implementation_internal = "sdpa"
+                    stack.callback(setattr, config, "_attn_implementation_internal", before)
+        yield

@@ -1,0 +1,43 @@
+"""The study as dataclasses and TOML: every key is a key of `study.toml` and a flag of the command line."""
+
+from engine.config.study import (
+    CaptureConfig,
+    ConditionConfig,
+    DataConfig,
+    Hdf5Config,
+    MeasureConfig,
+    ModelConfig,
+    PretrainConfig,
+    RelevanceConfig,
+    StatisticsConfig,
+    StudyConfig,
+    SweepConfig,
+    TrainConfig,
+    config_keys,
+    load_study,
+    parse_value,
+    study_toml,
+)
+from engine.config.values import described, shortened, unusual
+
+__all__ = [
+    "CaptureConfig",
+    "ConditionConfig",
+    "DataConfig",
+    "Hdf5Config",
+    "MeasureConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "RelevanceConfig",
+    "StatisticsConfig",
+    "StudyConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "config_keys",
+    "described",
+    "load_study",
+    "parse_value",
+    "shortened",
+    "study_toml",
+    "unusual",
+]

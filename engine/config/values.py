@@ -1,0 +1,328 @@
+"""Values of the configuration, from a file or from flags: made into what a key holds, or a sentence on what it holds.
+
+What is said of a mistake comes from the key's type alone: what was found, what is expected, an example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import reprlib
+import types
+import typing
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, cast
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from train.errors import InputError, nearest
+
+INT64 = 2**63 - 1
+_LONGEST = 4096  # characters of a path on most systems
+
+_Config = TypeVar("_Config")
+
+
+class _Rule:
+    """A rule beyond the type of a value, which pydantic asks before it looks at the value itself."""
+
+    def allows(self, value: Any) -> bool:
+        raise NotImplementedError
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        def check(value: Any) -> Any:
+            if not self.allows(value):
+                raise ValueError
+            return value
+
+        return core_schema.no_info_before_validator_function(check, handler(source))
+
+
+@dataclass(frozen=True)
+class NotBoolean(_Rule):
+    """A number is not true or false, which Python takes for 1 and 0."""
+
+    def allows(self, value: Any) -> bool:
+        return not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class OneLine(_Rule):
+    """Text that file names, TOML and a line of a terminal can hold."""
+
+    def allows(self, value: Any) -> bool:
+        return not isinstance(value, str) or not unusual(value)
+
+
+@dataclass(frozen=True)
+class Plain(_Rule):
+    """A path is written out: nobody but a shell knows what ~ stands for."""
+
+    def allows(self, value: Any) -> bool:
+        return not isinstance(value, str) or not value.startswith("~")
+
+
+@dataclass(frozen=True)
+class Two(_Rule):
+    """A list is of two sizes, or empty."""
+
+    def allows(self, value: Any) -> bool:
+        return not isinstance(value, list | tuple) or len(value) in (0, 2)
+
+
+def unusual(text: str) -> str:
+    """What keeps text from being one line of UTF-8 of a usual length, as the end of "it holds …"; "" for nothing."""
+    kinds = {unicodedata.category(character) for character in text}
+    if "Cs" in kinds:
+        return "bytes that are not UTF-8"
+    if "Cc" in kinds:
+        return "a line break, a tab or another control character"
+    return f"{len(text):,} characters" if len(text) > _LONGEST else ""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a key holds.
+
+    Args:
+        words: as the end of "expected …".
+        example: in TOML.
+    """
+
+    words: str
+    example: str
+
+    def sentence(self, *, flag: str = "") -> str:
+        """What is expected, with an example as it is written in a file, or behind a flag."""
+        if not flag:
+            return f"expected {self.words}" + (f", as in {self.example}" if self.example else "")
+        text = self.example.strip("[]{}").replace('"', "").replace(" = ", "=").replace(", ", ",")
+        return f"expected {self.words}" + (f", as in {flag} {text}" if text else "")
+
+
+def expected(hint: Any, default: Any = None) -> Expected:
+    """What a key of this type holds.
+
+    Args:
+        hint: the type, `Annotated` with its bounds.
+        default: of the key; it serves as the example where it is one.
+    """
+    limits: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *found = typing.get_args(hint)
+        limits = tuple(found)
+    items = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return Expected("a table of keys", "")
+    if hint is bool:
+        return Expected("true or false", "true" if default else "false")
+    if hint is int or hint is float:
+        kind, usual = ("a whole number", 1) if hint is int else ("a number", 0.01)
+        return Expected(f"{kind}{_range(limits)}", str(usual if default is None else default))
+    if hint is str:
+        return Expected("text", f'"{default or "…"}"')
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return Expected(f"one of {', '.join(items)}", "")
+    if origin in (typing.Union, types.UnionType):
+        return Expected(" or ".join(dict.fromkeys(expected(item).words for item in items)), expected(items[0]).example)
+    if origin is tuple:
+        return Expected(_list_words(items, limits), _list_example(items, default))
+    of = expected(items[1])
+    if dataclasses.is_dataclass(items[1]):
+        return Expected("a table of tables", "")
+    return Expected("a table of names and values", f"{{name = {of.example}}}" if of.example else "")
+
+
+def _list_words(items: tuple[Any, ...], limits: Iterable[Any]) -> str:
+    if items[-1] is not Ellipsis or any(isinstance(limit, Two) for limit in limits):
+        return "a list of 2"
+    return "a list"
+
+
+def _list_example(items: tuple[Any, ...], default: Any) -> str:
+    if default and len(default) > 1:
+        return _toml(default[:2])
+    of, *limits = typing.get_args(items[0]) if typing.get_origin(items[0]) is typing.Annotated else items[:1]
+    if of is int:
+        low: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), 0)
+        return _toml([low, low + 1])
+    return _toml(typing.get_args(of)[:2]) if typing.get_origin(of) is Literal else '["a", "b"]'
+
+
+def _toml(items: Iterable[Any]) -> str:
+    return f"[{', '.join(f'{chr(34)}{item}{chr(34)}' if isinstance(item, str) else str(item) for item in items)}]"
+
+
+def _range(limits: Iterable[Any]) -> str:
+    low = high = ""
+    for limit in limits:
+        if isinstance(limit, Ge):
+            low = f" from {_number(limit.ge)}"
+        elif isinstance(limit, Gt):
+            low = f" above {_number(limit.gt)}"
+        elif isinstance(limit, Le) and limit.le != INT64:
+            high = f" to {_number(limit.le)}"
+        elif isinstance(limit, Lt):
+            high = f" and below {_number(limit.lt)}"
+    return low + high
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def described(value: Any) -> str:
+    """A value as a sentence names it: short, whatever it is, and as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    if isinstance(value, dict):
+        return "a table" if value else "an empty table"
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return "a list of tables"
+    if hasattr(value, "isoformat"):
+        return f"the date or time {value.isoformat()}"
+    short = reprlib.Repr()
+    short.maxstring = 100
+    short.maxlist = short.maxtuple = short.maxdict = 4
+    short.maxlevel = 2
+    short.maxlong = 50
+    return short.repr(value)
+
+
+def plain_value(text: str) -> str | int | float | bool:
+    """A flag's text where any plain value may stand: a whole number, a decimal number, true or false, else text."""
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        return float(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def validated(cls: type[_Config], values: Mapping[str, Any], name: Callable[[str], str]) -> _Config:
+    """A dataclass of keys and tables, made of plain values.
+
+    Args:
+        values: key -> value, nested as the dataclass is; texts are taken for numbers, true and false where they are.
+        name: dotted key -> what the sentence calls it, such as "study.toml: train.epochs" or "--train.epochs".
+
+    Raises:
+        InputError: an unknown key, or a value of another type, out of bounds, or more than once in a list.
+    """
+    from pydantic import ValidationError
+
+    try:
+        config: _Config = _adapter(cast(Any, cls)).validate_python(values)
+    except ValidationError as error:
+        raise InputError(_mistake(cls, values, error.errors(include_url=False)[0], name)) from None
+    _refuse_doubled(config, "", name)
+    return config
+
+
+@functools.cache
+def _adapter(cls: type[Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _mistake(cls: type[Any], values: Mapping[str, Any], error: Any, name: Callable[[str], str]) -> str:
+    """The sentence on one of pydantic's errors."""
+    dotted = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and part != "[key]")
+    if isinstance(ours := error.get("ctx", {}).get("error"), InputError):
+        return f"{name('')}{ours}".removeprefix("--")
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{name(shortened(dotted))} is not a key of the configuration{_place(cls, values, dotted)}"
+    hint, default, within = cls, None, ""
+    for part in error["loc"][: -1 if error["type"] == "missing" else None]:  # of two sizes, one
+        if typing.get_origin(hint) is typing.Annotated:
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint) and isinstance(part, str):
+            field = next(field for field in dataclasses.fields(hint) if field.name == part)
+            default = field.default if field.default is not dataclasses.MISSING else None
+            hint = typing.get_type_hints(hint, include_extras=True)[part]
+        elif isinstance(part, int):  # an item of a list
+            items = typing.get_args(hint)
+            hint, default, within = items[0 if items[-1] is Ellipsis else part], None, "holds"
+        else:  # a value of a table; of a union, pydantic adds which of its types it tried
+            items = typing.get_args(hint)
+            if typing.get_origin(hint) not in (dict, Mapping):
+                dotted = dotted.removesuffix(f".{part}")
+                break
+            hint, default = items[1], None
+    flag = name(dotted) if name(dotted).startswith("--") else ""
+    found = error["input"]
+    holds = expected(hint, default)
+    if error["type"] == "int_parsing_size" or error.get("ctx", {}).get("le") == INT64:
+        holds = replace(holds, words=f"a whole number of at most {INT64:,}")
+    elif error["type"] == "finite_number":
+        holds = replace(holds, words=holds.words.replace("a number", "a finite number"))
+    elif error["type"] in ("too_short", "string_too_short"):
+        holds = replace(holds, words=f"{holds.words} that is not empty")
+    elif isinstance(found, str) and (fault := unusual(found)) and holds.words == "text":
+        path = any(mark in found for mark in "\b\t\n\f\r") and not flag
+        tip = " (a Windows path is written in single quotes, where \\ is no escape)" if path else ""
+        return f"{name(dotted)} {within or 'is'} {described(found)}; it holds {fault}; expected one line of text{tip}"
+    elif isinstance(found, str) and found.startswith("~") and holds.words == "text":
+        return f"{name(dotted)} is {described(found)}; write the path in full, as only a shell knows what ~ means"
+    end = f"expected {holds.words}" if within else holds.sentence(flag=flag)
+    if dataclasses.is_dataclass(hint):
+        end += f", as in [{dotted}]"
+    elif holds.words == "a table of tables":
+        end += f", as in [{dotted}.NAME]"
+    return f"{name(dotted)} {within or 'is'} {described(found)}; {end}"
+
+
+def shortened(name: str) -> str:
+    """A name as it is, or in quotes and short where it would break a line or fill many."""
+    return name if name.isprintable() and 0 < len(name) <= 100 else described(name)
+
+
+def _place(cls: type[Any], values: Mapping[str, Any], dotted: str) -> str:
+    """Where an unknown key belongs, as the end of a sentence; "" where no key is near."""
+    known = list(_keys(cls, "", values))
+    table, _, last = dotted.rpartition(".")
+    beside = [key.rpartition(".")[2] for key in known if table and key.rpartition(".")[0] == table]
+    if near := difflib.get_close_matches(last, beside, n=1, cutoff=0.75):
+        return f"; did you mean {table}.{near[0]}?"
+    homes = [key.rpartition(".")[0] for key in known if key.rpartition(".")[2] == last]
+    if "" in homes:
+        return f"; {last} belongs at the top of the file, before the first [table]"
+    tables = dict.fromkeys(f"[{re.sub('^conditions[.].*', 'conditions.NAME', home)}]" for home in homes)
+    return f"; it belongs in {' or '.join(tables)}" if tables else nearest(dotted, known)
+
+
+def _keys(cls: type[Any], prefix: str, values: Mapping[str, Any]) -> Iterable[str]:
+    """Dotted names of all keys and tables."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield f"{prefix}{field.name}"
+        hint, given = hints[field.name], values.get(field.name)
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(cast(type[Any], hint), f"{prefix}{field.name}.", {})
+        elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(of := typing.get_args(hint)[1]):
+            for name in given if isinstance(given, dict) else ():
+                yield from _keys(cast(type[Any], of), f"{prefix}{field.name}.{name}.", {})
+
+
+def _refuse_doubled(config: Any, prefix: str, name: Callable[[str], str]) -> None:
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, dotted = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _refuse_doubled(value, f"{dotted}.", name)
+        elif isinstance(value, tuple) and expected(hints[field.name]).words != "a list of 2":  # sizes may be equal
+            item, times = Counter(value).most_common(1)[0] if value else (None, 0)
+            if times > 1:
+                raise InputError(f"{name(dotted)} names {described(item)} more than once; name it once")

@@ -1,0 +1,181 @@
+"""Metrics of a stored capture: what is missing is measured, and the values written back into the store."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.capture import check_metrics, chosen_backend, load_metrics, metric_parameters
+from engine.measure.cluster import connected
+from engine.measure.units import Batches, StoredMeasurement
+from engine.progress import ImageProgress
+from kernels import MetricSpec, TokenLayout
+from store import AttentionStore, MetricWriter, StoreError, has_metric
+from store.arrays import attention_arrays
+from store.storage import Location
+from train.errors import InputError
+
+
+def measure_store(
+    path: Location, metrics: Sequence[str], backend: str, against: Location | None = None, scheduler: str = ""
+) -> AttentionStore:
+    """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
+
+    Every thread decodes some images of a layer and measures them while others do the same with the next; values are
+    written and committed batch by batch meanwhile.
+
+    Args:
+        path: the store, or its URL. Batches its capture has not committed yet are left out, which is said.
+        metrics: names or `module:name`.
+        backend: see `kernels.resolve`.
+        against: the second condition's store, for pair metrics: the same images, layers and heads.
+        scheduler: address of a Dask scheduler whose workers measure; "": this process does.
+
+    Returns:
+        The store, with every metric's values in it.
+
+    Raises:
+        InputError: a metric that the stores cannot give: no maps were stored, there are no regions, no second store
+            was named for a pair metric, or it is not over the same images and layers.
+        StoreError: a store is not there or damaged, or nothing of it is captured.
+        ClusterError: the cluster failed; see `engine.measure.cluster`.
+    """
+    store = AttentionStore.open(path)
+    chosen = chosen_backend(backend, "cpu")
+    missing = missing_metrics(path, metrics, against)
+    if not missing:
+        return store
+    pairs = any(spec.inputs == "pair" for spec in missing.values())
+    other = _second_store(store, missing, against) if pairs else None
+    _require_maps(store, missing)
+    layouts = [TokenLayout.from_dict(layer.layout) for layer in store.schema.layers]
+    check_metrics(list(missing.values()), layouts, len(store.schema.regions), chosen)
+    images = store.committed_images
+    if other is not None:
+        images = images & other.committed_images
+    damages = [*store.damaged_batches, *(() if other is None else other.damaged_batches)]
+    if not images.any():
+        first = f" ({damages[0]})" if damages else ""
+        raise StoreError(f"{path} holds no batch that can be measured{first}; capture it first")
+    if not images.all():
+        tqdm.write(
+            f"{path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
+            "the others are left out"
+        )
+    for damage in damages:
+        tqdm.write(damage)
+    parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
+    needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
+    measurement = StoredMeasurement(store, other, missing, chosen)
+    with contextlib.ExitStack() as resources:
+        measure_batches: Batches = measurement.batches
+        if scheduler:
+            named = {load_metrics([name])[0].name: name for name in metrics}
+            measure_batches = resources.enter_context(connected(scheduler, measurement, named))
+        against_of = {name: other for name, spec in missing.items() if spec.inputs == "pair" and other is not None}
+        writer = resources.enter_context(
+            MetricWriter.open(path, parameters, region_metrics=needing, against=against_of)
+        )
+        rows = {batch: store.schema.batch_rows(batch) for batch in writer.missing}
+        todo = {batch: names for batch, names in writer.missing.items() if images[rows[batch]].all()}
+        total = sum(rows[batch].stop - rows[batch].start for batch in todo)
+        masked = 0
+        image_bytes = sum(array.row_bytes for array in attention_arrays(store.schema))
+        with ImageProgress(f"measure {path.name}", total, 0, image_bytes) as progress:
+            for batch, found in measure_batches(todo):
+                writer.write_batch(batch, found.values, found.undefined)
+                progress.update(rows[batch].stop - rows[batch].start)
+                masked += found.masked
+            writer.flush()
+    if masked:
+        tqdm.write(
+            f"{path.name}{'' if other is None else f' or {other.path.name}'}: {masked:,} rows are no post-softmax "
+            "attention (NaN, infinite, negative or off sum 1); they are left out of every value and counted with the "
+            "rows that have none"
+        )
+    return AttentionStore.open(path)
+
+
+def missing_metrics(path: Location, metrics: Sequence[str], against: Location | None = None) -> dict[str, MetricSpec]:
+    """The metrics that this version of the code has not left in the store, by name.
+
+    Raises:
+        InputError: no metric, no such metric, or a pair metric without a second store.
+        StoreError: a store is not there or damaged.
+    """
+    if not metrics:
+        raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
+    store = AttentionStore.open(path)
+    missing: dict[str, MetricSpec] = {}
+    specs = load_metrics(metrics)
+    other = _second_store(store, {spec.name: spec for spec in specs}, against)
+    for spec in specs:
+        parameters = stored_parameters(store, spec, other)
+        # A measurement that was killed has left its parameters and some of its batches.
+        compared = other if spec.inputs == "pair" else None
+        if parameters is None or not has_metric(path, spec.name, parameters, compared):
+            missing[spec.name] = spec
+    return missing
+
+
+def stored_parameters(
+    store: AttentionStore, spec: MetricSpec, other: AttentionStore | None = None
+) -> dict[str, Any] | None:
+    """Parameters of the metric's values that this version of the code left in the store, by whatever backend."""
+    for parameters in store.metric_params(spec.name):
+        if metric_parameters(spec, parameters["backend"], other) == parameters:
+            return parameters
+    return None
+
+
+def _second_store(
+    store: AttentionStore, specs: Mapping[str, MetricSpec], against: Location | None
+) -> AttentionStore | None:
+    """The store that pair metrics compare with; None when there are none."""
+    pairs = [name for name, spec in specs.items() if spec.inputs == "pair"]
+    if not pairs:
+        if against is not None:
+            raise InputError(f"--against {against} is given, but none of {', '.join(specs)} compares two captures")
+        return None
+    if against is None:
+        raise InputError(f"{pairs[0]} compares two captures; name the other one with --against OTHER.zarr")
+    other = AttentionStore.open(against)
+    if other.image_ids != store.image_ids:
+        raise InputError(
+            f"{other.path} was captured over other images than {store.path}; a pair metric compares the same images"
+        )
+    if [dataclasses.replace(layer, factors=None) for layer in other.schema.layers] != [
+        dataclasses.replace(layer, factors=None) for layer in store.schema.layers
+    ]:
+        raise InputError(
+            f"{other.path} has other layers, heads or tokens than {store.path}; a pair metric compares models of one "
+            "architecture at one input size"
+        )
+    ours, theirs = _pictures(store), _pictures(other)
+    for name in store.image_ids:
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            raise InputError(
+                f"{name} is another picture in {other.path} than in {store.path} (its file's SHA-256 differs); a pair "
+                "metric compares the same images, so capture both from the same files"
+            )
+    _require_maps(other, specs)
+    return other
+
+
+def _pictures(store: AttentionStore) -> dict[str, str]:
+    """Image id -> SHA-256 of its file; nothing for a store that keeps no list of files."""
+    records = (store.manifest or {}).get("records", ())
+    return {record["id"]: record["sha256"] for record in records if record["sha256"]}
+
+
+def _require_maps(store: AttentionStore, specs: Iterable[str]) -> None:
+    if not store.schema.encoding:
+        names = ", ".join(specs)
+        raise InputError(
+            f"{store.path} holds no attention maps, so {names} cannot be computed from it; capture again with "
+            f"capture.sinks store, or with {names} in measure.metrics"
+        )

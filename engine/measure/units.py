@@ -1,0 +1,242 @@
+"""Measures what stores keep: some images of one layer at a time, read, decoded and measured by one thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.capture import stack_layers
+from kernels import MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk
+from kernels.cpu.threads import num_threads, one_thread
+from store import AttentionStore, Factors
+from store.arrays import layer_arrays
+from store.encodings import softmax_maps
+
+# Decoded at once by each thread, if a chunk is not more. A call costs half a millisecond with cold caches: at 4 images
+# of ViT-B/16 that was a third of the kernel's own time, at 32 (30 MB) a thirtieth.
+UNIT_BYTES = 32 << 20
+
+# Backends whose calls in several threads go side by side; torch has threads of its own below each.
+_SIDE_BY_SIDE = ("numba", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchValues:
+    """What was measured of a batch, or of a unit of it (without the axis `layer` then).
+
+    Args:
+        values: metric name -> [image, layer, head(, region)].
+        undefined: metric name -> rows of each map that have no part in its value, [image, layer, head]: those without
+            one, and those that are no post-softmax attention.
+        masked: rows of the latter kind, each once; with a pair metric, those of either store.
+    """
+
+    values: dict[str, np.ndarray]
+    undefined: dict[str, np.ndarray]
+    masked: int
+
+
+# Measures batches, given batch -> names of metrics.
+Batches = Callable[[Mapping[int, Sequence[str]]], Iterator[tuple[int, BatchValues]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one thread measures at a time: some images of a batch, in one layer."""
+
+    layer: int
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMeasurement:
+    """What is to be measured of which stores; values do not depend on how its batches are shared out.
+
+    Args:
+        store: that is measured.
+        other: the second condition's, for pair metrics.
+        metrics: name -> metric.
+        backend: of `kernels.BACKENDS`.
+    """
+
+    store: AttentionStore
+    other: AttentionStore | None
+    metrics: Mapping[str, MetricSpec]
+    backend: str
+
+    def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
+        """Measure batches in as many threads as `kernels.cpu.threads` has set, in order.
+
+        A thread decodes a unit and measures it; no thread waits for another's decoding, so all CPUs are busy whatever
+        the ratio of the two, and no more than a unit a thread is in memory.
+
+        Args:
+            names: batch -> the metrics to measure.
+
+        Raises:
+            StoreError: a shard is missing or damaged.
+            MetricError: a user's metric failed.
+        """
+        threads = num_threads() if self.backend in _SIDE_BY_SIDE else 1
+        pool = ThreadPoolExecutor(threads, "measure")
+
+        def begin(batch: int) -> tuple[int, list[tuple[Unit, Future[BatchValues]]]]:
+            units = self.units(batch)
+            return batch, [(unit, pool.submit(self._measure, unit, names[batch], threads > 1)) for unit in units]
+
+        try:
+            # While the first batch under way is waited for, those after it hold a unit for every thread.
+            ahead = 1 + -(-threads // max(1, len(self.store.layers)))
+            left = map(begin, names)
+            under_way = list(islice(left, ahead))
+            while under_way:
+                batch, parts = under_way.pop(0)
+                values = self._join(names[batch], [(unit, part.result()) for unit, part in parts])
+                under_way += islice(left, 1)
+                yield batch, values
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch(self, batch: int, names: Sequence[str]) -> BatchValues:
+        """Measure one batch in the calling thread.
+
+        Raises:
+            StoreError, MetricError: as `batches`.
+        """
+        return self._join(names, [(unit, self._measure(unit, names, True)) for unit in self.units(batch)])
+
+    def units(self, batch: int) -> list[Unit]:
+        """What makes up a batch, layer by layer."""
+        rows = self.store.schema.batch_rows(batch)
+        units = []
+        for layer in self.store.layers:
+            chunk = self.store.chunk_rows(layer)
+            step = chunk * max(1, UNIT_BYTES // self._image_bytes(layer) // chunk)
+            bounds = [*range(rows.start, rows.stop, step), rows.stop]
+            units += [Unit(layer, slice(begin, end)) for begin, end in pairwise(bounds)]
+        return units
+
+    def _image_bytes(self, layer: int) -> int:
+        """What a thread holds of an image's layer: what is stored, or the float32 maps a pair metric makes of it."""
+        described = self.store.schema.layers[self.store.layers.index(layer)]
+        if self.other is not None and described.factors is not None:
+            return 4 * described.heads * described.tokens**2
+        return sum(array.row_bytes for array in layer_arrays(self.store.schema, described).values())
+
+    def _measure(self, unit: Unit, names: Sequence[str], alone: bool) -> BatchValues:
+        """Each metric's values [image, head(, region)] and undefined-row counts [image, head] of a unit.
+
+        Args:
+            alone: other threads measure beside this one.
+        """
+        store, other, rows = self.store, self.other, unit.rows
+        attention = Stored(store.read_here(unit.layer, rows, "ours"), store.precision(unit.layer))
+        compared = None
+        if other is not None:
+            compared = Stored(other.read_here(unit.layer, rows, "theirs"), other.precision(unit.layer))
+        layout = TokenLayout.from_dict(store.layout(unit.layer))
+        regions = None if store.regions is None else store.regions[rows]
+        specs = [self.metrics[name] for name in names]
+        with one_thread() if alone else contextlib.nullcontext():
+            return _measure_layer(attention, compared, layout, specs, self.backend, regions)
+
+    def _join(self, names: Sequence[str], parts: Sequence[tuple[Unit, BatchValues]]) -> BatchValues:
+        """A batch's values of those of its units."""
+
+        def joined(arrays: Iterable[tuple[Unit, np.ndarray]], fill: float) -> np.ndarray:
+            layers: dict[int, list[np.ndarray]] = {}
+            for unit, piece in arrays:
+                layers.setdefault(unit.layer, []).append(piece)
+            return stack_layers([np.concatenate(pieces) for pieces in layers.values()], fill).numpy()
+
+        return BatchValues(
+            {name: joined(((unit, found.values[name]) for unit, found in parts), np.nan) for name in names},
+            {name: joined(((unit, found.undefined[name]) for unit, found in parts), -1) for name in names},
+            sum(found.masked for _, found in parts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One layer of some images as a store keeps it.
+
+    Args:
+        attention: maps [image, head, query, key], or their factors.
+        precision: of either, see `store.precisions`.
+    """
+
+    attention: np.ndarray | Factors
+    precision: str
+
+    def maps(self) -> tuple[Any, str]:
+        """Maps as kernels take them, and their precision: as stored, or float32 computed from query and key."""
+        if not isinstance(self.attention, Factors):
+            return _kernel_array(self.attention, self.precision), self.precision
+        images, heads, tokens, _ = self.attention.query.shape
+        out = np.empty((images, heads, tokens, tokens), np.float32)
+        softmax_maps(self.attention, self.precision, out)
+        return out, "float32"
+
+
+def _measure_layer(
+    attention: Stored,
+    other: Stored | None,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    backend: str,
+    regions: np.ndarray | None,
+) -> BatchValues:
+    """What was measured of one layer; rows that are no attention are left out and counted."""
+    measurements = []
+    if of_one := [spec for spec in specs if spec.inputs != "pair"]:
+        stored = attention.attention
+        if isinstance(stored, Factors):
+            query, key = (_kernel_array(part, attention.precision) for part in (stored.query, stored.key))
+            bias: Any = stored.bias
+            if bias is not None and isinstance(query, torch.Tensor):
+                bias = torch.from_numpy(bias)
+            measured = measure_qk(
+                query, key, layout, of_one, stored.scale, bias, backend, invalid="mask", regions=regions
+            )
+        else:
+            maps = _kernel_array(stored, attention.precision)
+            measured = measure_attention(maps, layout, of_one, backend, invalid="mask", regions=regions)
+        measurements.append(measured)
+    if of_two := [spec for spec in specs if spec.inputs == "pair"]:
+        assert other is not None  # `measure_store` refuses pair metrics without one
+        ours, theirs = _in_one_precision(attention.maps(), other.maps())
+        measurements.append(measure_pair(ours, theirs, layout, of_two, backend, invalid="mask"))
+    values, undefined = {}, {}
+    masked: np.ndarray = np.zeros((), bool)
+    for measured in measurements:
+        invalid = ~np.asarray(measured.valid)
+        masked = masked | invalid
+        of_map = invalid[..., layout.num_prefix_tokens :].sum(axis=-1) if invalid.any() else 0
+        for name in measured:
+            values[name] = np.asarray(measured[name])
+            undefined[name] = np.asarray(measured.undefined_rows[name]) + of_map
+    return BatchValues(values, undefined, int(masked.sum()))
+
+
+def _in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:
+    """Both maps in the coarser of their precisions: what remains of a difference is not the rounding of one alone."""
+    coarser = max(ours[1], theirs[1], key=("float32", "float16", "bfloat16").index)
+    first, second = (
+        maps if precision == coarser else torch.as_tensor(maps).to(getattr(torch, coarser))
+        for maps, precision in (ours, theirs)
+    )
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return first, second
+    return torch.as_tensor(first), torch.as_tensor(second)
+
+
+def _kernel_array(values: np.ndarray, precision: str) -> Any:
+    """Stored values as kernels take them: NumPy, or a torch view of bfloat16's bits."""
+    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if precision == "bfloat16" else values

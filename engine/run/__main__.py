@@ -1,0 +1,7 @@
+"""`python -m engine.run`."""
+
+import sys
+
+from engine.run import main
+
+sys.exit(main())

@@ -1,0 +1,121 @@
+"""Flags: each is written in full, takes one value, and is given once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from engine.config import described, unusual
+from train.errors import InputError
+
+# What word processors and web pages make of - and --, and what looks like them.
+DASHES = "‐‑‒–—―−"
+_NO_VALUE = re.compile(r"--|-h$")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse's parser of a command, whose mistakes are sentences like all others.
+
+    Args:
+        name: of the command.
+        program: what the user types before it.
+        help: what the command does; commands: every command with what it does, a line each.
+        positional: the file that the command may name; "" for none.
+        short: flag -> configuration key, for the flags that stand for another key than their name.
+        keys: the other flags: configuration keys, each with its help.
+        needed: flags that the usage shows.
+
+    Attributes:
+        keys: flag -> configuration key.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        program: str,
+        help: str,
+        commands: str,
+        positional: str,
+        short: Mapping[str, str],
+        keys: Iterable[tuple[str, dataclasses.Field[Any]]],
+        needed: Sequence[str],
+    ) -> None:
+        usage = f"{program} {name}" + (f" {positional.upper()}" if positional else "")
+        usage += "".join(f" {flag} {flag.rpartition('.')[2].lstrip('-').upper()}" for flag in needed)
+        super().__init__(
+            prog=f"{program} {name}",
+            usage=f"{usage} [--config study.toml] [--section.key value ...]",
+            description=f"{name}: {help}",
+            epilog=f"commands:\n{commands}\nLists are written a,b,c. Every key is also a key of study.toml.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.keys: dict[str, str] = {}
+        self._name = name
+        self._positional = positional
+        self.add_argument(
+            "--config", action=_Once, metavar="study.toml", help="the configuration; a flag wins over its key"
+        )
+        if positional:
+            self.add_argument(positional, nargs="?", default="")
+        for flag, key in short.items():
+            metavar = key.rpartition(".")[2].upper()
+            self.add_argument(flag, action=_Once, dest=key, metavar=metavar, help=f"the key {key}")
+            self.keys[flag] = key
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        for key, declared in keys:
+            section = key.rpartition(".")[0] or "study"
+            group = groups.setdefault(section, self.add_argument_group(section))
+            text = declared.metadata.get("help", "").replace("%", "%%")
+            group.add_argument(f"--{key}", action=_Once, dest=key, metavar=declared.name.upper(), help=text)
+            self.keys[f"--{key}"] = key
+
+    def read(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The flags' values by configuration key, and `config` and the positional; what is no flag of the command.
+
+        Raises:
+            InputError: a flag without a value or given twice, a value that is no line of text, no positional.
+        """
+        parsed, unknown = self.parse_known_args(self._joined(arguments))
+        for key, text in vars(parsed).items():
+            if text is not None and (found := unusual(text)):
+                flag = "" if key == self._positional else "--"
+                hint = " (of a file or folder, give a link to it that has a plain name)" if "UTF-8" in found else ""
+                raise InputError(f"{flag}{key} is {described(text)}; it holds {found}; expected text of one line{hint}")
+        if self._positional and not getattr(parsed, self._positional) and not unknown:
+            raise InputError(f"{self._name} needs {self._positional.upper()}: {self.format_usage().strip()}")
+        return parsed, unknown
+
+    def _joined(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments with each flag and its value as one, `--flag=value`, so that a value may begin with -."""
+        known = {*self.keys, "--config"}
+        joined: list[str] = []
+        for argument in arguments:
+            if joined and joined[-1] in known and not _NO_VALUE.match(argument):
+                joined[-1] += f"={argument}"
+            elif argument and argument[0] in DASHES:
+                raise InputError(f"{described(argument)} begins with a dash that is not -; flags begin with --")
+            else:
+                joined.append(argument)
+        # argparse takes -- out of values, and gives a list for it.
+        if bare := next((flag for flag in (argument.removesuffix("=--") for argument in joined) if flag in known), ""):
+            raise InputError(f"{bare} needs a value; write {bare} VALUE, or {bare}=VALUE if that begins with --")
+        return joined
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse finds, as an error like all others."""
+        raise InputError(f"{message}; {self.prog} --help lists what it takes")
+
+
+class _Once(argparse.Action):
+    """Takes a value the first time; of two it cannot be known which is meant."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise InputError(f"{option_string} gives {self.dest} a second value; give it once")
+        setattr(namespace, self.dest, values)

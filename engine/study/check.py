@@ -1,0 +1,317 @@
+"""What would fail after hours, found in seconds: a study against its model and its data, before any work.
+
+One model is built or loaded, one image goes through it, and everything that the study asks for is tried on that: what
+is captured, every metric, the adapters, the relevance methods, the sizes of the splits, the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.capture import (
+    AttentionSite,
+    AttentionTap,
+    CaptureError,
+    check_metrics,
+    chosen_backend,
+    discover_factors,
+    discover_sites,
+    evaluating,
+    has_classes,
+    metrics_of_one_capture,
+    stored_layers,
+)
+from engine.config import StudyConfig
+from engine.relevance import relevance_maps
+from engine.study.data import Start
+from kernels import BACKENDS, MetricSpec, measure_qk
+from store import FactorSchema, StoreSchema, estimate_bytes
+from store.encodings import resolve_encoding
+from train.adapters import check_adapters
+from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
+from train.errors import InputError
+from train.hyperparameters import ADAPTERS
+from train.models import classifier_name
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one capture of a model keeps: its sites, and what is fixed about their query and key (encoding qk)."""
+
+    sites: Sequence[AttentionSite]
+    factors: Mapping[int, FactorSchema]
+
+
+def check_study(start: Start, model: torch.nn.Module, device: str, stages: Sequence[str]) -> None:
+    """Raise the sentence for what a study asks for and cannot have.
+
+    Args:
+        model: one of the study's, before any training.
+        device: where everything will run.
+        stages: those that the study will go through.
+
+    Raises:
+        InputError: as of `check_capture`, `check_targets`, `check_splits`, `require_disk`; a relevance method that does
+            not run on the model; class names that do not fit the data set.
+        MetricError, BackendUnavailableError: as of `check_capture`.
+    """
+    config = start.config
+    trained = {name: of for name, of in config.conditions.items() if of.recipe != "checkpoint"}
+    if trained:
+        classifier_name(model)
+    for name, condition in trained.items():
+        if condition.recipe in ADAPTERS:
+            check_targets(model, condition.targets, [condition.rank], f"condition {name}: ")
+    model.to(device)
+    captured = check_capture(config, model, start.preprocessing, device) if "capture" in stages else None
+    if start.listed is not None:
+        check_splits(start.listed, "file", trained=bool(trained))
+    require_disk(_needs(start, model, captured), start.outputs)
+    if "relevance" in stages and (config.relevance.measured or config.capture.samples):
+        _check_methods(config.relevance.methods, model, start.preprocessing, device)
+    if start.listed is not None:  # all that takes seconds is sound, so the files are decoded
+        check_splits(start.manifest, "readable image", trained=bool(trained))
+        start.heads(start.manifest.class_names)
+
+
+def check_sweep(start: Start, model: torch.nn.Module, targets: str) -> None:
+    """Raise the sentence for what a sweep asks for and cannot have.
+
+    Args:
+        model: the one that is swept, before any training; targets: its adapted layers.
+
+    Raises:
+        InputError: as of `check_targets`, `check_splits`, `require_disk`.
+    """
+    assert start.listed is not None  # a sweep is of pictures on disk
+    sweep, outputs = start.config.sweep, start.outputs
+    check_targets(model, targets, sweep.ranks, "sweep.ranks: ")
+    check_splits(start.listed, "file", trained=True)
+    results = len(sweep.bases) * len(sweep.ranks)
+    weights = _bytes_of(model)
+    needs = {
+        "checkpoints": (outputs / "checkpoints", 2 * weights),
+        "results": (outputs / "sweep", (results + 1) * weights),
+        **_cache_need(start),
+    }
+    require_disk(needs, outputs)
+    check_splits(start.manifest, "readable image", trained=True)
+
+
+def check_capture(
+    config: StudyConfig,
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    device: str,
+    *,
+    stored_alone: bool = False,
+) -> Captured:
+    """Send one image through the model: its attention, the layers and heads that are chosen, and every metric.
+
+    Args:
+        model: on the device.
+        stored_alone: maps are stored and nothing will be measured, so metrics are of no account.
+
+    Raises:
+        InputError: no attention to be captured, no such layer or head, a metric that it does not have.
+        MetricError: a metric of the user's own that does not give one value a map.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    layers, heads = config.capture.layers or None, config.capture.heads or None
+    sites, _, _, _ = discover_sites(model, _noise(preprocessing, 1, device), layers, heads)
+    specs = [] if stored_alone else metrics_of_one_capture(config.measure.metrics)
+    if specs:
+        backend = chosen_backend(config.measure.backend, torch.device(device).type)
+        regions = len(REGION_NAMES) if config.data.kind == "digits" else 0
+        check_metrics(specs, [site.layout for site in sites], regions, backend)
+        if BACKENDS[backend].devices != ("cpu",):
+            _measure_once(model, _noise(preprocessing, 1, device), specs, backend)
+    factors: Mapping[int, FactorSchema] = {}
+    if "store" in config.capture.sinks and resolve_encoding(config.capture.encoding).keeps_factors:
+        some = _noise(preprocessing, 2, device)
+        factors, _ = discover_factors(model, some, config.capture.layers, config.capture.heads)
+    return Captured(sites, factors)
+
+
+def check_targets(model: torch.nn.Module, targets: str, ranks: Sequence[int], whose: str) -> None:
+    """Whether adapters of these ranks fit the layers that are meant; `whose` begins the sentence.
+
+    Raises:
+        InputError: as of `train.adapters.check_adapters`.
+    """
+    for rank in ranks:
+        try:
+            check_adapters(model, rank=rank, targets=targets)
+        except InputError as error:
+            raise InputError(f"{whose}{error}") from error
+
+
+def check_splits(manifest: Manifest, found: str, *, trained: bool) -> None:
+    """Whether each split has the images that it needs.
+
+    Args:
+        found: what the manifest's records are known to be: "file", or "readable image" once they are decoded.
+
+    Raises:
+        InputError: a split is empty, or too small to be compared over; one class, where a classifier is trained.
+    """
+    sizes = {split: len(manifest.split(split)) for split in SPLITS}
+    for split in ("train", "validation") if trained else ():
+        if not sizes[split]:
+            raise InputError(
+                f"{manifest.root} gives no {found} for the {split} split with split {manifest.rule}, and training "
+                "needs all three; use --data.split stratified, or folders with train, val and test"
+            )
+    if trained and len(manifest.class_names) < 2:
+        raise InputError(
+            f"{manifest.root} has one class, {manifest.class_names[0]}, and a classifier is trained to tell two at "
+            "least apart; add a class folder"
+        )
+    if sizes["test"] < 2:
+        advice = "" if trained or manifest.rule == "all" else ", or use --data.split all"
+        raise InputError(
+            f"{manifest.root} gives {sizes['test'] or 'no'} {found} for the test split with split {manifest.rule}, and "
+            f"conditions are compared over two images at least; add images{advice}"
+        )
+
+
+def require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
+    """Whether the disks have room for what will be written; what is there of an earlier run counts as written.
+
+    Args:
+        needs: what it is → the folder or file that it goes to, and its bytes.
+        outputs: for the advice.
+
+    Raises:
+        InputError: with the bytes needed and the bytes free.
+    """
+    disks: dict[int, dict[str, tuple[Path, int]]] = {}
+    for what, (path, needed) in needs.items():
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        missing = max(0, needed - _size(path))
+        disks.setdefault(os.stat(there).st_dev, {})[what] = (there, missing)
+    for of_disk in disks.values():
+        total = sum(missing for _, missing in of_disk.values())
+        free = shutil.disk_usage(next(iter(of_disk.values()))[0]).free
+        if total > free:
+            parts = ", ".join(f"{what} {_megabytes(missing)}" for what, (_, missing) in of_disk.items())
+            raise InputError(
+                f"{outputs} may need {_megabytes(total)} ({parts}), and the disk has {_megabytes(free)} free; free "
+                "some space, or give another folder with --outputs"
+            )
+
+
+def _needs(start: Start, model: torch.nn.Module, captured: Captured | None) -> dict[str, tuple[Path, int]]:
+    """What a study writes of more than a few megabytes: what it is → where, and at most how many bytes."""
+    config, outputs = start.config, start.outputs
+    recipes = [condition.recipe for condition in config.conditions.values()]
+    runs = sum(len(config.train.seeds) if recipe not in ("probe", "checkpoint") else 1 for recipe in recipes)
+    needs = _cache_need(start)
+    if "checkpoint" not in recipes:
+        # While all weights are trained: they, the best ones, two moments of each, a moving average if one is kept, and
+        # the same of the state before.
+        state = 2 * (5 if config.train.ema_decay else 4) if "full" in recipes else 0
+        needs["checkpoints"] = (outputs / "checkpoints", (1 + runs + state) * _bytes_of(model))
+    if captured is not None:
+        tested = config.data.test_scenes if start.listed is None else len(start.listed.split("test"))
+        needs["captures"] = (outputs / "captures", runs * _capture_bytes(config, model, captured, tested))
+        maps = sum(2 * site.heads * site.layout.num_tokens**2 for site in captured.sites)
+        needs["sample maps"] = (outputs / "samples.zarr", runs * min(config.capture.samples, tested) * maps)
+    return needs
+
+
+def _cache_need(start: Start) -> dict[str, tuple[Path, int]]:
+    """The image cache as an entry of `_needs`; none where there is none."""
+    if start.listed is None or start.cache_folder is None:
+        return {}
+    of = start.preprocessing
+    images = sum(len(start.listed.split(split)) for split in SPLITS)
+    return {"image cache": (start.cache_folder, images * of.channels * of.height_px * of.width_px)}
+
+
+def _bytes_of(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Captured, images: int) -> int:
+    """Most bytes that the store of one capture takes."""
+    capture = config.capture
+    regions = REGION_NAMES if config.data.kind == "digits" else ()
+    specs = metrics_of_one_capture(config.measure.metrics)
+    schema = StoreSchema(
+        layers=stored_layers(captured.sites, captured.factors),
+        image_ids=tuple(map(str, range(images))),
+        batch_size=capture.batch_size,
+        encoding=capture.encoding if "store" in capture.sinks else "",
+        metrics={spec.name: {} for spec in specs},
+        model={},
+        preprocessing={},
+        dataset={},
+        precision="",
+        num_classes=int(getattr(model, "num_classes", 0)),
+        code_version="",
+        regions=regions,
+        region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions"),
+        head_ids=captured.sites[0].head_ids,
+    )
+    return estimate_bytes(schema)
+
+
+def _check_methods(methods: Sequence[str], model: torch.nn.Module, preprocessing: Preprocessing, device: str) -> None:
+    """Run every relevance method on one image; a model without a head has no class to explain, which is no mistake."""
+    for method in methods if has_classes(model) else ():
+        try:
+            # In float32 all of them: whether a map can be made does not depend on the type, how long it takes does.
+            relevance_maps(model, _noise(preprocessing, 1, device), [0], method, dtype=torch.float32)
+        except CaptureError as error:
+            raise InputError(f"leave {method} out of relevance.methods, as this model has none: {error}") from error
+
+
+def _measure_once(model: torch.nn.Module, image: torch.Tensor, specs: Sequence[MetricSpec], backend: str) -> None:
+    """Measure one image's first layer by a backend that compiles for a device: what it lacks there is found now."""
+    rows = [spec for spec in specs if spec.inputs == "rows"]
+    seen: list[int] = []
+
+    def measure(
+        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> None:
+        if rows and not seen:
+            measure_qk(query, key, site.layout, rows, scale, bias, backend, invalid="mask")
+            seen.append(site.layer)
+
+    with evaluating(model), torch.inference_mode(), AttentionTap(model, measure):
+        model(image)
+
+
+def _noise(preprocessing: Preprocessing, images: int, device: str) -> torch.Tensor:
+    """Images as the model takes them, of noise: neither layouts nor operations depend on what they show."""
+    shape = (images, preprocessing.channels, preprocessing.height_px, preprocessing.width_px)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch on one CPU inside: of one image there is nothing to share out, and threads that wait burn time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a folder's files; 0 where there is none."""
+    files = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    return sum(file.lstat().st_size for file in files)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

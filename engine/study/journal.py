@@ -1,0 +1,322 @@
+"""`run.jsonl`: what was done, from which inputs, with which result; a stage whose inputs did not change is skipped.
+
+It is also the one record of what each stage left: whoever reads another stage's files asks it whether they are still
+what that stage wrote. One JSON object a line, appended and synced, each with a checksum of itself: a line that a kill
+tore or a fault changed is named and counts as not written, so its stage is done again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.progress import PROGRAM, say
+from store.disk import writing
+from train.errors import DamagedFileError, InputError
+from train.whole_files import write_atomically
+
+SEAL = "sha256"
+"""The key of a line that holds the hash of the others."""
+
+_MARKS = (b'"event": "', b'"stage": "')  # a journal that is damaged still holds these texts
+_KEYS = {"event", "stage", "key", "time", "outputs"}  # of every line
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """sha256 over a file's bytes, or over the names and bytes of every file in a folder; "" when it is not there.
+
+    A captured store is represented by `store.verify.content_digest`.
+    """
+    if path.is_file():
+        of = path.stat()
+        return _file_digest(path, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns)
+    if not path.is_dir():
+        return ""
+    if path.suffix == ".zarr" and path.with_suffix(".ledger").is_dir():
+        from store.verify import content_digest
+
+        return content_digest(path)
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{file.relative_to(path).as_posix()}\0{digest_path(file)}\0".encode())
+    return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=100_000)
+def _file_digest(path: Path, *state: int) -> str:
+    """sha256 of a file; a file whose inode, size and times are those of the last time is not read twice."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+class Journal:
+    """The stages of one outputs folder.
+
+    Where torchrun started several processes, all of them go through the stages together: the first one decides what is
+    done already and keeps the journal.
+
+    Args:
+        path: the `run.jsonl`; made when the first stage ends, read when something is first asked of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._whole = True  # whether the file holds sound lines only
+        self._left_out: set[Path] = set()
+
+    @functools.cached_property
+    def _records(self) -> list[dict[str, Any]]:
+        """The sound lines, in order."""
+        if not self.path.is_file():
+            if os.path.lexists(self.path):
+                raise InputError(f"{self.path} is a folder, a device or a link to nowhere; move it away")
+            return []
+        content = self.path.read_bytes()
+        records, damaged = [], []
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+                sound = record.pop(SEAL) == digest(record) and record.keys() >= _KEYS
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                sound = False
+            if sound:
+                records.append(record)
+            else:
+                damaged.append(str(number))
+        self._whole = not damaged and content.endswith(b"\n")
+        if damaged:
+            say(
+                f"{self.path}: line {', '.join(damaged)} is damaged, torn by a kill or of an earlier version, and "
+                "counts as not written; a study does what it recorded again"
+            )
+        return records
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a file lies there that this program wrote, sound or damaged."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return all(mark in content for mark in _MARKS)
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[Path],
+        work: Callable[[], Mapping[str, Any] | None],
+        *,
+        reads: Sequence[Path] = (),
+        shared: bool = False,
+    ) -> str:
+        """Run `work` unless it was done before with the same inputs and its outputs are as it left them.
+
+        Args:
+            name: of the stage, with what it is about: "train finetuned seed 42".
+            inputs: JSON values that decide the result: configuration keys, hashes of files, code version.
+            outputs: files and folders that `work` leaves.
+            work: does it; what it returns is kept in the record.
+            reads: what it reads of the files that other stages left: when one of them leaves something else, this
+                stage's outputs are not to be used any more.
+            shared: several processes do it together; otherwise the first one does, and the others wait.
+
+        Returns:
+            a hash of the outputs, an input for the stages that follow.
+        """
+        from train.parallel import Workers  # lazy: it loads torch, which a reader of the record does not need
+
+        workers = Workers.current()
+        before = workers.tell(self.done(name, inputs, outputs) if workers.first else None)
+        if before is not None:
+            say(f"{name}: done already")
+            return before
+        left = None
+        if workers.first:
+            left = self._do(name, inputs, outputs, reads, work)
+        elif shared:
+            work()
+        return str(workers.tell(left))
+
+    def _do(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[Path],
+        reads: Sequence[Path],
+        work: Callable[[], Mapping[str, Any] | None],
+    ) -> str:
+        """Run `work` and keep the record of it."""
+        began = time.perf_counter()
+        note = work()
+        seconds = time.perf_counter() - began
+        sources = {self._name(path): self._recorded(path).get(self._name(path), ("",))[0] for path in reads}
+        sources = {path: sha256 for path, sha256 in sources.items() if sha256}
+        note = {"reads": sources, "seconds": round(seconds, 3), **(note or {})}
+        left = self._record("done", name, inputs, outputs, **note)
+        say(f"{name}: {seconds:.1f} s")
+        return left
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file that is no stage's own, whole, and record it; nothing where it lies there so already."""
+        name, inputs = self._name(path), {"content": hashlib.sha256(content).hexdigest()}
+        if self.done(name, inputs, [path]) is None:
+            write_atomically(path, content)
+            self._record("written", name, inputs, [path])
+
+    def fail(self, name: str, reason: str) -> None:
+        """Record that a stage failed: what it left before counts as nobody's, until it is done again."""
+        self._record("failed", name, {"failed": reason}, [], reason=reason)
+
+    def failed(self) -> dict[str, str]:
+        """Stage → reason of the stages that failed and were not done since."""
+        newest = {record["stage"]: record for record in self._records}
+        return {stage: record["reason"] for stage, record in newest.items() if record["event"] == "failed"}
+
+    def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> str | None:
+        """The hash of the outputs, if the stage was done with these inputs and they are as it left them."""
+        last = self._last(name)
+        if last is None or last["key"] != digest(inputs):
+            return None
+        found = self._found(outputs)
+        changed = [path for path, sha256 in last["outputs"].items() if found.get(path) != sha256]
+        if changed:
+            say(f"{name}: {changed[0]} {_fault(found.get(changed[0]))}, so it is done again")
+        return digest(found) if found == last["outputs"] and all(found.values()) else None
+
+    def seconds(self, name: str) -> float | None:
+        """How long the stage took when it was last done."""
+        return self.stage_seconds().get(name)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """How long each stage took when it was last done, in the order in which they were first done."""
+        return {record["stage"]: float(record["seconds"]) for record in self._records if record["event"] == "done"}
+
+    # ------------------------------------------------------------------------------------ for those who read its files
+
+    def usable(self, path: Path) -> bool:
+        """Whether a file or folder may be read: what a stage left and is as it left it.
+
+        What no stage recorded is left out, and said once. A folder without a journal was not made by a study: there,
+        whatever exists may be read.
+
+        Raises:
+            DamagedFileError: something of it is missing, or is not what its stage wrote; what to do is said.
+            InputError: what its stage read was made again since, with another result; or a pipe or the like lies there.
+        """
+        if not self.path.is_file():
+            for file in (path, *path.rglob("*")):
+                if os.path.lexists(file) and not (file.is_file() or file.is_dir()):  # a pipe's end may never come
+                    raise InputError(f"{file} is a device or a link to nowhere; move it away")
+            return path.exists()
+        recorded = self._recorded(path)
+        for name, (sha256, stage) in recorded.items():
+            if (found := digest_path(self.path.parent / name)) != sha256:
+                raise DamagedFileError(
+                    f"{self.path.parent / name} {_fault(found)} (stage {stage}); {self._remedy(stage)}"
+                )
+        for stage in {stage for _, stage in recorded.values()}:
+            self._require_current(stage)
+        if not recorded and path.exists() and path not in self._left_out:
+            self._left_out.add(path)
+            say(f"{path} is left out: {self.path.name} has no record of it")
+        return bool(recorded)
+
+    def require(self, path: Path) -> None:
+        """As `usable`, for a file without which nothing can be said.
+
+        Raises:
+            InputError: also when it is not there, or no stage recorded it.
+        """
+        if self.path.is_file() and not self._recorded(path):
+            raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(self._name(path))}")
+        self.usable(path)
+
+    def _require_current(self, stage: str) -> None:
+        """Whether what a stage read, and what that was made from, is what was there when it was done."""
+        record = self._last(stage)
+        for name, sha256 in (record or {}).get("reads", {}).items():
+            now, maker = self._recorded(self.path.parent / name).get(name, (sha256, stage))
+            if now != sha256:
+                raise InputError(
+                    f"{self.path.parent}: stage {stage} was done with another {name} than stage {maker} left since; "
+                    f"{self._remedy(stage)}"
+                )
+            if maker != stage:
+                self._require_current(maker)
+
+    def _recorded(self, path: Path) -> dict[str, tuple[str, str]]:
+        """Name → (hash, stage) of what is `path` or lies in it, by the newest record of each stage."""
+        newest: dict[str, dict[str, Any]] = {}
+        for record in self._records:
+            newest.pop(record["stage"], None)  # so that of two stages that leave one file the later one counts
+            newest[record["stage"]] = record
+        name = self._name(path)
+        return {
+            output: (sha256, stage)
+            for stage, record in newest.items()
+            for output, sha256 in record["outputs"].items()
+            if output == name or output.startswith(f"{name}/")
+        }
+
+    def _remedy(self, stage: str) -> str:
+        outputs = self.path.parent
+        if stage == "study.toml":
+            if not (outputs / stage).is_file():
+                return "run the study again with its configuration: --config FILE"
+            return f"to go on with it as it is now, give it on purpose: --config {outputs / stage}"
+        command = "relevance" if stage == "relevance" else "stats"
+        return f"make it again: {PROGRAM} {command} --outputs {outputs}"
+
+    # -------------------------------------------------------------------------------------------------- the records
+
+    def _last(self, name: str) -> dict[str, Any] | None:
+        return next((record for record in reversed(self._records) if record["stage"] == name), None)
+
+    def _found(self, outputs: Sequence[Path]) -> dict[str, str]:
+        return {self._name(path): digest_path(path) for path in outputs}
+
+    def _name(self, path: Path) -> str:
+        base = self.path.parent
+        return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+    def _record(self, event: str, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], **more: Any) -> str:
+        """Append a line, synced; damaged lines are dropped on the way. Returns the hash of the outputs."""
+        record = {
+            "event": event,
+            "stage": name,
+            "key": digest(inputs),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "outputs": self._found(outputs),
+            **more,
+        }
+        self._records.append(record)
+        if self._whole and self.path.is_file():  # the first line appears whole: a file without one says nothing
+            with writing(self.path), open(self.path, "ab") as file:
+                file.write(_line(record))
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            write_atomically(self.path, b"".join(map(_line, self._records)))
+            self._whole = True
+        return digest(record["outputs"])
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    sealed = {**record, SEAL: digest(record)}
+    return (json.dumps(sealed, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _fault(found: str | None) -> str:
+    return "is not as it was written: edited, damaged or put in its place" if found else "is missing"

@@ -1,0 +1,58 @@
+"""The study's model and the checkpoints of it: from the configuration to what they are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import StudyConfig
+from engine.study.journal import digest, digest_path
+from train.adapter_files import adapter_files, holds_adapters_alone
+from train.conditions import versions
+from train.model_source import ModelSource
+
+
+def model_source(config: StudyConfig) -> ModelSource:
+    """What `[model]` says; its keys and those of a source have the same names.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    keys = {key.name for key in dataclasses.fields(ModelSource)}
+    return ModelSource(**{name: value for name, value in vars(config.model).items() if name in keys})
+
+
+def with_present_name(config: StudyConfig) -> StudyConfig:
+    """With timm's present name of the model, which is the one that everything the study writes records.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    return replace(config, model=replace(config.model, name=model_source(config).name))
+
+
+def checkpoint_of(config: StudyConfig, condition: str) -> ModelSource:
+    """A condition's model, where it is a checkpoint that somebody trained, or adapters of the model's weights."""
+    given, source = config.conditions[condition], model_source(config)
+    if not given.state and holds_adapters_alone(Path(given.checkpoint)):
+        return replace(source, adapter=given.checkpoint)
+    return replace(source, weights=given.checkpoint, adapter="", state=given.state or source.state)
+
+
+def trained_here(config: StudyConfig, path: Path) -> ModelSource:
+    """A model that this study saved: the pretrained one, or a condition's."""
+    return replace(model_source(config), weights=str(path), adapter="", state="")
+
+
+def model_info(source: ModelSource) -> dict[str, Any]:
+    """Provenance of a model: its name and arguments, hash of its weights' file and which of it, and the versions."""
+    source = source.completed()
+    sha256 = digest_path(source.file) if source.file else ""
+    info: dict[str, Any] = {"name": source.name, "weights_sha256": sha256, **versions()}
+    if source.adapter:
+        info["adapter_sha256"] = digest([digest_path(file) for file in adapter_files(Path(source.adapter))])
+    if source.arguments:
+        info["arguments"] = dict(source.arguments)
+    return info | {"weights_state": source.state} if source.state else info

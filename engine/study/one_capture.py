@@ -1,0 +1,164 @@
+"""Attention of one model on a folder of images, and the provenance that every capture keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from engine.capture import (
+    FILES,
+    Capture,
+    add_sample_maps,
+    capture_to_store,
+    choose_samples,
+    require_samples_place,
+    start_samples,
+)
+from engine.config import StudyConfig
+from engine.progress import say
+from engine.study.check import check_capture, one_torch_thread
+from engine.study.data import image_kind
+from engine.study.model import model_info, model_source
+from engine.study.outputs import resolve_device
+from store import StoreError
+from store.places import require_place, storage_at
+from store.schema import samples_name
+from store.storage import Location, location_of
+from train.data import (
+    Manifest,
+    Record,
+    build_manifest,
+    check_shared_names,
+    folder_classes,
+    named_classes,
+    prepare_folder,
+    read_class_names,
+)
+from train.errors import InputError
+from train.models import build_model, preprocessing_of
+from train.parallel import Workers, joined
+
+
+def capture_folder(config: StudyConfig) -> None:
+    """One model's attention on a folder of images, into the store `capture.store`; see `capture_to_store`.
+
+    Started by torchrun, the processes divide the batches among them, and the store's attention has the same bytes.
+    """
+    device = resolve_device(config.device)
+    with joined(device) as workers:
+        _capture_folder(config, device, workers)
+
+
+def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
+    path = location_of(config.capture.store)
+    if workers.first:
+        require_places(path)
+    if config.model.classes:
+        read_class_names(Path(config.model.classes))  # a wrong file is found before anything is loaded
+    source = model_source(config)
+    model = build_model(source, num_classes=None)
+    outputs = int(cast(Any, model).num_classes)
+    named = named_classes(
+        outputs, condition="", checkpoint=None if source.adapter else source.file, file=config.model.classes
+    )
+    workers.share_weights(model)  # whatever they start from, all processes capture one model
+    preprocessing = preprocessing_of(model)
+    model.to(device)
+    if workers.first:  # before any picture is decoded
+        with one_torch_thread():
+            check_capture(config, model, preprocessing, device, stored_alone="metrics" not in config.capture.sinks)
+    manifest = _manifest(config, workers)
+    images = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=manifest).test
+    head = named or folder_classes(outputs, images.class_names, config.data.class_order, "model.classes")
+    check_shared_names(head, images.class_names, config.model.classes)
+    if sentence := head.origin("the model"):
+        say(sentence)
+    capture_to_store(
+        model.eval(),
+        images,
+        path,
+        capture_settings(config, device),
+        model_info=model_info(source) | ({"classes": list(head.names)} if head.known else {}),
+        dataset_info={"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256},
+        preprocessing=preprocessing.to_dict(),
+        manifest=manifest_dict(manifest),
+        label=f"capture {path.name}",
+    )
+    if workers.first and config.capture.samples:
+        with _samples_beside(path) as samples:
+            rows = choose_samples(config.capture.samples, len(images), config.data.seed)
+            start_samples(samples, images, rows)
+            add_sample_maps(samples, path.name.removesuffix(".zarr"), model, images, rows, device=device)
+
+
+def require_places(store: Location) -> None:
+    """Check, before any work, that neither a new store nor the sample maps beside it take the place of something else.
+
+    Raises:
+        InputError: one of them would, or the store has no name that a store can have.
+    """
+    root = storage_at(store)
+    if isinstance(store, Path):
+        there = next(folder for folder in store.absolute().parents if folder.exists())
+        if not there.is_dir():
+            raise InputError(f"store {store} cannot be made: {there} is a file; expected a folder there")
+    try:
+        require_place(root)
+        require_samples_place(root.beside(samples_name(root.name)))
+    except StoreError as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def _samples_beside(store: Location) -> Iterator[Path]:
+    """A folder for the sample images' maps beside the store; beside one in an object store, they are put at the end."""
+    name = samples_name(store.name)
+    if isinstance(store, Path):
+        yield store.with_name(name)
+        return
+    there = storage_at(store).beside(name)
+    with there.skeleton() as folder:
+        yield folder / name
+        require_samples_place(there)
+        there.clear(FILES)
+        there.adopt(folder / name, lambda: None)
+
+
+def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
+    """The folder's files; the first process decodes them and tells the others."""
+    built = None
+    if workers.first:
+        built = build_manifest(
+            config.data.root,
+            kind=image_kind(config),
+            split=config.data.split,
+            seed=config.data.seed,
+            follow_links=config.data.follow_links,
+        )
+        if workers.count == 1:
+            return built
+    told = workers.tell(dataclasses.asdict(built) if built is not None else {})
+    records = tuple(Record(**record) for record in told["records"])
+    return Manifest(**told | {"class_names": tuple(told["class_names"]), "records": records})
+
+
+def capture_settings(config: StudyConfig, device: str) -> Capture:
+    """The capture that a configuration asks for."""
+    return Capture(
+        sinks=config.capture.sinks,
+        metrics=config.measure.metrics,
+        encoding=config.capture.encoding,
+        batch_size=config.capture.batch_size,
+        layers=config.capture.layers,
+        heads=config.capture.heads,
+        backend=config.measure.backend,
+        device=device,
+    )
+
+
+def manifest_dict(manifest: Manifest) -> dict[str, Any]:
+    """Every file with its status, as plain values; without the folder's own place on this machine."""
+    return {"kind": manifest.kind, "records": [dataclasses.asdict(record) for record in manifest.records]}

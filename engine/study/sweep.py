@@ -1,0 +1,149 @@
+"""The sweep: how much accuracy adapters of each rank bring to a plain, pruned or binarised backbone.
+
+outputs/sweep/<recipe>_<init>/
+    evaluation.csv                                       one row a backbone and rank
+    acc_quant=<base>_r=<rank>.png  loss_quant=….png      curves of the best trial
+    quant=<base>_r=<rank>_eval_acc=<accuracy>.safetensors  its weights, adapters merged, with a .json beside
+    quant=<base>_r=<rank>_optimization_history.html      all trials
+    trials.jsonl                                         Optuna's log, checked: what is there is not done again
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.config import StudyConfig, study_toml
+from engine.progress import PROGRAM, say
+from engine.report import curves_png, evaluation_csv, history_html
+from engine.study.check import check_sweep, one_torch_thread
+from engine.study.data import Start, StudyData, image_kind, prepare_data
+from engine.study.journal import Journal
+from engine.study.model import model_source, trained_here, with_present_name
+from engine.study.outputs import OutputsFolder, resolve_device
+from engine.study.training import shared_hyperparameters
+from train.adapters import Init
+from train.conditions import train_condition
+from train.data import folder_classes, named_classes
+from train.errors import InputError
+from train.models import classifier_name, head_size
+from train.processes import several_processes
+from train.sweep import SweepPlan, sweep_rank
+from train.whole_files import write_atomically
+
+# The names of the study that the sweep comes from.
+INITS: dict[str, Init] = {"paper_init": "paper", "svd_init": "pissa"}
+
+
+def run_sweep(config: StudyConfig) -> Path:
+    """Sweep every backbone and rank of `config.sweep`, doing only what is not done yet.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        InputError: no pictures on disk are named, several processes, adapters that do not fit, a learning-rate
+            range that is none.
+    """
+    image_kind(config)
+    config = with_present_name(config)
+    if several_processes():
+        raise InputError(f"sweep runs in one process; start it with {PROGRAM} sweep, without torchrun")
+    sweep = config.sweep
+    if not sweep.lr_low < sweep.lr_high:
+        raise InputError(f"sweep.lr_low {sweep.lr_low:g} must be below sweep.lr_high {sweep.lr_high:g}")
+    outputs = Path(config.outputs)
+    device = resolve_device(config.device)
+    folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
+    journal = Journal(outputs / "run.jsonl")
+    with OutputsFolder(outputs, study_toml(config), journal) as place:
+        with one_torch_thread():
+            start = Start(config, outputs, journal)
+            targets = _targets(config, model := start.take_model())
+            check_sweep(start, model, targets)
+        place.begin()
+        data = prepare_data(start, device=device)
+        plan = _plan(config, data, targets, folder, outputs, device)
+        results = []
+        for base in sweep.bases:
+            for rank in sweep.ranks:
+                result = sweep_rank(plan, base, rank, data.splits)
+                results.append(result)
+                name = f"quant={base}_r={rank}"
+                title = f"{config.model.name}, {base}, {sweep.recipe} rank {rank}, {sweep.init}"
+                write_atomically(folder / f"acc_{name}.png", curves_png(result.history, "accuracy", title))
+                write_atomically(folder / f"loss_{name}.png", curves_png(result.history, "loss", title))
+                page = history_html(result, title)
+                write_atomically(folder / f"{name}_optimization_history.html", page.encode())
+                table = evaluation_csv(results, sweep.recipe, sweep.init)
+                write_atomically(folder / "evaluation.csv", table.encode())
+                tqdm.write(
+                    f"{base} rank {rank}: test {result.test_accuracy:.1%} "
+                    f"(without adapters {result.without_adapters:.1%}), validation {result.validation_accuracy:.1%}"
+                )
+    tqdm.write(f"open {folder / 'evaluation.csv'}")
+    return folder
+
+
+def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
+    """Whether the head that comes with the pretrained weights is of these classes, in this order."""
+    model, source = config.model, model_source(config)
+    outputs = head_size(source)
+    if not outputs:
+        return False
+    head = named_classes(
+        outputs, condition="", checkpoint=None if source.adapter else source.file, file=model.classes
+    ) or folder_classes(outputs, class_names, config.data.class_order, "model.classes")
+    if not head.known:
+        say(f"the head of the weights is replaced by a probe's, as its classes are not known: {head.source}")
+    return head.names == class_names
+
+
+def _targets(config: StudyConfig, model: torch.nn.Module) -> str:
+    """Where adapters go: a transformer's attention; in another model the classifier, as in the study that the sweep
+    comes from.
+    """
+    usual = "attention" if hasattr(model, "blocks") else re.escape(classifier_name(model))
+    return config.sweep.targets or usual
+
+
+def _plan(config: StudyConfig, data: StudyData, targets: str, folder: Path, outputs: Path, device: str) -> SweepPlan:
+    """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
+    sweep = config.sweep
+    hyperparameters = replace(
+        shared_hyperparameters(config),
+        epochs=sweep.epochs or config.train.epochs,
+        targets=targets,
+        init=INITS[sweep.init],
+        sparsity=sweep.sparsity,
+    )
+    model = trained_here(config, outputs / "checkpoints" / "pretrained.safetensors")
+    probe: Path | None = None
+    if not _head_is_of(data.splits.class_names, config):
+        probe = outputs / "checkpoints" / "sweep_probe.safetensors"
+        train_condition(
+            recipe="probe",
+            model=model,
+            data=data.splits,
+            checkpoint=probe,
+            hyperparameters=hyperparameters,
+            device=device,
+            deterministic=config.train.deterministic,
+            name="probe",
+        )
+    return SweepPlan(
+        model=model,
+        probe=probe,
+        recipe=sweep.recipe,
+        hyperparameters=hyperparameters,
+        lr_range=(sweep.lr_low, sweep.lr_high),
+        trials=sweep.trials,
+        seed=config.train.seeds[0],
+        device=device,
+        deterministic=config.train.deterministic,
+        folder=folder,
+    )

@@ -1,0 +1,248 @@
+"""Fused Triton kernels for CUDA: row metrics of attention, from stored maps or from query and key.
+
+A program takes a block of queries and walks over the keys a row of the grid at a time, so no map is ever written to
+global memory, whatever its size. Every row is one program's, and means over rows come from a second kernel: no atomic
+adds, and the same bits in every run. Arithmetic is float32. Input is read in place through its strides: query and key
+may be views of the fused projection. Device code: `kernels.cuda.triton_rows`.
+
+From query and key the row is a softmax over the patch logits alone; prefix keys enter the validity of a row and
+`prefix_mass`. Logits are in binary logarithms, so that the exponential is one exp2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+
+from kernels.arrays import Values, dtype_name
+from kernels.backends import BackendUnavailableError
+from kernels.cuda import triton_rows
+from kernels.cuda.rows import PLANES, needs_of, read_values, starts, tensor_of
+from kernels.layout import TokenLayout
+from kernels.metrics import MetricSpec
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+# Stored maps: maps of a program, and threads. Two maps at 224 px take 96 registers, four 168 for the same instructions
+# (28 an element by sm_90's compiler: half of them a row's own, for its sums over lanes and its results).
+MAPS, MAPS_WARPS = 2, 4
+
+
+def measure_attention(
+    attention: Any,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    tolerance: float,
+) -> Values:
+    """The pass over [*leading, query, key] attention: float16, bfloat16 or float32, any strides.
+
+    Raises:
+        BackendUnavailableError: float64, or a tensor that no Triton program can read here.
+    """
+    del regions  # no metric of this backend takes any
+    tensor = _readable(attention)
+    # bfloat16 is read as its bits: the upper half of a float32.
+    stored = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+    def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
+        maps, tokens = valid.shape
+        again = torch.empty_like(valid)
+        given = (stored, starts(tensor), planes, valid, again, maps, *tensor.stride()[-2:], tolerance, *_steps(layout))
+        constants = _geometry(layout) | {"NEEDS": needs, "IS_BFLOAT16": tensor.dtype == torch.bfloat16}
+        pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
+        block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
+        triton_rows.attention_rows[triton.cdiv(maps, MAPS), triton.cdiv(tokens, block_q)](
+            *given,
+            **constants,
+            BLOCK_P=triton.next_power_of_2(layout.num_prefix_tokens),
+            BLOCK_M=MAPS,
+            BLOCK_Q=block_q,
+            PAIRS=pairs,
+            UNROLL=_unrolled(layout.grid_rows),
+            FAST=not _is_interpreted(),
+            num_warps=MAPS_WARPS,
+        )
+        triton_rows.exact_rows[(maps,)](
+            *given,
+            **constants,
+            BLOCK_P=triton.next_power_of_2(layout.num_prefix_tokens),
+            BLOCK_K=triton.next_power_of_2(layout.num_patches),
+            BLOCK_T=triton.next_power_of_2(tokens),
+            num_warps=4,
+        )
+
+    return _measure(launch, attention, tensor, layout, specs)
+
+
+def measure_qk(
+    query: Any,
+    key: Any,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+    regions: np.ndarray | None,
+    scale: float,
+    bias: Any,
+) -> Values:
+    """The pass from query and key [*leading, token, head_dim]; bias is broadcast (a view) to [*leading, query, key].
+
+    Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
+    factors through ordinary arithmetic (TF32 would cost 1e-3 of a logit).
+
+    Raises:
+        BackendUnavailableError: as `measure_attention`.
+    """
+    del regions
+    q, k = _readable(query), _readable(key)
+    # Without a bias the pointer is never read; any tensor of the device will do.
+    added = q if bias is None else _readable(bias, any_dtype=True)
+    if added.dtype == torch.bool:
+        added = added.view(torch.uint8)
+    head_dim = q.shape[-1]
+    columns = max(16, triton.next_power_of_2(layout.grid_cols))
+    queries, warps = _qk_tile(columns, q.element_size())
+
+    def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
+        maps, tokens = valid.shape
+        triton_rows.qk_rows[maps, triton.cdiv(tokens, queries)](
+            q,
+            k,
+            added,
+            starts(q),
+            starts(k),
+            starts(added),
+            planes,
+            valid,
+            maps,
+            *q.stride()[-2:],
+            *k.stride()[-2:],
+            *added.stride()[-2:],
+            scale * triton_rows.LOG2_E.value,
+            *_steps(layout),
+            **_geometry(layout),
+            NEEDS=needs,
+            BLOCK_Q=queries,
+            # A dimension of a matrix product is at least 16.
+            BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
+            BLOCK_C=columns,
+            HEAD_DIM=head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            HAS_BIAS=bias is not None,
+            IS_MASK=bias is not None and dtype_name(bias) == "bool",
+            # Triton's interpreter multiplies the bits of bfloat16 as integers; widened first, products are the same.
+            WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
+            FAST=not _is_interpreted(),
+            ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
+            num_warps=warps,
+        )
+
+    return _measure(launch, query, q, layout, specs)
+
+
+def mean_of_rows(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the rows that have a value, and how many valid rows have none: [*leading] of [*leading, patch query].
+
+    One launch, where torch takes eight; the tensors are a kernel's planes and validity, or views of them.
+    """
+    leading, queries = values.shape[:-1], values.shape[-1]
+    rows, sound = values.reshape(-1, queries), valid.reshape(-1, queries)
+    means = torch.empty(len(rows), dtype=torch.float64, device=values.device)
+    undefined = torch.empty(len(rows), dtype=torch.int64, device=values.device)
+    if len(rows):
+        with _current_device(values):
+            triton_rows.mean_of_rows[(len(rows),)](
+                rows,
+                sound.view(torch.int8),
+                means,
+                undefined,
+                *rows.stride(),
+                sound.stride(0),
+                QUERIES=queries,
+                BLOCK=triton.next_power_of_2(queries),
+                num_warps=4,
+            )
+    return means.view(leading), undefined.view(leading)
+
+
+def _measure(
+    launch: Callable[[Tensor, Tensor, int], None],
+    given: Any,
+    tensor: Tensor,
+    layout: TokenLayout,
+    specs: Sequence[MetricSpec],
+) -> Values:
+    maps, tokens = math.prod(tensor.shape[:-2]), layout.num_tokens
+    planes = torch.empty((len(PLANES), maps, tokens), dtype=torch.float32, device=tensor.device)
+    valid = torch.empty((maps, tokens), dtype=torch.bool, device=tensor.device)
+    if maps:
+        with _current_device(tensor):
+            launch(planes, valid.view(torch.int8), needs_of(specs, "triton"))
+    as_numpy = not isinstance(given, Tensor)
+    return read_values(planes, valid, tuple(tensor.shape[:-2]), layout, specs, "triton", as_numpy)
+
+
+def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _readable(array: Any, any_dtype: bool = False) -> Tensor:
+    """The tensor a kernel reads; NumPy comes only to the interpreter."""
+    tensor = tensor_of(array)
+    if not tensor.is_cuda and not _is_interpreted():
+        raise BackendUnavailableError(
+            f"backend 'triton' reads CUDA tensors, but the data is on {tensor.device}; move it to a CUDA device, "
+            "choose another backend, or set TRITON_INTERPRET=1 before Triton is imported (slow, for tests)"
+        )
+    if not any_dtype and dtype_name(tensor) not in DTYPES:
+        raise BackendUnavailableError(
+            f"backend 'triton' reads {', '.join(DTYPES)}, but the data is {dtype_name(tensor)}; "
+            "convert it or choose the torch backend"
+        )
+    return tensor
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1: the kernels are then run by Python."""
+    return not isinstance(triton_rows.qk_rows, triton.JITFunction)
+
+
+def _qk_tile(columns: int, itemsize: int) -> tuple[int, int]:
+    """(queries, warps) of a program whose tile is so many columns wide: without spilling, by sm_90's compiler.
+
+    In 16 bits, 64 queries fill the product of a group of four warps. float32 is multiplied without the matrix units,
+    and the factors take registers too.
+    """
+    if itemsize == 2:
+        return 64, min(columns // 4, 16)
+    return (32, columns // 4) if columns <= 32 else (16, 8)
+
+
+def _unrolled(grid_rows: int) -> int:
+    """How many rows of the grid are written out one after another: up to eight, a divisor if there is one."""
+    return max((count for count in range(4, 9) if grid_rows % count == 0), default=min(6, grid_rows))
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether every map, and every token within it, begins at a multiple of 16 elements."""
+    return all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+
+
+def _steps(layout: TokenLayout) -> tuple[float, float]:
+    """Distance between neighbouring rows and between neighbouring columns of patches, in image diagonals."""
+    return layout.patch_height_px / layout.diagonal_px, layout.patch_width_px / layout.diagonal_px
+
+
+def _geometry(layout: TokenLayout) -> dict[str, int]:
+    return {
+        "PREFIX": layout.num_prefix_tokens,
+        "GRID_ROWS": layout.grid_rows,
+        "GRID_COLS": layout.grid_cols,
+        "NUM_EDGES": layout.num_edges,
+    }

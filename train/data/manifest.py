@@ -1,0 +1,132 @@
+"""The manifest: every file of a data set with its label, split and status; `train.data.datasets` builds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from train.data.splits import SPLITS
+from train.errors import DamagedFileError
+from train.files import require_file
+from train.whole_files import checked_json, parse_checked_json, write_atomically
+
+SCHEMA = "vit-manifest/2"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One file.
+
+    Args:
+        id: path relative to the root, as `train.files.id_of` writes it down (digits: task/split/index).
+        label: index into the manifest's class names.
+        split: "train", "validation" or "test"; "" for a dropped file of a split that is drawn.
+        status: "ok", or why the file is left out of every condition.
+        sha256: of the file's bytes; "" where there are none to read.
+    """
+
+    id: str
+    label: int
+    class_name: str
+    split: str
+    status: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The records of a data set in the order of their ids.
+
+    Args:
+        kind: "folder", "indoor67", "sports100" or "digits".
+        root: the folder that ids are relative to; "" for composed scenes.
+        class_names: in label order.
+        rule: what decided the splits: "stratified", "official", "folders", "all"; "source digits 66/17/17" for scenes.
+        lists: name of each split list that was read → sha256 of its bytes.
+    """
+
+    kind: str
+    root: str
+    class_names: tuple[str, ...]
+    records: tuple[Record, ...]
+    rule: str
+    lists: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of class names and of every record's id, label, split, status and content: not of where the folder lies."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.class_names]).encode())
+        for record in self.records:
+            fields = [record.id, record.label, record.split, record.status, record.sha256]
+            digest.update(json.dumps(fields).encode())
+        return digest.hexdigest()
+
+    def split(self, name: str) -> tuple[Record, ...]:
+        """The readable records of one split."""
+        return tuple(record for record in self.records if record.split == name and record.status == "ok")
+
+    def split_digest(self, name: str) -> str:
+        """sha256 of a split as a list: its ids in order, one a line."""
+        return hashlib.sha256("".join(f"{record.id}\n" for record in self.split(name)).encode()).hexdigest()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason → number of files left out."""
+        return dict(sorted(Counter(record.status for record in self.records if record.status != "ok").items()))
+
+    def leaks(self) -> list[tuple[str, ...]]:
+        """Ids of readable files with the same bytes that lie in different splits."""
+        same: dict[str, list[Record]] = defaultdict(list)
+        for record in self.records:
+            if record.status == "ok":
+                same[record.sha256].append(record)
+        return [
+            tuple(record.id for record in records)
+            for records in same.values()
+            if len({record.split for record in records}) > 1
+        ]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        document = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "root": self.root,
+            "sha256": self.sha256,
+            "rule": self.rule,
+            "lists": dict(self.lists),
+            "splits": {name: {"images": len(self.split(name)), "sha256": self.split_digest(name)} for name in SPLITS},
+            "class_names": list(self.class_names),
+            "dropped": self.dropped,
+            "records": [asdict(record) for record in self.records],
+        }
+        write_atomically(path, checked_json(document))
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file.
+            DamagedFileError: it is not as it was written.
+        """
+        require_file(path, "manifest", "expected the one that a study left there")
+        try:
+            document = parse_checked_json(path.read_bytes())
+            if document.get("schema") != SCHEMA:
+                raise ValueError(f"is of schema {document.get('schema')!r}, expected {SCHEMA!r}")
+        except ValueError as error:
+            raise DamagedFileError(f"manifest {path} {error}; delete it to have it built again") from error
+        return cls(
+            kind=document["kind"],
+            root=document["root"],
+            class_names=tuple(document["class_names"]),
+            records=tuple(Record(**record) for record in document["records"]),
+            rule=document["rule"],
+            lists=document["lists"],
+        )
