@@ -13,38 +13,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from store.disk import making, writing
-from store.hdf5_seal import BLOCK_BYTES, write_seal
-from store.local import sync_directory
+from store.hdf5_seal import BLOCK_BYTES, sealed
+from store.removal import Mark
 
 
 @contextlib.contextmanager
-def new_hdf5(path: Path, schema: str, mark: Callable[[Path], bool]) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """Write an HDF5 file, which appears under its name, sealed, when it is whole.
-
-    Args:
-        path: the file.
-        schema: of its seal, see `store.hdf5_seal`.
-        mark: of what it may replace.
+def new_hdf5(path: Path, schema: str, mark: Mark) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Write an HDF5 file, which appears under its name when it is whole, see `store.hdf5_seal.sealed`.
 
     Returns:
         The `h5py.File`, and what to call now and then: it raises the OSError of what could not be written so far.
-
-    Raises:
-        DiskError: the file cannot be written.
-        StoreError: something else lies there.
     """
     import h5py
 
-    with making(path, mark) as partial:
-        with open(partial, "w+b", buffering=0) as raw:
-            target = _Target(raw)
-            with h5py.File(partial, "w", driver="fileobj", fileobj=target, userblock_size=BLOCK_BYTES) as file:
-                yield file, target.check
-            target.check()
-        write_seal(partial, schema)
-    with writing(path):
-        sync_directory(path.absolute().parent)
+    with sealed(path, schema, mark) as partial, open(partial, "w+b", buffering=0) as raw:
+        target = _Target(raw)
+        with h5py.File(partial, "w", driver="fileobj", fileobj=target, userblock_size=BLOCK_BYTES) as file:
+            yield file, target.check
+        target.check()
 
 
 class _Target:

@@ -6,37 +6,56 @@ gives other values, or ends the process. Looked at before the library opens a fi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from store.disk import making, writing
+from store.local import sync_directory
+from store.removal import Mark
 from store.schema import StoreError
 
-BLOCK_BYTES = 512  # HDF5's user block, whose size must be asked for when a file is made
+BLOCK_BYTES = 512  # HDF5's user block
 DAMAGE = (OSError, RuntimeError, KeyError)  # what h5py raises of a damaged file
 
 
-def write_seal(path: Path, schema: str) -> None:
-    """Seal a file that was made with a user block, and bring it to the disk.
+@contextlib.contextmanager
+def sealed(path: Path, schema: str, mark: Mark) -> Iterator[Path]:
+    """Write an HDF5 file behind a user block; it appears under its name, sealed and on disk, when it is whole.
 
     Args:
+        path: the file.
         schema: what kind of file it is.
+        mark: of what it may replace, see `store.removal`.
+
+    Returns:
+        Where to write it.
+
+    Raises:
+        DiskError: the file cannot be written.
+        StoreError: something else lies there.
     """
-    with open(path, "r+b") as file:
-        seal = _seal(file, schema)
-        file.seek(0)
-        file.write(seal)
-        file.flush()
-        os.fsync(file.fileno())
+    with making(path, mark) as partial:
+        yield partial
+        with open(partial, "r+b") as file:
+            seal = _seal(file, schema)
+            file.seek(0)
+            file.write(seal)
+            file.flush()
+            os.fsync(file.fileno())
+    with writing(path):
+        sync_directory(path.absolute().parent)
 
 
 def is_sealed(path: Path, schema: str) -> bool:
-    """Whether a file is one of this kind, sound or damaged."""
+    """Whether a file is one of a kind whose name begins so, sound or damaged."""
     if not path.is_file():  # a device may never end
         return False
     with open(path, "rb") as file:
-        return file.read(BLOCK_BYTES).startswith(_beginning(schema))
+        return file.read(BLOCK_BYTES).startswith(schema.encode())
 
 
 def check_seal(path: Path, schema: str) -> bool:
