@@ -13,11 +13,12 @@ if _record := next((record for folder in sys.path for record in Path(folder).glo
 from kernels.backends import BACKENDS, BackendSpec, BackendUnavailableError, resolve
 from kernels.checks import InvalidAttentionError
 from kernels.layout import TokenLayout
-from kernels.measure import measure_attention, measure_pair, measure_qk
+from kernels.measure import CORE_METRICS, measure_attention, measure_pair, measure_qk
 from kernels.metrics import METRICS, Measurement, MetricError, MetricSpec, load_metric
 
 __all__ = [
     "BACKENDS",
+    "CORE_METRICS",
     "METRICS",
     "BackendSpec",
     "BackendUnavailableError",

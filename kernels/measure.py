@@ -13,10 +13,10 @@ from kernels import arrays, checks
 from kernels.arrays import Values
 from kernels.backends import BackendSpec, BackendUnavailableError, resolve
 from kernels.layout import TokenLayout
-from kernels.metrics import Measurement, MetricSpec, load_metric
+from kernels.metrics import METRICS, Measurement, MetricSpec, load_metric
 
-CORE_METRICS = ("distance", "entropy", "morans_i")
-PAIR_METRICS = ("js_divergence",)
+CORE_METRICS = tuple(name for name, spec in METRICS.items() if spec.core)
+PAIR_METRICS = tuple(name for name, spec in METRICS.items() if spec.inputs == "pair")
 
 Invalid = Literal["raise", "mask"]
 Reduce = Literal["mean", "none"]

@@ -60,6 +60,10 @@ class MetricSpec:
         undefined: which rows have no value, and why ("" if none).
         source: where the formula comes from.
         title: heading in tables and figures; the name if empty.
+        null: number of patches -> the value expected without any association; None where there is no such value.
+        axis_label: what stands beside the axis of a figure; empty: the unit, or the title where there is none.
+        core: measured where nothing else is asked for.
+        is_prefix_share: it is the share of attention on prefix tokens, where a high one is warned of.
 
     Raises:
         MetricError: a name that cannot be a file's, other inputs, a unit that is no text, or no callable reference.
@@ -74,6 +78,10 @@ class MetricSpec:
     undefined: str = ""
     source: str = ""
     title: str = ""
+    null: Callable[[int], float | None] = lambda num_patches: None
+    axis_label: str = ""
+    core: bool = False
+    is_prefix_share: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", self.name):
@@ -217,6 +225,11 @@ def _morans_i_bounds(layout: TokenLayout) -> tuple[float, float]:
     return factor * least, factor * greatest
 
 
+def _morans_i_null(num_patches: int) -> float:
+    """E[I] of a map whose values lie at random."""
+    return -1.0 / (num_patches - 1)
+
+
 def _entropy_seed1_bounds(layout: TokenLayout) -> tuple[float, float]:
     """A row of mass s ≤ 1 has at most s ln(N/s), greatest at s = 1, or at N/e where that is less (N = 2)."""
     mass = min(1.0, layout.num_patches / math.e)
@@ -285,6 +298,7 @@ METRICS: dict[str, MetricSpec] = {
             bounds=_distance_bounds,
             undefined=_NO_MASS,
             source=_DISTANCE,
+            core=True,
             title="Attention distance",
         ),
         MetricSpec(
@@ -327,6 +341,7 @@ METRICS: dict[str, MetricSpec] = {
             bounds=_entropy_bounds,
             undefined=_NO_MASS,
             source=_SHANNON,
+            core=True,
             title="Attention entropy",
         ),
         MetricSpec(
@@ -359,6 +374,8 @@ METRICS: dict[str, MetricSpec] = {
             bounds=_morans_i_bounds,
             undefined=_CONSTANT,
             source=_MORAN,
+            null=_morans_i_null,
+            core=True,
             title="Moran's I",
         ),
         MetricSpec(
@@ -370,6 +387,7 @@ METRICS: dict[str, MetricSpec] = {
             bounds=_morans_i_bounds,
             undefined=f"received map constant to 1e-5 of its mean; {_NO_ROW}",
             source=_MORAN,
+            null=_morans_i_null,
             title="Moran's I of received attention",
         ),
         MetricSpec(
@@ -423,6 +441,7 @@ METRICS: dict[str, MetricSpec] = {
             reference=reference.prefix_mass,
             implementations=_in(*_CPU_AND_CUDA, name="prefix_mass"),
             bounds=_unit_bounds,
+            is_prefix_share=True,
             title="Mass on prefix tokens",
         ),
         MetricSpec(
@@ -445,6 +464,7 @@ METRICS: dict[str, MetricSpec] = {
             bounds=_morans_i_bounds,
             undefined=_CONSTANT,
             source=_MORAN,
+            null=_morans_i_null,
             title="Moran's I of the class token's row",
         ),
         MetricSpec(
@@ -455,6 +475,7 @@ METRICS: dict[str, MetricSpec] = {
             implementations=_in("numba", "torch", name="region_mass"),
             bounds=_unit_bounds,
             undefined=f"{_NO_MASS}; region without coverage values (NaN)",
+            axis_label="share of attention on patches",
             title="Attention on regions",
         ),
         MetricSpec(
