@@ -13,21 +13,17 @@ import pytest
 import torch
 
 from benchmarks.gpu import kernels
-from benchmarks.gpu.__main__ import SECTIONS, run
+from benchmarks.gpu.__main__ import SECTIONS, main, run
 from benchmarks.gpu.results import Row, failed
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def gpu_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--small", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-
-
-def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
+def test_small_sizes_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
-    said = gpu_sh("--json", str(path))
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--small", "--json", str(path)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
     found = json.loads(path.read_text())
     assert list(found["sections"]) == [name for name, _, _ in SECTIONS]
@@ -37,9 +33,8 @@ def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
     assert found["about"]["small"] is True
     assert {"date", "device", "versions", "code", "commit"} <= set(found["about"])
     before = path.read_bytes()
-    again = gpu_sh("--json", str(path))
-    assert again.returncode == 0
-    assert "==" not in again.stdout, "every section was there"
+    assert main(["--small", "--json", str(path)]) == 0
+    assert "==" not in capsys.readouterr().out, "every section was there"
     assert path.read_bytes() == before
 
 
@@ -74,10 +69,10 @@ def test_a_backend_that_is_wrong_or_fails_costs_the_others_nothing(monkeypatch: 
     assert failed({"rows": [bad.to_dict()]})
 
 
-def test_without_a_gpu_it_says_how_to_run(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--json", str(tmp_path / "gpu.json")]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 1
-    assert "--small runs on a CPU" in said.stderr
+def test_without_a_gpu_it_says_how_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--json", str(tmp_path / "gpu.json")]) == 1
+    assert "--small runs on a CPU" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
