@@ -167,7 +167,10 @@ def stored(folder: Path, subject: Subject, encoding: str) -> AttentionStore:
         capture = Capture(sinks=("store",), encoding=encoding, batch_size=BATCH)
         capture_to_store(load(), subject.images, paths[side], capture, **about)
     names = [spec.name for spec in subject.specs()]
-    return measure_store(paths["ours"], names, "reference", against=paths.get("theirs"))
+    store = AttentionStore.open(paths["ours"])
+    against = AttentionStore.open(paths["theirs"]) if "theirs" in paths else None
+    measure_store(store, names, "reference", against)
+    return store
 
 
 def look_at(subject: Subject) -> Found:

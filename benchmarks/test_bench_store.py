@@ -166,7 +166,7 @@ class Bench:
 
     def measure(self) -> None:
         """`measure` from a warm store, results written back."""
-        measure_store(self.measured, CORE, "numba")
+        measure_store(AttentionStore.open(self.measured), CORE, "numba")
 
     def forget(self) -> None:
         """Take the results away again, untimed."""

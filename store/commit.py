@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from store.ledger import Ledger, LedgerError, batch_name, file_problem, size_pro
 from store.precisions import Array, as_numbers, cast
 from store.schema import StoreError, StoreSchema
 from store.shards import FileEntry, encode_chunk, write_file
-from store.storage import Storage
+from store.storage import Location, Storage
 
 FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
 SMALL_BYTES = 1 << 20  # smaller ones (a batch's logits, a metric's values) wait beside them, until their commit
@@ -53,7 +55,7 @@ class Committer:
         self._commits = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[None]] = deque()
         self._failure: StoreError | None = None
-        self.told = False  # whether some call has raised the failure
+        self.failure_raised = False  # by some call
 
     def put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
         """Start the file that a batch fills. The values are kept until it is written: do not change them.
@@ -149,13 +151,55 @@ class Committer:
         try:
             self._pending.popleft().result()
         except BaseException:
-            self.told = True
+            self.failure_raised = True
             raise
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            self.told = True
+            self.failure_raised = True
             raise self._failure
+
+
+class Writer:
+    """What writes batches into a store: locked, in the background; a context manager.
+
+    Attributes:
+        path: the store, or its URL.
+        schema: its schema.
+    """
+
+    def __init__(self, storage: Storage, schema: StoreSchema, ledger: Ledger) -> None:
+        self.path: Location = storage.location
+        self.storage = storage
+        self.schema = schema
+        self._ledger = ledger
+        self._resources = contextlib.ExitStack()
+        self._committer = Committer(storage, ledger)
+
+    def flush(self) -> None:
+        """Wait until every batch given to the writer is committed.
+
+        Raises:
+            StoreError: the disk failed or is full; the batches committed before are intact.
+        """
+        self._committer.flush()
+
+    def close(self) -> None:
+        """Wait for what is under way, then let another writer in. What was committed stays."""
+        self._committer.close()
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self._committer.failure_raised:
+                self.flush()
+        finally:
+            self.close()
 
 
 def _encode(array: ArraySpec, values: Array, precision: str) -> tuple[bytes, bytes]:

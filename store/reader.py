@@ -48,6 +48,8 @@ class AttentionStore:
         class_names: names of the classes.
         regions: float32 [image, region, patch], or None.
         committed_images: bool [image], rows that may be read.
+        ledger: its records.
+        metadata_files: its metadata files' entries there.
         complete: every batch is committed.
     """
 
@@ -56,14 +58,14 @@ class AttentionStore:
     ) -> None:
         self.path: Location = storage.location
         self.storage = storage
-        self._metadata = files
+        self.metadata_files = files
         self.schema = StoreSchema.from_attrs(attrs, [str(name) for name in read_constant(storage, "images/id")])
         self.layers = tuple(layer.layer for layer in self.schema.layers)
         self.sites = tuple(layer.site for layer in self.schema.layers)
         self.layouts = {layer.layer: dict(layer.layout) for layer in self.schema.layers}
         self.image_ids = self.schema.image_ids
         self.class_names = tuple(attrs["class_names"])
-        self._ledger = ledger
+        self.ledger = ledger
         self._arrays = {array.path: array for array in batch_arrays(self.schema)}
         self._records = Records(ledger, self.schema)
         self._biases: dict[int, Array] = {}
@@ -82,7 +84,7 @@ class AttentionStore:
         root = storage_at(path)
         try:
             store = cls(root, *open_metadata(root))
-            if store.schema.whole and not store._ledger.exists("complete"):
+            if store.schema.whole and not store.ledger.exists("complete"):
                 raise UnfinishedStoreError(f"{root} is an import that was not finished; import its file again")
             return store
         except OSError as error:
@@ -98,7 +100,7 @@ class AttentionStore:
 
     def _constant(self, path: str) -> Array:
         """A whole small array that never changes, compared with its hashes as it is read."""
-        files = {file: entry for file, entry in self._metadata.items() if file.startswith(f"{path}/")}
+        files = {file: entry for file, entry in self.metadata_files.items() if file.startswith(f"{path}/")}
         check_files(self.storage, files, CAPTURE_AGAIN)
         return read_constant(self.storage, path)
 
@@ -112,7 +114,17 @@ class AttentionStore:
         """What is wrong with records of batches that were committed once, a sentence each."""
         return self._records.damaged
 
-    @cached_property
+    def refresh(self) -> None:
+        """Look again at which batches are committed.
+
+        Raises:
+            StoreError: the store was captured again since it was opened.
+        """
+        if Ledger(self.storage).capture != self.digest:
+            raise StoreError(f"{self.path} was captured again since it was opened; open it again")
+        self._records = Records(self.ledger, self.schema)
+
+    @property
     def committed_images(self) -> Array:
         committed = np.zeros(self.schema.num_images, dtype=bool)
         for batch in self.committed_batches:
@@ -130,15 +142,15 @@ class AttentionStore:
         Raises:
             LedgerError: the record is damaged, or is missing though a manifest was given.
         """
-        if not self._ledger.exists("manifest") and not self._ledger.read("metadata").get("manifest"):
+        if not self.ledger.exists("manifest") and not self.ledger.read("metadata").get("manifest"):
             return None
-        manifest: dict[str, Any] = self._ledger.read("manifest")["manifest"]
+        manifest: dict[str, Any] = self.ledger.read("manifest")["manifest"]
         return manifest
 
     @property
     def digest(self) -> str:
         """SHA-256 of the record of this capture's metadata: what tells it from every other capture."""
-        return self._ledger.capture
+        return self.ledger.capture
 
     def attention_digest(self, batch: int) -> str:
         """SHA-256 over the hashes of the files that keep a batch's attention; "" if the batch is not committed.
@@ -348,11 +360,11 @@ class AttentionStore:
     def _later(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, LedgerError]]:
         """(name, params) of every metric computed after the capture, and what is wrong with the records of others."""
         try:
-            names = [name for name in self._ledger.names("metrics") if name.endswith("/metadata")]
+            names = [name for name in self.ledger.names("metrics") if name.endswith("/metadata")]
         except OSError as error:  # a web server lists nothing
-            raise StoreError(f"{self._ledger} cannot be searched for metrics computed later: {error}") from error
+            raise StoreError(f"{self.ledger} cannot be searched for metrics computed later: {error}") from error
         found, damaged = [], {}
-        for name, record in self._ledger.read_all(names).items():
+        for name, record in self.ledger.read_all(names).items():
             if isinstance(record, LedgerError):
                 damaged[name] = record
             else:
@@ -382,11 +394,11 @@ class AttentionStore:
         group = metric_path(name, params)
         if f"{group}/{part}" in self._arrays:
             return self._arrays[f"{group}/{part}"], self._records
-        record = self._ledger.read(f"{group}/metadata")
+        record = self.ledger.read(f"{group}/metadata")
         check_files(self.storage, record["files"], MEASURE_AGAIN)
         arrays = metric_arrays(self.schema, name, params, regions=bool(record["regions"]))
         array = next(array for array in arrays if array.path == f"{group}/{part}")
-        return array, Records(self._ledger, self.schema, f"{group}/", self.attention_digest)
+        return array, Records(self.ledger, self.schema, f"{group}/", self.attention_digest)
 
     def _begin(
         self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any

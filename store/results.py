@@ -9,37 +9,25 @@ maps its values were measured (`AttentionStore.attention_digest`): when those ch
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Collection, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from store.arrays import ArraySpec, create_arrays, create_metric_group, metric_arrays, read_attributes
-from store.commit import Committer, metric_values, sound_batches
+from store.commit import Writer, metric_values, sound_batches
 from store.disk import disk_error
-from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem, file_problems
-from store.places import storage_at
-from store.reader import AttentionStore, open_metadata
+from store.ledger import LedgerError, batch_name, describe_bytes, file_problem, file_problems
+from store.reader import AttentionStore
 from store.schema import StoreError, StoreSchema, metric_path
-from store.storage import Storage
 
 
 def has_metric(
-    path: str | os.PathLike[str] | Storage,
-    name: str,
-    params: Mapping[str, Any],
-    against: AttentionStore | None = None,
+    store: AttentionStore, name: str, params: Mapping[str, Any], against: AttentionStore | None = None
 ) -> bool:
     """Whether a store holds a metric, computed with these parameters from its present maps, sound for every image.
 
     Args:
         against: the second condition's store, of a pair metric.
-
-    Raises:
-        StoreError: there is no such store, or its metadata are damaged.
     """
-    store = AttentionStore.open(path)
-    ledger = Ledger(store.storage)
     if _is_own(store.schema, name, params):
         arrays = metric_arrays(store.schema, name, params, regions=name in store.schema.region_metrics)
         return store.complete and not any(
@@ -48,20 +36,22 @@ def has_metric(
             for batch in store.committed_batches
         )
     folder = metric_path(name, params) + "/"
-    record = _sound_metadata(store.storage, ledger, folder)
+    record = _sound_metadata(store, folder)
     if record is None:
         return False
     arrays = metric_arrays(store.schema, name, params, regions=bool(record["regions"]))
     sources = _sources(store, against)
-    sound, _ = sound_batches(store.storage, ledger, arrays, store.schema.num_batches, folder=folder, sources=sources)
+    sound, _ = sound_batches(
+        store.storage, store.ledger, arrays, store.schema.num_batches, folder=folder, sources=sources
+    )
     return len(sound & sources.keys()) == store.schema.num_batches
 
 
-class MetricWriter:
+class MetricWriter(Writer):
     """Writes metrics into a store that is captured already. Use `MetricWriter.open`, as a context manager.
 
     Attributes:
-        store: as it was when the writer was opened; nobody else writes it while the writer is open.
+        store: the open store; nobody else writes it while the writer is open.
         missing: batch -> names of the metrics still to be written for it; only batches the capture has
             committed. What the capture measured itself with the same parameters is never missing.
     """
@@ -73,55 +63,48 @@ class MetricWriter:
         regions: Collection[str],
         against: Mapping[str, AttentionStore],
     ) -> None:
+        super().__init__(store.storage, store.schema, store.ledger)
         self.store = store
-        self.path = store.path
-        self.storage = store.storage
-        self.schema = store.schema
         self.missing: dict[int, tuple[str, ...]] = {}
-        self._ledger = Ledger(store.storage)
         self._metrics = metrics
         self._arrays = {
             name: metric_arrays(store.schema, name, params, regions=name in regions) for name, params in metrics.items()
         }
         self._sources = {name: _sources(store, against.get(name)) for name in metrics}
-        self._resources = contextlib.ExitStack()
-        self._committer = Committer(store.storage, self._ledger)
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str] | Storage,
+        store: AttentionStore,
         metrics: Mapping[str, Mapping[str, Any]],
         *,
         region_metrics: Collection[str] = (),
         against: Mapping[str, AttentionStore] | None = None,
     ) -> Self:
-        """Open a store to add metrics, or to go on adding them.
+        """Begin to add metrics to a store, or go on adding them.
 
         Args:
-            path: the store.
+            store: an open one; its committed batches are looked at again.
             metrics: name -> {metric parameters, backend, code version}.
             region_metrics: names of those whose values have a region axis.
             against: name of a pair metric -> the second condition's store, open as its values are measured from it.
 
         Raises:
-            StoreError: no such store, damaged metadata, another writer, or region metrics without regions.
+            StoreError: another writer, damaged metadata, another capture than when the store was opened, or region
+                metrics without regions.
         """
-        root = storage_at(path)
-        open_metadata(root)  # before the lock's file is made: a wrong path stays untouched
-        resources = contextlib.ExitStack()
-        with resources:
+        with contextlib.ExitStack() as resources:
             try:
-                resources.enter_context(Ledger(root).locked())
-                store = AttentionStore.open(root)
+                resources.enter_context(store.ledger.locked())
+                store.refresh()
                 if region_metrics and not store.schema.regions:
-                    raise StoreError(f"{root} has no regions, which {', '.join(sorted(region_metrics))} needs")
+                    raise StoreError(f"{store.path} has no regions, which {', '.join(sorted(region_metrics))} needs")
                 writer = cls(store, metrics, region_metrics, against or {})
-                root.sweep()
-                writer._ledger.storage.sweep()
+                store.storage.sweep()
+                store.ledger.storage.sweep()
                 writer._prepare()
             except OSError as error:
-                raise disk_error(f"{root} cannot be opened for writing", error) from error
+                raise disk_error(f"{store.path} cannot be opened for writing", error) from error
             writer._resources = resources.pop_all()
         return writer
 
@@ -158,31 +141,6 @@ class MetricWriter:
             self._committer.commit(record, batch, files, lambda: None, sources=self._sources[name][batch])
         del self.missing[batch]
 
-    def flush(self) -> None:
-        """Wait until everything given to `write_batch` is committed.
-
-        Raises:
-            StoreError: the disk failed or is full; what was committed before is intact.
-        """
-        self._committer.flush()
-
-    def close(self) -> None:
-        """Wait for what is under way, then let another writer in. What was committed stays."""
-        self._committer.close()
-        self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and not self._committer.told:
-                self.flush()
-        finally:
-            self.close()
-
     def _prepare(self) -> None:
         """Make each metric's arrays where they are not there yet, and find what is missing."""
         self._rebuild_records()
@@ -192,20 +150,14 @@ class MetricWriter:
                 continue
             folder = metric_path(name, params) + "/"
             regions = len(self._arrays[name][0].shape) == 4
-            record = _sound_metadata(self.storage, self._ledger, folder)
+            record = _sound_metadata(self.store, folder)
             if record is None:
                 self._create(name, params, self._arrays[name], regions)
             elif bool(record["regions"]) != regions:
                 raise StoreError(f"{name!r} is stored {'with' if record['regions'] else 'without'} a region axis")
             sources = self._sources[name]
-            sound, problems = sound_batches(
-                self.storage,
-                self._ledger,
-                self._arrays[name],
-                self.schema.num_batches,
-                folder=folder,
-                sources=sources,
-            )
+            arrays, batches = self._arrays[name], self.schema.num_batches
+            sound, problems = sound_batches(self.storage, self._ledger, arrays, batches, folder=folder, sources=sources)
             self._ledger.remove(problems)
             for batch in sources:
                 if batch not in sound:
@@ -233,7 +185,6 @@ class MetricWriter:
         group = metric_path(name, params)
         parent = group.rpartition("/")[0]
         files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in arrays))]
-        own = self._ledger.read("metadata")["files"]
         entries = {}
         with self.storage.skeleton() as skeleton:
             create_metric_group(skeleton, name, params, regions=regions)
@@ -241,7 +192,7 @@ class MetricWriter:
             for file in files:
                 content = (skeleton / file).read_bytes()
                 entries[file] = describe_bytes(content)
-                if file not in own:
+                if file not in self.store.metadata_files:
                     self.storage.replace(file, content)
         record = {"name": name, "params": dict(params), "regions": regions, "files": entries}
         self._ledger.write(f"{group}/metadata", record)
@@ -259,10 +210,10 @@ def _is_own(schema: StoreSchema, name: str, params: Mapping[str, Any]) -> bool:
     return own is not None and metric_path(name, own) == metric_path(name, params)
 
 
-def _sound_metadata(root: Storage, ledger: Ledger, folder: str) -> dict[str, Any] | None:
+def _sound_metadata(store: AttentionStore, folder: str) -> dict[str, Any] | None:
     """The metadata record of a metric computed later; None if it, or a file it names, is missing or damaged."""
     try:
-        record = ledger.read(f"{folder}metadata")
+        record = store.ledger.read(f"{folder}metadata")
     except LedgerError:
         return None
-    return None if file_problems(root, record["files"]) else record
+    return None if file_problems(store.storage, record["files"]) else record

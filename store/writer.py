@@ -15,11 +15,10 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any, Self
 
 from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, require_free_disk
-from store.commit import Committer, check_names, check_shape, float32, metric_values, sound_batches
+from store.commit import Writer, check_names, check_shape, float32, metric_values, sound_batches
 from store.disk import disk_error
 from store.encodings import resolve_encoding
 from store.ledger import Ledger, LedgerError, batch_name
@@ -29,10 +28,10 @@ from store.precisions import Array
 from store.removal import schema_of
 from store.schema import LEDGER_FILES, SCHEMA, STORE_FILES, StoreError, StoreSchema
 from store.shards import FileEntry
-from store.storage import Location, Lock, Storage
+from store.storage import Lock, Storage
 
 
-class AttentionWriter:
+class AttentionWriter(Writer):
     """The writer of a store, or one of those that share it. Use `AttentionWriter.open`, as a context manager.
 
         with AttentionWriter.open(path, schema, labels=labels, class_names=names) as writer:
@@ -43,28 +42,19 @@ class AttentionWriter:
             writer.finish()
 
     Attributes:
-        path: the store, or its URL.
-        schema: its schema.
         committed: numbers of the batches that are committed and whose files still match their hashes.
             A damaged or missing shard is simply not among them, hence written again.
         run: name of the run that shares the store; "" for the only writer.
     """
 
-    def __init__(
-        self, storage: Storage, schema: StoreSchema, ledger: Ledger, lock: Lock, resources: contextlib.ExitStack
-    ) -> None:
-        self.path: Location = storage.location
-        self.storage = storage
-        self.schema = schema
+    def __init__(self, storage: Storage, schema: StoreSchema, ledger: Ledger, lock: Lock) -> None:
+        super().__init__(storage, schema, ledger)
         self.committed: set[int] = set()
         self.run = ""
-        self._ledger = ledger
         self._lock = lock
-        self._resources = resources
         self._layers = {layer.layer: layer for layer in schema.layers} if schema.encoding else {}
         self._attention = {number: layer_arrays(schema, layer) for number, layer in self._layers.items()}
         self._logits = next((array for array in batch_arrays(schema) if array.path == "logits"), None)
-        self._committer = Committer(storage, ledger)
         self._files: dict[int, dict[int, dict[str, Future[FileEntry]]]] = {}  # batch -> layer -> file
         self._submitted: set[int] = set()
 
@@ -106,7 +96,7 @@ class AttentionWriter:
             try:
                 require_place(root)  # before the lock's file is made: what is not ours stays untouched
                 lock = resources.enter_context(ledger.joined(join) if join else ledger.locked())
-                writer = cls(root, schema, ledger, lock, resources)
+                writer = cls(root, schema, ledger, lock)
                 if join:
                     writer.run = join
                     fixed.compare(root, ledger)
@@ -238,14 +228,6 @@ class AttentionWriter:
         self._submitted.add(batch)
         self._committer.commit(batch_name(batch), batch, files, lambda: self.committed.add(batch))
 
-    def flush(self) -> None:
-        """Wait until every batch given to `commit` is committed.
-
-        Raises:
-            StoreError: the disk failed or is full; the batches committed before are intact.
-        """
-        self._committer.flush()
-
     def _images(self, batch: int) -> int:
         """How many images a batch that may still be written has."""
         if not 0 <= batch < self.schema.num_batches:
@@ -273,23 +255,6 @@ class AttentionWriter:
                 self._ledger.write("complete", {"batches": self.schema.num_batches})
             except OSError as error:
                 raise disk_error(f"{self.path} could not be finished", error) from error
-
-    def close(self) -> None:
-        """Wait for what is under way, then let another writer in. What was committed stays."""
-        self._committer.close()
-        self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and not self._committer.told:
-                self.flush()
-        finally:
-            self.close()
 
 
 def _recorded_attributes(ledger: Ledger) -> dict[str, Any]:

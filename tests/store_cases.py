@@ -178,7 +178,7 @@ def capture(path: Path, schema: StoreSchema | None = None) -> list[int]:
 
 def measure(path: Path) -> dict[int, tuple[str, ...]]:
     """Add what is missing of two metrics computed later; return what was."""
-    with MetricWriter.open(path, LATER) as writer:
+    with MetricWriter.open(AttentionStore.open(path), LATER) as writer:
         missing = dict(writer.missing)
         for batch, names in missing.items():
             rows = writer.schema.batch_rows(batch)

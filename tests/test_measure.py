@@ -24,6 +24,7 @@ from engine.run import main
 from kernels import InvalidAttentionError, TokenLayout, measure_attention, measure_pair
 from kernels.cpu.threads import set_num_threads
 from store import AttentionStore
+from store.local import LocalStorage
 from store.verify import verify
 from train.errors import InputError
 
@@ -45,7 +46,8 @@ def test_bits_do_not_depend_on_threads_or_units(tmp_path: Path, encoding: str, m
         set_num_threads(threads)
         try:
             path = store_of(tmp_path / f"{threads}.zarr", encoding, batch_size=3)
-            measured = measure_store(path, METRICS, "auto")
+            measured = AttentionStore.open(path)
+            measure_store(measured, METRICS, "auto")
         finally:
             set_num_threads(None)
         assert verify(path) == []
@@ -308,7 +310,8 @@ def test_a_table_is_of_one_architecture_at_one_size(tmp_path: Path) -> None:
 def test_what_read_gives_can_be_measured(tmp_path: Path, encoding: str) -> None:
     """Its rows sum to 1 as far as the rounding to 16 bits lets them, and the values are those of `measure`."""
     path = store_of(tmp_path / "run.zarr", encoding)
-    store = measure_store(path, METRICS[:4], "auto")
+    store = AttentionStore.open(path)
+    measure_store(store, METRICS[:4], "auto")
     for layer, heads in enumerate(case.HEADS):
         maps = store.read(layer)
         assert maps.dtype == np.float32
@@ -367,7 +370,8 @@ def test_a_table_counts_each_capture_once(tmp_path: Path, monkeypatch: pytest.Mo
         broken[0, 0, 2 : 2 + bad] = np.nan
         monkeypatch.setattr(case, "maps", lambda layer, broken=broken: broken if layer == 0 else whole(layer))
         path = store_of(tmp_path / f"{condition}_{seed}.zarr", precision="bfloat16")
-        stores[condition, seed] = measure_store(path, ["distance", "gini"], "auto")
+        store = stores[condition, seed] = AttentionStore.open(path)
+        measure_store(store, ["distance", "gini"], "auto")
     metrics = ["distance", "gini", "distance"]
     table = build_table(stores, metrics, seed_invariant=["probe"], attributes={})
     expected = {"probe": 2, "full": 5}
@@ -378,3 +382,22 @@ def test_a_table_counts_each_capture_once(tmp_path: Path, monkeypatch: pytest.Mo
         for condition, of in (("probe", ("probe", 1)), ("full", ("full", seed))):
             values = table["distance"].sel(condition=condition, seed=seed).values
             np.testing.assert_array_equal(values, stores[of].read_metric("distance")[0])
+
+
+def test_a_store_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is everything to measure or nothing: a store's metadata are read and hashed as it is opened."""
+    one, two = store_of(tmp_path / "one.zarr"), store_of(tmp_path / "two.zarr")
+    opened: list[str] = []
+    read = LocalStorage.read
+
+    def counted(self: LocalStorage, file: str) -> bytes:
+        if file == "zarr.json":
+            opened.append(self.name)
+        return read(self, file)
+
+    monkeypatch.setattr(LocalStorage, "read", counted)
+    flags = ["--metrics", "entropy,js_divergence", "--against", str(two)]
+    for _ in range(2):
+        assert main(["measure", "--store", str(one), *flags]) == 0
+        assert sorted(opened) == ["one.zarr", "two.zarr"]
+        opened.clear()

@@ -253,7 +253,7 @@ def test_values_of_maps_that_were_written_again_are_stale(path: Path) -> None:
     stale = "was measured from other maps than the store holds now"
     assert f"{record} {stale}; measure it again" in [str(damage) for damage in verify(path)]
     assert len(verify(path)) == len(case.LATER)
-    assert not has_metric(path, "later_a", case.LATER["later_a"])
+    assert not has_metric(AttentionStore.open(path), "later_a", case.LATER["later_a"])
     store = AttentionStore.open(path)
     assert next(each for each in info(path)["metrics"] if each["name"] == "later_a")["batches"] == 2
     np.testing.assert_array_equal(store.read_metric("later_a", slice(0, 4))[0], case.metric("later_a")[:4])
@@ -284,7 +284,7 @@ def test_values_of_maps_that_are_not_there_yet_are_not_given(path: Path) -> None
     store = AttentionStore.open(path)
     with pytest.raises(StoreError, match="batch 1 cannot be trusted"):
         store.read_metric("later_a")
-    assert not has_metric(path, "later_a", case.LATER["later_a"])
+    assert not has_metric(AttentionStore.open(path), "later_a", case.LATER["later_a"])
 
 
 def test_pair_values_are_tied_to_both_stores(path: Path) -> None:
@@ -293,18 +293,18 @@ def test_pair_values_are_tied_to_both_stores(path: Path) -> None:
 
     def measure() -> list[int]:
         against = AttentionStore.open(other)
-        with MetricWriter.open(path, {"pair": params}, against={"pair": against}) as writer:
+        with MetricWriter.open(AttentionStore.open(path), {"pair": params}, against={"pair": against}) as writer:
             missing = list(writer.missing)
             for batch in missing:
                 rows = writer.schema.batch_rows(batch)
                 writer.write_batch(batch, {"pair": case.metric("pair")[rows]}, {"pair": case.counts("pair")[rows]})
-        assert has_metric(path, "pair", params, against)
+        assert has_metric(AttentionStore.open(path), "pair", params, against)
         return missing
 
     assert measure() == [0, 1, 2]
     assert measure() == []
     heal(other, 2)
-    assert not has_metric(path, "pair", params, AttentionStore.open(other))
+    assert not has_metric(AttentionStore.open(path), "pair", params, AttentionStore.open(other))
     assert measure() == [2]
     heal(path, 0)
     assert measure() == [0]
@@ -329,7 +329,7 @@ def test_a_damaged_metrics_record_harms_no_other_metric(path: Path) -> None:
     with pytest.raises(StoreError, match="has no metric 'later'"):
         store.read_metric("later")
     # Its values are as good as before; its record is written again, by a measurement of whatever metric.
-    MetricWriter.open(path, {"another": {}}).close()
+    MetricWriter.open(AttentionStore.open(path), {"another": {}}).close()
     assert file.read_bytes() == sound
     assert case.measure(path) == {}
     assert verify(path) == []

@@ -211,7 +211,8 @@ def test_a_captured_model_is_kept_and_measured_alike(tmp_path: Path, encoding: s
     own = {metric: store.read_metric(metric)[0] for metric in METRICS}
     metrics_only = tmp_path / "again.zarr"
     capture(metrics_only, encoding, name, ("store",))
-    again = measure_store(metrics_only, METRICS, "auto")
+    again = AttentionStore.open(metrics_only)
+    measure_store(again, METRICS, "auto")
     for metric, expected in own.items():
         np.testing.assert_allclose(again.read_metric(metric)[0], expected, atol=6e-3, rtol=0)
     if encoding == "qk":

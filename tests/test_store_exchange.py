@@ -68,6 +68,12 @@ def stores(folder: Path, first: str = "fp16", second: str = "fp16") -> tuple[Pat
     return one, two
 
 
+def measured(path: Path, metrics: list[str], against: Path | None = None) -> AttentionStore:
+    store = AttentionStore.open(path)
+    measure_store(store, metrics, "auto", AttentionStore.open(against) if against else None)
+    return store
+
+
 # --------------------------------------------------------------------------------------------------------------- pairs
 
 
@@ -76,7 +82,7 @@ def stores(folder: Path, first: str = "fp16", second: str = "fp16") -> tuple[Pat
 )
 def test_pair_metrics_of_two_stores(tmp_path: Path, first: str, second: str) -> None:
     one, two = stores(tmp_path, first, second)
-    store = measure_store(one, ["js_divergence", "distance"], "auto", against=two)
+    store = measured(one, ["js_divergence", "distance"], against=two)
     other = AttentionStore.open(two)
     values, parameters = store.read_metric("js_divergence")
     assert parameters["against"] == {"store": "two.zarr", "capture": other.digest}
@@ -99,7 +105,7 @@ def _exact(maps: np.ndarray) -> np.ndarray:
 
 def test_a_condition_against_itself_differs_by_nothing(tmp_path: Path) -> None:
     one = store_of(tmp_path / "one.zarr")
-    values, _ = measure_store(one, ["js_divergence"], "auto", against=one).read_metric("js_divergence")
+    values, _ = measured(one, ["js_divergence"], against=one).read_metric("js_divergence")
     assert np.nanmax(np.abs(values)) == 0
 
 
@@ -120,23 +126,23 @@ def test_only_what_both_have_is_compared_and_later_the_rest(tmp_path: Path, caps
 
 def test_another_store_is_another_measurement(tmp_path: Path) -> None:
     one, two = stores(tmp_path)
-    measure_store(one, ["js_divergence"], "auto", against=two)
-    store = measure_store(one, ["js_divergence"], "auto", against=one)
+    measured(one, ["js_divergence"], against=two)
+    store = measured(one, ["js_divergence"], against=one)
     assert len(store.metric_params("js_divergence")) == 2
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
     one = store_of(tmp_path / "one.zarr")
     with pytest.raises(InputError, match="js_divergence compares two captures; name the other one with --against"):
-        measure_store(one, ["distance", "js_divergence"], "auto")
+        measured(one, ["distance", "js_divergence"])
     with pytest.raises(InputError, match="none of distance compares two captures"):
-        measure_store(one, ["distance"], "auto", against=one)
+        measured(one, ["distance"], against=one)
     other = store_of(tmp_path / "other.zarr", image_ids=tuple(f"{row}.png" for row in range(11)))
     with pytest.raises(InputError, match="captured over other images than"):
-        measure_store(one, ["js_divergence"], "auto", against=other)
+        measured(one, ["js_divergence"], against=other)
     plain = store_of(tmp_path / "plain.zarr", encoding="")
     with pytest.raises(InputError, match=r"plain\.zarr holds no attention maps, so js_divergence"):
-        measure_store(one, ["js_divergence"], "auto", against=plain)
+        measured(one, ["js_divergence"], against=plain)
 
 
 def test_a_users_metrics_of_one_and_of_two_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_one_run_writes_at_a_time() -> None:
             case.write(first, batch)
         first.finish()
     case.check_values(storage)
-    MetricWriter.open(storage, case.LATER).close()
+    MetricWriter.open(AttentionStore.open(storage), case.LATER).close()
 
 
 @pytest.mark.parametrize(("host", "taken"), [(socket.gethostname(), True), ("elsewhere", False)])

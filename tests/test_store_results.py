@@ -28,12 +28,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_only_what_is_missing_is_asked_for(path: Path) -> None:
-    assert not has_metric(path, "later_a", PARAMS)
+    assert not has_metric(AttentionStore.open(path), "later_a", PARAMS)
     everything = dict.fromkeys(range(3), ("later_a", "later_b"))
     assert case.measure(path) == everything
     assert case.measure(path) == {}
-    assert has_metric(path, "later_a", PARAMS)
-    assert not has_metric(path, "later_a", PARAMS | {"code_version": "2"})
+    assert has_metric(AttentionStore.open(path), "later_a", PARAMS)
+    assert not has_metric(AttentionStore.open(path), "later_a", PARAMS | {"code_version": "2"})
     store = AttentionStore.open(path)
     assert store.metric_names == ("region_mass", "entropy", "later_a", "later_b")
     values, params = store.read_metric("later_a")
@@ -45,18 +45,18 @@ def test_only_what_is_missing_is_asked_for(path: Path) -> None:
 
 
 def test_a_measurement_goes_on_where_it_stopped(path: Path) -> None:
-    with MetricWriter.open(path, {"later_a": PARAMS}) as writer:
+    with MetricWriter.open(AttentionStore.open(path), {"later_a": PARAMS}) as writer:
         writer.write_batch(1, {"later_a": case.metric("later_a")[4:8]}, {"later_a": case.counts("later_a")[4:8]})
         writer.flush()
         assert sorted(writer.missing) == [0, 2]
-    assert not has_metric(path, "later_a", PARAMS)
+    assert not has_metric(AttentionStore.open(path), "later_a", PARAMS)
     store = AttentionStore.open(path)
     np.testing.assert_array_equal(store.read_metric("later_a", slice(4, 8))[0], case.metric("later_a")[4:8])
     with pytest.raises(StoreError, match=r"batch 0 of metrics/later_a/\w+ is not committed"):
         store.read_metric("later_a")
     assert verify(path) == []
     assert case.measure(path) == {0: ("later_a", "later_b"), 1: ("later_b",), 2: ("later_a", "later_b")}
-    assert has_metric(path, "later_a", PARAMS)
+    assert has_metric(AttentionStore.open(path), "later_a", PARAMS)
 
 
 def test_info_of_a_store_with_one_damaged_metric_shows_the_rest(path: Path) -> None:
@@ -81,19 +81,21 @@ def test_only_captured_batches_can_be_measured(tmp_path: Path) -> None:
 
 
 def test_a_metric_of_the_capture_is_never_missing(path: Path) -> None:
-    assert has_metric(path, "entropy", {"backend": "numba"})
-    with MetricWriter.open(path, {"entropy": {"backend": "numba"}}) as writer:
+    assert has_metric(AttentionStore.open(path), "entropy", {"backend": "numba"})
+    with MetricWriter.open(AttentionStore.open(path), {"entropy": {"backend": "numba"}}) as writer:
         assert writer.missing == {}
         with pytest.raises(StoreError, match=r"batch 0 of .* lacks \[\]; found values of \['entropy'\]"):
             writer.write_batch(0, {"entropy": case.metric("entropy")[:4]}, {"entropy": case.counts("entropy")[:4]})
     file = next((path / "metrics" / "entropy").rglob("c.1.0.0"))
     file.unlink()
-    assert not has_metric(path, "entropy", {"backend": "numba"})
+    assert not has_metric(AttentionStore.open(path), "entropy", {"backend": "numba"})
 
 
 def test_values_with_other_parameters_lie_side_by_side(path: Path) -> None:
     for version in ("1", "2"):
-        with MetricWriter.open(path, {"m": {"code_version": version}}, region_metrics=["m"]) as writer:
+        with MetricWriter.open(
+            AttentionStore.open(path), {"m": {"code_version": version}}, region_metrics=["m"]
+        ) as writer:
             for batch in list(writer.missing):
                 rows = writer.schema.batch_rows(batch)
                 values = np.full_like(case.metric("region_mass")[rows], int(version))
@@ -108,7 +110,7 @@ def test_values_with_other_parameters_lie_side_by_side(path: Path) -> None:
     with pytest.raises(StoreError, match="has no metric 'n'; it has region_mass, entropy, m"):
         store.read_metric("n")
     # the same name, computed again by the same means as in the capture and by others
-    with MetricWriter.open(path, {"entropy": {"backend": "torch"}}) as writer:
+    with MetricWriter.open(AttentionStore.open(path), {"entropy": {"backend": "torch"}}) as writer:
         for batch in list(writer.missing):
             rows = writer.schema.batch_rows(batch)
             writer.write_batch(
@@ -121,22 +123,40 @@ def test_values_with_other_parameters_lie_side_by_side(path: Path) -> None:
 
 
 def test_a_metric_writer_refuses_what_does_not_fit(path: Path, tmp_path: Path) -> None:
-    with MetricWriter.open(path, {"m": {}}) as writer:
+    with MetricWriter.open(AttentionStore.open(path), {"m": {}}) as writer:
         with pytest.raises(StoreError, match=r"metric 'm' has shape \(4, 2, 3, 2\); expected \(4, 2, 3\)"):
             writer.write_batch(0, {"m": case.metric("region_mass")[:4]}, {"m": case.counts("m")[:4]})
         with pytest.raises(StoreError, match="dtype float64; expected integers"):
             writer.write_batch(0, {"m": case.metric("m")[:4]}, {"m": np.zeros((4, 2, 3))})
         with pytest.raises(StoreError, match="is writing this store"):
-            MetricWriter.open(path, {"n": {}})
+            MetricWriter.open(AttentionStore.open(path), {"n": {}})
     with pytest.raises(StoreError, match="there is no store at"):
-        MetricWriter.open(tmp_path / "typo.zarr", {"m": {}})
+        MetricWriter.open(AttentionStore.open(tmp_path / "typo.zarr"), {"m": {}})
     assert not (tmp_path / "typo.ledger").exists()
     plain = tmp_path / "plain.zarr"
     schema = case.make_schema(regions=(), region_metrics=(), metrics={})
     with AttentionWriter.open(plain, schema, **case.fixed() | {"regions": None}):
         pass
     with pytest.raises(StoreError, match="has no regions, which m needs"):
-        MetricWriter.open(plain, {"m": {}}, region_metrics=["m"])
+        MetricWriter.open(AttentionStore.open(plain), {"m": {}}, region_metrics=["m"])
+
+
+def test_metrics_are_not_added_to_another_capture_than_was_opened(path: Path) -> None:
+    store = AttentionStore.open(path)
+    AttentionWriter.discard(path)
+    case.capture(path)
+    with pytest.raises(StoreError, match=r"run\.zarr was captured again since it was opened; open it again"):
+        MetricWriter.open(store, {"m": {}})
+    assert AttentionStore.open(path).metric_names == ("region_mass", "entropy")
+
+
+def test_a_writer_sees_the_batches_that_came_since_the_store_was_opened(tmp_path: Path) -> None:
+    with AttentionWriter.open(tmp_path / "run.zarr", case.make_schema(), **case.fixed()) as writer:
+        case.write(writer, 2)
+        store = AttentionStore.open(tmp_path / "run.zarr")
+        case.write(writer, 0)
+    with MetricWriter.open(store, {"m": {}}) as metrics:
+        assert sorted(metrics.missing) == [0, 2]
 
 
 def table() -> xarray.Dataset:

@@ -130,7 +130,7 @@ def test_nobody_else_writes_while_one_of_them_lives(path: Path) -> None:
     with pytest.raises(StoreError, match="is locked"):
         open_writer(path)
     with pytest.raises(StoreError, match="is locked"):
-        MetricWriter.open(path, case.LATER)
+        MetricWriter.open(AttentionStore.open(path), case.LATER)
     second.close()
     assert case.capture(path) == [0, 1, 2]
 

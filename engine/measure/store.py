@@ -16,41 +16,42 @@ from engine.progress import ImageProgress
 from kernels import MetricSpec, TokenLayout
 from store import AttentionStore, MetricWriter, StoreError, has_metric
 from store.arrays import attention_arrays
-from store.storage import Location
 from train.errors import InputError
 
 
 def measure_store(
-    path: Location, metrics: Sequence[str], backend: str, against: Location | None = None, scheduler: str = ""
-) -> AttentionStore:
+    store: AttentionStore,
+    metrics: Sequence[str],
+    backend: str,
+    against: AttentionStore | None = None,
+    scheduler: str = "",
+) -> tuple[str, ...]:
     """Measure a stored capture; needs neither model nor images, and computes only what is not there yet.
 
     Every thread decodes some images of a layer and measures them while others do the same with the next; values are
     written and committed batch by batch meanwhile.
 
     Args:
-        path: the store, or its URL. Batches its capture has not committed yet are left out, which is said.
+        store: an open one. Batches that were not committed when it was opened are left out, which is said.
         metrics: names or `module:name`.
         backend: see `kernels.resolve`.
         against: the second condition's store, for pair metrics: the same images, layers and heads.
         scheduler: address of a Dask scheduler whose workers measure; "": this process does.
 
     Returns:
-        The store, with every metric's values in it.
+        Names of the metrics that were measured; the store has the values of all metrics now.
 
     Raises:
         InputError: a metric that the stores cannot give: no maps were stored, there are no regions, no second store
             was named for a pair metric, or it is not over the same images and layers.
-        StoreError: a store is not there or damaged, or nothing of it is captured.
+        StoreError: a store is damaged, or nothing of it is captured.
         ClusterError: the cluster failed; see `engine.measure.cluster`.
     """
-    store = AttentionStore.open(path)
     chosen = chosen_backend(backend, "cpu")
-    missing = missing_metrics(path, metrics, against)
+    missing = missing_metrics(store, metrics, against)
     if not missing:
-        return store
-    pairs = any(spec.inputs == "pair" for spec in missing.values())
-    other = _second_store(store, missing, against) if pairs else None
+        return ()
+    other = against if any(spec.inputs == "pair" for spec in missing.values()) else None
     _require_maps(store, missing)
     layouts = [TokenLayout.from_dict(layer.layout) for layer in store.schema.layers]
     check_metrics(list(missing.values()), layouts, len(store.schema.regions), chosen)
@@ -60,10 +61,10 @@ def measure_store(
     damages = [*store.damaged_batches, *(() if other is None else other.damaged_batches)]
     if not images.any():
         first = f" ({damages[0]})" if damages else ""
-        raise StoreError(f"{path} holds no batch that can be measured{first}; capture it first")
+        raise StoreError(f"{store.path} holds no batch that can be measured{first}; capture it first")
     if not images.all():
         tqdm.write(
-            f"{path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
+            f"{store.path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
             "the others are left out"
         )
     for damage in damages:
@@ -78,46 +79,47 @@ def measure_store(
             measure_batches = resources.enter_context(connected(scheduler, measurement, named))
         against_of = {name: other for name, spec in missing.items() if spec.inputs == "pair" and other is not None}
         writer = resources.enter_context(
-            MetricWriter.open(path, parameters, region_metrics=needing, against=against_of)
+            MetricWriter.open(store, parameters, region_metrics=needing, against=against_of)
         )
         rows = {batch: store.schema.batch_rows(batch) for batch in writer.missing}
         todo = {batch: names for batch, names in writer.missing.items() if images[rows[batch]].all()}
         total = sum(rows[batch].stop - rows[batch].start for batch in todo)
         masked = 0
         image_bytes = sum(array.row_bytes for array in attention_arrays(store.schema))
-        with ImageProgress(f"measure {path.name}", total, 0, image_bytes) as progress:
+        with ImageProgress(f"measure {store.path.name}", total, 0, image_bytes) as progress:
             for batch, found in measure_batches(todo):
                 writer.write_batch(batch, found.values, found.undefined)
                 progress.update(rows[batch].stop - rows[batch].start)
                 masked += found.masked
             writer.flush()
     if masked:
+        names = " or ".join(each.path.name for each in (store, other) if each is not None)
         tqdm.write(
-            f"{path.name}{'' if other is None else f' or {other.path.name}'}: {masked:,} rows are no post-softmax "
-            "attention (NaN, infinite, negative or off sum 1); they are left out of every value and counted with the "
-            "rows that have none"
+            f"{names}: {masked:,} rows are no post-softmax attention (NaN, infinite, negative or off sum 1); they are "
+            "left out of every value and counted with the rows that have none"
         )
-    return AttentionStore.open(path)
+    return tuple(missing)
 
 
-def missing_metrics(path: Location, metrics: Sequence[str], against: Location | None = None) -> dict[str, MetricSpec]:
+def missing_metrics(
+    store: AttentionStore, metrics: Sequence[str], against: AttentionStore | None = None
+) -> dict[str, MetricSpec]:
     """The metrics that this version of the code has not left in the store, by name.
 
     Raises:
-        InputError: no metric, no such metric, or a pair metric without a second store.
-        StoreError: a store is not there or damaged.
+        InputError: no metric, no such metric, or a pair metric without a second store that fits.
+        StoreError: a store is damaged.
     """
     if not metrics:
         raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
-    store = AttentionStore.open(path)
     missing: dict[str, MetricSpec] = {}
     specs = load_metrics(metrics)
-    other = _second_store(store, {spec.name: spec for spec in specs}, against)
+    _check_second_store(store, {spec.name: spec for spec in specs}, against)
     for spec in specs:
-        parameters = stored_parameters(store, spec, other)
+        parameters = stored_parameters(store, spec, against)
         # A measurement that was killed has left its parameters and some of its batches.
-        compared = other if spec.inputs == "pair" else None
-        if parameters is None or not has_metric(path, spec.name, parameters, compared):
+        compared = against if spec.inputs == "pair" else None
+        if parameters is None or not has_metric(store, spec.name, parameters, compared):
             missing[spec.name] = spec
     return missing
 
@@ -132,18 +134,15 @@ def stored_parameters(
     return None
 
 
-def _second_store(
-    store: AttentionStore, specs: Mapping[str, MetricSpec], against: Location | None
-) -> AttentionStore | None:
-    """The store that pair metrics compare with; None when there are none."""
+def _check_second_store(store: AttentionStore, specs: Mapping[str, MetricSpec], other: AttentionStore | None) -> None:
+    """Raises InputError unless there is a second store, and one that fits, exactly where a metric compares two."""
     pairs = [name for name, spec in specs.items() if spec.inputs == "pair"]
+    if other is None:
+        if pairs:
+            raise InputError(f"{pairs[0]} compares two captures; name the other one with --against OTHER.zarr")
+        return
     if not pairs:
-        if against is not None:
-            raise InputError(f"--against {against} is given, but none of {', '.join(specs)} compares two captures")
-        return None
-    if against is None:
-        raise InputError(f"{pairs[0]} compares two captures; name the other one with --against OTHER.zarr")
-    other = AttentionStore.open(against)
+        raise InputError(f"--against {other.path} is given, but none of {', '.join(specs)} compares two captures")
     if other.image_ids != store.image_ids:
         raise InputError(
             f"{other.path} was captured over other images than {store.path}; a pair metric compares the same images"
@@ -163,7 +162,6 @@ def _second_store(
                 "metric compares the same images, so capture both from the same files"
             )
     _require_maps(other, specs)
-    return other
 
 
 def _pictures(store: AttentionStore) -> dict[str, str]:

@@ -115,17 +115,17 @@ def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
 
 
 def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
-    from engine.measure import measure_store, missing_metrics
-    from store.storage import location_of
+    from engine.measure import measure_store
+    from store import AttentionStore
 
-    path = location_of(config.measure.store)
-    against = location_of(config.measure.against) if config.measure.against else None
-    missing = missing_metrics(path, config.measure.metrics, against)
-    if not missing:
-        print(f"{path} holds {', '.join(config.measure.metrics)} already")
-        return 0
-    measure_store(path, config.measure.metrics, config.measure.backend, against, config.measure.scheduler)
-    print(f"{path}: measured {', '.join(missing)}")
+    keys = config.measure
+    store = AttentionStore.open(keys.store)
+    against = AttentionStore.open(keys.against) if keys.against else None
+    measured = measure_store(store, keys.metrics, keys.backend, against, keys.scheduler)
+    if measured:
+        print(f"{store.path}: measured {', '.join(measured)}")
+    else:
+        print(f"{store.path} holds {', '.join(keys.metrics)} already")
     return 0
 
 

@@ -218,10 +218,8 @@ class Study:
         def work() -> None:
             stores = {}
             for run in self.runs:
-                path = self._store_path(run)
-                stores[run.condition, run.seed] = measure_store(
-                    path, config.measure.metrics, config.measure.backend, scheduler=config.measure.scheduler
-                )
+                store = stores[run.condition, run.seed] = AttentionStore.open(self._store_path(run))
+                measure_store(store, config.measure.metrics, config.measure.backend, scheduler=config.measure.scheduler)
             invariant = [run.condition for run in self.runs if run.seed_invariant]
             table = build_table(
                 stores, config.measure.metrics, seed_invariant=invariant, attributes=self._table_attributes()
