@@ -114,7 +114,7 @@ def test_the_rule_is_able_to_fail() -> None:
     capture = named_by("engine.capture")
     assert breaks_rooms("engine.capture.sinks", "engine.measure", "measure_store", named_by("engine.measure"))
     assert breaks_rooms("engine.measure.store", "engine.capture.tap", "AttentionTap", capture)
-    assert breaks_rooms("engine.measure.store", "engine.capture", "HostCopies", capture)
+    assert breaks_rooms("engine.measure.store", "engine.capture", "BatchSinks", capture)
     assert not breaks_rooms("engine.measure.store", "engine.capture", "AttentionTap", capture)
     assert not breaks_rooms("engine.capture.sinks", "engine.progress", "say", named_by("engine.progress"))
     assert not may_import("kernels", "store.schema")

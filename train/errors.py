@@ -1,4 +1,4 @@
-"""The errors of training: what a user caused and can mend, and what a run met on its way."""
+"""The errors of training: what a user can put right, and what a run met on its way; `exit_code` is the program's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input: the message is one sentence with what was found, what was expected and what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback.
     """
+
+    exit_code = 2
 
 
 class DamagedFileError(InputError):
@@ -20,9 +22,13 @@ class DamagedFileError(InputError):
 class TrainingDivergedError(RuntimeError):
     """The loss or the gradient is NaN or infinite; the message names the step and its images."""
 
+    exit_code = 1
+
 
 class WorkerLostError(RuntimeError):
     """Another of the processes that work together has ended; what was finished stays."""
+
+    exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

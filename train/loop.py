@@ -31,7 +31,7 @@ from train.evaluation import Evaluation
 from train.parallel import SINGLE, Workers
 from train.precision import forward_precision
 from train.state import StateFile, TrainingState, trained_tensors
-from train.transfer import downloaded, pinned, uploaded
+from train.transfer import HostCopy, downloaded, pinned, uploaded
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def fit(
     later = LOOK_LATER[device.type]
 
     def look(at: _Step) -> None:
-        value, hits, gradient_norm = at.numbers()
+        value, hits, gradient_norm = at.numbers().tolist()
         if not (math.isfinite(value) and math.isfinite(gradient_norm)):
             raise TrainingDivergedError(
                 f"{label}: loss {value:g} and gradient norm {gradient_norm:g} at step {at.step} (epoch {at.epoch}, "
@@ -216,7 +216,7 @@ class _Step:
     epoch: int
     count: int
     indices: np.ndarray
-    numbers: Callable[[], list[float]]
+    numbers: HostCopy
 
 
 _ADVICE = "lower the learning rate, or train with --train.precision fp32"

@@ -1,8 +1,8 @@
 """Tensors between host and device without waiting for the device, which has work to do meanwhile.
 
 A copy from ordinary memory to a GPU waits for everything that was launched before it, and so does looking at a number;
-copies from and to pinned memory take their place in the queue. On a CPU there is nothing to wait for, and the same
-calls hand the memory over as it is.
+copies from and to pinned memory take their place in a queue. On a CPU there is nothing to wait for, and the same calls
+hand the memory over as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+# Waits for one copy, and returns the contiguous tensor on the host. May be called from another thread.
+HostCopy = Callable[[], torch.Tensor]
+
+# Copies of one kind that may be on their way at once: enough for the link to the host to be busy while the next layers
+# are computed, and few enough that what waits stays a fraction of a batch.
+_DEPTH = 4
 
 
 def pinned(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -22,17 +29,80 @@ def uploaded(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return pinned(values, device).to(device, non_blocking=True)
 
 
-def downloaded(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Start to bring a few numbers [n] to the host; the function returned waits for them."""
-    if not values.is_cuda:
-        return values.tolist
+def downloaded(values: torch.Tensor) -> HostCopy:
+    """Start to bring a few numbers to the host, behind all that was launched before."""
+    return _copied(values) if values.is_cuda else lambda: values
+
+
+def _copied(values: torch.Tensor) -> HostCopy:
+    """A copy on the present stream, to a buffer of its own from torch's cache of pinned memory.
+
+    torch gives a buffer out again only after the caller dropped it and the copy has run, so it may be kept for long.
+    """
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 
-    def wait() -> list[float]:
+    def wait() -> torch.Tensor:
         copied.synchronize()
-        return [float(value) for value in host.tolist()]
+        return host
 
     return wait
+
+
+class HostCopies:
+    """Copies from one device to the host, on a stream of their own.
+
+    A copy waits for the work that makes its tensor and for nothing else, and the forward pass does not wait for it.
+
+        copies = HostCopies(device)
+        arriving = copies.start(maps, torch.float16)    # returns at once
+        ...                                             # the next layer is launched
+        maps_on_host = arriving()                       # waits for this copy alone
+
+    A tensor that is being copied may be dropped: its memory is given back when the copy has run, not before.
+
+    Args:
+        device: where the tensors are.
+
+    Attributes:
+        depth: how many tensors of one kind are worth keeping on their way; 0 on a CPU, where each has arrived at once.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.depth = 0 if self._stream is None else _DEPTH
+
+    def start(self, values: torch.Tensor, precision: torch.dtype | None = None, *, shared: bool = False) -> HostCopy:
+        """Start to bring `values` to the host.
+
+        Args:
+            values: any strides; its own thread must not write to it afterwards.
+            precision: type on the host, narrowed on the device; None: as it is. On a CPU values keep their own, since
+                whoever stores them narrows them chunk by chunk.
+            shared: the memory belongs to the model. On a CPU it is copied then, lest a view keep the whole of it.
+
+        Returns:
+            A function that waits for this copy and returns the contiguous tensor on the host.
+
+        Raises:
+            ValueError: the tensor is on another kind of device.
+        """
+        if values.device.type != self.device.type:
+            raise ValueError(f"values are on {values.device}, expected {self.device}")
+        values = values.detach()
+        if self._stream is None:
+            own = values.clone(memory_format=torch.contiguous_format) if shared else values.contiguous()
+            return lambda: own
+        # Waits on the device, not here, and for what was launched so far: not for the layers that follow.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            # Narrowed on the device, so that half as much crosses. The narrow tensor is this stream's own: freed at
+            # once, its memory goes to later work of this stream alone, which comes after the copy.
+            narrow = values if precision is None else values.to(precision)
+            arriving = _copied(narrow)
+            # The values belong to the model's stream, which would reuse their memory as soon as they are dropped.
+            values.record_stream(self._stream)
+        return arriving

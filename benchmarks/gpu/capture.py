@@ -18,10 +18,10 @@ from benchmarks.gpu.timing import device_of
 from engine.capture.batch_sinks import BatchSinks
 from engine.capture.sinks import Capture, capture_to_store
 from engine.capture.tap import AttentionTap, discover_sites
-from engine.capture.transfer import HostCopies
 from kernels import METRICS
 from store import LayerSchema, StoreSchema
 from store.arrays import attention_arrays
+from train.transfer import HostCopies
 
 __all__ = ["measure_overhead", "measure_streaming"]
 

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from engine.capture.attention_call import attention_map
 from engine.capture.tap import AttentionSite, AttentionTap, evaluating
-from engine.capture.transfer import HostCopies, HostCopy
 from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
 from store import Factors, FactorSchema, LayerSchema, StoreSchema
 from store.encodings import factor_schema
+from train.transfer import HostCopies, HostCopy
 
 _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

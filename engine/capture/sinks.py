@@ -25,7 +25,6 @@ from engine.capture.layouts import CaptureError
 from engine.capture.metrics import check_metrics, chosen_backend, metric_parameters, metrics_of_one_capture
 from engine.capture.prefix_mass import heads_on_prefix
 from engine.capture.tap import AttentionTap, discover_sites, evaluating
-from engine.capture.transfer import HostCopies, HostCopy
 from engine.progress import ImageProgress, say
 from kernels import MetricSpec, TokenLayout
 from store import AttentionStore, AttentionWriter, FactorSchema, StoreSchema
@@ -36,6 +35,7 @@ from store.storage import Location
 from train.data import ImageSet
 from train.errors import InputError
 from train.parallel import Tally, Workers
+from train.transfer import HostCopies, HostCopy
 
 
 @dataclass(frozen=True, kw_only=True)
