@@ -30,9 +30,9 @@ from kernels import TokenLayout
 from kernels.cpu.threads import num_threads
 from store import AttentionStore, AttentionWriter, Factors, FactorSchema, LayerSchema, StoreSchema
 from store.arrays import attention_arrays
-from store.commit import available_cpus
 from store.precisions import cast
 from store.shards import encode_chunk
+from store.system import available_cpus
 from tests.cases import layout, trained
 
 VIT_B16: TokenLayout = layout(14, 14, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,16 +20,12 @@ from store.precisions import Array, as_numbers, cast
 from store.schema import StoreError, StoreSchema
 from store.shards import FileEntry, encode_chunk, write_file
 from store.storage import Location, Storage
+from store.system import available_cpus
 
 FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
 SMALL_BYTES = 1 << 20  # smaller ones (a batch's logits, a metric's values) wait beside them, until their commit
 FILE_THREADS = 2  # one file is written while the other is being forced to disk
 COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one a metric of a measurement
-
-
-def available_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Committer:

@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import math
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,8 +73,12 @@ def open_hdf5(path: Path) -> Any:
 def fatality(read: Callable[[], object]) -> str:
     """What becomes of a process that reads a file, for a sentence; "" if it lives on: a copy of this one tries.
 
-    What the reading raises is no matter here: this process meets it, too.
+    What the reading raises is no matter here: this process meets it, too. Windows makes no copies of processes.
     """
+    if not hasattr(os, "fork"):
+        return ""
+    import resource
+
     copy = os.fork()
     if not copy:
         with contextlib.suppress(BaseException):

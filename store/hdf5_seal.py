@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO
 
 from store.disk import making, writing
-from store.local import sync_directory
 from store.removal import Mark
 from store.schema import StoreError
+from store.system import sync_folder
 
 BLOCK_BYTES = 512  # HDF5's user block
 DAMAGE = (OSError, RuntimeError, KeyError)  # what h5py raises of a damaged file
@@ -47,7 +47,7 @@ def sealed(path: Path, schema: str, mark: Mark) -> Iterator[Path]:
             file.flush()
             os.fsync(file.fileno())
     with writing(path):
-        sync_directory(path.absolute().parent)
+        sync_folder(path.absolute().parent)
 
 
 def is_sealed(path: Path, schema: str) -> bool:

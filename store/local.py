@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import uuid
@@ -17,19 +16,11 @@ from store.removal import is_unfinished, named, put, remove, unfinished
 from store.schema import StoreError
 from store.scratch import scratch
 from store.storage import PARTIAL, Lock, Storage, Write
+from store.system import lock_file, sync_folder
 
 # Names of files in stores and ledgers, whole or not.
 _FILE = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json(?:{PARTIAL})?|c(?:\.\d+)*(?:{PARTIAL})?|lock")
 _HALF_WRITTEN = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json{PARTIAL}|c(?:\.\d+)*{PARTIAL}")
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make_folder(path: Path) -> None:
@@ -131,14 +122,14 @@ class LocalStorage(Storage):
 
     def settle(self, files: Iterable[str]) -> None:
         for folder in {(self.path / file).parent for file in files}:
-            sync_directory(folder)
+            sync_folder(folder)
 
     def replace(self, file: str, content: bytes) -> None:
         folder = (self.path / file).parent
         if not folder.is_dir():
             _make_folder(folder)
             for above in [folder, *folder.parents]:
-                sync_directory(above)
+                sync_folder(above)
                 if above == self.path.parent:
                     break
         super().replace(file, content)
@@ -153,7 +144,7 @@ class LocalStorage(Storage):
         for folder, _, _ in os.walk(self.path, topdown=False):
             with contextlib.suppress(StoreError):  # it is not empty
                 remove(Path(folder), lambda path: False)
-        sync_directory(self.path if self.path.is_dir() else self.path.parent)
+        sync_folder(self.path if self.path.is_dir() else self.path.parent)
 
     def sweep(self) -> None:
         remove(unfinished(self.path), is_unfinished)
@@ -173,12 +164,12 @@ class LocalStorage(Storage):
     def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
         for folder, _, names in os.walk(skeleton):
             for name in names:
-                with open(Path(folder) / name, "rb") as file:
+                with open(Path(folder) / name, "r+b") as file:  # Windows forces no file to disk that is only read
                     os.fsync(file.fileno())
-            sync_directory(Path(folder))
+            sync_folder(Path(folder))
         commit()
         put(skeleton, self.path, lambda path: False)  # nothing, or an empty folder
-        sync_directory(self.path.parent)
+        sync_folder(self.path.parent)
 
     def free_bytes(self) -> int:
         folder = next(parent for parent in (self.path, *self.path.parents) if parent.is_dir())
@@ -194,7 +185,7 @@ class LocalStorage(Storage):
         _make_folder(self.path)
         with open(self.path / "lock", "a+", encoding="ascii") as file:
             lock = _Flock(self.path, file)
-            lock.take(fcntl.LOCK_EX)
+            lock.take()
             lock.sign(str(os.getpid()))
             yield lock
 
@@ -202,7 +193,7 @@ class LocalStorage(Storage):
     def joined(self, run: str) -> Iterator[Lock]:
         with open(self.path / "lock", "a+", encoding="ascii") as file:
             lock = _Flock(self.path, file)
-            lock.take(fcntl.LOCK_SH)
+            lock.take(shared=True)
             if run not in lock.signature():
                 raise StoreError(f"{self.path} is not shared by the run that this process belongs to; start it again")
             yield lock
@@ -220,14 +211,14 @@ class _Flock:
         self._path = path
         self._file = file
 
-    def take(self, kind: int) -> None:
+    def take(self, *, shared: bool = False) -> None:
         """Lock, exclusively or shared.
 
         Raises:
             StoreError: others hold it.
         """
         try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+            lock_file(self._file, shared=shared)
         except BlockingIOError:
             holder, *sharing = self.signature() or ["unknown"]
             others = ", or one that it shares it with," if sharing else ""
@@ -243,7 +234,7 @@ class _Flock:
     def share(self) -> str:
         run = uuid.uuid4().hex
         self.sign(f"{os.getpid()} {run}")
-        self.take(fcntl.LOCK_SH)
+        self.take(shared=True)
         return run
 
     def signature(self) -> list[str]:

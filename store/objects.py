@@ -31,6 +31,7 @@ from store.redaction import redacted
 from store.removal import UNFINISHED, is_unfinished, remove
 from store.schema import NetworkError, StoreError
 from store.storage import Lock, Storage, StoreUrl, Write
+from store.system import is_running
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
@@ -289,20 +290,10 @@ class _LockObject:
         """Whether a process of this machine still holds the lock; a dead one may have had this one's number."""
         if process == os.getpid():
             return self._storage.location in _held
-        return not isinstance(process, int) or _runs(process)
+        return not isinstance(process, int) or is_running(process)
 
     def _content(self) -> bytes:
         return json.dumps(self._mine).encode()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _sentence(error: BaseException) -> str:

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 from store.precisions import Array
 from store.redaction import redacted
@@ -57,7 +56,9 @@ def location_of(given: str | os.PathLike[str]) -> Location:
     """
     text = os.fspath(given)
     if text.startswith("file://"):
-        text = unquote(text.removeprefix("file://"))
+        from urllib.request import url2pathname
+
+        text = url2pathname(text.removeprefix("file://"))
     elif "://" in text:
         return _store_url(text)
     return Path(os.path.abspath(text))

@@ -214,13 +214,13 @@ def test_of_starters_that_find_a_dead_process_lock_one_takes_it(monkeypatch: pyt
     stale_lock(storage)
     starters = 8
     together = threading.Barrier(starters)
-    real = store.objects._runs
+    real = store.objects.is_running
 
     def look(process: int) -> bool:
         together.wait(10)
         return real(process)
 
-    monkeypatch.setattr(store.objects, "_runs", look)
+    monkeypatch.setattr(store.objects, "is_running", look)
     taken: list[AttentionWriter] = []
     refused: list[str] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import xarray
 import zarr
 
 from store import AttentionStore, AttentionWriter, DiskError, LayerSchema, StoreError, StoreSchema, estimate_bytes
+from store.system import lock_file
 from store.verify import info, verify
 from tests.full_disk import file_size_limit
 
@@ -419,14 +419,13 @@ def test_a_lock_that_is_removed_while_it_is_taken_is_not_held(path: Path, monkey
     """`discard` removes the file that another process has just opened; the next one makes another."""
     case.capture(path)
     lock = path.with_suffix(".ledger") / "lock"
-    real = fcntl.flock
 
-    def removed_meanwhile(file: Any, kind: int) -> None:
+    def removed_meanwhile(file: Any, **options: Any) -> None:
         lock.unlink()
-        real(file, kind)
+        lock_file(file, **options)
 
     with monkeypatch.context() as meanwhile:
-        meanwhile.setattr("store.local.fcntl.flock", removed_meanwhile)
+        meanwhile.setattr("store.local.lock_file", removed_meanwhile)
         with pytest.raises(StoreError, match="has just been removed by another process; start again"):
             AttentionWriter.open(path, case.make_schema(), **case.fixed())
     AttentionWriter.open(path, case.make_schema(), **case.fixed()).close()

@@ -13,6 +13,7 @@ from typing import Any
 from store import StoreError
 from store.disk import making, writing
 from store.removal import named, remove
+from store.system import sync_folder
 
 _WRITTEN = ".written.json"  # in a folder of pictures: the files that this program left there
 
@@ -35,17 +36,6 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable (POSIX; elsewhere the rename itself is the best there is)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checked_json(document: Mapping[str, Any]) -> bytes:

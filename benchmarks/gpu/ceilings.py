@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of, median_seconds, wall_seconds
-from store.commit import available_cpus
 from store.shards import encode_chunk
+from store.system import available_cpus
 from tests.cases import layout, trained
 
 __all__ = ["measure"]

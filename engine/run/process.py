@@ -54,6 +54,8 @@ def find_modules_here() -> None:
 
 def reader_left() -> bool:
     """Whether the program that reads what is printed has ended; what is still to be written goes nowhere then."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
     left = False
     for stream in (sys.stdout, sys.stderr):
         poll = select.poll()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tomllib
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from store import StoreError
 from store.disk import disk_error, writing
 from store.removal import named, remove
 from store.schema import MARK
+from store.system import lock_file
 from train.data import SPLIT_FOLDERS
 from train.errors import InputError
 
@@ -77,7 +77,7 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
             clause = f"outputs folder {self._outputs} (--outputs) cannot be written"
             raise InputError(str(disk_error(clause, error))) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._lock)
             if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(lock)):
                 raise FileNotFoundError(lock)  # its holder, just now, left nothing
         except (BlockingIOError, FileNotFoundError) as error:

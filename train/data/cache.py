@@ -9,7 +9,6 @@ The key is a hash of the files' contents and of the transform, so studies of the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,9 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 from store.disk import making, writing
+from store.system import lock_file, sync_folder
 from train.data.sets import FolderImages, ImageSet
 from train.errors import InputError
-from train.whole_files import sync_folder, write_atomically
+from train.whole_files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class ImageCache:
                 "--data.cache_folder DIR, or decode every time with --data.cache false"
             ) from error
         with open(self.folder / f".{self.path.stem}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock, wait=True)
             yield
 
 
