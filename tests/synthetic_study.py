@@ -19,6 +19,7 @@ import xarray as xr
 import zarr
 from PIL import Image
 
+from engine.capture.samples import SCHEMA
 from engine.report.inputs import load_results
 from engine.report.page import render_page
 from engine.report.summary import summary_markdown
@@ -282,7 +283,8 @@ def _samples(
 ) -> None:
     rows, cols = grid
     height, width = rows * patch_px, cols * patch_px
-    root = zarr.open_group(outputs / "samples.zarr", mode="w", zarr_format=3)
+    attributes = {"schema": SCHEMA, "region_names": list(regions), "class_names": list(classes)}
+    root = zarr.open_group(outputs / "samples.zarr", mode="w", zarr_format=3, attributes=attributes)
     images = root.create_group("images")
     pixels = random.integers(0, 90, size=(count, height, width, 1), dtype=np.uint8)
     boxes = np.zeros((count, len(regions), 4))
@@ -300,8 +302,6 @@ def _samples(
     images["label"] = np.asarray(labels[:count])
     if regions:
         images["boxes"] = boxes
-    root.attrs["region_names"] = list(regions)
-    root.attrs["class_names"] = list(classes)
     layout = {
         "grid_rows": rows,
         "grid_cols": cols,

@@ -20,7 +20,7 @@ import timm
 import torch
 import xarray
 
-from engine.capture.samples import start_samples
+from engine.capture import SampleMaps
 from engine.errors import MemoryExhaustedError, exit_code, foreseen
 from engine.measure.table import write_table
 from engine.run import main
@@ -80,7 +80,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "checkpoint": lambda folder: save_checkpoint(folder / "a.safetensors", {"w": torch.ones(LIMIT)}, {}),
     "journal": lambda folder: Journal(folder / "run.jsonl").stage("train", {}, [], lambda: {"note": LARGE}),
     "trials": lambda folder: TrialsFile(folder / "trials.jsonl", "study").append_logs([{"note": LARGE}]),
-    "samples": lambda folder: start_samples(folder / "samples.zarr", Pictures(), [0, 1]),  # type: ignore[arg-type]
+    "samples": lambda folder: SampleMaps.create(folder / "samples.zarr", Pictures(), [0, 1]),  # type: ignore[arg-type]
     "table": lambda folder: write_table(table(np.random.default_rng(0).random(2048)), folder),
     "export": lambda folder: export_attention(captured(folder.parent), folder / "a.h5", lambda count: None),
 }

@@ -168,7 +168,7 @@ def test_every_reader_notices_damage_of_the_sample_maps(tmp_path: Path) -> None:
     import numpy as np
     import zarr
 
-    from engine.capture.samples import start_samples
+    from engine.capture import SampleMaps
 
     class Images:
         ids, labels, class_names, region_names, boxes = ("a.png", "b.png"), (0, 1), ("x", "y"), (), None
@@ -177,7 +177,7 @@ def test_every_reader_notices_damage_of_the_sample_maps(tmp_path: Path) -> None:
             return np.full((4, 4, 3), row, dtype=np.uint8)
 
     path = tmp_path / "samples.zarr"
-    start_samples(path, Images(), [0, 1])  # type: ignore[arg-type]
+    SampleMaps.create(path, Images(), [0, 1])  # type: ignore[arg-type]
     chunks = [file for file in path.rglob("*") if file.is_file() and file.name != "zarr.json"]
     assert {file.relative_to(path).parts[1] for file in chunks} == {"pixels", "label", "id"}
     for file in chunks:

@@ -183,7 +183,7 @@ def test_sample_maps_survive_the_eight_bits(study: Path) -> None:
     greatest = np.frombuffer(content, "<f4", rows)
     prefix = np.frombuffer(content, "<f4", rows, 4 * rows)
     weights = np.frombuffer(content, np.uint8, offset=8 * rows).reshape(rows, 64) / 255 * greatest[:, None]
-    stored = np.asarray(results.samples.runs["dora", 42][3].attention[1], dtype=np.float32).reshape(rows, 65)
+    stored = np.asarray(results.samples.runs["dora_seed42"].layers[3].attention[1], dtype=np.float32).reshape(rows, 65)
     assert prefix == pytest.approx(stored[:, 0])
     assert np.abs(weights - stored[:, 1:]).max() <= stored[:, 1:].max() / 255
 

@@ -1,22 +1,53 @@
-"""Attention of every layer, head and image, while the model runs at full speed: seen, measured on the spot, stored."""
+"""Attention of every layer, head and image, while the model runs at full speed: seen, measured on the spot, stored.
 
-from engine.capture.attention_call import AttentionCall, attention_map, read_attention_call
-from engine.capture.batch_sinks import discover_factors, stack_layers, stored_layers
-from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
-from engine.capture.layouts import CaptureError, patch_stem, token_layout, vision_module
-from engine.capture.metrics import (
-    check_metrics,
-    chosen_backend,
-    definition,
-    definitions,
-    load_metrics,
-    metric_parameters,
-    metrics_of_one_capture,
-)
-from engine.capture.prefix_mass import heads_on_prefix
-from engine.capture.samples import FILES, add_sample_maps, choose_samples, require_samples_place, start_samples
-from engine.capture.sinks import Capture, capture_to_store
-from engine.capture.tap import AttentionSite, AttentionTap, capture_attention, discover_sites, evaluating, has_classes
+A name is imported when it is used: the report reads sample maps without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.capture.attention_call import AttentionCall, attention_map, read_attention_call
+    from engine.capture.batch_sinks import discover_factors, stack_layers, stored_layers
+    from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
+    from engine.capture.layouts import CaptureError, patch_stem, token_layout, vision_module
+    from engine.capture.metrics import (
+        check_metrics,
+        chosen_backend,
+        definition,
+        definitions,
+        load_metrics,
+        metric_parameters,
+        metrics_of_one_capture,
+    )
+    from engine.capture.prefix_mass import heads_on_prefix
+    from engine.capture.samples import FILES, SampleLayer, SampleMaps, SampleRun, choose_samples, require_samples_place
+    from engine.capture.sinks import Capture, capture_to_store
+    from engine.capture.tap import (
+        AttentionSite,
+        AttentionTap,
+        capture_attention,
+        discover_sites,
+        evaluating,
+        has_classes,
+    )
+
+# module of this room -> what it gives to others
+_NAMES = {
+    "attention_call": "AttentionCall attention_map read_attention_call",
+    "batch_sinks": "discover_factors stack_layers stored_layers",
+    "interception": "FunctionCall ModelInterception named_modules unwrapped",
+    "layouts": "CaptureError patch_stem token_layout vision_module",
+    "metrics": "check_metrics chosen_backend definition definitions load_metrics metric_parameters"
+    " metrics_of_one_capture",
+    "prefix_mass": "heads_on_prefix",
+    "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
+    "sinks": "Capture capture_to_store",
+    "tap": "AttentionSite AttentionTap capture_attention discover_sites evaluating has_classes",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "FILES",
@@ -27,7 +58,9 @@ __all__ = [
     "CaptureError",
     "FunctionCall",
     "ModelInterception",
-    "add_sample_maps",
+    "SampleLayer",
+    "SampleMaps",
+    "SampleRun",
     "attention_map",
     "capture_attention",
     "capture_to_store",
@@ -49,9 +82,14 @@ __all__ = [
     "read_attention_call",
     "require_samples_place",
     "stack_layers",
-    "start_samples",
     "stored_layers",
     "token_layout",
     "unwrapped",
     "vision_module",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"engine.capture.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

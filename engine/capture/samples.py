@@ -4,29 +4,32 @@ A study keeps one; the command `capture` keeps `maps.samples.zarr` beside `maps.
 
 samples.zarr/   attrs: schema, class_names, region_names
   images/{pixels [image, row, col, channel], id, label, boxes}
-  <condition>_seed<k>/layer_00 [image, head, query, key] float16, attrs site, layout;  logits [image, class]
-                                                                                       (none where a model has no head)
+  <run>/layer_00 [image, head, query, key] float16, attrs site, layer, layout: each layer its own
+  <run>/logits [image, class], none where a model has no head
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
-from engine.capture.attention_call import attention_map
-from engine.capture.tap import AttentionSite, AttentionTap, evaluating, has_classes
+from kernels import TokenLayout
 from store.disk import making
 from store.removal import holds_only, own_zarr, schema_of
-from store.schema import MARK, StoreError
+from store.schema import MARK
 from store.storage import Storage
-from train.data import ImageSet
 from train.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.data import ImageSet
 
 SCHEMA = f"{MARK}-samples/1"
 
@@ -35,54 +38,164 @@ FILES = rf"zarr\.json|[^/]+/(?:zarr\.json|[^/]+/{_CHUNKS})"
 _RUN_FILES = rf"zarr\.json|(?:layer_\d+|logits)/{_CHUNKS}"
 
 
+@dataclass(frozen=True, slots=True)
+class SampleLayer:
+    """The maps of one site: `attention` [image, head, query, key] is an array that is read where it is indexed."""
+
+    layer: int
+    site: str
+    layout: TokenLayout
+    attention: Any
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRun:
+    """What one model made of the sample images: its layers in depth order, and logits [image, class] if it has any."""
+
+    layers: tuple[SampleLayer, ...]
+    logits: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleMaps:
+    """The sample images and the whole attention maps that are kept for them.
+
+    Args:
+        path: the `samples.zarr`.
+        pixels: uint8 [image, row, col, channel].
+        ids, labels: of the images.
+        boxes: float32 [image, region, 4], (row0, col0, row1, col1) in pixels, or None.
+        regions: names of the boxes.
+        classes: class names.
+        runs: those that were asked for when it was opened, by name.
+    """
+
+    path: Path
+    pixels: np.ndarray
+    ids: tuple[str, ...]
+    labels: tuple[int, ...]
+    boxes: np.ndarray | None
+    regions: tuple[str, ...]
+    classes: tuple[str, ...]
+    runs: Mapping[str, SampleRun] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, path: Path, images: ImageSet, rows: Sequence[int]) -> Self:
+        """Begin a store with the images themselves; one that is there is replaced.
+
+        Args:
+            images: the data set.
+            rows: rows of the samples.
+
+        Raises:
+            DiskError: it cannot be written.
+            StoreError: something else lies there.
+        """
+        samples = cls(
+            path=path,
+            pixels=np.stack([images.picture(row) for row in rows]),
+            ids=tuple(images.ids[row] for row in rows),
+            labels=tuple(int(images.labels[row]) for row in rows),
+            boxes=None if images.boxes is None else images.boxes[list(rows)].astype(np.float32),
+            regions=tuple(images.region_names),
+            classes=tuple(images.class_names),
+        )
+        with making(path, is_samples) as partial:
+            samples._write_images(partial)
+        return samples
+
+    @classmethod
+    def open(cls, path: Path, runs: Collection[str] = ()) -> Self:
+        """Read the images, and where the maps of these runs lie.
+
+        Raises:
+            InputError: it is no store of sample maps, or cannot be read.
+        """
+        try:
+            root = zarr.open_group(path, mode="r")
+            if root.attrs.get("schema") != SCHEMA:
+                raise ValueError(f"its schema is {root.attrs.get('schema')!r}, expected {SCHEMA!r}")
+            images = _group(root, "images")
+            return cls(
+                path=path,
+                pixels=_values(images, "pixels"),
+                ids=tuple(str(name) for name in _values(images, "id")),
+                labels=tuple(int(label) for label in _values(images, "label")),
+                boxes=_values(images, "boxes") if "boxes" in images else None,
+                regions=tuple(map(str, _list(root, "region_names"))),
+                classes=tuple(map(str, _list(root, "class_names"))),
+                runs={name: _read_run(_group(root, name)) for name in runs},
+            )
+        except Exception as error:  # zarr and the codecs share no base class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise InputError(
+                f"{path}: cannot be read as the sample maps that capture keeps ({reason}); run capture again"
+            ) from error
+
+    def add(
+        self, name: str, model: torch.nn.Module, images: ImageSet, rows: Sequence[int], *, device: str = "cpu"
+    ) -> None:
+        """Add one model's maps of the sample images as the group `name`; one that is there is replaced whole.
+
+        Args:
+            name: of the run, in a study `<condition>_seed<k>`.
+            model: see `AttentionTap`.
+            images, rows: as given to `create`.
+            device: where the model runs.
+
+        Raises:
+            DiskError: it cannot be written.
+            StoreError: a group of that name holds something else.
+        """
+        import torch
+
+        from engine.capture.attention_call import attention_map
+        from engine.capture.tap import AttentionSite, AttentionTap, evaluating, has_classes
+
+        maps: list[tuple[AttentionSite, np.ndarray]] = []
+
+        def keep(
+            site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+        ) -> None:
+            maps.append((site, attention_map(query, key, scale, bias).to(torch.float16).cpu().numpy()))
+
+        with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
+            logits = model(images.batch(rows).to(device))
+        with making(self.path / name, holds_only(_RUN_FILES)) as partial:
+            group = zarr.open_group(partial, mode="w-", zarr_format=3)
+            for site, values in maps:
+                attributes = {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()}
+                _write(group, f"layer_{site.layer:02d}", values, ("image", "head", "query", "key"), attributes)
+            if has_classes(model):
+                _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
+
+    def _write_images(self, partial: Path) -> None:
+        attributes: dict[str, Any] = {
+            "schema": SCHEMA,
+            "class_names": list(self.classes),
+            "region_names": list(self.regions),
+        }
+        root = zarr.open_group(partial, mode="w-", zarr_format=3, attributes=attributes)
+        group = root.create_group("images")
+        _write(group, "pixels", self.pixels, ("image", "row", "col", "channel"))
+        _write(group, "label", np.array(self.labels, dtype=np.int64), ("image",))
+        if self.boxes is not None:
+            _write(group, "boxes", self.boxes, ("image", "region", "edge"))
+        ids = group.create_array(
+            "id",
+            shape=(len(self.ids),),
+            dtype=str,
+            chunks=(max(len(self.ids), 1),),
+            dimension_names=["image"],
+            compressors=[Crc32cCodec()],
+        )
+        ids[:] = np.array(self.ids, dtype=object)
+
+
 def choose_samples(count: int, num_images: int, seed: int) -> list[int]:
     """Rows of the sample images: `count` of them without repetition, in order, the same for a seed."""
     generator = np.random.default_rng(seed)
     return sorted(int(row) for row in generator.choice(num_images, size=min(count, num_images), replace=False))
-
-
-def start_samples(path: Path, images: ImageSet, rows: Sequence[int]) -> None:
-    """Begin a samples store with the images themselves; one that is there is replaced.
-
-    Args:
-        path: the `samples.zarr`.
-        images: the data set.
-        rows: rows of the samples.
-
-    Raises:
-        DiskError: it cannot be written.
-        StoreError: something else lies there.
-    """
-    pixels = np.stack([images.picture(row) for row in rows])
-    with making(path, is_samples) as partial:
-        _write_images(partial, pixels, images, rows)
-
-
-def _write_images(partial: Path, pixels: np.ndarray, images: ImageSet, rows: Sequence[int]) -> None:
-    root = zarr.open_group(
-        partial,
-        mode="w-",
-        zarr_format=3,
-        attributes={
-            "schema": SCHEMA,
-            "class_names": list(images.class_names),
-            "region_names": list(images.region_names),
-        },
-    )
-    group = root.create_group("images")
-    _write(group, "pixels", pixels, ("image", "row", "col", "channel"))
-    _write(group, "label", np.asarray(images.labels)[list(rows)], ("image",))
-    if images.boxes is not None:
-        _write(group, "boxes", images.boxes[list(rows)].astype(np.float32), ("image", "region", "edge"))
-    names = group.create_array(
-        "id",
-        shape=(len(rows),),
-        dtype=str,
-        chunks=(max(len(rows), 1),),
-        dimension_names=["image"],
-        compressors=[Crc32cCodec()],
-    )
-    names[:] = np.array([images.ids[row] for row in rows], dtype=object)
 
 
 def is_samples(path: Path) -> bool:
@@ -90,59 +203,49 @@ def is_samples(path: Path) -> bool:
     return own_zarr(SCHEMA, FILES)(path)
 
 
-def require_samples_place(there: Storage) -> None:
+def require_samples_place(place: Storage) -> None:
     """Check that a samples store may be put somewhere: nothing lies there, or one that is replaced.
 
     Raises:
         InputError: something else lies there.
     """
-    if (there.is_there() or there.sizes()) and schema_of(there.fetch(["zarr.json"])[0]) != SCHEMA:
+    if (place.is_there() or place.sizes()) and schema_of(place.fetch(["zarr.json"])[0]) != SCHEMA:
         raise InputError(
-            f"{there} is in the way: sample maps go there, and it is something else; move it away, or give the store "
+            f"{place} is in the way: sample maps go there, and it is something else; move it away, or give the store "
             "another name"
         )
-    there.own_files(FILES)
+    place.own_files(FILES)
 
 
-def add_sample_maps(
-    path: Path, name: str, model: torch.nn.Module, images: ImageSet, rows: Sequence[int], *, device: str = "cpu"
-) -> None:
-    """Add one model's maps of the sample images as the group `name`; one that is there is replaced whole.
+def _read_run(group: zarr.Group) -> SampleRun:
+    layers = []
+    for key, array in sorted(group.arrays()):
+        if key.startswith("layer_"):
+            layout: Any = array.attrs["layout"]
+            number = int(key.removeprefix("layer_"))
+            layers.append(SampleLayer(number, str(array.attrs["site"]), TokenLayout.from_dict(layout), array))
+    return SampleRun(tuple(layers), _values(group, "logits") if "logits" in group else None)
 
-    Args:
-        path: a store begun by `start_samples`.
-        name: of the group, `<condition>_seed<k>`.
-        model: see `AttentionTap`.
-        images, rows: as given to `start_samples`.
-        device: where the model runs.
 
-    Raises:
-        DiskError: it cannot be written.
-        StoreError: it is not, or a group of that name holds something else.
-    """
-    maps: list[tuple[AttentionSite, np.ndarray]] = []
+def _group(root: zarr.Group, name: str) -> zarr.Group:
+    group = root[name]
+    if not isinstance(group, zarr.Group):
+        raise TypeError(f"{name} is an array; expected a group")
+    return group
 
-    def keep(
-        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> None:
-        maps.append((site, attention_map(query, key, scale, bias).to(torch.float16).cpu().numpy()))
 
-    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
-        logits = model(images.batch(rows).to(device))
-    if schema_of((path / "zarr.json").read_bytes()) != SCHEMA:
-        raise StoreError(f"{path} is no store of sample maps, so none are put into it")
-    with making(path / name, holds_only(_RUN_FILES)) as partial:  # a group of the samples store
-        group = zarr.open_group(partial, mode="w-", zarr_format=3)
-        for site, values in maps:
-            _write(
-                group,
-                f"layer_{site.layer:02d}",
-                values,
-                ("image", "head", "query", "key"),
-                {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()},
-            )
-        if has_classes(model):
-            _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
+def _values(group: zarr.Group, name: str) -> np.ndarray:
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise TypeError(f"{name} is a group; expected an array")
+    return np.asarray(array[...])
+
+
+def _list(root: zarr.Group, name: str) -> list[Any]:
+    value = root.attrs[name]
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a list")
+    return value
 
 
 def _write(
@@ -152,7 +255,7 @@ def _write(
     dimensions: Sequence[str],
     attributes: dict[str, Any] | None = None,
 ) -> None:
-    """One array, one chunk an image, checksummed."""
+    """One array, one chunk per image, checksummed."""
     array = group.create_array(
         name,
         shape=values.shape,

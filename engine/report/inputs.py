@@ -14,7 +14,8 @@ from typing import Any
 
 import xarray as xr
 
-from engine.report.kept import GradcamSample, Samples, load_gradcam, load_samples
+from engine.capture import SampleMaps
+from engine.report.kept import GradcamSample, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
 from engine.statistics import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
 from engine.study import Journal
@@ -67,7 +68,7 @@ class Results:
     undefined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     prefix_mass_warning: str = ""
     training: Mapping[str, Any] | None = None
-    samples: Samples | None = None
+    samples: SampleMaps | None = None
     gradcam: tuple[GradcamSample, ...] = ()
     study: Mapping[str, Any] = field(default_factory=dict)
     study_text: str = ""

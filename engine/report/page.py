@@ -230,8 +230,7 @@ def _association(results: Results, metric: str) -> str:
     """What Moran's I is without association, where the grid is known; "" for other metrics."""
     if metric not in ("morans_i", "morans_i_received", "cls_morans_i") or results.samples is None:
         return ""
-    layers = [layer for run in results.samples.runs.values() for layer in run]
-    sizes = {int(layer.layout["grid_rows"]) * int(layer.layout["grid_cols"]) for layer in layers}
+    sizes = {layer.layout.num_patches for run in results.samples.runs.values() for layer in run.layers}
     return f"No association: {text.number(-1 / (sizes.pop() - 1))}, not 0." if len(sizes) == 1 else ""
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from engine.capture import SampleLayer, SampleMaps, SampleRun
 from engine.report.inputs import Results
-from engine.report.kept import LayerSamples, Samples
 
 BUDGET = 4_800_000
 """Bytes of base64 text for all maps: with everything else the page stays below 10 MB."""
@@ -32,17 +32,18 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
         return None
     runs = _first_runs(results, samples)
     # Layers that not every run has cannot be shown side by side.
-    depth = min(len(samples.runs[run]) for run in runs)
+    kept = [samples.runs[f"{condition}_seed{seed}"] for condition, seed in runs]
+    depth = min(len(run.layers) for run in kept)
     if depth == 0:
         return None
     for stride in STRIDES:
-        blobs = _fill(samples, runs, depth, stride)
+        blobs = _fill(samples, kept, depth, stride)
         shown = len({key.split("/")[0] for key in blobs})
         if shown >= min(2, len(samples.ids)) or (stride == STRIDES[-1] and shown):
             break
     else:
         return None
-    layers = samples.runs[runs[0]][:depth]
+    layers = kept[0].layers[:depth]
     return {
         "images": [_image(samples, index) for index in range(shown)],
         "regions": list(samples.regions),
@@ -50,21 +51,19 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
             {
                 "condition": results.conditions.index(condition),
                 "seed": seed,
-                "predictions": _predictions(
-                    samples.logits.get((condition, seed)), results.classifiers.get(condition, {})
-                ),
+                "predictions": _predictions(run.logits, results.classifiers.get(condition, {})),
             }
-            for condition, seed in runs
+            for (condition, seed), run in zip(runs, kept, strict=True)
         ],
         "layers": [
             {
                 "layer": layer.layer,
                 "site": layer.site,
                 "heads": int(layer.attention.shape[1]),
-                "rows": int(layer.layout["grid_rows"]),
-                "cols": int(layer.layout["grid_cols"]),
-                "prefix": int(layer.layout["num_prefix_tokens"]),
-                "classToken": bool(layer.layout.get("class_token", layer.layout["num_prefix_tokens"])),
+                "rows": layer.layout.grid_rows,
+                "cols": layer.layout.grid_cols,
+                "prefix": layer.layout.num_prefix_tokens,
+                "classToken": layer.layout.class_token,
                 "queries": _queries(layer, stride).tolist(),
             }
             for layer in layers
@@ -89,20 +88,23 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _first_runs(results: Results, samples: Samples) -> list[tuple[str, int]]:
-    first: dict[str, tuple[str, int]] = {}
-    for condition, seed in samples.runs:
-        first.setdefault(condition, (condition, seed))
-    return [first[condition] for condition in results.conditions if condition in first]
+def _first_runs(results: Results, samples: SampleMaps) -> list[tuple[str, int]]:
+    """(condition, seed) of each condition's first run whose maps were kept."""
+    first: dict[str, int] = {}
+    for condition in results.conditions:
+        for seed in results.seeds:
+            if f"{condition}_seed{seed}" in samples.runs:
+                first.setdefault(condition, seed)
+    return list(first.items())
 
 
-def _fill(samples: Samples, runs: list[tuple[str, int]], depth: int, stride: int) -> dict[str, str]:
+def _fill(samples: SampleMaps, runs: Sequence[SampleRun], depth: int, stride: int) -> dict[str, str]:
     """ "image/run/layer" -> text, for as many images as fit the budget whole."""
     blobs: dict[str, str] = {}
     used = 0
     for image in range(min(MOST_IMAGES, len(samples.ids))):
         own: dict[str, str] = {}
-        for key, text in _encode(samples, runs, depth, stride, image):
+        for key, text in _encode(runs, depth, stride, image):
             own[key] = text
             used += len(text)
             if used > BUDGET:
@@ -111,13 +113,11 @@ def _fill(samples: Samples, runs: list[tuple[str, int]], depth: int, stride: int
     return blobs
 
 
-def _encode(
-    samples: Samples, runs: list[tuple[str, int]], depth: int, stride: int, image: int
-) -> Iterator[tuple[str, str]]:
+def _encode(runs: Sequence[SampleRun], depth: int, stride: int, image: int) -> Iterator[tuple[str, str]]:
     for r, run in enumerate(runs):
-        for number, layer in enumerate(samples.runs[run][:depth]):
+        for number, layer in enumerate(run.layers[:depth]):
             maps = np.nan_to_num(np.asarray(layer.attention[image], dtype=np.float32))
-            prefix = int(layer.layout["num_prefix_tokens"])
+            prefix = layer.layout.num_prefix_tokens
             rows = maps[:, _queries(layer, stride)]
             weights = rows[..., prefix:]
             greatest = weights.max(-1)
@@ -131,17 +131,16 @@ def _encode(
             yield f"{image}/{r}/{number}", base64.b64encode(zlib.compress(content, 6)).decode("ascii")
 
 
-def _queries(layer: LayerSamples, stride: int) -> np.ndarray:
+def _queries(layer: SampleLayer, stride: int) -> np.ndarray:
     """Tokens whose rows are kept: the class token, and patches of every `stride`-th row and column."""
-    rows, cols = int(layer.layout["grid_rows"]), int(layer.layout["grid_cols"])
-    prefix = int(layer.layout["num_prefix_tokens"])
-    grid = prefix + np.arange(rows * cols).reshape(rows, cols)
+    layout = layer.layout
+    grid = layout.num_prefix_tokens + np.arange(layout.num_patches).reshape(layout.grid_rows, layout.grid_cols)
     offset = (stride - 1) // 2
     tokens = grid[offset::stride, offset::stride].ravel()
-    return np.concatenate([[0], tokens]) if layer.layout.get("class_token", prefix > 0) else tokens
+    return np.concatenate([[0], tokens]) if layout.class_token else tokens
 
 
-def _image(samples: Samples, index: int) -> dict[str, Any]:
+def _image(samples: SampleMaps, index: int) -> dict[str, Any]:
     pixels = samples.pixels[index]
     boxes = []
     if samples.boxes is not None:

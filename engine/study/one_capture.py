@@ -11,11 +11,10 @@ from typing import Any, cast
 from engine.capture import (
     FILES,
     Capture,
-    add_sample_maps,
+    SampleMaps,
     capture_to_store,
     choose_samples,
     require_samples_place,
-    start_samples,
 )
 from engine.config import StudyConfig
 from engine.progress import say
@@ -90,8 +89,8 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     if workers.first and config.capture.samples:
         with _samples_beside(path) as samples:
             rows = choose_samples(config.capture.samples, len(images), config.data.seed)
-            start_samples(samples, images, rows)
-            add_sample_maps(samples, path.name.removesuffix(".zarr"), model, images, rows, device=device)
+            name = path.name.removesuffix(".zarr")
+            SampleMaps.create(samples, images, rows).add(name, model, images, rows, device=device)
 
 
 def require_places(store: Location) -> None:

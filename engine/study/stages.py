@@ -19,12 +19,11 @@ import torch
 
 from engine import __version__
 from engine.capture import (
-    add_sample_maps,
+    SampleMaps,
     capture_to_store,
     choose_samples,
     definitions,
     metrics_of_one_capture,
-    start_samples,
 )
 from engine.config import StudyConfig, study_toml
 from engine.errors import reason_of
@@ -161,12 +160,16 @@ class Study:
     def capture(self) -> None:
         """Needs: checkpoints, test images. Leaves: captures/<condition>_seed<k>.zarr, samples.zarr if any are kept."""
         samples = self.outputs / "samples.zarr"
+
+        def begin_samples() -> None:
+            SampleMaps.create(samples, self.data.test, self.sample_rows)
+
         if self.sample_rows:
             self.journal.stage(
                 "samples",
                 {"data": self.data.digest, "rows": self.sample_rows, "version": __version__},
                 [samples / "zarr.json", samples / "images"],
-                lambda: start_samples(samples, self.data.test, self.sample_rows),
+                begin_samples,
             )
         for run in self.runs:
             self._captured[run] = self.journal.stage(
@@ -409,7 +412,8 @@ class Study:
         )
         samples = self.outputs / "samples.zarr"
         if self.sample_rows and Workers.current().first:
-            add_sample_maps(samples, run.name, model, self.data.test, self.sample_rows, device=self.device)
+            kept = SampleMaps.open(samples)
+            kept.add(run.name, model, self.data.test, self.sample_rows, device=self.device)
         return {"images": len(store.image_ids), "layers": len(store.layers)}
 
     def _controls(self) -> list[Control]:
