@@ -24,6 +24,7 @@ from store.verify import verify
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 22
 
 
@@ -45,6 +46,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     whole = [*TORCHRUN, str(processes), "-m", "engine.run", *command]
     return subprocess.run(whole, capture_output=True, text=True, check=False, env=ONE_THREAD)
+
+
+def forked(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """What torchrun does, with processes that import everything once: see tests/torchrun.py."""
+    whole = [sys.executable, "-m", "tests.torchrun", str(processes), *command]
+    return subprocess.run(whole, capture_output=True, text=True, check=False, env=ONE_THREAD, cwd=ROOT)
 
 
 def one_process(*command: str) -> int:
@@ -87,7 +94,7 @@ def alone(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_leave_the_bytes_of_one(inputs: list[str], alone: Path, tmp_path: Path) -> None:
     """From the beginning, and for the batches that are missing alone."""
     path = tmp_path / "maps.zarr"
-    done = torchrun(2, *capture(inputs, path))
+    done = forked(2, *capture(inputs, path))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"{IMAGES} readable images") == 1, "one of the processes decodes the folder, and says so"
     same_capture(path, alone)
