@@ -7,12 +7,11 @@ import http.server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +20,10 @@ import pytest
 import store_cases as case
 import timm
 import torch
-from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 from PIL import Image
 from safetensors.torch import save_file
 
-import store.objects
 from engine.run import main
 from engine.study.one_capture import require_places
 from store import AttentionStore, AttentionWriter, MetricWriter, StoreError
@@ -186,72 +183,6 @@ def test_one_run_writes_at_a_time() -> None:
     MetricWriter.open(AttentionStore.open(storage), case.LATER).close()
 
 
-@pytest.mark.parametrize(("host", "taken"), [(socket.gethostname(), True), ("elsewhere", False)])
-def test_the_lock_of_a_dead_process(host: str, taken: bool) -> None:
-    """On the same machine it is known that the process is gone; elsewhere the person has to know."""
-    storage = in_memory()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    lock = json.dumps({"host": host, "process": dead.pid, "run": ""}).encode()
-    storage.beside("run.ledger").replace("lock", lock)
-    if taken:
-        assert case.capture(storage) == [0, 1, 2]
-    else:
-        with pytest.raises(StoreError, match="on elsewhere is writing this store"):
-            open_writer(storage)
-
-
-def stale_lock(storage: ObjectStorage) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    lock = {"host": socket.gethostname(), "process": dead.pid, "run": ""}
-    storage.beside("run.ledger").replace("lock", json.dumps(lock).encode())
-
-
-def test_of_starters_that_find_a_dead_process_lock_one_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All have read the stale lock when the first replaces it."""
-    storage = in_memory()
-    stale_lock(storage)
-    starters = 8
-    together = threading.Barrier(starters)
-    real = store.objects.is_running
-
-    def look(process: int) -> bool:
-        together.wait(10)
-        return real(process)
-
-    monkeypatch.setattr(store.objects, "is_running", look)
-    taken: list[AttentionWriter] = []
-    refused: list[str] = []
-
-    def start() -> None:
-        try:
-            taken.append(open_writer(storage))
-        except StoreError as error:
-            refused.append(str(error))
-
-    threads = [threading.Thread(target=start) for _ in range(starters)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(taken) == 1
-    assert len(refused) == starters - 1
-    assert all("is locked: process" in sentence for sentence in refused)
-    taken[0].close()
-    open_writer(storage).close()
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{", b'{"host": "' + socket.gethostname().encode() + b'"}'])
-def test_a_damaged_lock_is_somebodys(content: bytes) -> None:
-    storage = in_memory()
-    storage.beside("run.ledger").replace("lock", content)
-    with pytest.raises(StoreError, match=r"is locked: process unknown .* if it has died, delete .*run\.ledger/lock"):
-        open_writer(storage)
-    storage.beside("run.ledger").remove("lock")
-    open_writer(storage).close()
-
-
 def test_other_stores_are_left_alone() -> None:
     storage = in_memory()
     storage.replace("zarr.json", b"{}")
@@ -277,28 +208,6 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 # --- servers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a bucket of an S3 server on this machine, and the environment that finds it."""
-    import boto3
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="maps")
-    yield "s3://maps"
-    server.stop()
 
 
 def test_objects_of_others_stay(bucket: str) -> None:
