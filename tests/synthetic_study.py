@@ -20,9 +20,8 @@ import zarr
 from PIL import Image
 
 from engine.capture.samples import SCHEMA
-from engine.report.inputs import load_results
-from engine.report.page import render_page
-from engine.report.summary import summary_markdown
+from engine.report.inputs import Results, load_results
+from engine.report.write import render_page, summary_markdown, write_report
 from engine.statistics import analyse
 from engine.statistics.document import comparison_document
 from engine.study.journal import Journal
@@ -139,9 +138,17 @@ def small(tmp_path: Path, **options: Any) -> Path:
     return build_study(tmp_path / "outputs", **{"metrics": ("distance", "region_mass"), "images": 24, **options})
 
 
+def results_of(outputs: Path) -> Results:
+    return load_results(outputs, Journal(outputs / "run.jsonl"))
+
+
+def report_on(outputs: Path) -> tuple[Path, ...]:
+    return write_report(outputs, Journal(outputs / "run.jsonl"))
+
+
 def texts(outputs: Path) -> tuple[str, str]:
     """Summary and page; drawing the figures as well would be most of the time."""
-    results = load_results(outputs)
+    results = results_of(outputs)
     summary = summary_markdown(results)
     return summary, render_page(results, summary)
 

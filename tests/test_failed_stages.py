@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from engine.report import figures
+from engine.report import write
 from engine.run import main
 from engine.study import stages as study
 from engine.study.journal import Journal
@@ -44,7 +44,7 @@ def test_controls_and_relevance_that_fail_are_left_out_and_named(
         torch.manual_seed(seed)
         save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / f"{name}.safetensors")
     outputs = tmp_path / "outputs"
-    monkeypatch.setattr(figures, "render_figures", lambda results: [])  # most of the time
+    monkeypatch.setattr(write, "render_figures", lambda results: [])  # most of the time
 
     def broken(*arguments: object, **keywords: object) -> None:
         raise KeyError("a fault of ours")

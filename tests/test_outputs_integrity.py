@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import xarray
-from synthetic_study import build_study, record_stages, small, texts
+from synthetic_study import build_study, record_stages, results_of, small, texts
 
 from engine.measure.table import read_table, write_table
-from engine.report.inputs import Results, load_results
+from engine.report.inputs import Results
 from engine.report.relevance import load_relevance
 from engine.study.journal import Journal
 from train.errors import DamagedFileError, InputError
@@ -58,10 +58,10 @@ def test_a_flipped_bit_in_any_file_is_named_by_the_report(study: Path) -> None:
         before = file.read_bytes()
         file.write_bytes(content)
         with pytest.raises(DamagedFileError, match="is not as it was written") as caught:
-            load_results(study)
+            results_of(study)
         assert next(name for name in READ if file.is_relative_to(study / name)) in str(caught.value)
         file.write_bytes(before)
-    assert load_results(study).journal.path.is_file()
+    assert results_of(study).record.exists()
 
 
 @pytest.mark.parametrize("what", ["swapped", "rolled back", "copied", "missing", "an older journal"])
@@ -86,26 +86,26 @@ def test_whole_files_in_the_wrong_place_are_named(what: str, study: Path, tmp_pa
             lines = journal.read_bytes().splitlines(keepends=True)
             journal.write_bytes(b"".join(line for line in lines if b'"statistics"' not in line))
             record_stages(study)
-            assert load_results(study).data["images"] == 7
+            assert results_of(study).data["images"] == 7
             kept, content = (comparison, older[0]) if what == "rolled back" else (journal, older[1])
             kept.write_bytes(content)
     with pytest.raises(DamagedFileError, match=r"metrics/(attention_comparison|training)\.json is (not as|missing)"):
-        load_results(study)
+        results_of(study)
 
 
 def test_what_no_stage_left_is_not_used(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Put there from another study: a run's maps, a relevance document; a table is not optional."""
     shutil.copytree(study / "samples.zarr/finetuned_seed42", study / "samples.zarr/baseline_seed7")
     (study / "metrics/relevance.json").write_text("{}")
-    results = load_results(study)
+    results = results_of(study)
     assert load_relevance(results) is None
     assert "relevance.json is left out: run.jsonl has no record of it" in capsys.readouterr().out
     shutil.copytree(study / "samples.zarr/finetuned_seed42", study / "samples.zarr/dora_seed42", dirs_exist_ok=True)
     with pytest.raises(DamagedFileError, match="dora_seed42 is not as it was written"):
-        load_results(study)
+        results_of(study)
     (study / "run.jsonl").write_text("")
     with pytest.raises(InputError, match=r"attention_metrics\.zarr: .*run\.jsonl has no record of it; make it again"):
-        load_results(study)
+        results_of(study)
 
 
 def test_maps_of_runs_that_are_no_part_of_the_study_any_more_may_be_gone(study: Path) -> None:
@@ -114,7 +114,7 @@ def test_maps_of_runs_that_are_no_part_of_the_study_any_more_may_be_gone(study: 
     shutil.copytree(study / "samples.zarr/baseline_seed42", extra)
     Journal(study / "run.jsonl").stage("capture baseline seed 7", {}, [extra], lambda: None)
     shutil.rmtree(extra)
-    assert load_results(study).samples is not None
+    assert results_of(study).samples is not None
 
 
 def test_which_stage_was_done_again_last_changes_no_page(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_outputs_without_a_journal_are_read_and_the_page_says_so(tmp_path: Path)
     from synthetic_study import texts
 
     outputs = small(tmp_path, conditions=("only",), regions=(), samples=False, gradcam=False)
-    assert isinstance(load_results(outputs), Results)
+    assert isinstance(results_of(outputs), Results)
     assert "no run.jsonl vouches that they are as they were written" in texts(outputs)[1]
     assert "vouches" not in texts(record_stages(build_study(tmp_path / "with", metrics=("distance",), images=24)))[1]
 

@@ -16,11 +16,9 @@ from engine.relevance.comparison import prediction_link, relevance_document, wri
 from engine.relevance.evaluation import CONTROL, Evaluation, evaluate_maps
 from engine.relevance.faithfulness import Curves
 from engine.relevance.samples import Explained, write_samples
-from engine.report import write_report
-from engine.report.inputs import load_results
 from engine.report.relevance import load_relevance, relevance_sentences
 from tests.relevance_cases import family
-from tests.synthetic_study import build_study
+from tests.synthetic_study import build_study, report_on, results_of
 from train.data.classes import HeadClasses
 from train.data.sets import ImageSet, Preprocessing
 from train.errors import InputError
@@ -105,14 +103,14 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     assert float(rows[0]["faithfulness"]) == pytest.approx(
         evaluations["baseline"]["rollout"].values["faithfulness"][0], rel=1e-6
     )
-    results = load_results(outputs)
+    results = results_of(outputs)
     found = load_relevance(results)
     assert found is not None
     sentences = relevance_sentences(results, found)
     assert any("against rollout" in s and "generic better" in s for s in sentences["Faithfulness"])
     assert any("maps of another class are noisier" in s for s in sentences["How much maps depend on the class"])
     assert "ρ = −0.500" in sentences["Attention and the prediction"][0]
-    write_report(outputs)
+    report_on(outputs)
     page = (outputs / "report.html").read_text(encoding="utf-8")
     assert 'id="relevance"' in page
     assert "finetuned: deletion" in page
@@ -120,7 +118,7 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     assert "### Faithfulness" in (outputs / "summary.md").read_text(encoding="utf-8")
     (outputs / "metrics" / "relevance.json").write_text('{"schema": 7}')
     with pytest.raises(InputError, match="schema is 7; this version reads schema 1"):
-        write_report(outputs)
+        report_on(outputs)
 
 
 def one_image(of: Evaluation) -> Evaluation:
@@ -143,7 +141,7 @@ def test_maps_of_no_image_or_of_one_are_reported_without_tests(tmp_path: Path, i
     )
     assert document["methods"] == document["conditions"] == document["classes"] == []
     write_relevance(outputs / "metrics", document, few, targets, ["image0"][:images])
-    write_report(outputs)
+    report_on(outputs)
     said = "No map was measured: relevance.measured is 0."
     for file in ("report.html", "summary.md"):
         text = (outputs / file).read_text(encoding="utf-8")

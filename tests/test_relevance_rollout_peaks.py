@@ -14,11 +14,11 @@ from engine.capture import capture_attention
 from engine.relevance import relevance_maps
 from engine.relevance.comparison import write_relevance
 from engine.relevance.rollout_peaks import rollout_peaks
-from engine.report import write_report
-from engine.report.inputs import load_results
-from engine.report.relevance import load_relevance, relevance_section, relevance_sentences
+from engine.report.document import Study, Text
+from engine.report.relevance import load_relevance, relevance_sentences
+from engine.report.sections.relevance import relevance
 from kernels import TokenLayout, measure_attention
-from tests.synthetic_study import build_study
+from tests.synthetic_study import build_study, report_on, results_of
 from tests.test_relevance_report import IMAGES, documents
 from train.whole_files import write_json
 
@@ -92,7 +92,7 @@ def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count:
     some = {"images": 8, "at_dominant": count, "share": 0.8817, "layer": 0, "head": 5} if count else none
     document["rollout_peaks"] = [{"condition": "baseline"} | none, {"condition": "finetuned"} | some]
     write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])
-    results = load_results(outputs)
+    results = results_of(outputs)
     found = load_relevance(results)
     assert found is not None
     expected = (
@@ -103,11 +103,10 @@ def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count:
     assert relevance_sentences(results, found).get("Where rollout points", []) == ([expected] if count else [])
     for part in ("means", "curves", "methods", "conditions", "classes", "refused"):
         document[part] = []  # nothing was measured: pictures alone
-    section = relevance_section(replace(results, outputs=alone(tmp_path / "alone", document)))
-    assert (section is not None) == bool(count)
-    if section is not None:
-        assert expected.replace("'", "&#39;") in section.body
+    blocks = relevance(Study(replace(results, outputs=alone(tmp_path / "alone", document))))
+    said = [block.content for block in blocks if isinstance(block, Text)]
+    assert said == ([expected] if count else [])
     if count == 7:
-        write_report(outputs)
+        report_on(outputs)
         assert expected.replace("'", "&#39;") in (outputs / "report.html").read_text(encoding="utf-8")
         assert expected in (outputs / "summary.md").read_text(encoding="utf-8")

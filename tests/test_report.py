@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_study import build_study, payload, record_stages, small, texts
+from synthetic_study import build_study, payload, record_stages, report_on, results_of, small, texts
 
-from engine.report import viewer, write_report
-from engine.report.figures import render_figures
-from engine.report.inputs import load_results
-from engine.report.page import render_page
+from engine.report import viewer
+from engine.report.write import render_figures, render_page
 from engine.study.journal import Journal
 from store import DiskError
 from train.errors import InputError
@@ -31,7 +29,7 @@ HOSTILE = '<script>alert("x")</script>|`[a](b)`&amp;$x$\n# h'
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole study with its report written."""
     outputs = record_stages(build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=DRAWN))
-    write_report(outputs)
+    report_on(outputs)
     return outputs
 
 
@@ -54,7 +52,10 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
     Journal(again / "run.jsonl").stage("report", {}, [], lambda: None)
     with (again / "run.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"event": "done", "stage": "mea')
-    code = f"from engine.report import write_report; write_report({str(again)!r})"
+    code = (
+        "from engine.report import write_report; from engine.study import Journal; "
+        f"write_report({str(again)!r}, Journal(__import__('pathlib').Path({str(again / 'run.jsonl')!r})))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     for path in [study / "summary.md", study / "report.html", *(study / "visualizations/figures").iterdir()]:
         assert (again / path.relative_to(study)).read_bytes() == path.read_bytes(), path.name
@@ -65,7 +66,7 @@ def test_what_is_no_longer_measured_has_no_figure(tmp_path: Path) -> None:
     figures = outputs / "visualizations/figures"
     replace_files(figures, [("layers_entropy.svg", b"of an earlier study")])
     (figures / "mine.svg").write_text("somebody's own", encoding="utf-8")
-    written = {path.name for path in write_report(outputs) if path.parent == figures}
+    written = {path.name for path in report_on(outputs) if path.parent == figures}
     assert {path.name for path in figures.iterdir()} == {*written, ".written.json", "mine.svg"}
     assert "layers_entropy.svg" not in written
 
@@ -74,13 +75,14 @@ def test_a_place_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) ->
     outputs = small(tmp_path, metrics=("distance",), regions=(), conditions=("only",), samples=False, gradcam=False)
     (outputs / "visualizations").write_text("a file where a folder must go", encoding="utf-8")
     with pytest.raises(DiskError, match=r"figures.* cannot be written: a part of the path is a file"):
-        write_report(outputs)
+        report_on(outputs)
 
 
 def test_nothing_heavy_is_imported(study: Path) -> None:
     code = (
-        f"import sys; from engine.report.inputs import load_results; from engine.report.page import render_page\n"
-        f"render_page(load_results(__import__('pathlib').Path({str(study)!r})), '')\n"
+        "import sys; from pathlib import Path; from engine.report.inputs import load_results\n"
+        "from engine.report.write import render_page; from engine.study.journal import Journal\n"
+        f"study = Path({str(study)!r}); render_page(load_results(study, Journal(study / 'run.jsonl')), '')\n"
         "print([name for name in ('torch', 'timm', 'peft', 'numba') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=study.parents[0])
@@ -155,7 +157,7 @@ def test_the_policy_names_the_script_that_is_there(study: Path) -> None:
 
 
 def test_the_page_holds_the_tests_numbers(study: Path) -> None:
-    results = load_results(study)
+    results = results_of(study)
     shown = payload((study / "report.html").read_text(encoding="utf-8"))
     by_label = {entry["label"]: entry for entry in shown["maps"]}
     test = results.select("head", condition="dora", metric="entropy", layer=2, head=1)[0]
@@ -173,7 +175,7 @@ def test_sample_maps_survive_the_eight_bits(study: Path) -> None:
     import base64
     import zlib
 
-    results = load_results(study)
+    results = results_of(study)
     assert results.samples is not None
     viewer = payload((study / "report.html").read_text(encoding="utf-8"))["viewer"]
     layer = viewer["layers"][3]
@@ -223,7 +225,7 @@ def test_pairs_of_values_survive_the_eight_bits(study: Path) -> None:
     import base64
     import zlib
 
-    results = load_results(study)
+    results = results_of(study)
     shown = payload((study / "report.html").read_text(encoding="utf-8"))
     rows = [list(results.table["image"].values).index(name) for name in shown["images"]]
     entry = next(entry for entry in shown["maps"] if entry["metric"] == "entropy")
@@ -249,7 +251,7 @@ def test_tables_can_be_downloaded_whole(study: Path) -> None:
         files
     )
     rows = list(csv.DictReader(io.StringIO(base64.b64decode(files["tests.csv"]).decode("utf-8"))))
-    results = load_results(study)
+    results = results_of(study)
     assert len(rows) == len(results.analyses.tests)
     for row, test in zip(rows, results.analyses.tests, strict=True):
         assert row["family"] == test.family
@@ -271,7 +273,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     comparison["data"]["dropped"] = [{"id": HOSTILE, "status": "unreadable"}]
     comparison["controls"][0]["detail"] = HOSTILE
     path.write_text(json.dumps(comparison), encoding="utf-8")
-    write_report(outputs)
+    report_on(outputs)
 
     text = (outputs / "report.html").read_text(encoding="utf-8")
     page = _Page()
@@ -295,7 +297,7 @@ def test_several_seeds_draw_their_spread(tmp_path: Path) -> None:
     outputs = small(
         tmp_path, seeds=(1, 2, 3), conditions=("baseline", "finetuned"), samples=False, gradcam=False, training=False
     )
-    results = load_results(outputs)
+    results = results_of(outputs)
     drawn = dict(render_figures(results))
     assert {"seeds.svg", "seeds.png"} <= set(drawn)
     page = render_page(results, "")
@@ -326,7 +328,7 @@ def test_some_layers_and_heads_only_keep_their_numbers(tmp_path: Path) -> None:
     summary, page = texts(outputs)
     shown = payload(page)
     assert (shown["layers"], shown["heads"]) == ([1, 3], [2, 3])
-    test = load_results(outputs).select("head", condition="finetuned", metric="distance", layer=3, head=2)[0]
+    test = results_of(outputs).select("head", condition="finetuned", metric="distance", layer=3, head=2)[0]
     assert shown["maps"][0]["grids"][0]["cells"][1][0]["d"] == pytest.approx(test.difference, rel=1e-5)
     assert shown["maps"][0]["grids"][0]["cells"][1][0]["hist"] is not None
     assert [layer["layer"] for layer in shown["viewer"]["layers"]] == [0, 1, 2, 3]
@@ -334,7 +336,7 @@ def test_some_layers_and_heads_only_keep_their_numbers(tmp_path: Path) -> None:
     most = max(regional, key=lambda test: abs(test["difference"]))["layer"]
     assert f"differs most in layer {most} (blocks.{most}.attn)" in summary
     assert 'data-label="largest change">layer 0' not in page
-    assert {name for name, _ in render_figures(load_results(outputs))} >= {"region_mass.svg", "difference_distance.png"}
+    assert {name for name, _ in render_figures(results_of(outputs))} >= {"region_mass.svg", "difference_distance.png"}
 
 
 def test_undefined_values_are_hatched_and_counted(tmp_path: Path) -> None:
@@ -412,7 +414,7 @@ def test_bad_inputs_are_one_clear_sentence(tmp_path: Path, fault: str, names: st
     outputs = small(tmp_path, permutations=49)
     _break(outputs, fault)
     with pytest.raises(InputError) as caught:
-        write_report(outputs)
+        report_on(outputs)
     message = str(caught.value)
     assert names in message
     assert says in message

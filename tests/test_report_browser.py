@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import build_study
+from synthetic_study import build_study, report_on, results_of
 
-from engine.report import write_report
-from engine.report.inputs import load_results
-from engine.report.page import render_page
+from engine.report.write import render_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -147,7 +145,7 @@ class Browser:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=("distance", "region_mass"))
-    write_report(outputs)
+    report_on(outputs)
     return outputs / "report.html"
 
 
@@ -184,7 +182,7 @@ def test_it_fits_the_screen_without_an_error(browser: Browser, page: Path, width
 def test_a_leaner_study_makes_a_sound_page(browser: Browser, tmp_path: Path, options: dict[str, Any]) -> None:
     outputs = build_study(tmp_path, **{"metrics": ("distance", "region_mass"), "permutations": 49, **options})
     page = tmp_path / "report.html"
-    page.write_text(render_page(load_results(outputs), ""), encoding="utf-8")
+    page.write_text(render_page(results_of(outputs), ""), encoding="utf-8")
     browser.open(page, 360)
     browser.wait("document.readyState === 'complete'")
     assert browser.problems() == []
@@ -230,7 +228,7 @@ def test_heads_that_were_chosen_keep_their_numbers(browser: Browser, tmp_path: P
     """Heads 1 and 3 of four were measured; the maps of the samples hold all four."""
     outputs = build_study(tmp_path, metrics=("distance",), regions=(), measured_heads=(1, 3), permutations=49)
     page = tmp_path / "report.html"
-    page.write_text(render_page(load_results(outputs), ""), encoding="utf-8")
+    page.write_text(render_page(results_of(outputs), ""), encoding="utf-8")
     browser.open(page, 800)
     browser.wait(READY)
     browser.run('document.querySelector(\'td[data-row="2"][data-head="1"]\').click()')
@@ -316,7 +314,7 @@ def test_pairs_of_a_cell_are_the_images_of_the_table(browser: Browser, page: Pat
     browser.choose("map-metric", "0")
     browser.run('document.querySelector(\'td[data-row="2"][data-head="1"]\').click()')
     browser.wait("document.querySelectorAll('.plot').length === 2")
-    results = load_results(page.parent)
+    results = results_of(page.parent)
     values = results.table["distance"].mean("seed").isel(layer=2, head=1)
     d = (values.sel(condition="finetuned") - values.sel(condition="baseline")).values
     plot = "document.querySelector('.plot')"
@@ -335,12 +333,12 @@ def test_pairs_of_a_cell_are_the_images_of_the_table(browser: Browser, page: Pat
 def test_several_runs_say_which_one_is_shown(browser: Browser, tmp_path: Path) -> None:
     outputs = build_study(tmp_path, metrics=("distance",), regions=(), seeds=(3, 4), permutations=49, gradcam=False)
     page = tmp_path / "report.html"
-    page.write_text(render_page(load_results(outputs), ""), encoding="utf-8")
+    page.write_text(render_page(results_of(outputs), ""), encoding="utf-8")
     browser.open(page, 800)
     browser.wait(READY)
     assert browser.problems() == []
     assert "seed 3" in browser.run("document.querySelectorAll('#view-panels p')[4].textContent")
-    assert browser.run("document.querySelectorAll('#seeds polyline').length") == 4  # two runs of two conditions
+    assert browser.run("document.querySelectorAll('#seeds .thin').length") == 4  # two runs of two conditions
 
 
 def test_a_cell_leads_to_its_attention(browser: Browser, page: Path) -> None:

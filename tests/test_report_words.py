@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import build_study, payload, small, texts
+from synthetic_study import build_study, payload, results_of, small, texts
 
 from engine.report import text
-from engine.report.figures import render_figures
 from engine.report.findings import comparisons
-from engine.report.inputs import Results, load_results
+from engine.report.inputs import Results
 from engine.report.verdicts import verdicts
+from engine.report.write import render_figures
 from train.errors import InputError
 
 
@@ -22,7 +22,7 @@ from train.errors import InputError
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str, str]:
     """A study with effects: its results, summary and page."""
     outputs = build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=("distance", "entropy", "region_mass"))
-    return load_results(outputs), *texts(outputs)
+    return results_of(outputs), *texts(outputs)
 
 
 def test_every_metric_has_a_verdict(told: tuple[Results, str, str]) -> None:
@@ -60,7 +60,7 @@ def test_equivalence_is_said_where_a_bound_was_set(tmp_path: Path) -> None:
 def test_what_an_absent_finding_means_is_said(tmp_path: Path) -> None:
     """No difference found: how large a one would have been found."""
     outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"), regions=(), samples=False)
-    test = load_results(outputs).select("layer")[0]
+    test = results_of(outputs).select("layer")[0]
     assert test.mde_dz is not None
     summary, _ = texts(outputs)
     assert f"dz {test.mde_dz:.2f} or more would have been found with a power of 80 %" in summary
@@ -153,7 +153,7 @@ def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path:
     assert "No negative control was recorded" in summary
     assert "given checkpoint" in summary
     assert "The clearest change is in" in summary
-    assert {name for name, _ in render_figures(load_results(outputs)) if name.endswith("png")} == {
+    assert {name for name, _ in render_figures(results_of(outputs)) if name.endswith("png")} == {
         "layers_distance.png",
         "difference_distance.png",
         "layers_morans_i.png",
@@ -249,7 +249,7 @@ def test_the_clearest_change_is_the_largest_and_its_row_says_the_same(tmp_path: 
         return {"difference": difference, "dz": dz, "d_av": size, "p_max_t": 0.001 if difference < 0 else 0.9}
 
     outputs = change_tests(two_metrics(tmp_path), changes)
-    results = load_results(outputs)
+    results = results_of(outputs)
     summary, page = texts(outputs)
     first = summary.splitlines()[2]
     assert first.startswith("The clearest change is in morans_i, layer 1 (blocks.1.attn): from")
@@ -283,7 +283,7 @@ def test_a_change_of_the_size_of_rounding_is_called_that(tmp_path: Path) -> None
 def test_one_layer_that_changed_does_not_read_as_a_number_of_layers(tmp_path: Path) -> None:
     outputs = two_metrics(tmp_path, metrics=("entropy",))
     change_tests(outputs, lambda test: {"p_max_t": 0.001 if test["layer"] == 3 else 0.9})
-    results = load_results(outputs)
+    results = results_of(outputs)
     (row,) = verdicts(results, comparisons(results)[0])
     assert row.layers == "layer 3 (1 of 4)"
 
@@ -293,7 +293,7 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     inside = {"difference": 0.01, "dz": 5.0, "d_av": 3.0, "p_max_t": 0.001, "tost_bound": 0.5, "p_tost_holm": 0.001}
     changed = {"difference": 0.1, "dz": 1.0, "d_av": 1.0, "p_max_t": 0.001}
     change_tests(outputs, lambda test: inside if test["metric"] == "entropy" else changed)
-    results = load_results(outputs)
+    results = results_of(outputs)
     (comparison,) = comparisons(results)
     assert (comparison.changed, comparison.negligible) == (16, 16)
     assert (comparison.layers_changed, comparison.layers_negligible) == (4, 4)
@@ -321,7 +321,7 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     # Within the bound in one layer alone: the row says where.
     alone = {"p_tost_holm": 0.9, "p_max_t": 0.9}
     change_tests(outputs, lambda test: alone if test["metric"] == "entropy" and test["layer"] != 2 else None)
-    results = load_results(outputs)
+    results = results_of(outputs)
     row = next(row for row in verdicts(results, comparisons(results)[0]) if row.metric == "entropy")
     assert row.verdict == "real but negligible in layer 2, p 0.001; within ±0.500 in 1 of 4"
     assert not row.negligible
@@ -343,11 +343,11 @@ def test_settings_are_those_of_the_results(tmp_path: Path) -> None:
     assert "6 training runs are too few for a seed-level test at 0.01 (an exact sign flip needs 8)" in summary
     assert "difference (90 % CI)" in page
     assert "says now: confidence 0.5 (the tests: 0.9), alpha 0.05 (the tests: 0.01)" in page
-    drawn = next(content for name, content in render_figures(load_results(outputs)) if name == "layers_entropy.svg")
+    drawn = next(content for name, content in render_figures(results_of(outputs)) if name == "layers_entropy.svg")
     assert b"90 % t interval" in drawn
     path = outputs / "metrics/attention_comparison.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     del document["settings"]
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(InputError, match=r"does not say with which settings \(alpha, confidence, power\)"):
-        load_results(outputs)
+        results_of(outputs)

@@ -1,170 +1,221 @@
-"""Line charts of the page as small SVG text, coloured by the page's own style sheet (so they follow light and dark)."""
+"""The charts of a study, for the page, and the figures made of them, for files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
-from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 360, 240
-RIGHT, TOP, BOTTOM = 10, 12, 40
-BAR = 5.5  # height of a marked stretch
-LABEL, DIGIT = 24, 7.2  # room for the label beside the axis, and for each character of the numbers at it
-SHAPES = {  # marker outlines around 0, 0; the order is that of the conditions' colours
-    0: "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
-    1: "M-3 -3h6v6h-6z",
-    2: "M0 -3.8L3.6 2.8H-3.6z",
-    3: "M0 -4L4 0L0 4L-4 0z",
-    4: "M0 3.8L3.6 -2.8H-3.6z",
-    5: "M-1.3 -3.6h2.6v2.3h2.3v2.6h-2.3v2.3h-2.6v-2.3h-2.3v-2.6h2.3z",
-}
+from engine.report import text
+from engine.report.findings import Comparison, head_maps, histories, layer_curve
+from engine.report.inputs import Results
+from engine.report.marks import PALETTE
+from engine.report.plots import Chart, Column, Figure, HeatMap, Line, Stretch
+from engine.report.wording import accuracies, accuracy_title
+from kernels import METRICS
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Line:
-    """A line of a chart: points, an interval around them where there is one, and its condition's colour."""
-
-    name: str
-    color: int
-    x: Sequence[float]
-    y: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    thin: bool = False
+def color(results: Results, condition: str) -> int:
+    """A condition's colour: the same in every chart."""
+    return results.conditions.index(condition) % len(PALETTE) if condition in results.conditions else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A stretch of the x axis, marked at the foot of a chart in a condition's colour."""
+def curve_chart(results: Results, metric: str, region: str | None, found: Sequence[Comparison] = ()) -> Chart:
+    """Every condition's metric by layer; the regions of one metric share their scale.
 
-    name: str
-    color: int
-    first: float
-    last: float
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that span low to high."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * 0.999)
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    return [step * index for index in range(first, last + 1)]
-
-
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    x_ticks: Sequence[float],
-    y_range: tuple[float, float] | None = None,
-    bars: Sequence[Bar] = (),
-    zero: bool = False,
-) -> Markup:
-    """SVG of some lines; what it shows in words is its accessible name. NaN breaks a line. `zero` marks that level."""
-    low, high = y_range or _range(lines)
-    if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    marks = ticks(low, high)
-    low, high = min(low, marks[0]), max(high, marks[-1])
-    decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9)) if len(marks) > 1 else 2
-    texts = [f"{mark:.{decimals}f}".replace("-", "−") for mark in marks]
-    left = LABEL + DIGIT * max(len(text) for text in texts)
-    x_low, x_high = min(x_ticks), max(x_ticks)
-    pad = 0.06 * (x_high - x_low) or 0.5
-    x_low, x_high = x_low - pad, x_high + pad
-
-    def across(value: float) -> float:
-        return left + (WIDTH - left - RIGHT) * (value - x_low) / (x_high - x_low)
-
-    foot = BOTTOM + BAR * len({bar.color for bar in bars})  # lines stay above the bars
-
-    def down(value: float) -> float:
-        return TOP + (HEIGHT - TOP - foot) * (high - value) / (high - low or 1.0)
-
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(f"{title}: {y_label} by {x_label}; the numbers are in the table below")}">'
-    ]
-    for mark, text in zip(marks, texts, strict=True):
-        y = down(mark)
-        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    step = max(1, -(-len(x_ticks) // 13))
-    for value in x_ticks[::step]:
-        parts.append(f'<text x="{across(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
-    parts.append(
-        f'<line class="axis" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="label" x="{(left + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 7}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text class="label" transform="translate(12 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y_label)}</text>'
-    )
-    if zero:
-        parts.append(f'<line class="axis" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{down(0):.1f}" y2="{down(0):.1f}"/>')
-    rows = {color: row for row, color in enumerate(dict.fromkeys(bar.color for bar in bars))}
-    for bar in bars:
-        y, half = HEIGHT - BOTTOM - BAR * (rows[bar.color] + 1), 0.3
-        start, end = max(across(bar.first - half), left), min(across(bar.last + half), WIDTH - RIGHT)
-        parts.append(
-            f'<rect class="bar c{bar.color}" x="{start:.1f}" y="{y:.1f}" width="{end - start:.1f}" '
-            f'height="{BAR - 1.5}"><title>{escape(bar.name)}</title></rect>'
+    With comparisons, the runs of layers that differ are marked at the foot.
+    """
+    lines = []
+    for condition in results.conditions:
+        curve, own = layer_curve(results, metric, condition, region), color(results, condition)
+        if len(curve.by_seed) > 1:
+            lines += [Line(condition, own, results.layers, run, look="thin") for run in curve.by_seed.values()]
+        lines.append(Line(condition, own, results.layers, curve.mean, curve.low, curve.high))
+    stretches = [
+        Stretch(
+            f"{cluster.direction} than {cluster.against} in {text.span(cluster.layers)}, p {text.p_value(cluster.p)}",
+            color(results, cluster.condition),
+            cluster.layers[0],
+            cluster.layers[-1],
         )
-    for line in lines:
-        if line.low is not None and line.high is not None:
-            for run in _runs(np.asarray(line.low) + np.asarray(line.high)):
-                upper = [f"{across(line.x[i]):.1f},{down(line.high[i]):.1f}" for i in run]
-                lower = [f"{across(line.x[i]):.1f},{down(line.low[i]):.1f}" for i in reversed(run)]
-                parts.append(f'<polygon class="band c{line.color}" points="{" ".join(upper + lower)}"/>')
-    for line in lines:
-        kind = "thin" if line.thin else "line"
-        for run in _runs(np.asarray(line.y)):
-            points = " ".join(f"{across(line.x[i]):.1f},{down(line.y[i]):.1f}" for i in run)
-            parts.append(f'<polyline class="{kind} c{line.color}" points="{points}"/>')
-            if line.thin:
-                continue
-            for i in run:
-                shape = SHAPES[line.color % len(SHAPES)]
-                tip = escape(f"{line.name}, {x_label} {line.x[i]:g}: {line.y[i]:.6g}")
-                parts.append(
-                    f'<path class="mark c{line.color}" transform="translate({across(line.x[i]):.1f} '
-                    f'{down(line.y[i]):.1f})" d="{shape}"><title>{tip}</title></path>'
-                )
-    parts.append("</svg>")
-    return Markup("".join(parts))
-
-
-def _range(lines: Sequence[Line]) -> tuple[float, float]:
-    values = [
-        np.asarray(part, dtype=np.float64)
-        for line in lines
-        for part in (line.y, line.low, line.high)
-        if part is not None
+        for pair in found
+        for cluster in results.clusters(condition=pair.condition, against=pair.against, metric=metric, region=region)
     ]
-    known = np.concatenate([part[np.isfinite(part)] for part in values]) if values else np.empty(0)
-    if known.size == 0:
-        return 0.0, 1.0
-    low, high = float(known.min()), float(known.max())
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one level: an axis around it, not one through its rounding
-        half = 0.05 * abs(low) or 0.05
-        return low - half, high + half
-    return low, high
+    y_range = None
+    if region is not None:
+        highs = [layer_curve(results, metric, c, name).high for c in results.conditions for name in results.regions]
+        known = [high for high in np.concatenate(highs) if np.isfinite(high)]
+        y_range = (0.0, float(max(known))) if known else None
+    unit = results.unit(metric)
+    return Chart(
+        title=results.heading(metric, region),
+        heading=region or "",
+        unit=unit,
+        note=_association(results, metric),
+        lines=lines,
+        stretches=stretches,
+        x_label="layer",
+        y_label=unit or (results.title(metric) if region is None else "share"),
+        x_ticks=results.layers,
+        y_range=y_range,
+    )
 
 
-def _runs(values: np.ndarray) -> list[list[int]]:
-    """Stretches of indices whose values are all finite."""
-    runs: list[list[int]] = []
-    for index in np.flatnonzero(np.isfinite(values)):
-        if runs and runs[-1][-1] == index - 1:
-            runs[-1].append(int(index))
-        else:
-            runs.append([int(index)])
-    return runs
+def seed_chart(results: Results, metric: str, region: str | None) -> Chart:
+    """Every training run's difference by layer."""
+    lines = []
+    for condition, against in results.comparisons():
+        runs = layer_curve(results, metric, condition, region).by_seed
+        base = layer_curve(results, metric, against, region).by_seed
+        for seed, means in runs.items() if base else ():
+            other = base.get(seed, next(iter(base.values())))  # a seed-invariant condition has one run
+            name = f"{condition}, seed {seed}"
+            lines.append(Line(name, color(results, condition), results.layers, means - other, look="thin"))
+    title = results.heading(metric, region)
+    return Chart(
+        title=f"{title}, difference by training run",
+        heading=title,
+        unit=results.unit(metric),
+        lines=lines,
+        x_label="layer",
+        y_label="difference",
+        x_ticks=results.layers,
+        zero=True,
+    )
+
+
+def training_charts(results: Results) -> Iterator[Chart]:
+    """Loss and validation accuracy by epoch, where they were recorded."""
+    for key, label, scale in (
+        ("loss", "training loss", 1.0),
+        ("validation_accuracy", "validation accuracy (%)", 100.0),
+    ):
+        lines: list[Line] = []
+        for condition, epochs, values in histories(results, key):
+            again = any(line.name == condition for line in lines)
+            own = color(results, condition)
+            lines.append(Line(condition, own, epochs.tolist(), scale * values, look="thin" if again else "line"))
+        if lines:
+            marks = sorted({epoch for line in lines for epoch in line.x})
+            yield Chart(title=label, lines=lines, x_label="epoch", y_label=label, x_ticks=marks)
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    """(file name without its ending, figure) of everything that these results have something for."""
+    legend = [(name, color(results, name)) for name in results.conditions]
+    taken: set[str] = set()
+    for metric in results.metrics:
+        # A user's metric may be called `my_module:my_metric`.
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", metric).strip(".-") or "metric"
+        while stem in taken:
+            stem += "_"
+        taken.add(stem)
+        regions = results.regions_of(metric)
+        panels = [curve_chart(results, metric, region) for region in regions]
+        if metric in METRICS and (label := METRICS[metric].axis_label):
+            panels = [replace(chart, y_label=label) for chart in panels]
+        note = _interval_note(results, metric)
+        title = results.title(metric)
+        name = stem if regions != (None,) else f"layers_{stem}"
+        yield name, Figure(panels=panels, columns=3, title=title, legend=legend, note=note)
+        if results.select("head", metric=metric):
+            yield f"difference_{stem}", _difference_maps(results, metric, regions)
+    if accuracies(results):
+        yield "accuracy", _accuracy(results)
+    trained = {condition for condition, _, _ in histories(results, "loss")}
+    if trained:
+        panels = [
+            replace(c, y_label="training loss (nat)") if c.y_label == "training loss" else c
+            for c in training_charts(results)
+        ]
+        shown = [entry for entry in legend if entry[0] in trained]
+        yield "training", Figure(panels=panels, columns=2, legend=shown)
+    if len(results.seeds) > 1:
+        plain = [metric for metric in results.metrics if results.regions_of(metric) == (None,)]
+        pairs = [
+            (f"{condition} − {against}", color(results, condition)) for condition, against in results.comparisons()
+        ]
+        note = f"One line a training run ({len(results.seeds)} seeds); mean over heads and images"
+        panels = [seed_chart(results, metric, None) for metric in plain]
+        panels = [replace(c, y_label=f"difference ({c.unit or '1'})") for c in panels]
+        yield "seeds", Figure(panels=panels, columns=3, legend=pairs, note=note)
+
+
+def _interval_note(results: Results, metric: str) -> str:
+    curves = [layer_curve(results, metric, c, r) for c in results.conditions for r in results.regions_of(metric)]
+    fewest = min(int(curve.n.min()) for curve in curves)
+    n = f"n = {results.num_images:,} images"
+    if fewest < results.num_images:
+        n = f"n = {fewest:,} to {results.num_images:,} images a point"
+    seeds = "; thin lines: single training runs" if len(results.seeds) > 1 else ""
+    return f"Mean over heads and images; band: {100 * results.confidence:g} % t interval over images, {n}{seeds}"
+
+
+def _difference_maps(results: Results, metric: str, regions: Sequence[str | None]) -> Figure:
+    """Layer × head maps of the difference, one panel a comparison (and region), on one symmetric scale."""
+    pairs = results.comparisons()
+    places = [(pair, region) for region in regions for pair in pairs]
+    maps = [head_maps(results, *pair, metric, region) for pair, region in places]
+    known = np.concatenate([np.abs(found["difference"]).ravel() for found in maps])
+    greatest = float(known[np.isfinite(known)].max(initial=0.0))
+    panels = [
+        HeatMap(
+            heading=f"{condition} − {against}" + ("" if region is None else f"\non {region}"),
+            values=found["difference"],
+            sure=found["p_max_t"] <= results.alpha,
+            limit=greatest or 1.0,
+            rows=results.layers,
+            columns=results.heads,
+            x_label="head",
+            y_label="layer",
+        )
+        for ((condition, against), region), found in zip(places, maps, strict=True)
+    ]
+    hatched = "" if np.isfinite(known).all() else ", hatched: undefined"
+    n = max((test.n or 0 for test in results.select("head", metric=metric)), default=0)
+    unit = results.unit(metric)
+    return Figure(
+        panels=panels,
+        columns=len(pairs),
+        title=results.title(metric),
+        note=f"Dot: max-T p ≤ {results.alpha:g} in its family; faded: above it{hatched}; n = {n:,} images",
+        scale=f"difference ({unit})" if unit else "difference",
+    )
+
+
+def _accuracy(results: Results) -> Figure:
+    found = accuracies(results)
+    columns = []
+    for x, (condition, test, chance, runs) in enumerate(found):
+        points = [100 * (run.get("test") or 0.0) for run in results.accuracy[condition].values()] if runs > 1 else []
+        own = color(results, condition)
+        columns.append(
+            Column(own, x, 100 * test, f"{100 * test:.1f}", points, None if chance is None else 100 * chance)
+        )
+    chart = Chart(
+        title="Accuracy",
+        heading="Accuracy",
+        columns=columns,
+        x_label="",
+        x_ticks=range(len(columns)),
+        x_names=[name for name, *_ in found],
+        y_label=f"{accuracy_title(results).lower()} (%)",
+        y_range=(0.0, 100.0),
+        width=80 + 90 * max(len(columns), 2),
+    )
+    most = max(runs for *_, runs in found)
+    note = "one training run per condition" if most == 1 else f"bar: mean of {most} runs; dots: runs"
+    if any(column.level is not None for column in columns):
+        note += "; line: chance"
+    return Figure(panels=[chart], note=note)
+
+
+def _association(results: Results, metric: str) -> str:
+    """What a metric is without association, where it has such a value and the grid is known; or ""."""
+    if metric not in METRICS or results.samples is None:
+        return ""
+    sizes = {layer.layout.num_patches for run in results.samples.runs.values() for layer in run.layers}
+    null = METRICS[metric].null(sizes.pop()) if len(sizes) == 1 else None
+    return "" if null is None else f"No association: {text.number(null)}, not 0."

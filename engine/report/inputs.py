@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import xarray as xr
 
@@ -18,7 +18,6 @@ from engine.capture import SampleMaps
 from engine.report.kept import GradcamSample, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
 from engine.statistics import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
-from engine.study import Journal
 from kernels import METRICS
 from train.errors import InputError
 
@@ -28,9 +27,27 @@ TRAINING = Path("metrics/training.json")
 SAMPLES = Path("samples.zarr")
 GRADCAM = Path("visualizations/gradcam_samples")
 STUDY = Path("study.toml")
-RUN_LOG = Path("run.jsonl")
 
 TABLE_DIMS = ("condition", "seed", "image", "layer", "head")
+
+
+class Record(Protocol):
+    """What is known of how a folder's files were made: it is asked for a file before the file is read."""
+
+    def exists(self) -> bool:
+        """Whether anything was recorded."""
+
+    def usable(self, path: Path) -> bool:
+        """Whether a file or folder may be read; raises InputError where it is not as its stage left it."""
+
+    def require(self, path: Path) -> None:
+        """As `usable`, for a file without which nothing can be said: raises InputError where it may not be read."""
+
+    def failed(self) -> dict[str, str]:
+        """Stage -> reason of the stages that failed and left nothing."""
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Stage -> seconds of its last completed run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +60,7 @@ class Results:
         sites: layer -> module name, in depth order.
         analyses: tests, trends, clusters and relations.
         settings: those that the tests and intervals were made with, as in `attention_comparison.json`.
-        journal: what the stages recorded of their files; a file is asked for there before it is read.
+        record: what the stages recorded of their files.
         controls, accuracy, classifiers, data, undefined: as in `attention_comparison.json`.
         prefix_mass_warning: what capture had to say about prefix mass, or "".
         training: `training.json`, or None where nothing was trained.
@@ -60,7 +77,7 @@ class Results:
     sites: tuple[str, ...]
     analyses: Analyses
     settings: Mapping[str, Any]
-    journal: Journal
+    record: Record
     controls: tuple[Mapping[str, Any], ...] = ()
     accuracy: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -146,6 +163,10 @@ class Results:
         """A heading: "mean distance" for `distance`, where the table gives one."""
         return str(self.table[metric].attrs.get("title") or metric.replace("_", " "))
 
+    def heading(self, metric: str, region: str | None) -> str:
+        """A metric's title, with the region that it is of."""
+        return self.title(metric) if region is None else f"{self.title(metric)}: {region}"
+
     def unit(self, metric: str) -> str:
         """The unit in words; "" for a pure number."""
         unit = str(self.table[metric].attrs.get("units", ""))
@@ -173,31 +194,29 @@ class Results:
         """Relations whose fields equal `where`."""
         return tuple(relation for relation in self.analyses.relations if _matches(relation, where))
 
+    def regions_of(self, metric: str) -> tuple[str | None, ...]:
+        """The regions that a metric was taken in; (None,) of one without regions."""
+        return self.regions if "region" in self.table[metric].dims else (None,)
+
     def series(self) -> Iterator[tuple[str, str | None]]:
-        """(metric, region): one entry a metric, or one a region for metrics that have regions."""
-        for metric in self.metrics:
-            if "region" in self.table[metric].dims:
-                for region in self.regions:
-                    yield metric, region
-            else:
-                yield metric, None
+        """(metric, region): one entry per metric, or one per region for metrics that have regions."""
+        return ((metric, region) for metric in self.metrics for region in self.regions_of(metric))
 
 
 def _matches(entry: Any, where: Mapping[str, Any]) -> bool:
     return all(getattr(entry, key) == value for key, value in where.items())
 
 
-def load_results(outputs: Path) -> Results:
-    """Everything the report needs, from the outputs folder alone.
+def load_results(outputs: Path, record: Record) -> Results:
+    """Everything the report needs, from the outputs folder alone; `record` says which of its files may be read.
 
     Raises:
         InputError: a needed file is missing, cannot be read, or does not fit the others; one sentence says which.
     """
     if not outputs.is_dir():
         raise InputError(f"{outputs}: no such folder; expected the outputs folder of a study")
-    journal = Journal(outputs / RUN_LOG)
     for needed in (METRICS_TABLE, COMPARISON):
-        journal.require(outputs / needed)
+        record.require(outputs / needed)
     table = _load_table(outputs / METRICS_TABLE)
     comparison = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
     if comparison.get("schema") != 1:
@@ -217,10 +236,10 @@ def load_results(outputs: Path) -> Results:
     analyses = load_analyses(comparison, outputs / COMPARISON)
     _check_names(analyses, table, outputs / COMPARISON)
     training = None
-    if journal.usable(outputs / TRAINING):
+    if record.usable(outputs / TRAINING):
         training = load_json(outputs / TRAINING, "written by the train stage")
-    study, study_text = _load_study(outputs / STUDY) if journal.usable(outputs / STUDY) else ({}, "")
-    stages = journal.stage_seconds()
+    study, study_text = _load_study(outputs / STUDY) if record.usable(outputs / STUDY) else ({}, "")
+    stages = record.stage_seconds()
     stages.pop("report", None)
     return Results(
         outputs=outputs,
@@ -228,7 +247,7 @@ def load_results(outputs: Path) -> Results:
         sites=sites,
         analyses=analyses,
         settings=_settings(comparison, outputs / COMPARISON),
-        journal=journal,
+        record=record,
         controls=tuple(comparison.get("controls", ())),
         accuracy=comparison.get("accuracy") or {},
         classifiers=comparison.get("classifiers") or {},
@@ -236,11 +255,11 @@ def load_results(outputs: Path) -> Results:
         undefined=comparison.get("undefined") or {},
         prefix_mass_warning=_sentence(comparison.get("prefix_mass_warning")),
         training=training,
-        samples=load_samples(outputs / SAMPLES, table, journal.usable),
-        gradcam=tuple(load_gradcam(outputs / GRADCAM)) if journal.usable(outputs / GRADCAM) else (),
+        samples=load_samples(outputs / SAMPLES, table, record.usable),
+        gradcam=tuple(load_gradcam(outputs / GRADCAM)) if record.usable(outputs / GRADCAM) else (),
         study=study,
         study_text=study_text,
-        failed=journal.failed(),
+        failed=record.failed(),
         stage_seconds=stages,
     )
 

@@ -1,4 +1,4 @@
-"""The report's part on relevance maps: what `metrics/relevance.json` holds, in sentences, a table and charts."""
+"""What `metrics/relevance.json` holds of relevance maps, in sentences."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from markupsafe import Markup
-
 from engine.report import text
-from engine.report.charts import Line, line_chart
 from engine.report.inputs import Results
 from engine.report.reading import load_json
-from engine.report.sections import Section, environment
-from engine.report.viewer import data_uri
 from train.errors import InputError
 
 RELEVANCE = Path("metrics/relevance.json")
-PANELS = Path("visualizations/relevance")
 CONTROL = "random"
-_PANEL_BUDGET = 800_000
 
 Entry = Mapping[str, Any]
 
@@ -55,7 +47,7 @@ def load_relevance(results: Results) -> Relevance | None:
         InputError: the file cannot be read or has another schema.
     """
     path = results.outputs / RELEVANCE
-    if not results.journal.usable(path):
+    if not results.record.usable(path):
         return None
     document = load_json(path, "written by the relevance stage")
     if document.get("schema") != 1:
@@ -70,7 +62,7 @@ def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[st
     parts = {
         "Faithfulness": list(_faithfulness(results, found)),
         "Where maps point": list(_places(results, found)),
-        "Where rollout points": list(_rollout(found)),
+        "Where rollout points": list(rollout_cautions(found)),
         "How much maps depend on the class": list(_classes(results, found)),
         "Attention and the prediction": list(_link(results, found)),
         "Not computed": [
@@ -85,33 +77,8 @@ def _unmeasured(found: Relevance) -> tuple[str, ...]:
     return () if found.document["images"] else ("No map was measured: relevance.measured is 0.",)
 
 
-def relevance_section(results: Results) -> Section | None:
-    """Relevance maps measured, with a panel of each method."""
-    found = load_relevance(results)
-    if found is None:
-        return None
-    sentences = relevance_sentences(results, found)
-    if not sentences:
-        return None
-    methods = list(dict.fromkeys(entry["method"] for entry in found.document["means"]))
-    body = (
-        environment(results)
-        .get_template("relevance.html")
-        .render(
-            document=found.document,
-            sentences=sentences,
-            methods=methods,
-            charts=_charts(found, methods),
-            rows=_rows(found),
-            measures=list(_COLUMNS.values()),
-            panels=_panels(results),
-            rollout=list(_rollout(found)),
-        )
-    )
-    return Section(anchor="relevance", title="Relevance maps", name="Relevance", body=Markup(body))
-
-
-def _estimate(entry: Entry | None) -> str:
+def estimate(entry: Entry | None) -> str:
+    """A mean with its interval."""
     if entry is None:
         return "undefined"
     ci = entry.get("ci")
@@ -162,7 +129,7 @@ def _places(results: Results, found: Relevance) -> Iterator[str]:
     for region in results.regions:
         for method in dict.fromkeys(entry["method"] for entry in found.document["means"]):
             parts = [
-                f"{condition} {_estimate(share)}, peak on it in {text.number(100 * hit['mean'], 2)} %"
+                f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit['mean'], 2)} %"
                 for condition in found.conditions
                 if (share := found.mean(condition, method, f"region_share[{region}]")) is not None
                 and (hit := found.mean(condition, method, f"region_hit[{region}]")) is not None
@@ -171,7 +138,7 @@ def _places(results: Results, found: Relevance) -> Iterator[str]:
                 yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
 
 
-def _rollout(found: Relevance) -> Iterator[str]:
+def rollout_cautions(found: Relevance) -> Iterator[str]:
     """A caution for each condition in which rollout's peak is a patch that dominates a head."""
     for entry in found.document.get("rollout_peaks") or ():
         if entry["at_dominant"]:
@@ -189,7 +156,7 @@ def _classes(results: Results, found: Relevance) -> Iterator[str]:
         for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
             means = {c: found.mean(c, method, measure) for c in found.conditions}
             if any(means.values()):
-                listed = text.listing([f"{_estimate(entry)} in {condition}" for condition, entry in means.items()])
+                listed = text.listing([f"{estimate(entry)} in {condition}" for condition, entry in means.items()])
                 yield (
                     f"{method}, {name} of an image's maps of its own and another class: {listed}."
                     f"{_differences(results, found, method, measure, against)}"
@@ -239,69 +206,3 @@ def _link(results: Results, found: Relevance) -> Iterator[str]:
             f"{lead}; most in {best['metric']}, layer {best['layer']}, head {best['head']}: ρ = "
             f"{text.signed(best['rho'])}, p {text.p_value(best['p_max_r'])}."
         )
-
-
-_COLUMNS = {
-    "faithfulness": "faithfulness",
-    "deletion_auc": "deletion",
-    "insertion_auc": "insertion",
-    "class_rank_correlation": "rank correlation, classes",
-    "class_ssim": "SSIM, classes",
-    "total_variation": "total variation",
-    "total_variation_other": "total variation, other class",
-}
-
-
-def _rows(found: Relevance) -> list[dict[str, Any]]:
-    return [
-        {
-            "condition": condition,
-            "method": method,
-            "cells": [
-                _estimate(entry) if (entry := found.mean(condition, method, measure)) is not None else ""
-                for measure in _COLUMNS
-            ],
-        }
-        for condition in found.conditions
-        for method in found.methods(condition)
-    ]
-
-
-def _charts(found: Relevance, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """A deletion and an insertion chart for every condition, one line a method."""
-    charts = []
-    for condition in found.conditions:
-        for kind in ("deletion", "insertion"):
-            lines = [
-                Line(
-                    curve["method"],
-                    methods.index(curve["method"]) % 6,
-                    [100 * fraction for fraction in curve["fractions"]],
-                    np.array([np.nan if v is None else v for v in curve[kind]]),
-                )
-                for curve in found.select("curves", condition=condition)
-            ]
-            title = f"{condition}: {kind}"
-            svg = line_chart(
-                lines,
-                title=title,
-                x_label="most relevant patches " + ("taken away (%)" if kind == "deletion" else "put back (%)"),
-                y_label="probability of the class",
-                x_ticks=[0, 25, 50, 75, 100],
-                y_range=(0.0, 1.0),
-            )
-            charts.append({"title": title, "svg": svg})
-    return charts
-
-
-def _panels(results: Results) -> list[dict[str, str]]:
-    """The first panel of each method, as far as the budget of a page goes; Grad-CAM has a section of its own."""
-    panels, used = [], 0
-    folder = results.outputs / PANELS
-    methods = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    for method in (name for name in methods if results.journal.usable(folder / name)):
-        first = next(iter(sorted((folder / method).glob("*_panel.png"))), None)
-        if first is not None and used + first.stat().st_size <= _PANEL_BUDGET:
-            used += first.stat().st_size
-            panels.append({"method": method, "src": data_uri("image/png", first.read_bytes())})
-    return panels

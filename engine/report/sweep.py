@@ -7,12 +7,18 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.report.figures import PALETTE
-from train.sweep import RankResult, TrialRecord
+import numpy as np
+
+from engine.report import text
+from engine.report.document import Block, Content, Figure, Group, Section, Table, Text
+from engine.report.html import page
+from engine.report.plots import Chart, Line
+from engine.report.plots import Figure as File
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from train.sweep import RankResult, TrialRecord
 
+GREY = "#777777"
 COLUMNS = (
     "quant",
     "rank",
@@ -61,116 +67,71 @@ def evaluation_csv(results: Sequence[RankResult], recipe: str, init: str) -> str
 
 def curves_png(history: Sequence[Mapping[str, Any]], what: str, title: str) -> bytes:
     """Train and validation by epoch; `what` is "accuracy" (%) or "loss" (nat). The same bytes each time."""
-    from matplotlib.ticker import MaxNLocator
-
-    train, scale = ("train_accuracy", 100.0) if what == "accuracy" else ("loss", 1.0)
-    figure = _figure(4.8, 3.2)
-    axes = figure.subplots()
+    train, scale, unit = ("train_accuracy", 100.0, "%") if what == "accuracy" else ("loss", 1.0, "nat")
     epochs = [entry["epoch"] + 1 for entry in history]
-    for key, name, color, marker in (
-        (train, "train", PALETTE[0], "o"),
-        (f"validation_{what}", "validation", PALETTE[1], "s"),
-    ):
-        axes.plot(epochs, [scale * entry[key] for entry in history], label=name, color=color, marker=marker, ms=3.5)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("accuracy (%)" if what == "accuracy" else "loss (nat)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
+    lines = [
+        Line(name, color, epochs, np.array([scale * entry[key] for entry in history]))
+        for color, (name, key) in enumerate((("train", train), ("validation", f"validation_{what}")))
+    ]
+    chart = Chart(title=title, lines=lines, x_label="epoch", y_label=f"{what} ({unit})", x_ticks=epochs)
+    return File(panels=[chart], title=title, legend=[("train", 0), ("validation", 1)]).image("png")
 
 
 def history_html(result: RankResult, title: str) -> str:
     """The trials of one rank: their values with the best so far, their curves, and a table; nothing is fetched."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    best = max(result.trials, key=lambda trial: -1.0 if trial.value is None else trial.value).number
-    return environment.from_string(_PAGE).render(
-        title=title,
-        chart=Markup(_trials_svg(result.trials)),
-        trials=result.trials,
-        names=sorted({name for trial in result.trials for name in trial.params}),
-        best=best,
-        result=result,
+    best = max(result.trials, key=lambda trial: -1.0 if trial.value is None else trial.value)
+    names = sorted({name for trial in result.trials for name in trial.params})
+    rows: list[list[Content]] = [
+        [
+            str(trial.number + 1),
+            trial.state,
+            "—" if trial.value is None else f"{100 * trial.value:.2f}",
+            str(len(trial.curve)),
+            *(f"{trial.params[name]:.4g}" if name in trial.params else "—" for name in names),
+        ]
+        for trial in result.trials
+    ]
+    validation, test, before = (
+        f"{100 * share:.2f} %" for share in (result.validation_accuracy, result.test_accuracy, result.without_adapters)
     )
+    said = (
+        f"Best trial: validation {validation}, test {test} (the same backbone without adapters: {before}). Trials are "
+        "compared on validation; test had no part in it."
+    )
+    header = ["trial", "state", "validation (%)", "epochs", *names]
+    looks = ["best" if trial is best else "" for trial in result.trials]
+    table = Table(header, rows, f"{text.count(len(rows), 'trial')}, the best in bold", looks=looks)
+    blocks: list[Block] = [Text(said), Group("charts", [*map(Figure, _charts(result.trials))]), table]
+    return page([Section("Trials", "Trials", "trials", blocks)], title=title, heading=title, facts="")
 
 
-def _trials_svg(trials: Sequence[TrialRecord]) -> str:
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "vit-attention-engine", "svg.fonttype": "path"}):
-        figure = _figure(8.2, 3.4)
-        values, curves = figure.subplots(1, 2)
-        done = [trial for trial in trials if trial.value is not None]
-        pruned = [trial for trial in trials if trial.state == "pruned" and trial.curve]
-        values.plot(
-            [t.number + 1 for t in done], [100 * (t.value or 0) for t in done], "o", color=PALETTE[0], label="complete"
+def _charts(trials: Sequence[TrialRecord]) -> tuple[Chart, Chart]:
+    """The value of each trial with the best so far, and each trial's curve by epoch."""
+    done = [trial for trial in trials if trial.value is not None]
+    pruned = [trial for trial in trials if trial.state == "pruned" and trial.curve]
+    numbers = [trial.number + 1 for trial in done]
+    values = 100 * np.array([trial.value for trial in done], dtype=np.float64)
+    last = 100 * np.array([trial.curve[-1] for trial in pruned], dtype=np.float64)
+    lines = [
+        Line("best so far", 1, numbers, np.maximum.accumulate(values), look="thin"),
+        Line("complete", 0, numbers, values, look="points"),
+        Line("pruned", GREY, [trial.number + 1 for trial in pruned], last, look="points"),
+    ]
+    curves = [
+        Line(
+            f"trial {trial.number + 1}, {trial.state}",
+            GREY if trial.value is None else 0,
+            range(1, len(trial.curve) + 1),
+            100 * np.asarray(trial.curve),
+            look="thin",
         )
-        if pruned:
-            last = [100 * trial.curve[-1] for trial in pruned]
-            values.plot([t.number + 1 for t in pruned], last, "x", color="#777777", label="pruned")
-        best, steps = 0.0, []
-        for trial in done:
-            best = max(best, trial.value or 0)
-            steps.append(100 * best)
-        values.step([t.number + 1 for t in done], steps, where="post", color=PALETTE[1], label="best so far")
-        values.set(title="validation accuracy of each trial", xlabel="trial", ylabel="accuracy (%)")
-        for trial in trials:
-            curves.plot(
-                range(1, len(trial.curve) + 1),
-                [100 * value for value in trial.curve],
-                color=PALETTE[0] if trial.value is not None else "#999999",
-                linestyle="-" if trial.value is not None else "--",
-                marker=".",
-                linewidth=1,
-            )
-        curves.set(title="by epoch (dashed: pruned)", xlabel="epoch", ylabel="accuracy (%)")
-        for axes in (values, curves):
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
-        values.legend(frameon=False, fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure that no window or global state knows of."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-svg { width: 100%; height: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid #ddd } tr.best { font-weight: bold }
-</style></head><body>
-<h1>{{ title }}</h1>
-<p>Best trial: validation {{ "%.2f" | format(100 * result.validation_accuracy) }} %, test
-{{ "%.2f" | format(100 * result.test_accuracy) }} % (the same backbone without adapters:
-{{ "%.2f" | format(100 * result.without_adapters) }} %). Trials are compared on validation; test had no part in it.</p>
-{{ chart }}
-<table><thead><tr><th>trial</th><th>state</th><th>validation (%)</th><th>epochs</th>
-{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for trial in trials %}
-<tr{% if trial.number == best %} class="best"{% endif %}><td>{{ trial.number + 1 }}</td><td>{{ trial.state }}</td>
-<td>{% if trial.value is not none %}{{ "%.2f" | format(100 * trial.value) }}{% else %}—{% endif %}</td>
-<td>{{ trial.curve | length }}</td>
-{% for name in names %}<td>{{ "%.4g" | format(trial.params[name]) if name in trial.params else "—" }}</td>{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></body></html>
-"""
+        for trial in trials
+    ]
+    epochs = range(1, 1 + max((len(trial.curve) for trial in trials), default=1))
+    places = [trial.number + 1 for trial in trials]
+    accuracy = "accuracy (%)"
+    title = "validation accuracy of each trial (line: best so far; grey: pruned)"
+    return (
+        Chart(title=title, lines=lines, x_label="trial", y_label=accuracy, x_ticks=places),
+        Chart(title="by epoch (grey: pruned)", lines=curves, x_label="epoch", y_label=accuracy, x_ticks=epochs),
+    )

@@ -266,7 +266,7 @@ def trend_sentence(results: Results, change: Change) -> str:
     return f"{halves}; {size}{tail}."
 
 
-def cluster_sentence(change: Change) -> str:
+def cluster_sentence(results: Results, change: Change) -> str:
     """Where along the layers a metric changes, cluster by cluster; "" where nothing survives."""
     if not change.clusters:
         return ""
@@ -385,17 +385,23 @@ def accuracy_title(results: Results) -> str:
     return "Test accuracy" if results.training is not None else "Accuracy on these images"
 
 
-def accuracy_sentence(results: Results) -> str:
-    """Accuracy on the images measured, mean over runs; "" where nothing was classified."""
-    parts, chances = [], set()
+def accuracies(results: Results) -> list[tuple[str, float, float | None, int]]:
+    """(condition, accuracy on the images measured, chance, training runs) of what was classified; means over runs."""
+    found = []
     for condition in results.conditions:
         runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
-        values = [value for run in runs if (value := run["test"]) is not None]
-        if values:
-            chance = runs[0].get("chance")
-            chances.add(chance)
-            runs_note = f" (mean of {len(values)} runs)" if len(values) > 1 else ""
-            parts.append((f"{condition} {100 * sum(values) / len(values):.1f} %{runs_note}", chance))
+        if runs:
+            chance = next((run["chance"] for run in runs if run.get("chance") is not None), None)
+            found.append((condition, sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
+    return found
+
+
+def accuracy_sentence(results: Results) -> str:
+    """Accuracy on the images measured, mean over runs; "" where nothing was classified."""
+    parts = []
+    for condition, test, chance, runs in accuracies(results):
+        parts.append((f"{condition} {100 * test:.1f} %" + (f" (mean of {runs} runs)" if runs > 1 else ""), chance))
+    chances = {chance for _, chance in parts}
     if not parts:
         return ""
     if len(chances) > 1:  # heads of different sizes
@@ -405,9 +411,7 @@ def accuracy_sentence(results: Results) -> str:
         (chance,) = chances
         tail = f"; chance is {100 * chance:.1f} %." if chance is not None else "."
         found = f"{accuracy_title(results)}: {text.listing([part for part, _ in parts])}{tail}"
-    if results.training is None:
-        found += f" {HELD_OUT_UNKNOWN}"
-    return found
+    return found if results.training is not None else f"{found} {HELD_OUT_UNKNOWN}"
 
 
 def classifier_sentences(results: Results) -> list[str]:
@@ -426,3 +430,13 @@ def leaks_sentence(results: Results) -> str:
         f"{text.count(len(leaks), 'image')} with the same bytes in several splits, so test accuracy is flattered "
         f"(the first: {first})."
     )
+
+
+def undefined_sentences(results: Results) -> list[str]:
+    """Rows that hold no value, by metric and condition; without a full stop."""
+    return [
+        f"{metric} in {condition}: {text.count(int(rows), 'row')} without a value, left out of the means"
+        for metric, by_condition in results.undefined.items()
+        for condition, rows in by_condition.items()
+        if rows
+    ]

@@ -94,8 +94,9 @@ def _stages(last: str) -> Callable[[StudyConfig, argparse.Namespace], int]:
 
 def _report(config: StudyConfig, arguments: argparse.Namespace) -> int:
     from engine.report import write_report
+    from engine.study import Journal
 
-    for path in write_report(config.outputs):
+    for path in write_report(config.outputs, Journal(Path(config.outputs) / "run.jsonl")):
         print(path)
     return 0
 

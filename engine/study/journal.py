@@ -205,6 +205,10 @@ class Journal:
 
     # ------------------------------------------------------------------------------------ for those who read its files
 
+    def exists(self) -> bool:
+        """Whether the folder was made by a study."""
+        return self.path.is_file()
+
     def usable(self, path: Path) -> bool:
         """Whether a file or folder may be read: what a stage left and is as it left it.
 
@@ -215,7 +219,7 @@ class Journal:
             DamagedFileError: something of it is missing, or is not what its stage wrote; what to do is said.
             InputError: what its stage read was made again since, with another result; or a pipe or the like lies there.
         """
-        if not self.path.is_file():
+        if not self.exists():
             for file in (path, *path.rglob("*")):
                 if os.path.lexists(file) and not (file.is_file() or file.is_dir()):  # a pipe's end may never come
                     raise InputError(f"{file} is a device or a link to nowhere; move it away")
@@ -239,7 +243,7 @@ class Journal:
         Raises:
             InputError: also when it is not there, or no stage recorded it.
         """
-        if self.path.is_file() and not self._recorded(path):
+        if self.exists() and not self._recorded(path):
             raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(self._name(path))}")
         self.usable(path)
 

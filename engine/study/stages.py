@@ -331,7 +331,7 @@ class Study:
         left = [page, summary, outputs / "visualizations" / "figures"]
 
         def work() -> None:
-            write_report(outputs)
+            write_report(outputs, self.journal)
 
         self.journal.stage("report", inputs, left, work)
         say(f"open {page}; the same in words: {summary}")

@@ -44,9 +44,7 @@ const page = (() => {
   }
   const css = (rgb) => "rgb(" + rgb.join(",") + ")";
   const gradient = (stops) => "linear-gradient(90deg," + stops.map(css).join(",") + ")";
-  // Blue to red through near-white, told apart in every common form of colour blindness.
-  const DIVERGING = [[5, 48, 97], [33, 102, 172], [67, 147, 195], [146, 197, 222], [209, 229, 240], [247, 247, 247],
-    [253, 219, 199], [244, 165, 130], [214, 96, 77], [178, 24, 43], [103, 0, 31]];
+  const DIVERGING = data.diverging;
   const SEQUENTIAL = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
   /** What deflated base64 unpacks to; a browser without DecompressionStream (before 2023) rejects. */

@@ -1,0 +1,182 @@
+"""The report as one document: sections of text, tables, charts and pictures, which Markdown and HTML render.
+
+A section is a function from the study to blocks, declared by `section` with its place on the page, in the summary or in
+both; one that returns no block is left out. Texts are plain: names of images, classes and conditions may hold
+anything, and the renderers escape them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from engine.report.findings import Comparison, comparisons
+from engine.report.inputs import Results
+from engine.report.marks import PALETTE
+from engine.report.plots import Chart
+from engine.report.viewer import viewer_payload
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a text with a look of its own; `value` is a link's target or a swatch's colour."""
+
+    text: str
+    look: Literal["strong", "small", "code", "alarm", "hidden", "dot", "swatch", "link", "download", "break", "button"]
+    value: str | int = ""
+    data: Mapping[str, str] | None = None
+
+
+Content = str | Span | tuple[str | Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph; `look` says what it is for. What is for readers without scripts is not shown to others."""
+
+    content: Content
+    look: Literal["", "scope", "alarm", "headline", "big", "noscript", "verbatim"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading within a section."""
+
+    content: Content
+    anchor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bullets:
+    """A list; `legend` and `files` are laid out in a row."""
+
+    items: Sequence[Content]
+    look: Literal["", "legend", "files"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose first column names the rows; `look` is the table's, `looks` those of its rows where they differ."""
+
+    header: Sequence[Content]
+    rows: Sequence[Sequence[Content]]
+    caption: str = ""
+    look: Literal["", "verdicts", "long"] = ""
+    looks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Shares in percent as bars: name, share, and the level marked on its bar, or None."""
+
+    rows: Sequence[tuple[Content, float, float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart under its title, with a note and its numbers."""
+
+    chart: Chart
+    table: Table | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture as a data URI, what it shows in words, and the text below it."""
+
+    source: str
+    shows: str
+    caption: Content
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Blocks that belong together: under a title, closed until asked for, or side by side."""
+
+    look: Literal["card", "cards", "column", "columns", "charts", "gallery", "group", "pictures", "details", "open"]
+    blocks: Sequence[Block]
+    title: Content = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Widget:
+    """A part of the page that a script draws: `templates/<name>.html` and `.js`, with its data. Page only."""
+
+    name: str
+    data: Any
+
+
+Block = Text | Heading | Bullets | Table | Bars | Figure | Picture | Group | Widget
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section of the document; `name` is the short title for the navigation, `anchor` the address in the page."""
+
+    title: str
+    name: str
+    anchor: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What the sections are made from; `summary` is the summary's own text, which the page offers as a file."""
+
+    results: Results
+    summary: str = ""
+
+    @cached_property
+    def found(self) -> tuple[Comparison, ...]:
+        return comparisons(self.results)
+
+    @cached_property
+    def viewer(self) -> dict[str, Any] | None:
+        return viewer_payload(self.results)
+
+    def swatch(self, condition: str) -> Span:
+        """A condition's name behind its colour and shape."""
+        conditions = self.results.conditions
+        return Span(condition, "swatch", conditions.index(condition) % len(PALETTE) if condition in conditions else 0)
+
+    def legend(self) -> Bullets:
+        return Bullets([self.swatch(name) for name in self.results.conditions], look="legend")
+
+
+Place = Literal["page", "summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A section as declared; its places are numbers in rising order, None where it does not stand."""
+
+    title: str
+    name: str
+    anchor: str
+    places: Mapping[Place, int | None]
+    make: Callable[[Study], Sequence[Block]]
+
+
+SECTIONS: list[Declaration] = []
+
+
+def section(
+    title: str, *, page: int | None = None, summary: int | None = None, anchor: str = "", name: str = ""
+) -> Callable[[Callable[[Study], Sequence[Block]]], Callable[[Study], Sequence[Block]]]:
+    """Declares a section. `page` and `summary` are its places there; the page needs an `anchor` of letters."""
+
+    def declare(make: Callable[[Study], Sequence[Block]]) -> Callable[[Study], Sequence[Block]]:
+        SECTIONS.append(Declaration(title, name or title, anchor, {"page": page, "summary": summary}, make))
+        return make
+
+    return declare
+
+
+def sections(study: Study, place: Place) -> list[Section]:
+    """The sections of the page or the summary, in their order, without those that have nothing to say."""
+    declared = [(at, one) for one in SECTIONS if (at := one.places[place]) is not None]
+    made = [(one, one.make(study)) for _, one in sorted(declared, key=lambda pair: pair[0])]
+    return [Section(one.title, one.name, one.anchor, blocks) for one, blocks in made if blocks]

@@ -1,0 +1,136 @@
+"""What is drawn by layer: maps of all heads, curves, training runs, and the attention itself."""
+
+from __future__ import annotations
+
+from engine.report import text, wording
+from engine.report.charts import curve_chart, seed_chart, training_charts
+from engine.report.document import Block, Content, Figure, Group, Span, Study, Table, Text, Widget, section
+from engine.report.findings import histories, layer_curve
+from engine.report.inputs import Results
+from engine.report.maps import maps_payload
+
+
+@section("Which layers and heads changed", page=10, anchor="maps", name="Layers and heads")
+def maps(study: Study) -> list[Block]:
+    results = study.results
+    if not study.found:
+        return []
+    marked = (
+        f" survives the max-T test of its comparison at α\u00a0=\u00a0{results.alpha:g}, over all layers, heads and "
+        "metrics (the mean over heads: over all layers and metrics); a faded cell does not survive, which does not "
+        "show that nothing changed there."
+    )
+    said: list[str | Span] = [
+        f"Mean paired difference, condition − {results.settings['against']}. ",
+        Span(marked, "dot"),
+    ]
+    if any(test.tost_bound is not None for test in results.analyses.tests):
+        said.append(
+            " ≈: shown to lie within the bounds set beforehand (TOST, Holm); ◍: both, a difference that is there and "
+            "negligible."
+        )
+    said.append(" Press a cell, or move with the arrow keys, for its numbers, its images and its attention.")
+    without = (
+        "The interactive maps need JavaScript; the same maps lie beside this page in visualizations/figures, and every "
+        "test is among the ",
+        Span("tables", "link", "#provenance"),
+        ".",
+    )
+    return [Text(tuple(said)), Widget("maps", maps_payload(results, study.found)), Text(without, "noscript")]
+
+
+@section("Layer curves", page=20, anchor="curves")
+def curves(study: Study) -> list[Block]:
+    results = study.results
+    plain = [metric for metric in results.metrics if results.regions_of(metric) == (None,)]
+    said = (
+        f"Means over heads and images. Bands: {text.percent(results.confidence)} t interval over images, n = "
+        f"{text.count(results.num_images, 'image')}, given the checkpoints"
+    )
+    said += "; thin lines: single training runs." if len(results.seeds) > 1 else "."
+    if any(results.clusters(condition=pair.condition, against=pair.against) for pair in study.found):
+        said += (
+            " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
+            f"{results.settings['against']} as a run (cluster permutation, α = {results.alpha:g})."
+        )
+    charts = [Figure(curve_chart(results, name, None, study.found), numbers(results, name, None)) for name in plain]
+    return [Text(said), study.legend(), Group("charts", charts)]
+
+
+def numbers(results: Results, metric: str, region: str | None) -> Table:
+    """The numbers of a curve: mean, interval and images by layer, a column a condition."""
+    found = [layer_curve(results, metric, condition, region) for condition in results.conditions]
+    rows: list[list[Content]] = []
+    for row, layer in enumerate(results.layers):
+        cells: list[Content] = [str(layer)]
+        for curve in found:
+            low, high = float(curve.low[row]), float(curve.high[row])
+            mean = text.number(float(curve.mean[row]), decimals=text.decimals(high - low))
+            interval = Span(f"{text.interval((low, high))}; n {int(curve.n[row])}", "small")
+            cells.append((mean, Span("", "break"), interval))
+        rows.append(cells)
+    level = text.percent(results.confidence)
+    caption = f"{results.heading(metric, region)} by layer: mean, {level} interval over images, n"
+    return Table(["layer", *results.conditions], rows, caption)
+
+
+@section("Training runs", page=30, anchor="seeds", name="Runs")
+def seeds(study: Study) -> list[Block]:
+    results = study.results
+    if len(results.seeds) < 2:
+        return []
+    scope = " ".join(wording.scope_sentences(results, study.found))
+    said = (
+        f"Each line is one training run's difference from {results.settings['against']} (mean over heads and images): "
+        f"the spread that a claim about training has to beat. {scope}"
+    )
+    charts = [Figure(seed_chart(results, metric, region)) for metric, region in results.series()]
+    return [Text(said), study.legend(), Group("charts", charts)]
+
+
+@section("The attention itself", page=40, anchor="attention", name="Attention")
+def attention(study: Study) -> list[Block]:
+    viewer = study.viewer
+    if viewer is None:
+        return []
+    said = f"8-bit pictures of {len(viewer['images'])} of the {viewer['kept']} sample images kept in samples.zarr"
+    if (stride := viewer["stride"]) > 1:
+        nth = {2: "2nd", 3: "3rd"}.get(stride, f"{stride}th")
+        said += f"; to keep this page small, queries are every {nth} row and column of patches"
+    if len(study.results.seeds) > 1:
+        said += "; of each condition its first training run, while the numbers above are means over runs"
+    return [
+        Text(
+            "Point at or tap a patch of the image to see where it attends (or focus the image and use the arrow keys). "
+            "Maps show each patch's share of the attention that falls on patches; point at one to read a share. Where "
+            "attention goes is not why the model decides."
+        ),
+        Widget("viewer", viewer),
+        Text(f"{said}. Measurements were made on the full-precision maps.", "scope"),
+        Text("The viewer needs JavaScript.", "noscript"),
+    ]
+
+
+@section("Training", page=70, anchor="training")
+def training(study: Study) -> list[Block]:
+    results = study.results
+    if not results.training:
+        return []
+    blocks: list[Block] = []
+    if charts := [Figure(chart) for chart in training_charts(results)]:
+        blocks += [study.legend(), Group("charts", charts)]
+        drawn = {condition for condition, _, _ in histories(results, "loss")}
+        if without := [condition for condition in results.training if condition not in drawn]:
+            said = f"{text.listing(without)}: fitted without epochs, so without a curve."
+            blocks.append(Text(said, "scope"))
+    rows: list[list[Content]] = []
+    for condition, entry in results.training.items():
+        for seed, run in (entry.get("seeds") or {}).items():
+            size = run.get("trainable_parameters")
+            shares = [run.get("validation_accuracy"), run.get("test_accuracy")]
+            accuracies = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
+            recipe = str(entry.get("recipe", ""))
+            parameters = "" if size is None else f"{size:,}"
+            rows.append([study.swatch(condition), recipe, str(seed), parameters, *accuracies])
+    header = ["condition", "recipe", "seed", "trained parameters", "validation", "test"]
+    return [*blocks, Table(header, rows, "Training runs and the accuracy of the checkpoints they kept")]

@@ -1,0 +1,160 @@
+"""What was found, at a glance, and what was compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.report import cautions, text, wording
+from engine.report.charts import curve_chart
+from engine.report.document import Bars, Block, Content, Figure, Group, Heading, Span, Study, Table, Text, section
+from engine.report.findings import Comparison, training_runs
+from engine.report.inputs import Results
+from engine.report.sections.curves import numbers
+from engine.report.verdicts import verdicts
+
+
+@section("Summary", summary=0)
+def summary(study: Study) -> list[Block]:
+    results = study.results
+    alarms = list(cautions.failed_stages(results))
+    if failed := _failed_controls(results):
+        alarms.append(
+            f"{failed} of {len(results.controls)} negative controls failed: do not trust the other numbers before this "
+            "is explained."
+        )
+    return [*(Text(Span(alarm, "strong")) for alarm in alarms), Text(wording.headline(results, study.found))]
+
+
+@section("What was compared", summary=10)
+def compared(study: Study) -> list[Block]:
+    results = study.results
+    model, dataset = results.attribute("model"), results.attribute("dataset")
+    split = f", split {dataset['split']}" if dataset.get("split") else ""
+    facts = (
+        f"Model: {model.get('name', 'not recorded')}. Data: {dataset.get('id', 'not recorded')}{split}, "
+        f"{text.count(results.num_images, 'image')}. {text.count(len(results.sites), 'layer')}, "
+        f"{text.count(len(results.heads), 'head')} a layer. "
+        f"Forward pass in {results.table.attrs.get('precision', 'a precision that was not recorded')}."
+    )
+    rows = []
+    for condition in results.conditions:
+        recipe = str((results.training or {}).get(condition, {}).get("recipe", "")) or "given checkpoint"
+        note = "; no seed changes its attention" if results.seed_invariant(condition) else ""
+        rows.append([condition, recipe, f"{training_runs(results, condition)}{note}"])
+    accuracy = wording.accuracy_sentence(results)
+    said = [accuracy] if accuracy else []
+    said += [*wording.classifier_sentences(results), *wording.scope_sentences(results, study.found)]
+    return [Text(facts), Table(["condition", "recipe", "training runs"], rows), *map(Text, said)]
+
+
+@section("Overview", page=0, anchor="overview")
+def overview(study: Study) -> list[Block]:
+    results = study.results
+    blocks: list[Block] = [Text(sentence, "alarm") for sentence in cautions.failed_stages(results)]
+    if failed := _failed_controls(results):
+        shout = Span(f"{failed} of {len(results.controls)} negative controls failed.", "strong")
+        link = Span("controls", "link", "#controls")
+        blocks.append(Text((shout, " Do not trust the other numbers before this is explained (", link, ")."), "alarm"))
+    blocks += [Text(wording.headline(results, study.found), "headline"), Group("cards", list(_cards(study)))]
+    blocks += [Text(sentence, "scope") for sentence in wording.classifier_sentences(results)]
+    for comparison in study.found:
+        if comparison.changes:
+            blocks += _verdicts(study, comparison)
+    blocks += [Text(sentence, "scope") for sentence in wording.scope_sentences(results, study.found)]
+    regional = [metric for metric in results.metrics if results.regions_of(metric) != (None,)]
+    for metric in regional:
+        charts = [curve_chart(results, metric, region, study.found) for region in results.regions]
+        figures = [
+            Figure(chart, numbers(results, metric, region))
+            for chart, region in zip(charts, results.regions, strict=True)
+        ]
+        blocks += [Heading(results.title(metric)), study.legend(), Group("charts", figures)]
+    return blocks
+
+
+def _failed_controls(results: Results) -> int:
+    return sum(not control.get("held") for control in results.controls)
+
+
+def _cards(study: Study) -> Iterator[Group]:
+    results = study.results
+    for pair in study.found:
+        said = (
+            "layer × head × metric cells differ after the family-wise correction (max-T, α = "
+            f"{results.alpha:g}, n = {text.count(pair.n, 'image')})"
+        )
+        if pair.negligible:
+            said += f"; {pair.negligible} more differ within the bounds set beforehand: real but negligible"
+        yield Group(
+            "card",
+            [_big(pair.changed, pair.cells), Text(said)],
+            (study.swatch(pair.condition), f" against {pair.against}"),
+        )
+    if accuracy := wording.accuracies(results):
+        rows = [
+            (study.swatch(name), 100 * test, None if chance is None else 100 * chance)
+            for name, test, chance, _ in accuracy
+        ]
+        blocks: list[Block] = [Bars(rows)]
+        if rows[0][2] is not None:
+            marks = " % and ".join(
+                str(mark) for mark in dict.fromkeys(round(mark, 1) for *_, mark in rows if mark is not None)
+            )
+            means = " Means over training runs." if accuracy[0][3] > 1 or accuracy[-1][3] > 1 else ""
+            blocks.append(Text(f"The stroke marks chance, {marks} %.{means}"))
+        if results.training is None:
+            blocks.append(Text(wording.HELD_OUT_UNKNOWN))
+        yield Group("card", blocks, wording.accuracy_title(results))
+    dropped = len(results.data.get("dropped") or ())
+    left_out = (
+        f"{text.count(dropped, 'file') if dropped else 'No file'} had to be ",
+        Span("left out", "link", "#data"),
+        ".",
+    )
+    blocks = [Text(("No negative control was recorded. ", *left_out))]
+    if total := len(results.controls):
+        held = Span("negative controls", "link", "#controls")
+        blocks = [_big(total - _failed_controls(results), total), Text((held, " held. ", *left_out))]
+    yield Group("card", blocks, "Can it be trusted?")
+
+
+def _big(part: int, whole: int) -> Text:
+    return Text((str(part), Span(f" of {whole}", "small")), "big")
+
+
+def _verdicts(study: Study, comparison: Comparison) -> list[Block]:
+    """A row a metric: which layers changed, by how much, and whether that is shown."""
+    results = study.results
+    bounded = any(test.tost_bound is not None for test in results.analyses.tests)
+    if comparison.changed or comparison.layers_changed:
+        outcome = "what changed"
+    elif comparison.negligible or comparison.layers_negligible:
+        outcome = "no change beyond the bounds is shown"
+    else:
+        outcome = "no change is shown"
+    caption = (
+        f"Mean over heads, paired by image, n = {text.count(comparison.n, 'image')}. Shown: survives max-T over all "
+        "layers and metrics"
+    )
+    caption += ", and is not shown to lie within the bound set beforehand" if bounded else ""
+    caption += "; that speaks of these checkpoints."
+    if comparison.seed_tests:
+        caption += " Over runs: the layers that survive sign flips of whole training runs; that speaks of the training."
+    over_runs = [f"over {comparison.runs} runs"] if comparison.seed_tests else []
+    header = ["metric", "layers that changed", "largest change", f"difference ({text.percent(results.confidence)} CI)"]
+    rows, looks = [], []
+    for row in verdicts(results, comparison):
+        difference = (row.difference, " ", Span(row.interval, "small")) if row.interval else row.difference
+        runs = [row.runs] if comparison.seed_tests else []
+        buttons: tuple[str | Span, ...] = ()
+        if row.layer is not None:
+            goal = {"metric": row.metric, "region": row.region, "layer": str(row.layer)}
+            buttons = (Span("Map", "button", f"Show the map of {row.name}", {"show": "map"} | goal),)
+            if study.viewer:
+                name = f"Show attention in layer {row.layer}"
+                buttons += (" ", Span("Attention", "button", name, {"show": "attention"} | goal))
+        rows.append([row.name, row.layers, row.change, difference, row.verdict, *runs, buttons])
+        looks.append("sure" if row.certain else "negligible" if row.negligible else "")
+    title = (study.swatch(comparison.condition), f" against {comparison.against}: {outcome}")
+    columns: list[Content] = [*header, "shown?", *over_runs, Span("look", "hidden")]
+    return [Heading(title), Table(columns, rows, caption, "verdicts", looks)]
