@@ -1,16 +1,23 @@
 """A small seeded capture for the store's tests, and a script that writes it and can be killed at any step.
 
     python tests/store_cases.py STORE [--kill-at N | --count | --wait] [--encoding NAME]
+    python tests/store_cases.py --forks
 
+`--forks` takes such arguments, a JSON list per line of its input, and runs each in a fork of itself: see `Forks`.
 `--kill-at N` ends the process by SIGKILL at the N-th file operation (open for writing, rename, remove, mkdir) on
 the store or its ledger; `--count` prints how many there are; `--wait` says "ready" before it begins.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +212,43 @@ def check_values(path: Path) -> None:
     np.testing.assert_array_equal(store.read_logits(), logits())
 
 
+@contextmanager
+def forks() -> Iterator[Callable[..., tuple[int, str]]]:
+    """Runs this script with arguments in forks of one process, which has imported the store: (exit code, output)."""
+    command = [sys.executable, __file__, "--forks"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(*arguments: object) -> tuple[int, str]:
+            print(json.dumps([str(argument) for argument in arguments]), file=process.stdin, flush=True)
+            code, said = json.loads(process.stdout.readline())
+            return code, said
+
+        yield run
+
+
+def _serve_forks() -> None:
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.dup2(writing, sys.stdout.fileno())
+            code = 1
+            try:
+                _main(json.loads(line))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        os.close(writing)
+        with open(reading) as output:
+            said = output.read()
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said]), flush=True)
+
+
 def _main(arguments: list[str]) -> None:
     path = Path(arguments[0])
     kill_at = int(arguments[arguments.index("--kill-at") + 1]) if "--kill-at" in arguments else None
@@ -233,4 +277,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _serve_forks() if sys.argv[1:] == ["--forks"] else _main(sys.argv[1:])

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +30,24 @@ class Unkilled:
     path: Path
     encoding: str
     operations: int
+    run: Callable[..., tuple[int, str]]  # another one: see `store_cases.forks`
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., tuple[int, str]]]:
+    with case.forks() as run:
+        yield run
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "qk"])
-def unkilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Unkilled:
+def unkilled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run: Callable[..., tuple[int, str]]
+) -> Unkilled:
     path = tmp_path_factory.mktemp("unkilled") / "run.zarr"
-    command = [sys.executable, SCRIPT, path, "--count", "--encoding", request.param]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, said = run(path, "--count", "--encoding", request.param)
+    assert code == 0
     assert verify(path) == []
-    return Unkilled(path, request.param, int(run.stdout))
+    return Unkilled(path, request.param, int(said), run)
 
 
 def check_after_a_kill(path: Path) -> None:
@@ -59,10 +70,9 @@ def finish_and_compare(path: Path, unkilled: Unkilled) -> None:
     assert not list(path.parent.rglob("*.partial"))
 
 
-def kill_at(path: Path, step: int, encoding: str) -> None:
-    command = [sys.executable, SCRIPT, path, "--kill-at", str(step), "--encoding", encoding]
-    process = subprocess.run(command, capture_output=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+def kill_at(path: Path, step: int, unkilled: Unkilled) -> None:
+    code, said = unkilled.run(path, "--kill-at", step, "--encoding", unkilled.encoding)
+    assert code == -signal.SIGKILL, said
 
 
 def spread(steps: int, count: int, seed: int) -> list[int]:
@@ -76,7 +86,7 @@ def test_killed_at_any_file_operation(tmp_path: Path, unkilled: Unkilled) -> Non
     for step in spread(unkilled.operations, 3, seed=len(unkilled.encoding)):
         path = tmp_path / str(step) / "run.zarr"
         path.parent.mkdir()
-        kill_at(path, step, unkilled.encoding)
+        kill_at(path, step, unkilled)
         check_after_a_kill(path)
         finish_and_compare(path, unkilled)
 
@@ -84,20 +94,22 @@ def test_killed_at_any_file_operation(tmp_path: Path, unkilled: Unkilled) -> Non
 def test_killed_again_while_resuming(tmp_path: Path, unkilled: Unkilled) -> None:
     path = tmp_path / "run.zarr"
     for step in (40, 90):
-        kill_at(path, step, unkilled.encoding)
+        kill_at(path, step, unkilled)
         check_after_a_kill(path)
     finish_and_compare(path, unkilled)
 
 
-def test_a_reader_during_a_write_sees_whole_batches_only(tmp_path: Path) -> None:
+def test_a_reader_during_a_write_sees_whole_batches_only(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
     path = tmp_path / "run.zarr"
     seen = set()
-    with subprocess.Popen([sys.executable, SCRIPT, path, "--encoding", "qk"]) as process:
-        while process.poll() is None:
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(run, path, "--encoding", "qk")
+        while not writer.done():
             check_after_a_kill(path)
             if path.exists():
                 seen.add(int(AttentionStore.open(path).committed_images.sum()))
-    assert process.returncode == 0
+            time.sleep(0.005)
+    assert writer.result()[0] == 0
     assert seen <= {0, 4, 8, 11}
     case.check_values(path)
 
@@ -109,7 +121,7 @@ def test_killed_at_200_file_operations(tmp_path: Path, unkilled: Unkilled) -> No
     for step in spread(unkilled.operations, 200, seed=1):
         path = tmp_path / "run" / "run.zarr"
         path.parent.mkdir()
-        kill_at(path, step, unkilled.encoding)
+        kill_at(path, step, unkilled)
         check_after_a_kill(path)
         finish_and_compare(path, unkilled)
         shutil.rmtree(path.parent)
