@@ -15,6 +15,8 @@ from types import ModuleType
 class BackendUnavailableError(RuntimeError):
     """The backend asked for by name cannot run here; the message says why."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:

@@ -15,6 +15,8 @@ ROW_SUM_TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4, "float6
 class InvalidAttentionError(ValueError):
     """The input is no post-softmax attention: NaN, infinite or negative values, or rows that do not sum to 1."""
 
+    exit_code = 2
+
 
 def rounded_to(precision: str | None, *attentions: Any) -> str:
     """The precision that decides how far sums of rows may be off 1: the coarsest that values were rounded to.

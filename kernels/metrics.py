@@ -38,6 +38,8 @@ Implementation = Callable[..., Any] | str
 class MetricError(ValueError):
     """A metric's declaration or code is not what was expected; the message names the metric and says what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:

@@ -20,6 +20,7 @@ from store.rows import Records, Rows, begin_rows, positions
 from store.schema import (
     SCHEMA,
     LayerSchema,
+    MissingStoreError,
     StoreError,
     StoreSchema,
     UnfinishedStoreError,
@@ -79,7 +80,8 @@ class AttentionStore:
 
         Raises:
             UnfinishedStoreError: an import that was not finished.
-            StoreError: no such store, not a store, another schema version, or damaged metadata (named).
+            MissingStoreError: no such store.
+        StoreError: not a store, another schema version, or damaged metadata (named).
         """
         root = storage_at(path)
         try:
@@ -419,7 +421,7 @@ def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str
     """
     ledger = Ledger(root)
     if not root.is_there():
-        raise StoreError(f"there is no store at {root}")
+        raise MissingStoreError(f"there is no store at {root}")
     if not ledger.exists("metadata"):
         require_store(root)
         raise StoreError(

@@ -37,9 +37,19 @@ _METRIC_NAME = re.compile(r"[A-Za-z0-9._-]+")
 class StoreError(RuntimeError):
     """A store that cannot be opened, read or written as asked; the message names the unit at fault."""
 
+    exit_code = 1
+
 
 class NetworkError(OSError):
     """What an object store or the network on the way to it answers; the message is a sentence that names the URL."""
+
+    exit_code = 1
+
+
+class MissingStoreError(StoreError):
+    """There is no store at the place that was named."""
+
+    exit_code = 2
 
 
 class OtherRunError(StoreError):

@@ -15,7 +15,7 @@ from store.commit import STALE, attention_digest
 from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem
 from store.places import require_store, storage_at
 from store.reader import AttentionStore
-from store.schema import SCHEMA, StoreError, StoreSchema
+from store.schema import SCHEMA, MissingStoreError, StoreError, StoreSchema
 from store.shards import FileEntry, ShardError, glance_at_shard
 from store.storage import PARTIAL, Storage
 
@@ -51,11 +51,11 @@ def verify(path: str | os.PathLike[str] | Storage) -> list[Damage]:
         Every damaged unit; empty if the store is sound.
 
     Raises:
-        StoreError: there is no store at that path.
+        MissingStoreError: there is no store at that path.
     """
     root = storage_at(path)
     if not root.is_there():
-        raise StoreError(f"there is no store at {root}")
+        raise MissingStoreError(f"there is no store at {root}")
     check = _Check(root)
     if not check.ledger.exists("metadata"):
         require_store(root)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 import tests.doors
-from engine.errors import exit_code
+from engine.progress import exit_code
 from engine.run import main
 
 DOORS = tuple(sorted(module.name for module in pkgutil.iter_modules(tests.doors.__path__)))

@@ -19,7 +19,7 @@ from engine.config.study import (
     parse_value,
     study_toml,
 )
-from engine.run import _CONDITION_FLAG
+from engine.run.command_line import _CONDITION_FLAG
 from train.errors import InputError
 
 

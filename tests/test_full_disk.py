@@ -21,8 +21,8 @@ import torch
 import xarray
 
 from engine.capture import SampleMaps
-from engine.errors import MemoryExhaustedError, exit_code, foreseen
 from engine.measure.table import write_table
+from engine.progress import MemoryExhaustedError, exit_code, foreseen
 from engine.run import main
 from engine.study.journal import Journal
 from store import AttentionStore, DiskError

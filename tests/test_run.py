@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from engine.config import StudyConfig, load_study
 from engine.progress import say
-from engine.run import COMMANDS, main
+from engine.run import main
+from engine.run.commands import COMMANDS
 from engine.study.outputs import require_apart
 from train.errors import InputError
 
@@ -86,7 +87,7 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         (["stduy"], "stduy is not a command; did you mean study?"),
         (["--train.epoch", "3"], "--train.epoch is not a flag of study; did you mean --train.epochs?"),
         (["--model.nam", "x"], "--model.nam is not a flag of study; did you mean --model.name?"),
-        (["study", "stray"], "stray is not a flag of study; it stands behind no flag"),
+        (["study", "stray"], "stray is not a flag of study; no flag comes before it"),
         (["stats", "--outputs", "typo"], "typo holds no study to go on with; give the folder of one with --outputs"),
         (["stats", "s.toml"], "s.toml is not a flag of stats; did you mean --config s.toml?"),
         (["compare", "--data", "photos"], "--data is not a flag of compare; did you mean --data.root?"),
@@ -310,7 +311,7 @@ def test_capture_measure_verify_info(
     assert main(capture) == 0, "the damaged batch alone is captured again"
     assert main(["verify", str(store)]) == 0
     assert {entry.name for entry in tmp_path.iterdir()} >= {"samples.zarr", "samples.ledger", "samples.samples.zarr"}
-    assert main(["verify", str(tmp_path / "none.zarr")]) == 1
+    assert main(["verify", str(tmp_path / "none.zarr")]) == 2
     assert "none.zarr" in capsys.readouterr().err
 
 

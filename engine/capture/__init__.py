@@ -18,9 +18,7 @@ if TYPE_CHECKING:
         chosen_backend,
         definition,
         definitions,
-        load_metrics,
         metric_parameters,
-        metrics_of_one_capture,
     )
     from engine.capture.prefix_mass import heads_on_prefix
     from engine.capture.samples import FILES, SampleLayer, SampleMaps, SampleRun, choose_samples, require_samples_place
@@ -40,8 +38,7 @@ _NAMES = {
     "batch_sinks": "discover_factors stack_layers stored_layers",
     "interception": "FunctionCall ModelInterception named_modules unwrapped",
     "layouts": "CaptureError patch_stem token_layout vision_module",
-    "metrics": "check_metrics chosen_backend definition definitions load_metrics metric_parameters"
-    " metrics_of_one_capture",
+    "metrics": "check_metrics chosen_backend definition definitions metric_parameters",
     "prefix_mass": "heads_on_prefix",
     "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
     "sinks": "Capture capture_to_store",
@@ -74,9 +71,7 @@ __all__ = [
     "evaluating",
     "has_classes",
     "heads_on_prefix",
-    "load_metrics",
     "metric_parameters",
-    "metrics_of_one_capture",
     "named_modules",
     "patch_stem",
     "read_attention_call",

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from engine import __version__
+from engine.config import load_metrics
 from kernels import (
     BACKENDS,
     METRICS,
     MetricError,
     MetricSpec,
     TokenLayout,
-    load_metric,
     measure_attention,
     measure_pair,
     resolve,
@@ -25,32 +25,6 @@ from kernels import (
 from kernels.cpu.threads import num_threads
 from store import AttentionStore
 from train.errors import InputError
-
-# What a table of metrics has besides metrics; see `engine.measure.table`.
-_COORDINATES = {
-    *("condition", "seed", "image", "layer", "head", "region"),
-    *("site", "label", "class_name", "seed_invariant"),
-}
-
-
-def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
-    """The metrics of these names.
-
-    Raises:
-        InputError: no such metric, two of one name, or one with the name of a coordinate.
-    """
-    try:
-        specs = [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    named: dict[str, tuple[MetricSpec, str | MetricSpec]] = {}
-    for spec, metric in zip(specs, metrics, strict=True):
-        other, first = named.setdefault(spec.name, (spec, metric))
-        if spec.name in _COORDINATES:
-            raise InputError(f"{metric} is called {spec.name!r}, as a coordinate of the table is; give it another name")
-        if other is not spec:
-            raise InputError(f"{first} and {metric} are both called {spec.name!r}; give each a name of its own")
-    return [spec for spec, _ in named.values()]
 
 
 def chosen_backend(name: str, device: str) -> str:
@@ -67,22 +41,6 @@ def chosen_backend(name: str, device: str) -> str:
     except ValueError as error:
         raise InputError(str(error)) from error
     return chosen
-
-
-def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
-    """The metrics of these names, all of which can be computed from one capture.
-
-    Raises:
-        InputError: no such metric, or one that compares two captures.
-    """
-    specs = load_metrics(metrics)
-    for spec in specs:
-        if spec.inputs == "pair":
-            raise InputError(
-                f"{spec.name} compares two captures, and each condition is measured alone; leave it out here, store "
-                "two captures (capture --store) and measure one of them with --against the other"
-            )
-    return specs
 
 
 def check_metrics(specs: Sequence[MetricSpec], layouts: Iterable[TokenLayout], regions: int, backend: str) -> None:

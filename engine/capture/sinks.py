@@ -22,9 +22,10 @@ import torch
 from engine import __version__
 from engine.capture.batch_sinks import BatchSinks, discover_factors, one_bias, stored_layers
 from engine.capture.layouts import CaptureError
-from engine.capture.metrics import check_metrics, chosen_backend, metric_parameters, metrics_of_one_capture
+from engine.capture.metrics import check_metrics, chosen_backend, metric_parameters
 from engine.capture.prefix_mass import heads_on_prefix
 from engine.capture.tap import AttentionTap, discover_sites, evaluating
+from engine.config import metrics_of_one_capture
 from engine.progress import ImageProgress, say
 from kernels import MetricSpec, TokenLayout
 from store import AttentionStore, AttentionWriter, FactorSchema, StoreSchema

@@ -1,5 +1,6 @@
 """The study as dataclasses and TOML: every key is a key of `study.toml` and a flag of the command line."""
 
+from engine.config.metrics import load_metrics, metrics_of_one_capture
 from engine.config.study import (
     CaptureConfig,
     ConditionConfig,
@@ -35,7 +36,9 @@ __all__ = [
     "TrainConfig",
     "config_keys",
     "described",
+    "load_metrics",
     "load_study",
+    "metrics_of_one_capture",
     "parse_value",
     "shortened",
     "study_toml",

@@ -23,7 +23,8 @@ from itertools import islice
 from typing import Any
 
 from engine import __version__
-from engine.capture import definition, load_metrics
+from engine.capture import definition
+from engine.config import load_metrics
 from engine.measure.units import Batches, BatchValues, StoredMeasurement
 from kernels import BACKENDS, BackendUnavailableError
 from store import AttentionStore, StoreError
@@ -38,6 +39,8 @@ BATCHES_A_THREAD = 2  # with the scheduler: one measured, one waiting
 
 class ClusterError(RuntimeError):
     """The cluster failed under a measurement; what was committed before is intact."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.capture import check_metrics, chosen_backend, load_metrics, metric_parameters
+from engine.capture import check_metrics, chosen_backend, metric_parameters
+from engine.config import load_metrics
 from engine.measure.cluster import connected
 from engine.measure.units import Batches, StoredMeasurement
 from engine.progress import ImageProgress

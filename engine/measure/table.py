@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.capture import heads_on_prefix, load_metrics
+from engine.capture import heads_on_prefix
+from engine.config import load_metrics
 from engine.measure.store import stored_parameters
 from store import AttentionStore
 from store.disk import making

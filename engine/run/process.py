@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from pathlib import Path
+from typing import TextIO
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,7 @@ def foreign_package() -> str:
 
 
 def open_streams() -> None:
-    """Make what is printed find a way: to nowhere where a stream was closed, and as escapes where it is not Unicode."""
+    """Let everything be printed: to nowhere where a stream was closed, and as escapes where it is not Unicode."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -54,13 +55,15 @@ def find_modules_here() -> None:
 
 def reader_left() -> bool:
     """Whether the program that reads what is printed has ended; what is still to be written goes nowhere then."""
-    if not hasattr(select, "poll"):  # Windows
-        return False
-    left = False
-    for stream in (sys.stdout, sys.stderr):
-        poll = select.poll()
-        poll.register(stream, 0)
-        if any(event & select.POLLERR for _, event in poll.poll(0)):
-            left = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return left
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+    for stream in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(gone)
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    if not hasattr(select, "poll"):  # on Windows: of a broken pipe nothing more is known
+        return True
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

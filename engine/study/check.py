@@ -25,10 +25,9 @@ from engine.capture import (
     discover_sites,
     evaluating,
     has_classes,
-    metrics_of_one_capture,
     stored_layers,
 )
-from engine.config import StudyConfig
+from engine.config import StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
 from engine.study.data import Start
 from kernels import BACKENDS, MetricSpec, measure_qk

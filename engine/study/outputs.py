@@ -19,7 +19,6 @@ from store.disk import disk_error, writing
 from store.removal import named, remove
 from store.schema import MARK
 from store.system import lock_file
-from train.data import SPLIT_FOLDERS
 from train.errors import InputError
 
 # Where a study writes under fixed names; captures and samples.zarr say themselves whose they are.
@@ -160,6 +159,8 @@ def require_apart(config: StudyConfig, keys: Collection[str]) -> None:
         if kind == "indoor67":
             taken = first == "Images"
         elif kind == "sports100" or rule == "folders":
+            from train.data import SPLIT_FOLDERS  # lazy: torch comes along
+
             taken = first.lower() in SPLIT_FOLDERS
         else:
             taken = not first.startswith(".")
@@ -168,6 +169,31 @@ def require_apart(config: StudyConfig, keys: Collection[str]) -> None:
                 f"{key} is {place}, where data.root {config.data.root} has its class folders: what is written there "
                 "would be taken for one; give a place outside it"
             )
+
+
+def written_study(outputs: Path) -> Path | None:
+    """The study.toml with which an outputs folder was made; None where it holds none.
+
+    Raises:
+        InputError: it is not the one that the study wrote; an edited one is given with --config.
+    """
+    path = outputs / "study.toml"
+    Journal(outputs / "run.jsonl").require(path)
+    return path if path.is_file() else None
+
+
+def keep_edited(outputs: Path, given: Path | None) -> None:
+    """A study.toml that was edited since a study wrote it is not written over by a command that does not read it.
+
+    Raises:
+        InputError: the folder holds such a file, and it is not the configuration `given`.
+    """
+    path = outputs / "study.toml"
+    if path.is_file() and not (given is not None and given.is_file() and path.samefile(given)):
+        try:
+            Journal(outputs / "run.jsonl").usable(path)
+        except InputError as error:
+            raise InputError(f"{error}; to go on without it, delete it") from error
 
 
 def resolve_device(device: str) -> str:

@@ -23,15 +23,13 @@ from engine.capture import (
     capture_to_store,
     choose_samples,
     definitions,
-    metrics_of_one_capture,
 )
 from engine.config import StudyConfig, study_toml
-from engine.errors import reason_of
 from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
-from engine.progress import say
+from engine.progress import reason_of, say
 from engine.relevance import choose_classes, explain_study, prediction_link, samples_folder
 from engine.report import write_report
-from engine.statistics import analyse, check_bounds, comparison_document, write_comparison
+from engine.statistics import analyse, comparison_document, write_comparison
 from engine.study.check import check_study, one_torch_thread
 from engine.study.controls import Contender, Control, negative_controls
 from engine.study.data import Start, StudyData, check_class_files, prepare_data
@@ -75,9 +73,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
         Exception: what a stage ended in; of `SEPARATE_STAGES` the first, after the other stages.
     """
     # What is mistaken is found before anything is trained.
-    metrics_of_one_capture(config.measure.metrics)
     check_class_files(config)
-    check_bounds(config.statistics.equivalence, [load_metric(name).name for name in config.measure.metrics])
     study = Study(config)
     stages = STAGES[: STAGES.index(last) + 1]
     with study.opened() as folder:

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 from engine.config.study import EMBEDDED_STUDY, StudyConfig, config_keys, load_study, study_toml
-from engine.run import COMMANDS
+from engine.run.commands import COMMANDS
 from tests.fuzz import Trial, changed, command, random_of
 
 SHARE = 120

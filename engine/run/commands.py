@@ -1,0 +1,265 @@
+"""The commands: what each does, which keys it reads, which flags it has. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.config import StudyConfig
+from train.processes import first_process
+
+# Keys that only a command with a flag of its own for them reads.
+_OF_ONE_STORE = ("capture.store", "measure.store", "measure.against")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        help: what it does.
+        run: does it, and returns the exit code.
+        uses: sections and keys of the configuration that it reads; a flag of another is refused, not ignored.
+        flags: short flag -> configuration key.
+        positional: the file it may name.
+        shared: torchrun's processes divide its work; otherwise the first one does it.
+        defaults: configuration key -> value, where no file is given.
+        required: flags that must be given then.
+        writes: keys that name what it writes; it writes the study.toml of its outputs folder if that is one of them.
+        continues: without a file it goes on with the study.toml of its outputs folder.
+    """
+
+    help: str
+    run: Callable[[StudyConfig, argparse.Namespace], int]
+    uses: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
+    positional: str = ""
+    shared: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    continues: bool = False
+
+    def reads(self, key: str) -> bool:
+        """Whether a key of the configuration changes anything that it does; where outputs go, and on which device, does
+        everywhere.
+        """
+        named = (*self.uses, *self.flags.values(), "outputs", "device")
+        return key in named or (key not in _OF_ONE_STORE and key.partition(".")[0] in named)
+
+
+def _stages(config: StudyConfig, arguments: argparse.Namespace, last: str) -> int:
+    from engine.study import run_study
+
+    run_study(config, last=last)
+    return 0
+
+
+def _report(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.report import write_report
+    from engine.study import Journal
+
+    for path in write_report(config.outputs, Journal(Path(config.outputs) / "run.jsonl")):
+        print(path)
+    return 0
+
+
+def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.study import capture_folder
+
+    capture_folder(config)
+    if first_process():
+        from store.verify import info
+
+        held = info(config.capture.store)
+        layers, attention = held["layers"], held["attention"]["bytes"]
+        kept = f"{attention / 1e6:,.1f} MB of attention" if attention else "metrics, and no attention"
+        print(f"{held['path']}: {held['images']:,} images, {len(layers)} layers, {kept}")
+    return 0
+
+
+def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from store import AttentionStore
+
+    keys = config.measure
+    store = AttentionStore.open(keys.store)
+    against = AttentionStore.open(keys.against) if keys.against else None
+
+    from engine.measure import measure_store
+
+    measured = measure_store(store, keys.metrics, keys.backend, against, keys.scheduler)
+    if measured:
+        print(f"{store.path}: measured {', '.join(measured)}")
+    else:
+        print(f"{store.path} holds {', '.join(keys.metrics)} already")
+    return 0
+
+
+def _sweep(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.study import run_sweep
+
+    run_sweep(config)
+    return 0
+
+
+def _export(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.study import export_hdf5
+
+    print(export_hdf5(config))
+    return 0
+
+
+def _import(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from engine.study import import_hdf5
+
+    store = import_hdf5(config)
+    print(f"{store.path}: {len(store.image_ids)} images, {len(store.layers)} layers")
+    return 0
+
+
+def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from store.storage import location_of
+    from store.verify import verify
+
+    damages = verify(arguments.store)
+    for damage in damages:
+        print(damage)
+    if not damages:
+        print(f"{location_of(arguments.store)} is sound")
+    return 1 if damages else 0
+
+
+def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
+    from store.verify import info
+
+    unicode = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    print(json.dumps(info(arguments.store), indent=2, ensure_ascii=not unicode))
+    return 0
+
+
+TRAINING = ("model", "data", "pretrain", "train", "conditions")
+_STATISTICS = ("capture", "measure", "statistics")
+_COMPARE_CONDITIONS = {name: {"recipe": "checkpoint", "checkpoint": ""} for name in ("baseline", "finetuned")}
+_STUDY_FILES = ("outputs", "data.cache_folder")
+_ALL_IMAGES = {"data.kind": "folder", "data.split": "all"}
+
+COMMANDS: dict[str, Command] = {
+    "study": Command(
+        "train the conditions, capture, measure, test and report (the default)",
+        partial(_stages, last="report"),
+        (*TRAINING, *_STATISTICS, "relevance"),
+        shared=True,
+        writes=_STUDY_FILES,
+    ),
+    "train": Command(
+        "the study up to the trained checkpoints",
+        partial(_stages, last="train"),
+        TRAINING,
+        shared=True,
+        writes=_STUDY_FILES,
+    ),
+    "compare": Command(
+        "two checkpoints of one model on a folder of images, through the same stages",
+        partial(_stages, last="report"),
+        ("model", "data", "train.seeds", "conditions", *_STATISTICS, "relevance"),
+        shared=True,
+        flags={
+            "--baseline": "conditions.baseline.checkpoint",
+            "--finetuned": "conditions.finetuned.checkpoint",
+            "--classes": "model.classes",
+            "--baseline-classes": "conditions.baseline.classes",
+            "--finetuned-classes": "conditions.finetuned.classes",
+        },
+        defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS, "train.seeds": ["0"]},
+        required=("--baseline", "--finetuned", "--model.name", "--data.root"),
+        writes=_STUDY_FILES,
+    ),
+    "capture": Command(
+        "one model's attention on a folder of images, into a store",
+        _capture,
+        ("model", "data", "capture", "measure.metrics", "measure.backend"),
+        shared=True,
+        flags={
+            "--store": "capture.store",
+            "--encoding": "capture.encoding",
+            "--batch-size": "capture.batch_size",
+            "--classes": "model.classes",
+        },
+        defaults={**_ALL_IMAGES, "capture.sinks": ["store", "metrics"]},
+        required=("--store", "--model.name", "--data.root"),
+        writes=("capture.store",),
+    ),
+    "measure": Command(
+        "metrics of a stored capture; needs neither model nor images",
+        _measure,
+        ("measure",),
+        flags={
+            "--store": "measure.store",
+            "--metrics": "measure.metrics",
+            "--against": "measure.against",
+            "--scheduler": "measure.scheduler",
+        },
+        defaults={"data.kind": "folder"},  # the metrics of any study, not those of the embedded one
+        required=("--store",),
+    ),
+    "export": Command(
+        "a store's attention as one HDF5 file",
+        _export,
+        flags={"--store": "measure.store", "--hdf5": "hdf5.file"},
+        defaults={"data.kind": "folder"},
+        required=("--store", "--hdf5"),
+    ),
+    "import": Command(
+        "a store of the attention in an HDF5 file of your own: a dataset [image, head, query, key] for each layer, …",
+        _import,
+        ("hdf5",),
+        flags={
+            "--hdf5": "hdf5.file",
+            "--store": "capture.store",
+            "--axes": "hdf5.axes",
+            "--grid": "hdf5.grid",
+            "--encoding": "capture.encoding",
+            "--batch-size": "capture.batch_size",
+        },
+        defaults={"data.kind": "folder"},
+        required=("--hdf5", "--store"),
+    ),
+    "stats": Command(
+        "the study up to the paired comparisons",
+        partial(_stages, last="statistics"),
+        (*TRAINING, *_STATISTICS),
+        shared=True,
+        writes=_STUDY_FILES,
+        continues=True,
+    ),
+    "relevance": Command(
+        "the study up to the relevance samples",
+        partial(_stages, last="relevance"),
+        (*TRAINING, *_STATISTICS, "relevance"),
+        shared=True,
+        writes=_STUDY_FILES,
+        continues=True,
+    ),
+    "report": Command("figures, summary and page once more, from the tables and samples of an outputs folder", _report),
+    "sweep": Command(
+        "adapters of several ranks on a plain, a pruned and a binarised backbone, their hyper-parameters by Optuna",
+        _sweep,
+        ("model", "data", "train", "sweep"),
+        shared=True,  # it refuses several processes itself
+        flags={"--init": "sweep.init"},
+        defaults={"data.kind": "folder", "model.name": "resnet18", "train.epochs": "10"},
+        required=("--data.root",),
+        writes=_STUDY_FILES,
+    ),
+    "verify": Command(
+        "check a store: exit code 0 when sound, 1 with a line for each damaged unit", _verify, positional="store"
+    ),
+    "info": Command("what a store holds", _info, positional="store"),
+}
