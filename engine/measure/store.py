@@ -7,13 +7,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.capture import check_metrics, chosen_backend, metric_parameters
 from engine.config import load_metrics
 from engine.measure.cluster import connected
 from engine.measure.units import Batches, StoredMeasurement
-from engine.progress import ImageProgress
+from engine.progress import ImageProgress, say
 from kernels import MetricSpec, TokenLayout
 from store import AttentionStore, MetricWriter, StoreError, has_metric
 from store.arrays import attention_arrays
@@ -64,12 +62,12 @@ def measure_store(
         first = f" ({damages[0]})" if damages else ""
         raise StoreError(f"{store.path} holds no batch that can be measured{first}; capture it first")
     if not images.all():
-        tqdm.write(
+        say(
             f"{store.path.name}: only {int(images.sum())} of {store.schema.num_images} images are captured; "
             "the others are left out"
         )
     for damage in damages:
-        tqdm.write(damage)
+        say(damage)
     parameters = {name: metric_parameters(spec, chosen, other) for name, spec in missing.items()}
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     measurement = StoredMeasurement(store, other, missing, chosen)
@@ -95,7 +93,7 @@ def measure_store(
             writer.flush()
     if masked:
         names = " or ".join(each.path.name for each in (store, other) if each is not None)
-        tqdm.write(
+        say(
             f"{names}: {masked:,} rows are no post-softmax attention (NaN, infinite, negative or off sum 1); they are "
             "left out of every value and counted with the rows that have none"
         )

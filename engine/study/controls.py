@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from engine.progress import say
 from kernels import measure_qk
 from train.data import ImageSet
 
@@ -321,7 +322,7 @@ def negative_controls(
         lower, upper = contenders[against].load(), contender.load()
         blocks = len(getattr(lower, "blocks", ()))
         if blocks < 2:
-            tqdm.write("hybrid control left out: the model has no row of blocks to divide")
+            say("hybrid control left out: the model has no row of blocks to divide")
             continue
         middle = blocks // 2
         states = lower.state_dict(), upper.state_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 
 from engine import __version__
 from engine.config import StudyConfig
@@ -43,8 +41,6 @@ from train.files import id_of
 from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
 from train.pretrain import pretrain_digits
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -406,7 +402,7 @@ def _folder_splits(start: Start) -> DataSplits:
     config, path = start.config, start.manifest_path
     start.journal.stage("data", start.data_inputs, [path], lambda: start.manifest.save(path))
     manifest = Manifest.load(path)
-    logger.info("%s takes %s", config.model.name, start.preprocessing)
+    say(f"{config.model.name} takes {start.preprocessing}")
     cache = start.cache_folder
     return prepare_folder(config.data.root, preprocessing=start.preprocessing, manifest=manifest, cache=cache)
 
@@ -425,9 +421,7 @@ def _digits(start: Start, device: str) -> StudyData:
 
     def work() -> dict[str, Any]:
         result = pretrain_digits(checkpoint=path, **settings)
-        tqdm.write(
-            f"pretrained: source task, validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}"
-        )
+        say(f"pretrained: source task, validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}")
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
     pretrained = start.journal.stage("pretrain", settings | {"version": __version__}, [path, sidecar_path(path)], work)

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from engine.config import StudyConfig, study_toml
 from engine.progress import PROGRAM, say
@@ -81,11 +80,11 @@ def run_sweep(config: StudyConfig) -> Path:
                 write_atomically(folder / f"{name}_optimization_history.html", page.encode())
                 table = evaluation_csv(results, sweep.recipe, sweep.init)
                 write_atomically(folder / "evaluation.csv", table.encode())
-                tqdm.write(
+                say(
                     f"{base} rank {rank}: test {result.test_accuracy:.1%} "
                     f"(without adapters {result.without_adapters:.1%}), validation {result.validation_accuracy:.1%}"
                 )
-    tqdm.write(f"open {folder / 'evaluation.csv'}")
+    say(f"open {folder / 'evaluation.csv'}")
     return folder
 
 
