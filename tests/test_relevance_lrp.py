@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.capture.layouts import CaptureError, token_layout, vision_module
+from engine.capture.families import CaptureError, token_layout, vision_module
 from engine.relevance import METHODS, relevance_maps
 from engine.relevance.lrp import Propagation
 from engine.relevance.targets import class_logits

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.capture.attention_call import AttentionCall, attention_map, read_attention_call
     from engine.capture.batch_sinks import discover_factors, stack_layers, stored_layers
+    from engine.capture.families import (
+        FIRST_NORMS,
+        CaptureError,
+        block_of,
+        first_norm,
+        num_blocks,
+        patch_stem,
+        reached_block,
+        token_layout,
+        transformer_blocks,
+        vision_module,
+    )
     from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
-    from engine.capture.layouts import CaptureError, patch_stem, token_layout, vision_module
     from engine.capture.metrics import (
         check_metrics,
         chosen_backend,
@@ -36,8 +47,9 @@ if TYPE_CHECKING:
 _NAMES = {
     "attention_call": "AttentionCall attention_map read_attention_call",
     "batch_sinks": "discover_factors stack_layers stored_layers",
+    "families": "FIRST_NORMS CaptureError block_of first_norm num_blocks patch_stem reached_block token_layout"
+    " transformer_blocks vision_module",
     "interception": "FunctionCall ModelInterception named_modules unwrapped",
-    "layouts": "CaptureError patch_stem token_layout vision_module",
     "metrics": "check_metrics chosen_backend definition definitions metric_parameters",
     "prefix_mass": "heads_on_prefix",
     "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
@@ -48,6 +60,7 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 __all__ = [
     "FILES",
+    "FIRST_NORMS",
     "AttentionCall",
     "AttentionSite",
     "AttentionTap",
@@ -59,6 +72,7 @@ __all__ = [
     "SampleMaps",
     "SampleRun",
     "attention_map",
+    "block_of",
     "capture_attention",
     "capture_to_store",
     "check_metrics",
@@ -69,16 +83,20 @@ __all__ = [
     "discover_factors",
     "discover_sites",
     "evaluating",
+    "first_norm",
     "has_classes",
     "heads_on_prefix",
     "metric_parameters",
     "named_modules",
+    "num_blocks",
     "patch_stem",
+    "reached_block",
     "read_attention_call",
     "require_samples_place",
     "stack_layers",
     "stored_layers",
     "token_layout",
+    "transformer_blocks",
     "unwrapped",
     "vision_module",
 ]

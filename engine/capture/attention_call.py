@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.capture.families import num_heads
 from engine.capture.interception import FunctionCall
 from kernels import TokenLayout
 
@@ -61,8 +62,8 @@ def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 def by_head(call: AttentionCall, caller: torch.nn.Module | None, images: int) -> AttentionCall:
     """A call whose images and heads share one axis, [image · head, token, dim], with an axis for each (views)."""
-    heads = getattr(caller, "num_heads", None)
-    if not isinstance(heads, int) or any(t.ndim != 3 for t in (call.query, call.key)):
+    heads = None if caller is None else num_heads(caller)
+    if heads is None or any(t.ndim != 3 for t in (call.query, call.key)):
         return call
     if images == 0 or call.query.shape[0] != images * heads or call.key.shape[0] != images * heads:
         return call

@@ -21,7 +21,7 @@ import torch
 
 from engine import __version__
 from engine.capture.batch_sinks import BatchSinks, discover_factors, one_bias, stored_layers
-from engine.capture.layouts import CaptureError
+from engine.capture.families import CaptureError
 from engine.capture.metrics import check_metrics, chosen_backend, metric_parameters
 from engine.capture.prefix_mass import heads_on_prefix
 from engine.capture.tap import AttentionTap, discover_sites, evaluating

@@ -23,8 +23,15 @@ from engine.capture.attention_call import (
     read_attention_call,
     unmeasurable,
 )
+from engine.capture.families import (
+    CaptureError,
+    LayoutError,
+    num_heads,
+    patch_stem,
+    token_layout,
+    vision_module,
+)
 from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
-from engine.capture.layouts import CaptureError, LayoutError, patch_stem, token_layout, vision_module
 from kernels import TokenLayout
 
 Callback = Callable[["AttentionSite", torch.Tensor, torch.Tensor, float, torch.Tensor | None], None]
@@ -213,11 +220,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
 
 def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Innermost modules that state a number of heads: those that should be seen attending when they run."""
-    stated = [
-        (name, module)
-        for name, module in named_modules(model)
-        if any(isinstance(vars(module).get(key), int) for key in ("num_heads", "num_attention_heads"))
-    ]
+    stated = [(name, module) for name, module in named_modules(model) if num_heads(module) is not None]
     outer = {".".join(name.split(".")[:depth]) for name, _ in stated for depth in range(len(name.split("."))) if name}
     return ((name, module) for name, module in stated if name not in outer)
 

@@ -11,25 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.capture import AttentionCall, CaptureError, named_modules
+from engine.capture import AttentionCall, CaptureError
 from kernels import TokenLayout
-
-
-def transformer_blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """(name, module) of the blocks in depth order: the first row of modules each of which holds a module with heads."""
-
-    def attends(module: torch.nn.Module) -> bool:
-        return any(
-            isinstance(getattr(part, key, None), int)
-            for part in module.modules()
-            for key in ("num_heads", "num_attention_heads")
-        )
-
-    for name, module in named_modules(model):
-        row = isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) and len(module) > 0
-        if row and all(attends(child) for child in module.children()):
-            return [(f"{name}.{key}", child) for key, child in module.named_children()]
-    return []
 
 
 def check_call(call: AttentionCall, module: str | None, layout: TokenLayout, images: int, pooled: bool) -> bool:

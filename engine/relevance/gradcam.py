@@ -6,12 +6,8 @@ from typing import Any
 
 import torch
 
-from engine.capture import CaptureError, token_layout, vision_module
-from engine.relevance.chain import transformer_blocks
+from engine.capture import FIRST_NORMS, CaptureError, first_norm, token_layout, transformer_blocks, vision_module
 from engine.relevance.targets import class_logits
-
-# What a block's first norm is called by timm, Hugging Face (two) and torchvision.
-_FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "ln_1")
 
 
 def gradcam_maps(
@@ -32,12 +28,10 @@ def gradcam_maps(
         CaptureError: the model's last block has no first norm.
     """
     blocks = transformer_blocks(model)
-    norm = next(
-        (getattr(block, name) for _, block in blocks[-1:] for name in _FIRST_NORMS if hasattr(block, name)), None
-    )
+    norm = first_norm(blocks[-1][1]) if blocks else None
     if norm is None:
         raise CaptureError(
-            f"Grad-CAM needs the norm before the last block's attention ({', '.join(_FIRST_NORMS)}), which "
+            f"Grad-CAM needs the norm before the last block's attention ({', '.join(FIRST_NORMS)}), which "
             f"{type(model).__name__} does not have; use another method"
         )
     activations: list[torch.Tensor] = []

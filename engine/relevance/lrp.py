@@ -24,9 +24,10 @@ from engine.capture import (
     patch_stem,
     read_attention_call,
     token_layout,
+    transformer_blocks,
     vision_module,
 )
-from engine.relevance.chain import check_call, product_row, read_tokens, transformer_blocks, with_identity
+from engine.relevance.chain import check_call, product_row, read_tokens, with_identity
 from engine.relevance.rules import (
     AttentionRule,
     LinearRule,

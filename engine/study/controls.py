@@ -7,8 +7,7 @@ and not from fine-tuning.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,15 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.capture import AttentionSite, AttentionTap, attention_map, evaluating
+from engine.capture import AttentionSite, AttentionTap, attention_map, block_of, evaluating, num_blocks, reached_block
 from engine.progress import say
 from kernels import measure_qk
 from train.data import ImageSet
-
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-# Parts of a block that come after its attention map: what they change is seen from the next block on.
-_AFTER_ATTENTION = re.compile(r"blocks\.(\d+)\.(attn\.proj|ls1|norm2|mlp|ls2)\.")
-_READOUT = ("norm.", "fc_norm.", "head", "attn_pool.")
 
 
 @dataclass(frozen=True)
@@ -171,17 +165,12 @@ def hybrid_state(
     Raises:
         ValueError: the weights have no `blocks.N.` names, so "below" has no meaning.
     """
-    if not any(_BLOCK.search(key) for key in lower):
+    last = _last_block(lower)
+    if last is None:
         raise ValueError("the weights have no blocks.N. names; a hybrid of two models cannot be made")
-    last = max(int(match[1]) for key in lower if (match := _BLOCK.search(key)))
     if not 0 < first_block <= last:
         raise ValueError(f"first_block is {first_block}; expected 1 to {last}")
-
-    def from_upper(key: str) -> bool:
-        match = _BLOCK.search(key)
-        return match is not None and int(match[1]) >= first_block
-
-    return {key: (upper if from_upper(key) else lower)[key] for key in lower}
+    return {key: (upper if (block_of(key) or 0) >= first_block else lower)[key] for key in lower}
 
 
 def hybrid_control(
@@ -192,9 +181,8 @@ def hybrid_control(
     `differs` says whether any weight from `first_block` on differs at all between the two conditions: only then must
     attention differ somewhere above, which shows that the control is able to fail.
     """
-    below = [layer for layer in layers if _block_of(layer.site) < first_block]
     # The first changed block's own q and k are made by changed weights, so its map differs already.
-    above = [layer for layer in layers if _block_of(layer.site) >= first_block]
+    below, above = _divided(layers, first_block)
     largest = max((max([layer.attention, *layer.metrics.values()]) for layer in below), default=0.0)
     changed = max((layer.attention for layer in above), default=0.0)
     held = bool(below) and bool(above) and all(layer.identical for layer in below) and largest == 0.0
@@ -214,20 +202,12 @@ def hybrid_control(
 def first_reached_block(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> int:
     """The first block whose attention can differ between two states of one model; past the last where none can.
 
-    Readouts may be of other sizes, or missing. A weight before the blocks reaches block 0, one behind a block's
-    attention map the next block, the readout none.
+    Readouts may be of other sizes, or missing; see `reached_block`.
     """
-    last = max((int(match[1]) for key in one if (match := _BLOCK.search(key))), default=-1)
-    backbone = [key for key in one if _BLOCK.search(key) or not key.startswith(_READOUT)]
-    return min((_reach(key, last) for key in backbone if not torch.equal(one[key], other[key])), default=last + 1)
-
-
-def _reach(key: str, last: int) -> int:
-    if match := _AFTER_ATTENTION.search(key):
-        return int(match[1]) + 1
-    if match := _BLOCK.search(key):
-        return int(match[1])
-    return 0
+    reached = {key: block for key in one if (block := reached_block(key)) is not None}
+    last = _last_block(one)
+    past = 0 if last is None else last + 1
+    return min((block for key, block in reached.items() if not torch.equal(one[key], other[key])), default=past)
 
 
 def untouched_control(
@@ -237,8 +217,7 @@ def untouched_control(
 
     `first_block` is what `first_reached_block` says of the two conditions.
     """
-    below = [layer for layer in layers if _block_of(layer.site) < first_block]
-    above = [layer for layer in layers if _block_of(layer.site) >= first_block]
+    below, above = _divided(layers, first_block)
     largest = max((max([layer.attention, *layer.metrics.values()]) for layer in below), default=0.0)
     changed = max((layer.attention for layer in above), default=0.0)
     held = bool(below) and all(layer.identical for layer in below) and largest == 0.0 and (changed > 0.0 or not above)
@@ -320,17 +299,16 @@ def negative_controls(
         if name == against:
             continue
         lower, upper = contenders[against].load(), contender.load()
-        blocks = len(getattr(lower, "blocks", ()))
+        blocks = num_blocks(lower)
         if blocks < 2:
             say("hybrid control left out: the model has no row of blocks to divide")
             continue
         middle = blocks // 2
         states = lower.state_dict(), upper.state_dict()
-        above = tuple(f"blocks.{block}." for block in range(middle, blocks))
         differs = any(
-            _reach(key, blocks - 1) < blocks and not torch.equal(states[0][key], states[1][key])
+            middle <= block and (reached_block(key) or 0) < blocks and not torch.equal(states[0][key], states[1][key])
             for key in states[0]
-            if key.startswith(above)
+            if (block := block_of(key)) is not None
         )
         mixed = contenders[against].load()
         mixed.load_state_dict(hybrid_state(*states, middle))
@@ -342,6 +320,17 @@ def negative_controls(
     return controls
 
 
-def _block_of(site: str) -> int:
-    match = _BLOCK.search(f"{site}.")
-    return int(match[1]) if match else 0
+def _last_block(weights: Iterable[str]) -> int | None:
+    """The greatest number of a block; None without any."""
+    return max((block for name in weights if (block := block_of(name)) is not None), default=None)
+
+
+def _divided(
+    layers: Sequence[LayerDifference], first_block: int
+) -> tuple[list[LayerDifference], list[LayerDifference]]:
+    """Layers below a block, and those from there on; a site outside of the blocks counts as in block 0."""
+    above = [(block_of(layer.site) or 0) >= first_block for layer in layers]
+    return (
+        [layer for layer, is_above in zip(layers, above, strict=True) if not is_above],
+        [layer for layer, is_above in zip(layers, above, strict=True) if is_above],
+    )

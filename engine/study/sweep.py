@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine.capture import num_blocks
 from engine.config import StudyConfig, study_toml
 from engine.progress import PROGRAM, say
 from engine.report import curves_png, evaluation_csv, history_html
@@ -106,7 +107,7 @@ def _targets(config: StudyConfig, model: torch.nn.Module) -> str:
     """Where adapters go: a transformer's attention; in another model the classifier, as in the study that the sweep
     comes from.
     """
-    usual = "attention" if hasattr(model, "blocks") else re.escape(classifier_name(model))
+    usual = "attention" if num_blocks(model) else re.escape(classifier_name(model))
     return config.sweep.targets or usual
 
 
