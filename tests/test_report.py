@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -40,6 +41,8 @@ def test_every_file_is_written(study: Path) -> None:
     assert figures == {".written.json", *(f"{stem}.{kind}" for stem in stems for kind in ("svg", "png"))}
     for path in (study / "visualizations/figures").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+        drawing = ElementTree.parse(path.with_suffix(".svg"))
+        assert next(drawing.iter("{http://www.w3.org/2000/svg}text")).text, "text is text"
     assert (study / "summary.md").read_text(encoding="utf-8").startswith("# Summary\n")
     assert (study / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert not list(study.rglob("*.partial"))

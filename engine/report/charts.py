@@ -12,7 +12,7 @@ from engine.report import text
 from engine.report.findings import Comparison, head_maps, histories, layer_curve
 from engine.report.inputs import Results
 from engine.report.marks import PALETTE
-from engine.report.plots import Chart, Column, Figure, HeatMap, Line, Stretch
+from engine.report.plots import Cells, Chart, Column, Figure, Line, Stretch
 from engine.report.wording import accuracies, accuracy_title
 from kernels import METRICS
 
@@ -160,16 +160,18 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
     maps = [head_maps(results, *pair, metric, region) for pair, region in places]
     known = np.concatenate([np.abs(found["difference"]).ravel() for found in maps])
     greatest = float(known[np.isfinite(known)].max(initial=0.0))
+    cell = 38 if len(results.heads) <= 6 else 23
     panels = [
-        HeatMap(
+        Chart(
+            title=results.heading(metric, region),
             heading=f"{condition} − {against}" + ("" if region is None else f"\non {region}"),
-            values=found["difference"],
-            sure=found["p_max_t"] <= results.alpha,
-            limit=greatest or 1.0,
-            rows=results.layers,
-            columns=results.heads,
+            cells=Cells(found["difference"], found["p_max_t"] <= results.alpha, greatest or 1.0),
+            x_names=[str(head) for head in results.heads],
+            y_names=[str(layer) for layer in results.layers],
             x_label="head",
             y_label="layer",
+            width=50 + cell * len(results.heads),
+            height=52 + cell * len(results.layers),
         )
         for ((condition, against), region), found in zip(places, maps, strict=True)
     ]
@@ -196,10 +198,8 @@ def _accuracy(results: Results) -> Figure:
         )
     chart = Chart(
         title="Accuracy",
-        heading="Accuracy",
         columns=columns,
         x_label="",
-        x_ticks=range(len(columns)),
         x_names=[name for name, *_ in found],
         y_label=f"{accuracy_title(results).lower()} (%)",
         y_range=(0.0, 100.0),
@@ -209,7 +209,7 @@ def _accuracy(results: Results) -> Figure:
     note = "one training run per condition" if most == 1 else f"bar: mean of {most} runs; dots: runs"
     if any(column.level is not None for column in columns):
         note += "; line: chance"
-    return Figure(panels=[chart], note=note)
+    return Figure(panels=[chart], title=chart.title, note=note)
 
 
 def _association(results: Results, metric: str) -> str:

@@ -8,7 +8,7 @@ anything, and the renderers escape them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -147,29 +147,20 @@ class Study:
 
 
 Place = Literal["page", "summary"]
-
-
-@dataclass(frozen=True, slots=True)
-class Declaration:
-    """A section as declared; its places are numbers in rising order, None where it does not stand."""
-
-    title: str
-    name: str
-    anchor: str
-    places: Mapping[Place, int | None]
-    make: Callable[[Study], Sequence[Block]]
-
-
-SECTIONS: list[Declaration] = []
+Make = Callable[[Study], Sequence[Block]]
+SECTIONS: dict[Place, dict[int, tuple[Section, Make]]] = {"page": {}, "summary": {}}
 
 
 def section(
     title: str, *, page: int | None = None, summary: int | None = None, anchor: str = "", name: str = ""
-) -> Callable[[Callable[[Study], Sequence[Block]]], Callable[[Study], Sequence[Block]]]:
+) -> Callable[[Make], Make]:
     """Declares a section. `page` and `summary` are its places there; the page needs an `anchor` of letters."""
 
-    def declare(make: Callable[[Study], Sequence[Block]]) -> Callable[[Study], Sequence[Block]]:
-        SECTIONS.append(Declaration(title, name or title, anchor, {"page": page, "summary": summary}, make))
+    def declare(make: Make) -> Make:
+        for at, place in ((page, SECTIONS["page"]), (summary, SECTIONS["summary"])):
+            if at is not None:
+                assert at not in place, f"two sections have the place {at}"
+                place[at] = Section(title, name or title, anchor, ()), make
         return make
 
     return declare
@@ -177,6 +168,5 @@ def section(
 
 def sections(study: Study, place: Place) -> list[Section]:
     """The sections of the page or the summary, in their order, without those that have nothing to say."""
-    declared = [(at, one) for one in SECTIONS if (at := one.places[place]) is not None]
-    made = [(one, one.make(study)) for _, one in sorted(declared, key=lambda pair: pair[0])]
-    return [Section(one.title, one.name, one.anchor, blocks) for one, blocks in made if blocks]
+    made = [replace(empty, blocks=make(study)) for _, (empty, make) in sorted(SECTIONS[place].items())]
+    return [section for section in made if section.blocks]

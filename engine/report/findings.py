@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from engine.report.inputs import Results
+from engine.report.inputs import Results, matches
 from engine.statistics import Cluster, PairedTest, Relation, Trend
 
 
@@ -136,42 +136,23 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Everything about one condition against another."""
+    """Everything about one condition against another; the counts are those of all its changes together."""
 
     condition: str
     against: str
     runs: int
     runs_needed: int
     n: int
-    unit_of_inference: str
+    cells: int
+    changed: int
+    negligible: int
+    layers_changed: int
+    layers_negligible: int
+    identical: bool
     changes: tuple[Change, ...]
     seed_tests: tuple[PairedTest, ...]
     layer_means: tuple[PairedTest, ...]
     relations: tuple[Relation, ...]
-
-    @property
-    def cells(self) -> int:
-        return sum(change.defined for change in self.changes)
-
-    @property
-    def changed(self) -> int:
-        return sum(change.changed for change in self.changes)
-
-    @property
-    def layers_changed(self) -> int:
-        return sum(change.layers_changed for change in self.changes)
-
-    @property
-    def negligible(self) -> int:
-        return sum(change.negligible for change in self.changes)
-
-    @property
-    def layers_negligible(self) -> int:
-        return sum(change.layers_negligible for change in self.changes)
-
-    @property
-    def identical(self) -> bool:
-        return self.cells > 0 and all(change.identical for change in self.changes if change.defined)
 
     @property
     def speaks_of_runs(self) -> bool:
@@ -183,9 +164,10 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
     """Every tested pair of conditions."""
     found = []
     for condition, against in results.comparisons():
-        tests = results.select("head", condition=condition, against=against) or results.select(
-            "layer", condition=condition, against=against
-        )
+        pair = {"condition": condition, "against": against}
+        tests = results.select("head", **pair) or results.select("layer", **pair)
+        differing = changes(results, condition, against)
+        cells = sum(change.defined for change in differing)
         found.append(
             Comparison(
                 condition=condition,
@@ -193,11 +175,16 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
                 runs=max(training_runs(results, condition), training_runs(results, against)),
                 runs_needed=seeds_needed(results.alpha),
                 n=max((test.n or 0 for test in tests), default=0),
-                unit_of_inference=tests[0].unit_of_inference if tests else "",
-                changes=changes(results, condition, against),
-                seed_tests=results.select("seed", condition=condition, against=against),
-                layer_means=results.select("layer_means", condition=condition, against=against),
-                relations=results.relations(condition=condition, against=against),
+                cells=cells,
+                changed=sum(change.changed for change in differing),
+                negligible=sum(change.negligible for change in differing),
+                layers_changed=sum(change.layers_changed for change in differing),
+                layers_negligible=sum(change.layers_negligible for change in differing),
+                identical=cells > 0 and all(change.identical for change in differing if change.defined),
+                changes=differing,
+                seed_tests=results.select("seed", **pair),
+                layer_means=results.select("layer_means", **pair),
+                relations=tuple(r for r in results.analyses.relations if matches(r, pair)),
             )
         )
     return tuple(found)

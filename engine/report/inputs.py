@@ -17,7 +17,7 @@ import xarray as xr
 from engine.capture import SampleMaps
 from engine.report.kept import GradcamSample, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
-from engine.statistics import Analyses, Cluster, PairedTest, Relation, Trend, load_analyses
+from engine.statistics import Analyses, Cluster, PairedTest, Trend, load_analyses
 from kernels import METRICS
 from train.errors import InputError
 
@@ -57,7 +57,9 @@ class Results:
     Args:
         outputs: the folder.
         table: dims (condition, seed, image, layer, head[, region]), one variable a metric.
-        sites: layer -> module name, in depth order.
+        conditions, metrics, seeds, regions, num_images: of the table.
+        layers, heads: numbers of those that were measured; a layer with fewer heads holds no value there.
+        sites: module names of the layers, in depth order.
         analyses: tests, trends, clusters and relations.
         settings: those that the tests and intervals were made with, as in `attention_comparison.json`.
         record: what the stages recorded of their files.
@@ -74,6 +76,13 @@ class Results:
 
     outputs: Path
     table: xr.Dataset
+    conditions: tuple[str, ...]
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    regions: tuple[str, ...]
+    num_images: int
     sites: tuple[str, ...]
     analyses: Analyses
     settings: Mapping[str, Any]
@@ -91,36 +100,6 @@ class Results:
     study_text: str = ""
     failed: Mapping[str, str] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        return tuple(str(name) for name in self.table["condition"].values)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return tuple(str(name) for name in self.table.data_vars)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(int(seed) for seed in self.table["seed"].values)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The measured layers' numbers in depth order; a study may measure some layers only."""
-        return tuple(int(layer) for layer in self.table["layer"].values)
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """The measured heads' numbers; a study may measure some heads only. Layers with fewer hold no value there."""
-        return tuple(int(head) for head in self.table["head"].values)
-
-    @property
-    def regions(self) -> tuple[str, ...]:
-        return tuple(str(name) for name in self.table["region"].values) if "region" in self.table.coords else ()
-
-    @property
-    def num_images(self) -> int:
-        return int(self.table.sizes["image"])
 
     @property
     def alpha(self) -> float:
@@ -180,19 +159,14 @@ class Results:
 
     def select(self, level: str, **where: Any) -> tuple[PairedTest, ...]:
         """Tests of a level whose fields equal `where`."""
-        return tuple(test for test in self.analyses.tests if test.level == level and _matches(test, where))
+        return tuple(test for test in self.analyses.tests if test.level == level and matches(test, where))
 
     def trends(self, **where: Any) -> tuple[Trend, ...]:
-        """Trends whose fields equal `where`."""
-        return tuple(trend for trend in self.analyses.trends if _matches(trend, where))
+        return tuple(trend for trend in self.analyses.trends if matches(trend, where))
 
     def clusters(self, **where: Any) -> tuple[Cluster, ...]:
         """Clusters that survive, whose fields equal `where`."""
-        return tuple(c for c in self.analyses.clusters if c.survives(self.alpha) and _matches(c, where))
-
-    def relations(self, **where: Any) -> tuple[Relation, ...]:
-        """Relations whose fields equal `where`."""
-        return tuple(relation for relation in self.analyses.relations if _matches(relation, where))
+        return tuple(c for c in self.analyses.clusters if c.survives(self.alpha) and matches(c, where))
 
     def regions_of(self, metric: str) -> tuple[str | None, ...]:
         """The regions that a metric was taken in; (None,) of one without regions."""
@@ -203,7 +177,8 @@ class Results:
         return ((metric, region) for metric in self.metrics for region in self.regions_of(metric))
 
 
-def _matches(entry: Any, where: Mapping[str, Any]) -> bool:
+def matches(entry: Any, where: Mapping[str, Any]) -> bool:
+    """Whether an entry's fields equal `where`."""
     return all(getattr(entry, key) == value for key, value in where.items())
 
 
@@ -244,6 +219,13 @@ def load_results(outputs: Path, record: Record) -> Results:
     return Results(
         outputs=outputs,
         table=table,
+        conditions=tuple(map(str, table["condition"].values)),
+        metrics=tuple(map(str, table.data_vars)),
+        seeds=tuple(table["seed"].values.tolist()),
+        layers=tuple(table["layer"].values.tolist()),
+        heads=tuple(table["head"].values.tolist()),
+        regions=tuple(map(str, table["region"].values)) if "region" in table.coords else (),
+        num_images=table.sizes["image"],
         sites=sites,
         analyses=analyses,
         settings=_settings(comparison, outputs / COMPARISON),
@@ -272,19 +254,15 @@ def _load_table(path: Path) -> xr.Dataset:
         table: xr.Dataset = xr.open_zarr(path, consolidated=False).load()
     except Exception as error:  # zarr, xarray and the codecs share no base class
         raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({brief(error)})") from error
-    missing = [name for name in TABLE_DIMS if name not in table.dims]
-    if missing or not table.data_vars:
-        what = f"no dimension {', '.join(missing)}" if missing else "no metric"
-        raise InputError(f"{path}: has {what}; expected one variable a metric over {', '.join(TABLE_DIMS)}")
-    for name, values in table.data_vars.items():
-        expected = (*TABLE_DIMS, "region") if "region" in values.dims else TABLE_DIMS
-        if tuple(values.dims) != expected:
-            raise InputError(f"{path}: {name} has dimensions {tuple(values.dims)}; expected {expected}")
-    for coordinate in TABLE_DIMS:
-        if coordinate not in table.coords:
-            raise InputError(f"{path}: has no coordinate {coordinate}; expected one value a {coordinate}")
-    if any("region" in values.dims for values in table.data_vars.values()) and "region" not in table.coords:
-        raise InputError(f"{path}: has no coordinate region; expected the names of the regions")
+    wrong = {name: values.dims for name, values in table.data_vars.items() if values.dims[:5] != TABLE_DIMS}
+    missing = [name for name in dict.fromkeys((*TABLE_DIMS, *map(str, table.dims))) if name not in table.coords]
+    if wrong or missing or not table.data_vars:
+        what = ", ".join(
+            [*(f"{name} over {dims}" for name, dims in wrong.items()), *(f"no coordinate {m}" for m in missing)]
+        )
+        raise InputError(
+            f"{path}: has {what or 'no metric'}; expected one variable per metric over {', '.join(TABLE_DIMS)}"
+        )
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,28 +52,43 @@ class Column:
     level: float | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """A heat map [row, column] from −limit to limit, the first row on top.
+
+    What is not `sure` is faded, or noise on a narrow scale would look like a finding; what is sure has a dot; what is
+    not finite is hatched.
+    """
+
+    values: np.ndarray
+    sure: np.ndarray
+    limit: float
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Chart:
-    """Lines or columns over one axis. NaN breaks a line.
+    """Lines, columns or cells over one axis. NaN breaks a line.
 
     Args:
         title: accessible name; heading: what stands above it, the title if empty.
         unit, note: beside and below the heading.
-        x_ticks: numbers at the x axis; x_names: words in their place.
+        x_ticks: numbers at the x axis; x_names, y_names: words for 0, 1, … at an axis in place of numbers.
         y_range: what the y axis spans at the least; zero: marks that level and takes it in.
     """
 
     title: str
     x_label: str
     y_label: str
-    x_ticks: Sequence[float]
+    x_ticks: Sequence[float] = ()
     x_names: Sequence[str] = ()
+    y_names: Sequence[str] = ()
     heading: str = ""
     unit: str = ""
     note: str = ""
     lines: Sequence[Line] = ()
     stretches: Sequence[Stretch] = ()
     columns: Sequence[Column] = ()
+    cells: Cells | None = None
     y_range: tuple[float, float] | None = None
     zero: bool = False
     width: float = 360
@@ -86,38 +101,10 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class HeatMap:
-    """Cells [row, column] from −limit to limit. What is not `sure` is faded, or noise on a narrow scale would look like
-    a finding; what is sure has a dot; what is not finite is hatched.
-    """
-
-    heading: str
-    values: np.ndarray
-    sure: np.ndarray
-    limit: float
-    rows: Sequence[int]
-    columns: Sequence[int]
-    x_label: str
-    y_label: str
-
-    @property
-    def cell(self) -> float:
-        return 38 if len(self.columns) <= 6 else 23
-
-    @property
-    def width(self) -> float:
-        return 46 + self.cell * len(self.columns)
-
-    @property
-    def height(self) -> float:
-        return 44 + self.cell * len(self.rows)
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Figure:
     """Panels in a grid as one file, with title, legend (name and colour of its lines) and small print."""
 
-    panels: Sequence[Chart | HeatMap]
+    panels: Sequence[Chart]
     columns: int = 1
     title: str = ""
     legend: Sequence[tuple[str, int]] = ()
@@ -132,7 +119,7 @@ class Figure:
         style = f"<style>svg{{font-family:'DejaVu Sans',Arial,sans-serif}}{style_sheet(PAPER, PALETTE)}</style>"
         ground = f'<rect width="{width:.1f}" height="{height:.1f}" fill="#fff"/>'
         attributes = f'xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" class="chart"'
-        return (head + svg(marks, width, height, attributes, style + ground) + "\n").encode()
+        return f"{head}{svg(marks, width, height, attributes, style + ground)}\n".encode()
 
     def image(self, kind: Literal["png", "pdf"], dpi: int = 300) -> bytes:
         """The same marks as PNG or PDF, with matplotlib's own font: the same bytes on every machine."""
@@ -161,109 +148,120 @@ _STRETCH = 5.5  # height of a marked stretch
 _LABEL, _DIGIT = 24, 8.0  # room for the label beside the axis, and for each character of the numbers at it
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where a chart's values are drawn: x from `first` to `last`, y from `low` at `base` to `high` at the top.
+
+    `base` is above `foot`, the x axis, where stretches are marked between them.
+    """
+
+    left: float
+    right: float
+    base: float
+    foot: float
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def at(self, x: float, y: float) -> Point:
+        across = self.left + (self.right - self.left) * (x - self.first) / (self.last - self.first)
+        return across, _TOP + (self.base - _TOP) * (self.high - y) / (self.high - self.low or 1.0)
+
+    def level(self, role: str, y: float) -> Mark:
+        return Mark(role, ((self.left, self.at(0, y)[1]), (self.right, self.at(0, y)[1])))
+
+
 def _chart(chart: Chart) -> list[Mark]:
-    low, high = chart.y_range or _range(chart.lines)
-    if chart.zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    y_ticks = ticks(low, high)
-    low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
-    texts = _labels(y_ticks)
-    left, right, foot = _LABEL + _DIGIT * max(map(len, texts)), chart.width - _RIGHT, chart.height - _BOTTOM
-    first, last = min(chart.x_ticks), max(chart.x_ticks)
-    pad = 0.5 if chart.columns else 0.06 * (last - first) or 0.5
-    first, last = first - pad, last + pad
-    base = foot - _STRETCH * len({stretch.color for stretch in chart.stretches})  # lines stay above the stretches
-
-    def place(x: float, y: float) -> Point:
-        across = left + (right - left) * (x - first) / (last - first)
-        return across, _TOP + (base - _TOP) * (high - y) / (high - low or 1.0)
-
-    def level(role: str, y: float) -> Mark:
-        return Mark(role, ((left, y), (right, y)))
-
+    named_y: list[tuple[float, str]] = list(enumerate(chart.y_names))
+    x_ticks: Sequence[float] = range(len(chart.x_names)) if chart.x_names else chart.x_ticks
+    if named_y:
+        low, high = len(named_y) - 0.5, -0.5  # the first on top
+    else:
+        low, high = chart.y_range or _range(chart.lines)
+        if chart.zero:
+            low, high = min(low, 0.0), max(high, 0.0)
+        y_ticks = ticks(low, high)
+        low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
+        named_y = list(zip(y_ticks, _labels(y_ticks), strict=True))
+    first, last = min(x_ticks), max(x_ticks)
+    pad = 0.5 if chart.x_names else 0.06 * (last - first) or 0.5
+    foot = chart.height - _BOTTOM
+    frame = _Frame(
+        left=_LABEL + _DIGIT * max(len(name) for _, name in named_y),
+        right=chart.width - _RIGHT,
+        base=foot - _STRETCH * len({stretch.color for stretch in chart.stretches}),
+        foot=foot,
+        first=first - pad,
+        last=last + pad,
+        low=low,
+        high=high,
+    )
     marks: list[Mark] = []
-    for value, text in zip(y_ticks, texts, strict=True):
-        y = place(first, value)[1]
-        marks += [] if chart.columns else [level("grid", y)]
-        marks += [Mark("tick", ((left - 6, y + 4),), text=text, anchor="end")]
-    step = max(1, -(-len(chart.x_ticks) // 13))
-    names = chart.x_names or [f"{value:g}" for value in chart.x_ticks]
-    for value, name in list(zip(chart.x_ticks, names, strict=True))[::step]:
-        marks.append(Mark("tick", ((place(value, low)[0], foot + 16),), text=name, anchor="middle"))
-    marks.append(level("axis", foot))
-    marks.append(Mark("label", (((left + right) / 2, chart.height - 7),), text=chart.x_label, anchor="middle"))
-    marks.append(Mark("label", ((12, (_TOP + foot) / 2),), text=chart.y_label, anchor="middle", turned=True))
-    if chart.zero:
-        marks.append(level("axis", place(first, 0.0)[1]))
+    for value, name in named_y[:: max(1, -(-len(named_y) // 16))]:
+        marks += [] if chart.x_names else [frame.level("grid", value)]
+        marks.append(Mark("tick", ((frame.left - 6, frame.at(0, value)[1] + 4),), text=name, anchor="end"))
+    names = chart.x_names or [f"{value:g}" for value in x_ticks]
+    for value, name in list(zip(x_ticks, names, strict=True))[:: max(1, -(-len(names) // 13))]:
+        marks.append(Mark("tick", ((frame.at(value, low)[0], foot + 16),), text=name, anchor="middle"))
+    middle = ((frame.left + frame.right) / 2, chart.height - 7), (12, (_TOP + foot) / 2)
+    marks += [Mark("axis", ((frame.left, foot), (frame.right, foot)))] if chart.cells is None else []
+    marks.append(Mark("label", middle[:1], text=chart.x_label, anchor="middle"))
+    marks.append(Mark("label", middle[1:], text=chart.y_label, anchor="middle", turned=True))
+    marks += [frame.level("axis", 0.0)] if chart.zero else []
+    return [*marks, *_contents(chart, frame)]
+
+
+def _contents(chart: Chart, frame: _Frame) -> Iterator[Mark]:
     rows = {color: row for row, color in enumerate(dict.fromkeys(stretch.color for stretch in chart.stretches))}
     for stretch in chart.stretches:
-        top = foot - _STRETCH * (rows[stretch.color] + 1)
-        start = max(place(stretch.first - 0.3, low)[0], left)
-        end = min(place(stretch.last + 0.3, low)[0], right)
-        marks.append(Mark("stretch", _box(start, top, end, top + _STRETCH - 1.5), stretch.color, stretch.name))
+        top = frame.foot - _STRETCH * (rows[stretch.color] + 1)
+        start = max(frame.at(stretch.first - 0.3, frame.low)[0], frame.left)
+        end = min(frame.at(stretch.last + 0.3, frame.low)[0], frame.right)
+        yield Mark("stretch", _box((start, top), (end, top + _STRETCH - 1.5)), stretch.color, stretch.name)
     for column in chart.columns:
-        marks += _column(column, place)
+        x, most = column.x, max([column.y, *column.points])
+        yield Mark("column", _box(frame.at(x - 0.31, column.y), frame.at(x + 0.31, 0.0)), column.color)
+        for offset, value in zip(np.linspace(-0.16, 0.16, len(column.points)), column.points, strict=True):
+            yield Mark("point", (frame.at(x + offset, value),), LIGHT["ink"])
+        yield Mark("tick", (frame.at(x, most),), text=column.label, anchor="middle").moved(
+            0, -9 if column.points else -5
+        )
+        if column.level is not None:
+            yield Mark("level", (frame.at(x - 0.5, column.level), frame.at(x + 0.5, column.level)))
+    if chart.cells is not None:
+        for (row, col), value in np.ndenumerate(chart.cells.values):
+            yield from _cell(chart.cells, frame, row, col, value)
     for line in chart.lines:
         if line.low is not None and line.high is not None:
             for run in _runs(np.asarray(line.low) + np.asarray(line.high)):
-                upper = [place(line.x[i], line.high[i]) for i in run]
-                marks.append(Mark("band", (*upper, *(place(line.x[i], line.low[i]) for i in run[::-1])), line.color))
+                upper = [frame.at(line.x[i], line.high[i]) for i in run]
+                yield Mark("band", (*upper, *(frame.at(line.x[i], line.low[i]) for i in run[::-1])), line.color)
     for line in chart.lines:
         for run in _runs(np.asarray(line.y)):
-            points = tuple(place(line.x[i], line.y[i]) for i in run)
+            points = tuple(frame.at(line.x[i], line.y[i]) for i in run)
             if line.look != "points":
-                marks.append(Mark(line.look, points, line.color))
+                yield Mark(line.look, points, line.color)
             if line.look != "thin":
                 for i, point in zip(run, points, strict=True):
                     tip = f"{line.name}, {chart.x_label} {line.x[i]:g}: {line.y[i]:.6g}"
-                    marks.append(Mark("mark", (point,), line.color, tip))
-    return marks
+                    yield Mark("mark", (point,), line.color, tip)
 
 
-def _column(column: Column, place: Callable[[float, float], Point]) -> Iterator[Mark]:
-    x, y = column.x, column.y
-    yield Mark("column", _box(*place(x - 0.31, y), *place(x + 0.31, 0.0)), column.color)
-    for offset, value in zip(np.linspace(-0.16, 0.16, len(column.points)), column.points, strict=True):
-        yield Mark("point", (place(x + offset, value),), LIGHT["ink"])
-    top = place(x, max([y, *column.points]))
-    yield Mark("tick", ((top[0], top[1] - 5),), text=column.label, anchor="middle")
-    if column.level is not None:
-        yield Mark("level", (place(x - 0.5, column.level), place(x + 0.5, column.level)))
-
-
-def _heat_map(heat: HeatMap) -> list[Mark]:
-    left, top, cell = 40.0, 4.0, heat.cell
-    marks: list[Mark] = []
-    for row, layer in enumerate(heat.rows):
-        for column in range(len(heat.columns)):
-            value, sure = heat.values[row, column], bool(heat.sure[row, column])
-            x, y = left + cell * column, top + cell * row
-            box = _box(x, y, x + cell, y + cell)
-            if not np.isfinite(value):
-                marks.append(Mark("cell", box, "#f3f3f3"))
-                for part in (0.25, 0.5, 0.75):
-                    ends = (
-                        ((x + cell * part, y), (x, y + cell * part)),
-                        ((x + cell, y + cell * part), (x + cell * part, y + cell)),
-                    )
-                    marks += [Mark("hatch", end) for end in ends]
-                continue
-            color = shade(value / heat.limit, 1.0 if sure else 0.4)
-            marks.append(Mark("cell", box, color))
-            if sure:
-                dot = "#ffffff" if abs(value) > 0.6 * heat.limit else "#000000"
-                marks.append(
-                    Mark("shade", tuple((x + cell / 2 + 0.7 * a, y + cell / 2 + 0.7 * b) for a, b in ROUND), dot)
-                )
-        if row % (1 if len(heat.rows) <= 16 else 2) == 0:
-            marks.append(Mark("tick", ((left - 6, top + cell * row + cell / 2 + 4),), text=str(layer), anchor="end"))
-    foot = top + cell * len(heat.rows)
-    for column in range(0, len(heat.columns), 1 if len(heat.columns) <= 6 else 2):
-        at = (left + cell * column + cell / 2, foot + 15)
-        marks.append(Mark("tick", (at,), text=str(heat.columns[column]), anchor="middle"))
-    marks.append(Mark("label", ((left + cell * len(heat.columns) / 2, foot + 32),), text=heat.x_label, anchor="middle"))
-    marks.append(Mark("label", ((12, (top + foot) / 2),), text=heat.y_label, anchor="middle", turned=True))
-    return marks
+def _cell(cells: Cells, frame: _Frame, row: int, col: int, value: float) -> Iterator[Mark]:
+    box = _box(frame.at(col - 0.5, row - 0.5), frame.at(col + 0.5, row + 0.5))
+    if not np.isfinite(value):
+        yield Mark("cell", box, "#f3f3f3")
+        for at in (-0.5, 0.0, 0.5):
+            start, end = max(-0.5, at - 0.5), min(0.5, at + 0.5)
+            yield Mark("hatch", (frame.at(col + start, row + at - start), frame.at(col + end, row + at - end)))
+        return
+    sure = bool(cells.sure[row, col])
+    yield Mark("cell", box, shade(value / cells.limit, 1.0 if sure else 0.4))
+    if sure:
+        x, y = frame.at(col, row)
+        dot = tuple((x + 0.7 * across, y + 0.7 * down) for across, down in ROUND)
+        yield Mark("shade", dot, "#ffffff" if abs(value) > 0.6 * cells.limit else "#000000")
 
 
 def _figure(figure: Figure) -> tuple[list[Mark], float, float]:
@@ -279,22 +277,16 @@ def _figure(figure: Figure) -> tuple[list[Mark], float, float]:
     if figure.legend:
         legend, y = _legend(figure.legend, width, y + 18)
         marks += legend
-    if any(panel.heading for panel in figure.panels):
-        lines = max(panel.heading.count("\n") + 1 for panel in figure.panels)
-        head = 8.0 + 15 * lines
-    else:
-        head = 6.0
+    head = 6.0 + 15 * max(len(panel.heading.splitlines()) for panel in figure.panels)
     top = y = y + 4
     for index, panel in enumerate(figure.panels):
         right, down = 5 + index % columns * cell_width, y + index // columns * (cell_height + head)
-        for number, line in enumerate(panel.heading.split("\n")):
-            role = "title" if isinstance(panel, Chart) else "label"
-            marks.append(Mark(role, ((right + 40, down + 15 * (number + 1)),), text=line))
-        drawn = _chart(panel) if isinstance(panel, Chart) else _heat_map(panel)
-        marks += [mark.moved(right, down + head) for mark in drawn]
+        for number, line in enumerate(panel.heading.splitlines()):
+            marks.append(Mark("label", ((right + 40, down + 15 * (number + 1)),), text=line))
+        marks += [mark.moved(right, down + head) for mark in _chart(panel)]
     y += -(-len(figure.panels) // columns) * (cell_height + head)
-    if figure.scale and isinstance(panel, HeatMap):
-        marks += _scale(panel.limit, figure.scale, width - 78, top + head + 4, y - 50)
+    if figure.scale and panel.cells is not None:
+        marks += _scale(panel.cells.limit, figure.scale, width - 78, top + head + _TOP, y - _BOTTOM)
     for line in textwrap.wrap(figure.note, int((width - 20) / 5.9)):
         y += 14
         marks.append(Mark("note", ((10, y),), text=line))
@@ -318,7 +310,7 @@ def _scale(limit: float, label: str, x: float, top: float, foot: float) -> Itera
     steps = 64
     for step in range(steps):
         low, high = (foot - (foot - top) * edge / steps for edge in (step, step + 1))
-        yield Mark("shade", _box(x, high - 0.3, x + 10, low), shade(2 * (step + 0.5) / steps - 1))
+        yield Mark("shade", _box((x, high - 0.3), (x + 10, low)), shade(2 * (step + 0.5) / steps - 1))
     marks = [value for value in ticks(-limit, limit, 6) if abs(value) <= limit * (1 + 1e-9)]
     for value, text in zip(marks, _labels(marks), strict=True):
         y = foot - (foot - top) * (value / limit + 1) / 2
@@ -327,8 +319,9 @@ def _scale(limit: float, label: str, x: float, top: float, foot: float) -> Itera
     yield Mark("note", ((x + 72, (top + foot) / 2),), text=label, anchor="middle", turned=True)
 
 
-def _box(left: float, top: float, right: float, bottom: float) -> tuple[Point, ...]:
-    return (left, top), (right, top), (right, bottom), (left, bottom)
+def _box(first: Point, last: Point) -> tuple[Point, ...]:
+    """The rectangle between two opposite corners."""
+    return first, (last[0], first[1]), last, (first[0], last[1])
 
 
 def _range(lines: Sequence[Line]) -> tuple[float, float]:

@@ -20,15 +20,15 @@ class Verdict:
     metric: str
     region: str
     name: str
-    layers: str
-    change: str
-    difference: str
-    interval: str
-    verdict: str
-    runs: str
-    certain: bool
-    negligible: bool
-    layer: int | None
+    layers: str = "–"
+    change: str = "undefined"
+    difference: str = "–"
+    interval: str = ""
+    verdict: str = "nothing to test"
+    runs: str = ""
+    certain: bool = False
+    negligible: bool = False
+    layer: int | None = None
 
 
 def verdicts(results: Results, comparison: Comparison) -> list[Verdict]:
@@ -38,36 +38,19 @@ def verdicts(results: Results, comparison: Comparison) -> list[Verdict]:
 
 
 def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdict:
-    changed = [test.layer for test in change.layers if test.layer is not None and test.changed(results.alpha)]
+    name, region = results.heading(change.metric, change.region), change.region or ""
     test = change.shown
-    title = results.title(change.metric)
-    name = title if change.region is None else f"{title}: {change.region}"
     if test is None or test.difference is None:
-        return Verdict(
-            metric=change.metric,
-            region=change.region or "",
-            name=name,
-            layers="–",
-            change="undefined",
-            difference="–",
-            interval="",
-            verdict="nothing to test",
-            runs="",
-            certain=False,
-            negligible=False,
-            layer=None,
-        )
-    unit = change.unit
+        return Verdict(metric=change.metric, region=region, name=name)
+    changed = [test.layer for test in change.layers if test.layer is not None and test.changed(results.alpha)]
     shown = text.decimals(test.difference)
-    means = (
-        f"{text.number(test.mean_against, decimals=shown)} → {text.quantity(test.mean_condition, unit, decimals=shown)}"
-    )
+    after = text.quantity(test.mean_condition, change.unit, decimals=shown)
     return Verdict(
         metric=change.metric,
-        region=change.region or "",
+        region=region,
         name=name,
         layers=_layers(changed, len(change.layers)),
-        change=f"layer {test.layer}: {means}",
+        change=f"layer {test.layer}: {text.number(test.mean_against, decimals=shown)} → {after}",
         difference=text.signed(test.difference),
         interval=text.interval(test.ci),
         verdict=_certainty(results, change, test.p_max_t),
