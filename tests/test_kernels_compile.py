@@ -76,8 +76,9 @@ def test_gradients() -> None:
 def test_the_public_function_may_be_compiled_too() -> None:
     """With breaks where it checks its input: what is wrong with it is still said."""
     attention = torch.from_numpy(trained(OF, np.random.default_rng(3))).float()
-    measure = torch.compile(lambda maps: dict(measure_attention(maps, OF, backend="torch")), backend="aot_eager")
-    got, expected = measure(attention), measure_attention(attention, OF, backend="torch")
+    names = ["distance", "entropy"]
+    measure = torch.compile(lambda maps: dict(measure_attention(maps, OF, names, "torch")), backend="aot_eager")
+    got, expected = measure(attention), measure_attention(attention, OF, names, "torch")
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=TOLERANCE[name])
     with pytest.raises(ValueError, match="attention rows are invalid"):

@@ -18,7 +18,7 @@ from engine.relevance.faithfulness import Curves
 from engine.relevance.samples import Explained, write_samples
 from engine.report.relevance import load_relevance, relevance_sentences
 from tests.relevance_cases import family
-from tests.synthetic_study import build_study, report_on, results_of
+from tests.synthetic_study import report_on, results_of, small
 from train.data.classes import HeadClasses
 from train.data.sets import ImageSet, Preprocessing
 from train.errors import InputError
@@ -84,7 +84,7 @@ def test_the_document_says_what_the_numbers_say() -> None:
 
 
 def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
-    outputs = build_study(tmp_path / "study", samples=False)
+    outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
     document["link"] = [
         {
@@ -128,7 +128,7 @@ def one_image(of: Evaluation) -> Evaluation:
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_maps_of_no_image_or_of_one_are_reported_without_tests(tmp_path: Path, images: int) -> None:
-    outputs = build_study(tmp_path / "study", samples=False)
+    outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, _ = documents()
     few = {
         condition: {method: one_image(of) for method, of in methods.items()} if images else {}

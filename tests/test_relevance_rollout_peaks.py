@@ -18,7 +18,7 @@ from engine.report.document import Study, Text
 from engine.report.relevance import load_relevance, relevance_sentences
 from engine.report.sections.relevance import relevance
 from kernels import TokenLayout, measure_attention
-from tests.synthetic_study import build_study, report_on, results_of
+from tests.synthetic_study import report_on, results_of, small
 from tests.test_relevance_report import IMAGES, documents
 from train.whole_files import write_json
 
@@ -86,7 +86,7 @@ def alone(outputs: Path, document: dict[str, object]) -> Path:
 
 @pytest.mark.parametrize("count", [0, 7, 8])
 def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count: int) -> None:
-    outputs = build_study(tmp_path / "study", samples=False)
+    outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
     none = {"images": 8, "at_dominant": 0, "share": None, "layer": None, "head": None}
     some = {"images": 8, "at_dominant": count, "share": 0.8817, "layer": 0, "head": 5} if count else none
