@@ -10,24 +10,28 @@ if _record := next((record for folder in sys.path for record in Path(folder).glo
         "vit-attention-engine: neither works beside the other; install each in an environment of its own"
     )
 
-from kernels.backends import BACKENDS, BackendSpec, BackendUnavailableError, resolve
-from kernels.checks import InvalidAttentionError
+from kernels.backends import BACKENDS, Backend, BackendSpec, resolve
+from kernels.errors import BackendUnavailableError, InvalidAttentionError, MetricError, OptionError
 from kernels.layout import TokenLayout
-from kernels.measure import CORE_METRICS, measure_attention, measure_pair, measure_qk
-from kernels.metrics import METRICS, Measurement, MetricError, MetricSpec, load_metric
+from kernels.measure import CORE_METRICS, Measurement, check_metrics, measure_attention, measure_pair, measure_qk
+from kernels.metrics import METRICS, MetricSpec, load_metric, load_metrics
 
 __all__ = [
     "BACKENDS",
     "CORE_METRICS",
     "METRICS",
+    "Backend",
     "BackendSpec",
     "BackendUnavailableError",
     "InvalidAttentionError",
     "Measurement",
     "MetricError",
     "MetricSpec",
+    "OptionError",
     "TokenLayout",
+    "check_metrics",
     "load_metric",
+    "load_metrics",
     "measure_attention",
     "measure_pair",
     "measure_qk",

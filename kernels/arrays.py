@@ -69,13 +69,19 @@ def to_float64(array: Any) -> np.ndarray:
     return np.asarray(array, dtype=np.float64, order="C")
 
 
-def mean_of_defined(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_of_rows(values: Any, valid: Any) -> tuple[Any, Any]:
     """(mean of the values that are not NaN, in float64, how many valid ones are NaN) over the last axis."""
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=-1)
-    total = np.where(defined, values, 0.0).sum(axis=-1, dtype=np.float64)
-    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return mean, np.asarray((~defined & valid).sum(axis=-1), dtype=np.int64)
+    if not is_torch(values):
+        defined = ~np.isnan(values)
+        count = defined.sum(axis=-1)
+        total = np.where(defined, values, 0.0).sum(axis=-1, dtype=np.float64)
+        mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        return mean, np.asarray((~defined & valid).sum(axis=-1), dtype=np.int64)
+    torch = sys.modules["torch"]
+    defined = ~values.isnan()
+    count = defined.sum(dim=-1)
+    total = torch.where(defined, values, 0.0).sum(dim=-1, dtype=torch.float64)
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan), (~defined & valid).sum(dim=-1)
 
 
 def flat_index(leading: tuple[int, ...], start: int, stop: int) -> tuple[Any, ...]:

@@ -8,14 +8,75 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any, Protocol
+
+from kernels.arrays import Values, mean_of_rows
+from kernels.errors import BackendUnavailableError, OptionError
+from kernels.inputs import Factors, MapPair, Maps
+from kernels.metrics import MetricSpec
 
 
-class BackendUnavailableError(RuntimeError):
-    """The backend asked for by name cannot run here; the message says why."""
+class Backend(Protocol):
+    """What a backend's module offers as `BACKEND`. Metrics it has no code for are never asked of it.
 
-    exit_code = 2
+    Attributes:
+        name: as in `BACKENDS`.
+        implementations: name of one of `METRICS` -> this backend's code for it, which the backend alone calls.
+        differentiable: whether gradients flow through its results.
+        side_by_side: whether calls of several threads run at once, having no threads of their own below them.
+        lanes: values in the vector registers that it uses, where rounding depends on that; else 0.
+    """
+
+    name: str
+    implementations: Mapping[str, Callable[..., Any]]
+    differentiable: bool = False
+    side_by_side: bool = False
+
+    @property
+    def lanes(self) -> int:
+        return 0
+
+    def implementation(self, spec: MetricSpec) -> Callable[..., Any] | None:
+        """This backend's code for a metric; None where it is computed from its reference.
+
+        Raises:
+            MetricError: a user's metric names one that cannot be imported.
+        """
+        return self.implementations.get(spec.name) if spec.is_builtin else spec.implementation(self.name)
+
+    def check(self) -> None:
+        """Looks at what measurements will depend on besides their arguments.
+
+        Raises:
+            OptionError: a setting is wrong.
+        """
+        return None
+
+    def notice(self) -> str:
+        """A sentence on why the first measurement of this process takes longer; "" if it does not."""
+        return ""
+
+    def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        """One pass over stored maps."""
+        ...
+
+    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+        """One pass from query and key."""
+        raise BackendUnavailableError(
+            f"backend {self.name!r} measures stored attention, not query and key; choose another one for measure_qk"
+        )
+
+    def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
+        """One pass over the same maps in two conditions."""
+        raise BackendUnavailableError(
+            f"backend {self.name!r} measures one attention, not a pair; choose another one for measure_pair"
+        )
+
+    def mean_of_rows(self, values: Any, valid: Any) -> tuple[Any, Any]:
+        """(mean [*leading] of the patch queries that have a value, valid ones that have none) of [*leading, query]."""
+        return mean_of_rows(values, valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +85,7 @@ class BackendSpec:
 
     Args:
         name: what a user writes in `backend=`.
-        module: imported on first use; its `measure_attention` and `measure_qk` are the passes (as in `kernels.tiles`).
+        module: imported on first use; its `BACKEND` is the `Backend`.
         devices: torch device types (NumPy input counts as "cpu") whose data it reads in place.
         note: one line for `--help` and the docs.
         emulator: environment variable under which the backend's compiler runs kernels on the CPU, for tests; it must
@@ -43,61 +104,57 @@ class BackendSpec:
         emulated = bool(self.emulator) and os.environ.get(self.emulator, "0") not in ("", "0")
         return (*self.devices, "cpu") if emulated else self.devices
 
-    def load(self) -> ModuleType:
+    def load(self) -> Backend:
         """Import the backend's module.
 
         Raises:
             BackendUnavailableError: an import it needs is missing.
         """
         try:
-            return importlib.import_module(self.module)
+            backend: Backend = importlib.import_module(self.module).BACKEND
         except ImportError as error:
             raise BackendUnavailableError(
                 f"backend {self.name!r} cannot run: {error}; install what is missing or choose another backend"
             ) from error
+        return backend
 
 
 BACKENDS: dict[str, BackendSpec] = {
     spec.name: spec
     for spec in (
         BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
-        BackendSpec(
-            "numba", "kernels.cpu.backend", ("cpu",), "compiled CPU loops, one pass; the default without a GPU"
-        ),
+        BackendSpec("numba", "kernels.cpu.backend", ("cpu",), "compiled CPU loops, one pass; default without a GPU"),
         BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
         BackendSpec(
             "triton",
             "kernels.cuda.triton_gpu",
             ("cuda",),
-            "fused CUDA kernels, from maps or from query and key",
-            emulator="TRITON_INTERPRET",
+            "fused CUDA kernels, from maps or factors",
+            "TRITON_INTERPRET",
         ),
         BackendSpec(
-            "numba_cuda",
-            "kernels.cuda.numba_cuda",
-            ("cuda",),
-            "CUDA kernel for stored maps",
-            emulator="NUMBA_ENABLE_CUDASIM",
+            "numba_cuda", "kernels.cuda.numba_cuda", ("cuda",), "CUDA kernel for stored maps", "NUMBA_ENABLE_CUDASIM"
         ),
     )
 }
 
 
-def resolve(backend: str, device: str) -> BackendSpec:
+def resolve(backend: str, device: str, gradient: bool = False) -> BackendSpec:
     """The backend that will run on data of this device type.
 
     Args:
-        backend: a name of `BACKENDS`, or "auto": numba for "cpu", torch otherwise.
+        backend: a name of `BACKENDS`, or "auto": numba for "cpu" (torch if a gradient is wanted), torch otherwise.
         device: torch device type of the data, "cpu" for NumPy.
+        gradient: whether one is wanted.
 
     Raises:
-        ValueError: no backend of that name.
+        OptionError: no backend of that name.
         BackendUnavailableError: the backend does not read data on that device.
     """
     if backend == "auto":
-        backend = "numba" if device == "cpu" else "torch"
+        backend = "numba" if device == "cpu" and not gradient else "torch"
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+        raise OptionError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
     spec = BACKENDS[backend]
     if device not in spec.readable_devices:
         raise BackendUnavailableError(

@@ -1,4 +1,4 @@
-"""What counts as post-softmax attention, and how its violations are told."""
+"""Arrays that fit the layout, of known dtypes, and rows that are post-softmax attention."""
 
 from __future__ import annotations
 
@@ -6,16 +6,100 @@ from typing import Any
 
 import numpy as np
 
-from kernels.arrays import dtype_name, host_view, to_float64
+from kernels.arrays import FLOAT_DTYPES, dtype_name, is_torch, to_float64
+from kernels.layout import TokenLayout
 
 # How far a row's sum may be off 1 by rounding alone. float64 often holds a float32 softmax.
 ROW_SUM_TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4, "float64": 1e-4}
 
 
-class InvalidAttentionError(ValueError):
-    """The input is no post-softmax attention: NaN, infinite or negative values, or rows that do not sum to 1."""
+def float_array(array: Any, name: str) -> Any:
+    """The array, which is one of `FLOAT_DTYPES`.
 
-    exit_code = 2
+    Raises:
+        TypeError: it is not.
+    """
+    if not (isinstance(array, np.ndarray) or is_torch(array)):
+        raise TypeError(f"{name} is a {type(array).__name__}; expected a NumPy array or a torch tensor")
+    if dtype_name(array) not in FLOAT_DTYPES:
+        raise TypeError(f"{name} is {dtype_name(array)}; expected one of {', '.join(FLOAT_DTYPES)}")
+    return array
+
+
+def attention_array(array: Any, name: str, layout: TokenLayout) -> Any:
+    """The array, which is [..., query, key] of the layout's tokens.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    array, tokens = float_array(array, name), layout.num_tokens
+    if array.ndim < 2 or tuple(array.shape[-2:]) != (tokens, tokens):
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; expected [..., {tokens}, {tokens}] for {layout}")
+    return array
+
+
+def check_alike(name: str, one: Any, other_name: str, other: Any) -> None:
+    """Two arrays are of one kind and dtype, and on one device.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if is_torch(one) != is_torch(other) or one.dtype != other.dtype:
+        one_kind, other_kind = (f"{'torch' if is_torch(a) else 'NumPy'} {dtype_name(a)}" for a in (one, other))
+        raise TypeError(f"{name} is {one_kind} and {other_name} is {other_kind}; expected one kind and dtype")
+    if is_torch(one) and one.device != other.device:
+        raise ValueError(f"{name} is on {one.device} and {other_name} on {other.device}; expected one device")
+
+
+def bias_array(bias: Any, leading: tuple[int, ...], layout: TokenLayout, like: Any) -> Any:
+    """bias broadcast (a view) to [*leading, query, key]; None stays None.
+
+    Raises:
+        TypeError, ValueError: it is not of a kind or shape for that.
+    """
+    if bias is None:
+        return None
+    if not (isinstance(bias, np.ndarray) or is_torch(bias)) or is_torch(bias) != is_torch(like):
+        raise TypeError(f"bias is a {type(bias).__name__}; expected the kind of array that query is")
+    if dtype_name(bias) not in (*FLOAT_DTYPES, "bool"):
+        raise TypeError(f"bias is {dtype_name(bias)}; expected bool (True = attend) or a float dtype")
+    if is_torch(bias) and bias.device != like.device:
+        raise ValueError(f"bias is on {bias.device} and query on {like.device}; expected one device")
+    shape = (*leading, layout.num_tokens, layout.num_tokens)
+    try:
+        return bias.expand(shape) if is_torch(bias) else np.broadcast_to(bias, shape)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {shape}") from error
+
+
+def regions_array(regions: Any, leading: tuple[int, ...], layout: TokenLayout) -> np.ndarray | None:
+    """regions as float64 NumPy, broadcast (a view) to [*leading, region, patch].
+
+    Raises:
+        ValueError: values that are no shares, or a shape that does not fit.
+    """
+    if regions is None:
+        return None
+    coverage = to_float64(regions)
+    if coverage.ndim < 2 or coverage.shape[-1] != layout.num_patches or coverage.shape[-2] == 0:
+        raise ValueError(
+            f"regions has shape {coverage.shape}; expected [..., region, {layout.num_patches}] for {layout}"
+        )
+    if ((coverage < 0) | (coverage > 1)).any():
+        raise ValueError(
+            f"regions holds values from {np.nanmin(coverage):.3g} to {np.nanmax(coverage):.3g}; "
+            "expected each patch's covered share, 0 to 1"
+        )
+    # One axis of size 1 stands for the heads, which share an image's regions.
+    per_head = coverage if not leading else coverage[..., np.newaxis, :, :]
+    shape = (*leading, *coverage.shape[-2:])
+    try:
+        return np.broadcast_to(per_head, shape)
+    except ValueError as error:
+        raise ValueError(
+            f"regions has shape {coverage.shape}; expected its leading axes to match {leading[:-1]}, "
+            f"those of the attention {leading} without head"
+        ) from error
 
 
 def rounded_to(precision: str | None, *attentions: Any) -> str:
@@ -39,61 +123,3 @@ def valid_rows(p: np.ndarray, tolerance: float) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         total = p.sum(axis=-1)
         return np.asarray((np.abs(total - 1.0) <= tolerance) & ~(p < 0).any(axis=-1))
-
-
-def explain_attention(
-    attention: Any, valid: np.ndarray, precision: str, name: str = "attention"
-) -> InvalidAttentionError:
-    """The error for attention [*leading, query, key] some of whose rows are invalid; valid is [*leading, query]."""
-    where, found = _first(valid)
-    row = to_float64(attention[where])
-    broken = np.count_nonzero(~np.isfinite(row))
-    negative = np.count_nonzero(row < 0)
-    if broken:
-        what = f"holds {broken} value(s) that are NaN or infinite"
-    elif negative:
-        what = f"holds {negative} negative value(s), the least {row.min():.3g}"
-    else:
-        what = f"sums to {row.sum():.6g}, expected 1 within {ROW_SUM_TOLERANCE[precision]:g} for {precision}"
-    return InvalidAttentionError(
-        f"{found}: row {name}[{_position(where)}, :] {what}; give post-softmax attention [..., query, key], "
-        'or pass invalid="mask" to leave such rows out, or precision= if the values were rounded to fewer bits'
-    )
-
-
-def explain_pair(attention: Any, other: Any, valid: np.ndarray, precision: str) -> InvalidAttentionError:
-    """The error for a pair some of whose rows are invalid in either condition; valid is [*leading, query]."""
-    where, _ = _first(valid)
-    in_first = valid_rows(to_float64(attention[where]), ROW_SUM_TOLERANCE[precision])
-    if in_first:
-        return explain_attention(other, valid, precision, "other")
-    return explain_attention(attention, valid, precision)
-
-
-def explain_qk(query: Any, key: Any, bias: Any, valid: np.ndarray) -> InvalidAttentionError:
-    """The error for query and key whose softmax has rows without a value; valid is [*leading, query]."""
-    where, found = _first(valid)
-    if not np.isfinite(to_float64(query[where])).all():
-        what = f"query[{_position(where)}, :] holds NaN or infinite values"
-    elif not np.isfinite(to_float64(key[where[:-1]])).all():
-        what = f"key[{_position((*where[:-1], ':', ':'))}] holds NaN or infinite values"
-    elif bias is not None and _hides_all(bias[where]):
-        what = f"the mask leaves query {_position(where)} no key to attend to"
-    else:
-        what = f"the logits of query {_position(where)} are NaN or infinite"
-    return InvalidAttentionError(f'{found}: {what}; mend the input, or pass invalid="mask" to leave such rows out')
-
-
-def _first(valid: np.ndarray) -> tuple[tuple[int, ...], str]:
-    bad = np.argwhere(~valid)
-    return tuple(int(i) for i in bad[0]), f"{len(bad):,} of {valid.size:,} attention rows are invalid"
-
-
-def _position(where: tuple[int | str, ...]) -> str:
-    return ", ".join(str(i) for i in where)
-
-
-def _hides_all(bias_row: Any) -> bool:
-    if dtype_name(bias_row) == "bool":
-        return not bool(host_view(bias_row.cpu() if hasattr(bias_row, "cpu") else bias_row).any())
-    return bool(np.isneginf(to_float64(bias_row)).all())

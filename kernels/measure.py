@@ -2,24 +2,80 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from kernels import arrays, checks
-from kernels.arrays import Values
-from kernels.backends import BackendSpec, BackendUnavailableError, resolve
+from kernels.backends import BACKENDS, BackendSpec, resolve
+from kernels.errors import BackendUnavailableError, MetricError
+from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
-from kernels.metrics import METRICS, Measurement, MetricSpec, load_metric
+from kernels.metrics import METRICS, MetricSpec, load_metrics
+from kernels.tiles import BACKEND as REFERENCE
 
 CORE_METRICS = tuple(name for name, spec in METRICS.items() if spec.core)
 PAIR_METRICS = tuple(name for name, spec in METRICS.items() if spec.inputs == "pair")
 
 Invalid = Literal["raise", "mask"]
 Reduce = Literal["mean", "none"]
+
+
+class Measurement(Mapping[str, Any]):
+    """Metric name -> values, with what is needed to trust them.
+
+    Values have the attention's leading axes ([image, head] for [image, head, query, key] input); a "regions"
+    metric has a region axis behind them; `reduce="none"` leaves the query axis on row metrics.
+
+    Values and counts are on the device of the input, and none is looked at before somebody asks: `undefined` and
+    `masked` wait for the device.
+
+    Attributes:
+        backend: the backend that ran (never "auto").
+        undefined: metric name -> number of rows left out of the means because the metric has no value there.
+        undefined_rows: metric name -> the same count for each value, an array of the values' leading axes.
+        valid: which rows are post-softmax attention, bool [..., query], prefix queries included.
+        masked: number of rows left out because they are not (only with invalid="mask").
+        from_reference: names of the metrics this backend computed from their `reference` alone.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        *,
+        backend: str,
+        undefined_rows: Mapping[str, Any],
+        valid: Any,
+        from_reference: tuple[str, ...] = (),
+    ) -> None:
+        self._values = dict(values)
+        self.backend = backend
+        self.undefined_rows = dict(undefined_rows)
+        self.valid = valid
+        self.from_reference = from_reference
+
+    @property
+    def undefined(self) -> dict[str, int]:
+        return {name: int(counts.sum()) for name, counts in self.undefined_rows.items()}
+
+    @property
+    def masked(self) -> int:
+        return int((~self.valid).sum())
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.items())
+        return f"Measurement({columns}; backend={self.backend!r}, undefined={self.undefined})"
 
 
 def measure_attention(
@@ -61,23 +117,13 @@ def measure_attention(
         TypeError: not an array of one of the four dtypes.
         BackendUnavailableError: the backend asked for cannot run on this input.
     """
-    specs = _specs(metrics, regions)
+    specs = _specs_of_one(metrics, regions)
     _check_options(invalid, reduce)
-    attention = _attention(attention, "attention", layout)
-    chosen = _choose(backend, (attention,))
-    regions = _check_regions(regions, tuple(attention.shape[:-2]), layout)
-    rounded = checks.rounded_to(precision, attention)
-    tolerance = checks.ROW_SUM_TOLERANCE[rounded]
-    return _run(
-        chosen,
-        specs,
-        lambda module, group: module.measure_attention(attention, layout, group, regions, tolerance),
-        lambda valid: checks.explain_attention(attention, valid, rounded),
-        like=attention,
-        layout=layout,
-        invalid=invalid,
-        reduce=reduce,
-    )
+    attention = checks.attention_array(attention, "attention", layout)
+    chosen = _choose(backend, attention)
+    regions = checks.regions_array(regions, tuple(attention.shape[:-2]), layout)
+    maps = Maps(attention, layout, regions, checks.rounded_to(precision, attention))
+    return _run(chosen, specs, maps, invalid, reduce)
 
 
 def measure_qk(
@@ -110,13 +156,10 @@ def measure_qk(
             invalid="mask".
         ValueError, TypeError, BackendUnavailableError: as `measure_attention`.
     """
-    specs = _specs(metrics, regions)
+    specs = _specs_of_one(metrics, regions)
     _check_options(invalid, reduce)
-    query, key = _float_array(query, "query"), _float_array(key, "key")
-    if arrays.is_torch(query) != arrays.is_torch(key) or query.dtype != key.dtype:
-        raise TypeError(f"query is {_kind(query)} and key is {_kind(key)}; expected the same kind and dtype")
-    if arrays.is_torch(query) and query.device != key.device:
-        raise ValueError(f"query is on {query.device} and key on {key.device}; expected one device")
+    query, key = checks.float_array(query, "query"), checks.float_array(key, "key")
+    checks.check_alike("query", query, "key", key)
     if query.ndim < 2 or query.shape != key.shape or query.shape[-2] != layout.num_tokens or query.shape[-1] < 1:
         raise ValueError(
             f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected both "
@@ -126,19 +169,10 @@ def measure_qk(
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; expected a finite number")
     leading = tuple(query.shape[:-2])
-    bias = _check_bias(bias, leading, layout, query)
-    chosen = _choose(backend, (query, key) if bias is None else (query, key, bias))
-    regions = _check_regions(regions, leading, layout)
-    return _run(
-        chosen,
-        specs,
-        lambda module, group: module.measure_qk(query, key, layout, group, regions, scale, bias),
-        lambda valid: checks.explain_qk(query, key, bias, valid),
-        like=query,
-        layout=layout,
-        invalid=invalid,
-        reduce=reduce,
-    )
+    bias = checks.bias_array(bias, leading, layout, query)
+    chosen = _choose(backend, query, key, bias)
+    regions = checks.regions_array(regions, leading, layout)
+    return _run(chosen, specs, Factors(query, key, layout, regions, scale, bias), invalid, reduce)
 
 
 def measure_pair(
@@ -170,133 +204,97 @@ def measure_pair(
         TypeError: not two arrays of one kind and one of the four dtypes.
         BackendUnavailableError: the backend asked for cannot run on this input.
     """
-    specs = _load(metrics)
+    specs = _specs(metrics)
     for spec in specs:
         if spec.inputs != "pair":
             raise ValueError(f"metric {spec.name!r} is of one attention, not of a pair; use measure_attention")
     _check_options(invalid, reduce)
-    attention, other = _attention(attention, "attention", layout), _attention(other, "other", layout)
-    if arrays.is_torch(attention) != arrays.is_torch(other) or attention.dtype != other.dtype:
-        raise TypeError(f"attention is {_kind(attention)} and other is {_kind(other)}; expected one kind and dtype")
+    attention = checks.attention_array(attention, "attention", layout)
+    other = checks.attention_array(other, "other", layout)
+    checks.check_alike("attention", attention, "other", other)
     if attention.shape != other.shape:
         raise ValueError(
             f"attention has shape {tuple(attention.shape)} and other {tuple(other.shape)}; expected the same maps "
             "in two conditions"
         )
-    if arrays.is_torch(attention) and attention.device != other.device:
-        raise ValueError(f"attention is on {attention.device} and other on {other.device}; expected one device")
-    rounded = checks.rounded_to(precision, attention, other)
-    tolerance = checks.ROW_SUM_TOLERANCE[rounded]
-    return _run(
-        _choose(backend, (attention, other)),
-        specs,
-        lambda module, group: module.measure_pair(attention, other, layout, group, tolerance),
-        lambda valid: checks.explain_pair(attention, other, valid, rounded),
-        like=attention,
-        layout=layout,
-        invalid=invalid,
-        reduce=reduce,
-    )
+    pair = MapPair(attention, other, layout, checks.rounded_to(precision, attention, other))
+    return _run(_choose(backend, attention, other), specs, pair, invalid, reduce)
 
 
 def _run(
-    backend: BackendSpec,
-    specs: tuple[MetricSpec, ...],
-    measure: Callable[[Any, tuple[MetricSpec, ...]], Values],
-    explain: Callable[[np.ndarray], checks.InvalidAttentionError],
-    *,
-    like: Any,
-    layout: TokenLayout,
-    invalid: Invalid,
-    reduce: Reduce,
+    chosen: BackendSpec, specs: Sequence[MetricSpec], given: Maps | Factors | MapPair, invalid: Invalid, reduce: Reduce
 ) -> Measurement:
     """One pass of the backend for the metrics it has code for, one over tiles for the others; then the means."""
-    module = backend.load()
-    own = tuple(s for s in specs if backend.name == "reference" or s.implementation(backend.name) is not None)
-    others = tuple(s for s in specs if s not in own)
+    backend = chosen.load()
+    own = [spec for spec in specs if backend.implementation(spec) is not None]
+    others = [spec for spec in specs if spec not in own]
     values: dict[str, Any] = {}
     valid: Any = None
     if own:
-        result = measure(module, own)
+        result = given.measure(backend, own)
         values, valid = dict(result.values), result.valid
     if others:
-        result = measure(importlib.import_module("kernels.tiles"), others)
+        result = given.measure(REFERENCE, others)
         on_host = valid is None or not arrays.is_torch(valid)
         for name, tile in result.values.items():
-            values[name] = tile if on_host else arrays.from_host(tile, like)
+            values[name] = tile if on_host else arrays.from_host(tile, given.like)
         if valid is None:
             valid = result.valid
     # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.
     if invalid == "raise" and not bool(valid.all()):
-        raise explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
+        raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
-    own_mean = getattr(module, "mean_of_rows", None)  # in one launch or loop, where a backend has one
+    patches_valid = valid[..., given.layout.num_prefix_tokens :]
     reduced: dict[str, Any] = {}
     undefined: dict[str, Any] = {}
     for spec in specs:
-        is_rows = spec.inputs != "regions" and values[spec.name].ndim == valid.ndim
-        row_valid = valid[..., layout.num_prefix_tokens :]
-        if own_mean is not None and is_rows and reduce == "mean" and spec in own:
-            value, count = own_mean(values[spec.name], row_valid)
-        elif not arrays.is_torch(valid):
-            value, count = _finish_numpy(values[spec.name], row_valid, is_rows, reduce)
+        found = values[spec.name]
+        if spec.inputs == "regions" or found.ndim != valid.ndim:  # of a whole map
+            value, count = _values_of_maps(found, patches_valid)
+        elif reduce == "none":
+            value, count = found, (_is_nan(found) & patches_valid).sum(-1)
         else:
-            value, count = _finish_torch(values[spec.name], row_valid, is_rows, reduce)
-        reduced[spec.name] = value if arrays.is_torch(value) else arrays.from_host(value, like)
-        undefined[spec.name] = count if arrays.is_torch(count) else arrays.from_host(count, like)
+            value, count = (backend if spec in own else REFERENCE).mean_of_rows(found, patches_valid)
+        reduced[spec.name] = value if arrays.is_torch(value) else arrays.from_host(value, given.like)
+        if not arrays.is_torch(count):
+            count = arrays.from_host(np.asarray(count, dtype=np.int64), given.like)
+        undefined[spec.name] = count
     return Measurement(
         reduced,
-        backend=backend.name,
+        backend=chosen.name,
         undefined_rows=undefined,
-        valid=valid if arrays.is_torch(valid) else arrays.from_host(valid, like),
+        valid=valid if arrays.is_torch(valid) else arrays.from_host(valid, given.like),
         from_reference=tuple(spec.name for spec in others),
     )
 
 
-def _finish_numpy(
-    values: np.ndarray, valid: np.ndarray, is_rows: bool, reduce: Reduce
-) -> tuple[np.ndarray, np.ndarray]:
-    """(values or their mean over defined rows, undefined rows [*leading]); valid is [*leading, patch query]."""
-    if is_rows and reduce == "mean":
-        return arrays.mean_of_defined(values, valid)
-    missing = np.isnan(values)
-    if is_rows:
-        return values, np.asarray((missing & valid).sum(axis=-1), dtype=np.int64)
+def _is_nan(values: Any) -> Any:
+    return values.isnan() if arrays.is_torch(values) else np.isnan(values)
+
+
+def _values_of_maps(values: Any, valid: Any) -> tuple[Any, Any]:
+    """(float64 values [*leading] or [*leading, region], how many of a map's are missing though it has a valid row)."""
+    missing = _is_nan(values)
     if missing.ndim == valid.ndim:
-        missing = missing.sum(axis=-1)
-    return np.asarray(values, dtype=np.float64), np.asarray(missing * valid.any(axis=-1), dtype=np.int64)
-
-
-def _finish_torch(values: Any, valid: Any, is_rows: bool, reduce: Reduce) -> tuple[Any, Any]:
-    """`_finish_numpy` in torch, on the values' device and differentiable."""
-    import torch
-
-    defined = ~values.isnan()
-    if not is_rows:
-        missing = ~defined if defined.ndim == valid.ndim - 1 else (~defined).sum(dim=-1)
+        missing = missing.sum(-1)
+    if arrays.is_torch(values):
         return values.double(), missing.long() * valid.any(dim=-1)
-    undefined = (~defined & valid).sum(dim=-1)
-    if reduce == "none":
-        return values, undefined
-    count = defined.sum(dim=-1)
-    total = torch.where(defined, values, 0.0).sum(dim=-1, dtype=torch.float64)
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan), undefined
+    return np.asarray(values, dtype=np.float64), missing * valid.any(axis=-1)
 
 
-def _load(metrics: Sequence[str | MetricSpec]) -> tuple[MetricSpec, ...]:
+def _specs(metrics: str | MetricSpec | Sequence[str | MetricSpec]) -> list[MetricSpec]:
     if isinstance(metrics, str | MetricSpec):
         metrics = (metrics,)
-    specs = tuple(m if isinstance(m, MetricSpec) else load_metric(m) for m in metrics)
+    specs = load_metrics(metrics)
     if not specs:
         raise ValueError("metrics is empty; name at least one metric")
-    names = [spec.name for spec in specs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"metrics name one metric twice: {', '.join(names)}")
+    if len(specs) < len(metrics):
+        raise ValueError(f"metrics name one metric twice: {', '.join(map(str, metrics))}")
     return specs
 
 
-def _specs(metrics: Sequence[str | MetricSpec], regions: Any) -> tuple[MetricSpec, ...]:
-    specs = _load(metrics)
+def _specs_of_one(metrics: Sequence[str | MetricSpec], regions: Any) -> list[MetricSpec]:
+    specs = _specs(metrics)
     for spec in specs:
         if spec.inputs == "pair":
             raise ValueError(
@@ -314,75 +312,48 @@ def _check_options(invalid: str, reduce: str) -> None:
         raise ValueError(f'reduce is {reduce!r}; expected "mean" or "none"')
 
 
-def _kind(array: Any) -> str:
-    return f"{'torch' if arrays.is_torch(array) else 'NumPy'} {arrays.dtype_name(array)}"
-
-
-def _attention(array: Any, name: str, layout: TokenLayout) -> Any:
-    array, tokens = _float_array(array, name), layout.num_tokens
-    if array.ndim < 2 or tuple(array.shape[-2:]) != (tokens, tokens):
-        raise ValueError(f"{name} has shape {tuple(array.shape)}; expected [..., {tokens}, {tokens}] for {layout}")
-    return array
-
-
-def _float_array(array: Any, name: str) -> Any:
-    if not (isinstance(array, np.ndarray) or arrays.is_torch(array)):
-        raise TypeError(f"{name} is a {type(array).__name__}; expected a NumPy array or a torch tensor")
-    if arrays.dtype_name(array) not in arrays.FLOAT_DTYPES:
-        raise TypeError(f"{name} is {arrays.dtype_name(array)}; expected one of {', '.join(arrays.FLOAT_DTYPES)}")
-    return array
-
-
-def _choose(backend: str, inputs: tuple[Any, ...]) -> BackendSpec:
+def _choose(backend: str, *inputs: Any) -> BackendSpec:
     """The backend for these inputs; one that would cut autograd's graph is neither chosen nor accepted."""
-    device = arrays.device_type(inputs[0])
     gradient = any(arrays.wants_grad(array) for array in inputs)
-    chosen = resolve("torch" if backend == "auto" and gradient else backend, device)
-    if gradient and chosen.name != "torch":
+    chosen = resolve(backend, arrays.device_type(inputs[0]), gradient)
+    if gradient and not chosen.load().differentiable:
         raise BackendUnavailableError(
             f"backend {chosen.name!r} has no gradient but the input requires one; choose torch, or detach() the input"
         )
     return chosen
 
 
-def _check_bias(bias: Any, leading: tuple[int, ...], layout: TokenLayout, like: Any) -> Any:
-    """bias broadcast (a view) to [*leading, query, key]; None stays None."""
-    if bias is None:
-        return None
-    if not (isinstance(bias, np.ndarray) or arrays.is_torch(bias)) or arrays.is_torch(bias) != arrays.is_torch(like):
-        raise TypeError(f"bias is a {type(bias).__name__}; expected the kind of array that query is")
-    if arrays.dtype_name(bias) not in (*arrays.FLOAT_DTYPES, "bool"):
-        raise TypeError(f"bias is {arrays.dtype_name(bias)}; expected bool (True = attend) or a float dtype")
-    if arrays.is_torch(bias) and bias.device != like.device:
-        raise ValueError(f"bias is on {bias.device} and query on {like.device}; expected one device")
-    shape = (*leading, layout.num_tokens, layout.num_tokens)
-    try:
-        return bias.expand(shape) if arrays.is_torch(bias) else np.broadcast_to(bias, shape)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {shape}") from error
+def check_metrics(specs: Sequence[MetricSpec], layouts: Iterable[TokenLayout], regions: int, backend: str) -> None:
+    """Try every metric on two maps of each layout: what it lacks there is found at once, not after hours.
 
+    Args:
+        regions: how many regions an image has; 0: none.
+        backend: that will measure, never "auto".
 
-def _check_regions(regions: Any, leading: tuple[int, ...], layout: TokenLayout) -> np.ndarray | None:
-    """regions as float64 NumPy, broadcast (a view) to [*leading, region, patch]."""
-    if regions is None:
-        return None
-    coverage = arrays.to_float64(regions)
-    if coverage.ndim < 2 or coverage.shape[-1] != layout.num_patches or coverage.shape[-2] == 0:
-        raise ValueError(
-            f"regions has shape {coverage.shape}; expected [..., region, {layout.num_patches}] for {layout}"
-        )
-    if ((coverage < 0) | (coverage > 1)).any():
-        raise ValueError(
-            f"regions holds values from {np.nanmin(coverage):.3g} to {np.nanmax(coverage):.3g}; "
-            "expected each patch's covered share, 0 to 1"
-        )
-    # One axis of size 1 stands for the heads, which share an image's regions.
-    per_head = coverage if not leading else coverage[..., np.newaxis, :, :]
-    shape = (*leading, *coverage.shape[-2:])
-    try:
-        return np.broadcast_to(per_head, shape)
-    except ValueError as error:
-        raise ValueError(
-            f"regions has shape {coverage.shape}; expected its leading axes to match {leading[:-1]}, "
-            f"those of the attention {leading} without head"
-        ) from error
+    Raises:
+        MetricError: a metric that these maps do not have, as that of a class token that is not there; a user's own one
+            gives something else than one value per map.
+        BackendUnavailableError: the backend cannot run here.
+        OptionError: a setting of the backend is wrong.
+    """
+    loaded = BACKENDS[backend].load()
+    loaded.check()
+    for spec in specs:
+        if spec.inputs == "regions" and not regions:
+            raise MetricError(f"{spec.name} needs images with regions, and this data set has none; leave it out")
+        loaded.implementation(spec)
+    generator = np.random.default_rng(0)
+    for layout in dict.fromkeys(layouts):
+        maps = generator.random((1, 2, layout.num_tokens, layout.num_tokens))  # [image, head, query, key]
+        maps /= maps.sum(axis=-1, keepdims=True)
+        covered = np.ones((1, regions, layout.num_patches)) if regions else None
+        for spec in specs:
+            try:
+                if spec.inputs == "pair":
+                    measure_pair(maps, maps, layout, [spec], REFERENCE.name)
+                else:
+                    measure_attention(maps, layout, [spec], REFERENCE.name, regions=covered)
+            except MetricError as error:
+                if not spec.is_builtin:
+                    raise
+                raise MetricError(f"{spec.name} cannot be measured here: {error.__cause__}; leave it out") from error

@@ -1,44 +1,24 @@
-"""METRICS: one declaration a metric.  <- the seam for a new metric
+"""What a metric is. `METRICS` holds those that `kernels.reference` declares, each in one place.
 
 Tests, benchmarks, the store's columns, the table and the report's headings all iterate `METRICS`.
-
-Published codes measure the same words differently. The names without a suffix renormalise each row over the patches
-and give NaN where there is no value; the other conventions carry their name as a suffix:
-
-    distance_px       the ViT authors: pixels, not renormalised, so that mass on the prefix shortens the distance
-    distance_walmer   Walmer et al.: renormalised, unit square. Its side is the longer side of the grid from first to
-                      last patch centre, so that on g×g patches neighbours are 1/(g−1) apart. Oblong grids and
-                      patches keep their shape. px = side · walmer
-    distance_seed1    not renormalised, over √2·g grid steps (the image diagonal on any grid)
-    entropy_seed1     −ΣP ln(P + 1e-12), not renormalised
-    morans_i_seed1    of each query's mean over keys, which only the prefix mass changes; 0 where Σz² ≤ 1e-8
-
-`distance_px` and the `seed1` metrics have a value on every valid row, 0 on one wholly on the prefix.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
+import hashlib
 import importlib
-import math
+import inspect
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from kernels import reference
+from kernels.errors import MetricError
 from kernels.layout import TokenLayout
-
-Implementation = Callable[..., Any] | str
-
-
-class MetricError(ValueError):
-    """A metric's declaration or code is not what was expected; the message names the metric and says what to do."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +37,7 @@ class MetricSpec:
             "pair" metrics take `(p, other, layout)`, the same rows in two conditions -> as without a pair.
         implementations: backend name -> callable, or "module:function" loaded on first use. What a callable is
             given is the backend's own affair. A metric without an entry for a backend is computed from
-            `reference` on tiles, and the result says so.
+            `reference` on tiles, and the result says so. Backends have their code for `METRICS` themselves.
         bounds: layout -> (least, greatest) value the metric can take.
         undefined: which rows have no value, and why ("" if none).
         source: where the formula comes from.
@@ -75,7 +55,7 @@ class MetricSpec:
     unit: str
     inputs: Literal["rows", "regions", "pair"]
     reference: Callable[..., Any]
-    implementations: Mapping[str, Implementation] = field(default_factory=dict)
+    implementations: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
     bounds: Callable[[TokenLayout], tuple[float, float]] = lambda layout: (-np.inf, np.inf)
     undefined: str = ""
     source: str = ""
@@ -102,414 +82,74 @@ class MetricSpec:
         """The axes of its values in store, table and report."""
         return ("image", "layer", "head", "region") if self.inputs == "regions" else ("image", "layer", "head")
 
+    @property
+    def is_builtin(self) -> bool:
+        """Whether it is one of `METRICS`, not a user's own."""
+        return METRICS.get(self.name) is self
+
     def implementation(self, backend: str) -> Callable[..., Any] | None:
-        """This backend's callable, or None when only `reference` exists for it.
+        """The callable that `implementations` names for this backend, or None.
 
         Raises:
-            MetricError: a user's metric names one that cannot be imported.
+            MetricError: one that cannot be imported.
         """
         target = self.implementations.get(backend)
-        if isinstance(target, str):
-            module, _, name = target.partition(":")
-            # torch.compile follows a look-up but not an import.
-            if module in sys.modules:
-                loaded: Callable[..., Any] = getattr(sys.modules[module], name)
-                return loaded
-            return _imported(self, backend, module, name)
-        return target
+        if not isinstance(target, str):
+            return target
+        module, _, name = target.partition(":")
+        try:
+            loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise MetricError(
+                f"metric {self.name!r}: {target}, its implementation for {backend}, cannot be imported ({error}); "
+                "correct it, or leave it out: the reference is enough"
+            ) from error
+        return loaded
+
+    def definition(self) -> str:
+        """SHA-256 of the reference's place and of its module's source; of its byte code where there is no source."""
+        code: Any = self.reference
+        while isinstance(code, functools.partial):
+            code = code.func
+        code = code if inspect.isroutine(code) else type(code)
+        compiled = getattr(code, "__code__", None)
+        place = f"{code.__module__}:{code.__qualname__}:{0 if compiled is None else compiled.co_firstlineno}"
+        try:
+            text = inspect.getsource(inspect.getmodule(code) or code)
+        except (OSError, TypeError):  # typed in, or compiled
+            text = "" if compiled is None else compiled.co_code.hex()
+        return hashlib.sha256(f"{place}\n{text}".encode()).hexdigest()
 
 
-def _imported(spec: MetricSpec, backend: str, module: str, name: str) -> Callable[..., Any]:
-    try:
-        loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        if spec.name in METRICS:
-            raise  # a library that is missing, which the backend reports
-        raise MetricError(
-            f"metric {spec.name!r}: {module}:{name}, its implementation for {backend}, cannot be imported ({error}); "
-            "mend it, or leave it out: the reference is enough"
-        ) from error
-    return loaded
+METRICS: dict[str, MetricSpec] = {}
+
+Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 
-class Measurement(Mapping[str, Any]):
-    """Metric name -> values, with what is needed to trust them.
+def metric(
+    *, unit: str, inputs: Literal["rows", "regions", "pair"] = "rows", **declared: Any
+) -> Callable[[Reference], Reference]:
+    """Declares the decorated definition as one of `METRICS`, under its own name; arguments as of `MetricSpec`."""
 
-    Values have the attention's leading axes ([image, head] for [image, head, query, key] input); a "regions"
-    metric has a region axis behind them; `reduce="none"` leaves the query axis on row metrics.
+    def declare(reference: Reference) -> Reference:
+        METRICS[reference.__name__] = MetricSpec(reference.__name__, unit, inputs, reference, **declared)
+        return reference
 
-    Values and counts are on the device of the input, and none is looked at before somebody asks: `undefined` and
-    `masked` wait for the device.
-
-    Attributes:
-        backend: the backend that ran (never "auto").
-        undefined: metric name -> number of rows left out of the means because the metric has no value there.
-        undefined_rows: metric name -> the same count for each value, an array of the values' leading axes.
-        valid: which rows are post-softmax attention, bool [..., query], prefix queries included.
-        masked: number of rows left out because they are not (only with invalid="mask").
-        from_reference: names of the metrics this backend computed from their `reference` alone.
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        *,
-        backend: str,
-        undefined_rows: Mapping[str, Any],
-        valid: Any,
-        from_reference: tuple[str, ...] = (),
-    ) -> None:
-        self._values = dict(values)
-        self.backend = backend
-        self.undefined_rows = dict(undefined_rows)
-        self.valid = valid
-        self.from_reference = from_reference
-
-    @property
-    def undefined(self) -> dict[str, int]:
-        return {name: int(counts.sum()) for name, counts in self.undefined_rows.items()}
-
-    @property
-    def masked(self) -> int:
-        return int((~self.valid).sum())
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        columns = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.items())
-        return f"Measurement({columns}; backend={self.backend!r}, undefined={self.undefined})"
-
-
-@functools.lru_cache(maxsize=64)
-def _lattice_spectrum(grid_rows: int, grid_cols: int) -> tuple[float, float, float, float]:
-    """Least and greatest eigenvalue of the rook weights W and of the Laplacian D − W, both without the constant.
-
-    For z ⟂ 1 the ratios zᵀWz / zᵀz and zᵀ(D − W)z / zᵀz lie between these and reach them.
-    """
-    n = grid_rows * grid_cols
-    index = np.arange(n).reshape(grid_rows, grid_cols)
-    weights = np.zeros((n, n))
-    for one, other in ((index[:-1], index[1:]), (index[:, :-1], index[:, 1:])):
-        weights[one.ravel(), other.ravel()] = weights[other.ravel(), one.ravel()] = 1.0
-    laplacian = np.diag(weights.sum(axis=1)) - weights
-    # An orthonormal basis whose first vector is the constant one; the others span the centred maps.
-    basis = np.linalg.qr(np.column_stack((np.ones(n), np.eye(n)[:, 1:])))[0][:, 1:]
-    w, lap = (np.linalg.eigvalsh(basis.T @ matrix @ basis) for matrix in (weights, laplacian))
-    return float(w[0]), float(w[-1]), float(lap[0]), float(lap[-1])
-
-
-def _distance_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, float(layout.distances().max())  # from all mass on the query itself to corner against corner
-
-
-def _distance_px_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, _distance_bounds(layout)[1] * layout.diagonal_px
-
-
-def _distance_walmer_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, _distance_px_bounds(layout)[1] / reference.extent_px(layout)
-
-
-def _entropy_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, float(np.log(layout.num_patches))
-
-
-def _morans_i_bounds(layout: TokenLayout) -> tuple[float, float]:
-    least, greatest, _, _ = _lattice_spectrum(layout.grid_rows, layout.grid_cols)
-    factor = layout.num_patches / (2 * layout.num_edges)
-    return factor * least, factor * greatest
-
-
-def _morans_i_null(num_patches: int) -> float:
-    """E[I] of a map whose values lie at random."""
-    return -1.0 / (num_patches - 1)
-
-
-def _entropy_seed1_bounds(layout: TokenLayout) -> tuple[float, float]:
-    """A row of mass s ≤ 1 has at most s ln(N/s), greatest at s = 1, or at N/e where that is less (N = 2)."""
-    mass = min(1.0, layout.num_patches / math.e)
-    return -float(np.log1p(reference.SEED1_LOG_OFFSET)), float(mass * np.log(layout.num_patches / mass))
-
-
-def _morans_i_seed1_bounds(layout: TokenLayout) -> tuple[float, float]:
-    least, greatest = _morans_i_bounds(layout)
-    return min(least, 0.0), max(greatest, 0.0)
-
-
-def _gearys_c_bounds(layout: TokenLayout) -> tuple[float, float]:
-    _, _, least, greatest = _lattice_spectrum(layout.grid_rows, layout.grid_cols)
-    factor = (layout.num_patches - 1) / (2 * layout.num_edges)
-    return factor * least, factor * greatest
-
-
-def _gini_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, 1.0 - 1.0 / layout.num_patches
-
-
-def _sink_share_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 1.0 / layout.num_patches, 1.0
-
-
-def _unit_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, 1.0
-
-
-def _js_bounds(layout: TokenLayout) -> tuple[float, float]:
-    return 0.0, float(np.log(2.0))
-
-
-def _in(*backends: str, name: str) -> dict[str, Implementation]:
-    """A metric's function has the metric's name in every backend's module."""
-    return {backend: f"{_MODULES[backend]}:{name}" for backend in backends}
-
-
-_MODULES = {
-    "numba": "kernels.cpu.backend",
-    "torch": "kernels.torch_ops",
-    "triton": "kernels.cuda.rows",
-    "numba_cuda": "kernels.cuda.rows",
-}
-_CPU_AND_CUDA = ("numba", "torch", "triton", "numba_cuda")
-
-
-_NO_MASS = "row whose patches sum to 0"
-_NO_ROW = "map without a row that has mass on the patches"
-_CONSTANT = f"constant row; {_NO_MASS}"
-_MORAN = "Moran 1950, doi:10.1093/biomet/37.1-2.17"
-_SHANNON = "Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x"
-_DISTANCE = "Dosovitskiy et al. 2021, arXiv:2010.11929 (there in pixels and not renormalised)"
-_WALMER = "Walmer et al. 2023, arXiv:2212.03862"
-_SEED1 = "the thesis code whose figures the seed1 metrics reproduce"
-
-METRICS: dict[str, MetricSpec] = {
-    spec.name: spec
-    for spec in (
-        MetricSpec(
-            name="distance",
-            unit="image diagonals",
-            inputs="rows",
-            reference=reference.distance,
-            implementations=_in(*_CPU_AND_CUDA, name="distance"),
-            bounds=_distance_bounds,
-            undefined=_NO_MASS,
-            source=_DISTANCE,
-            core=True,
-            title="Attention distance",
-        ),
-        MetricSpec(
-            name="distance_px",
-            unit="px",
-            inputs="rows",
-            reference=reference.distance_px,
-            implementations=_in("numba", "torch", name="distance_px"),
-            bounds=_distance_px_bounds,
-            source="Dosovitskiy et al. 2021, arXiv:2010.11929",
-            title="Attention distance, not renormalised",
-        ),
-        MetricSpec(
-            name="distance_walmer",
-            unit="grid sides",
-            inputs="rows",
-            reference=reference.distance_walmer,
-            implementations=_in("numba", "torch", name="distance_walmer"),
-            bounds=_distance_walmer_bounds,
-            undefined=_NO_MASS,
-            source=_WALMER,
-            title="Attention distance (Walmer)",
-        ),
-        MetricSpec(
-            name="distance_seed1",
-            unit="image diagonals",
-            inputs="rows",
-            reference=reference.distance_seed1,
-            implementations=_in("numba", "torch", name="distance_seed1"),
-            bounds=_distance_bounds,
-            source=_SEED1,
-            title="Attention distance (seed1)",
-        ),
-        MetricSpec(
-            name="entropy",
-            unit="nat",
-            inputs="rows",
-            reference=reference.entropy,
-            implementations=_in(*_CPU_AND_CUDA, name="entropy"),
-            bounds=_entropy_bounds,
-            undefined=_NO_MASS,
-            source=_SHANNON,
-            core=True,
-            title="Attention entropy",
-        ),
-        MetricSpec(
-            name="entropy_normalized",
-            unit="1",
-            inputs="rows",
-            reference=reference.entropy_normalized,
-            implementations=_in(*_CPU_AND_CUDA, name="entropy_normalized"),
-            bounds=_unit_bounds,
-            undefined=_NO_MASS,
-            source=_SHANNON,
-            title="Normalised entropy",
-        ),
-        MetricSpec(
-            name="entropy_seed1",
-            unit="nat",
-            inputs="rows",
-            reference=reference.entropy_seed1,
-            implementations=_in("numba", "torch", name="entropy_seed1"),
-            bounds=_entropy_seed1_bounds,
-            source=_SEED1,
-            title="Attention entropy (seed1)",
-        ),
-        MetricSpec(
-            name="morans_i",
-            unit="1",
-            inputs="rows",
-            reference=reference.morans_i,
-            implementations=_in(*_CPU_AND_CUDA, name="morans_i"),
-            bounds=_morans_i_bounds,
-            undefined=_CONSTANT,
-            source=_MORAN,
-            null=_morans_i_null,
-            core=True,
-            title="Moran's I",
-        ),
-        MetricSpec(
-            name="morans_i_received",
-            unit="1",
-            inputs="rows",
-            reference=reference.morans_i_received,
-            implementations=_in("numba", "torch", name="morans_i_received"),
-            bounds=_morans_i_bounds,
-            undefined=f"received map constant to 1e-5 of its mean; {_NO_ROW}",
-            source=_MORAN,
-            null=_morans_i_null,
-            title="Moran's I of received attention",
-        ),
-        MetricSpec(
-            name="sink_share",
-            unit="1",
-            inputs="rows",
-            reference=reference.sink_share,
-            implementations=_in("numba", "torch", name="sink_share"),
-            bounds=_sink_share_bounds,
-            undefined=_NO_ROW,
-            source="the patches of high norm of Darcet et al. 2023, arXiv:2309.16588, as a share of attention",
-            title="Largest share of one patch",
-        ),
-        MetricSpec(
-            name="morans_i_seed1",
-            unit="1",
-            inputs="rows",
-            reference=reference.morans_i_seed1,
-            implementations=_in("numba", "torch", name="morans_i_seed1"),
-            bounds=_morans_i_seed1_bounds,
-            undefined="map with an invalid patch query",
-            source=_SEED1,
-            title="Moran's I of the mean over keys (seed1)",
-        ),
-        MetricSpec(
-            name="gearys_c",
-            unit="1",
-            inputs="rows",
-            reference=reference.gearys_c,
-            implementations=_in(*_CPU_AND_CUDA, name="gearys_c"),
-            bounds=_gearys_c_bounds,
-            undefined=_CONSTANT,
-            source="Geary 1954, doi:10.2307/2986645",
-            title="Geary's C",
-        ),
-        MetricSpec(
-            name="gini",
-            unit="1",
-            inputs="rows",
-            reference=reference.gini,
-            implementations=_in("numba", "torch", name="gini"),
-            bounds=_gini_bounds,
-            undefined=_NO_MASS,
-            source="Gini 1912; in this form Sen 1973, doi:10.1093/0198281935.001.0001",
-            title="Gini coefficient",
-        ),
-        MetricSpec(
-            name="prefix_mass",
-            unit="1",
-            inputs="rows",
-            reference=reference.prefix_mass,
-            implementations=_in(*_CPU_AND_CUDA, name="prefix_mass"),
-            bounds=_unit_bounds,
-            is_prefix_share=True,
-            title="Mass on prefix tokens",
-        ),
-        MetricSpec(
-            name="cls_entropy",
-            unit="nat",
-            inputs="rows",
-            reference=reference.cls_entropy,
-            implementations=_in(*_CPU_AND_CUDA, name="cls_entropy"),
-            bounds=_entropy_bounds,
-            undefined=_NO_MASS,
-            source=_SHANNON,
-            title="Entropy of the class token's row",
-        ),
-        MetricSpec(
-            name="cls_morans_i",
-            unit="1",
-            inputs="rows",
-            reference=reference.cls_morans_i,
-            implementations=_in(*_CPU_AND_CUDA, name="cls_morans_i"),
-            bounds=_morans_i_bounds,
-            undefined=_CONSTANT,
-            source=_MORAN,
-            null=_morans_i_null,
-            title="Moran's I of the class token's row",
-        ),
-        MetricSpec(
-            name="region_mass",
-            unit="1",
-            inputs="regions",
-            reference=reference.region_mass,
-            implementations=_in("numba", "torch", name="region_mass"),
-            bounds=_unit_bounds,
-            undefined=f"{_NO_MASS}; region without coverage values (NaN)",
-            axis_label="share of attention on patches",
-            title="Attention on regions",
-        ),
-        MetricSpec(
-            name="js_divergence",
-            unit="nat",
-            inputs="pair",
-            reference=reference.js_divergence,
-            implementations=_in("numba", "torch", name="js_divergence"),
-            bounds=_js_bounds,
-            undefined=f"{_NO_MASS}, in either condition",
-            source="Lin 1991, doi:10.1109/18.61115",
-            title="Jensen–Shannon divergence",
-        ),
-    )
-}
+    return declare
 
 
 def load_metric(name: str) -> MetricSpec:
     """The metric of that name: one of `METRICS`, or a user's `module:attribute`.
 
     Raises:
-        ValueError: no such metric.
-        MetricError: no such module or attribute, or it is no `MetricSpec`, or has the name of another metric.
+        MetricError: no such metric, module or attribute, or it is no `MetricSpec`, or has the name of another metric.
     """
     if ":" not in name:
         if name in METRICS:
             return METRICS[name]
-        import difflib
-
         near = difflib.get_close_matches(name, METRICS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no metric is called {name!r}{hint} (there are {', '.join(METRICS)}, or give module:name)")
+        raise MetricError(f"no metric is called {name!r}{hint} (there are {', '.join(METRICS)}, or give module:name)")
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise MetricError(
@@ -528,3 +168,25 @@ def load_metric(name: str) -> MetricSpec:
     if METRICS.get(spec.name, spec) is not spec:
         raise MetricError(f"metric {name!r} is called {spec.name!r}, as a metric of kernels is; give it another name")
     return spec
+
+
+def load_metrics(metrics: Sequence[str | MetricSpec], reserved: Collection[str] = ()) -> list[MetricSpec]:
+    """The metrics of these names, each once.
+
+    Args:
+        reserved: names that no metric may have, those of the coordinates of a table.
+
+    Raises:
+        MetricError: as `load_metric`; two of one name, or one with a reserved name.
+    """
+    named: dict[str, tuple[MetricSpec, str | MetricSpec]] = {}
+    for metric in metrics:
+        spec = metric if isinstance(metric, MetricSpec) else load_metric(metric)
+        other, first = named.setdefault(spec.name, (spec, metric))
+        if spec.name in reserved:
+            raise MetricError(
+                f"{metric} is called {spec.name!r}, as a coordinate of the table is; give it another name"
+            )
+        if other is not spec:
+            raise MetricError(f"{first} and {metric} are both called {spec.name!r}; give each a name of its own")
+    return [spec for spec, _ in named.values()]

@@ -6,61 +6,57 @@ This is the `reference` backend, and what every other backend does with a metric
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kernels import reference
 from kernels.arrays import Values, dtype_name, flat_index, to_float64
+from kernels.backends import Backend
 from kernels.checks import valid_rows
+from kernels.errors import MetricError
+from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
-from kernels.metrics import MetricError, MetricSpec
+from kernels.metrics import MetricSpec
+
+Index = tuple[Any, ...]  # of some maps, over the leading axes
 
 TILE_BYTES = 32 * 2**20  # of float64 rows; the definitions make a handful of temporaries of that size
 
 
-def measure_attention(
-    attention: Any, layout: TokenLayout, specs: Sequence[MetricSpec], regions: Any, tolerance: float
-) -> Values:
-    """The reference's pass over [*leading, query, key] attention; sums of its rows are 1 within the tolerance."""
+class ReferenceBackend(Backend):
+    """Every metric from its definition, with code of its own for none."""
 
-    def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
-        tile = to_float64(attention[index])
-        return tile, valid_rows(tile, tolerance)
+    name = "reference"
+    implementations: Mapping[str, Callable[..., Any]] = {}
+    side_by_side = True
 
-    return _measure(rows, tuple(attention.shape[:-2]), layout, specs, regions)
+    def implementation(self, spec: MetricSpec) -> Callable[..., Any]:
+        return spec.reference
 
+    def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        def rows(index: Index) -> tuple[np.ndarray, np.ndarray]:
+            tile = to_float64(maps.attention[index])
+            return tile, valid_rows(tile, maps.tolerance)
 
-def measure_pair(
-    attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec], tolerance: float
-) -> Values:
-    """The reference's pass over the same maps [*leading, query, key] in two conditions."""
+        return _measure(rows, maps, specs)
 
-    def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
-        pair = np.stack([to_float64(array[index]) for array in (attention, other)])
-        return pair, np.asarray(valid_rows(pair, tolerance).all(axis=0))
+    def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
+        def rows(index: Index) -> tuple[np.ndarray, np.ndarray]:
+            both = np.stack([to_float64(array[index]) for array in (pair.attention, pair.other)])
+            return both, np.asarray(valid_rows(both, pair.tolerance).all(axis=0))
 
-    return _measure(rows, tuple(attention.shape[:-2]), layout, specs, None)
+        return _measure(rows, pair, specs)
 
+    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+        def rows(index: Index) -> tuple[np.ndarray, np.ndarray]:
+            added = None if factors.bias is None else _additive(factors.bias[index])
+            query, key = to_float64(factors.query[index]), to_float64(factors.key[index])
+            tile = reference.softmax_rows(query, key, factors.scale, added)
+            return tile, ~np.isnan(tile).any(axis=-1)
 
-def measure_qk(
-    query: Any,
-    key: Any,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: Any,
-    scale: float,
-    bias: Any,
-) -> Values:
-    """The reference's pass from [*leading, token, head_dim] query and key; bias is [*leading, query, key] or None."""
-
-    def rows(index: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
-        added = None if bias is None else _additive(bias[index])
-        tile = reference.softmax_rows(to_float64(query[index]), to_float64(key[index]), scale, added)
-        return tile, ~np.isnan(tile).any(axis=-1)
-
-    return _measure(rows, tuple(query.shape[:-2]), layout, specs, regions)
+        return _measure(rows, factors, specs)
 
 
 def _additive(bias: Any) -> np.ndarray:
@@ -71,13 +67,12 @@ def _additive(bias: Any) -> np.ndarray:
 
 
 def _measure(
-    rows: Callable[[tuple[Any, ...]], tuple[np.ndarray, np.ndarray]],
-    leading: tuple[int, ...],
-    layout: TokenLayout,
+    rows: Callable[[Index], tuple[np.ndarray, np.ndarray]],
+    given: Maps | Factors | MapPair,
     specs: Sequence[MetricSpec],
-    regions: Any,
 ) -> Values:
-    tokens = layout.num_tokens
+    """Every metric of every tile; `rows` gives the float64 rows of some maps, and which of them are valid."""
+    layout, leading, regions, tokens = given.layout, given.leading, given.regions, given.layout.num_tokens
     maps = int(np.prod(leading, dtype=np.int64))
     step = max(1, TILE_BYTES // (8 * tokens * tokens))
     valid = np.empty((maps, tokens), dtype=bool)
@@ -138,3 +133,6 @@ def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndar
     if np.isinf(tile).any():
         raise MetricError(f"{what} returned infinite values; give NaN where there is no value")
     return tile
+
+
+BACKEND = ReferenceBackend()

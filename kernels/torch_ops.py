@@ -1,13 +1,14 @@
 """torch: every metric vectorised, on any device, differentiable.
 
 Maps go through in chunks, so that the temporaries stay small; each chunk is read once and all metrics come from it.
-Arithmetic is float32, float64 for float64 input. Each metric's function has the metric's name and takes `MapRows`.
+Arithmetic is float32, float64 for float64 input.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from kernels.arrays import Values, flat_index
+from kernels.backends import Backend
+from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, SEED1_LOG_OFFSET, extent_px
@@ -100,43 +103,39 @@ class PatchMaps:
         return _where(self.varies, factor * (down + right) / self.sum_sq)
 
 
+@dataclass(eq=False)
 class MapRows:
     """What every metric reads: the rows of a chunk of maps.
 
     Args:
         patches: [map, patch query, patch] in any scale, 0 in invalid rows.
-        class_row: [map, patch], or None without a class token.
+        class_token: its row [map, patch], or None without one.
         prefix_mass: [map, patch query], NaN in invalid rows.
-        patch_mass: called when first needed; float64 [map, patch query], the patches' part of each row before
+        sum_patches: called when first needed; float64 [map, patch query], the patches' part of each row before
             renormalising, NaN in invalid rows.
         regions: [map, region, patch] or None.
     """
 
-    def __init__(
-        self,
-        patches: Tensor,
-        class_row: Tensor | None,
-        prefix_mass: Tensor,
-        patch_mass: Callable[[], Tensor],
-        regions: Tensor | None,
-        layout: TokenLayout,
-    ) -> None:
-        self.rows = PatchMaps(patches, layout)
-        self.prefix_mass = prefix_mass
-        self._patch_mass = patch_mass
-        self.regions = regions
-        self.layout = layout
-        self._class_row = class_row
+    patches: Tensor
+    class_token: Tensor | None
+    prefix_mass: Tensor
+    sum_patches: Callable[[], Tensor]
+    regions: Tensor | None
+    layout: TokenLayout
+
+    @once
+    def rows(self) -> PatchMaps:
+        return PatchMaps(self.patches, self.layout)
 
     @once
     def patch_mass(self) -> Tensor:
-        return self._patch_mass()
+        return self.sum_patches()
 
     @once
     def class_row(self) -> PatchMaps:
-        if self._class_row is None:
+        if self.class_token is None:
             raise ValueError("this layout has no class token, so there is no class-token row")
-        return PatchMaps(self._class_row, self.layout)
+        return PatchMaps(self.class_token, self.layout)
 
     @once
     def received(self) -> PatchMaps:
@@ -150,99 +149,58 @@ class MapRows:
         return (p * _distances(self.layout, p.dtype, p.device)).sum(dim=-1)
 
 
+@dataclass(eq=False)
 class PairRows:
-    """What every pair metric reads: the patch rows of a chunk of maps in two conditions, as in `MapRows`."""
+    """What every pair metric reads: the patch rows of a chunk of maps in two conditions."""
 
-    def __init__(self, one: Tensor, other: Tensor, layout: TokenLayout) -> None:
-        self.one = PatchMaps(one, layout)
-        self.other = PatchMaps(other, layout)
-        self.layout = layout
+    one: PatchMaps
+    other: PatchMaps
 
     @once
     def defined(self) -> Tensor:
         return (self.one.defined & self.other.defined).squeeze(-1)
 
 
-def distance(maps: MapRows) -> Tensor:
+def _mean_distance(maps: MapRows) -> Tensor:
     return _where(maps.rows.defined.squeeze(-1), maps.mean_distance)
 
 
-def distance_px(maps: MapRows) -> Tensor:
-    return distance_seed1(maps) * maps.layout.diagonal_px
-
-
-def distance_walmer(maps: MapRows) -> Tensor:
-    return distance(maps) * (maps.layout.diagonal_px / extent_px(maps.layout))
-
-
-def distance_seed1(maps: MapRows) -> Tensor:
+def _distance_seed1(maps: MapRows) -> Tensor:
     return maps.mean_distance * maps.patch_mass.to(maps.mean_distance.dtype)
 
 
-def entropy(maps: MapRows) -> Tensor:
-    return maps.rows.entropy()
-
-
-def entropy_normalized(maps: MapRows) -> Tensor:
-    return maps.rows.entropy() / math.log(maps.layout.num_patches)
-
-
-def entropy_seed1(maps: MapRows) -> Tensor:
+def _entropy_seed1(maps: MapRows) -> Tensor:
     rows = maps.rows.p * maps.patch_mass.to(maps.rows.p.dtype).unsqueeze(-1)
     return 0.0 - (rows * (rows + SEED1_LOG_OFFSET).log()).sum(dim=-1)
 
 
-def morans_i(maps: MapRows) -> Tensor:
-    return maps.rows.morans_i()
-
-
-def morans_i_received(maps: MapRows) -> Tensor:
+def _morans_i_received(maps: MapRows) -> Tensor:
     x = maps.received.x.detach()
     varies = x.amax(dim=-1) - x.amin(dim=-1) > RECEIVED_SPREAD * x.mean(dim=-1)
     return _where(varies, maps.received.morans_i())
 
 
-def sink_share(maps: MapRows) -> Tensor:
-    return _where(maps.received.defined.squeeze(-1), maps.received.p.amax(dim=-1))
-
-
-def morans_i_seed1(maps: MapRows) -> Tensor:
+def _morans_i_seed1(maps: MapRows) -> Tensor:
     of_queries = PatchMaps(maps.patch_mass, maps.layout)
     mean_over_keys = maps.patch_mass.detach() / maps.layout.num_patches
     sum_sq = (mean_over_keys - mean_over_keys.mean(dim=-1, keepdim=True)).square().sum(dim=-1)
     return torch.where(sum_sq <= SEED1_LEAST_SUM_SQ, 0.0, of_queries.morans_i())
 
 
-def gearys_c(maps: MapRows) -> Tensor:
-    return maps.rows.gearys_c()
-
-
-def gini(maps: MapRows) -> Tensor:
+def _gini(maps: MapRows) -> Tensor:
     ordered = maps.rows.p.sort(dim=-1).values
     n = maps.layout.num_patches
     rank = 2 * torch.arange(1, n + 1, dtype=ordered.dtype, device=ordered.device) - (n + 1)
     return _where(maps.rows.defined.squeeze(-1), (ordered * rank).sum(dim=-1) / n)
 
 
-def prefix_mass(maps: MapRows) -> Tensor:
-    return maps.prefix_mass
-
-
-def cls_entropy(maps: MapRows) -> Tensor:
-    return maps.class_row.entropy()
-
-
-def cls_morans_i(maps: MapRows) -> Tensor:
-    return maps.class_row.morans_i()
-
-
-def region_mass(maps: MapRows) -> Tensor:
+def _region_mass(maps: MapRows) -> Tensor:
     assert maps.regions is not None  # the entry points refuse region metrics without regions
     row = maps.class_row if maps.layout.class_token else maps.received
     return _where(row.defined, (row.p.unsqueeze(-2) * maps.regions).sum(dim=-1))
 
 
-def js_divergence(pair: PairRows) -> Tensor:
+def _js_divergence(pair: PairRows) -> Tensor:
     one, two = pair.one.p, pair.other.p
     total = one + two
     t = (one - two) / torch.where(total > 0, total, 1.0)
@@ -261,143 +219,139 @@ def _phi(t: Tensor) -> Tensor:
     return torch.where(t.abs() < 0.25, series, logs)
 
 
-def measure_attention(
-    attention: Tensor | np.ndarray,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    tolerance: float,
-) -> Values:
-    """The pass over [*leading, query, key] attention; sums of its rows are 1 within the tolerance."""
-    attention, is_numpy = _tensor(attention)
-    leading = attention.shape[:-2]
-    flat = attention.reshape(-1, layout.num_tokens, layout.num_tokens)
-
-    def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
-        p = _upcast(flat[start:stop])
-        valid = _valid_rows(p, tolerance)
-        p = p.masked_fill(~valid.unsqueeze(-1), 0.0)
-        query_valid = valid[:, layout.num_prefix_tokens :]
-        maps = MapRows(
-            patches=layout.patches(p),
-            class_row=layout.class_row(p) if layout.class_token else None,
-            prefix_mass=_where(query_valid, layout.prefix(p).sum(dim=-1)),
-            patch_mass=lambda: _where(query_valid, layout.patches(p).sum(dim=-1, dtype=torch.float64)),
-            regions=coverage,
-            layout=layout,
-        )
-        return maps, valid
-
-    return _chunked(chunk, flat, leading, layout, specs, regions, is_numpy)
-
-
-def measure_qk(
-    query: Tensor | np.ndarray,
-    key: Tensor | np.ndarray,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    scale: float,
-    bias: Tensor | np.ndarray | None,
-) -> Values:
-    """The pass from query and key [*leading, token, head_dim]; bias is broadcast to [*leading, query, key].
-
-    A softmax over the patch logits alone is the renormalised row, so a prefix token that takes nearly all the mass
-    costs no accuracy.
-    """
-    query, is_numpy = _tensor(query)
-    key = _tensor(key)[0]
-    leading = query.shape[:-2]
-    flat_q, flat_k = (t.reshape(-1, *t.shape[-2:]) for t in (query, key))
-    added = None if bias is None else _tensor(bias)[0]
-    prefix = layout.num_prefix_tokens
-
-    def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
-        q, k = _upcast(flat_q[start:stop]), _upcast(flat_k[start:stop])
-        logits = scale * (q @ k.transpose(-1, -2))
-        if added is not None:
-            tile = _maps(added, start, stop)
-            logits = logits.masked_fill(~tile, -math.inf) if tile.dtype == torch.bool else logits + tile
-        top = logits.detach().amax(dim=-1)
-        valid = top.isfinite()  # NaN and +inf pass through the maximum; −inf means no key at all
-        logits = logits.masked_fill(~valid.unsqueeze(-1), -math.inf)
-        patch_logits = logits[..., prefix:]
-        peak = patch_logits.detach().amax(dim=-1, keepdim=True)
-        weights = (patch_logits - peak.masked_fill(peak.isneginf(), 0.0)).exp()
-        shift = top.masked_fill(~valid, 0.0)
-        on_prefix = (logits[..., :prefix] - shift.unsqueeze(-1)).exp().sum(dim=-1)
-        on_patches = weights.sum(dim=-1) * (peak.squeeze(-1) - shift).exp()
-        total = torch.where(valid, on_prefix + on_patches, 1.0)
-        maps = MapRows(
-            patches=weights[:, prefix:],
-            class_row=weights[:, 0] if layout.class_token else None,
-            prefix_mass=_where(valid, on_prefix / total)[:, prefix:],
-            patch_mass=lambda: _where(valid, on_patches / total)[:, prefix:].double(),
-            regions=coverage,
-            layout=layout,
-        )
-        return maps, valid
-
-    return _chunked(chunk, flat_q, leading, layout, specs, regions, is_numpy)
-
-
-def measure_pair(
-    attention: Tensor | np.ndarray,
-    other: Tensor | np.ndarray,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    tolerance: float,
-) -> Values:
-    """The pass over the same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
-    attention, is_numpy = _tensor(attention)
-    other = _tensor(other)[0]
-    leading = attention.shape[:-2]
-    one, two = (t.reshape(-1, layout.num_tokens, layout.num_tokens) for t in (attention, other))
-
-    def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[PairRows, Tensor]:
-        p, q = _upcast(one[start:stop]), _upcast(two[start:stop])
-        valid = _valid_rows(p, tolerance) & _valid_rows(q, tolerance)
-        p, q = (t.masked_fill(~valid.unsqueeze(-1), 0.0) for t in (p, q))
-        return PairRows(layout.patches(p), layout.patches(q), layout), valid
-
-    return _chunked(chunk, one, leading, layout, specs, None, is_numpy)
+# Name of a metric -> its function of `MapRows`, of a pair metric of `PairRows`.
+IMPLEMENTATIONS: dict[str, Callable[[Any], Tensor]] = {
+    "distance": _mean_distance,
+    "distance_px": lambda maps: _distance_seed1(maps) * maps.layout.diagonal_px,
+    "distance_walmer": lambda maps: _mean_distance(maps) * (maps.layout.diagonal_px / extent_px(maps.layout)),
+    "distance_seed1": _distance_seed1,
+    "entropy": lambda maps: maps.rows.entropy(),
+    "entropy_normalized": lambda maps: maps.rows.entropy() / math.log(maps.layout.num_patches),
+    "entropy_seed1": _entropy_seed1,
+    "morans_i": lambda maps: maps.rows.morans_i(),
+    "morans_i_received": _morans_i_received,
+    "sink_share": lambda maps: _where(maps.received.defined.squeeze(-1), maps.received.p.amax(dim=-1)),
+    "morans_i_seed1": _morans_i_seed1,
+    "gearys_c": lambda maps: maps.rows.gearys_c(),
+    "gini": _gini,
+    "prefix_mass": lambda maps: maps.prefix_mass,
+    "cls_entropy": lambda maps: maps.class_row.entropy(),
+    "cls_morans_i": lambda maps: maps.class_row.morans_i(),
+    "region_mass": _region_mass,
+    "js_divergence": _js_divergence,
+}
 
 
 # (start, stop, regions of those maps) -> (rows, validity)
 _Chunk = Callable[[int, int, Tensor | None], tuple[MapRows | PairRows, Tensor]]
 
 
-def _chunked(
-    chunk: _Chunk,
-    flat: Tensor,
-    leading: torch.Size,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    is_numpy: bool,
-) -> Values:
-    """Every metric of every chunk of maps, put together again."""
-    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    parts: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
-    valid_parts: list[Tensor] = []
-    for start, stop in _ranges(flat.shape[0], layout, dtype, flat.device):
-        coverage = None
-        if regions is not None:
-            tile = torch.from_numpy(np.array(regions[flat_index(tuple(leading), start, stop)])).to(dtype)
-            # From ordinary memory a copy to a GPU would wait for all that runs there.
-            coverage = tile.pin_memory().to(flat.device, non_blocking=True) if flat.is_cuda else tile
-        maps, valid = chunk(start, stop, coverage)
-        valid_parts.append(valid)
-        for spec in specs:
-            implementation = spec.implementation("torch")
-            assert implementation is not None  # `specs` holds those this backend has code for
-            parts[spec.name].append(implementation(maps))
-    values = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    values = {name: tensor.reshape((*leading, *tensor.shape[1:])) for name, tensor in values.items()}
-    valid = torch.cat(valid_parts).reshape((*leading, layout.num_tokens))
-    if is_numpy:
-        return Values(values={name: tensor.numpy() for name, tensor in values.items()}, valid=valid.numpy())
-    return Values(values=values, valid=valid)
+class TorchBackend(Backend):
+    """Chunks of maps, each read once."""
+
+    name = "torch"
+    implementations = IMPLEMENTATIONS
+    differentiable = True
+
+    def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        layout = maps.layout
+        attention = _tensor(maps.attention)
+        flat = attention.reshape(-1, layout.num_tokens, layout.num_tokens)
+
+        def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
+            p = _upcast(flat[start:stop])
+            valid = _valid_rows(p, maps.tolerance)
+            p = p.masked_fill(~valid.unsqueeze(-1), 0.0)
+            query_valid = valid[:, layout.num_prefix_tokens :]
+            rows = MapRows(
+                patches=layout.patches(p),
+                class_token=layout.class_row(p) if layout.class_token else None,
+                prefix_mass=_where(query_valid, layout.prefix(p).sum(dim=-1)),
+                sum_patches=lambda: _where(query_valid, layout.patches(p).sum(dim=-1, dtype=torch.float64)),
+                regions=coverage,
+                layout=layout,
+            )
+            return rows, valid
+
+        return self._chunked(chunk, flat, maps, specs)
+
+    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+        """A softmax over the patch logits alone is the renormalised row, so a prefix token that takes nearly all the
+        mass costs no accuracy.
+        """
+        layout, prefix = factors.layout, factors.layout.num_prefix_tokens
+        query, key = _tensor(factors.query), _tensor(factors.key)
+        flat_q, flat_k = (t.reshape(-1, *t.shape[-2:]) for t in (query, key))
+        added = None if factors.bias is None else _tensor(factors.bias)
+
+        def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[MapRows, Tensor]:
+            q, k = _upcast(flat_q[start:stop]), _upcast(flat_k[start:stop])
+            logits = factors.scale * (q @ k.transpose(-1, -2))
+            if added is not None:
+                tile = _maps(added, start, stop)
+                logits = logits.masked_fill(~tile, -math.inf) if tile.dtype == torch.bool else logits + tile
+            top = logits.detach().amax(dim=-1)
+            valid = top.isfinite()  # NaN and +inf pass through the maximum; −inf means no key at all
+            logits = logits.masked_fill(~valid.unsqueeze(-1), -math.inf)
+            patch_logits = logits[..., prefix:]
+            peak = patch_logits.detach().amax(dim=-1, keepdim=True)
+            weights = (patch_logits - peak.masked_fill(peak.isneginf(), 0.0)).exp()
+            shift = top.masked_fill(~valid, 0.0)
+            on_prefix = (logits[..., :prefix] - shift.unsqueeze(-1)).exp().sum(dim=-1)
+            on_patches = weights.sum(dim=-1) * (peak.squeeze(-1) - shift).exp()
+            total = torch.where(valid, on_prefix + on_patches, 1.0)
+            rows = MapRows(
+                patches=weights[:, prefix:],
+                class_token=weights[:, 0] if layout.class_token else None,
+                prefix_mass=_where(valid, on_prefix / total)[:, prefix:],
+                sum_patches=lambda: _where(valid, on_patches / total)[:, prefix:].double(),
+                regions=coverage,
+                layout=layout,
+            )
+            return rows, valid
+
+        return self._chunked(chunk, flat_q, factors, specs)
+
+    def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
+        layout = pair.layout
+        one, two = (
+            _tensor(maps).reshape(-1, layout.num_tokens, layout.num_tokens) for maps in (pair.attention, pair.other)
+        )
+
+        def chunk(start: int, stop: int, coverage: Tensor | None) -> tuple[PairRows, Tensor]:
+            p, q = _upcast(one[start:stop]), _upcast(two[start:stop])
+            valid = _valid_rows(p, pair.tolerance) & _valid_rows(q, pair.tolerance)
+            p, q = (t.masked_fill(~valid.unsqueeze(-1), 0.0) for t in (p, q))
+            return PairRows(*(PatchMaps(layout.patches(maps), layout) for maps in (p, q))), valid
+
+        return self._chunked(chunk, one, pair, specs)
+
+    def _chunked(
+        self, chunk: _Chunk, flat: Tensor, given: Maps | Factors | MapPair, specs: Sequence[MetricSpec]
+    ) -> Values:
+        """Every metric of every chunk of maps, put together again."""
+        layout, leading = given.layout, given.leading
+        dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+        parts: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
+        valid_parts: list[Tensor] = []
+        for start, stop in _ranges(flat.shape[0], layout, dtype, flat.device):
+            coverage = None
+            if given.regions is not None:
+                tile = torch.from_numpy(np.array(given.regions[flat_index(leading, start, stop)])).to(dtype)
+                # From ordinary memory a copy to a GPU would wait for all that runs there.
+                coverage = tile.pin_memory().to(flat.device, non_blocking=True) if flat.is_cuda else tile
+            rows, valid = chunk(start, stop, coverage)
+            valid_parts.append(valid)
+            for spec in specs:
+                compute = self.implementation(spec)
+                assert compute is not None  # `specs` holds those this backend has code for
+                parts[spec.name].append(compute(rows))
+        values = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        values = {name: tensor.reshape((*leading, *tensor.shape[1:])) for name, tensor in values.items()}
+        valid = torch.cat(valid_parts).reshape((*leading, layout.num_tokens))
+        if not isinstance(given.like, Tensor):
+            return Values(values={name: tensor.numpy() for name, tensor in values.items()}, valid=valid.numpy())
+        return Values(values=values, valid=valid)
 
 
 def _maps(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -418,12 +372,12 @@ def _ranges(maps: int, layout: TokenLayout, dtype: torch.dtype, device: torch.de
     return ((start, min(start + step, maps)) for start in range(0, max(maps, 1), step))
 
 
-def _tensor(array: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+def _tensor(array: Tensor | np.ndarray) -> Tensor:
     if isinstance(array, Tensor):
-        return array, False
+        return array
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()  # torch takes neither
-    return torch.from_numpy(array), True
+    return torch.from_numpy(array)
 
 
 def _upcast(tensor: Tensor) -> Tensor:
@@ -459,3 +413,6 @@ def _new_distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device
 
 
 _kept_distances = lru_cache(maxsize=8)(_new_distances)
+
+
+BACKEND = TorchBackend()

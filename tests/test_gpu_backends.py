@@ -22,6 +22,7 @@ import torch
 
 from kernels import METRICS, BackendUnavailableError, InvalidAttentionError, Measurement, measure_attention, measure_qk
 from kernels.backends import BACKENDS
+from kernels.inputs import Maps
 from tests.cases import CASES, FROM_QK, TOLERANCE, Case, constant, layout, near_uniform, on_prefix, rounded, vit_qk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,9 +293,9 @@ class TestRefusals:
         with pytest.raises(BackendUnavailableError, match=f"'{backend}' reads data on cuda, but .* is on 'cpu'"):
             measure_attention(attention, OF, backend=backend)
         # The variable set too late, when the compiler is already imported, changes nothing.
-        module = CUDA_BACKENDS[backend].load()
+        loaded = CUDA_BACKENDS[backend].load()
         with pytest.raises(BackendUnavailableError, match=f"{CUDA_BACKENDS[backend].emulator}=1 before"):
-            module.measure_attention(attention, OF, [METRICS["distance"]], None, 1e-4)
+            loaded.measure_attention(Maps(attention, OF, None, "float32"), [METRICS["distance"]])
 
     @pytest.mark.skipif("triton" not in RUNNABLE, reason="triton does not run in this process")
     def test_triton_reads_no_float64(self) -> None:

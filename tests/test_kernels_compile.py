@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import METRICS, measure_attention, torch_ops
-from kernels.checks import ROW_SUM_TOLERANCE
+from kernels import METRICS, measure_attention
+from kernels.inputs import Factors, Maps
+from kernels.torch_ops import BACKEND
 from tests.cases import TOLERANCE, layout, metrics_for, trained, vit_qk
 
 OF = layout(5, 6, 2)
@@ -34,7 +35,7 @@ def test_stored_maps() -> None:
     attention = torch.from_numpy(trained(OF, np.random.default_rng(0))).half()
 
     def measure(maps: torch.Tensor) -> tuple[dict[str, Any], Any]:
-        result = torch_ops.measure_attention(maps, OF, SPECS, None, ROW_SUM_TOLERANCE["float16"])
+        result = BACKEND.measure_attention(Maps(maps, OF, None, "float16"), SPECS)
         return result.values, result.valid
 
     got, valid = compiled(measure)(attention)
@@ -49,7 +50,7 @@ def test_query_and_key() -> None:
     query, key = (torch.from_numpy(factor) for factor in vit_qk(OF, 16, np.random.default_rng(1)))
 
     def measure(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
-        return torch_ops.measure_qk(q, k, OF, SPECS, None, 0.25, None).values
+        return BACKEND.measure_qk(Factors(q, k, OF, None, 0.25, None), SPECS).values
 
     got, expected = compiled(measure)(query, key), measure(query, key)
     for name in NAMES:
@@ -61,7 +62,7 @@ def test_gradients() -> None:
     core = [METRICS[name] for name in ("distance", "entropy", "morans_i")]
 
     def loss(maps: torch.Tensor) -> torch.Tensor:
-        values = torch_ops.measure_attention(maps, OF, core, None, ROW_SUM_TOLERANCE["float32"]).values
+        values = BACKEND.measure_attention(Maps(maps, OF, None, "float32"), core).values
         return torch.stack([values[spec.name].mean() for spec in core]).sum()
 
     gradients = []

@@ -12,7 +12,9 @@ import torch
 
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import copies_beyond_cache, device_of, median_seconds
-from kernels import METRICS, TokenLayout, measure_attention, measure_qk, torch_ops
+from kernels import METRICS, TokenLayout, measure_attention, measure_qk
+from kernels.inputs import Factors, Maps
+from kernels.torch_ops import BACKEND
 from tests.cases import FROM_QK, TOLERANCE, layout
 
 __all__ = ["measure"]
@@ -126,9 +128,9 @@ def _compiled(work: Work) -> Callable[..., Any]:
 
     def run(*given: torch.Tensor) -> Any:
         if work.from_qk:
-            found = torch_ops.measure_qk(*given, work.of, specs, None, 1 / math.sqrt(HEAD_DIM), None)
+            found = BACKEND.measure_qk(Factors(*given, work.of, None, 1 / math.sqrt(HEAD_DIM), None), specs)
         else:
-            found = torch_ops.measure_attention(*given, work.of, specs, None, 1e-2)
+            found = BACKEND.measure_attention(Maps(*given, work.of, None, "bfloat16"), specs)
         return [values.nanmean(dim=-1, dtype=torch.float64) for values in found.values.values()], found.valid
 
     torch._dynamo.reset()

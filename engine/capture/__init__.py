@@ -24,13 +24,7 @@ if TYPE_CHECKING:
         vision_module,
     )
     from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
-    from engine.capture.metrics import (
-        check_metrics,
-        chosen_backend,
-        definition,
-        definitions,
-        metric_parameters,
-    )
+    from engine.capture.metrics import definitions, metric_parameters
     from engine.capture.prefix_mass import heads_on_prefix
     from engine.capture.samples import FILES, SampleLayer, SampleMaps, SampleRun, choose_samples, require_samples_place
     from engine.capture.sinks import Capture, capture_to_store
@@ -50,7 +44,7 @@ _NAMES = {
     "families": "FIRST_NORMS CaptureError block_of first_norm num_blocks patch_stem reached_block token_layout"
     " transformer_blocks vision_module",
     "interception": "FunctionCall ModelInterception named_modules unwrapped",
-    "metrics": "check_metrics chosen_backend definition definitions metric_parameters",
+    "metrics": "definitions metric_parameters",
     "prefix_mass": "heads_on_prefix",
     "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
     "sinks": "Capture capture_to_store",
@@ -75,10 +69,7 @@ __all__ = [
     "block_of",
     "capture_attention",
     "capture_to_store",
-    "check_metrics",
     "choose_samples",
-    "chosen_backend",
-    "definition",
     "definitions",
     "discover_factors",
     "discover_sites",

@@ -22,12 +22,12 @@ import torch
 from engine import __version__
 from engine.capture.batch_sinks import BatchSinks, discover_factors, one_bias, stored_layers
 from engine.capture.families import CaptureError
-from engine.capture.metrics import check_metrics, chosen_backend, metric_parameters
+from engine.capture.metrics import metric_parameters
 from engine.capture.prefix_mass import heads_on_prefix
 from engine.capture.tap import AttentionTap, discover_sites, evaluating
 from engine.config import metrics_of_one_capture
 from engine.progress import ImageProgress, say
-from kernels import MetricSpec, TokenLayout
+from kernels import BACKENDS, CORE_METRICS, MetricSpec, TokenLayout, check_metrics, resolve
 from store import AttentionStore, AttentionWriter, FactorSchema, StoreSchema
 from store.arrays import attention_arrays
 from store.encodings import resolve_encoding
@@ -54,7 +54,7 @@ class Capture:
     """
 
     sinks: tuple[str, ...] = ("metrics",)
-    metrics: tuple[str | MetricSpec, ...] = ("distance", "entropy", "morans_i")
+    metrics: tuple[str | MetricSpec, ...] = CORE_METRICS
     encoding: str = "fp16"
     batch_size: int = 32
     layers: tuple[int, ...] = ()
@@ -119,10 +119,10 @@ def capture_to_store(
     regions = {site.layout: images.regions(site.layout) for site in sites}
     specs = metrics_of_one_capture(capture.metrics) if "metrics" in capture.sinks else []
     needing = [spec.name for spec in specs if spec.inputs == "regions"]
-    backend = chosen_backend(capture.backend, device.type)
+    backend = resolve(capture.backend, device.type).name
     check_metrics(specs, [site.layout for site in sites], len(images.region_names), backend)
-    if specs and backend == "numba":
-        _announce_compilation()
+    if specs and (notice := BACKENDS[backend].load().notice()):
+        say(notice)
     schema = StoreSchema(
         layers=stored_layers(sites, factors),
         image_ids=tuple(images.ids),
@@ -179,14 +179,6 @@ def capture_to_store(
             writer.finish()
     workers.wait()  # nobody holds the store any more
     return AttentionStore.open(path)
-
-
-def _announce_compilation() -> None:
-    """Say why the first batch takes longer: kernels compile once a machine, and load once a process."""
-    from kernels.cpu.backend import is_compiled
-
-    if not is_compiled():
-        say("loading the compiled kernels; the first time on a machine they are compiled, in about 15 s")
 
 
 def _add_attention(

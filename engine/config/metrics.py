@@ -21,30 +21,19 @@ def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     """The metrics of these names.
 
     Raises:
-        InputError: no such metric, two of one name, or one with the name of a coordinate.
-        MetricError: a metric of the user's own is declared in a wrong way.
+        MetricError: no such metric, two of one name, or one with the name of a coordinate.
     """
-    from kernels import MetricSpec, load_metric  # lazy: `--help` needs none
+    import kernels  # lazy: `--help` needs none
 
-    try:
-        specs = [metric if isinstance(metric, MetricSpec) else load_metric(metric) for metric in metrics]
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    named: dict[str, tuple[MetricSpec, str | MetricSpec]] = {}
-    for spec, metric in zip(specs, metrics, strict=True):
-        other, first = named.setdefault(spec.name, (spec, metric))
-        if spec.name in _COORDINATES:
-            raise InputError(f"{metric} is called {spec.name!r}, as a coordinate of the table is; give it another name")
-        if other is not spec:
-            raise InputError(f"{first} and {metric} are both called {spec.name!r}; give each a name of its own")
-    return [spec for spec, _ in named.values()]
+    return kernels.load_metrics(metrics, _COORDINATES)
 
 
 def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     """The metrics of these names, all of which can be computed from one capture.
 
     Raises:
-        InputError: no such metric, or one that compares two captures.
+        MetricError: as of `load_metrics`.
+        InputError: one that compares two captures.
     """
     specs = load_metrics(metrics)
     for spec in specs:

@@ -23,10 +23,9 @@ from itertools import islice
 from typing import Any
 
 from engine import __version__
-from engine.capture import definition
 from engine.config import load_metrics
 from engine.measure.units import Batches, BatchValues, StoredMeasurement
-from kernels import BACKENDS, BackendUnavailableError
+from kernels import BACKENDS, BackendUnavailableError, MetricError
 from store import AttentionStore, StoreError
 from train.errors import InputError
 
@@ -79,7 +78,7 @@ class Job:
             store=paths[0],
             other=paths[1] if len(paths) > 1 else "",
             captures=tuple(store.digest for store in stores),
-            metrics=tuple((name, named[name], definition(spec)) for name, spec in measurement.metrics.items()),
+            metrics=tuple((name, named[name], spec.definition()) for name, spec in measurement.metrics.items()),
             backend=measurement.backend,
         )
 
@@ -226,13 +225,12 @@ def _check_workers(client: Any, scheduler: str, job: Job) -> None:
 
 
 def _describe(job: Job) -> dict[str, Any]:
-    """Why this worker cannot do the job ("" if it can), and the vectors that its numba kernels use; 0: none."""
+    """Why this worker cannot do the job ("" if it can), and the lanes of the vectors that its kernels use."""
     try:
         backend = BACKENDS[_opened(job).backend].load()
-    except (InputError, StoreError, BackendUnavailableError) as error:
+    except (InputError, StoreError, MetricError, BackendUnavailableError) as error:
         return {"problem": str(error), "lanes": 0}
-    width = backend.vector_width() if job.backend == "numba" else None
-    return {"problem": "", "lanes": 0 if width is None else width.lanes}
+    return {"problem": "", "lanes": backend.lanes}
 
 
 def _measure(job: Job, batch: int, names: Sequence[str]) -> BatchValues:
@@ -250,7 +248,7 @@ def _opened(job: Job) -> StoredMeasurement:
     specs = {}
     for name, named, expected in job.metrics:
         specs[name] = load_metrics([named])[0]
-        if definition(specs[name]) != expected:
+        if specs[name].definition() != expected:
             raise InputError(f"the module that defines metric {named!r} is another there; copy it from here")
     stores = [AttentionStore.open(path) for path in (job.store, job.other) if path]
     for store, digest in zip(stores, job.captures, strict=True):

@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from engine.capture import check_metrics, chosen_backend, metric_parameters
+from engine.capture import metric_parameters
 from engine.config import load_metrics
 from engine.measure.cluster import connected
 from engine.measure.units import Batches, StoredMeasurement
 from engine.progress import ImageProgress, say
-from kernels import MetricSpec, TokenLayout
+from kernels import MetricSpec, TokenLayout, check_metrics, resolve
 from store import AttentionStore, MetricWriter, StoreError, has_metric
 from store.arrays import attention_arrays
 from train.errors import InputError
@@ -46,7 +46,7 @@ def measure_store(
         StoreError: a store is damaged, or nothing of it is captured.
         ClusterError: the cluster failed; see `engine.measure.cluster`.
     """
-    chosen = chosen_backend(backend, "cpu")
+    chosen = resolve(backend, "cpu").name
     missing = missing_metrics(store, metrics, against)
     if not missing:
         return ()

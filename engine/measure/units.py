@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.capture import stack_layers
-from kernels import MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk
+from kernels import BACKENDS, MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk
 from kernels.cpu.threads import num_threads, one_thread
 from store import AttentionStore, Factors
 from store.arrays import layer_arrays
@@ -22,9 +22,6 @@ from store.encodings import softmax_maps
 # Decoded at once by each thread, if a chunk is not more. A call costs half a millisecond with cold caches: at 4 images
 # of ViT-B/16 that was a third of the kernel's own time, at 32 (30 MB) a thirtieth.
 UNIT_BYTES = 32 << 20
-
-# Backends whose calls in several threads go side by side; torch has threads of its own below each.
-_SIDE_BY_SIDE = ("numba", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class StoredMeasurement:
             StoreError: a shard is missing or damaged.
             MetricError: a user's metric failed.
         """
-        threads = num_threads() if self.backend in _SIDE_BY_SIDE else 1
+        threads = num_threads() if BACKENDS[self.backend].load().side_by_side else 1
         pool = ThreadPoolExecutor(threads, "measure")
 
         def begin(batch: int) -> tuple[int, list[tuple[Unit, Future[BatchValues]]]]:

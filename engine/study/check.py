@@ -19,8 +19,6 @@ from engine.capture import (
     AttentionSite,
     AttentionTap,
     CaptureError,
-    check_metrics,
-    chosen_backend,
     discover_factors,
     discover_sites,
     evaluating,
@@ -30,7 +28,7 @@ from engine.capture import (
 from engine.config import StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
 from engine.study.data import Start
-from kernels import BACKENDS, MetricSpec, measure_qk
+from kernels import BACKENDS, MetricSpec, check_metrics, measure_qk, resolve
 from store import FactorSchema, StoreSchema, estimate_bytes
 from store.encodings import resolve_encoding
 from train.adapters import check_adapters
@@ -127,7 +125,7 @@ def check_capture(
     sites, _, _, _ = discover_sites(model, _noise(preprocessing, 1, device), layers, heads)
     specs = [] if stored_alone else metrics_of_one_capture(config.measure.metrics)
     if specs:
-        backend = chosen_backend(config.measure.backend, torch.device(device).type)
+        backend = resolve(config.measure.backend, torch.device(device).type).name
         regions = len(REGION_NAMES) if config.data.kind == "digits" else 0
         check_metrics(specs, [site.layout for site in sites], regions, backend)
         if BACKENDS[backend].devices != ("cpu",):

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.arrays import Values, dtype_name, host_view, mean_of_defined
+from kernels.arrays import Values, dtype_name, host_view
+from kernels.backends import Backend
 from kernels.cpu.lane_types import Width, widest
 from kernels.cpu.loops import passes
 from kernels.cpu.math import BFLOAT16, FLOAT, FLOAT16
@@ -29,45 +30,30 @@ from kernels.cpu.rows import (
     MORAN,
     PATCH_MASS,
     RECEIVED,
+    Planes,
 )
-from kernels.cpu.threads import over_parts
+from kernels.cpu.threads import num_threads, over_parts
 from kernels.cpu.vector_maps import attention_pass
 from kernels.cpu.vector_qk import qk_pass
+from kernels.errors import MetricError
+from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
-from kernels.metrics import MetricError, MetricSpec
+from kernels.metrics import MetricSpec
 from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, extent_px
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """Arrays of one pass, maps flattened.
+    """What a metric is read off: what the pass filled in, and float64 regions [map, region, patch] or None."""
 
-    Attributes:
-        rows: float [6, map, patch query]: distance, entropy (nat), Moran's I, Geary's C, Gini coefficient; NaN where
-            undefined. Then entropy in the `seed1` convention, NaN where invalid. Of those asked for alone.
-        prefix_mass: float [map, patch query].
-        patch_mass: float64 [map, patch query], the patches' part of each row; NaN where invalid or not asked for.
-        received: float64 [map, patch], sum of the renormalised rows over the defined patch queries.
-        class_rows: float64 [map, patch], renormalised; NaN where undefined or without a class token.
-        regions: float64 [map, region, patch] or None.
-    """
-
+    planes: Planes
     layout: TokenLayout
-    rows: np.ndarray
-    prefix_mass: np.ndarray
-    patch_mass: np.ndarray
-    received: np.ndarray
-    class_rows: np.ndarray
     regions: np.ndarray | None
 
 
 @dataclass(frozen=True, slots=True)
 class PairResult:
-    """Arrays of one pass over two conditions, maps flattened.
-
-    Attributes:
-        js_divergence: float [map, patch query], in nat; NaN where undefined in either.
-    """
+    """What a pair metric is read off: float [map, patch query], in nat; NaN where undefined in either condition."""
 
     js_divergence: np.ndarray
 
@@ -83,13 +69,74 @@ class FromPass:
         return self.read(result)
 
 
-def is_compiled() -> bool:
-    """Whether a pass has run in this process; the first one compiles for some seconds, unless cached on disk."""
-    any_cpu, width = passes(), vector_width()
-    dispatchers = [any_cpu.attention, any_cpu.qk, any_cpu.pair]
-    if width is not None:
-        dispatchers += [attention_pass(width), qk_pass(width)]
-    return any(dispatcher.signatures for dispatcher in dispatchers)
+# --- metrics, as read off a pass ------------------------------------------------------------------------------------
+
+
+def _region_mass(result: PassResult) -> np.ndarray:
+    assert result.regions is not None  # the entry points refuse region metrics without regions
+    planes = result.planes
+    maps = planes.class_row if result.layout.class_token else _mean_row(planes.received)
+    return np.asarray(np.einsum("mk,mrk->mr", maps, result.regions))
+
+
+def _mean_row(received: np.ndarray) -> np.ndarray:
+    total = received.sum(axis=-1, keepdims=True)
+    return np.where(total > 0, received / np.where(total > 0, total, 1.0), np.nan)
+
+
+def _class_rows(result: PassResult) -> np.ndarray:
+    if not result.layout.class_token:
+        raise ValueError("this layout has no class token, so there is no class-token row")
+    return np.asarray(result.planes.class_row)
+
+
+def _received_morans_i(result: PassResult) -> np.ndarray:
+    maps = result.planes.received
+    varies = maps.max(axis=-1) - maps.min(axis=-1) > RECEIVED_SPREAD * maps.mean(axis=-1)
+    return np.where(varies, _maps_morans_i(maps, result.layout), np.nan)
+
+
+def _distance_seed1(result: PassResult) -> np.ndarray:
+    """A row without mass on the patches has no mean distance, but 0 of this one."""
+    mass = result.planes.patch_mass
+    return np.asarray(np.where(mass == 0, 0, result.planes.distance) * mass)
+
+
+def _distance_walmer(result: PassResult) -> np.ndarray:
+    return np.asarray(result.planes.distance * (result.layout.diagonal_px / extent_px(result.layout)))
+
+
+def _morans_i_seed1(result: PassResult) -> np.ndarray:
+    x = result.planes.patch_mass / result.layout.num_patches
+    sum_sq = ((x - x.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+    of_mass = _maps_morans_i(x, result.layout)
+    return np.where(sum_sq <= SEED1_LEAST_SUM_SQ, 0.0, of_mass)
+
+
+# Name of a metric -> its reading of a pass; of a pair metric, of a `PairResult`.
+IMPLEMENTATIONS: dict[str, Callable[[Any], np.ndarray]] = {
+    "distance": FromPass(DISTANCE, lambda result: result.planes.distance),
+    "distance_seed1": FromPass(DISTANCE | PATCH_MASS, _distance_seed1),
+    "distance_px": FromPass(DISTANCE | PATCH_MASS, lambda result: _distance_seed1(result) * result.layout.diagonal_px),
+    "distance_walmer": FromPass(DISTANCE, _distance_walmer),
+    "entropy": FromPass(ENTROPY, lambda result: result.planes.entropy),
+    "entropy_normalized": FromPass(ENTROPY, lambda result: result.planes.entropy / math.log(result.layout.num_patches)),
+    "morans_i": FromPass(MORAN, lambda result: result.planes.morans_i),
+    "gearys_c": FromPass(GEARY, lambda result: result.planes.gearys_c),
+    "gini": FromPass(GINI, lambda result: result.planes.gini),
+    "entropy_seed1": FromPass(ENTROPY_SEED1, lambda result: result.planes.entropy_seed1),
+    "morans_i_seed1": FromPass(PATCH_MASS, _morans_i_seed1),
+    "prefix_mass": FromPass(0, lambda result: result.planes.prefix_mass),
+    "morans_i_received": FromPass(RECEIVED, _received_morans_i),
+    "sink_share": FromPass(RECEIVED, lambda result: _mean_row(result.planes.received).max(axis=-1)),
+    "cls_entropy": FromPass(CLASS_ROW, lambda result: _maps_entropy(_class_rows(result))),
+    "cls_morans_i": FromPass(CLASS_ROW, lambda result: _maps_morans_i(_class_rows(result), result.layout)),
+    "region_mass": FromPass(RECEIVED | CLASS_ROW, _region_mass),
+    "js_divergence": lambda pair: pair.js_divergence,
+}
+
+
+# --- the pass -------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -98,96 +145,119 @@ def vector_width() -> Width | None:
     return widest()
 
 
-def measure_attention(
-    attention: Any,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    tolerance: float,
-) -> Values:
-    """The pass over [*leading, query, key] attention; sums of its rows are 1 within the tolerance."""
-    name = dtype_name(attention)
-    leading = tuple(attention.shape[:-2])
-    maps = _flat(_bits(host_view(attention)))
-    kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
-    needs = _needs(specs, layout)
-    out = _outputs(math.prod(leading), layout, tables[0].dtype, needs)
-    width = None if name == "float64" else vector_width()
-    if width is not None:
-        wide = _wide_tables(layout, width.lanes)
-        run = partial(attention_pass(width), _as_typed_bits(maps, kind), kind, shape, tables, wide)
-    else:
-        run = partial(passes().attention, maps, kind, shape, tables)
-    over_parts(partial(run, tolerance, needs, out), math.prod(leading))
-    return _read(out, leading, layout, specs, regions)
+class NumbaBackend(Backend):
+    """Compiled loops, parallel over maps."""
 
+    name = "numba"
+    implementations = IMPLEMENTATIONS
+    side_by_side = True
 
-def measure_qk(
-    query: Any,
-    key: Any,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    scale: float,
-    bias: Any,
-) -> Values:
-    """The pass from query and key [*leading, token, head_dim]; bias is [*leading, query, key] (a view) or None.
+    @property
+    def lanes(self) -> int:
+        width = vector_width()
+        return 0 if width is None else width.lanes
 
-    A softmax over the patch logits alone is the renormalised row, so a prefix token that takes nearly all the mass
-    costs no accuracy, and no logarithm is needed: entropy = ln Z − Σ e·t / Z with t the logits less the greatest.
-    """
-    name = dtype_name(query)
-    leading = tuple(query.shape[:-2])
-    queries, keys = ((*_flat(_bits(host_view(factor))), query.shape[-1]) for factor in (query, key))
-    tables = _tables(layout, name == "float64")
-    compute = tables[0].dtype
-    if bias is None:
-        of_bias = (_read_only(np.zeros(0, compute)), np.zeros(0, np.int64), 0)
-    else:
-        of_bias = _flat(_additive(bias, compute))
-    needs = _needs(specs, layout)
-    out = _outputs(math.prod(leading), layout, compute, needs)
-    kind = _KINDS.get(name, FLOAT)
-    rest = (kind, scale, of_bias, _shape(layout), tables)
-    width = None if name == "float64" else vector_width()
-    if width is not None:
-        typed = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
-        run = partial(qk_pass(width), *typed, *rest, _near_table(layout, width.lanes))
-    else:
-        run = partial(passes().qk, queries, keys, *rest)
-    over_parts(partial(run, needs, out), math.prod(leading))
-    return _read(out, leading, layout, specs, regions)
+    def check(self) -> None:
+        num_threads()
 
+    def notice(self) -> str:
+        any_cpu, width = passes(), vector_width()
+        dispatchers = [any_cpu.attention, any_cpu.qk, any_cpu.pair]
+        if width is not None:
+            dispatchers += [attention_pass(width), qk_pass(width)]
+        if any(dispatcher.signatures for dispatcher in dispatchers):
+            return ""
+        return "loading the compiled kernels; the first time on a machine they are compiled, in about 15 s"
 
-def measure_pair(
-    attention: Any, other: Any, layout: TokenLayout, specs: Sequence[MetricSpec], tolerance: float
-) -> Values:
-    """The pass over the same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
-    name = dtype_name(attention)
-    leading = tuple(attention.shape[:-2])
-    dtype = np.dtype(np.float64 if name == "float64" else np.float32)
-    one, two = (_flat(_bits(host_view(array))) for array in (attention, other))
-    count = math.prod(leading)
-    js = np.full((count, layout.num_patches), np.nan, dtype)
-    valid = np.ones((count, layout.num_tokens), np.bool_)
-    kind = _KINDS.get(name, FLOAT)
-    over_parts(partial(passes().pair, one, two, kind, layout.num_prefix_tokens, tolerance, js, valid), count)
-    result = PairResult(js)
-    values = {}
-    for spec in specs:
-        implementation = spec.implementation("numba")
-        assert implementation is not None  # `specs` holds those this backend has code for
-        values[spec.name] = implementation(result).reshape((*leading, layout.num_patches))
-    return Values(values=values, valid=valid.reshape((*leading, layout.num_tokens)))
+    def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        layout, name, count = maps.layout, dtype_name(maps.attention), math.prod(maps.leading)
+        memory = _flat(_bits(host_view(maps.attention)))
+        kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
+        needs = self._needs(specs)
+        planes = _planes(count, layout, tables[0].dtype, needs)
+        width = None if name == "float64" else vector_width()
+        if width is None:
+            run = partial(passes().attention, memory, kind, shape, tables)
+        else:
+            wide = _wide_tables(layout, width.lanes)
+            run = partial(attention_pass(width), _as_typed_bits(memory, kind), kind, shape, tables, wide)
+        over_parts(partial(run, maps.tolerance, needs, tuple(planes)), count)
+        return self._read(planes, maps, specs)
 
+    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+        """A softmax over the patch logits alone is the renormalised row, so a prefix token that takes nearly all the
+        mass costs no accuracy, and no logarithm is needed: entropy = ln Z − Σ e·t / Z with t the logits less the
+        greatest.
+        """
+        layout, name, count = factors.layout, dtype_name(factors.query), math.prod(factors.leading)
+        queries, keys = (
+            (*_flat(_bits(host_view(factor))), factor.shape[-1]) for factor in (factors.query, factors.key)
+        )
+        kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
+        compute = tables[0].dtype
+        if factors.bias is None:
+            bias = (_read_only(np.zeros(0, compute)), np.zeros(0, np.int64), 0)
+        else:
+            bias = _flat(_additive(factors.bias, compute))
+        needs = self._needs(specs)
+        planes = _planes(count, layout, compute, needs)
+        rest = (kind, factors.scale, bias, shape, tables)
+        width = None if name == "float64" else vector_width()
+        if width is None:
+            run = partial(passes().qk, queries, keys, *rest)
+        else:
+            typed = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
+            run = partial(qk_pass(width), *typed, *rest, _near_table(layout, width.lanes))
+        over_parts(partial(run, needs, tuple(planes)), count)
+        return self._read(planes, factors, specs)
 
-def mean_of_rows(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean [*leading] of the patch queries that have a value, valid ones that have none) of [*leading, patch query]"""
-    sums = np.empty(values.shape[:-1])
-    passes().row_sums(values.reshape(-1, values.shape[-1]), sums.reshape(-1))
-    if np.isnan(sums).any():
-        return mean_of_defined(values, valid)
-    return np.asarray(sums / values.shape[-1]), np.zeros(sums.shape, np.int64)  # as nearly always
+    def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
+        layout, name, count = pair.layout, dtype_name(pair.attention), math.prod(pair.leading)
+        one, two = (_flat(_bits(host_view(array))) for array in (pair.attention, pair.other))
+        js = np.full((count, layout.num_patches), np.nan, np.float64 if name == "float64" else np.float32)
+        valid = np.ones((count, layout.num_tokens), np.bool_)
+        kind = _KINDS.get(name, FLOAT)
+        over_parts(partial(passes().pair, one, two, kind, layout.num_prefix_tokens, pair.tolerance, js, valid), count)
+        return self._values(PairResult(js), valid, pair, specs)
+
+    def mean_of_rows(self, values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sums = np.empty(values.shape[:-1])
+        passes().row_sums(values.reshape(-1, values.shape[-1]), sums.reshape(-1))
+        if np.isnan(sums).any():
+            return super().mean_of_rows(values, valid)
+        return np.asarray(sums / values.shape[-1]), np.zeros(sums.shape, np.int64)  # as nearly always
+
+    def _needs(self, specs: Sequence[MetricSpec]) -> int:
+        """Bits of what the pass must compute for these metrics."""
+        needs = 0
+        for spec in specs:
+            implementation = self.implementation(spec)
+            if not isinstance(implementation, FromPass):
+                raise MetricError(
+                    f"metric {spec.name!r}: its implementation for numba is a {type(implementation).__name__}; "
+                    "expected a kernels.cpu.backend.FromPass, or none: the reference is enough"
+                )
+            needs |= implementation.needs
+        return needs
+
+    def _read(self, planes: Planes, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
+        regions = None if given.regions is None else given.regions.reshape(-1, *given.regions.shape[-2:])
+        return self._values(PassResult(planes, given.layout, regions), planes.valid, given, specs)
+
+    def _values(
+        self,
+        result: PassResult | PairResult,
+        valid: np.ndarray,
+        given: Maps | Factors | MapPair,
+        specs: Sequence[MetricSpec],
+    ) -> Values:
+        values = {}
+        for spec in specs:
+            implementation = self.implementation(spec)
+            assert implementation is not None  # `specs` holds those this backend has code for
+            tile = implementation(result)
+            values[spec.name] = tile.reshape((*given.leading, *tile.shape[1:]))
+        return Values(values, valid.reshape((*given.leading, given.layout.num_tokens)))
 
 
 _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16}
@@ -197,34 +267,13 @@ def _shape(layout: TokenLayout) -> tuple[int, bool, int, int]:
     return layout.num_prefix_tokens, bool(layout.class_token), layout.grid_cols, layout.num_edges
 
 
-def _needs(specs: Sequence[MetricSpec], layout: TokenLayout) -> int:
-    needs = 0
-    for spec in specs:
-        implementation = spec.implementation("numba")
-        if not isinstance(implementation, FromPass):
-            raise MetricError(
-                f"metric {spec.name!r}: its implementation for numba is a {type(implementation).__name__}; expected a "
-                "kernels.cpu.backend.FromPass, or none: the reference is enough"
-            )
-        needs |= implementation.needs
-    return needs
-
-
-def _outputs(maps: int, layout: TokenLayout, dtype: np.dtype[Any], needs: int) -> tuple[np.ndarray, ...]:
-    """Memory for what a pass fills in: the arrays of `PassResult`, and validity [map, query].
-
-    Each map's part is cleared by the thread that measures it; what is not needed has no maps or is left as it is. At a
-    few milliseconds an image a pass would notice more.
-    """
-    patches = layout.num_patches
-    return (
-        np.empty((6, maps, patches), dtype),
-        np.empty((maps, patches), dtype),
-        np.empty((maps if needs & PATCH_MASS else 0, patches)),
-        np.empty((maps if needs & RECEIVED else 0, patches)),
-        np.empty((maps if needs & CLASS_ROW else 0, patches)),
-        np.empty((maps, layout.num_tokens), np.bool_),
-    )
+def _planes(maps: int, layout: TokenLayout, dtype: np.dtype[Any], needs: int) -> Planes:
+    """Memory for what a pass fills in; each map's part is cleared by the thread that measures it."""
+    patches, double = layout.num_patches, np.dtype(np.float64)
+    in_order = (DISTANCE, ENTROPY, MORAN, GEARY, GINI, ENTROPY_SEED1, PATCH_MASS, RECEIVED, CLASS_ROW)
+    kinds = [(dtype if bit < PATCH_MASS else double, needs & bit) for bit in in_order]
+    asked = [np.empty((maps if wanted else 0, patches), kind) for kind, wanted in kinds]
+    return Planes._make([*asked, np.empty((maps, patches), dtype), np.empty((maps, layout.num_tokens), np.bool_)])
 
 
 def _maps_morans_i(maps: np.ndarray, layout: TokenLayout) -> np.ndarray:
@@ -241,25 +290,6 @@ def _maps_entropy(maps: np.ndarray) -> np.ndarray:
     out = np.empty(len(maps))
     passes().maps_entropy(np.ascontiguousarray(maps), out)
     return out
-
-
-def _read(
-    arrays: tuple[np.ndarray, ...],
-    leading: tuple[int, ...],
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-) -> Values:
-    rows, mass, patch_mass, received, class_rows, valid = arrays
-    flat = None if regions is None else regions.reshape(-1, *regions.shape[-2:])
-    result = PassResult(layout, rows, mass, patch_mass, received, class_rows, flat)
-    values = {}
-    for spec in specs:
-        implementation = spec.implementation("numba")
-        assert implementation is not None  # `specs` holds those this backend has code for
-        tile = implementation(result)
-        values[spec.name] = tile.reshape((*leading, *tile.shape[1:]))
-    return Values(values=values, valid=valid.reshape((*leading, layout.num_tokens)))
 
 
 @lru_cache(maxsize=16)
@@ -370,68 +400,4 @@ def _additive(bias: Any, dtype: np.dtype[Any]) -> np.ndarray:
     return np.broadcast_to(np.ascontiguousarray(compact), view.shape)
 
 
-# --- metrics, as read off a pass ------------------------------------------------------------------------------------
-
-
-def _region_mass(result: PassResult) -> np.ndarray:
-    assert result.regions is not None  # the entry points refuse region metrics without regions
-    maps = result.class_rows if result.layout.class_token else _mean_row(result.received)
-    return np.asarray(np.einsum("mk,mrk->mr", maps, result.regions))
-
-
-def _mean_row(received: np.ndarray) -> np.ndarray:
-    total = received.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, received / np.where(total > 0, total, 1.0), np.nan)
-
-
-def _class_rows(result: PassResult) -> np.ndarray:
-    if not result.layout.class_token:
-        raise ValueError("this layout has no class token, so there is no class-token row")
-    return result.class_rows
-
-
-def _received_morans_i(result: PassResult) -> np.ndarray:
-    maps = result.received
-    varies = maps.max(axis=-1) - maps.min(axis=-1) > RECEIVED_SPREAD * maps.mean(axis=-1)
-    return np.where(varies, _maps_morans_i(maps, result.layout), np.nan)
-
-
-def _distance_seed1(result: PassResult) -> np.ndarray:
-    """A row without mass on the patches has no mean distance, but 0 of this one."""
-    far = np.where(result.patch_mass == 0, 0, result.rows[0])
-    return np.asarray(far * result.patch_mass)
-
-
-def _morans_i_seed1(result: PassResult) -> np.ndarray:
-    x = result.patch_mass / result.layout.num_patches
-    sum_sq = ((x - x.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
-    of_mass = _maps_morans_i(x, result.layout)
-    return np.where(sum_sq <= SEED1_LEAST_SUM_SQ, 0.0, of_mass)
-
-
-distance = FromPass(DISTANCE, lambda result: result.rows[0])
-distance_seed1 = FromPass(DISTANCE | PATCH_MASS, _distance_seed1)
-distance_px = FromPass(DISTANCE | PATCH_MASS, lambda result: _distance_seed1(result) * result.layout.diagonal_px)
-distance_walmer = FromPass(
-    DISTANCE, lambda result: result.rows[0] * (result.layout.diagonal_px / extent_px(result.layout))
-)
-entropy = FromPass(ENTROPY, lambda result: result.rows[1])
-entropy_normalized = FromPass(ENTROPY, lambda result: result.rows[1] / math.log(result.layout.num_patches))
-morans_i = FromPass(MORAN, lambda result: result.rows[2])
-gearys_c = FromPass(GEARY, lambda result: result.rows[3])
-gini = FromPass(GINI, lambda result: result.rows[4])
-entropy_seed1 = FromPass(ENTROPY_SEED1, lambda result: result.rows[5])
-morans_i_seed1 = FromPass(PATCH_MASS, _morans_i_seed1)
-prefix_mass = FromPass(0, lambda result: result.prefix_mass)
-morans_i_received = FromPass(RECEIVED, _received_morans_i)
-sink_share = FromPass(RECEIVED, lambda result: _mean_row(result.received).max(axis=-1))
-cls_entropy = FromPass(CLASS_ROW, lambda result: _maps_entropy(_class_rows(result)))
-cls_morans_i = FromPass(
-    CLASS_ROW,
-    lambda result: _maps_morans_i(_class_rows(result), result.layout),
-)
-region_mass = FromPass(RECEIVED | CLASS_ROW, _region_mass)
-
-
-def js_divergence(result: PairResult) -> np.ndarray:
-    return result.js_divergence
+BACKEND = NumbaBackend()

@@ -26,6 +26,7 @@ from kernels.cpu.math import (
     sum_double,
 )
 from kernels.cpu.rows import (
+    Planes,
     attention_row,
     checked_row,
     clear_map,
@@ -125,7 +126,7 @@ def passes() -> SimpleNamespace:
         maps: Any, kind: Any, shape: Any, tables: Any, tolerance: Any, needs: Any, out: Any, begin: Any, end: Any
     ) -> None:
         _ = of
-        (buffer, starts, row_stride), near, into = lent(maps), lent(tables), lent(out)
+        (buffer, starts, row_stride), near, into = lent(maps), lent(tables), Planes(*lent(out))
         prefix, (offsets, has_right) = shape[0], near
         patches, dtype = has_right.size, offsets.dtype
         made = (apart(prefix, dtype), apart(patches, dtype), apart(patches, dtype))
@@ -153,7 +154,7 @@ def passes() -> SimpleNamespace:
     ) -> None:
         _ = of
         of_queries, of_keys, added = lent(queries), lent(keys), lent(bias)
-        near, into = lent(tables), lent(out)
+        near, into = lent(tables), Planes(*lent(out))
         factor = near[0].dtype.type(scale * LOG2_E)  # logits in binary logarithms, for 2^t
         for m in range(begin, end):
             clear_map(m, needs, into)

@@ -6,13 +6,13 @@ Arguments that go together travel as tuples:
     shape   (prefix tokens, whether there is a class token, grid columns, edges of the grid)
     tables  (distances as `backend._tables` lays them out, which patches have a right neighbour)
     scratch (prefix values, patch values, centred patch values) of one row
-    out     the arrays of `backend.PassResult` in its order, then validity [map, query]
+    out     `Planes`
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -32,8 +32,35 @@ from kernels.cpu.math import (
 )
 from kernels.reference import SEED1_LOG_OFFSET
 
-# What a pass computes besides validity and prefix mass.
-DISTANCE, ENTROPY, MORAN, GEARY, RECEIVED, GINI, ENTROPY_SEED1, PATCH_MASS, CLASS_ROW = (1 << i for i in range(9))
+
+class Planes(NamedTuple):
+    """What a pass fills in, maps flattened: [map, patch query] unless said otherwise; without maps where not asked for.
+
+    Attributes:
+        distance, entropy, morans_i, gearys_c, gini: of each row; NaN where undefined.
+        entropy_seed1: in that convention; NaN where invalid.
+        patch_mass: float64, the patches' part of each row; NaN where invalid.
+        received: float64 [map, patch], sum of the renormalised rows over the defined patch queries.
+        class_row: float64 [map, patch], renormalised; NaN where undefined or without a class token.
+        prefix_mass: always asked for; NaN where invalid.
+        valid: bool [map, query], always asked for.
+    """
+
+    distance: Any
+    entropy: Any
+    morans_i: Any
+    gearys_c: Any
+    gini: Any
+    entropy_seed1: Any
+    patch_mass: Any
+    received: Any
+    class_row: Any
+    prefix_mass: Any
+    valid: Any
+
+
+# Bits of what a pass is asked for, in the order of `Planes`.
+DISTANCE, ENTROPY, MORAN, GEARY, GINI, ENTROPY_SEED1, PATCH_MASS, RECEIVED, CLASS_ROW = (1 << i for i in range(9))
 
 # What the loops in vector registers compute by themselves.
 CORE = DISTANCE | ENTROPY | MORAN
@@ -244,43 +271,51 @@ def measure_row(x: Any, z: Any, total: Any, m: Any, patch: Any, shape: Any, tabl
     """Writes what is needed of patch query `patch` of map `m`, entropy and what depends on the prefix left out."""
     _, _, grid_cols, num_edges = shape
     offsets, has_right = tables
-    rows, received = out[0], out[3]
     if needs & DISTANCE:
         row, col = patch // grid_cols, patch % grid_cols
         begin = (x.size // grid_cols - 1 - row) * grid_cols
-        rows[0, m, patch] = _mean_distance(x, total, offsets[col], begin)
+        out.distance[m, patch] = _mean_distance(x, total, offsets[col], begin)
     if needs & (MORAN | GEARY) and not _is_constant(x):
         sum_sq = _centre(x, total, z)
         if needs & MORAN:
-            rows[2, m, patch] = _morans_i(z, sum_sq, has_right, grid_cols, num_edges)
+            out.morans_i[m, patch] = _morans_i(z, sum_sq, has_right, grid_cols, num_edges)
         if needs & GEARY:
-            rows[3, m, patch] = _gearys_c(z, sum_sq, has_right, grid_cols, num_edges)
+            out.gearys_c[m, patch] = _gearys_c(z, sum_sq, has_right, grid_cols, num_edges)
     if needs & GINI:
-        rows[4, m, patch] = _gini(x, total)
+        out.gini[m, patch] = _gini(x, total)
     if needs & RECEIVED:
-        add_renormalised(x, total, received[m])
+        add_renormalised(x, total, out.received[m])
+
+
+@njit(forceinline=True, **OPTIONS)
+def _fill(line: Any, value: Any) -> None:
+    for i in range(line.size):
+        line[i] = value
 
 
 @njit(**OPTIONS)
 def clear_map(m: Any, needs: Any, out: Any) -> None:
     """Makes what is needed of map `m` undefined, and its rows valid."""
-    rows, mass, patch_mass, received, class_rows, valid = out
-    # In the order of rows.
-    asked = (needs & DISTANCE, needs & ENTROPY, needs & MORAN, needs & GEARY, needs & GINI, needs & ENTROPY_SEED1)
-    for i in range(len(asked)):
-        if asked[i]:
-            for patch in range(mass.shape[1]):
-                rows[i, m, patch] = np.nan
-    for patch in range(mass.shape[1]):
-        mass[m, patch] = np.nan
-        if needs & PATCH_MASS:
-            patch_mass[m, patch] = np.nan
-        if needs & RECEIVED:
-            received[m, patch] = 0.0
-        if needs & CLASS_ROW:
-            class_rows[m, patch] = np.nan
-    for q in range(valid.shape[1]):
-        valid[m, q] = True
+    if needs & DISTANCE:
+        _fill(out.distance[m], np.nan)
+    if needs & ENTROPY:
+        _fill(out.entropy[m], np.nan)
+    if needs & MORAN:
+        _fill(out.morans_i[m], np.nan)
+    if needs & GEARY:
+        _fill(out.gearys_c[m], np.nan)
+    if needs & GINI:
+        _fill(out.gini[m], np.nan)
+    if needs & ENTROPY_SEED1:
+        _fill(out.entropy_seed1[m], np.nan)
+    if needs & PATCH_MASS:
+        _fill(out.patch_mass[m], np.nan)
+    if needs & RECEIVED:
+        _fill(out.received[m], 0.0)
+    if needs & CLASS_ROW:
+        _fill(out.class_row[m], np.nan)
+    _fill(out.prefix_mass[m], np.nan)
+    _fill(out.valid[m], True)
 
 
 @njit(forceinline=True, **OPTIONS)
@@ -299,72 +334,70 @@ def attention_row(
 ) -> None:
     """The row of query `q` of map `m`, which starts at buffer[begin]: widened, checked, measured."""
     prefix, class_token = shape[0], shape[1]
-    rows, mass, patch_mass, _, class_rows, valid = out
     head, x, z = scratch
     on_prefix, total, is_valid = checked_row(buffer, begin, kind, head, x, tolerance)
     if not is_valid:
-        valid[m, q] = False
+        out.valid[m, q] = False
         return
     patch = q - prefix
     if patch >= 0:
-        mass[m, patch] = on_prefix
+        out.prefix_mass[m, patch] = on_prefix
         if needs & PATCH_MASS:
-            patch_mass[m, patch] = sum_double(x)
+            out.patch_mass[m, patch] = sum_double(x)
         if needs & ENTROPY_SEED1:
-            rows[5, m, patch] = row_entropy_seed1(x, x.dtype.type(1))
+            out.entropy_seed1[m, patch] = row_entropy_seed1(x, x.dtype.type(1))
     if total == 0:
         return
     if total < 1e-3:
         total = rescale(x, total)
     if patch < 0:
         if needs & CLASS_ROW and class_token and q == 0:
-            class_rows[m] = 0.0
-            add_renormalised(x, total, class_rows[m])
+            out.class_row[m] = 0.0
+            add_renormalised(x, total, out.class_row[m])
         return
     measure_row(x, z, total, m, patch, shape, tables, needs, out)
     if needs & ENTROPY:
-        rows[1, m, patch] = max(_row_entropy(x, total), 0.0)
+        out.entropy[m, patch] = max(_row_entropy(x, total), 0.0)
 
 
 @njit(forceinline=True, **OPTIONS)
 def qk_row(logits: Any, m: Any, q: Any, shape: Any, tables: Any, needs: Any, scratch: Any, out: Any) -> None:
     """The row of query `q` of map `m` from its logits [token] in binary logarithms, prefix tokens first."""
     prefix, class_token = shape[0], shape[1]
-    rows, mass, patch_mass, _, class_rows, valid = out
     head, x, z = scratch
     patch = q - prefix
     top_prefix, top = _greatest(logits[:prefix]), _greatest(logits[prefix:])
     highest = top_prefix if top_prefix > top else top
     # NaN logits, infinite ones, or no key at all.
     if np.isnan(top_prefix) or np.isnan(top) or abs(highest) == np.inf:
-        valid[m, q] = False
+        out.valid[m, q] = False
         return
     if top == -np.inf:  # the patches are hidden: all mass is on the prefix
         if patch >= 0:
-            mass[m, patch] = 1
+            out.prefix_mass[m, patch] = 1
             if needs & PATCH_MASS:
-                patch_mass[m, patch] = 0
+                out.patch_mass[m, patch] = 0
             if needs & ENTROPY_SEED1:
-                rows[5, m, patch] = 0
+                out.entropy_seed1[m, patch] = 0
         return
     total, weighted = _weights(logits[prefix:], top, x)
     if patch < 0:
         if needs & CLASS_ROW and class_token and q == 0:
-            class_rows[m] = 0.0
-            add_renormalised(x, total, class_rows[m])
+            out.class_row[m] = 0.0
+            add_renormalised(x, total, out.class_row[m])
         return
     share = 1.0  # of the patches
-    mass[m, patch] = 0
+    out.prefix_mass[m, patch] = 0
     if prefix > 0:
         on_prefix, _ = _weights(logits[:prefix], highest, head)
         on_patches = np.float64(total) * 2.0 ** np.float64(top - highest)
-        mass[m, patch] = on_prefix / (on_prefix + on_patches)
+        out.prefix_mass[m, patch] = on_prefix / (on_prefix + on_patches)
         share = on_patches / (on_prefix + on_patches)
     if needs & PATCH_MASS:
-        patch_mass[m, patch] = share
+        out.patch_mass[m, patch] = share
     if needs & ENTROPY_SEED1:
-        rows[5, m, patch] = row_entropy_seed1(x, x.dtype.type(share / total))
+        out.entropy_seed1[m, patch] = row_entropy_seed1(x, x.dtype.type(share / total))
     measure_row(x, z, total, m, patch, shape, tables, needs, out)
     if needs & ENTROPY:
         nat = LN_2 * (math.log2(np.float64(total)) - np.float64(weighted / total))
-        rows[1, m, patch] = max(nat, 0.0)
+        out.entropy[m, patch] = max(nat, 0.0)

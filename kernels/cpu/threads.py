@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+from kernels.errors import OptionError
+
 # Parts for each thread: enough that one slow core does not hold up the others for long.
 _PARTS_A_THREAD = 4
 
@@ -29,17 +31,17 @@ def num_threads() -> int:
     """Threads a measurement uses: as set, or NUMBA_NUM_THREADS, or the CPUs this process may run on.
 
     Raises:
-        ValueError: NUMBA_NUM_THREADS is not a positive number.
+        OptionError: NUMBA_NUM_THREADS is not a positive number.
     """
     if getattr(_thread, "alone", False):
         return 1
     if _wanted is not None:
         return _wanted
-    told = os.environ.get("NUMBA_NUM_THREADS")
-    if told:
-        if not told.isdigit() or int(told) == 0:
-            raise ValueError(f"NUMBA_NUM_THREADS is {told!r}; expected a positive number of threads")
-        return int(told)
+    text = os.environ.get("NUMBA_NUM_THREADS")
+    if text:
+        if not text.isdigit() or int(text) == 0:
+            raise OptionError(f"NUMBA_NUM_THREADS is {text!r}; expected a positive number of threads")
+        return int(text)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -47,11 +49,11 @@ def set_num_threads(count: int | None) -> None:
     """Sets the threads that measurements use from now on; None takes the setting back.
 
     Raises:
-        ValueError: count is below 1.
+        OptionError: count is below 1.
     """
     global _wanted
     if count is not None and count < 1:
-        raise ValueError(f"{count} threads were asked for; expected at least 1, or None for the default")
+        raise OptionError(f"{count} threads were asked for; expected at least 1, or None for the default")
     _wanted = count
 
 

@@ -44,7 +44,7 @@ from kernels.cpu.lanes import (
     transpose,
 )
 from kernels.cpu.math import LN_2, OPTIONS, apart, hold, lent, log2, stored_bits
-from kernels.cpu.rows import CORE, DISTANCE, ENTROPY, MORAN, attention_row, clear_map, moran_of_sums
+from kernels.cpu.rows import CORE, DISTANCE, ENTROPY, MORAN, Planes, attention_row, clear_map, moran_of_sums
 
 # 2^23 log2 m = Σ c_k m^k on [1, 2), in the unit of `exponent_steps`.
 _STEPS = 2.0**23
@@ -233,7 +233,7 @@ def _core_of_map(width: Any, m: Any, shape: Any, tolerance: Any, needs: Any, sum
     Plain loops over as many rows as a register has lanes, of which the compiler makes vector instructions.
     """
     lanes, num_edges = lanes_of(width), np.float32(shape[3])
-    mass, far, entropy, moran = out[1][m], out[0][0, m], out[0][1, m], out[0][2, m]
+    mass, far, entropy, moran = out.prefix_mass[m], out.distance[m], out.entropy[m], out.morans_i[m]
     n, within = np.float32(mass.size), np.float32(tolerance)
     for begin in range(0, mass.size, lanes):
         transpose(width, sums, _SUMS * begin, _SUMS, _ONE, planes, 0)  # planes [sum, row]
@@ -281,7 +281,7 @@ def attention_pass(width: Width) -> Any:
     ) -> None:
         _ = of
         (buffer, starts, row_stride), near, far = lent(maps), lent(tables), lent(wide)
-        into = lent(out)
+        into = Planes(*lent(out))
         prefix, patches, lanes = shape[0], tables[1].size, lanes_of(width)
         blocks = (patches + lanes - 1) // lanes
         made = (
@@ -290,7 +290,7 @@ def attention_pass(width: Width) -> Any:
             (apart(prefix, np.float32), apart(patches, np.float32), apart(patches, np.float32)),
         )
         work, (sums, planes), scratch = lent(made)
-        stored, mass = stored_bits(buffer), into[1]
+        stored, mass = stored_bits(buffer), into.prefix_mass
         for m in range(begin, end):
             clear_map(m, needs, into)
             _map_sums(width, buffer, starts[m], row_stride, shape, patches, far, work, sums)

@@ -39,6 +39,7 @@ from kernels.cpu.rows import (
     ENTROPY_SEED1,
     MORAN,
     PATCH_MASS,
+    Planes,
     add_renormalised,
     clear_map,
     measure_row,
@@ -248,7 +249,6 @@ def _beyond_core(
     """What is asked for beside the core, of the ordinary queries of a tile that is not centred yet."""
     lanes = lanes_of(width)
     prefix, class_token = shape[0], shape[1]
-    rows, patch_mass, class_rows = out[0], out[2], out[4]
     for lane in range(min(lanes, prefix + x.size - begin)):
         patch, total = begin + lane, sums[0, lane]
         if not _is_ordinary(sums, lane):
@@ -257,14 +257,14 @@ def _beyond_core(
             _column(width, tile, lane, x)
             share = np.float64(sums[8, lane]) / (np.float64(sums[7, lane]) + np.float64(sums[8, lane]))
             if needs & PATCH_MASS:
-                patch_mass[m, patch] = share
+                out.patch_mass[m, patch] = share
             if needs & ENTROPY_SEED1:
-                rows[5, m, patch] = row_entropy_seed1(x, np.float32(share / total))
+                out.entropy_seed1[m, patch] = row_entropy_seed1(x, np.float32(share / total))
             measure_row(x, z, total, m, patch, shape, tables, needs & ~CORE, out)
         elif patch == x.size and class_token and needs & CLASS_ROW:
             _column(width, tile, lane, x)
-            class_rows[m] = 0.0
-            add_renormalised(x, total, class_rows[m])
+            out.class_row[m] = 0.0
+            add_renormalised(x, total, out.class_row[m])
 
 
 @njit(forceinline=True, **OPTIONS)
@@ -277,7 +277,7 @@ def _is_ordinary(sums: Any, lane: Any) -> Any:
 def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: Any, out: Any) -> None:
     """Writes the core metrics of a group's queries; `done` [lane] is 1, 0, or −1 where Moran's I alone is missing."""
     lanes = lanes_of(width)
-    rows, mass = out[0], out[1]
+    mass = out.prefix_mass
     n, num_edges = np.float32(mass.shape[1]), np.float32(shape[3])
     for lane in range(min(lanes, shape[0] + mass.shape[1] - begin)):
         patch, total = begin + lane, sums[0, lane]
@@ -286,16 +286,16 @@ def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: 
             continue
         mass[m, patch] = sums[7, lane] / (sums[7, lane] + sums[8, lane])
         if needs & DISTANCE:
-            rows[0, m, patch] = sums[1, lane] / total
+            out.distance[m, patch] = sums[1, lane] / total
         if needs & ENTROPY:
             nat = np.float32(LN_2) * (log2(total) - sums[2, lane] / total)
-            rows[1, m, patch] = max(nat, _ZERO)
+            out.entropy[m, patch] = max(nat, _ZERO)
         if needs & MORAN:
             moran, trusted = moran_of_sums(sums[3, lane], sums[4, lane], sums[5, lane], sums[6, lane], n, num_edges)
             # Rows that are constant but for rounding, 1e-6 of the mean, are not for these sums to judge.
             spread = np.float32(1e-6) * total / n
             if trusted and sums[4, lane] > n * spread * spread:
-                rows[2, m, patch] = moran
+                out.morans_i[m, patch] = moran
             else:
                 done[lane] = -1
 
@@ -321,7 +321,7 @@ def _qk_map(
     bias, bias_start, bias_stride = of_bias
     (prefix, _, cols, _), patches = shape, tables[1].size
     tokens = prefix + patches
-    mass = out[1]
+    mass = out.prefix_mass
     tile, sums, done, logits, scratch = work
     for begin in range(0, tokens, lanes):
         _tile_logits(width, keys, queries, begin * padded, tokens, head_dim, padded, tile)
@@ -379,7 +379,7 @@ def qk_pass(width: Width) -> Any:
         q_buffer, q_starts, q_stride, head_dim = lent(queries)
         k_buffer, k_starts, k_stride, _ = lent(keys)
         bias_buffer, bias_starts, bias_stride = lent(bias)
-        offsets, far, into = lent(tables), lent(near), lent(out)
+        offsets, far, into = lent(tables), lent(near), Planes(*lent(out))
         tokens, padded = prefix + patches, (head_dim + lanes - 1) // lanes * lanes
         size = (tokens + lanes - 1) // lanes * lanes * padded
         made = (

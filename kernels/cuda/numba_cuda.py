@@ -24,20 +24,19 @@ from numba import config, cuda, float32, float64
 from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
-from kernels.backends import BackendUnavailableError
 from kernels.cuda.rows import (
     DISTANCE,
     ENTROPY,
     GEARY,
     MORAN,
     PLANES,
+    RowsBackend,
     distances,
-    needs_of,
-    read_values,
     starts,
     tensor_of,
 )
-from kernels.layout import TokenLayout
+from kernels.errors import BackendUnavailableError
+from kernels.inputs import Maps
 from kernels.metrics import MetricSpec
 
 # Threads of a block, a power of two. The simulator starts a Python thread for each.
@@ -46,62 +45,47 @@ THREADS = 2 if config.ENABLE_CUDASIM else 128
 _LN_2 = math.log(2.0)
 
 
-def measure_attention(
-    attention: Any,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    tolerance: float,
-) -> Values:
-    """The pass over [*leading, query, key] attention, any strides.
+class NumbaCudaBackend(RowsBackend):
+    """Reads every dtype, any strides."""
 
-    Raises:
-        BackendUnavailableError: no CUDA device that numba can use, or data that is not on it.
-    """
-    del regions  # no metric of this backend takes any
-    tensor = tensor_of(attention)
-    _check_device(tensor)
-    maps, tokens = math.prod(tensor.shape[:-2]), layout.num_tokens
-    real = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    planes = torch.empty((len(PLANES), maps * tokens), dtype=real, device=tensor.device)
-    valid = torch.empty(maps * tokens, dtype=torch.bool, device=tensor.device)
-    if maps:
-        half = dtype_name(tensor) if tensor.element_size() == 2 else ""
-        table = distances(layout, real, tensor.device)
-        kernel = _row_kernel(real == torch.float64, bool(half))
-        shared_bytes = layout.num_patches * real.itemsize
-        with _current_device(tensor):
-            kernel[maps * tokens, THREADS, _stream(tensor), shared_bytes](
-                _device_array(_memory(tensor)),
-                _device_array(starts(tensor)),
-                tensor.stride(-2),
-                tensor.stride(-1),
-                _device_array(_widening(half, tensor.device)),
-                _device_array(table),
-                tolerance,
-                layout.num_prefix_tokens,
-                layout.num_patches,
-                layout.grid_cols,
-                layout.num_edges,
-                needs_of(specs, "numba_cuda"),
-                _device_array(planes),
-                _device_array(valid.view(torch.int8)),
-            )
-    as_numpy = not isinstance(attention, Tensor)
-    shape = (len(PLANES), maps, tokens)
-    leading = tuple(tensor.shape[:-2])
-    return read_values(planes.view(shape), valid.view(maps, tokens), leading, layout, specs, "numba_cuda", as_numpy)
+    name = "numba_cuda"
+
+    def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        """One pass over stored maps.
+
+        Raises:
+            BackendUnavailableError: no CUDA device that numba can use, or data that is not on it.
+        """
+        layout, tensor = maps.layout, tensor_of(maps.attention)
+        _check_device(tensor)
+        count, tokens = math.prod(maps.leading), layout.num_tokens
+        real = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        planes = torch.empty((len(PLANES), count, tokens), dtype=real, device=tensor.device)
+        valid = torch.empty((count, tokens), dtype=torch.bool, device=tensor.device)
+        if count:
+            half = dtype_name(tensor) if tensor.element_size() == 2 else ""
+            kernel = _row_kernel(real == torch.float64, bool(half))
+            with _current_device(tensor):
+                kernel[count * tokens, THREADS, _stream(tensor), layout.num_patches * real.itemsize](
+                    _device_array(_memory(tensor)),
+                    _device_array(starts(tensor)),
+                    tensor.stride(-2),
+                    tensor.stride(-1),
+                    _device_array(_widening(half, tensor.device)),
+                    _device_array(distances(layout, real, tensor.device)),
+                    maps.tolerance,
+                    layout.num_prefix_tokens,
+                    layout.num_patches,
+                    layout.grid_cols,
+                    layout.num_edges,
+                    self.needs(specs),
+                    _device_array(planes.view(len(PLANES), -1)),
+                    _device_array(valid.view(-1).view(torch.int8)),
+                )
+        return self.read(planes, valid, maps, specs)
 
 
-def measure_qk(*inputs: Any) -> Values:
-    """Not offered.
-
-    Raises:
-        BackendUnavailableError: always.
-    """
-    raise BackendUnavailableError(
-        "backend 'numba_cuda' measures stored attention, not query and key; choose triton or torch for measure_qk"
-    )
+BACKEND = NumbaCudaBackend()
 
 
 def _check_device(tensor: Tensor) -> None:

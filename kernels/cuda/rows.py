@@ -1,7 +1,7 @@
 """What the CUDA backends share: where rows lie in memory, the values of every row, and the metrics read off them.
 
 A kernel gives each token's row five values; a metric is a view of one of them. So the two backends differ in their
-kernels alone, and the implementations that `METRICS` names for them are here.
+kernels alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from kernels.arrays import Values
+from kernels.backends import Backend
+from kernels.inputs import Factors, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 
@@ -60,47 +62,48 @@ class FromRows:
         return self.read(rows)
 
 
-distance = FromRows(DISTANCE, lambda rows: rows.patch_queries("distance"))
-entropy = FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy"))
-entropy_normalized = FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches))
-morans_i = FromRows(MORAN, lambda rows: rows.patch_queries("morans_i"))
-gearys_c = FromRows(GEARY, lambda rows: rows.patch_queries("gearys_c"))
-prefix_mass = FromRows(0, lambda rows: rows.patch_queries("prefix_mass"))
-cls_entropy = FromRows(ENTROPY, lambda rows: rows.class_query("entropy"))
-cls_morans_i = FromRows(MORAN, lambda rows: rows.class_query("morans_i"))
+# Name of a metric -> its reading of a kernel's result.
+IMPLEMENTATIONS = {
+    "distance": FromRows(DISTANCE, lambda rows: rows.patch_queries("distance")),
+    "entropy": FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy")),
+    "entropy_normalized": FromRows(
+        ENTROPY, lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches)
+    ),
+    "morans_i": FromRows(MORAN, lambda rows: rows.patch_queries("morans_i")),
+    "gearys_c": FromRows(GEARY, lambda rows: rows.patch_queries("gearys_c")),
+    "prefix_mass": FromRows(0, lambda rows: rows.patch_queries("prefix_mass")),
+    "cls_entropy": FromRows(ENTROPY, lambda rows: rows.class_query("entropy")),
+    "cls_morans_i": FromRows(MORAN, lambda rows: rows.class_query("morans_i")),
+}
 
 
-def needs_of(specs: Sequence[MetricSpec], backend: str) -> int:
-    """Bits of what a kernel must compute for these metrics."""
-    needs = 0
-    for spec in specs:
-        implementation = spec.implementation(backend)
-        assert isinstance(implementation, FromRows), f"{backend}'s implementation of {spec.name!r} is no FromRows"
-        needs |= implementation.needs
-    return needs
+class RowsBackend(Backend):
+    """A backend whose kernels give `RowValues`."""
 
+    implementations = IMPLEMENTATIONS
 
-def read_values(
-    planes: Tensor,
-    valid: Tensor,
-    leading: tuple[int, ...],
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    backend: str,
-    as_numpy: bool,
-) -> Values:
-    """The metrics of a kernel's planes [5, map, query] and valid [map, query], in the input's shape and kind."""
-    rows = RowValues(planes, layout)
-    values: dict[str, Any] = {}
-    for spec in specs:
-        implementation = spec.implementation(backend)
-        assert implementation is not None  # `specs` holds those this backend has code for
-        tile = implementation(rows)
-        values[spec.name] = tile.reshape((*leading, *tile.shape[1:]))
-    valid = valid.reshape((*leading, layout.num_tokens))
-    if as_numpy:
-        return Values(values={name: value.numpy() for name, value in values.items()}, valid=valid.numpy())
-    return Values(values=values, valid=valid)
+    def needs(self, specs: Sequence[MetricSpec]) -> int:
+        """Bits of what a kernel must compute for these metrics."""
+        needs = 0
+        for spec in specs:
+            implementation = self.implementation(spec)
+            assert isinstance(implementation, FromRows), f"{self.name}'s implementation of {spec.name!r} is no FromRows"
+            needs |= implementation.needs
+        return needs
+
+    def read(self, planes: Tensor, valid: Tensor, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
+        """The metrics of a kernel's planes [5, map, query] and valid [map, query], in the input's shape and kind."""
+        rows = RowValues(planes, given.layout)
+        values: dict[str, Any] = {}
+        for spec in specs:
+            implementation = self.implementation(spec)
+            assert implementation is not None  # `specs` holds those this backend has code for
+            tile = implementation(rows)
+            values[spec.name] = tile.reshape((*given.leading, *tile.shape[1:]))
+        valid = valid.reshape((*given.leading, given.layout.num_tokens))
+        if not isinstance(given.like, Tensor):
+            return Values(values={name: value.numpy() for name, value in values.items()}, valid=valid.numpy())
+        return Values(values=values, valid=valid)
 
 
 def tensor_of(array: Any) -> Tensor:

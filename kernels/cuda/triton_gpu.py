@@ -16,15 +16,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
-from kernels.backends import BackendUnavailableError
 from kernels.cuda import triton_rows
-from kernels.cuda.rows import PLANES, needs_of, read_values, starts, tensor_of
+from kernels.cuda.rows import PLANES, RowsBackend, starts, tensor_of
+from kernels.errors import BackendUnavailableError
+from kernels.inputs import Factors, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 
@@ -35,157 +35,129 @@ DTYPES = ("float16", "bfloat16", "float32")
 MAPS, MAPS_WARPS = 2, 4
 
 
-def measure_attention(
-    attention: Any,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    tolerance: float,
-) -> Values:
-    """The pass over [*leading, query, key] attention: float16, bfloat16 or float32, any strides.
+class TritonBackend(RowsBackend):
+    """Reads float16, bfloat16 or float32, any strides."""
 
-    Raises:
-        BackendUnavailableError: float64, or a tensor that no Triton program can read here.
-    """
-    del regions  # no metric of this backend takes any
-    tensor = _readable(attention)
-    # bfloat16 is read as its bits: the upper half of a float32.
-    stored = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    name = "triton"
 
-    def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
-        maps, tokens = valid.shape
-        again = torch.empty_like(valid)
-        given = (stored, starts(tensor), planes, valid, again, maps, *tensor.stride()[-2:], tolerance, *_steps(layout))
-        constants = _geometry(layout) | {"NEEDS": needs, "IS_BFLOAT16": tensor.dtype == torch.bfloat16}
-        pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
-        block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
-        triton_rows.attention_rows[triton.cdiv(maps, MAPS), triton.cdiv(tokens, block_q)](
-            *given,
-            **constants,
-            BLOCK_P=triton.next_power_of_2(layout.num_prefix_tokens),
-            BLOCK_M=MAPS,
-            BLOCK_Q=block_q,
-            PAIRS=pairs,
-            UNROLL=_unrolled(layout.grid_rows),
-            FAST=not _is_interpreted(),
-            num_warps=MAPS_WARPS,
-        )
-        triton_rows.exact_rows[(maps,)](
-            *given,
-            **constants,
-            BLOCK_P=triton.next_power_of_2(layout.num_prefix_tokens),
-            BLOCK_K=triton.next_power_of_2(layout.num_patches),
-            BLOCK_T=triton.next_power_of_2(tokens),
-            num_warps=4,
-        )
+    def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        """One pass over stored maps.
 
-    return _measure(launch, attention, tensor, layout, specs)
+        Raises:
+            BackendUnavailableError: float64, or a tensor that no Triton program can read here.
+        """
+        layout, tensor = maps.layout, _readable(maps.attention)
+        # bfloat16 is read as its bits: the upper half of a float32.
+        stored = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
-
-def measure_qk(
-    query: Any,
-    key: Any,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    regions: np.ndarray | None,
-    scale: float,
-    bias: Any,
-) -> Values:
-    """The pass from query and key [*leading, token, head_dim]; bias is broadcast (a view) to [*leading, query, key].
-
-    Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
-    factors through ordinary arithmetic (TF32 would cost 1e-3 of a logit).
-
-    Raises:
-        BackendUnavailableError: as `measure_attention`.
-    """
-    del regions
-    q, k = _readable(query), _readable(key)
-    # Without a bias the pointer is never read; any tensor of the device will do.
-    added = q if bias is None else _readable(bias, any_dtype=True)
-    if added.dtype == torch.bool:
-        added = added.view(torch.uint8)
-    head_dim = q.shape[-1]
-    columns = max(16, triton.next_power_of_2(layout.grid_cols))
-    queries, warps = _qk_tile(columns, q.element_size())
-
-    def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
-        maps, tokens = valid.shape
-        triton_rows.qk_rows[maps, triton.cdiv(tokens, queries)](
-            q,
-            k,
-            added,
-            starts(q),
-            starts(k),
-            starts(added),
-            planes,
-            valid,
-            maps,
-            *q.stride()[-2:],
-            *k.stride()[-2:],
-            *added.stride()[-2:],
-            scale * triton_rows.LOG2_E.value,
-            *_steps(layout),
-            **_geometry(layout),
-            NEEDS=needs,
-            BLOCK_Q=queries,
-            # A dimension of a matrix product is at least 16.
-            BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
-            BLOCK_C=columns,
-            HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            HAS_BIAS=bias is not None,
-            IS_MASK=bias is not None and dtype_name(bias) == "bool",
-            # Triton's interpreter multiplies the bits of bfloat16 as integers; widened first, products are the same.
-            WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
-            FAST=not _is_interpreted(),
-            ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
-            num_warps=warps,
-        )
-
-    return _measure(launch, query, q, layout, specs)
-
-
-def mean_of_rows(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the rows that have a value, and how many valid rows have none: [*leading] of [*leading, patch query].
-
-    One launch, where torch takes eight; the tensors are a kernel's planes and validity, or views of them.
-    """
-    leading, queries = values.shape[:-1], values.shape[-1]
-    rows, sound = values.reshape(-1, queries), valid.reshape(-1, queries)
-    means = torch.empty(len(rows), dtype=torch.float64, device=values.device)
-    undefined = torch.empty(len(rows), dtype=torch.int64, device=values.device)
-    if len(rows):
-        with _current_device(values):
-            triton_rows.mean_of_rows[(len(rows),)](
-                rows,
-                sound.view(torch.int8),
-                means,
-                undefined,
-                *rows.stride(),
-                sound.stride(0),
-                QUERIES=queries,
-                BLOCK=triton.next_power_of_2(queries),
+        def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
+            count, tokens = valid.shape
+            again = torch.empty_like(valid)
+            given = (
+                *(stored, starts(tensor), planes, valid, again, count),
+                *(*tensor.stride()[-2:], maps.tolerance, *_steps(layout)),
+            )
+            constants = _geometry(layout) | {"NEEDS": needs, "IS_BFLOAT16": tensor.dtype == torch.bfloat16}
+            constants["BLOCK_P"] = triton.next_power_of_2(layout.num_prefix_tokens)
+            pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
+            block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
+            triton_rows.attention_rows[triton.cdiv(count, MAPS), triton.cdiv(tokens, block_q)](
+                *given,
+                **constants,
+                BLOCK_M=MAPS,
+                BLOCK_Q=block_q,
+                PAIRS=pairs,
+                UNROLL=_unrolled(layout.grid_rows),
+                FAST=not _is_interpreted(),
+                num_warps=MAPS_WARPS,
+            )
+            triton_rows.exact_rows[(count,)](
+                *given,
+                **constants,
+                BLOCK_K=triton.next_power_of_2(layout.num_patches),
+                BLOCK_T=triton.next_power_of_2(tokens),
                 num_warps=4,
             )
-    return means.view(leading), undefined.view(leading)
+
+        return self._measure(launch, tensor, maps, specs)
+
+    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+        """One pass from query and key.
+
+        Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
+        factors through ordinary arithmetic (TF32 would cost 1e-3 of a logit).
+
+        Raises:
+            BackendUnavailableError: as `measure_attention`.
+        """
+        layout, bias = factors.layout, factors.bias
+        q, k = _readable(factors.query), _readable(factors.key)
+        # Without a bias the pointer is never read; any tensor of the device will do.
+        added = q if bias is None else _readable(bias, any_dtype=True)
+        if added.dtype == torch.bool:
+            added = added.view(torch.uint8)
+        head_dim = q.shape[-1]
+        columns = max(16, triton.next_power_of_2(layout.grid_cols))
+        queries, warps = _qk_tile(columns, q.element_size())
+
+        def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
+            maps, tokens = valid.shape
+            triton_rows.qk_rows[maps, triton.cdiv(tokens, queries)](
+                *(q, k, added, starts(q), starts(k), starts(added), planes, valid, maps),
+                *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
+                *(factors.scale * triton_rows.LOG2_E.value, *_steps(layout)),
+                **_geometry(layout),
+                NEEDS=needs,
+                BLOCK_Q=queries,
+                # A dimension of a matrix product is at least 16.
+                BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
+                BLOCK_C=columns,
+                HEAD_DIM=head_dim,
+                BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+                HAS_BIAS=bias is not None,
+                IS_MASK=bias is not None and dtype_name(bias) == "bool",
+                # Triton's interpreter multiplies the bits of bfloat16 as integers; widened, products are the same.
+                WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
+                FAST=not _is_interpreted(),
+                ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
+                num_warps=warps,
+            )
+
+        return self._measure(launch, q, factors, specs)
+
+    def mean_of_rows(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch, where torch takes eight; the tensors are a kernel's planes and validity, or views of them."""
+        leading, queries = values.shape[:-1], values.shape[-1]
+        rows, sound = values.reshape(-1, queries), valid.reshape(-1, queries)
+        means = torch.empty(len(rows), dtype=torch.float64, device=values.device)
+        undefined = torch.empty(len(rows), dtype=torch.int64, device=values.device)
+        if len(rows):
+            with _current_device(values):
+                triton_rows.mean_of_rows[(len(rows),)](
+                    *(rows, sound.view(torch.int8), means, undefined, *rows.stride(), sound.stride(0)),
+                    QUERIES=queries,
+                    BLOCK=triton.next_power_of_2(queries),
+                    num_warps=4,
+                )
+        return means.view(leading), undefined.view(leading)
+
+    def _measure(
+        self,
+        launch: Callable[[Tensor, Tensor, int], None],
+        tensor: Tensor,
+        given: Maps | Factors,
+        specs: Sequence[MetricSpec],
+    ) -> Values:
+        maps, tokens = math.prod(given.leading), given.layout.num_tokens
+        planes = torch.empty((len(PLANES), maps, tokens), dtype=torch.float32, device=tensor.device)
+        valid = torch.empty((maps, tokens), dtype=torch.bool, device=tensor.device)
+        if maps:
+            with _current_device(tensor):
+                launch(planes, valid.view(torch.int8), self.needs(specs))
+        return self.read(planes, valid, given, specs)
 
 
-def _measure(
-    launch: Callable[[Tensor, Tensor, int], None],
-    given: Any,
-    tensor: Tensor,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-) -> Values:
-    maps, tokens = math.prod(tensor.shape[:-2]), layout.num_tokens
-    planes = torch.empty((len(PLANES), maps, tokens), dtype=torch.float32, device=tensor.device)
-    valid = torch.empty((maps, tokens), dtype=torch.bool, device=tensor.device)
-    if maps:
-        with _current_device(tensor):
-            launch(planes, valid.view(torch.int8), needs_of(specs, "triton"))
-    as_numpy = not isinstance(given, Tensor)
-    return read_values(planes, valid, tuple(tensor.shape[:-2]), layout, specs, "triton", as_numpy)
+BACKEND = TritonBackend()
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
