@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,14 +34,14 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
     """
     packed = {"zlib": True, "shuffle": True, "fletcher32": True}
     numbers = [name for name, values in dataset.variables.items() if values.dtype.kind in "biuf" and values.size > 1]
+    content = io.BytesIO()  # in memory: where HDF5's library meets a full disk, it can end the process
     try:
-        # In memory: where HDF5's library meets a full disk, it can end the process.
-        content = dataset.to_netcdf(engine="h5netcdf", encoding=dict.fromkeys(numbers, packed))
+        dataset.to_netcdf(content, engine="h5netcdf", encoding=dict.fromkeys(numbers, packed))
     except (TypeError, ValueError) as error:
         raise StoreError(f"{path} cannot be written as a table: {error}") from error
     with sealed(Path(path), SCHEMA, _is_table) as partial, open(partial, "wb") as file:
         file.write(bytes(BLOCK_BYTES))
-        file.write(content)
+        file.write(content.getbuffer())
 
 
 def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:

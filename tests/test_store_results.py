@@ -202,12 +202,14 @@ def test_a_table_has_the_same_bytes_whenever_it_is_written(tmp_path: Path) -> No
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[3])\n"
         "from test_store_results import table, write_table\n"
         "time.sleep(max(0.0, Path(sys.argv[1]).stat().st_mtime + 1.1 - time.time()))\n"
         "write_table(table(), sys.argv[2])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "first.h5"), str(tmp_path / "second.h5")]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent, env=os.environ | {"PYTHONHASHSEED": "1"})
+    files = [str(tmp_path / name) for name in ("first.h5", "second.h5")]
+    command = [sys.executable, "-c", code, *files, str(Path(__file__).parent)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
     assert (tmp_path / "first.h5").read_bytes() == (tmp_path / "second.h5").read_bytes()
 
 
