@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -105,23 +104,15 @@ def training_charts(results: Results) -> Iterator[Chart]:
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     """(file name without its ending, figure) of everything that these results have something for."""
     legend = [(name, color(results, name)) for name in results.conditions]
-    taken: set[str] = set()
     for metric in results.metrics:
-        # A user's metric may be called `my_module:my_metric`.
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", metric).strip(".-") or "metric"
-        while stem in taken:
-            stem += "_"
-        taken.add(stem)
         regions = results.regions_of(metric)
         panels = [curve_chart(results, metric, region) for region in regions]
         if metric in METRICS and (label := METRICS[metric].axis_label):
             panels = [replace(chart, y_label=label) for chart in panels]
-        note = _interval_note(results, metric)
-        title = results.title(metric)
-        name = stem if regions != (None,) else f"layers_{stem}"
-        yield name, Figure(panels=panels, columns=3, title=title, legend=legend, note=note)
+        name, note = metric if regions != (None,) else f"layers_{metric}", _interval_note(results, metric)
+        yield name, Figure(panels=panels, columns=3, title=results.title(metric), legend=legend, note=note)
         if results.select("head", metric=metric):
-            yield f"difference_{stem}", _difference_maps(results, metric, regions)
+            yield f"difference_{metric}", _difference_maps(results, metric, regions)
     if accuracies(results):
         yield "accuracy", _accuracy(results)
     trained = {condition for condition, _, _ in histories(results, "loss")}
@@ -137,7 +128,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         pairs = [
             (f"{condition} − {against}", color(results, condition)) for condition, against in results.comparisons()
         ]
-        note = f"One line a training run ({len(results.seeds)} seeds); mean over heads and images"
+        note = f"One line per training run ({len(results.seeds)} seeds); mean over heads and images"
         panels = [seed_chart(results, metric, None) for metric in plain]
         panels = [replace(c, y_label=f"difference ({c.unit or '1'})") for c in panels]
         yield "seeds", Figure(panels=panels, columns=3, legend=pairs, note=note)
@@ -154,7 +145,7 @@ def _interval_note(results: Results, metric: str) -> str:
 
 
 def _difference_maps(results: Results, metric: str, regions: Sequence[str | None]) -> Figure:
-    """Layer × head maps of the difference, one panel a comparison (and region), on one symmetric scale."""
+    """Layer × head maps of the difference, one panel per comparison (and region), on one symmetric scale."""
     pairs = results.comparisons()
     places = [(pair, region) for region in regions for pair in pairs]
     maps = [head_maps(results, *pair, metric, region) for pair, region in places]
@@ -193,9 +184,7 @@ def _accuracy(results: Results) -> Figure:
     for x, (condition, test, chance, runs) in enumerate(found):
         points = [100 * (run.get("test") or 0.0) for run in results.accuracy[condition].values()] if runs > 1 else []
         own = color(results, condition)
-        columns.append(
-            Column(own, x, 100 * test, f"{100 * test:.1f}", points, None if chance is None else 100 * chance)
-        )
+        columns.append(Column(own, x, test, f"{test:.1f}", points, chance))
     chart = Chart(
         title="Accuracy",
         columns=columns,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
+from engine.report import text
 from engine.report.inputs import Results, matches
 from engine.statistics import Cluster, PairedTest, Relation, Trend
 
@@ -125,6 +126,10 @@ class Change:
     clusters: tuple[Cluster, ...]
 
     @property
+    def name(self) -> str:
+        return text.what(self.metric, self.region)
+
+    @property
     def changed(self) -> int:
         return self.risen + self.fallen
 
@@ -153,6 +158,14 @@ class Comparison:
     seed_tests: tuple[PairedTest, ...]
     layer_means: tuple[PairedTest, ...]
     relations: tuple[Relation, ...]
+
+    @property
+    def pair(self) -> str:
+        return f"{self.condition} against {self.against}"
+
+    @property
+    def minus(self) -> str:
+        return f"{self.condition} − {self.against}"
 
     @property
     def speaks_of_runs(self) -> bool:

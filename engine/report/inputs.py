@@ -32,22 +32,16 @@ TABLE_DIMS = ("condition", "seed", "image", "layer", "head")
 
 
 class Record(Protocol):
-    """What is known of how a folder's files were made: it is asked for a file before the file is read."""
+    """What is known of how a folder's files were made: whether anything `exists`, whether a file is `usable` or at
+    least `require`d (both raise InputError where it is not as its stage left it), which stages `failed` and why, and
+    how many seconds each took.
+    """
 
-    def exists(self) -> bool:
-        """Whether anything was recorded."""
-
-    def usable(self, path: Path) -> bool:
-        """Whether a file or folder may be read; raises InputError where it is not as its stage left it."""
-
-    def require(self, path: Path) -> None:
-        """As `usable`, for a file without which nothing can be said: raises InputError where it may not be read."""
-
-    def failed(self) -> dict[str, str]:
-        """Stage -> reason of the stages that failed and left nothing."""
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Stage -> seconds of its last completed run."""
+    def exists(self) -> bool: ...
+    def usable(self, path: Path) -> bool: ...
+    def require(self, path: Path) -> None: ...
+    def failed(self) -> dict[str, str]: ...
+    def stage_seconds(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +229,7 @@ def load_results(outputs: Path, record: Record) -> Results:
         classifiers=comparison.get("classifiers") or {},
         data=comparison.get("data") or {},
         undefined=comparison.get("undefined") or {},
-        prefix_mass_warning=_sentence(comparison.get("prefix_mass_warning")),
+        prefix_mass_warning=str(comparison.get("prefix_mass_warning") or ""),
         training=training,
         samples=load_samples(outputs / SAMPLES, table, record.usable),
         gradcam=tuple(load_gradcam(outputs / GRADCAM)) if record.usable(outputs / GRADCAM) else (),
@@ -301,9 +295,3 @@ def _load_study(path: Path) -> tuple[dict[str, Any], str]:
         return tomllib.loads(text), text
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot be read as TOML ({brief(error)})") from error
-
-
-def _sentence(value: Any) -> str:
-    if not value:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)

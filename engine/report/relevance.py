@@ -14,6 +14,7 @@ from train.errors import InputError
 
 RELEVANCE = Path("metrics/relevance.json")
 CONTROL = "random"
+NOTHING = "No map was measured: relevance.measured is 0."
 
 Entry = Mapping[str, Any]
 
@@ -28,8 +29,8 @@ class Relevance:
     def conditions(self) -> list[str]:
         return list(dict.fromkeys(entry["condition"] for entry in self.document["means"]))
 
-    def methods(self, condition: str) -> list[str]:
-        return list(dict.fromkeys(e["method"] for e in self.document["means"] if e["condition"] == condition))
+    def methods(self, **where: Any) -> list[str]:
+        return list(dict.fromkeys(entry["method"] for entry in self.select("means", **where)))
 
     def mean(self, condition: str, method: str, measure: str) -> Entry | None:
         """The mean of a measure with its interval; None where there is none."""
@@ -66,15 +67,11 @@ def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[st
         "How much maps depend on the class": list(_classes(results, found)),
         "Attention and the prediction": list(_link(results, found)),
         "Not computed": [
-            *(found.document.get("left_out") or _unmeasured(found)),
+            *(found.document.get("left_out") or ([] if found.document["images"] else [NOTHING])),
             *(f"{entry['method']} of {entry['condition']}: {entry['reason']}." for entry in found.document["refused"]),
         ],
     }
     return {heading: sentences for heading, sentences in parts.items() if sentences}
-
-
-def _unmeasured(found: Relevance) -> tuple[str, ...]:
-    return () if found.document["images"] else ("No map was measured: relevance.measured is 0.",)
 
 
 def estimate(entry: Entry | None) -> str:
@@ -94,7 +91,7 @@ def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
             ("insertion_auc", -1, "insertion (greatest first)"),
             ("faithfulness", -1, "the area between them (greatest first)"),
         ):
-            means = {method: found.mean(condition, method, measure) for method in found.methods(condition)}
+            means = {method: found.mean(condition, method, measure) for method in found.methods(condition=condition)}
             known = sorted((sign * e["mean"], m) for m, e in means.items() if e is not None)
             order = ", ".join(f"{method} {text.number(sign * value, 2)}" for value, method in known)
             ranked.append(f"by {name}: {order}")
@@ -102,22 +99,14 @@ def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
         for than, expected in (("rollout", ("generic", "lrp")), (CONTROL, ("gradcam", "rollout", "generic", "lrp"))):
             verdicts = []
             for measure, sign in (("deletion_auc", -1), ("insertion_auc", 1), ("faithfulness", 1)):
-                tests = {
-                    e["method"]: e for e in found.select("methods", condition=condition, than=than, measure=measure)
-                }
-                better: list[str] = []
-                worse: list[str] = []
-                neither: list[str] = []
-                for method in (name for name in expected if name in tests):
-                    test = tests[method]
-                    sure = test["p_max_t"] is not None and test["p_max_t"] <= results.alpha
-                    (neither if not sure else better if sign * test["difference"] > 0 else worse).append(method)
-                words = [
-                    f"{text.listing(names)} {what}"
-                    for names, what in ((better, "better"), (worse, "worse"), (neither, "not told apart"))
-                    if names
-                ]
-                if words:
+                groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+                tests = found.select("methods", condition=condition, than=than, measure=measure)
+                for test in sorted(
+                    (t for t in tests if t["method"] in expected), key=lambda t: expected.index(t["method"])
+                ):
+                    verdict = "better" if sign * test["difference"] > 0 else "worse"
+                    groups[verdict if _sure(results, test["p_max_t"]) else "not told apart"].append(test["method"])
+                if words := [f"{text.listing(names)} {what}" for what, names in groups.items() if names]:
                     label = {"deletion_auc": "deletion", "insertion_auc": "insertion"}.get(measure, "the area")
                     verdicts.append(f"by {label} {', '.join(words)}")
             if verdicts:
@@ -125,9 +114,13 @@ def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
                 yield f"{condition}, against {base} (max-T at {results.alpha:g}): {'; '.join(verdicts)}."
 
 
+def _sure(results: Results, p: float | None) -> bool:
+    return p is not None and p <= results.alpha
+
+
 def _places(results: Results, found: Relevance) -> Iterator[str]:
     for region in results.regions:
-        for method in dict.fromkeys(entry["method"] for entry in found.document["means"]):
+        for method in found.methods():
             parts = [
                 f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit['mean'], 2)} %"
                 for condition in found.conditions
@@ -152,7 +145,7 @@ def rollout_cautions(found: Relevance) -> Iterator[str]:
 
 def _classes(results: Results, found: Relevance) -> Iterator[str]:
     against = found.document["against"]
-    for method in dict.fromkeys(entry["method"] for entry in found.document["means"]):
+    for method in found.methods():
         for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
             means = {c: found.mean(c, method, measure) for c in found.conditions}
             if any(means.values()):
@@ -162,22 +155,23 @@ def _classes(results: Results, found: Relevance) -> Iterator[str]:
                     f"{_differences(results, found, method, measure, against)}"
                 )
         for condition in found.conditions:
-            tests = found.select("classes", condition=condition, method=method, measure="total_variation")
-            for test in tests:
-                if test["p_max_t"] is not None and test["p_max_t"] <= results.alpha:
+            for test in found.select("classes", condition=condition, method=method, measure="total_variation"):
+                if _sure(results, test["p_max_t"]):
                     more = "noisier" if test["difference"] > 0 else "smoother"
                     yield (
                         f"{method}, {condition}: maps of another class are {more} than those of the image's own (total "
-                        f"variation {text.signed(test['difference'])}, max-T p {text.p_value(test['p_max_t'])})."
+                        f"variation {text.change(test['difference'])}, max-T p {text.p_value(test['p_max_t'])})."
                     )
 
 
 def _differences(results: Results, found: Relevance, method: str, measure: str, against: str) -> str:
     parts = []
     for test in found.select("conditions", method=method, measure=measure):
-        sure = test["p_max_t"] is not None and test["p_max_t"] <= results.alpha
-        change = f"{text.signed(test['difference'])} (max-T p {text.p_value(test['p_max_t'])})"
-        parts.append(f"{test['condition']} {change}" + ("" if sure else ", so no difference is claimed"))
+        change = f"{text.change(test['difference'])} (max-T p {text.p_value(test['p_max_t'])})"
+        parts.append(
+            f"{test['condition']} {change}"
+            + ("" if _sure(results, test["p_max_t"]) else ", so no difference is claimed")
+        )
     return f" Against {against}: {'; '.join(parts)}." if parts else ""
 
 
@@ -185,24 +179,22 @@ def _link(results: Results, found: Relevance) -> Iterator[str]:
     words = {"logit": "the true class's logit", "correct": "being right"}
     for entry in found.document.get("link") or ():
         tests: Sequence[Entry] = entry["tests"]
+        what = f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]}"
         if not tests:
             yield (
-                f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]} cannot be "
-                f"tested: of {text.count(entry['images'], 'image')} fewer than 4 have both changes, or one of the two "
-                "is the same in all of them."
+                f"{what} cannot be tested: of {text.count(entry['images'], 'image')} fewer than 4 have both "
+                "changes, or one of the two is the same in all of them."
             )
             continue
-        sure = [test for test in tests if test["p_max_r"] is not None and test["p_max_r"] <= results.alpha]
-        lead = (
-            f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]} goes with the "
-            f"change of a head's metric in {text.share(len(sure), len(tests))} metric × layer × head cells "
-            f"(Spearman over {entry['images']:,} images, max-|ρ| over {entry['permutations']:,} permutations)"
-        )
+        sure = [test for test in tests if _sure(results, test["p_max_r"])]
+        cells = f"{text.share(len(sure), len(tests))} metric × layer × head cells"
+        how = f"Spearman over {entry['images']:,} images, max-|ρ| over {entry['permutations']:,} permutations"
+        lead = f"{what} goes with the change of a head's metric in {cells} ({how})"
         if not sure:
             yield f"{lead}."
             continue
         best = max(sure, key=lambda test: abs(test["rho"]))
         yield (
             f"{lead}; most in {best['metric']}, layer {best['layer']}, head {best['head']}: ρ = "
-            f"{text.signed(best['rho'])}, p {text.p_value(best['p_max_r'])}."
+            f"{text.change(best['rho'])}, p {text.p_value(best['p_max_r'])}."
         )

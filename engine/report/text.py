@@ -44,16 +44,15 @@ def number(value: float | None, digits: int = 3, decimals: int = 0) -> str:
     return f"−{text}" if value < 0 else text
 
 
-def signed(value: float | None) -> str:
-    """A number with its sign, for differences."""
-    text = number(value)
-    return f"+{text}" if value is not None and value > 0 else text
-
-
-def quantity(value: float | None, unit: str, *, difference: bool = False, decimals: int = 0) -> str:
+def quantity(value: float | None, unit: str, decimals: int = 0) -> str:
     """A number with its unit."""
-    text = signed(value) if difference else number(value, decimals=decimals)
+    text = number(value, decimals=decimals)
     return f"{text} {unit}" if unit and text != "undefined" else text
+
+
+def change(value: float | None, unit: str = "") -> str:
+    """A difference with its sign and unit."""
+    return f"+{quantity(value, unit)}" if value is not None and value > 0 else quantity(value, unit)
 
 
 def p_value(value: float | None) -> str:

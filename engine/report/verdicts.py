@@ -51,7 +51,7 @@ def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdic
         name=name,
         layers=_layers(changed, len(change.layers)),
         change=f"layer {test.layer}: {text.number(test.mean_against, decimals=shown)} → {after}",
-        difference=text.signed(test.difference),
+        difference=text.change(test.difference),
         interval=text.interval(test.ci),
         verdict=_certainty(results, change, test.p_max_t),
         runs=_over_runs(results, comparison, change),

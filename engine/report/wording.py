@@ -9,6 +9,7 @@ from engine.report.findings import Change, Comparison, layer_curve, seeds_needed
 from engine.report.inputs import Results
 from engine.statistics import PairedTest, Relation
 
+DISTRUST = "do not trust the other numbers before this is explained."
 HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these images is not known."
 
 
@@ -25,8 +26,7 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
             f"Every measured value of {names} equals that of {found[0].against} exactly: on these images, nothing that "
             "was measured changed."
         )
-    regional = _region_headline(results, found)
-    if regional:
+    if regional := _region_headline(results, found):
         return regional
     # Each metric's largest change, as its row shows it; among metrics, whose units differ, the size beside how much
     # images differ decides. A certainty such as |dz| would put the most even change first, however small.
@@ -39,15 +39,14 @@ def headline(results: Results, found: Sequence[Comparison]) -> str:
         return _null_headline(results, found)
     unit = results.unit(best.metric)
     before, after = _means(best, unit)
-    size = ""
+    size = small = ""
     if best.d_av is not None:
         size = f"; {text.number(abs(best.d_av), 2)} standard deviations between images, by which changes are ranked"
-    small = ""
-    if best.d_av is not None and abs(best.d_av) < _SMALL:
-        small = (
-            " That is less than a hundredth of what images differ by; rounding alone, as on another device, can make a "
-            "difference of such a size."
-        )
+        if abs(best.d_av) < _SMALL:
+            small = (
+                " That is less than a hundredth of what images differ by; rounding alone, as on another device, can "
+                "make a difference of such a size."
+            )
     return (
         f"The clearest change is in {text.what(best.metric, best.region)}, {text.where(best)}: "
         f"from {before} in {best.against} to {after} in {best.condition} ({_effect(results, best, unit)}{size}).{small}"
@@ -75,7 +74,7 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
     best = max(candidates, key=lambda test: abs(test.difference or 0.0))
     if best.layer is None:
         return ""
-    row, shown = results.layers.index(best.layer), text.decimals(best.difference)
+    row, shown, title = results.layers.index(best.layer), text.decimals(best.difference), results.title(best.metric)
     parts = []
     for region in results.regions:
         shares = {
@@ -85,15 +84,10 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
         each = text.listing([f"{text.number(share, 2, shown)} in {name}" for name, share in shares.items()])
         parts.append(f"on {region}, {each}")
     return (
-        f"Attention on the annotated regions differs most in {text.where(best)}. {_lead(results, best.metric)} "
+        f"Attention on the annotated regions differs most in {text.where(best)}. {title[:1].upper()}{title[1:]}: "
         f"{'; '.join(parts)} (on {best.region}, {best.condition} against {best.against}: "
         f"{_effect(results, best, results.unit(best.metric))})."
     )
-
-
-def _lead(results: Results, metric: str) -> str:
-    title = results.title(metric)
-    return f"{title[:1].upper()}{title[1:]}:"
 
 
 def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
@@ -145,7 +139,7 @@ def _power_clause(results: Results, comparison: Comparison) -> str:
 
 def _effect(results: Results, test: PairedTest, unit: str) -> str:
     """The effect first: difference with interval, dz, then the adjusted p-value."""
-    parts = [f"difference {text.quantity(test.difference, unit, difference=True)}"]
+    parts = [f"difference {text.change(test.difference, unit)}"]
     if text.interval(test.ci):
         parts.append(f"{text.percent(results.confidence)} CI {text.interval(test.ci)}")
     if test.dz is not None:
@@ -164,7 +158,7 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
         )
     changed, cells = comparison.changed, comparison.cells
     if not cells:
-        return f"No layer × head test of {comparison.condition} against {comparison.against} is defined."
+        return f"No layer × head test of {comparison.pair} is defined."
     layers = sum(len(change.layers) for change in comparison.changes)
     within = _negligible(comparison)
     if not changed and not comparison.layers_changed:
@@ -177,7 +171,7 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
         verdict += (f" and {comparison.layers_changed} of {layers} layer means" if layers else "") + " differ"
         verdict += f", and {within} differ within their bound (real but negligible)," if within else ""
     return (
-        f"{comparison.condition} against {comparison.against}: {verdict} at the family-wise level α = "
+        f"{comparison.pair}: {verdict} at the family-wise level α = "
         f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = "
         f"{text.count(comparison.n, 'image')})."
     )
@@ -185,7 +179,7 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
 
 def change_sentence(results: Results, comparison: Comparison, change: Change) -> str:
     """One metric in one comparison: size first, then how much of it survives."""
-    name = text.what(change.metric, change.region)
+    name = change.name
     if change.identical:
         return f"{name}: no difference at all (exactly 0 in every layer and head)."
     if change.shown is None:
@@ -199,16 +193,6 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     tail = _equivalence(change)
     if within := _negligible(change):
         tail = f" Real but negligible: {within}.{tail}"
-    if not change.changed and not change.layers_changed:
-        if within:
-            return f"{size}.{tail}"
-        found = ""
-        if change.detectable is not None:
-            found = (
-                f"; a change of {text.quantity(change.detectable, change.unit)} in a layer would have been found with "
-                f"a power of {text.percent(results.power)}"
-            )
-        return f"{size}. Nothing survives max-T ({_tested(change)}), so no change is claimed{found}.{tail}"
     parts = []
     if change.layers:
         parts.append(f"{change.layers_changed} of {len(change.layers)} layers")
@@ -216,8 +200,17 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
         directions = [f"{n} {way}" for n, way in ((change.risen, "higher"), (change.fallen, "lower")) if n]
         detail = f" ({text.listing(directions)})" if directions else ""
         parts.append(f"{change.changed} of {change.defined} layer × head cells{detail}")
-    beyond = "" if change.bound is None else " and not shown to lie within the bound"
-    return f"{size}. Surviving max-T{beyond}: {text.listing(parts)}.{tail}"
+    counts = text.listing(parts)
+    if change.changed or change.layers_changed:
+        beyond = "" if change.bound is None else " and not shown to lie within the bound"
+        return f"{size}. Surviving max-T{beyond}: {counts}.{tail}"
+    if within:
+        return f"{size}.{tail}"
+    found = ""
+    if change.detectable is not None:
+        least, power = text.quantity(change.detectable, change.unit), text.percent(results.power)
+        found = f"; a change of {least} in a layer would have been found with a power of {power}"
+    return f"{size}. Nothing survives max-T ({counts}), so no change is claimed{found}.{tail}"
 
 
 def _negligible(found: Comparison | Change) -> str:
@@ -240,22 +233,14 @@ def _equivalence(change: Change) -> str:
     return f" Equivalent within ±{bound} (TOST, Holm): {text.share(change.equivalent, layers)} layers."
 
 
-def _tested(change: Change) -> str:
-    layers = [f"0 of {len(change.layers)} layers"] if change.layers else []
-    return text.listing([*layers, *([f"0 of {change.defined} layer × head cells"] if change.cells else [])])
-
-
 def trend_sentence(results: Results, change: Change) -> str:
     """Deep half of the layers against the shallow half; "" where there are no halves."""
     trend = change.trend
     if trend is None or trend.difference is None or change.identical:
         return ""
-    halves = (
-        f"{text.what(change.metric, change.region)}: "
-        f"{text.span(trend.shallow_layers)} {text.quantity(trend.shallow, change.unit, difference=True)}, "
-        f"{text.span(trend.deep_layers)} {text.quantity(trend.deep, change.unit, difference=True)}"
-    )
-    size = f"deep − shallow {text.quantity(trend.difference, change.unit, difference=True)}"
+    shallow, deep, between = (text.change(v, change.unit) for v in (trend.shallow, trend.deep, trend.difference))
+    halves = f"{change.name}: {text.span(trend.shallow_layers)} {shallow}, {text.span(trend.deep_layers)} {deep}"
+    size = f"deep − shallow {between}"
     if text.interval(trend.ci):
         size += f", {text.percent(results.confidence)} CI {text.interval(trend.ci)}"
     size += f", max-T p {text.p_value(trend.p_max_t)}"
@@ -271,7 +256,7 @@ def cluster_sentence(results: Results, change: Change) -> str:
     if not change.clusters:
         return ""
     parts = [f"{c.direction} in {text.span(c.layers)} (cluster p {text.p_value(c.p)})" for c in change.clusters]
-    return f"{text.what(change.metric, change.region)}: {text.listing(parts)}."
+    return f"{change.name}: {text.listing(parts)}."
 
 
 def class_sentence(results: Results, change: Change) -> str:
@@ -283,9 +268,8 @@ def class_sentence(results: Results, change: Change) -> str:
     same = [test for test in found if (test.difference or 0.0) * (over_classes[test.layer].difference or 0.0) > 0]
     also = [test for test in found if over_classes[test.layer].survives(results.alpha)]
     classes = max(over_classes[test.layer].n or 0 for test in found)
-    name = text.what(change.metric, change.region)
     sentence = (
-        f"{name}: of {text.count(len(found), 'layer')} that differ{'s' if len(found) == 1 else ''} over images, "
+        f"{change.name}: of {text.count(len(found), 'layer')} that differ{'s' if len(found) == 1 else ''} over images, "
         f"{len(same)} keep{'s' if len(same) == 1 else ''} the sign when each of {classes} classes counts alike"
     )
     floor = over_classes[found[0].layer].p_floor
@@ -331,7 +315,7 @@ def seed_sentence(results: Results, comparison: Comparison) -> str:
     survived = sum(test.survives(results.alpha) for test in tests)
     sentence = (
         f"Over {text.count(runs, 'training run')}, {text.share(survived, len(tests))} seed-level tests of "
-        f"{comparison.condition} against {comparison.against} survive{'s' if survived == 1 else ''} at α = "
+        f"{comparison.pair} survive{'s' if survived == 1 else ''} at α = "
         f"{results.alpha:g}."
     )
     if not comparison.speaks_of_runs:
@@ -357,25 +341,17 @@ def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[Comparison]
             f"{runs} training runs of {names} were measured: the seed-level tests speak of training runs like these on "
             "this data; the image-level tests speak of these checkpoints."
         )
-    if runs >= needed:
-        return (
-            f"{runs} training runs of {names} were measured but no test was made over them, so what is said holds for "
-            "these checkpoints and the kind of image they were given, not for fine-tuning as such."
-        )
     if runs > 1:
-        return (
-            f"{runs} training runs are too few for a seed-level test at {alpha:g} (an exact sign flip needs {needed}), "
-            f"so what is said of {names} holds for these checkpoints and the kind of image they were given, not for "
-            "fine-tuning as such."
-        )
-    if len(members) == 1:
-        return (
-            f"What is said of {pairs} holds for these two checkpoints and the kind of image they were given. Another "
-            "training run would give other numbers, and nothing here says how different."
-        )
+        lead = f"{runs} training runs of {names} were measured but no test was made over them, so what is said"
+        if runs < needed:
+            few = f"too few for a seed-level test at {alpha:g} (an exact sign flip needs {needed})"
+            lead = f"{runs} training runs are {few}, so what is said of {names}"
+        return f"{lead} holds for these checkpoints and the kind of image they were given, not for fine-tuning as such."
+    said = f"What is said of {pairs}"
+    if len(members) > 1:
+        said = f"Each comparison is of two checkpoints ({pairs}): what is said of a pair"
     return (
-        f"Each comparison is of two checkpoints ({pairs}): what is said "
-        "of a pair holds for these two checkpoints and the kind of image they were given. Another training run would "
+        f"{said} holds for these two checkpoints and the kind of image they were given. Another training run would "
         "give other numbers, and nothing here says how different."
     )
 
@@ -386,13 +362,13 @@ def accuracy_title(results: Results) -> str:
 
 
 def accuracies(results: Results) -> list[tuple[str, float, float | None, int]]:
-    """(condition, accuracy on the images measured, chance, training runs) of what was classified; means over runs."""
+    """(condition, accuracy and chance in percent, training runs) of what was classified; means over runs."""
     found = []
     for condition in results.conditions:
         runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
         if runs:
-            chance = next((run["chance"] for run in runs if run.get("chance") is not None), None)
-            found.append((condition, sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
+            chance = next((100 * share for run in runs if (share := run.get("chance")) is not None), None)
+            found.append((condition, 100 * sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
     return found
 
 
@@ -400,16 +376,16 @@ def accuracy_sentence(results: Results) -> str:
     """Accuracy on the images measured, mean over runs; "" where nothing was classified."""
     parts = []
     for condition, test, chance, runs in accuracies(results):
-        parts.append((f"{condition} {100 * test:.1f} %" + (f" (mean of {runs} runs)" if runs > 1 else ""), chance))
+        parts.append((f"{condition} {test:.1f} %" + (f" (mean of {runs} runs)" if runs > 1 else ""), chance))
     chances = {chance for _, chance in parts}
     if not parts:
         return ""
     if len(chances) > 1:  # heads of different sizes
-        each = [f"{part}, chance {100 * chance:.1f} %" for part, chance in parts if chance is not None]
+        each = [f"{part}, chance {chance:.1f} %" for part, chance in parts if chance is not None]
         found = f"{accuracy_title(results)}: {'; '.join(each)}."
     else:
         (chance,) = chances
-        tail = f"; chance is {100 * chance:.1f} %." if chance is not None else "."
+        tail = f"; chance is {chance:.1f} %." if chance is not None else "."
         found = f"{accuracy_title(results)}: {text.listing([part for part, _ in parts])}{tail}"
     return found if results.training is not None else f"{found} {HELD_OUT_UNKNOWN}"
 

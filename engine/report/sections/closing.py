@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from engine.report import cautions, text, wording
@@ -17,29 +17,31 @@ def controls_and_data(study: Study) -> Iterator[Block]:
     results = study.results
     yield Heading("Negative controls", "controls")
     if results.controls:
-        no = Span("no", "alarm")
-        yield _control_table(results, no)
+        yield _control_table(results, Span("no", "alarm"))
     else:
         yield Text("None was recorded, so nothing here vouches for the pipeline.")
     yield Heading("Data", "data")
-    splits = results.data.get("splits") or {}
-    facts = f"{text.count(results.num_images, 'image')} measured"
-    if results.data.get("classes") is not None:
-        facts += f", {results.data['classes']} classes"
-    if splits:
-        facts += "; splits: " + ", ".join(f"{name} {size}" for name, size in splits.items())
-    yield Text(f"{facts}.")
+    yield Text(_facts(results, ", ", str))
     if dropped := results.data.get("dropped") or []:
         items = [(Span(str(entry.get("id")), "code"), f": {entry.get('status')}") for entry in dropped[:50]]
-        title = f"{text.count(len(dropped), 'file')} could not be used and left out of every condition"
-        yield Group("open", [Bullets(items)], title)
+        yield Group("open", [Bullets(items)], _left_out(len(dropped)))
     else:
         yield Text("No file had to be left out.")
-    if leaks := wording.leaks_sentence(results):
-        yield Text(leaks)
-    yield from (Text(f"{sentence}.") for sentence in wording.undefined_sentences(results))
-    if results.prefix_mass_warning:
-        yield Text(results.prefix_mass_warning)
+    said = (*(f"{line}." for line in wording.undefined_sentences(results)), results.prefix_mass_warning)
+    yield from (Text(sentence) for sentence in (wording.leaks_sentence(results), *said) if sentence)
+
+
+def _facts(results: Results, comma: str, write: Callable[[Any], str]) -> str:
+    facts = f"{text.count(results.num_images, 'image')} measured"
+    if results.data.get("classes") is not None:
+        facts += f"{comma}{results.data['classes']} classes"
+    if splits := results.data.get("splits"):
+        facts += "; splits: " + ", ".join(f"{name} {write(size)}" for name, size in splits.items())
+    return f"{facts}."
+
+
+def _left_out(files: int) -> str:
+    return f"{text.count(files, 'file')} could not be used and left out of every condition"
 
 
 def _control_table(results: Results, no: Content) -> Table:
@@ -66,29 +68,20 @@ def controls(study: Study) -> list[Block]:
     total = len(results.controls)
     verdict = f"{total} of {total} negative controls held."
     if failed:
-        verdict = (
-            f"{len(failed)} of {total} negative controls FAILED ({'; '.join(failed)}): do not trust the other numbers "
-            "before this is explained."
-        )
+        which = f"FAILED ({'; '.join(failed)})"
+        verdict = f"{len(failed)} of {total} negative controls {which}: {wording.DISTRUST}"
     return [Text(verdict), _control_table(results, "NO")]
 
 
 @section("Data", summary=90)
 def data(study: Study) -> list[Block]:
     results = study.results
-    splits = results.data.get("splits") or {}
-    facts = [f"{text.count(results.num_images, 'image')} measured"]
-    if results.data.get("classes") is not None:
-        facts.append(f"{results.data['classes']} classes")
-    if splits:
-        facts.append("splits: " + ", ".join(f"{name} {text.plain(size)}" for name, size in splits.items()))
-    blocks: list[Block] = [Text("; ".join(facts) + ".")]
-    shown = 20
+    blocks: list[Block] = [Text(_facts(results, "; ", text.plain))]
     if dropped := results.data.get("dropped") or []:
-        blocks.append(Text(f"{text.count(len(dropped), 'file')} could not be used and left out of every condition:"))
-        blocks.append(Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:shown]]))
-        if len(dropped) > shown:
-            blocks.append(Text(f"… and {len(dropped) - shown} more, listed in metrics/attention_comparison.json."))
+        blocks.append(Text(f"{_left_out(len(dropped))}:"))
+        blocks.append(Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:20]]))
+        if len(dropped) > 20:
+            blocks.append(Text(f"… and {len(dropped) - 20} more, listed in metrics/attention_comparison.json."))
     else:
         blocks.append(Text("No file had to be left out."))
     blocks.append(Bullets(wording.undefined_sentences(results)))
@@ -125,12 +118,12 @@ def how_to_read(study: Study) -> list[Block]:
 def provenance(study: Study) -> list[Block]:
     results = study.results
     files: list[Content] = []
-    for file in downloads(results, study.summary):
-        if file["href"]:
-            files.append((Span(file["name"], "download", file["href"]), " ", Span(file["size"], "small")))
+    for name, link, size, place in downloads(results, study.summary):
+        if link:
+            files.append((Span(name, "download", link), " ", Span(size, "small")))
         else:
-            place = f"{file['size']}, too large for a page: {file['place']} in the outputs folder"
-            files.append((f"{file['name']} ", Span(place, "small")))
+            more = f"{size}, too large for a page: {place} in the outputs folder"
+            files.append((f"{name} ", Span(more, "small")))
     whole = "The whole table of every image, layer and head is metrics/attention_metrics.zarr in the outputs folder."
     table = Table(["what", "value"], list(_origins(results)), "As recorded by the study", "long")
     blocks: list[Block] = [Bullets(files, "files"), Text(whole, "scope")]

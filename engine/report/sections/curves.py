@@ -6,7 +6,6 @@ from engine.report import text, wording
 from engine.report.charts import curve_chart, seed_chart, training_charts
 from engine.report.document import Block, Content, Figure, Group, Span, Study, Table, Text, Widget, section
 from engine.report.findings import histories, layer_curve
-from engine.report.inputs import Results
 from engine.report.maps import maps_payload
 
 
@@ -53,12 +52,12 @@ def curves(study: Study) -> list[Block]:
             " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
             f"{results.settings['against']} as a run (cluster permutation, α = {results.alpha:g})."
         )
-    charts = [Figure(curve_chart(results, name, None, study.found), numbers(results, name, None)) for name in plain]
-    return [Text(said), study.legend(), Group("charts", charts)]
+    return [Text(said), study.legend(), Group("charts", [curve(study, name, None) for name in plain])]
 
 
-def numbers(results: Results, metric: str, region: str | None) -> Table:
-    """The numbers of a curve: mean, interval and images by layer, a column a condition."""
+def curve(study: Study, metric: str, region: str | None) -> Figure:
+    """A chart with its numbers: mean, interval and images by layer, a column per condition."""
+    results = study.results
     found = [layer_curve(results, metric, condition, region) for condition in results.conditions]
     rows: list[list[Content]] = []
     for row, layer in enumerate(results.layers):
@@ -71,7 +70,8 @@ def numbers(results: Results, metric: str, region: str | None) -> Table:
         rows.append(cells)
     level = text.percent(results.confidence)
     caption = f"{results.heading(metric, region)} by layer: mean, {level} interval over images, n"
-    return Table(["layer", *results.conditions], rows, caption)
+    table = Table(["layer", *results.conditions], rows, caption)
+    return Figure(curve_chart(results, metric, region, study.found), table)
 
 
 @section("Training runs", page=30, anchor="seeds", name="Runs")

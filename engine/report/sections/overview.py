@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.report import cautions, text, wording
-from engine.report.charts import curve_chart
-from engine.report.document import Bars, Block, Content, Figure, Group, Heading, Span, Study, Table, Text, section
+from engine.report.document import Bars, Block, Content, Group, Heading, Span, Study, Table, Text, section
 from engine.report.findings import Comparison, training_runs
 from engine.report.inputs import Results
-from engine.report.sections.curves import numbers
+from engine.report.sections.curves import curve
 from engine.report.verdicts import verdicts
 
 
@@ -18,10 +17,7 @@ def summary(study: Study) -> list[Block]:
     results = study.results
     alarms = list(cautions.failed_stages(results))
     if failed := _failed_controls(results):
-        alarms.append(
-            f"{failed} of {len(results.controls)} negative controls failed: do not trust the other numbers before this "
-            "is explained."
-        )
+        alarms.append(f"{failed} of {len(results.controls)} negative controls failed: {wording.DISTRUST}")
     return [*(Text(Span(alarm, "strong")) for alarm in alarms), Text(wording.headline(results, study.found))]
 
 
@@ -63,11 +59,7 @@ def overview(study: Study) -> list[Block]:
     blocks += [Text(sentence, "scope") for sentence in wording.scope_sentences(results, study.found)]
     regional = [metric for metric in results.metrics if results.regions_of(metric) != (None,)]
     for metric in regional:
-        charts = [curve_chart(results, metric, region, study.found) for region in results.regions]
-        figures = [
-            Figure(chart, numbers(results, metric, region))
-            for chart, region in zip(charts, results.regions, strict=True)
-        ]
+        figures = [curve(study, metric, region) for region in results.regions]
         blocks += [Heading(results.title(metric)), study.legend(), Group("charts", figures)]
     return blocks
 
@@ -91,15 +83,10 @@ def _cards(study: Study) -> Iterator[Group]:
             (study.swatch(pair.condition), f" against {pair.against}"),
         )
     if accuracy := wording.accuracies(results):
-        rows = [
-            (study.swatch(name), 100 * test, None if chance is None else 100 * chance)
-            for name, test, chance, _ in accuracy
-        ]
-        blocks: list[Block] = [Bars(rows)]
-        if rows[0][2] is not None:
-            marks = " % and ".join(
-                str(mark) for mark in dict.fromkeys(round(mark, 1) for *_, mark in rows if mark is not None)
-            )
+        blocks: list[Block] = [Bars([(study.swatch(name), test, chance) for name, test, chance, _ in accuracy])]
+        levels = dict.fromkeys(str(round(chance, 1)) for _, _, chance, _ in accuracy if chance is not None)
+        if levels:
+            marks = " % and ".join(levels)
             means = " Means over training runs." if accuracy[0][3] > 1 or accuracy[-1][3] > 1 else ""
             blocks.append(Text(f"The stroke marks chance, {marks} %.{means}"))
         if results.training is None:

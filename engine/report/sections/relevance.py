@@ -59,7 +59,7 @@ def relevance(study: Study) -> list[Block]:
         return []
     cautions = list(rollout_cautions(found))
     panels = list(_panels(study.results, str(found.document["target"])))
-    methods = list(dict.fromkeys(entry["method"] for entry in found.document["means"]))
+    methods = found.methods()
     if not methods:
         said = [line for title, lines in sentences.items() if title != "Where rollout points" for line in lines]
         return [*map(Text, said), *(Text(line, "scope") for line in cautions), *panels]
@@ -70,7 +70,7 @@ def relevance(study: Study) -> list[Block]:
     rows: list[list[Content]] = [
         [study.swatch(condition), method, *(_measured(found, condition, method, measure) for measure in COLUMNS)]
         for condition in found.conditions
-        for method in found.methods(condition)
+        for method in found.methods(condition=condition)
     ]
     blocks.append(Table(["condition", "method", *COLUMNS.values()], rows, "Means with intervals over images"))
     blocks.append(Group("details", _in_words(sentences), "In words, with the tests"))

@@ -9,6 +9,7 @@ from engine.report.document import Block, Bullets, Content, Group, Heading, Span
 from engine.report.findings import Change, Comparison, cell_relations
 from engine.report.inputs import Results
 from engine.report.sections.closing import controls_and_data
+from engine.statistics import PairedTest
 
 
 @section("Tests, controls and data", page=80, anchor="tests", name="Tests")
@@ -37,17 +38,8 @@ def _details(results: Results, comparison: Comparison) -> Iterator[Group]:
         caption = "Differences between training runs"
         if not comparison.speaks_of_runs:
             caption += f"; {comparison.runs} runs are too few to pass {results.alpha:g}"
-        rows = [
-            [
-                text.what(test.metric, test.region),
-                str(test.layer),
-                str(test.n),
-                text.quantity(test.difference, results.unit(test.metric), difference=True),
-                text.p_value(test.p),
-                text.p_value(test.p_max_t),
-            ]
-            for test in found
-        ]
+        rows = [[*_named(results, test), text.p_value(test.p), text.p_value(test.p_max_t)] for test in found]
+        rows = [[name, str(test.layer), *cells] for test, (name, *cells) in zip(found, rows, strict=True)]
         table = Table(["metric", "layer", "runs", "difference", "p (sign flip)", "p max-T"], rows, caption)
         yield Group("details", [Text(wording.seed_sentence(results, comparison)), table], "Over training runs")
     if comparison.layer_means:
@@ -88,17 +80,14 @@ _TOPICS = (
 )
 
 
-def _mean_rows(results: Results, comparison: Comparison) -> list[list[Content]]:
-    return [
-        [
-            text.what(test.metric, test.region),
-            "" if test.n is None else str(test.n),
-            text.quantity(test.difference, results.unit(test.metric), difference=True),
-            text.number(test.t),
-            text.p_value(test.p),
-        ]
-        for test in comparison.layer_means
-    ]
+def _mean_rows(results: Results, comparison: Comparison) -> list[list[str]]:
+    return [[*_named(results, test), text.number(test.t), text.p_value(test.p)] for test in comparison.layer_means]
+
+
+def _named(results: Results, test: PairedTest) -> list[str]:
+    """Metric, n and difference of a test over runs or layers."""
+    n = "" if test.n is None else str(test.n)
+    return [text.what(test.metric, test.region), n, text.change(test.difference, results.unit(test.metric))]
 
 
 def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> Table:
@@ -118,7 +107,7 @@ def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> 
             [
                 (name, " ", Span(f"({unit})", "small")) if on_page and unit else name,
                 str(test.layer),
-                text.quantity(test.difference, "" if on_page else unit, difference=True),
+                text.change(test.difference, "" if on_page else unit),
                 text.interval(test.ci),
                 *([text.interval(test.ci_nested)] if nested else []),
                 dz,
@@ -141,7 +130,7 @@ def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> 
         "p BH",
         "detectable",
     ]
-    caption = f"{comparison.condition} − {comparison.against}, mean over heads, paired by image"
+    caption = f"{comparison.minus}, mean over heads, paired by image"
     caption += f"; nested: {nested} resampled" if nested else ""
     caption += f". Detectable: what would have been found with a power of {text.percent(results.power)}"
     looks = ["sure" if test.changed(results.alpha) else "" for test in found]
@@ -155,7 +144,7 @@ def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> 
 def observed(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for comparison in study.found:
-        blocks.append(Heading(f"{comparison.condition} against {comparison.against}"))
+        blocks.append(Heading(comparison.pair))
         blocks.append(Bullets(_changes(study.results, comparison)))
     return blocks
 
@@ -169,7 +158,7 @@ def tests_in_words(study: Study) -> list[Block]:
         table = _layer_table(results, comparison, on_page=False)
         if table.rows:
             nested = next((test.nested_levels for change in comparison.changes for test in change.layers), "")
-            said = f"Layer by layer, {_pair(comparison)} (mean over heads, paired by image"
+            said = f"Layer by layer, {comparison.minus} (mean over heads, paired by image"
             said += f"; nested: {nested} resampled" if nested else ""
             power = text.percent(results.power)
             blocks += [Text(f"{said}; detectable: what would have been found with a power of {power}):"), table]
@@ -194,7 +183,7 @@ def along_the_layers(study: Study) -> list[Block]:
             ),
         ):
             if said := _said(study.results, comparison, say):
-                blocks += [Text(f"{_pair(comparison)}, {lead}"), Bullets(said)]
+                blocks += [Text(f"{comparison.minus}, {lead}"), Bullets(said)]
     return blocks
 
 
@@ -204,7 +193,7 @@ def between_metrics(study: Study) -> list[Block]:
     for comparison in study.found:
         if said := _relations(comparison):
             lead = "Cells of one model are not independent, so no p-value is given:"
-            blocks += [Text(f"Differences {_pair(comparison)}. {lead}"), Bullets(said)]
+            blocks += [Text(f"Differences {comparison.minus}. {lead}"), Bullets(said)]
     return blocks
 
 
@@ -213,14 +202,14 @@ def classes(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for comparison in study.found:
         if said := _said(study.results, comparison, wording.class_sentence):
-            blocks += [Text(f"{_pair(comparison)}:"), Bullets(said)]
+            blocks += [Text(f"{comparison.minus}:"), Bullets(said)]
     lead = "Does a finding hang on a few large classes? Here every class counts alike and is one unit."
     return [Text(lead), *blocks] if blocks else []
 
 
 @section("The t-test over layer means", summary=100)
 def layer_means(study: Study) -> list[Block]:
-    rows = [[_pair(pair), *row] for pair in study.found for row in _mean_rows(study.results, pair)]
+    rows = [[pair.minus, *row] for pair in study.found for row in _mean_rows(study.results, pair)]
     said = (
         Span("Not valid inference.", "strong"),
         " Some publications test the layer means of two models with a paired t-test over "
@@ -230,7 +219,3 @@ def layer_means(study: Study) -> list[Block]:
     )
     header = ["comparison", "metric", "layers", "mean difference", "t", "p (not valid)"]
     return [Text(said), Table(header, rows)] if rows else []
-
-
-def _pair(comparison: Comparison) -> str:
-    return f"{comparison.condition} − {comparison.against}"
