@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from PIL import Image
 from engine.capture.samples import SCHEMA
 from engine.report.inputs import Results, load_results
 from engine.report.write import render_page, summary_markdown, write_report
-from engine.statistics import analyse
-from engine.statistics.document import comparison_document
+from engine.statistics import Settings, analyse, write_comparison
 from engine.study.journal import Journal
 
 METRICS: Mapping[str, tuple[str, str, float, float]] = {
@@ -76,30 +76,36 @@ def build_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's remark that string arrays have no specification yet
         table.to_zarr(outputs / "metrics/attention_metrics.zarr", mode="w", zarr_format=3, consolidated=False)
-    settings: dict[str, Any] = {"permutations": permutations, "bootstrap": 60, "equivalence": equivalence}
-    analyses = analyse(table, against=conditions[0], **(settings | dict(statistics or {})))
-    tests = analyses.pop("tests")
-    comparison = comparison_document(table, tests, analyses)
-    comparison["controls"] = _controls(controls_hold)
-    comparison["accuracy"] = {
-        name: {str(seed): {"validation": 0.9 - 0.05 * c, "test": 0.89 - 0.05 * c, "chance": 0.25} for seed in seeds}
-        for c, name in enumerate(reversed(list(conditions)))
-    }
-    comparison["classifiers"] = {
-        name: {"outputs": len(classes), "classes": list(classes), "note": ""} for name in conditions
-    }
-    comparison["data"] = {
-        "images": images,
-        "classes": len(classes),
-        "dropped": [{"id": "class_1/._broken.png", "status": "truncated"}],
-        "same_file_in_several_splits": [["train/a.png", "test/b.png"]],
-        "splits": {"train": 160, "validation": 40, "test": images},
-        "sha256": "ab" * 32,
-    }
-    comparison["undefined"] = {name: dict.fromkeys(conditions, 0) for name in metrics}
-    if "morans_i" in metrics:
-        comparison["undefined"]["morans_i"][conditions[0]] = 7
-    _write_json(outputs / "metrics/attention_comparison.json", comparison)
+    settings = Settings(
+        **{
+            "against": conditions[0],
+            "permutations": permutations,
+            "bootstrap": 60,
+            "equivalence": equivalence or {},
+            **(statistics or {}),
+        }
+    )
+    comparison = replace(
+        analyse(table, settings),
+        controls=tuple(_controls(controls_hold)),
+        accuracy={
+            name: {str(seed): {"validation": 0.9 - 0.05 * c, "test": 0.89 - 0.05 * c, "chance": 0.25} for seed in seeds}
+            for c, name in enumerate(reversed(list(conditions)))
+        },
+        classifiers={name: {"outputs": len(classes), "classes": list(classes), "note": ""} for name in conditions},
+        data={
+            "images": images,
+            "classes": len(classes),
+            "dropped": [{"id": "class_1/._broken.png", "status": "truncated"}],
+            "same_file_in_several_splits": [["train/a.png", "test/b.png"]],
+            "splits": {"train": 160, "validation": 40, "test": images},
+            "sha256": "ab" * 32,
+        },
+        undefined={
+            name: dict.fromkeys(conditions, 0) | ({conditions[0]: 7} if name == "morans_i" else {}) for name in metrics
+        },
+    )
+    write_comparison(outputs / "metrics/attention_comparison.json", comparison)
     if training:
         _write_json(outputs / "metrics/training.json", _training(random, conditions, seeds))
     if samples:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from engine.statistics import compare_conditions
-from engine.statistics.document import comparison_document, write_comparison
+from engine.statistics import Comparison, Settings, analyse, parse_comparison, write_comparison
 from store import DiskError
+from train.errors import InputError
+
+FAST = Settings(permutations=99, bootstrap=50)
+EMPTY = Comparison(settings=FAST)
 
 
 @pytest.fixture
@@ -38,18 +43,30 @@ def table() -> xr.Dataset:
     )
 
 
-def test_document_of_a_table(table: xr.Dataset, tmp_path: Path) -> None:
-    tests = compare_conditions(table, permutations=99, bootstrap=50)
-    write_comparison(
-        tmp_path / "attention_comparison.json", comparison_document(table, tests, {"controls": {"self": 0.0}})
-    )
-    document = json.loads((tmp_path / "attention_comparison.json").read_text(encoding="utf-8"))
+def written(path: Path, comparison: Comparison) -> dict[str, Any]:
+    write_comparison(path, comparison)
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
-    assert list(document) == ["schema", "layers", "units", "conditions", "tests", "controls"]
+
+@pytest.fixture
+def document(table: xr.Dataset, tmp_path: Path) -> dict[str, Any]:
+    return written(tmp_path / "document.json", analyse(table, FAST))
+
+
+def test_document_of_a_table(table: xr.Dataset, tmp_path: Path) -> None:
+    comparison = replace(analyse(table, FAST), controls=({"name": "self", "value": 0.0},))
+    document = written(tmp_path / "attention_comparison.json", comparison)
+
+    names = [field.name for field in fields(Comparison)]
+    assert list(document) == names == [*names[:5], *sorted(names[5:])]
     assert document["schema"] == 1
     assert document["layers"] == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
     assert document["units"] == {"entropy": "nat", "region_mass": "1"}
-    assert document["tests"] == tests
+    assert document["settings"]["permutations"] == 99
+    assert len(document["tests"]) == len(comparison.tests) > 0
+    assert document["tests"][0]["ci"] == list(comparison.tests[0].ci or ())
+    assert document["controls"] == [{"name": "self", "value": 0.0}]
     baseline, finetuned = document["conditions"]["baseline"], document["conditions"]["finetuned"]
     assert list(baseline) == ["entropy", "region_mass[target_digit]", "region_mass[other_digit]"]
     np.testing.assert_allclose(baseline["entropy"], table.entropy[0, 0].mean(("image", "head")))
@@ -61,46 +78,81 @@ def test_document_of_a_table(table: xr.Dataset, tmp_path: Path) -> None:
     )
 
 
-def test_same_document_same_bytes(table: xr.Dataset, tmp_path: Path) -> None:
-    for name, extra in (("a", {"x": 1, "data": [2]}), ("b", {"data": [2], "x": 1})):
-        write_comparison(tmp_path / name, comparison_document(table, [], extra))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # nothing temporary is left
+def test_what_is_read_back_is_what_was_built(table: xr.Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "attention_comparison.json"
+    comparison = analyse(table, FAST)
+    assert any(test.p is None and test.degenerate for test in comparison.tests)
+    read = parse_comparison(written(path, comparison), path)
+    assert (read.tests, read.trends, read.clusters) == (comparison.tests, comparison.trends, comparison.clusters)
+    assert (read.relations, read.settings) == (comparison.relations, FAST)
+    first = path.read_bytes()
+    write_comparison(path, read)
+    assert path.read_bytes() == first
+    assert os.listdir(tmp_path) == [path.name]  # nothing temporary is left
 
 
-def test_extra_values_become_plain(table: xr.Dataset) -> None:
-    extra = {"n": np.int64(3), "list": np.array([1.0, np.nan]), "text": "ü", "nested": {"none": None, "yes": np.True_}}
-    document = comparison_document(table, [], extra)
-    assert {key: document[key] for key in extra} == {
+@pytest.mark.parametrize(
+    ("part", "name", "value", "says"),
+    [
+        ("tests", "metric", None, "tests[0] has no metric; expected text"),
+        ("tests", "layer", "first", "tests[0].layer is 'first'; expected a whole number"),
+        ("tests", "p", [0.1], "tests[0].p is [0.1]; expected a number"),
+        ("tests", "ci", [1], "tests[0].ci is [1]; expected two numbers"),
+        ("tests", "ci", [1, "x"], "tests[0].ci is [1, 'x']; expected two numbers"),
+        ("tests", "level", "token", "tests[0].level is 'token'; expected one of head, layer, class, seed, layer_means"),
+        ("trends", "deep_layers", 3, "trends[0].deep_layers is 3; expected whole numbers"),
+    ],
+)
+def test_a_foreign_document_is_one_sentence(
+    document: dict[str, Any], part: str, name: str, value: Any, says: str
+) -> None:
+    document = json.loads(json.dumps(document))
+    document[part][0][name] = value
+    with pytest.raises(InputError) as caught:
+        parse_comparison(document, Path("a.json"))
+    assert str(caught.value) == f"a.json: {says}"
+
+
+def test_parts_that_are_no_lists_are_refused(document: dict[str, Any]) -> None:
+    for wrong, says in (
+        ({"tests": 3}, "tests is 3; expected a list"),
+        ({"tests": ["x"]}, "tests[0] is 'x'; expected an"),
+    ):
+        with pytest.raises(InputError) as caught:
+            parse_comparison(document | wrong, Path("a.json"))
+        assert str(caught.value).startswith(f"a.json: {says}")
+
+
+def test_extra_values_become_plain(tmp_path: Path) -> None:
+    data = {"n": np.int64(3), "list": np.array([1.0, np.nan]), "text": "ü", "nested": {"none": None, "yes": np.True_}}
+    assert written(tmp_path / "a", replace(EMPTY, data=data))["data"] == {
         "n": 3,
         "list": [1.0, None],
         "text": "ü",
         "nested": {"none": None, "yes": True},
     }
-    assert "2024" in json.dumps(comparison_document(table, [], {"year": 2024}), allow_nan=False)
 
 
-def test_what_cannot_be_said_in_json_is_refused(table: xr.Dataset) -> None:
+def test_what_cannot_be_said_in_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"document\.data\.largest is infinite"):
-        comparison_document(table, [], {"data": {"largest": np.float32(np.inf)}})
-    with pytest.raises(ValueError, match=r"document\.data\[1\] is a Path|document\.data\[1\] is a PosixPath"):
-        comparison_document(table, [], {"data": [1, Path("x")]})
-    with pytest.raises(ValueError, match="extra keys tests are the document's own"):
-        comparison_document(table, [], {"tests": []})
+        write_comparison(tmp_path / "a", replace(EMPTY, data={"largest": np.float32(np.inf)}))
+    with pytest.raises(ValueError, match=r"document\.data\.paths\[1\] is a (Posix|Windows)Path"):
+        write_comparison(tmp_path / "a", replace(EMPTY, data={"paths": [1, Path("x")]}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_writing_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "attention_comparison.json"
-    write_comparison(path, {"schema": 1})
+    write_comparison(path, EMPTY)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
-        write_comparison(path, {"schema": float("nan")})
+        write_comparison(path, replace(EMPTY, data={"x": float("inf")}))
 
     def full(source: str, target: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DiskError, match="no space left"):
-        write_comparison(path, {"schema": 2})
+        write_comparison(path, replace(EMPTY, data={"x": 1}))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]

@@ -15,7 +15,7 @@ import xarray
 import zarr
 
 from engine.capture.samples import is_samples, require_samples_place
-from engine.relevance.samples import Explained, write_samples
+from engine.relevance.explained import Explained, write_samples
 from engine.study.journal import Journal
 from engine.study.one_capture import require_places
 from engine.study.outputs import OutputsFolder

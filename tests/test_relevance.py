@@ -30,7 +30,9 @@ def micro() -> tuple[torch.nn.Module, dict[str, np.ndarray]]:
 def test_maps_equal_the_published_codes_in_float64(micro, method: str, key: str) -> None:  # type: ignore[no-untyped-def]
     model, arrays = micro
     with torch.enable_grad():
-        maps = METHODS[method](model, torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"]), None)
+        maps = METHODS[method].maps(
+            model, torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["cls"]), None
+        )
     expected = arrays[key].reshape(maps.shape)
     np.testing.assert_allclose(maps.numpy(), expected, atol=1e-12 * np.abs(expected).max(), rtol=0)
 
@@ -126,7 +128,7 @@ def test_bad_requests_are_one_sentence(micro) -> None:  # type: ignore[no-untype
     images = torch.from_numpy(arrays["x"]).double()
     with pytest.raises(InputError, match="relevance method is 'saliency'; expected one of"):
         relevance_maps(model, images, [0, 0, 0], "saliency")
-    with pytest.raises(InputError, match="expected one class index an image"):
+    with pytest.raises(InputError, match="expected one class index per image"):
         relevance_maps(model, images, [0, 0], "generic")
     with pytest.raises(InputError, match="batch_size is 0"):
         relevance_maps(model, images, [0, 0, 0], "generic", batch_size=0)

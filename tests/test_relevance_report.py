@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +11,22 @@ import pytest
 import torch
 import xarray as xr
 
+from engine.relevance import CONTROL, prediction_link
 from engine.relevance.choice import ClassChoice, Targets
-from engine.relevance.comparison import prediction_link, relevance_document, write_relevance
-from engine.relevance.evaluation import CONTROL, Evaluation, evaluate_maps
+from engine.relevance.evaluation import Evaluation, evaluate_maps
+from engine.relevance.explained import Explained, write_samples
 from engine.relevance.faithfulness import Curves
-from engine.relevance.samples import Explained, write_samples
+from engine.relevance.inference import relevance_results, write_relevance
+from engine.relevance.results import HeadAssociation, PredictionLink, RelevanceResults
 from engine.report.relevance import load_relevance, relevance_sentences
+from engine.statistics import Settings
 from tests.relevance_cases import family
 from tests.synthetic_study import report_on, results_of, small
 from train.data.classes import HeadClasses
 from train.data.sets import ImageSet, Preprocessing
 from train.errors import InputError
 
-SETTINGS = {"permutations": 499, "bootstrap": 99, "confidence": 0.95, "seed": 0}
+SETTINGS = Settings(permutations=499, bootstrap=99)
 IMAGES = 30
 
 
@@ -43,7 +46,7 @@ def evaluation(rng: np.random.Generator, good: float, alike: float) -> Evaluatio
 HEAD = HeadClasses(5, tuple("abcde"))
 
 
-def documents() -> tuple[dict[str, dict[str, Evaluation]], dict[str, Targets], dict[str, object]]:
+def documents() -> tuple[dict[str, dict[str, Evaluation]], dict[str, Targets], RelevanceResults]:
     rng = np.random.default_rng(0)
     good = {"rollout": 0.4, "generic": 0.9, CONTROL: 0.0}
     evaluations = {
@@ -53,49 +56,41 @@ def documents() -> tuple[dict[str, dict[str, Evaluation]], dict[str, Targets], d
     targets = Targets(HEAD, "true", np.zeros(IMAGES, dtype=np.int64), np.ones(IMAGES, dtype=np.int64))
     choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
     refused = {"baseline": {}, "finetuned": {"lrp": "adapters <b>not</b> merged"}}
-    document = relevance_document(
-        evaluations, refused, choice, images=IMAGES, against="baseline", baseline="blur", steps=3, settings=SETTINGS
+    document = relevance_results(
+        evaluations, refused, choice, images=IMAGES, baseline="blur", steps=3, settings=SETTINGS
     )
     return evaluations, dict.fromkeys(evaluations, targets), document
 
 
 def test_the_document_says_what_the_numbers_say() -> None:
     evaluations, _, document = documents()
-    json.dumps(document, allow_nan=False)
     ranking = [
         entry
-        for entry in document["methods"]  # type: ignore[union-attr]
-        if (entry["method"], entry["than"], entry["measure"]) == ("generic", "rollout", "faithfulness")
+        for entry in document.methods
+        if (entry.method, entry.than, entry.measure) == ("generic", "rollout", "faithfulness")
     ]
-    assert [entry["condition"] for entry in ranking] == ["baseline", "finetuned"]
+    assert [entry.condition for entry in ranking] == ["baseline", "finetuned"]
     for entry in ranking:
-        values = evaluations[entry["condition"]]
+        values = evaluations[entry.condition]
         expected = values["generic"].values["faithfulness"] - values["rollout"].values["faithfulness"]
-        assert entry["difference"] == pytest.approx(expected.mean())
-        assert entry["p_max_t"] == 1 / 500
+        assert entry.difference == pytest.approx(expected.mean())
+        assert entry.p_max_t == 1 / 500
     (alike,) = (
-        entry
-        for entry in document["conditions"]  # type: ignore[union-attr]
-        if (entry["method"], entry["measure"]) == ("generic", "class_rank_correlation")
+        entry for entry in document.conditions if (entry.method, entry.measure) == ("generic", "class_rank_correlation")
     )
-    assert alike["difference"] == pytest.approx(0.3, abs=0.03)
-    assert alike["p_max_t"] == 1 / 500
-    assert {entry["measure"] for entry in document["classes"]} == {"total_variation"}  # type: ignore[union-attr]
+    assert alike.difference == pytest.approx(0.3, abs=0.03)
+    assert alike.p_max_t == 1 / 500
+    assert {entry.measure for entry in document.classes} == {"total_variation"}
 
 
 def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
-    document["link"] = [
-        {
-            "condition": "finetuned",
-            "against": "baseline",
-            "outcome": "logit",
-            "images": 50,
-            "permutations": 99,
-            "tests": [{"metric": "entropy", "layer": 1, "head": 2, "rho": -0.5, "p": 0.01, "p_max_r": 0.01}],
-        }
-    ]
+    strongest = HeadAssociation(metric="entropy", layer=1, head=2, rho=-0.5, p=0.01, p_max_r=0.01)
+    link = PredictionLink(
+        condition="finetuned", against="baseline", outcome="logit", images=50, permutations=99, tests=(strongest,)
+    )
+    document = replace(document, link=(link,))
     write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])
     with (outputs / "metrics" / "relevance.csv").open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -136,10 +131,8 @@ def test_maps_of_no_image_or_of_one_are_reported_without_tests(tmp_path: Path, i
     }
     choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
     nothing: dict[str, dict[str, str]] = {condition: {} for condition in few}
-    document = relevance_document(
-        few, nothing, choice, images=images, against="baseline", baseline="blur", steps=3, settings=SETTINGS
-    )
-    assert document["methods"] == document["conditions"] == document["classes"] == []
+    document = relevance_results(few, nothing, choice, images=images, baseline="blur", steps=3, settings=SETTINGS)
+    assert document.methods == document.conditions == document.classes == ()
     write_relevance(outputs / "metrics", document, few, targets, ["image0"][:images])
     report_on(outputs)
     said = "No map was measured: relevance.measured is 0."
@@ -219,23 +212,23 @@ def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:
     )
     places = dict.fromkeys(logits, labels)
     entries = prediction_link(table, logits, places, against="baseline", permutations=199, seed=0)
-    assert [entry["outcome"] for entry in entries] == ["logit", "correct"]
-    tests = entries[0]["tests"]
-    assert len(tests) == entries[0]["family_size"] == 18
-    best = max(tests, key=lambda test: abs(test["rho"]))
-    assert (best["metric"], best["layer"], best["head"]) == ("entropy", 2, 1)
-    assert best["rho"] == pytest.approx(1.0)
-    assert best["p_max_r"] == 1 / 200
+    assert [entry.outcome for entry in entries] == ["logit", "correct"]
+    tests = entries[0].tests
+    assert len(tests) == entries[0].family_size == 18
+    best = max(tests, key=lambda test: abs(test.rho))
+    assert (best.metric, best.layer, best.head) == ("entropy", 2, 1)
+    assert best.rho == pytest.approx(1.0)
+    assert best.p_max_r == 1 / 200
     # The same logits with the baseline's columns in another order, and without the class of every fourth image.
     order = np.array([2, 0, 3, 1])
     missing = np.where(labels == 1, -1, labels)
     turned = {"baseline": logits["baseline"][:, order], "finetuned": logits["finetuned"]}
     places = {"baseline": np.argsort(order)[labels], "finetuned": missing}
     (entry, _) = prediction_link(table, turned, places, against="baseline", permutations=199, seed=0)
-    assert entry["images"] == (labels != 1).sum()
-    best = max(entry["tests"], key=lambda test: abs(test["rho"]))
-    assert (best["metric"], best["layer"], best["head"]) == ("entropy", 2, 1)
-    assert best["rho"] == pytest.approx(1.0)
+    assert entry.images == (labels != 1).sum()
+    best = max(entry.tests, key=lambda test: abs(test.rho))
+    assert (best.metric, best.layer, best.head) == ("entropy", 2, 1)
+    assert best.rho == pytest.approx(1.0)
     assert (
         prediction_link(table, {"finetuned": logits["finetuned"]}, places, against="baseline", permutations=9, seed=0)
         == []

@@ -12,15 +12,16 @@ import torch
 
 from engine.capture import capture_attention
 from engine.relevance import relevance_maps
-from engine.relevance.comparison import write_relevance
+from engine.relevance.inference import write_relevance
+from engine.relevance.results import RelevanceResults, RolloutPeaks
 from engine.relevance.rollout_peaks import rollout_peaks
 from engine.report.document import Study, Text
 from engine.report.relevance import load_relevance, relevance_sentences
 from engine.report.sections.relevance import relevance
+from engine.statistics import write_document
 from kernels import TokenLayout, measure_attention
 from tests.synthetic_study import report_on, results_of, small
 from tests.test_relevance_report import IMAGES, documents
-from train.whole_files import write_json
 
 BRIGHT = [(0, 3), (2, 1), (1, 1)]  # the patch that stands out, another one in each image
 
@@ -53,19 +54,14 @@ def test_a_patch_that_receives_all_is_found(model: torch.nn.Module) -> None:
     pixels = pictures(1.0)
     maps = relevance_maps(model, pixels, [0] * len(BRIGHT), "rollout").numpy()
     assert [np.unravel_index(one.argmax(), one.shape) for one in maps] == BRIGHT
-    found = rollout_peaks(model, pixels, maps)
+    found = rollout_peaks("baseline", model, pixels, maps)
     of = TokenLayout(grid_rows=4, grid_cols=4, num_prefix_tokens=1, patch_height_px=16, patch_width_px=16)
     shares = measure_attention(capture_attention(model, pixels)["blocks.0.attn"], of, "sink_share")["sink_share"]
-    assert found["share"] == pytest.approx(float(shares.max()), abs=1e-6)
-    assert found["share"] > 0.9
-    assert {key: found[key] for key in found if key != "share"} == {
-        "images": 3,
-        "at_dominant": 3,
-        "layer": 0,
-        "head": 1,
-    }
+    assert found.share == pytest.approx(float(shares.max()), abs=1e-6)
+    assert found.share > 0.9
+    assert (found.images, found.at_dominant, found.layer, found.head) == (3, 3, 0, 1)
     elsewhere = np.roll(maps, 1, axis=2)  # a peak beside it is none at it
-    assert rollout_peaks(model, pixels, [maps[0], *elsewhere[1:]])["at_dominant"] == 1
+    assert rollout_peaks("baseline", model, pixels, [maps[0], *elsewhere[1:]]).at_dominant == 1
 
 
 def test_nothing_dominates_where_nothing_stands_out() -> None:
@@ -73,14 +69,14 @@ def test_nothing_dominates_where_nothing_stands_out() -> None:
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=64, depth=2).eval()
     pixels = pictures(0.0)
     maps = relevance_maps(plain, pixels, [0] * len(BRIGHT), "rollout").numpy()
-    nothing = {"images": 3, "at_dominant": 0, "share": None, "layer": None, "head": None}
-    assert rollout_peaks(plain, pixels, maps) == nothing
+    nothing = RolloutPeaks(condition="baseline", images=3, at_dominant=0)
+    assert rollout_peaks("baseline", plain, pixels, maps) == nothing
 
 
-def alone(outputs: Path, document: dict[str, object]) -> Path:
+def alone(outputs: Path, document: RelevanceResults) -> Path:
     """An outputs folder with nothing but this document."""
     (outputs / "metrics").mkdir(parents=True)
-    write_json(outputs / "metrics" / "relevance.json", document)
+    write_document(outputs / "metrics" / "relevance.json", document, indent=2)
     return outputs
 
 
@@ -88,9 +84,9 @@ def alone(outputs: Path, document: dict[str, object]) -> Path:
 def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count: int) -> None:
     outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
-    none = {"images": 8, "at_dominant": 0, "share": None, "layer": None, "head": None}
-    some = {"images": 8, "at_dominant": count, "share": 0.8817, "layer": 0, "head": 5} if count else none
-    document["rollout_peaks"] = [{"condition": "baseline"} | none, {"condition": "finetuned"} | some]
+    none = RolloutPeaks(condition="baseline", images=8, at_dominant=0)
+    some = RolloutPeaks(condition="finetuned", images=8, at_dominant=count, share=0.8817, layer=0, head=5)
+    document = replace(document, rollout_peaks=(none, some if count else replace(none, condition="finetuned")))
     write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])
     results = results_of(outputs)
     found = load_relevance(results)
@@ -101,8 +97,8 @@ def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count:
         "collects, for every class alike, not what the prediction rests on."
     )
     assert relevance_sentences(results, found).get("Where rollout points", []) == ([expected] if count else [])
-    for part in ("means", "curves", "methods", "conditions", "classes", "refused"):
-        document[part] = []  # nothing was measured: pictures alone
+    # Nothing was measured: pictures alone.
+    document = replace(document, means=(), curves=(), methods=(), conditions=(), classes=(), refused=())
     blocks = relevance(Study(replace(results, outputs=alone(tmp_path / "alone", document))))
     said = [block.content for block in blocks if isinstance(block, Text)]
     assert said == ([expected] if count else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,14 @@ import xarray as xr
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
-from engine.statistics import analyse, compare_paired, layer_clusters, minimum_detectable_effect, morans_inference
+from engine.statistics import (
+    Settings,
+    analyse,
+    compare_paired,
+    layer_clusters,
+    minimum_detectable_effect,
+    morans_inference,
+)
 from engine.statistics.clusters import cluster_sign_flip
 from engine.statistics.conditions import check_bounds
 from engine.statistics.permutation import sign_flip
@@ -203,19 +209,18 @@ class TestClusters:
     def test_differences_without_spread_are_null_in_json_with_their_reason(self) -> None:
         table = small_table()
         table["entropy"][{"condition": 1}] = table["entropy"][{"condition": 0}] + 1
-        (cluster,) = layer_clusters(table, permutations=99)
-        assert (cluster["layers"], cluster["mass"], cluster["p"]) == ([0, 1, 3], None, 0.01)
-        assert "equal" in cluster["degenerate"]
+        (cluster,) = layer_clusters(table, Settings(permutations=99))
+        assert (cluster.layers, cluster.mass, cluster.p) == ((0, 1, 3), None, 0.01)
+        assert "equal" in cluster.degenerate
 
     def test_entries_name_layers_unit_and_family(self) -> None:
-        clusters = layer_clusters(small_table(shift=2.0), permutations=99)
-        assert json.loads(json.dumps(clusters, allow_nan=False)) == clusters
+        clusters = layer_clusters(small_table(shift=2.0), Settings(permutations=99))
         (cluster,) = clusters
-        assert cluster["layers"] == [0, 1, 3]  # as the model numbers them
-        assert cluster["direction"] == "higher"
-        assert cluster["unit_of_inference"] == "image, given these checkpoints"
-        assert "clusters along the layers" in cluster["family"]
-        assert (cluster["n"], cluster["family_size"], cluster["p"]) == (10, 1, cluster["p_floor"])
+        assert cluster.layers == (0, 1, 3)  # as the model numbers them
+        assert cluster.direction == "higher"
+        assert cluster.unit_of_inference == "image, given these checkpoints"
+        assert "clusters along the layers" in cluster.family
+        assert (cluster.n, cluster.family_size, cluster.p) == (10, 1, cluster.p_floor)
 
     def test_the_level_holds_with_correlated_layers(self) -> None:
         studies = 400
@@ -340,16 +345,12 @@ class TestMoransInference:
 
 
 def test_everything_of_a_study_names_its_unit_and_family() -> None:
-    results = analyse(small_table(shift=1.0), permutations=49, bootstrap=20, equivalence={"entropy": 0.5})
-    assert list(results) == ["settings", "tests", "trends", "clusters", "relations"]
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert results["settings"] == {
-        **{"against": "baseline", "permutations": 49, "bootstrap": 20, "confidence": 0.95, "alpha": 0.05},
-        **{"power": 0.8, "equivalence": {"entropy": 0.5}, "cluster_alpha": 0.05, "seed": 0},
-    }
-    for part in ("tests", "trends", "clusters"):
-        assert results[part]
-        assert all(entry["unit_of_inference"] and entry["family"] for entry in results[part])
-    by_level = {test["level"]: test for test in results["tests"]}
-    assert by_level["layer"]["tost_bound"] == by_level["head"]["tost_bound"] == 0.5
-    assert by_level["layer_means"]["tost_bound"] is None
+    settings = Settings(permutations=49, bootstrap=20, equivalence={"entropy": 0.5})
+    results = analyse(small_table(shift=1.0), settings)
+    assert results.settings == settings
+    for part in (results.tests, results.trends, results.clusters):
+        assert part
+        assert all(entry.unit_of_inference and entry.family for entry in part)
+    by_level = {test.level: test for test in results.tests}
+    assert by_level["layer"].tost_bound == by_level["head"].tost_bound == 0.5
+    assert by_level["layer_means"].tost_bound is None

@@ -2,6 +2,7 @@
 
 from engine.config.metrics import load_metrics, metrics_of_one_capture
 from engine.config.study import (
+    RELEVANCE_METHODS,
     CaptureConfig,
     ConditionConfig,
     DataConfig,
@@ -22,6 +23,7 @@ from engine.config.study import (
 from engine.config.values import described, shortened, unusual
 
 __all__ = [
+    "RELEVANCE_METHODS",
     "CaptureConfig",
     "ConditionConfig",
     "DataConfig",

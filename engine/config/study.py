@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -38,6 +38,14 @@ Text = Annotated[str, OneLine()]
 Name = Annotated[Text, MinLen(1)]
 Argument = bool | Whole | Real | Text
 Place = Annotated[Text, Plain()]  # a file, a folder or a URL
+
+# One module per method: its file's name is the method's. They are looked up, not imported: they need torch.
+_METHODS = Path(__file__).resolve().parents[1] / "relevance" / "methods"
+RELEVANCE_METHODS = tuple(sorted(path.stem for path in _METHODS.glob("[a-z]*.py")))
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[RELEVANCE_METHODS]
 
 _FORBID = {"extra": "forbid", "allow_inf_nan": False}
 
@@ -279,9 +287,7 @@ class RelevanceConfig:
     """Relevance maps: pictures of sample images, and measurements on more."""
 
     __pydantic_config__ = _FORBID
-    methods: Annotated[tuple[Literal["gradcam", "rollout", "generic", "lrp"], ...], MinLen(1)] = _key(
-        ("gradcam", "generic"), "gradcam, rollout, generic, lrp"
-    )
+    methods: Annotated[tuple[MethodName, ...], MinLen(1)] = _key(("gradcam", "generic"), ", ".join(RELEVANCE_METHODS))
     images: Count = _key(8, "sample images that are drawn; no more than capture.samples")
     measured: Natural = _key(48, "seeded images on which maps are measured; 0: none")
     baseline: Literal["blur", "mean"] = _key(

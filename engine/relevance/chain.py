@@ -8,10 +8,22 @@ times one matrix a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from engine.capture import AttentionCall, CaptureError
+from engine.capture import (
+    AttentionCall,
+    CaptureError,
+    FunctionCall,
+    ModelInterception,
+    attention_map,
+    read_attention_call,
+    token_layout,
+    vision_module,
+)
+from engine.relevance.targets import class_logits
 from kernels import TokenLayout
 
 
@@ -40,6 +52,54 @@ def check_call(call: AttentionCall, module: str | None, layout: TokenLayout, ima
         f"relevance through {module or 'the model'} is not defined: {reason}; expected self-attention over all "
         f"{tokens}×{tokens} tokens"
     )
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention call."""
+
+    module: str
+    query: torch.Tensor  # [image, head, query, dim]
+    key: torch.Tensor  # [image, head, key, dim]
+    value: torch.Tensor  # [image, head, key, dim]
+    scale: float
+    bias: torch.Tensor | None
+    output: torch.Tensor  # [image, head, query, dim], part of the graph
+
+    def attention(self) -> torch.Tensor:
+        """[image, head, query, key]; made when needed, so that one layer's maps are in memory at a time."""
+        return attention_map(self.query, self.key, self.scale, self.bias)
+
+
+def record_attention(
+    model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None
+) -> tuple[torch.Tensor, list[AttentionLayer], TokenLayout]:
+    """Target logits [image], every layer's attention call in depth order, and the layout, by one forward pass.
+
+    Raises:
+        CaptureError: a call that is not over all tokens, or no call.
+    """
+    layout = token_layout(vision_module(model), images.shape)
+    layers: list[AttentionLayer] = []
+    pooled = False
+
+    def attend(call: FunctionCall) -> torch.Tensor:
+        nonlocal pooled
+        read: AttentionCall = read_attention_call(call)
+        pooled = check_call(read, call.module, layout, images.shape[0], pooled)
+        output: torch.Tensor = call.run()
+        if not output.requires_grad:
+            # The lowest layer: weights and images are constants, and gradients are wanted at its output.
+            output = output.detach().requires_grad_()
+        query, key, value = (tensor.detach() for tensor in (read.query, read.key, read.value))
+        layers.append(AttentionLayer(call.module or "the model", query, key, value, read.scale, read.bias, output))
+        return output
+
+    interception = ModelInterception(model, {F.scaled_dot_product_attention: attend})
+    logits = class_logits(model, images, targets, dtype, interception)
+    if not layers:
+        raise CaptureError(f"{type(model).__name__} made no attention call that relevance could follow")
+    return logits, layers, layout
 
 
 def read_tokens(gradient: torch.Tensor, module: str) -> torch.Tensor:

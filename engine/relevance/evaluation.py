@@ -14,27 +14,12 @@ from engine.capture import CaptureError, evaluating, token_layout, vision_module
 from engine.relevance.choice import Targets
 from engine.relevance.faithfulness import Curves, baseline_images, perturbation_curves, random_maps
 from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
-from engine.relevance.methods import relevance_maps
+from engine.relevance.maps import relevance_maps
+from engine.relevance.methods import METHODS
+from engine.relevance.results import CONTROL
 from train.data import ImageSet
 
 Floats = NDArray[np.float64]
-
-CONTROL = "random"  # the method that knows nothing
-
-# Measure -> (unit, what it is); `region_` measures stand once a region, `_other` ones are of the other class's map.
-MEASURES: Mapping[str, tuple[str, str]] = {
-    "faithfulness": ("probability", "area between insertion and deletion curve"),
-    "deletion_auc": ("probability", "area under the deletion curve (positive perturbation); lower is better"),
-    "insertion_auc": ("probability", "area under the insertion curve (negative perturbation); higher is better"),
-    "region_hit": ("1", "pointing game: the map's peak lies on the region"),
-    "region_share": ("1", "share of the map's mass on the region"),
-    "region_overlap": ("1", "intersection over union with the region of as many of the map's greatest patches"),
-    "class_rank_correlation": ("1", "Spearman's correlation of the maps of the image's class and another class"),
-    "class_ssim": ("1", "SSIM of the maps of the image's class and another class"),
-    "total_variation": ("1", "mean difference of neighbouring patches over the map's mean"),
-    "map_entropy": ("nat", "entropy of the map over patches"),
-    "map_morans_i": ("1", "Moran's I of the map"),
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +87,7 @@ def evaluate_maps(
                     except CaptureError as error:
                         refused[method] = str(error)
                         continue
-                    if targets.other is not None and method != "rollout":  # which is the same for every class
+                    if targets.other is not None and not METHODS[method].class_free:
                         other = torch.from_numpy(targets.other[batch])
                         others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
                 curves = perturbation_curves(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +11,14 @@ from numpy.typing import NDArray
 
 from engine.capture import CaptureError
 from engine.config import RelevanceConfig
-from engine.relevance.choice import ClassChoice, find_targets
-from engine.relevance.comparison import relevance_document, write_relevance
+from engine.relevance.choice import ClassChoice, Targets, find_targets
 from engine.relevance.evaluation import Evaluation, evaluate_maps
+from engine.relevance.explained import Explained, explain_samples, samples_folder, write_samples
+from engine.relevance.inference import relevance_results, write_relevance
+from engine.relevance.methods import METHODS
+from engine.relevance.results import PredictionLink, RolloutPeaks
 from engine.relevance.rollout_peaks import rollout_peaks
-from engine.relevance.samples import Explained, explain_samples, samples_folder, write_samples
+from engine.statistics import Settings
 from train.data import HeadClasses, ImageSet
 
 Loader = Callable[[], torch.nn.Module]
@@ -30,11 +32,10 @@ def explain_study(
     measured: Sequence[int],
     config: RelevanceConfig,
     *,
-    against: str,
     heads: Mapping[str, HeadClasses],
     choice: ClassChoice,
-    settings: Mapping[str, Any],
-    link: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    link: Sequence[PredictionLink],
     seed: int,
     device: str,
 ) -> None:
@@ -47,53 +48,47 @@ def explain_study(
         models: condition -> what loads its model, in evaluation mode on `device`.
         images: the test split; drawn, measured: its rows to draw and to measure.
         config: the methods, and how faithfulness is measured.
-        against: the condition that the others are compared with.
         heads: condition -> the classes of its head; one without a head is left out.
         choice: which classes are explained.
-        settings: permutations, bootstrap, confidence and seed of the tests.
-        link: entries of `prediction_link`.
+        settings: of the tests; the condition that the others are compared with.
+        link: results of `prediction_link`.
         seed: of the other classes, the random control and ties.
         device: where the models run.
     """
     explained: dict[str, list[Explained]] = {method: [] for method in config.methods}
     refused: dict[str, dict[str, str]] = {condition: {} for condition in models}
     evaluations: dict[str, dict[str, Evaluation]] = {condition: {} for condition in models}
-    peaks: list[dict[str, Any]] = []
-    of_drawn, of_measured = (
-        find_targets(
-            choice,
-            heads,
-            images,
-            rows,
-            seed,
-            against=against,
-            predict=lambda condition, rows=rows: _predicted(models[condition], images, rows, device),  # type: ignore[misc]
-        )
-        for rows in (drawn, measured)
-    )
+    peaks: list[RolloutPeaks] = []
+
+    def targets_of(rows: Sequence[int]) -> dict[str, Targets]:
+        def predict(condition: str) -> NDArray[np.int64]:
+            return _predicted(models[condition], images, rows, device)
+
+        return find_targets(choice, heads, images, rows, seed, against=settings.against, predict=predict)
+
+    drawn_targets, measured_targets = targets_of(drawn), targets_of(measured)
     for condition, load in models.items():
-        if condition not in of_measured:
+        if condition not in measured_targets:
             refused[condition] = dict.fromkeys(config.methods, "it has no head, and a relevance map is of a class")
             continue
         model = load()
         for method in config.methods if drawn else ():
             try:
-                explained[method] += explain_samples(
-                    model, condition, images, drawn, of_drawn[condition], method, device=device
-                )
+                maps = explain_samples(model, condition, images, drawn, drawn_targets[condition], method, device=device)
             except CaptureError as error:
                 refused[condition][method] = str(error)
-        if drawn and "rollout" in config.methods and "rollout" not in refused[condition]:
-            ours = {item.image: item.map for item in explained["rollout"] if item.condition == condition}
-            pixels = images.batch(list(drawn)).to(device)
-            peaks.append({"condition": condition} | rollout_peaks(model, pixels, [ours[row] for row in drawn]))
-        methods = [method for method in config.methods if method not in refused[condition]]
+                continue
+            explained[method] += maps
+            if METHODS[method].class_free:
+                pixels = images.batch(list(drawn)).to(device)
+                by_row = {item.image: item.map for item in maps}
+                peaks.append(rollout_peaks(condition, model, pixels, [by_row[row] for row in drawn]))
         evaluations[condition], reasons = evaluate_maps(
             model,
             images,
             measured,
-            of_measured[condition],
-            methods,
+            measured_targets[condition],
+            [method for method in config.methods if method not in refused[condition]],
             baseline=config.baseline,
             steps=config.steps,
             seed=seed,
@@ -103,19 +98,18 @@ def explain_study(
         refused[condition] |= reasons
     for method in config.methods:
         write_samples(samples_folder(outputs, method), method, images, explained[method])
-    document = relevance_document(
+    results = relevance_results(
         evaluations,
         refused,
         choice,
         images=len(measured),
-        against=against,
         baseline=config.baseline,
         steps=config.steps,
         settings=settings,
+        rollout_peaks=peaks,
+        link=link,
     )
-    document["rollout_peaks"] = peaks
-    document["link"] = list(link)
-    write_relevance(outputs / "metrics", document, evaluations, of_measured, [images.ids[row] for row in measured])
+    write_relevance(outputs / "metrics", results, evaluations, measured_targets, [images.ids[row] for row in measured])
 
 
 def _predicted(load: Loader, images: ImageSet, rows: Sequence[int], device: str) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from engine.report.findings import layer_curve
@@ -44,9 +44,10 @@ def downloads(results: Results, summary: str) -> Iterator[tuple[str, str, str, s
 def _entry(entry: Any) -> Row:
     """A column per field; an interval is two columns, layers are joined by spaces."""
     row: dict[str, Any] = {}
-    for name, value in asdict(entry).items():
-        if name.startswith("ci") and isinstance(value, tuple):
-            row[f"{name}_low"], row[f"{name}_high"] = value
+    for field in fields(entry):
+        name, value = field.name, getattr(entry, field.name)
+        if field.type == "Interval":
+            row[f"{name}_low"], row[f"{name}_high"] = value or (None, None)
         else:
             row[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
     return row

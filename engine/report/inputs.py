@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import xarray as xr
 from engine.capture import SampleMaps
 from engine.report.kept import GradcamSample, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
-from engine.statistics import Analyses, Cluster, PairedTest, Trend, load_analyses
+from engine.statistics import Cluster, Comparison, PairedTest, Trend, parse_comparison
 from kernels import METRICS
 from train.errors import InputError
 
@@ -78,7 +78,7 @@ class Results:
     regions: tuple[str, ...]
     num_images: int
     sites: tuple[str, ...]
-    analyses: Analyses
+    analyses: Comparison
     settings: Mapping[str, Any]
     record: Record
     controls: tuple[Mapping[str, Any], ...] = ()
@@ -187,23 +187,17 @@ def load_results(outputs: Path, record: Record) -> Results:
     for needed in (METRICS_TABLE, COMPARISON):
         record.require(outputs / needed)
     table = _load_table(outputs / METRICS_TABLE)
-    comparison = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
-    if comparison.get("schema") != 1:
-        raise InputError(
-            f"{outputs / COMPARISON}: schema is {comparison.get('schema')!r}; this version reads schema 1; "
-            "run the comparison stage again"
-        )
+    document = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
+    comparison = parse_comparison(document, outputs / COMPARISON)
     # Zarr lists arrays in whatever order the file system does: metrics stand as in METRICS, a user's own after them.
     names = sorted(str(name) for name in table.data_vars)
     table = table[[name for name in METRICS if name in names] + [name for name in names if name not in METRICS]]
-    sites = tuple(str(site) for site in comparison.get("layers", ()))
-    if len(sites) != table.sizes["layer"]:
+    if len(comparison.layers) != table.sizes["layer"]:
         raise InputError(
-            f"{outputs / COMPARISON}: lists {len(sites)} layers but {METRICS_TABLE} has {table.sizes['layer']}; "
-            "they come from different runs, so run the comparison stage again"
+            f"{outputs / COMPARISON}: lists {len(comparison.layers)} layers but {METRICS_TABLE} has "
+            f"{table.sizes['layer']}; they come from different runs, so run the comparison stage again"
         )
-    analyses = load_analyses(comparison, outputs / COMPARISON)
-    _check_names(analyses, table, outputs / COMPARISON)
+    _check_names(comparison, table, outputs / COMPARISON)
     training = None
     if record.usable(outputs / TRAINING):
         training = load_json(outputs / TRAINING, "written by the train stage")
@@ -220,16 +214,16 @@ def load_results(outputs: Path, record: Record) -> Results:
         heads=tuple(table["head"].values.tolist()),
         regions=tuple(map(str, table["region"].values)) if "region" in table.coords else (),
         num_images=table.sizes["image"],
-        sites=sites,
-        analyses=analyses,
-        settings=_settings(comparison, outputs / COMPARISON),
+        sites=comparison.layers,
+        analyses=comparison,
+        settings=asdict(comparison.settings),
         record=record,
-        controls=tuple(comparison.get("controls", ())),
-        accuracy=comparison.get("accuracy") or {},
-        classifiers=comparison.get("classifiers") or {},
-        data=comparison.get("data") or {},
-        undefined=comparison.get("undefined") or {},
-        prefix_mass_warning=str(comparison.get("prefix_mass_warning") or ""),
+        controls=comparison.controls,
+        accuracy=comparison.accuracy,
+        classifiers=comparison.classifiers,
+        data=comparison.data,
+        undefined=comparison.undefined,
+        prefix_mass_warning=comparison.prefix_mass_warning,
         training=training,
         samples=load_samples(outputs / SAMPLES, table, record.usable),
         gradcam=tuple(load_gradcam(outputs / GRADCAM)) if record.usable(outputs / GRADCAM) else (),
@@ -260,7 +254,7 @@ def _load_table(path: Path) -> xr.Dataset:
     return table
 
 
-def _check_names(analyses: Analyses, table: xr.Dataset, path: Path) -> None:
+def _check_names(analyses: Comparison, table: xr.Dataset, path: Path) -> None:
     conditions = {str(name) for name in table["condition"].values}
     metrics = {str(name) for name in table.data_vars}
     known = {axis: [int(value) for value in table[axis].values] for axis in ("layer", "head")}
@@ -276,17 +270,6 @@ def _check_names(analyses: Analyses, table: xr.Dataset, path: Path) -> None:
                 value = getattr(entry, axis, None)
                 if value is not None and value not in values:
                     raise InputError(f"{where}.{axis} is {value}, which {METRICS_TABLE} has not")
-
-
-def _settings(comparison: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    settings = comparison.get("settings")
-    levels = ("alpha", "confidence", "power")
-    if not isinstance(settings, Mapping) or not all(isinstance(settings.get(name), float) for name in levels):
-        raise InputError(
-            f"{path}: does not say with which settings ({', '.join(levels)}) its tests and intervals were made; "
-            "run the comparison stage again"
-        )
-    return settings
 
 
 def _load_study(path: Path) -> tuple[dict[str, Any], str]:

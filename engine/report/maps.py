@@ -93,7 +93,7 @@ def _cells(
 def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[str, Any]:
     cell = {
         "d": _round(test.difference),
-        "ci": [_round(edge) for edge in test.ci],
+        "ci": [_round(edge) for edge in test.ci or (None, None)],
         "dz": _round(test.dz),
         "p": _round(test.p_max_t),
         "a": _round(test.mean_against, text.MOST_DIGITS),

@@ -64,9 +64,9 @@ def p_value(value: float | None) -> str:
 
 def interval(ci: Interval) -> str:
     """ "low to high" of an interval, or "" where there is none."""
-    low, high = ci
-    if low is None or high is None:
+    if ci is None:
         return ""
+    low, high = ci
     shown = decimals(high - low)
     return f"{number(low, decimals=shown)} to {number(high, decimals=shown)}"
 

@@ -4,41 +4,59 @@ from engine.statistics.analysis import analyse
 from engine.statistics.association import correlate_over_images
 from engine.statistics.bootstrap import bootstrap_interval
 from engine.statistics.clusters import layer_clusters
-from engine.statistics.conditions import IMAGES, check_bounds, compare_conditions
-from engine.statistics.document import comparison_document, write_comparison
-from engine.statistics.entries import interval, number, numbers, why_degenerate
+from engine.statistics.conditions import check_bounds, compare_conditions
+from engine.statistics.document import UNLESS_NONE, parse, write_document
 from engine.statistics.morans import MoransInference, morans_inference
-from engine.statistics.paired import compare_paired
+from engine.statistics.paired import compare_paired, paired_columns
+from engine.statistics.pairing import defined_mean, metric_series
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
 from engine.statistics.power import minimum_detectable_effect
-from engine.statistics.results import SKEWED, Analyses, Cluster, Interval, PairedTest, Relation, Trend, load_analyses
+from engine.statistics.results import (
+    IMAGES,
+    SKEWED,
+    Cluster,
+    Comparison,
+    Interval,
+    PairedTest,
+    Relation,
+    Settings,
+    Trend,
+    build,
+    finite,
+    parse_comparison,
+    write_comparison,
+)
 
 __all__ = [
     "IMAGES",
     "SKEWED",
-    "Analyses",
+    "UNLESS_NONE",
     "Cluster",
+    "Comparison",
     "Interval",
     "MoransInference",
     "PairedTest",
     "Relation",
+    "Settings",
     "Trend",
     "analyse",
     "bootstrap_interval",
+    "build",
     "check_bounds",
     "compare_conditions",
     "compare_paired",
-    "comparison_document",
     "correlate_over_images",
     "cross_metric_correlation",
-    "interval",
+    "defined_mean",
+    "finite",
     "layer_clusters",
     "layer_trend",
-    "load_analyses",
+    "metric_series",
     "minimum_detectable_effect",
     "morans_inference",
-    "number",
-    "numbers",
-    "why_degenerate",
+    "paired_columns",
+    "parse",
+    "parse_comparison",
     "write_comparison",
+    "write_document",
 ]

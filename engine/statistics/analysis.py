@@ -2,71 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+import numpy as np
 import xarray as xr
 
 from engine.statistics.clusters import layer_clusters
 from engine.statistics.conditions import compare_conditions
+from engine.statistics.pairing import metric_series
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
+from engine.statistics.results import DEFAULTS, Comparison, Settings
 
 
-def analyse(
-    table: xr.Dataset,
-    *,
-    against: str = "baseline",
-    permutations: int = 9999,
-    bootstrap: int = 2000,
-    confidence: float = 0.95,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    equivalence: Mapping[str, float] | None = None,
-    cluster_alpha: float = 0.05,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What a study says of its table: the parts of attention_comparison.json that are inference or description.
+def analyse(table: xr.Dataset, settings: Settings = DEFAULTS) -> Comparison:
+    """What a study says of its table: what `attention_comparison.json` holds of description and inference.
 
     Args:
-        table, against, permutations, bootstrap, confidence, alpha, power, equivalence, seed: as in
-            `compare_conditions`.
-        cluster_alpha: as in `layer_clusters`.
+        table: metrics over (condition, seed, image, layer, head[, region]), as in `compare_conditions`.
+        settings: how tests and intervals are made.
     Returns:
-        `settings` (the arguments: a reader of the results learns there how they were made), `tests`
-        (`compare_conditions`), `trends` (`layer_trend`), `clusters` (`layer_clusters`) and `relations`
-        (`cross_metric_correlation`); all but the settings are empty with a single condition.
+        Layer means of every condition, `tests` (`compare_conditions`), `trends` (`layer_trend`), `clusters`
+        (`layer_clusters`) and `relations` (`cross_metric_correlation`); the last four are empty with a single
+        condition. What the study knows besides is left empty.
     Raises:
         InputError: as `compare_conditions`.
     """
-    settings = {
-        "against": against,
-        "permutations": permutations,
-        "bootstrap": bootstrap,
-        "confidence": confidence,
-        "alpha": alpha,
-        "power": power,
-        "equivalence": dict(equivalence or {}),
-        "cluster_alpha": cluster_alpha,
-        "seed": seed,
-    }
+    return Comparison(
+        tests=tuple(compare_conditions(table, settings)),
+        layers=tuple(str(site) for site in table["site"].values),
+        units={str(metric): variable.attrs["units"] for metric, variable in table.data_vars.items()},
+        conditions={str(name): _layer_means(table.sel(condition=name)) for name in table["condition"].values},
+        clusters=tuple(layer_clusters(table, settings)),
+        relations=tuple(cross_metric_correlation(table, settings)),
+        settings=settings,
+        trends=tuple(layer_trend(table, settings)),
+    )
+
+
+def _layer_means(condition: xr.Dataset) -> dict[str, tuple[float | None, ...]]:
+    over = [dim for dim in condition.dims if dim not in ("layer", "region")]
     return {
-        "settings": settings,
-        "tests": compare_conditions(
-            table,
-            against=against,
-            permutations=permutations,
-            bootstrap=bootstrap,
-            confidence=confidence,
-            seed=seed,
-            alpha=alpha,
-            power=power,
-            equivalence=equivalence,
-        ),
-        "trends": layer_trend(
-            table, against=against, permutations=permutations, bootstrap=bootstrap, confidence=confidence, seed=seed
-        ),
-        "clusters": layer_clusters(
-            table, against=against, permutations=permutations, cluster_alpha=cluster_alpha, seed=seed
-        ),
-        "relations": cross_metric_correlation(table, against=against),
+        metric if region is None else f"{metric}[{region}]": tuple(means.values.tolist())
+        for metric, region, means in metric_series(condition.astype(np.float64).mean(over))
     }

@@ -9,6 +9,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
+from engine.statistics.pairing import defined_mean
+
 Floats = NDArray[np.float64]
 
 _BLOCK_BYTES = 32 * 2**20
@@ -91,11 +93,6 @@ def _unit_ranks(values: Floats) -> Floats:
     """Ranks of each column's values, centred and of unit length; 0 for missing ones and for constant columns."""
     ranks = stats.rankdata(values, axis=0, nan_policy="omit")
     with np.errstate(invalid="ignore"):
-        centred = np.nan_to_num(ranks - _mean(ranks), nan=0.0)
+        centred = np.nan_to_num(ranks - defined_mean(ranks, axis=0), nan=0.0)
     norm = np.sqrt((centred * centred).sum(axis=0))
     return np.asarray(centred / np.where(norm > 1e-9, norm, np.inf))
-
-
-def _mean(ranks: Floats) -> Floats:
-    known = np.isfinite(ranks)
-    return np.asarray(np.where(known, ranks, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
+from engine.statistics.pairing import defined_mean
+
 Floats = NDArray[np.float64]
 
 _BLOCK_BYTES = 32 * 2**20
@@ -56,7 +58,7 @@ def bootstrap_interval(
         d = differences[:, columns]
         valid = ~np.isnan(d)
         count = valid.sum(axis=0)
-        mean = np.where(valid, d, 0).sum(axis=0) / np.maximum(count, 1)
+        mean = defined_mean(d, axis=0)
         centred = np.where(valid, d - mean, 0)
         scale = np.abs(centred).max(axis=0)
         scale[scale == 0] = 1

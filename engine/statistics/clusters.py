@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from engine.statistics.conditions import IMAGES
-from engine.statistics.entries import number
-from engine.statistics.pairing import check_table, existing_heads, other_conditions, paired_metrics
+from engine.statistics.pairing import paired_conditions
 from engine.statistics.permutation import BLOCK_BYTES, normalised, sign_patterns, t_squared
+from engine.statistics.results import DEFAULTS, IMAGES, Cluster, Settings, finite
 
 Floats = NDArray[np.float64]
 
@@ -23,7 +21,7 @@ _TIE = 1e-9
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Stretch:
     """Neighbouring layers of one line whose |t| passes the threshold with the same sign.
 
     Attributes:
@@ -49,7 +47,7 @@ def cluster_sign_flip(
     permutations: int = 9999,
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
-) -> list[Cluster]:
+) -> list[Stretch]:
     """Sign-flip test of clusters along the last axis, family-wise over all clusters of all lines.
 
     The threshold only decides what is called a cluster; the level is held whatever it is. The p-value is of the cluster
@@ -83,21 +81,21 @@ def cluster_sign_flip(
         result: Floats = t.reshape(-1, n_lines, n_layers)
         return result
 
-    found = [
+    stretches = [
         (line, first, last, float(t[first : last + 1].sum()))
         for line, t in enumerate(signed_t(z.sum(axis=0, keepdims=True))[0])
         for first, last in _stretches(t)
     ]
-    if not found:
+    if not stretches:
         return []
-    observed = np.abs([mass for *_, mass in found])
+    observed = np.abs([mass for *_, mass in stretches])
     limit = observed * (1 - _TIE)
 
     patterns = sign_patterns(int(units.sum()), permutations, seed)
     rows = max(1, block_bytes // (8 * (z.shape[0] + 4 * z.shape[1])))
     greatest = np.sort(np.concatenate([_greatest_mass(signed_t(signs @ z)) for signs in patterns.blocks(rows)]))
     p = patterns.p(greatest.size - np.searchsorted(greatest, limit, side="left"))
-    return [Cluster(*cluster, float(value), patterns.floor) for cluster, value in zip(found, p, strict=True)]
+    return [Stretch(*stretch, float(value), patterns.floor) for stretch, value in zip(stretches, p, strict=True)]
 
 
 def _stretches(t: Floats) -> list[tuple[int, int]]:
@@ -127,53 +125,41 @@ def _greatest_mass(t: Floats) -> Floats:
 
 
 def layer_clusters(
-    table: xr.Dataset,
-    *,
-    against: str = "baseline",
-    metrics: Sequence[str] | None = None,
-    permutations: int = 9999,
-    cluster_alpha: float = 0.05,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
+    table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Sequence[str] | None = None
+) -> list[Cluster]:
     """Runs of neighbouring layers in which a metric changes, paired over images (seeds, then heads averaged).
 
     Layers are neighbours in depth order. Heads are averaged first: the same head number in two layers means nothing,
     so heads give clusters no neighbours. The family is all clusters of all metrics (and regions) of one condition.
 
     Args:
-        table, against, metrics, permutations, seed: as in `compare_conditions`.
-        cluster_alpha: as in `cluster_sign_flip`.
+        table, settings, metrics: as in `compare_conditions`.
     Returns:
-        One dict a cluster, ready for JSON; none where no layer passes the threshold.
+        One result per cluster; none where no layer passes the threshold.
     Raises:
         InputError: as `compare_conditions`.
     """
-    names = check_table(table, against, metrics)
-    table = table[names]
-    layers = np.flatnonzero(existing_heads(table).any(axis=1))
-    entries: list[dict[str, Any]] = []
-    for condition in other_conditions(table, against):
-        pairs = list(paired_metrics(table, condition, against, names))
-        lines = np.stack([metric.image_differences()[:, layers] for metric in pairs], axis=1)
-        for cluster in cluster_sign_flip(lines, cluster_alpha=cluster_alpha, permutations=permutations, seed=seed):
-            metric = pairs[cluster.line]
-            members = layers[cluster.first : cluster.last + 1]
-            entries.append(
-                {
-                    "condition": condition,
-                    "against": against,
-                    **metric.identity(),
-                    "unit_of_inference": IMAGES,
-                    "family": f"{condition} against {against}, clusters along the layers: metric",
-                    "family_size": len(pairs),
-                    "cluster_alpha": cluster_alpha,
-                    "layers": [int(table["layer"].values[i]) for i in members],
-                    "direction": "higher" if cluster.mass > 0 else "lower",
-                    "mass": number(cluster.mass),
-                    "n": int(np.isfinite(lines[:, cluster.line, cluster.first : cluster.last + 1]).any(axis=1).sum()),
-                    "p": cluster.p,
-                    "p_floor": cluster.floor,
-                    "degenerate": None if np.isfinite(cluster.mass) else "a layer whose differences are all equal",
-                }
+    clusters: list[Cluster] = []
+    for paired in paired_conditions(table, settings.against, metrics):
+        lines = np.stack([metric.image_differences()[:, paired.layers] for metric in paired.metrics], axis=1)
+        for stretch in cluster_sign_flip(
+            lines, cluster_alpha=settings.cluster_alpha, permutations=settings.permutations, seed=settings.seed
+        ):
+            within = slice(stretch.first, stretch.last + 1)
+            clusters.append(
+                Cluster(
+                    **paired.metrics[stretch.line].identity,
+                    unit_of_inference=IMAGES,
+                    family=paired.family("clusters along the layers: metric"),
+                    family_size=len(paired.metrics),
+                    cluster_alpha=settings.cluster_alpha,
+                    layers=tuple(paired.layer_ids[i] for i in paired.layers[within]),
+                    direction="higher" if stretch.mass > 0 else "lower",
+                    mass=finite(stretch.mass),
+                    n=int(np.isfinite(lines[:, stretch.line, within]).any(axis=1).sum()),
+                    p=stretch.p,
+                    p_floor=stretch.floor,
+                    degenerate=None if np.isfinite(stretch.mass) else "a layer whose differences are all equal",
+                )
             )
-    return entries
+    return clusters

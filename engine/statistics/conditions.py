@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -12,32 +11,28 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from engine.statistics.bootstrap import bootstrap_interval
-from engine.statistics.entries import interval, number, numbers, why_degenerate
 from engine.statistics.multiplicity import benjamini_hochberg, holm
-from engine.statistics.paired import compare_paired
-from engine.statistics.pairing import (
-    MetricPairs,
-    check_table,
-    defined_mean,
-    existing_heads,
-    other_conditions,
-    paired_metrics,
-)
+from engine.statistics.paired import compare_paired, paired_columns
+from engine.statistics.pairing import ConditionPairs, MetricPairs, check_table, defined_mean, paired_conditions
 from engine.statistics.power import minimum_detectable_effect
+from engine.statistics.results import CLASSES, DEFAULTS, IMAGES, LAYERS, RUNS, PairedTest, Settings, build
 from train.errors import InputError
 
 Floats = NDArray[np.float64]
 
-# Units of inference, as the report words them.
-IMAGES = "image, given these checkpoints"
-CLASSES = "class of images (the mean over its images), given these checkpoints"
-RUNS = "training run (seed)"
-LAYERS = "layer (layers are not independent samples; shown for comparison with published practice)"
+# Level -> (unit of inference, what its family is over).
+_LEVELS = {
+    "head": (IMAGES, "layer × head × metric"),
+    "layer": (IMAGES, "layer × metric"),
+    "class": (CLASSES, "layer × metric"),
+    "layer_means": (LAYERS, "metric"),
+    "seed": (RUNS, "layer × metric"),
+}
 
 
 @dataclass(frozen=True)
 class _Column:
-    """One test of a family: what is compared, and the values of both conditions, [unit]."""
+    """One test of a family: what is compared, at which positions, and the values of both conditions, [unit]."""
 
     pairs: MetricPairs
     layer: int | None
@@ -46,30 +41,9 @@ class _Column:
     condition: Floats
 
 
-@dataclass(frozen=True)
-class _Settings:
-    permutations: int
-    bootstrap: int
-    confidence: float
-    seed: int
-    alpha: float
-    power: float
-    equivalence: Mapping[str, float] = field(default_factory=dict)
-
-
 def compare_conditions(
-    table: xr.Dataset,
-    *,
-    against: str = "baseline",
-    metrics: Sequence[str] | None = None,
-    permutations: int = 9999,
-    bootstrap: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    equivalence: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
+    table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Sequence[str] | None = None
+) -> list[PairedTest]:
     """Compare every condition of a table with one of them, in up to five families of tests each.
 
     | level       | unit of inference | family                | pairs                                               |
@@ -90,14 +64,12 @@ def compare_conditions(
             coordinates condition, seed, layer, site [layer], head, region, and `seed_invariant` [condition] (bool)
             where some conditions are the same for every seed: these are stored for one seed and paired with every
             run of the others. Otherwise runs of the same seed are paired. `class_name` [image] names the classes.
-        against: the condition that the others are compared with.
+        settings: which condition the others are compared with, resamples, confidence, level and power, bounds of the
+            equivalence tests, seed.
         metrics: names of the variables to compare; all when None.
-        permutations, bootstrap, confidence, seed: as in `compare_paired`.
-        alpha, power: level (of a whole family) and power of the minimum detectable effect.
-        equivalence: metric -> bound of its TOST equivalence test in the metric's unit, set before looking.
     Returns:
-        One dict a test, ready for JSON: no NaN or infinity, null instead with the reason under `degenerate`. `p` is
-        that of the test named under `test`: the paired t-test, or for the seed level the sign flip over runs, whose
+        One result per test; where a number is not defined it is None, for the reason under `degenerate`. `p` is that
+        of the test named under `test`: the paired t-test, or for the seed level the sign flip over runs, whose
         least attainable value is `p_floor` (2/2^runs where exact). `p_holm` and `p_bh` adjust `p`; `p_floor` bounds
         `p_max_t` in every entry. `d_av` is the difference in standard deviations between units (images, at the image
         levels), the two conditions' variances averaged: a size that does not grow with how alike the pairs are, as
@@ -111,18 +83,12 @@ def compare_conditions(
         InputError: a dimension, coordinate, condition or metric is not there, two conditions share no run, or as
             `check_bounds`.
     """
-    names = check_table(table, against, metrics)
-    table = table[names]
-    check_bounds(equivalence, names)
-    settings = _Settings(permutations, bootstrap, confidence, seed, alpha, power, dict(equivalence or {}))
-    heads = existing_heads(table)
-    tests: list[dict[str, Any]] = []
-    for condition in other_conditions(table, against):
-        pairs = list(paired_metrics(table, condition, against, names))
-        comparison = {"condition": condition, "against": against}
-        for level, columns in _families(table, pairs, heads):
+    check_bounds(settings.equivalence, check_table(table, settings.against, metrics))
+    tests: list[PairedTest] = []
+    for paired in paired_conditions(table, settings.against, metrics):
+        for level, columns in _families(paired):
             if columns:
-                tests += _test_family(table, comparison, level, columns, settings)
+                tests += _test_family(paired, level, columns, settings)
     return tests
 
 
@@ -141,27 +107,21 @@ def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]
             raise InputError(f"statistics.equivalence: {metric} is {bound}; expected a positive number in its unit")
 
 
-def _families(
-    table: xr.Dataset, pairs: Sequence[MetricPairs], heads: NDArray[np.bool_]
-) -> Iterator[tuple[str, list[_Column]]]:
+def _families(paired: ConditionPairs) -> Iterator[tuple[str, list[_Column]]]:
     """The tests of each family; none where there are too few units for any."""
-    layer_ids = [int(layer) for layer in table["layer"].values]
-    head_ids = [int(head) for head in table["head"].values]
-    layers = np.flatnonzero(heads.any(axis=1))
-    classes = _classes(table)
-
+    metrics, layers = paired.metrics, paired.layers
     columns = []
-    for metric in pairs:
+    for metric in metrics:
         a, b = metric.over_seeds()
-        for i, j in np.argwhere(heads):
-            columns.append(_Column(metric, layer_ids[i], head_ids[j], a[:, i, j], b[:, i, j]))
+        columns += [_Column(metric, i, j, a[:, i, j], b[:, i, j]) for i, j in np.argwhere(paired.heads)]
     yield "head", columns
 
-    by_layer = [(metric, *metric.over_heads()) for metric in pairs]
-    yield "layer", [_Column(metric, layer_ids[i], None, a[:, i], b[:, i]) for metric, a, b in by_layer for i in layers]
+    by_layer = [(metric, *metric.over_heads()) for metric in metrics]
+    yield "layer", [_Column(metric, i, None, a[:, i], b[:, i]) for metric, a, b in by_layer for i in layers]
 
-    by_class = [(metric, *metric.over_classes(classes)) for metric in pairs] if classes is not None else []
-    yield "class", [_Column(metric, layer_ids[i], None, a[:, i], b[:, i]) for metric, a, b in by_class for i in layers]
+    classes = paired.classes
+    by_class = [(metric, *metric.over_classes(classes)) for metric in metrics] if classes is not None else []
+    yield "class", [_Column(metric, i, None, a[:, i], b[:, i]) for metric, a, b in by_class for i in layers]
 
     columns = [
         _Column(metric, None, None, defined_mean(a, axis=0)[layers], defined_mean(b, axis=0)[layers])
@@ -169,39 +129,20 @@ def _families(
     ]
     yield "layer_means", columns if layers.size >= 2 else []
 
-    by_run = [(metric, *metric.over_images()) for metric in pairs if metric.changing and len(metric.seeds) >= 2]
-    yield "seed", [_Column(metric, layer_ids[i], None, a[:, i], b[:, i]) for metric, a, b in by_run for i in layers]
-
-
-def _classes(table: xr.Dataset) -> NDArray[np.int64] | None:
-    """Class of each image as a number from 0; None where classes have no names or are fewer than 3."""
-    if "class_name" not in table.coords:
-        return None
-    # Plain text, whatever type the store has strings of.
-    names, codes = np.unique([str(name) for name in table["class_name"].values], return_inverse=True)
-    return codes.astype(np.int64) if len(names) >= 3 else None
-
-
-_UNITS = {"head": IMAGES, "layer": IMAGES, "class": CLASSES, "layer_means": LAYERS, "seed": RUNS}
-_FAMILIES = {
-    "head": "layer × head × metric",
-    "layer": "layer × metric",
-    "class": "layer × metric",
-    "layer_means": "metric",
-    "seed": "layer × metric",
-}
+    by_run = [(metric, *metric.over_images()) for metric in metrics if metric.changing and len(metric.seeds) >= 2]
+    yield "seed", [_Column(metric, i, None, a[:, i], b[:, i]) for metric, a, b in by_run for i in layers]
 
 
 def _test_family(
-    table: xr.Dataset, comparison: dict[str, str], level: str, columns: Sequence[_Column], settings: _Settings
-) -> list[dict[str, Any]]:
-    """One entry a column, all adjusted as one family."""
+    paired: ConditionPairs, level: str, columns: Sequence[_Column], settings: Settings
+) -> list[PairedTest]:
+    """One result per column, all adjusted as one family."""
+    unit, over = _LEVELS[level]
     a = np.stack([column.against for column in columns], axis=1)
     b = np.stack([column.condition for column in columns], axis=1)
-    over_images = _UNITS[level] == IMAGES
     # Bounds are of an effect on images or runs; over layers there is no inference that they could belong to.
-    bounds = [settings.equivalence.get(column.pairs.metric, np.nan) for column in columns]
-    bounds = bounds if level != "layer_means" else [np.nan] * len(columns)
+    bounds = {} if level == "layer_means" else settings.equivalence
+    tost_bound = np.array([bounds.get(column.pairs.identity["metric"], np.nan) for column in columns])
     result = compare_paired(
         a,
         b,
@@ -209,74 +150,60 @@ def _test_family(
         seed=settings.seed,
         confidence=settings.confidence,
         # A handful of layers, classes or runs cannot be resampled into an interval: theirs is Student's.
-        bootstrap=settings.bootstrap if over_images else 0,
-        equivalence=bounds,
+        bootstrap=settings.bootstrap if unit == IMAGES else 0,
+        equivalence=tost_bound,
     )
-    values = {str(name): result[name].values for name in result.data_vars}
-    if over_images:
+    values = paired_columns(result)
+    ci_method, test, nested_levels = "Student's t", "paired t-test", None
+    if unit == IMAGES:
         ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
     else:
-        values["ci_low"], values["ci_high"] = _student_interval(b - a, settings.confidence)
-        ci_method = "Student's t"
+        values["ci"] = _student_interval(b - a, settings.confidence)
     if level == "seed":
         values["p"] = values["p_sign_flip"]
         values["p_holm"], values["p_bh"] = holm(values["p"]), benjamini_hochberg(values["p"])
         test = f"sign flip over training runs ({result.attrs['sign_flip']})"
-    else:
-        values["p"] = values["p_t"]
-        test = "paired t-test"
+    if level == "layer":
+        values["ci_nested"], nested_levels = _nested_intervals(paired, columns, settings)
 
-    attainable = result.attrs["p_floor"] <= settings.alpha
-    size = max(result.attrs["family_size"], 1)
-    values["mde_dz"] = np.array(
-        [
-            minimum_detectable_effect(int(n), alpha=settings.alpha, power=settings.power, family_size=size)
-            if attainable
-            else np.nan
-            for n in values["n"]
-        ]
-    )
-    values["mde"] = values["mde_dz"] * values["sd"]
-    nested, nested_levels = _nested_intervals(table, columns, settings) if level == "layer" else ({}, None)
-
-    paired = np.isfinite(b - a)
-    values["d_av"] = _between_units(np.where(paired, a, np.nan), np.where(paired, b, np.nan), values["difference"])
-    values["mean_against"] = defined_mean(np.where(paired, a, np.nan), axis=0)
-    values["mean_condition"] = defined_mean(np.where(paired, b, np.nan), axis=0)
-    sites = {int(layer): str(site) for layer, site in zip(table["layer"].values, table["site"].values, strict=True)}
-    return [
+    size, floor = result.attrs["family_size"], result.attrs["p_floor"]
+    if floor <= settings.alpha:
+        power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(size, 1)}
+        values["mde_dz"] = np.array([minimum_detectable_effect(int(n), **power) for n in values["n"]])
+    else:  # no p can fall to alpha
+        values["mde_dz"] = np.full(len(columns), np.nan)
+    complete = np.isfinite(b - a)
+    a, b = np.where(complete, a, np.nan), np.where(complete, b, np.nan)
+    values |= {
+        "mean_against": defined_mean(a, axis=0),
+        "mean_condition": defined_mean(b, axis=0),
+        "d_av": _between_units(a, b, values["difference"]),
+        "mde": values["mde_dz"] * values["sd"],
+        "tost_bound": tost_bound,
+    }
+    rows = [
         {
-            **comparison,
-            "metric": column.pairs.metric,
-            "unit": column.pairs.unit,
-            "region": column.pairs.region,
-            "level": level,
-            "unit_of_inference": _UNITS[level],
-            "family": f"{comparison['condition']} against {comparison['against']}, by {level}: {_FAMILIES[level]}",
-            "family_size": result.attrs["family_size"],
-            "layer": column.layer,
-            "site": None if column.layer is None else sites[column.layer],
-            "head": column.head,
-            "seeds": list(column.pairs.seeds),
-            "n": int(values["n"][i]),
-            "missing": int(values["missing"][i]),
-            **numbers(
-                values, i, ("mean_against", "mean_condition", "difference", "sd", "skewness", "dz", "gz", "d_av")
-            ),
-            "ci": interval(values, i),
-            "ci_method": ci_method,
-            "ci_nested": interval(nested, i) if nested else None,
-            "nested_levels": nested_levels,
-            "test": test,
-            **numbers(values, i, ("t", "p", "p_wilcoxon", "p_max_t", "p_holm", "p_bh")),
-            "tost_bound": number(bounds[i]),
-            **numbers(values, i, ("p_tost", "p_tost_holm")),
-            **numbers(values, i, ("mde_dz", "mde")),
-            "p_floor": result.attrs["p_floor"],
-            "degenerate": why_degenerate(values, i),
+            **column.pairs.identity,
+            "layer": None if column.layer is None else paired.layer_ids[column.layer],
+            "site": None if column.layer is None else paired.sites[column.layer],
+            "head": None if column.head is None else paired.head_ids[column.head],
+            "seeds": column.pairs.seeds,
         }
-        for i, column in enumerate(columns)
+        for column in columns
     ]
+    return build(
+        PairedTest,
+        rows,
+        values,
+        level=level,
+        unit_of_inference=unit,
+        family=paired.family(f"by {level}: {over}"),
+        family_size=size,
+        ci_method=ci_method,
+        nested_levels=nested_levels,
+        test=test,
+        p_floor=floor,
+    )
 
 
 def _between_units(a: Floats, b: Floats, difference: Floats) -> Floats:
@@ -290,45 +217,42 @@ def _between_units(a: Floats, b: Floats, difference: Floats) -> Floats:
 
 
 def _nested_intervals(
-    table: xr.Dataset, columns: Sequence[_Column], settings: _Settings
-) -> tuple[dict[str, Floats], str | None]:
-    """Intervals of the mean over all runs and images when runs, then classes, then images are resampled.
+    paired: ConditionPairs, columns: Sequence[_Column], settings: Settings
+) -> tuple[Floats, str | None]:
+    """Intervals [test, 2] of the mean over all runs and images when runs, then classes, then images are resampled.
 
-    None where there is one run and no class to nest images in: then it would be the interval over images again.
+    NaN where there is one run and no class to nest images in: then it would be the interval over images again.
     """
     pairs = columns[0].pairs
     seeds, images = len(pairs.seeds), pairs.against.shape[1]
-    classes = _classes(table)
     levels: dict[str, NDArray[np.int64]] = {}
     if seeds > 1:
         levels["seed"] = np.repeat(np.arange(seeds), images)
-    if classes is not None:
-        levels["class"] = np.tile(classes, seeds)
+    if paired.classes is not None:
+        levels["class"] = np.tile(paired.classes, seeds)
     if not levels or not settings.bootstrap:
-        return {}, None
-    rows = {int(layer): row for row, layer in enumerate(table["layer"].values)}
-    differences = {id(column.pairs): column.pairs.run_differences() for column in columns}
-    d = np.stack([differences[id(c.pairs)][..., rows[int(c.layer or 0)]].ravel() for c in columns], axis=1)
-    low, high = bootstrap_interval(
-        d,
+        return np.full((len(columns), 2), np.nan), None
+    by_run = [metric.run_differences() for metric in paired.metrics]
+    bounds = bootstrap_interval(
+        np.stack([d[..., layer].ravel() for d in by_run for layer in paired.layers], axis=1),
         resamples=settings.bootstrap,
         confidence=settings.confidence,
         seed=settings.seed,
         groups=np.stack(list(levels.values()), axis=1),
     )
-    return {"ci_low": low, "ci_high": high}, " > ".join([*levels, "image"])
+    return np.stack(bounds, axis=1), " > ".join([*levels, "image"])
 
 
-def _student_interval(d: Floats, confidence: float) -> tuple[Floats, Floats]:
-    """Student's interval of the mean of each column of d [unit, test]; NaN with fewer than 2 values."""
-    low, high = np.full((2, d.shape[1]), np.nan)
+def _student_interval(d: Floats, confidence: float) -> Floats:
+    """Student's interval [test, 2] of the mean of each column of d [unit, test]; NaN with fewer than 2 values."""
+    bounds = np.full((d.shape[1], 2), np.nan)
     for column in range(d.shape[1]):
         values = d[np.isfinite(d[:, column]), column]
         if values.size < 2:
             continue
         if values.min() == values.max():  # exactly, where the rounded mean could be off it
-            low[column] = high[column] = values[0]
+            bounds[column] = values[0]
             continue
         half = stats.t.ppf((1 + confidence) / 2, values.size - 1) * stats.sem(values)
-        low[column], high[column] = values.mean() - half, values.mean() + half
-    return low, high
+        bounds[column] = values.mean() - half, values.mean() + half
+    return bounds

@@ -1,82 +1,60 @@
-"""attention_comparison.json: every condition's mean a layer, and every test."""
+"""JSON documents that are dataclasses: one declaration is built, written and read back."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import xarray as xr
+from pydantic import TypeAdapter, ValidationError
 
+from train.errors import InputError
 from train.whole_files import write_atomically
 
-SCHEMA = 1
+_Document = TypeVar("_Document")
+
+UNLESS_NONE = {"unless_none": True}
+"""Metadata of a dataclass field that is not written where it is None; others are null."""
 
 
-def comparison_document(
-    table: xr.Dataset, tests: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The document: `schema`, `layers`, `units`, `conditions`, `tests`, then the keys of `extra` in alphabetical order.
+def write_document(path: Path, document: Any, *, indent: int) -> None:
+    """Write a dataclass as a JSON object: all of it or nothing, the same bytes for the same values; NaN is null.
 
-    `conditions` holds a list a condition and metric with one value a layer: the mean over seeds, images and heads of
-    the values that are defined, in the metric's unit. A metric with regions has a list a region under
-    "metric[region]", for example `region_mass[target_digit]`. NaN is null.
+    Raises:
+        ValueError: the document holds infinity, or a value that JSON has no form for.
+        DiskError: the folder is not writable or the disk is full.
+    """
+    text = json.dumps(_plain(document, "document"), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode("utf-8"))
+
+
+def parse(kind: type[_Document], document: Mapping[str, Any], path: Path) -> _Document:
+    """The dataclass that a JSON object holds; keys that it does not declare are left out.
 
     Args:
-        table: metrics over (condition, seed, image, layer, head[, region]), with `site` [layer] and attributes `units`.
-        tests: entries of `engine.statistics.compare_conditions`.
-        extra: further keys, such as `controls`, `data` or `accuracy`; NumPy scalars and arrays become plain.
-    Raises:
-        ValueError: a key of `extra` is one of the document's own, or a value is infinite or cannot be written as JSON.
-    """
-    document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "layers": [str(site) for site in table["site"].values],
-        "units": {str(metric): variable.attrs.get("units") for metric, variable in table.data_vars.items()},
-        "conditions": {
-            str(condition): _layer_means(table.sel(condition=condition)) for condition in table["condition"].values
-        },
-        "tests": list(tests),
-    }
-    extra = extra or {}
-    taken = sorted(set(document) & set(extra))
-    if taken:
-        raise ValueError(f"the extra keys {', '.join(taken)} are the document's own; give them other names")
-    document |= {key: extra[key] for key in sorted(extra)}
-    plain: dict[str, Any] = _plain(document, "document")
-    return plain
-
-
-def write_comparison(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write a document as JSON: all of it or nothing, the same bytes for the same document.
+        kind: the dataclass.
+        document: what was read from `path`.
 
     Raises:
-        ValueError: the document holds NaN or infinity.
+        InputError: a value that is missing or not as `kind` declares it; the sentence says which.
     """
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(Path(path), text.encode("utf-8"))
-
-
-def _layer_means(condition: xr.Dataset) -> dict[str, list[float]]:
-    """Metric, or metric[region] -> mean over seeds, images and heads, one value a layer."""
-    means = {}
-    for metric, variable in condition.data_vars.items():
-        over = [dim for dim in variable.dims if dim not in ("layer", "region")]
-        layers = variable.astype(np.float64).mean(over, skipna=True)
-        if "region" in layers.dims:
-            for region, values in zip(layers["region"].values, layers.transpose("region", "layer").values, strict=True):
-                means[f"{metric}[{region}]"] = values.tolist()
-        else:
-            means[str(metric)] = layers.values.tolist()
-    return means
+    try:
+        return TypeAdapter(kind).validate_python(document)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_mistake(kind, document, error.errors(include_url=False)[0]['loc'])}") from None
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The value in JSON's own types, NaN as None; `where` names it in errors."""
+    """The value in JSON's own types; `where` names it in errors."""
+    if dataclasses.is_dataclass(value):
+        declared = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        value = {f.name: item for f, item in declared if item is not None or not f.metadata.get("unless_none")}
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -90,3 +68,33 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (str, int, bool)):
         return value
     raise ValueError(f"{where} is a {type(value).__name__}; expected numbers, text, lists and mappings")
+
+
+def _mistake(hint: Any, value: Any, place: tuple[int | str, ...]) -> str:
+    """The sentence on what stands at a place, named down to the last field of a dataclass."""
+    parent = here = ""
+    for part in place:
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            hint, value = typing.get_type_hints(hint)[str(part)], value.get(str(part))
+            parent, here = here, f"{here}.{part}".lstrip(".")
+        elif isinstance(part, int) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+            hint, value = typing.get_args(hint)[0], value[part]
+            here += f"[{part}]"
+        else:
+            break
+    if value is None and not here.endswith("]"):
+        return f"{parent} has no {here.removeprefix(parent).lstrip('.')}; expected {_words(hint)}".lstrip()
+    return f"{here} is {value!r:.80}; expected {_words(hint)}"
+
+
+def _words(hint: Any) -> str:
+    """What a field holds, as the end of "expected …"."""
+    items = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return _words(items[0])
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(items)}"
+    if typing.get_origin(hint) is tuple:
+        kind = {int: "whole numbers", float: "numbers"}.get(items[0], "a list")
+        return kind if items[-1] is Ellipsis else f"two {kind}"
+    return {str: "text", int: "a whole number", float: "a number"}.get(hint, "an object")

@@ -14,6 +14,7 @@ from scipy import special, stats
 from engine.statistics.bootstrap import bootstrap_interval
 from engine.statistics.equivalence import tost
 from engine.statistics.multiplicity import benjamini_hochberg, holm
+from engine.statistics.pairing import defined_mean
 from engine.statistics.permutation import sign_flip
 
 Floats = NDArray[np.float64]
@@ -116,6 +117,30 @@ def compare_paired(
     )
 
 
+def paired_columns(result: xr.Dataset) -> dict[str, Any]:
+    """The tests of a comparison over one trailing axis, [test], as columns of results (`results.build`).
+
+    Its variables, `ci` [test, 2], `p` of the t-test, and under `degenerate` why a test lacks a number, or None.
+    """
+    columns: dict[str, Any] = {str(name): values.values for name, values in result.data_vars.items()}
+    columns["ci"] = np.stack([columns["ci_low"], columns["ci_high"]], axis=1)
+    columns["p"] = columns["p_t"]
+    columns["degenerate"] = [
+        _why_degenerate(*row) for row in zip(*(columns[name] for name in ("n", "t", "dz", "gz")), strict=True)
+    ]
+    return columns
+
+
+def _why_degenerate(n: int, t: float, dz: float, gz: float) -> str | None:
+    if n < 2:
+        return f"{n} complete pairs: a test needs at least 2"
+    if np.isinf(t):
+        return "all differences are equal and not 0: t, dz and gz are infinite"
+    if np.isnan(dz):
+        return "all differences are exactly 0: dz and gz are not defined"
+    return "2 pairs: gz is not defined" if np.isnan(gz) else None
+
+
 def _check_parameters(permutations: int, confidence: float, bootstrap: int) -> None:
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1; found {permutations}")
@@ -198,8 +223,7 @@ def _summary(d: Floats) -> dict[str, Any]:
     least = np.where(valid, d, np.inf).min(axis=0)
     constant = (n > 0) & (least == np.where(valid, d, -np.inf).max(axis=0))
 
-    total = np.where(valid, d, 0).sum(axis=0)
-    mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
+    mean = defined_mean(d, axis=0)
     mean[constant] = least[constant]  # a mean of equal numbers can round off them
     deviation = np.where(valid, d - mean, 0)
     greatest = np.abs(deviation).max(axis=0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from train.errors import InputError
+from train.errors import InputError, nearest
 
 Floats = NDArray[np.float64]
 
@@ -23,16 +22,14 @@ class MetricPairs:
     """One metric (of one region) in two conditions, pair by pair.
 
     Attributes:
-        metric, region, unit: what was measured; region None for metrics without regions.
+        identity: fields of `Compared`: the conditions' names and what was measured.
         seeds: the runs paired, in the table's order. A condition that no seed changes is paired with every run of the
             other; else only seeds that both have.
         against, condition: [seed, image, layer, head], NaN in both where either has no finite value.
         changing: whether a seed changes either condition, so that runs are units of their own.
     """
 
-    metric: str
-    region: str | None
-    unit: str
+    identity: Mapping[str, Any]
     seeds: tuple[Any, ...]
     against: Floats
     condition: Floats
@@ -58,8 +55,8 @@ class MetricPairs:
         Args:
             classes: class of each image, from 0 without gaps, [image].
         """
-        of = [np.flatnonzero(classes == code) for code in range(int(classes.max()) + 1)]
-        against, condition = (np.stack([defined_mean(x[rows], axis=0) for rows in of]) for x in self.over_heads())
+        members = [np.flatnonzero(classes == code) for code in range(int(classes.max()) + 1)]
+        against, condition = (np.stack([defined_mean(x[rows], axis=0) for rows in members]) for x in self.over_heads())
         return against, condition
 
     def image_differences(self) -> Floats:
@@ -75,10 +72,6 @@ class MetricPairs:
         """Condition − against, seeds and images averaged, [layer, head]."""
         against, condition = self.over_seeds()
         return defined_mean(condition - against, axis=0)
-
-    def identity(self) -> dict[str, Any]:
-        """What was measured, as every entry of the results names it."""
-        return {"metric": self.metric, "unit": self.unit, "region": self.region}
 
 
 def defined_mean(values: Floats, axis: int | tuple[int, ...]) -> Floats:
@@ -104,13 +97,13 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
     present = [str(name) for name in table["condition"].values]
     if against not in present:
         raise InputError(
-            f"no condition is called {against!r}{_nearest(against, present)} (there are {', '.join(present)})"
+            f"no condition is called {against!r}{nearest(against, present)} (there are {', '.join(present)})"
         )
     held = [str(name) for name in table.data_vars]
     for metric in metrics or ():
         if metric not in held:
             raise InputError(
-                f"the table holds no metric {metric!r}{_nearest(metric, held)} (it holds {', '.join(held)})"
+                f"the table holds no metric {metric!r}{nearest(metric, held)} (it holds {', '.join(held)})"
             )
     names = list(metrics) if metrics is not None else held
     for metric in names:
@@ -121,56 +114,103 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
     return names
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+@dataclass(frozen=True)
+class ConditionPairs:
+    """A condition paired with the one that it is compared with.
+
+    Attributes:
+        condition, against: their names.
+        metrics: each metric, and each region of a metric with regions.
+        layer_ids, sites, head_ids: of the axes `layer` and `head`; a site is a module's name.
+        heads: [layer, head], which cells any metric of the table has a value in.
+        classes: class of each image as a number from 0, [image]; None where classes have no names or are fewer than 3.
+    """
+
+    condition: str
+    against: str
+    metrics: Sequence[MetricPairs]
+    layer_ids: Sequence[int]
+    sites: Sequence[str]
+    head_ids: Sequence[int]
+    heads: NDArray[np.bool_]
+    classes: NDArray[np.int64] | None
+
+    @property
+    def layers(self) -> NDArray[np.intp]:
+        """Positions of the layers that have a value."""
+        return np.flatnonzero(self.heads.any(axis=1))
+
+    def family(self, over: str) -> str:
+        """The name of a family of tests over these things."""
+        return f"{self.condition} against {self.against}, {over}"
 
 
-def other_conditions(table: xr.Dataset, against: str) -> list[str]:
-    """The conditions to compare with `against`, in the table's order."""
-    return [str(name) for name in table["condition"].values if name != against]
+def paired_conditions(table: xr.Dataset, against: str, metrics: Sequence[str] | None) -> Iterator[ConditionPairs]:
+    """Every other condition of a table paired with `against`, in the table's order.
+
+    Raises:
+        InputError: as `check_table`, or two conditions have no run in common.
+    """
+    names = check_table(table, against, metrics)
+    table = table[names]
+    for condition in (str(name) for name in table["condition"].values if name != against):
+        yield ConditionPairs(
+            condition=condition,
+            against=against,
+            metrics=list(_paired_metrics(table, condition, against)),
+            layer_ids=[int(layer) for layer in table["layer"].values],
+            sites=[str(site) for site in table["site"].values],
+            head_ids=[int(head) for head in table["head"].values],
+            heads=_existing_heads(table),
+            classes=_classes(table),
+        )
 
 
-def existing_heads(table: xr.Dataset) -> NDArray[np.bool_]:
+def _existing_heads(table: xr.Dataset) -> NDArray[np.bool_]:
     """Which cells [layer, head] any metric has a value in: layers with fewer heads are padded with NaN."""
-    found = np.zeros((table.sizes["layer"], table.sizes["head"]), dtype=bool)
+    exists = np.zeros((table.sizes["layer"], table.sizes["head"]), dtype=bool)
     for variable in table.data_vars.values():
         over = [dim for dim in variable.dims if dim not in ("layer", "head")]
         finite = xr.apply_ufunc(np.isfinite, variable).any(over)
-        found |= finite.transpose("layer", "head").values
-    return found
+        exists |= finite.transpose("layer", "head").values
+    return exists
 
 
-def paired_metrics(table: xr.Dataset, condition: str, against: str, metrics: Sequence[str]) -> Iterator[MetricPairs]:
-    """Each metric, and each region of a metric with regions, of `condition` paired with `against`.
+def _classes(table: xr.Dataset) -> NDArray[np.int64] | None:
+    if "class_name" not in table.coords:
+        return None
+    # Plain text, whatever type the store has strings of.
+    names, codes = np.unique([str(name) for name in table["class_name"].values], return_inverse=True)
+    return codes.astype(np.int64) if len(names) >= 3 else None
 
-    Raises:
-        InputError: the two conditions have no run in common.
-    """
+
+def metric_series(table: xr.Dataset) -> Iterator[tuple[str, str | None, xr.DataArray]]:
+    """(metric, region, values) of each metric, one per region where it has regions; region None where it has none."""
+    for name, variable in table.data_vars.items():
+        regions = variable["region"].values if "region" in variable.dims else ()
+        for i, region in enumerate(regions):
+            yield str(name), str(region), variable.isel(region=i, drop=True)
+        if "region" not in variable.dims:
+            yield str(name), None, variable
+
+
+def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator[MetricPairs]:
     runs_against, runs_condition, seeds = _paired_runs(table, condition, against)
     changing = not (_seed_invariant(table, condition) and _seed_invariant(table, against))
-    for metric in metrics:
-        variable = table[metric]
-        parts: list[tuple[str | None, xr.DataArray]]
-        if "region" in variable.dims:
-            parts = [(str(region), variable.isel(region=i)) for i, region in enumerate(variable["region"].values)]
-        else:
-            parts = [(None, variable)]
-        for region, part in parts:
-            a, b = (
-                np.asarray(part.sel(condition=name).isel(seed=runs).transpose(*_AXES).values, dtype=np.float64)
-                for name, runs in ((against, runs_against), (condition, runs_condition))
-            )
-            paired = np.isfinite(a) & np.isfinite(b)
-            yield MetricPairs(
-                metric=metric,
-                region=region,
-                unit=variable.attrs["units"],
-                seeds=seeds,
-                against=np.where(paired, a, np.nan),
-                condition=np.where(paired, b, np.nan),
-                changing=changing,
-            )
+    for metric, region, values in metric_series(table):
+        a, b = (
+            np.asarray(values.sel(condition=name).isel(seed=runs).transpose(*_AXES).values, dtype=np.float64)
+            for name, runs in ((against, runs_against), (condition, runs_condition))
+        )
+        paired = np.isfinite(a) & np.isfinite(b)
+        unit = table[metric].attrs["units"]
+        yield MetricPairs(
+            identity={"condition": condition, "against": against, "metric": metric, "unit": unit, "region": region},
+            seeds=seeds,
+            against=np.where(paired, a, np.nan),
+            condition=np.where(paired, b, np.nan),
+            changing=changing,
+        )
 
 
 def _paired_runs(table: xr.Dataset, condition: str, against: str) -> tuple[list[int], list[int], tuple[Any, ...]]:
@@ -191,9 +231,10 @@ def _paired_runs(table: xr.Dataset, condition: str, against: str) -> tuple[list[
         pairs = [(run, run) for run in first if run in second]
     seeds = table["seed"].values if "seed" in table.coords else np.arange(table.sizes["seed"])
     if not pairs:
-        of = {name: ", ".join(str(seeds[run]) for run in runs) for name, runs in present.items()}
+        listed = {name: ", ".join(str(seeds[run]) for run in runs) for name, runs in present.items()}
         raise InputError(
-            f"{condition!r} has runs of the seeds {of[condition]} and {against!r} of {of[against]}: train a common seed"
+            f"{condition!r} has runs of the seeds {listed[condition]} and {against!r} of {listed[against]}: "
+            "train a common seed"
         )
     chosen = [second_run if fixed_first else first_run for first_run, second_run in pairs]
     return [a for a, _ in pairs], [b for _, b in pairs], tuple(seeds[run].item() for run in chosen)
@@ -201,11 +242,11 @@ def _paired_runs(table: xr.Dataset, condition: str, against: str) -> tuple[list[
 
 def _runs(table: xr.Dataset, condition: str) -> list[int]:
     """Positions along `seed` where the condition has any value."""
-    found = np.zeros(table.sizes["seed"], dtype=bool)
+    measured = np.zeros(table.sizes["seed"], dtype=bool)
     for variable in table.data_vars.values():
         finite = xr.apply_ufunc(np.isfinite, variable.sel(condition=condition))
-        found |= finite.any([dim for dim in finite.dims if dim != "seed"]).values
-    return [int(run) for run in np.flatnonzero(found)]
+        measured |= finite.any([dim for dim in finite.dims if dim != "seed"]).values
+    return [int(run) for run in np.flatnonzero(measured)]
 
 
 def _seed_invariant(table: xr.Dataset, condition: str) -> bool:

@@ -1,48 +1,96 @@
-"""What `attention_comparison.json` holds of inference and description, as the report reads it."""
+"""What `attention_comparison.json` holds: built here by the tests, written, and read back by the report."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
+
+from engine.statistics.document import parse, write_document
 from train.errors import InputError
 
-LEVELS = ("head", "layer", "class", "seed", "layer_means")
+SCHEMA = 1
+
+# Units of inference, as the report words them.
+IMAGES = "image, given these checkpoints"
+CLASSES = "class of images (the mean over its images), given these checkpoints"
+RUNS = "training run (seed)"
+LAYERS = "layer (layers are not independent samples; shown for comparison with published practice)"
 
 SKEWED = 0.06
 """Skewness/√n above which the level of a sign-flip test of many cells is no longer near its nominal one: at 5 %
 a thousand simulated null studies each are rejected in 4.9 % at 0.050, 9.6 % at 0.077 and 15 % at 0.153."""
 
-Interval = tuple[float | None, float | None]
+Interval = tuple[float, float] | None
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Result = TypeVar("_Result", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairedTest:
-    """One paired comparison, `condition` − `against`, as `engine.statistics.compare_conditions` describes it.
+class Settings:
+    """How tests and intervals are made; a reader of the results learns it from them.
 
-    `level` says what one test covers: "head" (a layer and head), "layer" (a layer, mean over its heads), "class" (the
-    same, every class of images counting alike), "seed" (differences between training runs) or "layer_means" (the t-test
-    over layer means, kept for comparison only). Numbers are in `unit`; None where the file holds null.
+    Args:
+        against: the condition that the others are compared with.
+        permutations: sign flips of the max-T and cluster tests; all 2^n patterns where these are not more.
+        bootstrap: resamples of the intervals; 0 for none.
+        confidence: coverage of the intervals.
+        alpha, power: level (of a whole family) and power of the minimum detectable effect.
+        equivalence: metric -> bound of its TOST equivalence test in the metric's unit, set before looking.
+        cluster_alpha: two-sided level whose critical t makes neighbouring layers a cluster.
+        seed: of flips and resamples.
     """
+
+    against: str = "baseline"
+    permutations: int = 9999
+    bootstrap: int = 2000
+    confidence: float = 0.95
+    alpha: float = 0.05
+    power: float = 0.8
+    equivalence: Mapping[str, float] = field(default_factory=dict)
+    cluster_alpha: float = 0.05
+    seed: int = 0
+
+
+DEFAULTS = Settings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One metric (of one region, or None) in a condition and the one that it is compared with, in `unit`."""
 
     condition: str
     against: str
     metric: str
     unit: str
-    level: str
+    region: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedTest(Compared):
+    """One paired comparison, `condition` − `against`, as `compare_conditions` describes it.
+
+    `level` says what one test covers: "head" (a layer and head), "layer" (a layer, mean over its heads), "class" (the
+    same, every class of images counting alike), "seed" (differences between training runs) or "layer_means" (the t-test
+    over layer means, kept for comparison only). Numbers are in `unit`; None where there is no number, for the reason
+    under `degenerate`.
+    """
+
+    level: Literal["head", "layer", "class", "seed", "layer_means"]
     unit_of_inference: str
     family: str
     family_size: int | None = None
-    region: str | None = None
     layer: int | None = None
     site: str | None = None
     head: int | None = None
+    seeds: tuple[int, ...] = ()
     n: int | None = None
     missing: int | None = None
     mean_against: float | None = None
@@ -53,24 +101,24 @@ class PairedTest:
     dz: float | None = None
     gz: float | None = None
     d_av: float | None = None
-    ci: Interval = (None, None)
-    ci_method: str = ""
-    ci_nested: Interval = (None, None)
-    nested_levels: str = ""
-    test: str = ""
+    ci: Interval = None
+    ci_method: str | None = None
+    ci_nested: Interval = None
+    nested_levels: str | None = None
+    test: str | None = None
     t: float | None = None
     p: float | None = None
     p_wilcoxon: float | None = None
     p_max_t: float | None = None
     p_holm: float | None = None
     p_bh: float | None = None
-    p_floor: float | None = None
     tost_bound: float | None = None
     p_tost: float | None = None
     p_tost_holm: float | None = None
     mde_dz: float | None = None
     mde: float | None = None
-    degenerate: str = ""
+    p_floor: float | None = None
+    degenerate: str | None = None
 
     def survives(self, alpha: float) -> bool:
         """Whether it survives its family's max-T test."""
@@ -100,27 +148,29 @@ class PairedTest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trend:
+class Trend(Compared):
     """Deep half of the layers against the shallow half, of one metric in one condition (`layer_trend`)."""
 
-    condition: str
-    against: str
-    metric: str
-    unit: str
     unit_of_inference: str
     family: str
-    region: str | None = None
+    family_size: int | None = None
     shallow_layers: tuple[int, ...] = ()
     deep_layers: tuple[int, ...] = ()
     n: int | None = None
+    missing: int | None = None
     shallow: float | None = None
     deep: float | None = None
     difference: float | None = None
     dz: float | None = None
-    ci: Interval = (None, None)
+    gz: float | None = None
+    ci: Interval = None
     p: float | None = None
+    t: float | None = None
     p_max_t: float | None = None
+    p_holm: float | None = None
+    p_bh: float | None = None
     depth_rho: float | None = None
+    degenerate: str | None = None
 
     def survives(self, alpha: float) -> bool:
         """Whether the halves differ after the correction over the metrics."""
@@ -128,21 +178,20 @@ class Trend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class Cluster(Compared):
     """Neighbouring layers in which one metric changes in one direction (`layer_clusters`)."""
 
-    condition: str
-    against: str
-    metric: str
-    unit: str
     unit_of_inference: str
     family: str
-    direction: str
-    region: str | None = None
+    family_size: int | None = None
+    cluster_alpha: float | None = None
     layers: tuple[int, ...] = ()
+    direction: str
     mass: float | None = None
     n: int | None = None
     p: float | None = None
+    p_floor: float | None = None
+    degenerate: str | None = None
 
     def survives(self, alpha: float) -> bool:
         """Whether it survives the cluster permutation test."""
@@ -156,95 +205,108 @@ class Relation:
     condition: str
     against: str
     metric: str
-    with_metric: str
-    over: str
     region: str | None = None
+    with_metric: str
     with_region: str | None = None
+    over: str
     layer: int | None = None
     rho: float | None = None
     n: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Analyses:
-    """Everything of one study."""
+class Comparison:
+    """The whole of `attention_comparison.json`; its keys are these names, in this order.
 
-    tests: tuple[PairedTest, ...]
-    trends: tuple[Trend, ...]
-    clusters: tuple[Cluster, ...]
-    relations: tuple[Relation, ...]
+    Args:
+        schema: of this file.
+        layers: module of each layer, in depth order.
+        units: metric -> unit.
+        conditions: condition -> metric, or "metric[region]" (for example `region_mass[target_digit]`) -> one value per
+            layer: the mean over seeds, images and heads of the values that are defined, in the metric's unit.
+        settings: what tests, trends, clusters and relations were made with.
+        accuracy, classifiers, controls, data, prefix_mass_warning, undefined: what the study knows besides: condition
+            -> seed -> accuracies; condition -> what its outputs stand for; the negative controls; the data set; what
+            capture had to say; metric -> condition -> rows without a value.
+    """
+
+    schema: int = SCHEMA
+    layers: tuple[str, ...] = ()
+    units: Mapping[str, str] = field(default_factory=dict)
+    conditions: Mapping[str, Mapping[str, tuple[float | None, ...]]] = field(default_factory=dict)
+    tests: tuple[PairedTest, ...] = ()
+    accuracy: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    clusters: tuple[Cluster, ...] = ()
+    controls: tuple[Mapping[str, Any], ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    prefix_mass_warning: str = ""
+    relations: tuple[Relation, ...] = ()
+    settings: Settings
+    trends: tuple[Trend, ...] = ()
+    undefined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-Entry = TypeVar("Entry", PairedTest, Trend, Cluster, Relation)
+def parse_comparison(document: Mapping[str, Any], path: Path) -> Comparison:
+    """The comparison that a JSON document holds.
 
-
-def load_analyses(document: Mapping[str, Any], path: Path) -> Analyses:
-    """The analyses of a comparison document.
+    Args:
+        document: what was read from `path`.
 
     Raises:
-        InputError: a part is no list, or an entry lacks what it needs or holds something else than expected.
+        InputError: another schema, no settings, or a part that is not as `Comparison` declares it.
     """
-    tests = tuple(_entries(PairedTest, document, "tests", path))
-    for index, test in enumerate(tests):
-        if test.level not in LEVELS:
-            raise InputError(f"{path}: tests[{index}].level is {test.level!r}; expected one of {', '.join(LEVELS)}")
-    return Analyses(
-        tests=tests,
-        trends=tuple(_entries(Trend, document, "trends", path)),
-        clusters=tuple(_entries(Cluster, document, "clusters", path)),
-        relations=tuple(_entries(Relation, document, "relations", path)),
-    )
+    if document.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
+            "run the comparison stage again"
+        )
+    settings = document.get("settings")
+    levels = ("alpha", "confidence", "power")
+    if not isinstance(settings, Mapping) or not all(isinstance(settings.get(name), float) for name in levels):
+        raise InputError(
+            f"{path}: does not say with which settings ({', '.join(levels)}) its tests and intervals were made; "
+            "run the comparison stage again"
+        )
+    return parse(Comparison, document, path)
 
 
-def _entries(kind: type[Entry], document: Mapping[str, Any], part: str, path: Path) -> Iterator[Entry]:
-    entries = document.get(part, [])
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: {part} is a {type(entries).__name__}; expected a list")
-    declared = _fields(kind)
-    for index, entry in enumerate(entries):
-        where = f"{path}: {part}[{index}]"
-        if not isinstance(entry, dict):
-            raise InputError(f"{where} is a {type(entry).__name__}; expected an object")
-        values = {}
-        for name, wanted, required in declared:
-            value = entry.get(name)
-            if value is None:
-                if required:
-                    raise InputError(f"{where} has no {name}; expected text")
-                continue  # null: the field's own default
-            try:
-                values[name] = _read(value, wanted)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{where}.{name} is {value!r:.80}; expected {wanted}") from error
-        yield kind(**values)
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write `attention_comparison.json`: all of it or nothing, the same bytes for the same results.
+
+    Raises:
+        ValueError: a value is infinite or has no form in JSON.
+    """
+    write_document(path, comparison, indent=1)
 
 
-def _fields(kind: Any) -> tuple[tuple[str, str, bool], ...]:
-    """(name, what it holds, whether it must be there) of every field."""
-    hints = typing.get_type_hints(kind)
-    return tuple((f.name, _kind(hints[f.name]), f.default is dataclasses.MISSING) for f in dataclasses.fields(kind))
+def build(
+    kind: type[_Result], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], **same: Any
+) -> list[_Result]:
+    """One result per row.
+
+    Args:
+        kind: a dataclass of results.
+        rows: fields of each row by itself.
+        columns: field -> one value per row: a list, an array [row], or of an interval [row, 2]; NaN and infinity, which
+            JSON does not have, become None. Columns that are no field of `kind` are left out.
+        same: fields that are the same in every row.
+    """
+    chosen = {entry.name: _values(columns[entry.name]) for entry in fields(kind) if entry.name in columns}
+    return [
+        kind(**same, **row, **dict(zip(chosen, values, strict=True)))
+        for row, values in zip(rows, zip(*chosen.values(), strict=True), strict=True)
+    ]
 
 
-def _kind(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return _kind(next(part for part in typing.get_args(hint) if part is not type(None)))
-    if hint == Interval:
-        return "two numbers"
-    return {str: "text", int: "a whole number", float: "a number"}.get(hint, "whole numbers")
+def finite(value: float) -> float | None:
+    """A number as results hold it: None for NaN and infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
-def _read(value: Any, wanted: str) -> Any:
-    match wanted:
-        case "text":
-            if not isinstance(value, str):
-                raise TypeError
-            return value
-        case "a whole number":
-            return int(value)
-        case "a number":
-            return float(value)
-        case "two numbers":
-            low, high = value
-            return float(low), float(high)
-        case _:
-            return tuple(int(item) for item in value)
+def _values(column: Sequence[Any] | np.ndarray) -> Sequence[Any]:
+    if not isinstance(column, np.ndarray):
+        return column
+    if column.ndim == 1:
+        return [finite(value) for value in column] if column.dtype.kind == "f" else column.tolist()
+    return [tuple(row.tolist()) if np.isfinite(row).all() else None for row in column]

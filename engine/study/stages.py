@@ -27,9 +27,9 @@ from engine.capture import (
 from engine.config import StudyConfig, study_toml
 from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
 from engine.progress import reason_of, say
-from engine.relevance import choose_classes, explain_study, prediction_link, samples_folder
+from engine.relevance import PredictionLink, choose_classes, explain_study, prediction_link, samples_folder
 from engine.report import write_report
-from engine.statistics import analyse, comparison_document, write_comparison
+from engine.statistics import Settings, analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
 from engine.study.controls import Contender, Control, negative_controls
 from engine.study.data import Start, StudyData, check_class_files, prepare_data
@@ -244,17 +244,16 @@ class Study:
 
         def work() -> None:
             table = read_table(table_path)
-            results: dict[str, Any] = analyse(table, against=self.against, **dataclasses.asdict(config))
-            tests = results.pop("tests")
-            extra = results | {
-                "accuracy": self._accuracy(),
-                "classifiers": self._classifiers(),
-                "controls": json.loads(controls_path.read_bytes()) if controlled else [],
-                "data": self.data.summary(),
-                "undefined": json.loads(table.attrs["undefined"]),
-                "prefix_mass_warning": prefix_mass_warning(table),
-            }
-            write_comparison(path, comparison_document(table, tests, extra))
+            comparison = dataclasses.replace(
+                analyse(table, self._statistics_settings()),
+                accuracy=self._accuracy(),
+                classifiers=self._classifiers(),
+                controls=tuple(json.loads(controls_path.read_bytes())) if controlled else (),
+                data=self.data.summary(),
+                undefined=json.loads(table.attrs["undefined"]),
+                prefix_mass_warning=prefix_mass_warning(table),
+            )
+            write_comparison(path, comparison)
 
         self.journal.stage("statistics", inputs, [path], work, reads=[table_path, controls_path])
 
@@ -270,11 +269,7 @@ class Study:
         drawn = [row for row in self.sample_rows if row in choice.rows][: config.images]
         chosen = choose_samples(config.measured, len(choice.rows), self.config.data.seed)
         measured = [choice.rows[position] for position in chosen]
-        settings = {
-            name: value
-            for name, value in dataclasses.asdict(self.config.statistics).items()
-            if name in ("permutations", "bootstrap", "confidence", "seed")
-        }
+        settings = self._statistics_settings()
         inputs = {
             "checkpoints": {run.name: run.digest for run in self.runs},
             "captures": {run.name: self._captured[run] for run in self.runs},
@@ -282,7 +277,7 @@ class Study:
             "data": self.data.digest,
             "rows": [drawn, measured],
             "relevance": dataclasses.asdict(config),
-            "settings": settings,
+            "settings": {name: getattr(settings, name) for name in ("permutations", "bootstrap", "confidence", "seed")},
             "against": self.against,
             "classifiers": self._classifiers(),
             "seed": self.config.data.seed,
@@ -299,7 +294,6 @@ class Study:
                 drawn,
                 measured,
                 config,
-                against=self.against,
                 heads=heads,
                 choice=choice,
                 settings=settings,
@@ -455,7 +449,10 @@ class Study:
             }
         return classifiers
 
-    def _prediction_link(self) -> list[dict[str, Any]]:
+    def _statistics_settings(self) -> Settings:
+        return Settings(against=self.against, **dataclasses.asdict(self.config.statistics))
+
+    def _prediction_link(self) -> list[PredictionLink]:
         """Do heads' changes go with changes of the prediction? Of the conditions whose classes are known."""
         logits: dict[str, list[np.ndarray]] = {}
         for run in self.runs:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from engine.capture import FIRST_NORMS, CaptureError, first_norm, token_layout, transformer_blocks, vision_module
+from engine.relevance.method import relevance_method
 from engine.relevance.targets import class_logits
 
 
+@relevance_method(illustrative=True)
 def gradcam_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:

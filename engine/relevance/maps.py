@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 
 from engine.capture import evaluating, unwrapped
-from engine.relevance.chefer import generic_maps, rollout_maps
-from engine.relevance.gradcam import gradcam_maps
-from engine.relevance.lrp import lrp_maps
+from engine.relevance.methods import METHODS
 from train.errors import InputError
-
-Method = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.dtype | None], torch.Tensor]
 
 # Size of the input noise of the stability score, in the model's normalised input units: what rounding could do.
 _NOISE = 1e-7
-
-METHODS: dict[str, Method] = {
-    "gradcam": gradcam_maps,
-    "rollout": rollout_maps,
-    "generic": generic_maps,
-    "lrp": lrp_maps,
-}
-
 
 Targets = torch.Tensor | Sequence[int]
 
@@ -67,11 +55,11 @@ def relevance_maps(
         model: a classifier whose attention can be captured; its weights, modes, flags and gradients are
             left as they were.
         images: what the model takes, [image, channel, row, col].
-        targets: a class index an image, [image]. `rollout` does not depend on it.
-        method: "gradcam", "rollout", "generic" or "lrp".
+        targets: one class index per image, [image]. A class-free method does not depend on it.
+        method: a name of `METHODS`: "gradcam", "rollout", "generic", "lrp".
         return_stability: also return how reproducible each map is.
-        dtype: floating-point type of the computation. None: float64 for `lrp`, whose quotients are so ill-conditioned
-            that its float32 maps are not reproducible; the model's own for the others.
+        dtype: floating-point type of the computation. None: the method's: float64 for `lrp`, whose quotients are so
+            ill-conditioned that its float32 maps are not reproducible; the model's own for the others.
         batch_size: images in memory at a time; a map does not depend on it. For ViT-S/16 at 8 images lrp takes about
             0.8 GB beyond the model in float32 and 1.6 GB in float64, in proportion to images, layers and tokens.
 
@@ -81,7 +69,7 @@ def relevance_maps(
         under seeded input noise of standard deviation 1e-7; NaN for a map that is constant.
 
     Raises:
-        InputError: no such method, or targets that are not one class index an image.
+        InputError: no such method, or targets that are not one class index per image.
         CaptureError: the method cannot be computed for this model.
     """
     if method not in METHODS:
@@ -91,23 +79,25 @@ def relevance_maps(
     classes = torch.as_tensor(targets, dtype=torch.long, device=images.device)
     if classes.shape != images.shape[:1]:
         raise InputError(
-            f"targets have shape {tuple(classes.shape)} for {images.shape[0]} images; expected one class index an image"
+            f"targets have shape {tuple(classes.shape)} for {images.shape[0]} images; "
+            "expected one class index per image"
         )
     model = unwrapped(model)
-    precision = torch.float64 if dtype is None and method == "lrp" else dtype
+    declared = METHODS[method]
+    precision = declared.dtype if dtype is None else dtype
 
-    def of(inputs: torch.Tensor) -> torch.Tensor:
+    def maps_of(inputs: torch.Tensor) -> torch.Tensor:
         batches = zip(inputs.split(batch_size), classes.split(batch_size), strict=True)
         with evaluating(model), torch.enable_grad():
-            return torch.cat([METHODS[method](model, batch, part, precision).detach() for batch, part in batches])
+            return torch.cat([declared.maps(model, batch, part, precision).detach() for batch, part in batches])
 
     images = images.detach()
-    maps = of(images)
+    maps = maps_of(images)
     if not return_stability:
         return maps.float()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide = images.to(precision) if precision is not None else images
-    return maps.float(), _correlation(maps, of(wide + _NOISE * noise.to(wide)))
+    return maps.float(), _correlation(maps, maps_of(wide + _NOISE * noise.to(wide)))
 
 
 def _correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

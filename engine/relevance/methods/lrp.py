@@ -28,6 +28,7 @@ from engine.capture import (
     vision_module,
 )
 from engine.relevance.chain import check_call, product_row, read_tokens, with_identity
+from engine.relevance.method import relevance_method
 from engine.relevance.rules import (
     AttentionRule,
     LinearRule,
@@ -236,6 +237,7 @@ class Propagation:
         return CaptureError(f"lrp cannot follow {operation} in {where}: {reason}; use method generic")
 
 
+@relevance_method(dtype=torch.float64)
 def lrp_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:

@@ -1,0 +1,214 @@
+"""Tests between methods, conditions and classes; `metrics/relevance.json` and `.csv`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.relevance.choice import ClassChoice, Targets
+from engine.relevance.evaluation import Evaluation
+from engine.relevance.methods import METHODS
+from engine.relevance.results import (
+    CONTROL,
+    MapCurves,
+    MapMean,
+    MapTest,
+    PredictionLink,
+    Refusal,
+    RelevanceResults,
+    RolloutPeaks,
+)
+from engine.statistics import (
+    Settings,
+    bootstrap_interval,
+    build,
+    compare_paired,
+    finite,
+    paired_columns,
+    write_document,
+)
+from train.whole_files import write_atomically
+
+Floats = NDArray[np.float64]
+Evaluations = Mapping[str, Mapping[str, Evaluation]]  # condition -> method -> evaluation
+Pair = tuple[dict[str, str], Floats, Floats]  # fields of the test, values of the other side, values; [image]
+
+
+def relevance_results(
+    evaluations: Evaluations,
+    refused: Mapping[str, Mapping[str, str]],
+    choice: ClassChoice,
+    *,
+    images: int,
+    baseline: str,
+    steps: int,
+    settings: Settings,
+    rollout_peaks: Sequence[RolloutPeaks] = (),
+    link: Sequence[PredictionLink] = (),
+) -> RelevanceResults:
+    """Everything measured and tested.
+
+    Three kinds of test, all paired by image, the image being the unit of inference (given these checkpoints); max-T
+    holds over each kind's family:
+
+    - `methods`: is one method's map more faithful than another's (a class-free one's, a random one's)? A family per
+      condition.
+    - `conditions`: does a measure differ between a condition and `against`? A family per condition: method × measure.
+      Only where both explain the same class of an image.
+    - `classes`: is the map of another class noisier than that of the image's class? A family per condition.
+
+    Args:
+        evaluations, refused: condition -> method -> evaluation, or the reason why there is none.
+        choice: the classes of the maps.
+        images: how many are measured.
+        baseline, steps: as given to `perturbation_curves`.
+        settings: of the tests and intervals.
+        rollout_peaks, link: what else was found.
+    """
+    compared = [name for name in evaluations if name != settings.against] if choice.same_class else []
+    return RelevanceResults(
+        images=images,
+        target=choice.role,
+        left_out=choice.left_out,
+        baseline=baseline,
+        steps=steps,
+        against=settings.against,
+        confidence=settings.confidence,
+        refused=tuple(
+            Refusal(condition=condition, method=method, reason=reason)
+            for condition, methods in refused.items()
+            for method, reason in methods.items()
+        ),
+        means=tuple(_means(evaluations, settings)),
+        curves=tuple(
+            MapCurves(
+                condition=condition,
+                method=method,
+                fractions=tuple(evaluation.curves.fractions.tolist()),
+                deletion=tuple(map(finite, evaluation.curves.deletion.mean(axis=0))),
+                insertion=tuple(map(finite, evaluation.curves.insertion.mean(axis=0))),
+            )
+            for condition, methods in evaluations.items()
+            for method, evaluation in methods.items()
+        ),
+        methods=_tests([_between_methods(*item) for item in evaluations.items()], settings),
+        conditions=_tests(
+            [
+                _between_conditions(name, evaluations[name], settings.against, evaluations[settings.against])
+                for name in compared
+            ],
+            settings,
+        ),
+        classes=_tests([_between_classes(*item) for item in evaluations.items()], settings),
+        rollout_peaks=tuple(rollout_peaks),
+        link=tuple(link),
+    )
+
+
+def write_relevance(
+    folder: Path,
+    results: RelevanceResults,
+    evaluations: Evaluations,
+    targets: Mapping[str, Targets],
+    ids: Sequence[str],
+) -> None:
+    """`relevance.json`, and `relevance.csv` with one row per condition, method and image; each whole or not at all."""
+    write_document(folder / "relevance.json", results, indent=2)
+    names = list(dict.fromkeys(name for methods in evaluations.values() for e in methods.values() for name in e.values))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["condition", "method", "image", "target", "other", *names])
+    for condition, methods in evaluations.items():
+        for method, evaluation in methods.items():
+            columns = [evaluation.values.get(name) for name in names]
+            for i, identity in enumerate(ids):
+                numbers = ["" if c is None or not np.isfinite(c[i]) else f"{c[i]:.7g}" for c in columns]
+                writer.writerow([condition, method, identity, *targets[condition].names(i), *numbers])
+    write_atomically(folder / "relevance.csv", text.getvalue().encode())
+
+
+def _means(evaluations: Evaluations, settings: Settings) -> Iterator[MapMean]:
+    """Each measure's mean with its interval over images."""
+    for condition, methods in evaluations.items():
+        for method, evaluation in methods.items():
+            values = np.stack(list(evaluation.values.values()), axis=1)
+            bounds = bootstrap_interval(
+                values, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
+            )
+            known = [column[np.isfinite(column)] for column in values.T]
+            yield from build(
+                MapMean,
+                [{"condition": condition, "method": method, "measure": measure} for measure in evaluation.values],
+                {
+                    "mean": [finite(column.mean()) if column.size else None for column in known],
+                    "ci": np.stack(bounds, axis=1),
+                    "n": [column.size for column in known],
+                },
+            )
+
+
+def _tests(families: Sequence[Sequence[Pair]], settings: Settings) -> tuple[MapTest, ...]:
+    """Every family's tests; none over fewer than two images."""
+    tests: list[MapTest] = []
+    for family in families:
+        if not family or len(family[0][1]) < 2:
+            continue
+        rows, a, b = zip(*family, strict=True)
+        result = compare_paired(
+            np.stack(a, axis=1),
+            np.stack(b, axis=1),
+            permutations=settings.permutations,
+            bootstrap=settings.bootstrap,
+            confidence=settings.confidence,
+            seed=settings.seed,
+        )
+        tests += build(MapTest, rows, paired_columns(result), family_size=result.attrs["family_size"])
+    return tuple(tests)
+
+
+def _between_methods(condition: str, methods: Mapping[str, Evaluation]) -> list[Pair]:
+    class_free = [name for name, method in METHODS.items() if method.class_free]
+    return [
+        (
+            {"condition": condition, "method": method, "than": than, "measure": measure},
+            methods[than].values[measure],
+            evaluation.values[measure],
+        )
+        for than in (*class_free, CONTROL)
+        for method, evaluation in methods.items()
+        if method not in (than, CONTROL) and than in methods
+        for measure in ("faithfulness", "deletion_auc", "insertion_auc")
+    ]
+
+
+def _between_conditions(
+    condition: str, methods: Mapping[str, Evaluation], against: str, others: Mapping[str, Evaluation]
+) -> list[Pair]:
+    return [
+        (
+            {"condition": condition, "against": against, "method": method, "measure": measure},
+            others[method].values[measure],
+            values,
+        )
+        for method, evaluation in methods.items()
+        if method != CONTROL and method in others
+        for measure, values in evaluation.values.items()
+    ]
+
+
+def _between_classes(condition: str, methods: Mapping[str, Evaluation]) -> list[Pair]:
+    return [
+        (
+            {"condition": condition, "method": method, "measure": measure},
+            values,
+            evaluation.values[f"{measure}_other"],
+        )
+        for method, evaluation in methods.items()
+        for measure, values in evaluation.values.items()
+        if f"{measure}_other" in evaluation.values
+    ]

@@ -1,0 +1,173 @@
+"""What `metrics/relevance.json` holds: built by the relevance stage, written, and read back by the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.statistics import IMAGES, UNLESS_NONE, Interval, parse
+from train.errors import InputError
+
+SCHEMA = 1
+CONTROL = "random"
+"""The method that knows nothing: a seeded random map."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A method that could not be computed for a condition, and why."""
+
+    condition: str
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapMean:
+    """The mean over images of a measure of a condition's maps by one method."""
+
+    condition: str
+    method: str
+    measure: str
+    mean: float | None = None
+    ci: Interval = None
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapCurves:
+    """Mean probability of the class as shares of patches (`fractions`, most relevant first) go or come back."""
+
+    condition: str
+    method: str
+    fractions: tuple[float, ...]
+    deletion: tuple[float | None, ...]
+    insertion: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapTest:
+    """A paired test over images of a measure of maps: between methods, conditions, or classes.
+
+    `difference` is that of `method` from the method `than`; of `condition` from `against`; with neither, of the map of
+    another class from that of the image's class. Numbers are None where they are not defined, as `degenerate` says.
+    """
+
+    condition: str
+    against: str | None = field(default=None, metadata=UNLESS_NONE)
+    method: str
+    than: str | None = field(default=None, metadata=UNLESS_NONE)
+    measure: str
+    n: int | None = None
+    difference: float | None = None
+    dz: float | None = None
+    ci: Interval = None
+    p: float | None = None
+    p_max_t: float | None = None
+    family_size: int | None = None
+    degenerate: str | None = None
+
+    def survives(self, alpha: float) -> bool:
+        """Whether it survives its family's max-T test."""
+        return self.difference is not None and self.p_max_t is not None and self.p_max_t <= alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutPeaks:
+    """In how many maps of rollout the peak is the patch that dominates a head.
+
+    Attributes:
+        condition: the model.
+        images: number of maps.
+        at_dominant: those whose peak is the patch with the greatest share of received attention in any head
+            (`kernels.reference.sink_share`), a share above `DOMINANT_SHARE`.
+        share, layer, head: of these the greatest share and where it is; None where there are none.
+    """
+
+    condition: str
+    images: int
+    at_dominant: int
+    share: float | None = None
+    layer: int | None = None
+    head: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadAssociation:
+    """Spearman's correlation over images of a head's change in a metric with a change in the prediction."""
+
+    metric: str
+    layer: int
+    head: int
+    n: int | None = None
+    rho: float | None = None
+    p: float | None = None
+    p_max_r: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionLink:
+    """Whether heads' changes go with one change in the prediction (`prediction_link`): "logit" or "correct"."""
+
+    condition: str
+    against: str
+    outcome: str
+    unit_of_inference: str = IMAGES
+    family: str = "metric × layer × head"
+    family_size: int | None = None
+    permutations: int
+    images: int
+    tests: tuple[HeadAssociation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelevanceResults:
+    """The whole of `relevance.json`; its keys are these names, in this order.
+
+    Args:
+        schema: of this file.
+        images: how many maps were measured on.
+        target: which class is explained; see `ClassChoice.role`.
+        left_out: what is not computed and why, a sentence each.
+        baseline, steps: see `perturbation_curves`.
+        against: the condition that the others are compared with.
+        confidence: coverage of the intervals.
+        methods, conditions, classes: tests between them; see `relevance_results`.
+    """
+
+    schema: int = SCHEMA
+    unit_of_inference: str = IMAGES
+    images: int
+    target: str
+    left_out: tuple[str, ...] = ()
+    baseline: str
+    steps: int
+    against: str
+    confidence: float
+    refused: tuple[Refusal, ...] = ()
+    means: tuple[MapMean, ...] = ()
+    curves: tuple[MapCurves, ...] = ()
+    methods: tuple[MapTest, ...] = ()
+    conditions: tuple[MapTest, ...] = ()
+    classes: tuple[MapTest, ...] = ()
+    rollout_peaks: tuple[RolloutPeaks, ...] = ()
+    link: tuple[PredictionLink, ...] = ()
+
+
+def parse_relevance(document: Mapping[str, Any], path: Path) -> RelevanceResults:
+    """What a JSON document holds of relevance maps.
+
+    Args:
+        document: what was read from `path`.
+
+    Raises:
+        InputError: another schema, or a part that is not as `RelevanceResults` declares it.
+    """
+    if document.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
+            "run the relevance stage again"
+        )
+    return parse(RelevanceResults, document, path)
