@@ -8,7 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from engine.relevance.results import CONTROL, MapMean, MapTest, PredictionLink, RelevanceResults, parse_relevance
+from engine.relevance.results import (
+    CONTROL,
+    ILLUSTRATIVE,
+    MapMean,
+    MapTest,
+    PredictionLink,
+    RelevanceResults,
+    parse_relevance,
+)
 
 if TYPE_CHECKING:
     from engine.relevance.choice import choose_classes as choose_classes
@@ -29,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "CONTROL",
+    "ILLUSTRATIVE",
     "METHODS",
     "MapMean",
     "MapTest",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from engine.relevance.choice import Targets
 from engine.relevance.maps import relevance_maps
-from engine.relevance.methods import METHODS
+from engine.relevance.results import ILLUSTRATIVE
 from train.data import ImageSet
 from train.whole_files import replace_files
 
@@ -53,7 +53,7 @@ class Explained:
 
 def samples_folder(outputs: Path, method: str) -> Path:
     """Where a method's pictures go."""
-    folder = f"{method}_samples" if METHODS[method].illustrative else f"relevance/{method}"
+    folder = f"{method}_samples" if method in ILLUSTRATIVE else f"relevance/{method}"
     return outputs / "visualizations" / folder
 
 
@@ -113,7 +113,7 @@ def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequen
         files[panel] = _png(_panel(images, row, items, overlays, strongest, method))
         for item, overlay in zip(items, overlays, strict=True):
             name = panel
-            if METHODS[method].illustrative:
+            if method in ILLUSTRATIVE:
                 name = f"{row:05d}_{item.condition}_{item.role}_{_plain(item.target)}.png"
                 files[name] = _png(overlay)
             peak, probability = f"{float(item.map.max()):.6g}", f"{item.probability:.4f}"
@@ -170,7 +170,7 @@ def _panel(
     draw = ImageDraw.Draw(canvas)
     small, bold = _font(_TEXT_PX - 2), _font(_TEXT_PX, bold=True)
     draw.text((_GAP_PX, _GAP_PX), _one_line(f"{method}: {images.ids[row]}"), fill="black", font=bold)
-    if METHODS[method].illustrative:
+    if method in ILLUSTRATIVE:
         draw.text((canvas.width - _GAP_PX, _GAP_PX), "for illustration", fill="#555555", font=small, anchor="ra")
     original = Image.fromarray(images.picture(row)).resize((width, height), Image.Resampling.BILINEAR)
     for line, role in enumerate(roles):

@@ -19,13 +19,11 @@ class Method:
             mode, with gradients on. It raises CaptureError where the method cannot be computed for this model.
         class_free: whether a map is made of attention alone: the same for every class, with its peak where attention
             collects. Other methods are compared with it, as with a random map.
-        illustrative: whether its maps are shown one by one, as illustrations, in a folder of their own.
         dtype: floating-point type of the computation where none is asked for; None: the model's own.
     """
 
     maps: Maps
     class_free: bool = False
-    illustrative: bool = False
     dtype: torch.dtype | None = None
 
 
@@ -33,13 +31,11 @@ METHODS: dict[str, Method] = {}
 """Name -> method; `engine.relevance.methods` fills it."""
 
 
-def relevance_method(
-    *, class_free: bool = False, illustrative: bool = False, dtype: torch.dtype | None = None
-) -> Callable[[Maps], Maps]:
+def relevance_method(*, class_free: bool = False, dtype: torch.dtype | None = None) -> Callable[[Maps], Maps]:
     """Declares a function as the method that its module is called after; see `Method`."""
 
     def declare(maps: Maps) -> Maps:
-        METHODS[maps.__module__.rpartition(".")[2]] = Method(maps, class_free, illustrative, dtype)
+        METHODS[maps.__module__.rpartition(".")[2]] = Method(maps, class_free, dtype)
         return maps
 
     return declare

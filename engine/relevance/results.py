@@ -13,6 +13,8 @@ from train.errors import InputError
 SCHEMA = 1
 CONTROL = "random"
 """The method that knows nothing: a seeded random map."""
+ILLUSTRATIVE = ("gradcam",)
+"""Methods whose maps are shown one by one, as illustrations, in a folder of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,10 @@ class HeadAssociation:
     rho: float | None = None
     p: float | None = None
     p_max_r: float | None = None
+
+    def survives(self, alpha: float) -> bool:
+        """Whether it survives its family's max-|ρ| test."""
+        return self.rho is not None and self.p_max_r is not None and self.p_max_r <= alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

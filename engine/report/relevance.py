@@ -2,60 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from engine.relevance import CONTROL, ILLUSTRATIVE, MapMean, MapTest, RelevanceResults, parse_relevance
 from engine.report import text
 from engine.report.inputs import Results
 from engine.report.reading import load_json
-from train.errors import InputError
 
 RELEVANCE = Path("metrics/relevance.json")
-CONTROL = "random"
 NOTHING = "No map was measured: relevance.measured is 0."
-
-Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Relevance:
     """The document of the relevance stage, looked up by what a sentence needs."""
 
-    document: Mapping[str, Any]
+    document: RelevanceResults
 
     @property
     def conditions(self) -> list[str]:
-        return list(dict.fromkeys(entry["condition"] for entry in self.document["means"]))
+        return list(dict.fromkeys(entry.condition for entry in self.document.means))
 
-    def methods(self, **where: Any) -> list[str]:
-        return list(dict.fromkeys(entry["method"] for entry in self.select("means", **where)))
+    def methods(self, condition: str | None = None) -> list[str]:
+        """Methods that were measured, in one condition or in any."""
+        return list(dict.fromkeys(e.method for e in self.document.means if condition in (None, e.condition)))
 
-    def mean(self, condition: str, method: str, measure: str) -> Entry | None:
+    def mean(self, condition: str, method: str, measure: str) -> MapMean | None:
         """The mean of a measure with its interval; None where there is none."""
-        where = {"condition": condition, "method": method, "measure": measure}
-        return next((e for e in self.select("means", **where) if e["mean"] is not None), None)
-
-    def select(self, kind: str, **where: Any) -> Iterator[Entry]:
-        return (e for e in self.document[kind] if all(e.get(key) == value for key, value in where.items()))
+        where = (condition, method, measure)
+        return next(
+            (e for e in self.document.means if (e.condition, e.method, e.measure) == where and e.mean is not None), None
+        )
 
 
 def load_relevance(results: Results) -> Relevance | None:
     """What the relevance stage left; None where it measured nothing.
 
     Raises:
-        InputError: the file cannot be read or has another schema.
+        InputError: the file cannot be read or is not as the stage writes it.
     """
     path = results.outputs / RELEVANCE
     if not results.record.usable(path):
         return None
-    document = load_json(path, "written by the relevance stage")
-    if document.get("schema") != 1:
-        raise InputError(
-            f"{path}: schema is {document.get('schema')!r}; this version reads schema 1; run the relevance stage again"
-        )
-    return Relevance(document)
+    return Relevance(parse_relevance(load_json(path, "written by the relevance stage"), path))
 
 
 def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[str]]:
@@ -67,19 +58,18 @@ def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[st
         "How much maps depend on the class": list(_classes(results, found)),
         "Attention and the prediction": list(_link(results, found)),
         "Not computed": [
-            *(found.document.get("left_out") or ([] if found.document["images"] else [NOTHING])),
-            *(f"{entry['method']} of {entry['condition']}: {entry['reason']}." for entry in found.document["refused"]),
+            *(found.document.left_out or ([] if found.document.images else [NOTHING])),
+            *(f"{entry.method} of {entry.condition}: {entry.reason}." for entry in found.document.refused),
         ],
     }
     return {heading: sentences for heading, sentences in parts.items() if sentences}
 
 
-def estimate(entry: Entry | None) -> str:
+def estimate(entry: MapMean | None) -> str:
     """A mean with its interval."""
     if entry is None:
         return "undefined"
-    ci = entry.get("ci")
-    return text.number(entry["mean"], 2) + (f" ({text.interval(tuple(ci))})" if ci else "")
+    return text.number(entry.mean, 2) + (f" ({text.interval(entry.ci)})" if entry.ci else "")
 
 
 def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
@@ -91,21 +81,20 @@ def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
             ("insertion_auc", -1, "insertion (greatest first)"),
             ("faithfulness", -1, "the area between them (greatest first)"),
         ):
-            means = {method: found.mean(condition, method, measure) for method in found.methods(condition=condition)}
-            known = sorted((sign * e["mean"], m) for m, e in means.items() if e is not None)
+            means = {method: found.mean(condition, method, measure) for method in found.methods(condition)}
+            known = sorted((sign * e.mean, m) for m, e in means.items() if e and e.mean is not None)
             order = ", ".join(f"{method} {text.number(sign * value, 2)}" for value, method in known)
             ranked.append(f"by {name}: {order}")
         yield f"{condition}, areas under the curves, {'; '.join(ranked)}."
-        for than, expected in (("rollout", ("generic", "lrp")), (CONTROL, ("gradcam", "rollout", "generic", "lrp"))):
+        against = [test for test in found.document.methods if test.condition == condition]
+        for than in dict.fromkeys(test.than for test in against):
+            left_out = () if than == CONTROL else ILLUSTRATIVE  # these are not held against another method
             verdicts = []
             for measure, sign in (("deletion_auc", -1), ("insertion_auc", 1), ("faithfulness", 1)):
                 groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
-                tests = found.select("methods", condition=condition, than=than, measure=measure)
-                for test in sorted(
-                    (t for t in tests if t["method"] in expected), key=lambda t: expected.index(t["method"])
-                ):
-                    verdict = "better" if sign * test["difference"] > 0 else "worse"
-                    groups[verdict if _sure(results, test["p_max_t"]) else "not told apart"].append(test["method"])
+                for test in _matching(against, than=than, measure=measure):
+                    if test.method not in left_out:
+                        groups[_verdict(test, sign, results.alpha)].append(test.method)
                 if words := [f"{text.listing(names)} {what}" for what, names in groups.items() if names]:
                     label = {"deletion_auc": "deletion", "insertion_auc": "insertion"}.get(measure, "the area")
                     verdicts.append(f"by {label} {', '.join(words)}")
@@ -114,18 +103,25 @@ def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
                 yield f"{condition}, against {base} (max-T at {results.alpha:g}): {'; '.join(verdicts)}."
 
 
-def _sure(results: Results, p: float | None) -> bool:
-    return p is not None and p <= results.alpha
+def _verdict(test: MapTest, sign: int, alpha: float) -> str:
+    if test.difference is None or not test.survives(alpha):
+        return "not told apart"
+    return "better" if sign * test.difference > 0 else "worse"
+
+
+def _matching(tests: Iterable[MapTest], **where: str | None) -> Iterator[MapTest]:
+    return (test for test in tests if all(getattr(test, name) == value for name, value in where.items()))
 
 
 def _places(results: Results, found: Relevance) -> Iterator[str]:
     for region in results.regions:
         for method in found.methods():
             parts = [
-                f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit['mean'], 2)} %"
+                f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit.mean, 2)} %"
                 for condition in found.conditions
                 if (share := found.mean(condition, method, f"region_share[{region}]")) is not None
                 and (hit := found.mean(condition, method, f"region_hit[{region}]")) is not None
+                and hit.mean is not None
             ]
             if parts:
                 yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
@@ -133,18 +129,18 @@ def _places(results: Results, found: Relevance) -> Iterator[str]:
 
 def rollout_cautions(found: Relevance) -> Iterator[str]:
     """A caution for each condition in which rollout's peak is a patch that dominates a head."""
-    for entry in found.document.get("rollout_peaks") or ():
-        if entry["at_dominant"]:
+    for entry in found.document.rollout_peaks:
+        if entry.share is not None:
             yield (
-                f"{entry['condition']}: in {text.share(entry['at_dominant'], entry['images'])} images shown, rollout's "
+                f"{entry.condition}: in {text.share(entry.at_dominant, entry.images)} images shown, rollout's "
                 "peak is the patch that receives most of the attention of one head, up to "
-                f"{text.number(100 * entry['share'])} % of it (layer {entry['layer']}, head {entry['head']}). A peak "
+                f"{text.number(100 * entry.share)} % of it (layer {entry.layer}, head {entry.head}). A peak "
                 "there says where attention collects, for every class alike, not what the prediction rests on."
             )
 
 
 def _classes(results: Results, found: Relevance) -> Iterator[str]:
-    against = found.document["against"]
+    against = found.document.against
     for method in found.methods():
         for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
             means = {c: found.mean(c, method, measure) for c in found.conditions}
@@ -155,46 +151,47 @@ def _classes(results: Results, found: Relevance) -> Iterator[str]:
                     f"{_differences(results, found, method, measure, against)}"
                 )
         for condition in found.conditions:
-            for test in found.select("classes", condition=condition, method=method, measure="total_variation"):
-                if _sure(results, test["p_max_t"]):
-                    more = "noisier" if test["difference"] > 0 else "smoother"
+            for test in _matching(
+                found.document.classes, condition=condition, method=method, measure="total_variation"
+            ):
+                if test.difference is not None and test.survives(results.alpha):
+                    more = "noisier" if test.difference > 0 else "smoother"
                     yield (
                         f"{method}, {condition}: maps of another class are {more} than those of the image's own (total "
-                        f"variation {text.change(test['difference'])}, max-T p {text.p_value(test['p_max_t'])})."
+                        f"variation {text.change(test.difference)}, max-T p {text.p_value(test.p_max_t)})."
                     )
 
 
 def _differences(results: Results, found: Relevance, method: str, measure: str, against: str) -> str:
     parts = []
-    for test in found.select("conditions", method=method, measure=measure):
-        change = f"{text.change(test['difference'])} (max-T p {text.p_value(test['p_max_t'])})"
+    for test in _matching(found.document.conditions, method=method, measure=measure):
+        change = f"{text.change(test.difference)} (max-T p {text.p_value(test.p_max_t)})"
         parts.append(
-            f"{test['condition']} {change}"
-            + ("" if _sure(results, test["p_max_t"]) else ", so no difference is claimed")
+            f"{test.condition} {change}" + ("" if test.survives(results.alpha) else ", so no difference is claimed")
         )
     return f" Against {against}: {'; '.join(parts)}." if parts else ""
 
 
 def _link(results: Results, found: Relevance) -> Iterator[str]:
     words = {"logit": "the true class's logit", "correct": "being right"}
-    for entry in found.document.get("link") or ():
-        tests: Sequence[Entry] = entry["tests"]
-        what = f"{entry['condition']} against {entry['against']}: the change of {words[entry['outcome']]}"
+    for entry in found.document.link:
+        tests = entry.tests
+        what = f"{entry.condition} against {entry.against}: the change of {words[entry.outcome]}"
         if not tests:
             yield (
-                f"{what} cannot be tested: of {text.count(entry['images'], 'image')} fewer than 4 have both "
+                f"{what} cannot be tested: of {text.count(entry.images, 'image')} fewer than 4 have both "
                 "changes, or one of the two is the same in all of them."
             )
             continue
-        sure = [test for test in tests if _sure(results, test["p_max_r"])]
+        sure = [test for test in tests if test.survives(results.alpha)]
         cells = f"{text.share(len(sure), len(tests))} metric × layer × head cells"
-        how = f"Spearman over {entry['images']:,} images, max-|ρ| over {entry['permutations']:,} permutations"
+        how = f"Spearman over {entry.images:,} images, max-|ρ| over {entry.permutations:,} permutations"
         lead = f"{what} goes with the change of a head's metric in {cells} ({how})"
         if not sure:
             yield f"{lead}."
             continue
-        best = max(sure, key=lambda test: abs(test["rho"]))
+        best = max(sure, key=lambda test: abs(test.rho or 0))
         yield (
-            f"{lead}; most in {best['metric']}, layer {best['layer']}, head {best['head']}: ρ = "
-            f"{text.change(best['rho'])}, p {text.p_value(best['p_max_r'])}."
+            f"{lead}; most in {best.metric}, layer {best.layer}, head {best.head}: ρ = "
+            f"{text.change(best.rho)}, p {text.p_value(best.p_max_r)}."
         )

@@ -11,7 +11,7 @@ from engine.relevance.method import relevance_method
 from engine.relevance.targets import class_logits
 
 
-@relevance_method(illustrative=True)
+@relevance_method()
 def gradcam_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:

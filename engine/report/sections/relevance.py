@@ -58,7 +58,7 @@ def relevance(study: Study) -> list[Block]:
     if found is None or not sentences:
         return []
     cautions = list(rollout_cautions(found))
-    panels = list(_panels(study.results, str(found.document["target"])))
+    panels = list(_panels(study.results, found.document.target))
     methods = found.methods()
     if not methods:
         said = [line for title, lines in sentences.items() if title != "Where rollout points" for line in lines]
@@ -70,7 +70,7 @@ def relevance(study: Study) -> list[Block]:
     rows: list[list[Content]] = [
         [study.swatch(condition), method, *(_measured(found, condition, method, measure) for measure in COLUMNS)]
         for condition in found.conditions
-        for method in found.methods(condition=condition)
+        for method in found.methods(condition)
     ]
     blocks.append(Table(["condition", "method", *COLUMNS.values()], rows, "Means with intervals over images"))
     blocks.append(Group("details", _in_words(sentences), "In words, with the tests"))
@@ -95,14 +95,14 @@ def _introduction(found: Relevance) -> str:
     document = found.document
     return " ".join(
         (
-            f"Maps of {text.count(document['images'], 'image')} for {TARGETS[document['target']]}.",
-            *document.get("left_out", []),
+            f"Maps of {text.count(document.images, 'image')} for {TARGETS[document.target]}.",
+            *document.left_out,
             "A map is faithful when taking away the patches it marks takes the class away (deletion, or positive "
             "perturbation: lower is better) and putting them back brings it back (insertion, or negative perturbation "
             "read backwards: higher is better); a patch that is taken away shows "
-            f"{BASELINES[document['baseline']]}, the same in every condition. Intervals: "
-            f"{text.percent(document['confidence'])}, bootstrap over images. The unit of inference is the "
-            f"{document['unit_of_inference']}.",
+            f"{BASELINES[document.baseline]}, the same in every condition. Intervals: "
+            f"{text.percent(document.confidence)}, bootstrap over images. The unit of inference is the "
+            f"{document.unit_of_inference}.",
         )
     )
 
@@ -118,12 +118,13 @@ def _charts(found: Relevance, methods: Sequence[str]) -> Iterator[Figure]:
         for kind, done in (("deletion", "taken away"), ("insertion", "put back")):
             lines = [
                 Line(
-                    curve["method"],
-                    methods.index(curve["method"]) % len(PALETTE),
-                    [100 * fraction for fraction in curve["fractions"]],
-                    np.array(curve[kind], dtype=np.float64),
+                    curve.method,
+                    methods.index(curve.method) % len(PALETTE),
+                    [100 * fraction for fraction in curve.fractions],
+                    np.array(curve.deletion if kind == "deletion" else curve.insertion, dtype=np.float64),
                 )
-                for curve in found.select("curves", condition=condition)
+                for curve in found.document.curves
+                if curve.condition == condition
             ]
             chart = Chart(
                 title=f"{condition}: {kind}",
