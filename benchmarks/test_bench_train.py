@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,9 +29,10 @@ from train.checkpoint import state_digest
 from train.data.folders import prepare_folder
 from train.data.sets import DataSplits
 from train.evaluation import Evaluation
-from train.loop import Schedule, epoch_order, fit
+from train.loop import epoch_order, fit
 from train.models import build_model, preprocessing_of
 from train.precision import forward_precision, resolve_precision, training_mode
+from train.settings import ConditionConfig, TrainConfig, TrainingRun
 from train.state import StateFile, TrainingState, trained_tensors
 
 CPU = torch.device("cpu")
@@ -83,23 +84,29 @@ def the_loop(data: DataSplits, precision: str) -> tuple[float, str]:
     labels = torch.from_numpy(data.test.labels)
     times: list[float] = []
 
-    def loss_of(images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        times.append(time.process_time())
-        logits = model(images)
-        target = labels[torch.from_numpy(indices)]
-        return functional.cross_entropy(logits.float(), target, label_smoothing=0.1), logits
+    class Timed:
+        def loss(self, images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            times.append(time.process_time())
+            logits = model(images)
+            target = labels[torch.from_numpy(indices)]
+            return functional.cross_entropy(logits.float(), target, label_smoothing=0.1), logits
+
+        def validate(self) -> Evaluation:
+            return Evaluation(0.0, 0.0)
 
     with training_mode(model, CPU, precision=precision, deterministic=True), tempfile.TemporaryDirectory() as folder:
         fit(
             model,
             optimizer,
-            loss_of,
+            Timed(),
             train=data.test,
-            validate=lambda: Evaluation(0.0, 0.0),
-            schedule=Schedule(epochs=1, batch_size=BATCH, lr=1e-4, precision=precision, seed=0),
+            run=TrainingRun(
+                condition=ConditionConfig(),
+                shared=TrainConfig(epochs=1, batch_size=BATCH, precision=cast(Any, precision)),
+                seed=0,
+            ),
             state_file=StateFile(Path(folder) / "state.safetensors", "benchmark"),
             device=CPU,
-            augmentation=AUGMENTATION,
         )
     return times[-1] - times[0], state_digest(model.state_dict())
 
@@ -121,7 +128,6 @@ def a_bare_loop(data: DataSplits, pixels: torch.Tensor, precision: str) -> tuple
 
     model, optimizer = start()
     labels = torch.from_numpy(data.test.labels)
-    schedule = Schedule(epochs=1, batch_size=BATCH, lr=1e-4)
     order = epoch_order(0, 0, len(labels))
     times = []
     with training_mode(model, CPU, precision=precision, deterministic=True):
@@ -130,7 +136,7 @@ def a_bare_loop(data: DataSplits, pixels: torch.Tensor, precision: str) -> tuple
             indices = order[step * BATCH : (step + 1) * BATCH]
             scaled = AUGMENTATION.apply(pixels[indices].float().div_(255), seed=0, epoch=0, indices=indices)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, STEPS, schedule)
+                group["lr"] = learning_rate(step, STEPS, 1e-4, 0.1)
             images = data.test.preprocessing.normalize(scaled)
             times.append(time.process_time())
             with forward_precision(precision, CPU):

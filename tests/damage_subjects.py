@@ -187,12 +187,12 @@ def interrupted(folder: Path) -> Subject:
 
     real = train_condition
 
-    def stopped(**arguments: Any) -> Any:
+    def stopped(run: Any, **arguments: Any) -> Any:
         def stop(history: Sequence[Any]) -> None:
             if len(history) == 2:
                 raise KeyboardInterrupt
 
-        return real(**arguments | ({"on_epoch": stop} if arguments["name"] == "finetuned" else {}))
+        return real(run, **arguments | ({"on_epoch": stop} if arguments["name"] == "finetuned" else {}))
 
     done(run(home))
     finished = contents(home)

@@ -41,7 +41,7 @@ def _randomised(model: torch.nn.Module) -> torch.nn.Module:
 def adapted(kind: str) -> torch.nn.Module:
     """The plain model with adapters that change its attention, not merged."""
     plain = _randomised(VisionTransformer(**_SMALL))
-    model = add_adapters(plain, kind=kind, rank=2, alpha=4.0, targets=r"blocks\.\d+\.attn\.(qkv|proj)", seed=0)
+    model = add_adapters(plain, dora=kind == "dora", rank=2, alpha=4.0, targets="attention", seed=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

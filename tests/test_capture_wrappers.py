@@ -30,7 +30,7 @@ def assert_same_maps(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 def test_adapters_capture_alike_wrapped_and_merged(kind: str) -> None:
     inputs = images(64, 64)
     before = capture_attention(vit(), inputs)
-    adapted = add_adapters(vit(), kind=kind, rank=4, alpha=8.0, targets=r"blocks\.\d+\.attn\.(qkv|proj)", seed=0)
+    adapted = add_adapters(vit(), dora=kind == "dora", rank=4, alpha=8.0, targets="attention", seed=0)
     assert_same_maps(capture_attention(adapted, inputs), before)  # B begins at 0
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from engine.study.data import Start, StudyData, prepare_data
 from engine.study.journal import Journal
 from engine.study.training import train_runs
 from tests.photographs import write_photographs
+from tests.training_runs import training_run
 from train.checkpoint import has_sidecar, read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
 from train.conditions import TrainResult, train_condition
 from train.data.digits import prepare_digits
@@ -28,7 +29,6 @@ from train.data.manifest import Manifest, Record
 from train.data.sets import DataSplits, Preprocessing
 from train.errors import DamagedFileError, InputError
 from train.history import history_path
-from train.hyperparameters import Hyperparameters
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.state import StateFile, TrainingState
@@ -449,13 +449,8 @@ def train_once(
     path = tmp_path_factory.mktemp(request.param) / "run.safetensors"
 
     def run() -> TrainResult:
-        return train_condition(
-            recipe=request.param,
-            model="digits_vit",
-            data=data,
-            checkpoint=path,
-            hyperparameters=Hyperparameters(epochs=1, batch_size=8, lr=1e-3, precision="fp32"),
-        )
+        values = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "precision": "fp32"}
+        return train_condition(training_run(request.param, **values), model="digits_vit", data=data, checkpoint=path)
 
     return run
 

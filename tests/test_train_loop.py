@@ -15,6 +15,7 @@ from torch import nn
 
 import train.loop
 import train.state
+from tests.training_runs import training_run
 from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, state_digest
@@ -23,8 +24,7 @@ from train.data.digits import DigitScenes, prepare_digits
 from train.data.sets import DataSplits, ImageSet
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
-from train.hyperparameters import Hyperparameters
-from train.loop import Schedule, epoch_order, learning_rate
+from train.loop import epoch_order, learning_rate
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.precision import training_mode
@@ -32,7 +32,7 @@ from train.pretrain import pretrain_digits
 from train.probe import fit_probe
 
 CPU = torch.device("cpu")
-HYPER = Hyperparameters(epochs=2, batch_size=8, lr=1e-3, label_smoothing=0.05, precision="fp32")
+HYPER: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "label_smoothing": 0.05, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +59,24 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def probe(data: DataSplits, backbone: Path) -> TrainResult:
     return train_condition(
-        recipe="probe",
+        training_run("probe", **HYPER),
         model=ModelSource("digits_vit", weights=backbone),
         data=data,
         checkpoint=backbone.with_name("probe.safetensors"),
-        hyperparameters=HYPER,
     )
 
 
 @pytest.fixture
 def run(data: DataSplits, backbone: Path, probe: TrainResult, tmp_path: Path) -> Callable[..., TrainResult]:
-    def run(name: str = "a", **changes: Any) -> TrainResult:
-        arguments = {
-            "recipe": "full",
+    def run(name: str = "a", recipe: str = "full", seed: int = 1, **values: Any) -> TrainResult:
+        given = {
             "model": ModelSource("digits_vit", weights=backbone),
             "data": data,
             "checkpoint": tmp_path / f"{name}.safetensors",
-            "seed": 1,
-            "hyperparameters": HYPER,
             "probe_checkpoint": probe.checkpoint,
-            **changes,
         }
-        return train_condition(**arguments)
+        given |= {key: values.pop(key) for key in given.keys() & values.keys()}
+        return train_condition(training_run(recipe, seed, **(HYPER | values)), **given)
 
     return run
 
@@ -120,8 +116,8 @@ def test_the_folded_probe_is_the_regression_on_standardised_features(data: DataS
 
 
 def test_full_fine_tuning_starts_from_the_probes_head(run: Callable[..., TrainResult], probe: TrainResult) -> None:
-    still = replace(HYPER, lr=0.0, epochs=1)
-    computed, taken = run("a", hyperparameters=still, probe_checkpoint=None), run("b", hyperparameters=still)
+    still = {"lr": 0.0, "epochs": 1}
+    computed, taken = run("a", probe_checkpoint=None, **still), run("b", **still)
     for result in (computed, taken):
         assert state_digest(weights(result)) == state_digest(weights(probe))
     trained = run("c")
@@ -149,7 +145,7 @@ def test_the_same_inputs_give_the_same_bits(run: Callable[..., TrainResult], rec
     assert read_metadata(one.checkpoint) == read_metadata(two.checkpoint) | {"file": "a.safetensors"}
     again = run("a", recipe=recipe)
     assert again.reused
-    assert replace(again, seconds=0, reused=False) == replace(one, seconds=0)
+    assert replace(again, reused=False) == one
 
 
 def test_adapters_change_their_targets_and_the_head_alone(run: Callable[..., TrainResult], backbone: Path) -> None:
@@ -169,34 +165,34 @@ class Interrupted(Exception):
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, recipe: str, stop: int
 ) -> None:
-    drop = replace(HYPER, augmentation=Augmentation(rotation_degrees=5))
-    whole = run("whole", recipe=recipe, hyperparameters=drop)
+    drop = {"rotation_degrees": 5.0}
+    whole = run("whole", recipe=recipe, **drop)
     monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)  # save at every step
     monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
     steps = 0
     real = train.loop.learning_rate
 
-    def interrupt(step: int, total: int, schedule: Schedule) -> float:
+    def interrupt(step: int, total: int, *rest: float) -> float:
         nonlocal steps
         if steps == stop:
             raise KeyboardInterrupt
         steps += 1
-        return real(step, total, schedule)
+        return real(step, total, *rest)
 
     monkeypatch.setattr(train.loop, "learning_rate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run("cut", recipe=recipe, hyperparameters=drop)
+        run("cut", recipe=recipe, **drop)
     state = whole.checkpoint.with_name("cut.state.safetensors")
     assert state.is_file()
     assert not whole.checkpoint.with_name("cut.safetensors").exists()
     begun: list[int] = []
 
-    def record(step: int, total: int, schedule: Schedule) -> float:
+    def record(step: int, total: int, *rest: float) -> float:
         begun.append(step)
-        return real(step, total, schedule)
+        return real(step, total, *rest)
 
     monkeypatch.setattr(train.loop, "learning_rate", record)
-    resumed = run("cut", recipe=recipe, hyperparameters=drop)
+    resumed = run("cut", recipe=recipe, **drop)
     assert begun[0] == stop, "it went on, rather than beginning anew"
     assert resumed.sha256 == whole.sha256
     assert resumed.history == whole.history
@@ -240,13 +236,13 @@ def test_a_damaged_result_is_trained_again(run: Callable[..., TrainResult], capl
 
 
 def test_the_best_epoch_is_kept(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    short = run("short", hyperparameters=replace(HYPER, epochs=1))
+    short = run("short", epochs=1)
     real = train.loop.learning_rate
     # The first epoch of a longer run at the shorter run's rates.
-    monkeypatch.setattr(train.loop, "learning_rate", lambda step, total, schedule: real(min(step, 4), 5, schedule))
+    monkeypatch.setattr(train.loop, "learning_rate", lambda step, total, *rest: real(min(step, 4), 5, *rest))
     worse = iter(Evaluation(accuracy, 1.0) for accuracy in (0.9, 0.2, 0.2, 0.0, 0.0))
-    monkeypatch.setattr("train.conditions.evaluate", lambda *arguments, **options: next(worse))
-    long = run("long", hyperparameters=replace(HYPER, epochs=3))
+    monkeypatch.setattr("train.training.evaluate", lambda *arguments, **options: next(worse))
+    long = run("long", epochs=3)
     assert [entry["validation_accuracy"] for entry in long.history] == [0.9, 0.2, 0.2]
     assert state_digest(weights(long)) == state_digest(weights(short))
 
@@ -283,8 +279,7 @@ def test_all_conditions_of_a_seed_see_the_same_images_in_the_same_order(
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine() -> None:
-    schedule = Schedule(epochs=1, batch_size=1, lr=2.0, warmup_fraction=0.1)
-    rates = [learning_rate(step, 100, schedule) for step in range(100)]
+    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10)
     np.testing.assert_allclose(rates[10:], 1 + np.cos(np.pi * np.arange(90) / 90))
 
@@ -303,7 +298,7 @@ def test_timms_layer_decay_sets_the_rates(run: Callable[..., TrainResult], monke
 
     rates: list[torch.optim.AdamW] = []
     monkeypatch.setattr(torch.optim, "AdamW", record)
-    run(hyperparameters=replace(HYPER, layer_decay=0.5))
+    run(layer_decay=0.5)
     model = build_model("digits_vit", num_classes=10)
     expected = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     scales = [group["lr_scale"] for group in expected]
@@ -317,13 +312,13 @@ def test_a_loss_looked_at_a_step_later_is_the_same(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where the next step is launched before the loss of this one is there."""
-    diverging = replace(HYPER, lr=1e30, clip_norm=0.0)
+    diverging = {"lr": 1e30, "clip_norm": 0.0}
     results, errors = [], []
     for later in (0, 1):
         monkeypatch.setitem(train.loop.LOOK_LATER, "cpu", later)
         results.append(run(f"a{later}"))
         with pytest.raises(TrainingDivergedError) as raised:
-            run(f"b{later}", hyperparameters=diverging)
+            run(f"b{later}", **diverging)
         errors.append(str(raised.value))
     assert results[0].sha256 == results[1].sha256
     assert results[0].history == results[1].history
@@ -332,7 +327,7 @@ def test_a_loss_looked_at_a_step_later_is_the_same(
 
 def test_nan_stops_at_its_step_and_names_images(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     with pytest.raises(TrainingDivergedError, match=r"loss nan .* at step \d+ \(epoch \d, images target/train/"):
-        run(hyperparameters=replace(HYPER, lr=1e30, clip_norm=0.0, warmup_fraction=0.0))
+        run(lr=1e30, clip_norm=0.0, warmup_fraction=0.0)
     assert not (tmp_path / "a.safetensors").exists()
 
 
@@ -355,13 +350,13 @@ def test_training_mode_puts_everything_back(precision: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_merged_adapters_compute_the_same(kind: str) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_adapters_compute_the_same(dora: bool) -> None:
     torch.manual_seed(0)
     model = build_model("test_vit", num_classes=5)
     images = torch.randn(4, 3, 160, 160)
     before = model.eval()(images)
-    adapted = add_adapters(model, kind=kind, rank=4, alpha=8, targets=r"blocks\.\d+\.attn\.(qkv|proj)", seed=0)
+    adapted = add_adapters(model, dora=dora, rank=4, alpha=8, targets=r"blocks\.\d+\.attn\.(qkv|proj)", seed=0)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert names
     assert all("blocks" in name and "lora" in name for name in names), "the patch embedding's proj is no target"
@@ -380,7 +375,7 @@ def test_merged_adapters_compute_the_same(kind: str) -> None:
 
 def test_a_merge_that_changes_logits_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("test_vit", num_classes=5)
-    adapted = add_adapters(model, kind="lora", rank=4, alpha=8, targets=r"blocks\.\d+\.attn\.qkv", seed=0)
+    adapted = add_adapters(model, dora=False, rank=4, alpha=8, targets=r"blocks\.\d+\.attn\.qkv", seed=0)
     real = type(adapted).__getattr__
 
     def merge_wrongly(**options: Any) -> nn.Module:
@@ -398,7 +393,7 @@ def test_a_merge_that_changes_logits_raises(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_adapter_targets_that_do_not_fit() -> None:
     model = build_model("test_vit", num_classes=5)
-    options: dict[str, Any] = {"kind": "lora", "rank": 2, "alpha": 4, "seed": 0}
+    options: dict[str, Any] = {"dora": False, "rank": 2, "alpha": 4, "seed": 0}
     with pytest.raises(InputError, match="match no module"):
         add_adapters(model, targets=r"layers\.\d+", **options)
     with pytest.raises(InputError, match=r"match patch_embed\.proj, a Conv2d"):
@@ -436,7 +431,7 @@ def test_splits_without_images_and_unknown_recipes(data: DataSplits, run: Callab
     with pytest.raises(InputError, match="unknown recipe 'finetune'"):
         run(recipe="finetune")
     with pytest.raises(InputError, match="epochs 0"):
-        run(hyperparameters=replace(HYPER, epochs=0))
+        run(epochs=0)
 
 
 def test_the_sidecar_says_what_the_weights_are(run: Callable[..., TrainResult]) -> None:
@@ -474,14 +469,13 @@ def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
     preprocessing = preprocessing_of(build_model(ModelSource("test_vit", img_size=64), num_classes=1))
     data = prepare_folder(tmp_path / "photographs", preprocessing=preprocessing)
     assert data.manifest.dropped == {"empty file": 1}
-    augmentation = Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2)
+    values = HYPER | {"flip": True, "rotation_degrees": 10.0, "color_jitter": 0.2, "batch_size": 4}
     results = [
         train_condition(
-            recipe=recipe,
+            training_run(recipe, **values),
             model=ModelSource("test_vit", img_size=64),
             data=data,
             checkpoint=tmp_path / f"{recipe}{again}.safetensors",
-            hyperparameters=replace(HYPER, augmentation=augmentation, batch_size=4),
         )
         for recipe in ("probe", "lora", "full")
         for again in ("", "_again")

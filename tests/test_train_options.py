@@ -19,8 +19,8 @@ from torch import nn
 import train.state
 from engine.capture import capture_attention
 from tests.miniatures import write_sports100
-from train.adapters import INITS, TARGETS, add_adapters, merge_adapters
-from train.augment import Augmentation
+from tests.training_runs import Plain, training_run
+from train.adapters import INITS, add_adapters, merge_adapters
 from train.checkpoint import read_checkpoint
 from train.compress import compress
 from train.conditions import TrainResult, train_condition
@@ -30,14 +30,15 @@ from train.data.sets import DataSplits, FolderImages
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
 from train.history import history_path
-from train.hyperparameters import Hyperparameters
-from train.loop import Schedule, fit
+from train.loop import fit
 from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
+from train.settings import TARGETS
 from train.state import StateFile
+from train.training import OnEpoch
 
 CPU = torch.device("cpu")
-HYPER = Hyperparameters(epochs=3, batch_size=8, lr=1e-3, precision="fp32")
+HYPER: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 1e-3, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +50,21 @@ def data() -> DataSplits:
 @pytest.fixture(scope="module")
 def backbone(data: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
-    train_condition(recipe="probe", model="digits_vit", data=data, checkpoint=path, hyperparameters=HYPER)
+    train_condition(training_run("probe", **HYPER), model="digits_vit", data=data, checkpoint=path)
     return path
 
 
 @pytest.fixture
 def run(data: DataSplits, backbone: Path, tmp_path: Path) -> Callable[..., TrainResult]:
-    def run(name: str = "a", recipe: str = "full", hyper: dict[str, Any] | None = None, **changes: Any) -> TrainResult:
-        arguments: dict[str, Any] = {
-            "model": ModelSource("digits_vit", weights=backbone),
-            "data": data,
-            "checkpoint": tmp_path / f"{name}.safetensors",
-            "hyperparameters": replace(HYPER, **(hyper or {})),
-            "probe_checkpoint": backbone,
-            **changes,
-        }
-        return train_condition(recipe=recipe, **arguments)  # type: ignore[arg-type]
+    def run(name: str = "a", recipe: str = "full", on_epoch: OnEpoch | None = None, **values: Any) -> TrainResult:
+        return train_condition(
+            training_run(recipe, **(HYPER | values)),
+            model=ModelSource("digits_vit", weights=backbone),
+            data=data,
+            checkpoint=tmp_path / f"{name}.safetensors",
+            probe_checkpoint=backbone,
+            on_epoch=on_epoch,
+        )
 
     return run
 
@@ -104,10 +104,9 @@ def test_the_average_of_the_weights_is_what_is_kept(data: DataSplits, tmp_path: 
     fit(
         module,
         torch.optim.SGD(module.parameters(), lr=1.0),
-        loss_of,
+        Plain(loss_of, validate),
         train=data.train,
-        validate=validate,
-        schedule=Schedule(epochs=2, batch_size=10, lr=1.0, ema_decay=0.5, warmup_fraction=0.0, clip_norm=0.0),
+        run=training_run(epochs=2, batch_size=10, lr=1.0, ema_decay=0.5, warmup_fraction=0.0, clip_norm=0.0),
         state_file=StateFile(tmp_path / "s.safetensors", "key"),
         device=CPU,
     )
@@ -125,7 +124,7 @@ def test_an_averaged_run_resumes_to_the_same_bytes(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hyper = {"ema_decay": 0.9}
-    whole = run("whole", hyper=hyper)
+    whole = run("whole", **hyper)
     assert whole.sha256 != run("plain").sha256
 
     def stop(history: Sequence[Any]) -> None:
@@ -133,8 +132,8 @@ def test_an_averaged_run_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run("cut", hyper=hyper, on_epoch=stop)
-    resumed = run("cut", hyper=hyper)
+        run("cut", **hyper, on_epoch=stop)
+    resumed = run("cut", **hyper)
     assert resumed.sha256 == whole.sha256
     assert resumed.history == whole.history
 
@@ -142,10 +141,8 @@ def test_an_averaged_run_resumes_to_the_same_bytes(
 def test_training_ends_early_and_stays_ended(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.state, "EPOCH_SAVE_SHARE", 1e9)  # save at every end of an epoch
     scores = {"given": iter([0.5, 0.9, 0.9, 0.1, 0.2, 0.0, 0.0])}
-    monkeypatch.setattr(
-        "train.conditions.evaluate", lambda *arguments, **options: Evaluation(next(scores["given"]), 1.0)
-    )
-    result = run(hyper={"epochs": 20, "patience": 2})
+    monkeypatch.setattr("train.training.evaluate", lambda *arguments, **options: Evaluation(next(scores["given"]), 1.0))
+    result = run(epochs=20, patience=2)
     assert [entry["validation_accuracy"] for entry in result.history] == [0.5, 0.9, 0.9, 0.1]
     scores["given"] = iter([0.5, 0.9, 0.9, 0.1])
 
@@ -154,9 +151,9 @@ def test_training_ends_early_and_stays_ended(run: Callable[..., TrainResult], mo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run("cut", hyper={"epochs": 20, "patience": 2}, on_epoch=stop)
+        run("cut", epochs=20, patience=2, on_epoch=stop)
     scores["given"] = iter([0.0, 0.0])  # nothing is trained any more, so only the result is looked at
-    assert run("cut", hyper={"epochs": 20, "patience": 2}).sha256 == result.sha256
+    assert run("cut", epochs=20, patience=2).sha256 == result.sha256
 
 
 def interrupted_after(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -237,7 +234,7 @@ def test_tensorboard_gets_every_epoch_once(run: Callable[..., TrainResult], tmp_
 def test_weights_that_diverge_after_the_last_step_are_not_kept(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.conditions.evaluate", lambda *arguments, **options: Evaluation(0.9, math.nan))
+    monkeypatch.setattr("train.training.evaluate", lambda *arguments, **options: Evaluation(0.9, math.nan))
     with pytest.raises(TrainingDivergedError, match=r"validation loss nan after step 2 \(epoch 0\); lower"):
         run()
 
@@ -253,14 +250,14 @@ def test_evaluation_is_accuracy_and_cross_entropy(data: DataSplits) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("init", list(INITS))
-def test_every_init_begins_as_the_model_and_merges(kind: str, init: Any) -> None:
+def test_every_init_begins_as_the_model_and_merges(dora: bool, init: Any) -> None:
     torch.manual_seed(0)
     model = build_model(ModelSource("test_vit", img_size=32), num_classes=5).eval()
     images = torch.randn(12, 3, 32, 32)
     before = model(images)
-    arguments: dict[str, Any] = {"kind": kind, "rank": 3, "alpha": 6, "targets": "attention", "seed": 1, "init": init}
+    arguments: dict[str, Any] = {"dora": dora, "rank": 3, "alpha": 6, "targets": "attention", "seed": 1, "init": init}
     adapted = add_adapters(model, batches=[images[:6], images[6:]], **arguments).eval()
     torch.testing.assert_close(adapted(images), before, atol=1e-5, rtol=0)
     ranks = {p.shape[0] for name, p in adapted.named_parameters() if "lora_A" in name}
@@ -285,7 +282,7 @@ def test_pissa_takes_the_principal_part_and_eva_the_inputs(data: DataSplits) -> 
     )
     model(images)
     hook.remove()
-    arguments: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 4, "targets": r"blocks\.0\.attn\.qkv", "seed": 0}
+    arguments: dict[str, Any] = {"dora": False, "rank": 4, "alpha": 4, "targets": r"blocks\.0\.attn\.qkv", "seed": 0}
     import copy
 
     adapted = add_adapters(copy.deepcopy(model), init="pissa", **arguments)
@@ -305,7 +302,7 @@ def test_pissa_takes_the_principal_part_and_eva_the_inputs(data: DataSplits) -> 
 
 
 def test_ranks_and_inits_that_do_not_exist() -> None:
-    arguments: dict[str, Any] = {"kind": "lora", "alpha": 4, "targets": "attention", "seed": 0}
+    arguments: dict[str, Any] = {"dora": False, "alpha": 4, "targets": "attention", "seed": 0}
     with pytest.raises(InputError, match=r"rank 65 is more than blocks\.0\.attn\.qkv has \(192×64\)"):
         add_adapters(build_model("test_vit", num_classes=5), rank=65, **arguments)
     with pytest.raises(InputError, match="unknown init 'svd' of adapters; expected one of paper, pissa"):
@@ -317,7 +314,7 @@ def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:
     model = build_model(ModelSource("vit_tiny_patch16_224", img_size=32), num_classes=4).eval()
     images = torch.randn(2, 3, 32, 32)
     before = capture_attention(model, images)
-    adapted = add_adapters(model, kind="dora", rank=4, alpha=8, targets="block9_fc1", seed=0)
+    adapted = add_adapters(model, dora=True, rank=4, alpha=8, targets="block9_fc1", seed=0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -341,9 +338,7 @@ def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> Non
         "seven": replace(plain, train=FolderImages(plain.manifest.root, records, names, preprocessing, workers=7)),
         "cached": cached,
     }
-    hyper = replace(
-        HYPER, epochs=1, augmentation=Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2), batch_size=5
-    )
+    values = HYPER | {"epochs": 1, "batch_size": 5, "flip": True, "rotation_degrees": 10.0, "color_jitter": 0.2}
     strides: set[tuple[int, ...]] = set()
 
     def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -353,11 +348,10 @@ def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> Non
     with torch.nn.modules.module.register_module_forward_pre_hook(see):
         digests = {
             train_condition(
-                recipe="lora",
+                training_run("lora", **values),
                 model=ModelSource("test_vit", img_size=32),
                 data=source,
                 checkpoint=tmp_path / f"{name}.safetensors",
-                hyperparameters=hyper,
             ).sha256
             for name, source in sources.items()
         }
@@ -378,17 +372,12 @@ def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
         "model": ModelSource("test_resnet", weights=tmp_path / "start.safetensors"),
         "data": data,
     }
-    adapted = train_condition(
-        recipe="lora",
-        checkpoint=tmp_path / "a.safetensors",
-        hyperparameters=replace(HYPER, epochs=1, targets="fc", rank=2, head="own"),
-        **arguments,
-    )
+    values = HYPER | {"epochs": 1}
+    own = training_run("lora", **values, targets="fc", rank=2, own_head=True)
+    adapted = train_condition(own, checkpoint=tmp_path / "a.safetensors", **arguments)
     changed = {n for n, t in start.state_dict().items() if not torch.equal(t, weights(adapted)[n])}
     assert changed == {"fc.weight"}, "the head's bias and every statistic are frozen"
-    full = train_condition(
-        recipe="full", checkpoint=tmp_path / "b.safetensors", hyperparameters=replace(HYPER, epochs=1), **arguments
-    )
+    full = train_condition(training_run(**values), checkpoint=tmp_path / "b.safetensors", **arguments)
     assert not torch.equal(start.state_dict()["bn1.running_mean"], weights(full)["bn1.running_mean"])
 
 
@@ -423,7 +412,7 @@ def test_compressed_weights_are_what_the_papers_say() -> None:
 
 def test_compression_needs_adapters(run: Callable[..., TrainResult]) -> None:
     with pytest.raises(InputError, match="compression int1 is of weights below adapters; recipe full has none"):
-        run(hyper={"compression": "int1"})
+        run(compression="int1")
     assert TARGETS["block9_fc1"] == r"blocks\.9\.mlp\.fc1"
 
 
@@ -433,8 +422,8 @@ import train.state
 from pathlib import Path
 from train.conditions import train_condition
 from train.data.digits import prepare_digits
-from train.hyperparameters import Hyperparameters
 from train.models import build_model, preprocessing_of
+from train.settings import ConditionConfig, TrainConfig, TrainingRun
 from train.state import StateFile
 
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
@@ -452,8 +441,9 @@ def replace(*arguments):
 os.replace = replace
 data = prepare_digits(preprocessing=preprocessing_of(build_model("digits_vit", num_classes=10)), train_scenes=20,
                       validation_scenes=8, test_scenes=8)
-result = train_condition(recipe="dora", model="digits_vit", data=data, checkpoint=folder / "a.safetensors",
-                         hyperparameters=Hyperparameters(epochs=3, batch_size=8, lr=1e-3, precision="fp32"))
+run = TrainingRun(condition=ConditionConfig(recipe="dora", lr=1e-3),
+                  shared=TrainConfig(epochs=3, batch_size=8, flip=False, precision="fp32"))
+result = train_condition(run, model="digits_vit", data=data, checkpoint=folder / "a.safetensors")
 print(result.sha256)
 """
 

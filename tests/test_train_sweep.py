@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_second_run_trains_nothing(images: Path, swept: Path, monkeypatch: pyt
 
     before = content()
 
-    def no_training(**arguments: object) -> None:
+    def no_training(*arguments: object, **more: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(train.sweep, "train_condition", no_training)
@@ -121,7 +122,7 @@ def test_an_interrupted_sweep_ends_like_one_that_was_not(
     few = ("--init", "svd_init", "--sweep.bases", "int1", "--sweep.ranks", "2")
     real, calls = train_condition, 0
 
-    def interrupted(**arguments: object) -> object:
+    def interrupted(run: Any, **arguments: Any) -> object:
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -130,7 +131,7 @@ def test_an_interrupted_sweep_ends_like_one_that_was_not(
                 raise KeyboardInterrupt
 
             arguments["on_epoch"] = stop
-        return real(**arguments)  # type: ignore[arg-type]
+        return real(run, **arguments)
 
     monkeypatch.setattr(train.sweep, "train_condition", interrupted)
     assert main(command(images, tmp_path / "out", *few)) == 130
@@ -176,7 +177,7 @@ def test_a_vit_without_a_head_of_its_own_begins_with_a_probe(images: Path, tmp_p
 def test_trials_that_all_diverge_are_said(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def diverge(**arguments: object) -> None:
+    def diverge(*arguments: object, **more: object) -> None:
         raise TrainingDivergedError("loss nan at step 3")
 
     monkeypatch.setattr(train.sweep, "train_condition", diverge)

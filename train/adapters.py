@@ -7,29 +7,23 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from train.errors import InputError
+from train.models import classifier_name
+from train.settings import Init, target_pattern
 
 logger = logging.getLogger(__name__)
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit; peft's merges on timm's qkv were within 1e-6
 
-# Placements by name; anything else is a regular expression.
-TARGETS = {
-    "attention": r"blocks\.\d+\.attn\.(qkv|proj)",
-    "mlp": r"blocks\.\d+\.mlp\.(fc1|fc2)",
-    "block9_fc1": r"blocks\.9\.mlp\.fc1",  # behind block 9's attention: the attention of blocks 0 to 9 cannot change
-}
-
-Init = Literal["paper", "pissa", "olora", "eva"]
 # What peft calls them. paper: A Kaiming-uniform, B zero (Hu et al. 2021). pissa: the principal singular vectors of the
 # weight, which keeps the rest (Meng et al. 2024). olora: a QR decomposition of it (Büyükakyüz 2024). eva: A from the
 # singular vectors of the layer's inputs on training images, B zero (Paischer et al. 2024).
-INITS: dict[str, bool | str] = {"paper": True, "pissa": "pissa", "olora": "olora", "eva": "eva"}
+INITS: dict[Init, bool | str] = {"paper": True, "pissa": "pissa", "olora": "olora", "eva": "eva"}
 
 
 class MergeError(RuntimeError):
@@ -39,7 +33,7 @@ class MergeError(RuntimeError):
 def add_adapters(
     model: nn.Module,
     *,
-    kind: str,
+    dora: bool,
     rank: int,
     alpha: float,
     targets: str,
@@ -54,11 +48,11 @@ def add_adapters(
 
     Args:
         model: changed in place.
-        kind: "lora" or "dora".
+        dora: whether each row's magnitude is trained too (DoRA); LoRA without.
         rank: of the updates.
         alpha: updates are scaled by alpha / rank.
-        targets: a name of `TARGETS`, or a regular expression that matches whole module names. A bare "proj" would
-            take the patch embedding's convolution too, so names are matched in full.
+        targets: a name of `train.settings.TARGETS`, or a regular expression that matches whole module names, as a bare
+            "proj" would take the patch embedding's convolution too.
         seed: of A's initial values where they are random.
         init: see `INITS`; whichever it is, the adapted model begins as the function that `model` is.
         batches: eva: training images, float32 [image, channel, row, col] each.
@@ -75,8 +69,8 @@ def add_adapters(
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=cast(int, alpha),  # peft divides by it; any number will do
-        target_modules=TARGETS.get(targets, targets),
-        use_dora=kind == "dora",
+        target_modules=target_pattern(targets),
+        use_dora=dora,
         lora_dropout=0.0,
         init_lora_weights=cast(Any, INITS[init]),
         # rho 1: every layer keeps the rank that was asked for.
@@ -98,7 +92,7 @@ def check_adapters(model: nn.Module, *, rank: int, targets: str) -> None:
     Raises:
         InputError: nothing matches, or something that is not linear, or a layer has no such rank.
     """
-    targets = TARGETS.get(targets, targets)
+    targets = target_pattern(targets)
     try:
         pattern = re.compile(targets)
     except re.error as error:
@@ -118,6 +112,12 @@ def check_adapters(model: nn.Module, *, rank: int, targets: str) -> None:
             raise InputError(
                 f"rank {rank} is more than {name} has ({module.out_features}×{module.in_features}); give a lower one"
             )
+
+
+def whole_classifier(model: nn.Module, targets: str) -> tuple[str, ...]:
+    """The classifier that is trained whole beside adapters; () where it is one of their targets."""
+    classifier = classifier_name(model)
+    return () if re.fullmatch(target_pattern(targets), classifier) else (classifier,)
 
 
 def _initialize_eva(adapted: nn.Module, batches: Sequence[torch.Tensor]) -> None:

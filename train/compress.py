@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from typing import Literal
 
 import torch
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from train.settings import Compression
 
-Compression = Literal["plain", "sparse", "int1"]
-COMPRESSIONS = ("plain", "sparse", "int1")
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ _PATCH_SIZE = 6
 
 # Its operations are too short to share: one thread trains 500 images/s, two on a busy machine 75. And the
 # weights do not depend on how many cores there are.
-TRAINING_THREADS = 1
+TRAINING_THREADS = {"digits_vit": 1}
 
 default_cfgs = generate_default_cfgs(
     {

@@ -17,19 +17,19 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from train.augment import Augmentation
 from train.data import ImageSet
 from train.errors import TrainingDivergedError
 from train.evaluation import Evaluation
 from train.parallel import SINGLE, Workers
 from train.precision import forward_precision
+from train.settings import TrainingRun
 from train.state import StateFile, TrainingState, trained_tensors
 from train.transfer import HostCopy, downloaded, pinned, uploaded
 
@@ -38,38 +38,15 @@ logger = logging.getLogger(__name__)
 # Steps launched before the loss of the first of them is looked at: one keeps a GPU busy meanwhile.
 LOOK_LATER = {"cpu": 0, "cuda": 1}
 
-LossFunction = Callable[[torch.Tensor, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
+class Objective(Protocol):
+    """What a run is trained for, and how well it does."""
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast.
+    def loss(self, images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss and logits [image, class] of images and their indices in the training split."""
 
-    Args:
-        epochs: passes over the training images.
-        batch_size: images a step; the last batch of an epoch may be smaller.
-        accumulate: forward and backward passes that a step's images are divided into, to save memory; the same
-            result up to rounding.
-        lr: peak learning rate, times `lr_scale` of a parameter group.
-        warmup_fraction: share of the steps in linear warm-up; cosine to 0 after it.
-        clip_norm: gradient norm above which gradients are scaled down; 0: never.
-        ema_decay: of the moving average of the weights, which is then what is validated and kept; 0: none. Early
-            on the decay is (1 + step) / (10 + step) if that is less, so that the start is forgotten.
-        patience: epochs without a better validation accuracy after which training stops; 0: never.
-        precision: "bf16" (autocast) or "fp32".
-        seed: of data order, augmentation and dropout.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    accumulate: int = 1
-    warmup_fraction: float = 0.1
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    patience: int = 0
-    precision: str = "fp32"
-    seed: int = 42
+    def validate(self) -> Evaluation:
+        """On the validation split, after each epoch; the first epoch of the best accuracy is kept."""
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -77,25 +54,23 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 0]).permutation(count)
 
 
-def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
+def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
     """The rate of step 0 … steps − 1: linear up to the peak, then a cosine down to 0."""
-    warmup = max(1, round(steps * schedule.warmup_fraction))
+    warmup = max(1, round(steps * warmup_fraction))
     if step < warmup:
-        return schedule.lr * (step + 1) / warmup
-    return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def fit(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss_of: LossFunction,
+    objective: Objective,
     *,
     train: ImageSet,
-    validate: Callable[[], Evaluation],
-    schedule: Schedule,
+    run: TrainingRun,
     state_file: StateFile,
     device: torch.device,
-    augmentation: Augmentation | None = None,
     on_epoch: Callable[[Sequence[dict[str, Any]]], None] | None = None,
     workers: Workers = SINGLE,
     label: str = "training",
@@ -105,11 +80,15 @@ def fit(
     At ends of epochs, and about every minute, the state goes to `state_file`; a later call with the same
     key goes on from there. The caller removes the file once the result is saved.
 
+    The last batch of an epoch may be smaller. With `accumulate` the result is the same up to rounding. Early on the
+    decay of a moving average is (1 + step) / (10 + step) if that is less, so that the start is forgotten.
+
     Args:
         module: all that is trained; its parameters without gradients are taken to be as at the start.
         optimizer: groups may have `lr_scale`.
-        loss_of: (images, indices into `train`) → mean loss, logits [image, class].
-        validate: on the validation split, after each epoch; the first epoch of the best accuracy is kept.
+        objective: of `module`.
+        train: the images.
+        run: how long and how fast, its precision decided.
         on_epoch: gets the history so far, after each epoch and when a run goes on; what it raises ends the run.
         workers: the processes that share each step's images.
 
@@ -119,16 +98,17 @@ def fit(
     Raises:
         TrainingDivergedError: a loss or gradient that is NaN or infinite, with its step.
     """
-    steps_per_epoch = math.ceil(len(train) / schedule.batch_size)
-    steps = steps_per_epoch * schedule.epochs
-    augmentation = augmentation or Augmentation()
+    shared = run.shared
+    steps_per_epoch = math.ceil(len(train) / shared.batch_size)
+    steps = steps_per_epoch * run.epochs
+    augmentation = run.augmentation
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     state = TrainingState(module, optimizer)
     state_file.restore(state)
     progress = state.progress
     if progress.step:
         logger.info("%s: going on at step %d of %d", label, progress.step, steps)
-    if schedule.ema_decay and not state.average:
+    if shared.ema_decay and not state.average:
         state.average = {name: tensor.clone() for name, tensor in trained_tensors(module).items()}
     if on_epoch is not None and progress.history:
         on_epoch(progress.history)
@@ -149,45 +129,45 @@ def fit(
         bar.update(at.count)
 
     bar = tqdm(
-        total=steps * schedule.batch_size,
-        initial=progress.step * schedule.batch_size,
+        total=steps * shared.batch_size,
+        initial=progress.step * shared.batch_size,
         desc=label,
         unit=" images",
         disable=None if workers.first else True,
     )
-    with bar, contextlib.closing(_batches(train, schedule, progress.step, steps_per_epoch, workers, device)) as batches:
-        while progress.step < steps and not (0 < schedule.patience <= progress.epochs_since_best()):
+    with bar, contextlib.closing(_batches(train, run, progress.step, steps_per_epoch, workers, device)) as batches:
+        while progress.step < steps and not (0 < shared.patience <= progress.epochs_since_best()):
             step, count, indices, pixels = next(batches)
             epoch = step // steps_per_epoch
-            rate = learning_rate(step, steps, schedule)
+            rate = learning_rate(step, steps, run.condition.lr, shared.warmup_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            torch.manual_seed(_step_seed(schedule.seed, step, workers.rank))  # dropout and stochastic depth
+            torch.manual_seed(_step_seed(run.seed, step, workers.rank))  # dropout and stochastic depth
             optimizer.zero_grad(set_to_none=True)
             tally = torch.zeros(2, device=device, dtype=torch.float64)  # mean loss, hits
-            for place in _parts(len(indices), schedule.accumulate):
+            for place in _parts(len(indices), shared.accumulate):
                 chosen = indices[place]
                 scaled = augmentation.apply(
                     pixels[place].to(device, non_blocking=True).float().div_(255),
-                    seed=schedule.seed,
+                    seed=run.seed,
                     epoch=epoch,
                     indices=chosen,
                 )
-                with forward_precision(schedule.precision, device):
-                    loss, logits = loss_of(train.preprocessing.normalize(scaled), chosen)
+                with forward_precision(shared.precision, device):
+                    loss, logits = objective.loss(train.preprocessing.normalize(scaled), chosen)
                 share = len(chosen) / count
                 (loss * share).backward()
                 labels = uploaded(torch.from_numpy(train.labels[chosen]), device)
                 tally += torch.stack([loss.detach().double() * share, (logits.argmax(dim=1) == labels).sum().double()])
             workers.sum_gradients(trained)
-            norm = nn.utils.clip_grad_norm_(trained, schedule.clip_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(trained, shared.clip_norm or math.inf)
             numbers = torch.cat([workers.add_up(tally), norm.detach().double().view(1)])
             launched.append(_Step(step, epoch, count, indices, downloaded(numbers)))
             while len(launched) > later:
                 look(launched.popleft())
             optimizer.step()
-            if schedule.ema_decay:
-                _average(state, min(schedule.ema_decay, (1 + step) / (10 + step)))
+            if shared.ema_decay:
+                _average(state, min(shared.ema_decay, (1 + step) / (10 + step)))
 
             progress.step = step + 1
             ends = progress.step % steps_per_epoch == 0
@@ -196,7 +176,7 @@ def fit(
                 look(launched.popleft())
             if ends:
                 with _averaged(state):
-                    found = validate()
+                    found = objective.validate()
                     _train_mode(module)
                     _end_epoch(state, found, epoch, rate, label)
                 bar.set_postfix(validation=f"{found.accuracy:.3f}")
@@ -296,7 +276,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 def _batches(
     train: ImageSet,
-    schedule: Schedule,
+    run: TrainingRun,
     first_step: int,
     steps_per_epoch: int,
     workers: Workers,
@@ -307,13 +287,15 @@ def _batches(
     The next batch is read while this one is used.
     """
 
+    size = run.shared.batch_size
+
     def plan() -> Iterator[tuple[int, np.ndarray]]:
-        for epoch in range(first_step // steps_per_epoch, schedule.epochs):
-            order = epoch_order(schedule.seed, epoch, len(train))
+        for epoch in range(first_step // steps_per_epoch, run.epochs):
+            order = epoch_order(run.seed, epoch, len(train))
             for place in range(steps_per_epoch):
                 step = epoch * steps_per_epoch + place
                 if step >= first_step:
-                    yield step, order[place * schedule.batch_size : (place + 1) * schedule.batch_size]
+                    yield step, order[place * size : (place + 1) * size]
 
     def read(indices: np.ndarray) -> torch.Tensor:
         return pinned(train.pixels(indices), device)

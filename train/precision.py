@@ -11,8 +11,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from train.settings import Precision
 
-def resolve_precision(precision: str, device: torch.device) -> str:
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     """`auto` → "bf16" where the device multiplies it in hardware, else "fp32"; others as they are."""
     if precision != "auto":
         return precision

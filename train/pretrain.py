@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from train.checkpoint import save_checkpoint
-from train.conditions import finished_metadata, versions
+from train.conditions import TrainResult, finished_metadata
 from train.data import DigitScenes, prepare_digits
-from train.digits_vit import TRAINING_THREADS
-from train.evaluation import evaluate
-from train.loop import Schedule, fit
+from train.evaluation import Evaluation, evaluate
 from train.models import build_model, preprocessing_of
-from train.precision import resolve_precision, training_mode
+from train.precision import resolve_precision
+from train.settings import ConditionConfig, Precision, TrainConfig, TrainingRun
 from train.state import StateFile, settings_key
+from train.training import Task, Trained, train_to_file
 from train.transfer import uploaded
-
-logger = logging.getLogger(__name__)
 
 MODEL_NAME = "digits_vit"
 BACKGROUND_WEIGHT = 0.15  # of a background token's loss; a digit's is 1
 _VERSION = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainResult:
-    """The pretrained backbone.
-
-    Args:
-        checkpoint, sha256: the saved `digits_vit`, its head naming the large digit.
-        validation_accuracy, test_accuracy: on the source task, in float32.
-        history: one dict an epoch.
-        seconds: wall time of this call.
-        reused: nothing was trained, the checkpoint was there.
-    """
-
-    checkpoint: Path
-    sha256: str
-    validation_accuracy: float
-    test_accuracy: float
-    history: list[dict[str, Any]]
-    seconds: float
-    reused: bool
-
-
-class _Pretraining(nn.Module):
-    """The model and a per-token head that is thrown away."""
+class _TwoHeads(nn.Module):
+    """The model and a head for every token, which is thrown away."""
 
     def __init__(self, model: nn.Module, classes: int) -> None:
         super().__init__()
@@ -66,6 +39,47 @@ class _Pretraining(nn.Module):
         tokens = model.forward_features(images)
         patches = tokens[:, model.num_prefix_tokens :]
         return model.forward_head(tokens), self.token_head(patches)
+
+
+class _SceneTask:
+    """The loss of the class token, which names the large digit, and of every patch token."""
+
+    def __init__(self, module: _TwoHeads, task: Task) -> None:
+        self.module, self.task = module, task
+        train, embed = cast(DigitScenes, task.data.train), cast(Any, module.model).patch_embed
+        self.labels = torch.from_numpy(train.labels).to(task.device)
+        targets = token_targets(train, embed.grid_size, embed.patch_size[0])
+        self.tokens = torch.from_numpy(targets).to(task.device)
+        self.token_weights = torch.ones(module.token_head.out_features, device=task.device)
+        self.token_weights[-1] = BACKGROUND_WEIGHT
+
+    def loss(self, images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, token_logits = self.module(images)
+        chosen = uploaded(torch.from_numpy(indices), self.task.device)
+        smoothing = self.task.run.shared.label_smoothing
+        loss = functional.cross_entropy(logits.float(), self.labels[chosen], label_smoothing=smoothing)
+        per_token = functional.cross_entropy(
+            token_logits.float().flatten(0, 1), self.tokens[chosen].flatten(), weight=self.token_weights
+        )
+        return loss + per_token, logits
+
+    def validate(self) -> Evaluation:
+        precision = self.task.run.shared.precision
+        return evaluate(self.module.model, self.task.data.validation, self.task.device, precision=precision)
+
+
+def _train(module: nn.Module, task: Task) -> Trained:
+    """All weights, with weight decay on matrices alone, as timm does it."""
+    module = cast(_TwoHeads, module)
+    kept_out = cast(Any, module.model).no_weight_decay()
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        exempt = parameter.ndim <= 1 or name.removeprefix("model.") in kept_out
+        (plain if exempt else decayed).append(parameter)
+    decay = task.run.shared.weight_decay
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    return Trained(module.model, task.fit(module, groups, _SceneTask(module, task)).history)
 
 
 def token_targets(scenes: DigitScenes, grid: Sequence[int], patch_px: int) -> np.ndarray:
@@ -92,10 +106,10 @@ def pretrain_digits(
     weight_decay: float = 0.05,
     label_smoothing: float = 0.05,
     seed: int = 0,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    precision: Precision = "auto",
     device: str = "cpu",
     deterministic: bool = True,
-) -> PretrainResult:
+) -> TrainResult:
     """Train `digits_vit` to name the large digit of a scene.
 
     To the classification loss of the class token a loss of every patch token is added (which digit, of
@@ -110,9 +124,19 @@ def pretrain_digits(
     Raises:
         TrainingDivergedError: NaN or Inf in the loss, with the step.
     """
-    began = time.monotonic()
     path, where = Path(checkpoint), torch.device(device)
-    precision_used = resolve_precision(precision, where)
+    shared = TrainConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        flip=False,  # every scene is composed with its own rotation, shear and brightness
+        rotation_degrees=0.0,
+        color_jitter=0.0,
+        precision=resolve_precision(precision, where),
+        deterministic=deterministic,
+    )
+    run = TrainingRun(condition=ConditionConfig(recipe="pretrain", lr=lr), shared=shared, seed=seed)
     settings = {
         "scenes": [scenes, validation_scenes, test_scenes],
         "data_seed": data_seed,
@@ -122,18 +146,17 @@ def pretrain_digits(
         "weight_decay": weight_decay,
         "label_smoothing": label_smoothing,
         "seed": seed,
-        "precision": precision_used,
+        "precision": shared.precision,
         "deterministic": deterministic,
     }
     key = settings_key(version=_VERSION, recipe="pretrain", device=where.type, **settings)
     if (metadata := finished_metadata(path, key)) is not None:
-        return _result(path, metadata, began, reused=True)
+        return TrainResult.of_sidecar(path, metadata, reused=True)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(MODEL_NAME, num_classes=10)
-        module = _Pretraining(model, 10).to(where)
-    preprocessing = preprocessing_of(model)
+        module = _TwoHeads(build_model(MODEL_NAME, num_classes=10), 10)
+    preprocessing = preprocessing_of(module.model)
     data = prepare_digits(
         preprocessing=preprocessing,
         task="source",
@@ -142,38 +165,9 @@ def pretrain_digits(
         validation_scenes=validation_scenes,
         test_scenes=test_scenes,
     )
-    train = cast(DigitScenes, data.train)
-    embed = cast(Any, model).patch_embed
-    labels = torch.from_numpy(train.labels).to(where)
-    tokens = torch.from_numpy(token_targets(train, embed.grid_size, embed.patch_size[0])).to(where)
-    token_weights = torch.ones(11, device=where)
-    token_weights[10] = BACKGROUND_WEIGHT
-
-    def loss_of(images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, token_logits = module(images)
-        chosen = uploaded(torch.from_numpy(indices), where)
-        loss = functional.cross_entropy(logits.float(), labels[chosen], label_smoothing=label_smoothing)
-        per_token = functional.cross_entropy(
-            token_logits.float().flatten(0, 1), tokens[chosen].flatten(), weight=token_weights
-        )
-        return loss + per_token, logits
-
-    groups = _decay_groups(module, cast(Any, model).no_weight_decay(), weight_decay)
     state_file = StateFile(path.with_suffix(".state.safetensors"), key)
-    with training_mode(module, where, precision=precision_used, deterministic=deterministic, threads=TRAINING_THREADS):
-        history = fit(
-            module,
-            torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True),
-            loss_of,
-            train=train,
-            validate=lambda: evaluate(model, data.validation, where, precision=precision_used),
-            schedule=Schedule(epochs=epochs, batch_size=batch_size, lr=lr, precision=precision_used, seed=seed),
-            state_file=state_file,
-            device=where,
-            label="pretraining",
-        )
-        scores = [evaluate(model, images, where).accuracy for images in (data.validation, data.test)]
-    metadata = {
+    task = Task(run=run, data=data, device=where, state_file=state_file, label="pretraining")
+    facts = {
         "model": MODEL_NAME,
         "num_classes": 10,
         "class_names": list(data.class_names),
@@ -182,34 +176,5 @@ def pretrain_digits(
         "hyperparameters": settings,
         "dataset": {"kind": "digits", "task": "source", "sha256": data.manifest.sha256},
         "preprocessing": preprocessing.to_dict(),
-        "validation_accuracy": scores[0],
-        "test_accuracy": scores[1],
-        "history": history,
-        "versions": versions(),
-        "key": key,
     }
-    metadata["sha256"] = save_checkpoint(path, model.state_dict(), metadata)
-    state_file.remove()
-    return _result(path, metadata, began, reused=False)
-
-
-def _decay_groups(module: nn.Module, kept_out: set[str], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices alone, as timm does it."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        exempt = parameter.ndim <= 1 or name.removeprefix("model.") in kept_out
-        (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def _result(path: Path, metadata: dict[str, Any], began: float, *, reused: bool) -> PretrainResult:
-    return PretrainResult(
-        checkpoint=path,
-        sha256=metadata["sha256"],
-        validation_accuracy=metadata["validation_accuracy"],
-        test_accuracy=metadata["test_accuracy"],
-        history=metadata["history"],
-        seconds=time.monotonic() - began,
-        reused=reused,
-    )
+    return TrainResult.of_sidecar(path, train_to_file(path, key, _train, module, task, facts), reused=False)

@@ -13,22 +13,22 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from store.removal import named, remove
-from train.adapters import TARGETS
+from train.adapters import whole_classifier
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path
-from train.compress import Compression, compress
+from train.compress import compress
 from train.conditions import TrainResult, train_condition
 from train.data import DataSplits
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import evaluate
 from train.history import history_path
-from train.hyperparameters import Hyperparameters
 from train.model_source import ModelSource
-from train.models import classifier_name, load_checkpoint
+from train.models import load_checkpoint
+from train.settings import Compression, TrainingRun
 from train.state import settings_key
 
 if TYPE_CHECKING:
@@ -49,25 +49,19 @@ class SweepPlan:
     Args:
         model: the pretrained one as saved here, its head of the data's classes.
         probe: a probe of it, whose head every trial begins with; None: the head that came with the weights.
-        recipe: "lora" or "dora".
-        hyperparameters: of every trial; lr, alpha, label_smoothing, rank and compression are the sweep's.
+        run: of every trial; lr, alpha, label_smoothing, rank and compression are the sweep's.
         lr_range: that learning rates are drawn from, on a log scale.
         trials: per backbone and rank.
-        seed: of the sampler and of every training run.
         device: "cpu" or "cuda".
-        deterministic: see `train.conditions.train_condition`.
         folder: of all files.
     """
 
     model: ModelSource
     probe: Path | None
-    recipe: Literal["lora", "dora"]
-    hyperparameters: Hyperparameters
+    run: TrainingRun
     lr_range: tuple[float, float]
     trials: int
-    seed: int
     device: str
-    deterministic: bool
     folder: Path
 
 
@@ -128,11 +122,11 @@ def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) 
         probe=None if plan.probe is None else read_metadata(plan.probe)["sha256"],
         data=data.manifest.sha256,
         preprocessing=data.train.preprocessing.to_dict(),
-        hyperparameters=_hyperparameters(plan, base, rank, {}).used_by(plan.recipe, plan.hyperparameters.precision),
-        recipe=plan.recipe,
+        hyperparameters=_trial_run(plan, base, rank, {}).used_values(),
+        recipe=plan.run.condition.recipe,
         lr_range=plan.lr_range,
-        seed=plan.seed,
-        deterministic=plan.deterministic,
+        seed=plan.run.seed,
+        deterministic=plan.run.shared.deterministic,
         device=plan.device,
     )
     name = f"quant={base}_r={rank}"
@@ -174,9 +168,7 @@ def _study(plan: SweepPlan, name: str) -> optuna.Study:
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(
-            n_startup_trials=PRUNING_STARTUP, n_warmup_steps=plan.hyperparameters.epochs // 3
-        ),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNING_STARTUP, n_warmup_steps=plan.run.epochs // 3),
     )
 
 
@@ -197,7 +189,7 @@ def _run_trial(
     for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(interrupted.number, state=TrialState.FAIL)  # its process is gone: the outputs folder is locked
     name = f"quant={base}_r={rank}"
-    seed = zlib.crc32(f"{plan.seed} {name} {position}".encode())
+    seed = zlib.crc32(f"{plan.run.seed} {name} {position}".encode())
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, plan.trials // 3))
     trial = study.ask()
     params = {
@@ -210,7 +202,7 @@ def _run_trial(
     def each_epoch(history: Sequence[Mapping[str, Any]]) -> None:
         for entry in history[len(study.trials[trial.number].intermediate_values) :]:
             trial.report(entry["validation_accuracy"], entry["epoch"])
-        if len(history) < plan.hyperparameters.epochs and trial.should_prune():
+        if len(history) < plan.run.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     try:
@@ -237,29 +229,26 @@ def _train(
     each_epoch: Any = None,
 ) -> TrainResult:
     return train_condition(
-        recipe=plan.recipe,
+        _trial_run(plan, base, rank, params),
         model=plan.model,
         data=data,
         checkpoint=path,
-        seed=plan.seed,
-        hyperparameters=_hyperparameters(plan, base, rank, params),
         probe_checkpoint=plan.probe,
         device=plan.device,
-        deterministic=plan.deterministic,
         on_epoch=each_epoch,
         name=f"{base} rank {rank} trial {position + 1} of {plan.trials}",
     )
 
 
-def _hyperparameters(plan: SweepPlan, base: Compression, rank: int, params: Mapping[str, Any]) -> Hyperparameters:
+def _trial_run(plan: SweepPlan, base: Compression, rank: int, params: Mapping[str, Any]) -> TrainingRun:
+    run = plan.run
+    alpha = params.get("alpha_ratio", 1.0) * rank
     return replace(
-        plan.hyperparameters,
-        lr=params.get("lr", 0.0),
-        alpha=params.get("alpha_ratio", 1.0) * rank,
-        label_smoothing=params.get("label_smoothing", 0.0),
-        rank=rank,
+        run,
+        condition=replace(run.condition, lr=params.get("lr", 0.0), alpha=alpha, rank=rank),
+        shared=replace(run.shared, label_smoothing=params.get("label_smoothing", 0.0)),
         compression=base,
-        head="own" if plan.probe is None else "probe",
+        own_head=plan.probe is None,
     )
 
 
@@ -323,10 +312,8 @@ def _keep(
 
 def _without_adapters(plan: SweepPlan, base: Compression, data: DataSplits) -> float:
     model = load_checkpoint(plan.model, plan.probe or plan.model.weights)
-    classifier = classifier_name(model)
-    targets = TARGETS.get(plan.hyperparameters.targets, plan.hyperparameters.targets)
-    adapted = re.fullmatch(targets, classifier) is not None
-    compress(model, base, sparsity=plan.hyperparameters.sparsity, keep=() if adapted else (classifier,))
+    whole = whole_classifier(model, plan.run.condition.targets)
+    compress(model, base, sparsity=plan.run.sparsity, keep=whole)
     device = torch.device(plan.device)
     return evaluate(model.to(device), data.test, device).accuracy
 

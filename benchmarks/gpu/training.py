@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,14 +18,13 @@ from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
 from engine.capture.sinks import Capture, capture_to_store
 from engine.statistics import compare_paired
-from train.augment import Augmentation
-from train.conditions import _full_optimizer
 from train.data.sets import ImageSet
 from train.evaluation import Evaluation, evaluate
-from train.hyperparameters import Hyperparameters
-from train.loop import Schedule, fit
+from train.loop import fit
 from train.precision import training_mode
 from train.probe import fit_probe
+from train.recipes import layerwise_groups
+from train.settings import ConditionConfig, TrainConfig, TrainingRun
 from train.state import StateFile
 from train.transfer import uploaded
 
@@ -88,34 +88,34 @@ def _training_row(small: bool, ceilings: dict[str, float], compiled: bool) -> Ro
 
 def _full(pictures: ImageSet, small: bool, device: torch.device, batch: int, precision: str, compiled: bool) -> float:
     """Images a second of the second of two epochs, saves of the state included."""
-    hyper = Hyperparameters(batch_size=batch, precision=precision)
+    shared = TrainConfig(epochs=2, batch_size=batch, precision=cast(Any, precision))
+    run = TrainingRun(condition=ConditionConfig(), shared=shared)
     model = vit(small, CLASSES, device)
-    optimizer = _full_optimizer(model, hyper)
+    optimizer = torch.optim.AdamW(layerwise_groups(model, run), betas=(0.9, 0.98), fused=True)
     called: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     labels = torch.from_numpy(pictures.labels).to(device)
     ends: list[float] = []
 
-    def loss_of(images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = called(images)
-        return functional.cross_entropy(logits.float(), labels[uploaded(torch.from_numpy(indices), device)]), logits
+    class Timed:
+        def loss(self, images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = called(images)
+            return functional.cross_entropy(logits.float(), labels[uploaded(torch.from_numpy(indices), device)]), logits
 
-    def validate() -> Evaluation:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        ends.append(time.perf_counter())
-        return Evaluation(0.0, 0.0)
+        def validate(self) -> Evaluation:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            ends.append(time.perf_counter())
+            return Evaluation(0.0, 0.0)
 
     with training_mode(model, device, precision=precision, deterministic=True), tempfile.TemporaryDirectory() as folder:
         fit(
             model,
             optimizer,
-            loss_of,
+            Timed(),
             train=pictures,
-            validate=validate,
-            schedule=Schedule(epochs=2, batch_size=batch, lr=1e-4, precision=precision),
+            run=run,
             state_file=StateFile(Path(folder) / "state.safetensors", "benchmark"),
             device=device,
-            augmentation=Augmentation(flip=True, rotation_degrees=10, color_jitter=0.2),
         )
     return len(pictures) / (ends[1] - ends[0])
 

@@ -4,23 +4,21 @@ from engine.config.metrics import load_metrics, metrics_of_one_capture
 from engine.config.study import (
     RELEVANCE_METHODS,
     CaptureConfig,
-    ConditionConfig,
     DataConfig,
     Hdf5Config,
     MeasureConfig,
     ModelConfig,
-    PretrainConfig,
     RelevanceConfig,
     StatisticsConfig,
     StudyConfig,
-    SweepConfig,
-    TrainConfig,
     config_keys,
     load_study,
     parse_value,
     study_toml,
 )
-from engine.config.values import described, shortened, unusual
+from engine.config.values import described, shortened
+from train.keys import unusual
+from train.settings import ConditionConfig, PretrainConfig, SweepConfig, TrainConfig
 
 __all__ = [
     "RELEVANCE_METHODS",

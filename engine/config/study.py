@@ -17,27 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engine.config.toml_file import read_toml
-from engine.config.values import INT64, NotBoolean, OneLine, Plain, Two, described, plain_value, shortened, validated
+from engine.config.values import described, plain_value, shortened, validated
 from store.redaction import redacted
 from train.errors import InputError
+from train.keys import STRICT, Count, Name, Natural, Place, Rate, Real, Scenes, Text, Two, Whole, key
+from train.settings import ConditionConfig, PretrainConfig, SweepConfig, TrainConfig
 
 EMBEDDED_STUDY = Path(__file__).with_name("digits.toml")
 
-Whole = Annotated[int, NotBoolean(), Le(INT64)]
-Count = Annotated[Whole, Ge(1)]
-Natural = Annotated[Whole, Ge(0)]
 Pixels = Annotated[Natural, Le(16_384)]
-Scenes = Annotated[Count, Le(1_000_000)]
 Resamples = Annotated[Count, Le(10_000_000)]
-Real = Annotated[float, NotBoolean()]
-Rate = Annotated[Real, Gt(0.0)]
-NonNegative = Annotated[Real, Ge(0.0)]
-Fraction = Annotated[Real, Ge(0.0), Lt(1.0)]
 Proportion = Annotated[Real, Gt(0.0), Lt(1.0)]
-Text = Annotated[str, OneLine()]
-Name = Annotated[Text, MinLen(1)]
 Argument = bool | Whole | Real | Text
-Place = Annotated[Text, Plain()]  # a file, a folder or a URL
 
 # One module per method: its file's name is the method's. They are looked up, not imported: they need torch.
 _METHODS = Path(__file__).resolve().parents[1] / "relevance" / "methods"
@@ -47,46 +38,29 @@ if TYPE_CHECKING:
 else:
     MethodName = Literal[RELEVANCE_METHODS]
 
-_FORBID = {"extra": "forbid", "allow_inf_nan": False}
-
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-# Recipes that read a key of a condition.
-_ADAPTED = ("lora", "dora")
-_TRAINED = ("probe", "full", *_ADAPTED)
-_GIVEN = ("checkpoint",)
-
-
-def _key(default: Any, help: str, recipes: tuple[str, ...] = ()) -> Any:
-    """A configuration key with its one-line help, and the recipes that read it; none: all."""
-    whose = "all but checkpoint: " if recipes == _TRAINED else f"{', '.join(recipes)}: " if recipes else ""
-    metadata = {"help": whose + help, "recipes": recipes}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which Vision Transformer."""
 
-    __pydantic_config__ = _FORBID
-    name: Name = _key(
+    __pydantic_config__ = STRICT
+    name: Name = key(
         "vit_base_patch16_224.augreg_in21k",
         "a timm model name, or digits_vit: the small model of the embedded study",
     )
-    arguments: dict[Name, Argument] = _key(
+    arguments: dict[Name, Argument] = key(
         {}, "what timm builds the model with besides, as in global_pool=avg,in_chans=1,init_values=1e-5"
     )
-    pretrained: bool = _key(True, "let timm download pretrained weights when no file is given")
-    weights: Place = _key("", "a .safetensors or .pth file; nothing is downloaded then")
-    adapter: Place = _key("", "adapters of peft (LoRA, DoRA) for these weights: the folder that it saved, or its file")
-    state: Text = _key(
+    pretrained: bool = key(True, "let timm download pretrained weights when no file is given")
+    weights: Place = key("", "a .safetensors or .pth file; nothing is downloaded then")
+    adapter: Place = key("", "adapters of peft (LoRA, DoRA) for these weights: the folder that it saved, or its file")
+    state: Text = key(
         "", "key of the file under which the weights are, such as model_ema; empty: the usual one, which the log says"
     )
-    img_size: Pixels = _key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
-    classes: Place = _key(
+    img_size: Pixels = key(0, "input size in pixels; 0: as a checkpoint of ours was trained, else the model's own")
+    classes: Place = key(
         "",
         "file of class names in the order of a given model's outputs, one per line or JSON; empty: its sidecar's, else "
         "the class folders where there are as many",
@@ -97,147 +71,73 @@ class ModelConfig:
 class DataConfig:
     """Which images."""
 
-    __pydantic_config__ = _FORBID
-    kind: Literal["digits", "folder", "indoor67", "sports100"] = _key(
+    __pydantic_config__ = STRICT
+    kind: Literal["digits", "folder", "indoor67", "sports100"] = key(
         "digits",
         "digits: embedded scenes of handwritten digits; folder: class folders under root; indoor67: MIT Indoor-67; "
         "sports100: 100 Sports",
     )
-    root: Place = _key(
+    root: Place = key(
         "",
         "the folder of class folders (or of train/, val/ and test/ with class folders in each); indoor67: of Images/ "
         "and the official lists",
     )
-    split: Literal["auto", "stratified", "official", "folders", "all"] = _key(
+    split: Literal["auto", "stratified", "official", "folders", "all"] = key(
         "auto",
         "stratified: 70/15/15 within each class; official: indoor67's lists; folders: train/val/test folders; "
         "all: every image is test; auto: folders for sports100, else stratified, but all in compare and capture",
     )
-    seed: Natural = _key(42, "seed of the split, or of the composed scenes")
-    follow_links: bool = _key(
+    seed: Natural = key(42, "seed of the split, or of the composed scenes")
+    follow_links: bool = key(
         False, "take what links lead to, wherever it lies; false: a link that leaves the folder is refused"
     )
-    class_order: Literal["auto", "string", "natural"] = _key(
+    class_order: Literal["auto", "string", "natural"] = key(
         "auto",
         "order of class folders when a given model was trained; string: 1, 10, 2, as torchvision; natural: 1, 2, 10, "
         "as timm; auto: known where both are the same",
     )
-    cache: bool = _key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
-    cache_folder: Place = _key("", "folder of the image cache; empty: cache/ in the outputs folder")
-    prepare_as: Text = _key(
+    cache: bool = key(True, "decode every picture once, into an image cache; false: decode whenever it is needed")
+    cache_folder: Place = key("", "folder of the image cache; empty: cache/ in the outputs folder")
+    prepare_as: Text = key(
         "",
         "checkpoints that were trained on images prepared in different ways: the condition whose way all images get, "
         "or model: the timm model's own; empty: they are refused",
     )
-    train_scenes: Scenes = _key(8000, "digits: scenes in the target task's training split")
-    validation_scenes: Scenes = _key(1024, "digits: scenes in each validation split")
-    test_scenes: Scenes = _key(1024, "digits: scenes in each test split")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Pretraining of the embedded study's backbone on the source task (digits only)."""
-
-    __pydantic_config__ = _FORBID
-    scenes: Scenes = _key(8000, "scenes in the source task's training split")
-    epochs: Count = _key(3, "passes over them")
-    batch_size: Count = _key(32, "scenes a step")
-    lr: Rate = _key(3e-3, "peak learning rate")
-    seed: Natural = _key(0, "seed of initial weights and data order")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What all conditions share."""
-
-    __pydantic_config__ = _FORBID
-    seeds: Annotated[tuple[Natural, ...], MinLen(1)] = _key((42,), "one training run a condition and seed")
-    epochs: Count = _key(30, "passes over the training split")
-    batch_size: Count = _key(64, "images a step")
-    accumulate: Count = _key(1, "forward and backward passes that a step's images are divided into, to save memory")
-    weight_decay: NonNegative = _key(0.05, "AdamW's decoupled weight decay")
-    warmup_fraction: Fraction = _key(0.1, "share of the steps in linear warm-up, cosine after it")
-    label_smoothing: Fraction = _key(0.1, "mass moved from the true class to all")
-    clip_norm: NonNegative = _key(1.0, "gradient norm above which gradients are scaled down; 0: never")
-    ema_decay: Fraction = _key(
-        0.0, "decay of a moving average of the weights, which is then validated and kept; 0: none"
-    )
-    patience: Natural = _key(0, "epochs without a better validation accuracy after which training stops; 0: never")
-    flip: bool = _key(True, "augment with horizontal flips")
-    rotation_degrees: Annotated[NonNegative, Le(180.0)] = _key(
-        10.0, "augment with rotations up to this many degrees either way"
-    )
-    color_jitter: Annotated[NonNegative, Le(1.0)] = _key(
-        0.2, "augment brightness, contrast and saturation by up to this fraction"
-    )
-    precision: Literal["auto", "bf16", "fp32"] = _key(
-        "auto", "forward precision; auto: bf16 where the device has it in hardware"
-    )
-    deterministic: bool = _key(True, "deterministic algorithms, the same result on the same machine")
-    tensorboard: bool = _key(False, "write the curves for TensorBoard too, into tensorboard/ (needs the extra)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionConfig:
-    """One way of fine-tuning, or a checkpoint that somebody trained."""
-
-    __pydantic_config__ = _FORBID
-    recipe: Literal["probe", "full", "lora", "dora", "checkpoint"] = _key(
-        "full",
-        "probe: frozen backbone; full: all weights, layer-wise rates; lora, dora: adapters; checkpoint: no training",
-    )
-    lr: Rate = _key(1e-4, "peak learning rate", _TRAINED)
-    layer_decay: Annotated[Real, Gt(0.0), Le(1.0)] = _key(
-        0.75, "each block's rate is this times the rate of the block above it", ("full",)
-    )
-    rank: Count = _key(8, "rank", _ADAPTED)
-    alpha: Rate = _key(16.0, "scale numerator", _ADAPTED)
-    targets: Name = _key(
-        r"blocks\.\d+\.attn\.(qkv|proj)",
-        "regular expression of the adapted linear layers, or attention, mlp, block9_fc1",
-        _ADAPTED,
-    )
-    init: Literal["paper", "pissa", "olora", "eva"] = _key(
-        "paper",
-        "initial values; paper: Kaiming and zero; pissa: singular vectors; olora; eva: from images",
-        _ADAPTED,
-    )
-    epochs: Natural = _key(0, "passes over the training split; 0: train.epochs", _TRAINED)
-    checkpoint: Place = _key("", "the file", _GIVEN)
-    state: Text = _key("", "key of the file under which the weights are; empty: model.state", _GIVEN)
-    classes: Place = _key("", "file of the class names of its outputs; empty: model.classes", _GIVEN)
+    train_scenes: Scenes = key(8000, "digits: scenes in the target task's training split")
+    validation_scenes: Scenes = key(1024, "digits: scenes in each validation split")
+    test_scenes: Scenes = key(1024, "digits: scenes in each test split")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
     """Attention capture."""
 
-    __pydantic_config__ = _FORBID
-    sinks: Annotated[tuple[Literal["metrics", "store"], ...], MinLen(1)] = _key(
+    __pydantic_config__ = STRICT
+    sinks: Annotated[tuple[Literal["metrics", "store"], ...], MinLen(1)] = key(
         ("metrics",), "metrics: measure on the spot; store: keep the maps"
     )
-    encoding: Literal["fp16", "bf16", "qk"] = _key(
+    encoding: Literal["fp16", "bf16", "qk"] = key(
         "fp16", "how attention is stored: fp16 or bf16: its maps; qk: the query and key they are made of"
     )
-    batch_size: Annotated[Count, Le(65_536)] = _key(32, "images a forward pass, and a shard of the store")
-    layers: tuple[Natural, ...] = _key((), "layers to capture, in depth order from 0; empty: all")
-    heads: tuple[Natural, ...] = _key((), "heads of each layer to capture, from 0; empty: all")
-    samples: Natural = _key(8, "seeded images whose whole maps are kept for the report")
-    store: Place = _key("", "capture: the store to write")
+    batch_size: Annotated[Count, Le(65_536)] = key(32, "images a forward pass, and a shard of the store")
+    layers: tuple[Natural, ...] = key((), "layers to capture, in depth order from 0; empty: all")
+    heads: tuple[Natural, ...] = key((), "heads of each layer to capture, from 0; empty: all")
+    samples: Natural = key(8, "seeded images whose whole maps are kept for the report")
+    store: Place = key("", "capture: the store to write")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     """Metrics over captured attention."""
 
-    __pydantic_config__ = _FORBID
-    metrics: Annotated[tuple[Name, ...], MinLen(1)] = _key(
+    __pydantic_config__ = STRICT
+    metrics: Annotated[tuple[Name, ...], MinLen(1)] = key(
         ("distance", "entropy", "morans_i", "prefix_mass"), "metric names, or module:name of your own"
     )
-    backend: Name = _key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
-    store: Place = _key("", "measure: the store to read")
-    against: Place = _key("", "measure: the second condition's store, which pair metrics compare with")
-    scheduler: Text = _key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")
+    backend: Name = key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
+    store: Place = key("", "measure: the store to read")
+    against: Place = key("", "measure: the second condition's store, which pair metrics compare with")
+    scheduler: Text = key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")
 
     def __post_init__(self) -> None:
         """Found before the hours that may lie before the first measurement."""
@@ -252,80 +152,57 @@ class MeasureConfig:
 class Hdf5Config:
     """Attention to and from HDF5: the commands export and import."""
 
-    __pydantic_config__ = _FORBID
-    file: Place = _key("", "export: the file to write; import: the file to read")
-    axes: tuple[Literal["image", "layer", "head", "query", "key"], ...] = _key(
+    __pydantic_config__ = STRICT
+    file: Place = key("", "export: the file to write; import: the file to read")
+    axes: tuple[Literal["image", "layer", "head", "query", "key"], ...] = key(
         (), "import: what the axes of its datasets are, in order, as in layer,image,head,query,key; empty: as it says"
     )
-    grid: Annotated[tuple[Count, ...], Two()] = _key(
+    grid: Annotated[tuple[Count, ...], Two()] = key(
         (), "import: rows and columns of patches, where the file does not say it"
     )
-    prefix_tokens: Natural = _key(1, "import: class and register tokens before the patches")
-    patch_px: tuple[Count, Count] = _key((16, 16), "import: height and width of a patch in pixels")
-    class_token: bool = _key(True, "import: whether the first prefix token is a class token")
+    prefix_tokens: Natural = key(1, "import: class and register tokens before the patches")
+    patch_px: tuple[Count, Count] = key((16, 16), "import: height and width of a patch in pixels")
+    class_token: bool = key(True, "import: whether the first prefix token is a class token")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
     """Paired comparisons."""
 
-    __pydantic_config__ = _FORBID
-    permutations: Resamples = _key(9999, "sign flips of the max-T test")
-    bootstrap: Resamples = _key(2000, "resamples of the BCa intervals")
-    confidence: Proportion = _key(0.95, "coverage of the intervals")
-    alpha: Proportion = _key(0.05, "level below which an adjusted p-value is marked")
-    power: Annotated[Real, Ge(0.5), Lt(1.0)] = _key(0.8, "power of the minimum detectable effect, from 0.5")
-    equivalence: dict[str, Rate] = _key(
+    __pydantic_config__ = STRICT
+    permutations: Resamples = key(9999, "sign flips of the max-T test")
+    bootstrap: Resamples = key(2000, "resamples of the BCa intervals")
+    confidence: Proportion = key(0.95, "coverage of the intervals")
+    alpha: Proportion = key(0.05, "level below which an adjusted p-value is marked")
+    power: Annotated[Real, Ge(0.5), Lt(1.0)] = key(0.8, "power of the minimum detectable effect, from 0.5")
+    equivalence: dict[str, Rate] = key(
         {}, "bounds of equivalence tests (TOST) in each metric's unit, set before looking: distance=0.01,entropy=0.1"
     )
-    cluster_alpha: Proportion = _key(0.05, "level whose critical t makes neighbouring layers a cluster")
-    seed: Natural = _key(0, "seed of flips and resamples")
+    cluster_alpha: Proportion = key(0.05, "level whose critical t makes neighbouring layers a cluster")
+    seed: Natural = key(0, "seed of flips and resamples")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelevanceConfig:
     """Relevance maps: pictures of sample images, and measurements on more."""
 
-    __pydantic_config__ = _FORBID
-    methods: Annotated[tuple[MethodName, ...], MinLen(1)] = _key(("gradcam", "generic"), ", ".join(RELEVANCE_METHODS))
-    images: Count = _key(8, "sample images that are drawn; no more than capture.samples")
-    measured: Natural = _key(48, "seeded images on which maps are measured; 0: none")
-    baseline: Literal["blur", "mean"] = _key(
+    __pydantic_config__ = STRICT
+    methods: Annotated[tuple[MethodName, ...], MinLen(1)] = key(("gradcam", "generic"), ", ".join(RELEVANCE_METHODS))
+    images: Count = key(8, "sample images that are drawn; no more than capture.samples")
+    measured: Natural = key(48, "seeded images on which maps are measured; 0: none")
+    baseline: Literal["blur", "mean"] = key(
         "blur", "what replaces a patch that is taken away: the blurred image, or the data set's mean"
     )
-    steps: Annotated[Count, Le(1000)] = _key(9, "shares of patches between 0 and 1 at which the model is asked again")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Adapters of several ranks on compressed backbones (the command sweep)."""
-
-    __pydantic_config__ = _FORBID
-    init: Literal["paper_init", "svd_init"] = _key(
-        "paper_init", "initial values of adapters; paper_init: Kaiming and zero; svd_init: singular vectors (PiSSA)"
-    )
-    recipe: Literal["lora", "dora"] = _key("lora", "kind of adapters")
-    bases: Annotated[tuple[Literal["plain", "sparse", "int1"], ...], MinLen(1)] = _key(
-        ("plain", "sparse", "int1"), "backbones; sparse: smallest weights set to 0; int1: weights of one bit"
-    )
-    sparsity: Fraction = _key(0.5, "sparse: share of each layer's weights that become 0")
-    ranks: Annotated[tuple[Count, ...], MinLen(1)] = _key((1, 2, 4, 8, 16, 32), "ranks of the adapters")
-    trials: Count = _key(20, "trials of hyper-parameters for each backbone and rank")
-    epochs: Natural = _key(0, "passes over the training split in a trial; 0: train.epochs")
-    lr_low: Rate = _key(1e-4, "lower end of the learning rates that are tried")
-    lr_high: Rate = _key(3e-2, "upper end of the learning rates that are tried")
-    targets: Text = _key(
-        "", "regular expression of the adapted layers; empty: attention of a transformer, else the classifier"
-    )
+    steps: Annotated[Count, Le(1000)] = key(9, "shares of patches between 0 and 1 at which the model is asked again")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """A whole study."""
 
-    __pydantic_config__ = _FORBID
-    outputs: Annotated[Place, MinLen(1)] = _key("outputs", "folder of everything the study writes")
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda when there is one")
+    __pydantic_config__ = STRICT
+    outputs: Annotated[Place, MinLen(1)] = key("outputs", "folder of everything the study writes")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda when there is one")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -370,12 +247,12 @@ def _check_recipe(name: str, condition: ConditionConfig) -> None:
     Raises:
         InputError: it does not.
     """
-    for key in dataclasses.fields(condition):
-        recipes = key.metadata["recipes"]
-        value = getattr(condition, key.name)
-        if recipes and condition.recipe not in recipes and value != key.default:
+    for declared in dataclasses.fields(condition):
+        recipes = declared.metadata["recipes"]
+        value = getattr(condition, declared.name)
+        if recipes and condition.recipe not in recipes and value != declared.default:
             raise InputError(
-                f"conditions.{name}.{key.name} is {value!r}, and recipe {condition.recipe} makes no use of it; "
+                f"conditions.{name}.{declared.name} is {value!r}, and recipe {condition.recipe} makes no use of it; "
                 f"leave it out, or set conditions.{name}.recipe to one that does ({', '.join(recipes)})"
             )
 
@@ -385,14 +262,14 @@ def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, datacla
 
     def of(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
         hints = typing.get_type_hints(cls)
-        for key in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[key.name]):
-                yield from of(hints[key.name], f"{prefix}{key.name}.")
-            elif key.name == "conditions":
+        for declared in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[declared.name]):
+                yield from of(hints[declared.name], f"{prefix}{declared.name}.")
+            elif declared.name == "conditions":
                 for name in conditions:
                     yield from of(ConditionConfig, f"{prefix}conditions.{name}.")
             else:
-                yield f"{prefix}{key.name}", key
+                yield f"{prefix}{declared.name}", declared
 
     return of(StudyConfig, "")
 

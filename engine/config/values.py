@@ -12,7 +12,6 @@ import re
 import reprlib
 import types
 import typing
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,70 +20,9 @@ from typing import Any, Literal, TypeVar, cast
 from annotated_types import Ge, Gt, Le, Lt
 
 from train.errors import InputError, nearest
-
-INT64 = 2**63 - 1
-_LONGEST = 4096  # characters of a path on most systems
+from train.keys import INT64, Two, unusual
 
 _Config = TypeVar("_Config")
-
-
-class _Rule:
-    """A rule beyond the type of a value, which pydantic asks before it looks at the value itself."""
-
-    def allows(self, value: Any) -> bool:
-        raise NotImplementedError
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        from pydantic_core import core_schema
-
-        def check(value: Any) -> Any:
-            if not self.allows(value):
-                raise ValueError
-            return value
-
-        return core_schema.no_info_before_validator_function(check, handler(source))
-
-
-@dataclass(frozen=True)
-class NotBoolean(_Rule):
-    """A number is not true or false, which Python takes for 1 and 0."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class OneLine(_Rule):
-    """Text that file names, TOML and a line of a terminal can hold."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, str) or not unusual(value)
-
-
-@dataclass(frozen=True)
-class Plain(_Rule):
-    """A path is written out: nobody but a shell knows what ~ stands for."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, str) or not value.startswith("~")
-
-
-@dataclass(frozen=True)
-class Two(_Rule):
-    """A list is of two sizes, or empty."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, list | tuple) or len(value) in (0, 2)
-
-
-def unusual(text: str) -> str:
-    """What keeps text from being one line of UTF-8 of a usual length, as the end of "it holds …"; "" for nothing."""
-    kinds = {unicodedata.category(character) for character in text}
-    if "Cs" in kinds:
-        return "bytes that are not UTF-8"
-    if "Cc" in kinds:
-        return "a line break, a tab or another control character"
-    return f"{len(text):,} characters" if len(text) > _LONGEST else ""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from store.encodings import resolve_encoding
 from train.adapters import check_adapters
 from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
 from train.errors import InputError
-from train.hyperparameters import ADAPTERS
 from train.models import classifier_name
+from train.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
     if trained:
         classifier_name(model)
     for name, condition in trained.items():
-        if condition.recipe in ADAPTERS:
+        if RECIPES[condition.recipe].adapters:
             check_targets(model, condition.targets, [condition.rank], f"condition {name}: ")
     model.to(device)
     captured = check_capture(config, model, start.preprocessing, device) if "capture" in stages else None
@@ -208,13 +208,13 @@ def require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
 def _needs(start: Start, model: torch.nn.Module, captured: Captured | None) -> dict[str, tuple[Path, int]]:
     """What a study writes of more than a few megabytes: what it is → where, and at most how many bytes."""
     config, outputs = start.config, start.outputs
-    recipes = [condition.recipe for condition in config.conditions.values()]
-    runs = sum(len(config.train.seeds) if recipe not in ("probe", "checkpoint") else 1 for recipe in recipes)
+    recipes = [RECIPES[condition.recipe] for condition in config.conditions.values()]
+    runs = sum(len(config.train.seeds) if recipe.train and not recipe.seed_invariant else 1 for recipe in recipes)
     needs = _cache_need(start)
-    if "checkpoint" not in recipes:
+    if all(recipe.train for recipe in recipes):
         # While all weights are trained: they, the best ones, two moments of each, a moving average if one is kept, and
         # the same of the state before.
-        state = 2 * (5 if config.train.ema_decay else 4) if "full" in recipes else 0
+        state = 2 * (5 if config.train.ema_decay else 4) if any(recipe.whole for recipe in recipes) else 0
         needs["checkpoints"] = (outputs / "checkpoints", (1 + runs + state) * _bytes_of(model))
     if captured is not None:
         tested = config.data.test_scenes if start.listed is None else len(start.listed.split("test"))

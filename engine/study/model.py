@@ -10,8 +10,8 @@ from typing import Any
 from engine.config import StudyConfig
 from engine.study.journal import digest, digest_path
 from train.adapter_files import adapter_files, holds_adapters_alone
-from train.conditions import versions
 from train.model_source import ModelSource
+from train.training import versions
 
 
 def model_source(config: StudyConfig) -> ModelSource:

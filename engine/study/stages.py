@@ -40,10 +40,10 @@ from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.training import Run, train_runs
 from kernels import load_metric
 from store import AttentionStore
-from train.conditions import versions
 from train.models import build_model
 from train.parallel import Workers, joined
 from train.processes import first_process
+from train.training import versions
 from train.whole_files import write_json
 
 STAGES = ("train", "capture", "controls", "measure", "statistics", "relevance", "report")
@@ -410,7 +410,7 @@ class Study:
         """The frozen backbone, a condition against itself, and a hybrid of two conditions."""
         first = self._first_runs()
         return negative_controls(
-            {name: Contender(partial(self._model, run), frozen=run.recipe == "probe") for name, run in first.items()},
+            {name: Contender(partial(self._model, run), frozen=run.seed_invariant) for name, run in first.items()},
             self.against,
             lambda: self.data.pretrained_model().to(self.device),
             self.data.test,

@@ -11,13 +11,12 @@ outputs/sweep/<recipe>_<init>/
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine.capture import num_blocks
-from engine.config import StudyConfig, study_toml
+from engine.config import ConditionConfig, StudyConfig, study_toml
 from engine.progress import PROGRAM, say
 from engine.report import curves_png, evaluation_csv, history_html
 from engine.study.check import check_sweep, one_torch_thread
@@ -25,18 +24,15 @@ from engine.study.data import Start, StudyData, image_kind, prepare_data
 from engine.study.journal import Journal
 from engine.study.model import model_source, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
-from engine.study.training import shared_hyperparameters
-from train.adapters import Init
 from train.conditions import train_condition
 from train.data import folder_classes, named_classes
 from train.errors import InputError
 from train.models import classifier_name, head_size
 from train.processes import several_processes
+from train.recipes import HEAD_RECIPE
+from train.settings import SWEEP_INITS, TrainingRun
 from train.sweep import SweepPlan, sweep_rank
 from train.whole_files import write_atomically
-
-# The names of the study that the sweep comes from.
-INITS: dict[str, Init] = {"paper_init": "paper", "svd_init": "pissa"}
 
 
 def run_sweep(config: StudyConfig) -> Path:
@@ -114,36 +110,25 @@ def _targets(config: StudyConfig, model: torch.nn.Module) -> str:
 def _plan(config: StudyConfig, data: StudyData, targets: str, folder: Path, outputs: Path, device: str) -> SweepPlan:
     """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
     sweep = config.sweep
-    hyperparameters = replace(
-        shared_hyperparameters(config),
-        epochs=sweep.epochs or config.train.epochs,
-        targets=targets,
-        init=INITS[sweep.init],
-        sparsity=sweep.sparsity,
-    )
     model = trained_here(config, outputs / "checkpoints" / "pretrained.safetensors")
     probe: Path | None = None
     if not _head_is_of(data.splits.class_names, config):
         probe = outputs / "checkpoints" / "sweep_probe.safetensors"
-        train_condition(
-            recipe="probe",
-            model=model,
-            data=data.splits,
-            checkpoint=probe,
-            hyperparameters=hyperparameters,
-            device=device,
-            deterministic=config.train.deterministic,
-            name="probe",
-        )
+        run = TrainingRun(condition=ConditionConfig(recipe=HEAD_RECIPE), shared=config.train)
+        train_condition(run, model=model, data=data.splits, checkpoint=probe, device=device)
     return SweepPlan(
         model=model,
         probe=probe,
-        recipe=sweep.recipe,
-        hyperparameters=hyperparameters,
+        run=TrainingRun(
+            condition=ConditionConfig(
+                recipe=sweep.recipe, epochs=sweep.epochs, targets=targets, init=SWEEP_INITS[sweep.init]
+            ),
+            shared=config.train,
+            seed=config.train.seeds[0],
+            sparsity=sweep.sparsity,
+        ),
         lr_range=(sweep.lr_low, sweep.lr_high),
         trials=sweep.trials,
-        seed=config.train.seeds[0],
         device=device,
-        deterministic=config.train.deterministic,
         folder=folder,
     )

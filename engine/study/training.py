@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,13 +14,13 @@ from engine.config import StudyConfig
 from engine.study.data import StudyData
 from engine.study.journal import Journal, digest_path
 from engine.study.model import checkpoint_of, trained_here
-from train.augment import Augmentation
 from train.checkpoint import read_metadata, sidecar_path
 from train.conditions import train_condition
 from train.history import history_path, tensorboard_writer
-from train.hyperparameters import Hyperparameters
 from train.model_source import ModelSource
 from train.parallel import Workers
+from train.recipes import RECIPES
+from train.settings import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -67,30 +66,27 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
     Returns:
         The runs in the order of the configuration, seeds inside conditions.
     """
-    if all(condition.recipe == "checkpoint" for condition in config.conditions.values()):
+    recipes = {name: RECIPES[condition.recipe] for name, condition in config.conditions.items()}
+    if not any(recipe.train for recipe in recipes.values()):
         seed = config.train.seeds[0]
         return [
             Run(name, seed, condition.recipe, checkpoint_of(config, name))
             for name, condition in config.conditions.items()
         ]
-    probes = [name for name, condition in config.conditions.items() if condition.recipe == "probe"]
-    others = [name for name in config.conditions if name not in probes]
     runs: list[Run] = []
     results: dict[str, dict[str, Any]] = {}
     probe: Path | None = None
-    for name in [*probes, *others]:
-        invariant = name in probes
+    for name in sorted(recipes, key=lambda name: not recipes[name].seed_invariant):
+        recipe, invariant = config.conditions[name].recipe, recipes[name].seed_invariant
         for seed in config.train.seeds[:1] if invariant else config.train.seeds:
             path = outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
-            _train_run(config, data, journal, name, seed, path, probe, outputs, device)
+            stage = f"train {name} seed {seed}"
+            _train_run(config, data, journal, stage, name, seed, path, probe, outputs, device)
             sidecar = read_metadata(path)
-            model = trained_here(config, path)
-            runs.append(Run(name, seed, sidecar["recipe"], model, invariant, sidecar["validation_accuracy"]))
+            runs.append(Run(name, seed, recipe, trained_here(config, path), invariant, sidecar["validation_accuracy"]))
             kept = ("history", "validation_accuracy", "test_accuracy", "trainable_parameters", "merge_difference")
-            entry = results.setdefault(name, {"recipe": sidecar["recipe"], "seed_invariant": invariant, "seeds": {}})
-            entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {
-                "seconds": journal.seconds(f"train {name} seed {seed}")
-            }
+            entry = results.setdefault(name, {"recipe": recipe, "seed_invariant": invariant, "seeds": {}})
+            entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {"seconds": journal.seconds(stage)}
             if invariant and probe is None:
                 probe = path
     order = list(config.conditions)
@@ -101,30 +97,11 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
     return sorted(runs, key=lambda run: order.index(run.condition))
 
 
-def shared_hyperparameters(config: StudyConfig) -> Hyperparameters:
-    """Those of `[train]`, which all conditions share."""
-    shared = config.train
-    return Hyperparameters(
-        epochs=shared.epochs,
-        batch_size=shared.batch_size,
-        accumulate=shared.accumulate,
-        weight_decay=shared.weight_decay,
-        warmup_fraction=shared.warmup_fraction,
-        clip_norm=shared.clip_norm,
-        ema_decay=shared.ema_decay,
-        patience=shared.patience,
-        label_smoothing=shared.label_smoothing,
-        precision=shared.precision,
-        augmentation=Augmentation(
-            flip=shared.flip, rotation_degrees=shared.rotation_degrees, color_jitter=shared.color_jitter
-        ),
-    )
-
-
 def _train_run(
     config: StudyConfig,
     data: StudyData,
     journal: Journal,
+    stage: str,
     name: str,
     seed: int,
     path: Path,
@@ -133,57 +110,41 @@ def _train_run(
     device: str,
 ) -> None:
     """One condition at one seed: `path` and its sidecar."""
-    condition, shared = config.conditions[name], config.train
-    hyperparameters = dataclasses.replace(
-        shared_hyperparameters(config),
-        epochs=condition.epochs or shared.epochs,
-        lr=condition.lr,
-        layer_decay=condition.layer_decay,
-        rank=condition.rank,
-        alpha=condition.alpha,
-        targets=condition.targets,
-        init=condition.init,
-    )
+    workers = Workers.current()
+    run = TrainingRun(condition=config.conditions[name], shared=config.train, seed=seed)
     inputs = {
-        "recipe": condition.recipe,
+        "recipe": run.condition.recipe,
         "seed": seed,
-        "hyperparameters": dataclasses.asdict(hyperparameters),
+        "hyperparameters": run.values(),
         "pretrained": data.pretrained_digest,
         "data": data.digest,
         "img_size": config.model.img_size,
         "arguments": config.model.arguments,
-        "deterministic": shared.deterministic,
+        "deterministic": config.train.deterministic,
         "device": device,
         "version": __version__,
     }
-
-    tensorboard = shared.tensorboard and Workers.current().first
+    curves = config.train.tensorboard and workers.first
 
     def work() -> dict[str, Any]:
         result = train_condition(
-            recipe=cast(Any, condition.recipe),
+            run,
             model=trained_here(config, outputs / "checkpoints" / "pretrained.safetensors"),
             data=data.splits,
             checkpoint=path,
-            seed=seed,
-            hyperparameters=hyperparameters,
             probe_checkpoint=probe,
             device=device,
-            deterministic=shared.deterministic,
-            on_epoch=tensorboard_writer(outputs / "tensorboard" / path.stem) if tensorboard else None,
+            on_epoch=tensorboard_writer(outputs / "tensorboard" / path.stem) if curves else None,
             name=name,
+            workers=workers,
         )
-        if not Workers.current().first:
+        if not workers.first:
             return {}
-        merged = (
-            ""
-            if result.merge_difference is None
-            else f", merging moved no logit by more than {result.merge_difference:.1e}"
-        )
+        difference = result.merge_difference
+        merged = "" if difference is None else f", merging moved no logit by more than {difference:.1e}"
         tqdm.write(
             f"{name} seed {seed}: validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}{merged}"
         )
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
-    left = [path, sidecar_path(path), history_path(path)]
-    journal.stage(f"train {name} seed {seed}", inputs, left, work, shared=True)
+    journal.stage(stage, inputs, [path, sidecar_path(path), history_path(path)], work, shared=True)
