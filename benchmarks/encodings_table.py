@@ -32,10 +32,9 @@ from engine.measure.store import measure_store
 from kernels import METRICS, MetricSpec, measure_attention, measure_pair
 from store import AttentionStore, info
 from store.encodings import ENCODINGS
-from train.data.datasets import build_manifest
+from train.data.datasets import build_manifest, prepare_folder
 from train.data.digits import prepare_digits
-from train.data.folders import prepare_folder
-from train.data.sets import ImageSet
+from train.data.images import ImageSet
 from train.digits_vit import IMAGE_SIZE
 from train.model_source import ModelSource
 from train.models import load_checkpoint, preprocessing_of
@@ -116,7 +115,7 @@ def of_files(name: str, weights: Path, against: Path | None, root: Path, img_siz
         models["theirs"] = lambda: load_checkpoint(ModelSource(name, img_size=img_size), against).eval()
     preprocessing = preprocessing_of(models["ours"]())
     manifest = build_manifest(root, kind="folder", split="all", seed=0)
-    images = prepare_folder(root, preprocessing=preprocessing, manifest=manifest).test
+    images = prepare_folder(manifest, preprocessing=preprocessing).test
     return Subject(name, models, images, about or f"`{weights.name}`; {len(images)} images of `{root.name}`")
 
 

@@ -26,8 +26,8 @@ import train.state
 from tests.photographs import sources
 from train.augment import Augmentation
 from train.checkpoint import state_digest
-from train.data.folders import prepare_folder
-from train.data.sets import DataSplits
+from train.data.datasets import build_manifest, prepare_folder
+from train.data.images import DataSplits
 from train.evaluation import Evaluation
 from train.loop import epoch_order, fit
 from train.models import build_model, preprocessing_of
@@ -58,7 +58,7 @@ def write_pictures(root: Path, count: int) -> None:
 
 def prepared(root: Path, cache: Path | None) -> DataSplits:
     preprocessing = preprocessing_of(build_model(MODEL, num_classes=1))
-    return prepare_folder(root, preprocessing=preprocessing, split="all", cache=cache)
+    return prepare_folder(build_manifest(root, split="all"), preprocessing=preprocessing, cache=cache)
 
 
 def epoch_of_pictures(data: DataSplits, epoch: int, augmentation: Augmentation) -> torch.Tensor:

@@ -25,9 +25,9 @@ from tests.damage_steps import (
     verifying,
 )
 from tests.photographs import write_photographs
-from train.conditions import train_condition
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
+from train.training import train_condition
 
 STORE = {
     r"attention/layer_\d+/(query/|key/|)c\.[\d.]+": "shard",

@@ -22,17 +22,24 @@ from engine.study.journal import Journal
 from engine.study.training import train_runs
 from tests.photographs import write_photographs
 from tests.training_runs import training_run
-from train.checkpoint import has_sidecar, read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest
-from train.conditions import TrainResult, train_condition
+from train.checkpoint import (
+    has_sidecar,
+    history_path,
+    read_checkpoint,
+    read_metadata,
+    save_checkpoint,
+    sidecar_path,
+    state_digest,
+)
 from train.data.digits import prepare_digits
+from train.data.images import DataSplits, Preprocessing
 from train.data.manifest import Manifest, Record
-from train.data.sets import DataSplits, Preprocessing
 from train.errors import DamagedFileError, InputError
-from train.history import history_path
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint, preprocessing_of
 from train.state import StateFile, TrainingState
-from train.trials import TrialsFile
+from train.sweep import TrialsFile
+from train.training import TrainResult, train_condition
 from train.weights import read_state_dict, refuse_unfit_values
 from train.whole_files import checked_json, parse_checked_json
 

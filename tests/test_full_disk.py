@@ -34,7 +34,7 @@ from tests.full_disk import file_size_limit
 from train.checkpoint import save_checkpoint
 from train.model_source import ModelSource
 from train.models import build_model
-from train.trials import TrialsFile
+from train.sweep import TrialsFile
 from train.whole_files import replace_files, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ from kernels.cuda.rows import _starts, distances
 from store import LayerSchema, StoreSchema
 from tests.cases import layout
 from train.augment import Augmentation, _luma
-from train.data.sets import Preprocessing, _channels
+from train.data.images import Preprocessing, _channels
 
 CORE = tuple(METRICS[name] for name in ("distance", "entropy", "morans_i"))
 OF = layout(4, 4, 1)

@@ -23,7 +23,7 @@ from engine.statistics import Settings
 from tests.relevance_cases import family
 from tests.synthetic_study import report_on, results_of, small
 from train.data.classes import HeadClasses
-from train.data.sets import ImageSet, Preprocessing
+from train.data.images import ImageSet, Preprocessing
 from train.errors import InputError
 
 SETTINGS = Settings(permutations=499, bootstrap=99)

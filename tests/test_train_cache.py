@@ -12,8 +12,8 @@ import pytest
 import train.data.cache
 from store import DiskError
 from tests.miniatures import write_sports100
-from train.data.folders import prepare_folder
-from train.data.sets import DataSplits, FolderImages, Preprocessing
+from train.data.datasets import build_manifest, prepare_folder
+from train.data.images import DataSplits, FolderImages, Preprocessing
 from train.errors import InputError
 
 SMALL = Preprocessing(
@@ -35,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def prepared(root: Path, cache: Path | None, preprocessing: Preprocessing = SMALL) -> DataSplits:
-    return prepare_folder(root, kind="sports100", preprocessing=preprocessing, cache=cache)
+    return prepare_folder(build_manifest(root, kind="sports100"), preprocessing=preprocessing, cache=cache)
 
 
 def pixels(data: DataSplits) -> list[np.ndarray]:
@@ -81,7 +81,8 @@ def test_the_key_is_content_and_transform(root: Path, tmp_path: Path) -> None:
     pixels(prepared(root, cache))
     root.rename(tmp_path / "moved")
     pixels(prepared(tmp_path / "moved", cache))
-    pixels(prepare_folder(tmp_path / "moved", kind="sports100", split="stratified", preprocessing=SMALL, cache=cache))
+    drawn = build_manifest(tmp_path / "moved", kind="sports100", split="stratified")
+    pixels(prepare_folder(drawn, preprocessing=SMALL, cache=cache))
     assert files() == 1, "neither the place nor the split matters"
     other_mean = Preprocessing(**{**SMALL.to_dict(), "mean": (0.1, 0.1, 0.1)})
     pixels(prepared(tmp_path / "moved", cache, other_mean))

@@ -13,13 +13,11 @@ import torch
 from PIL import Image
 
 from train.augment import Augmentation
-from train.data.datasets import build_manifest
+from train.data.datasets import build_manifest, prepare_folder
+from train.data.decoding import UndecodableError
 from train.data.digits import DigitScenes
-from train.data.folders import prepare_folder
-from train.data.images import UndecodableError
-from train.data.manifest import Manifest
-from train.data.sets import FolderImages, ImageSet, Preprocessing
-from train.data.splits import split_counts, stratified_split
+from train.data.images import FolderImages, ImageSet, Preprocessing
+from train.data.manifest import Manifest, split_counts, stratified_split
 from train.errors import DamagedFileError, InputError
 
 SMALL = Preprocessing(
@@ -90,7 +88,7 @@ def test_every_odd_file_gets_its_status_and_none_is_substituted(tmp_path: Path) 
     assert len(manifest.split("test")) == 20 + len(sound)
     assert sum(manifest.dropped.values()) == len(files) - len(sound)
 
-    data = prepare_folder(root, preprocessing=SMALL, manifest=manifest)
+    data = prepare_folder(manifest, preprocessing=SMALL)
     pixels = data.test.pixels(range(len(data.test)))
     assert pixels.shape == (20 + len(sound), 3, 16, 16)
     deep = data.test.picture(data.test.ids.index("dog/deep.png"))
@@ -100,7 +98,7 @@ def test_every_odd_file_gets_its_status_and_none_is_substituted(tmp_path: Path) 
 def test_pictures_are_timms_own_evaluation_transform(tmp_path: Path) -> None:
     from timm.data.transforms_factory import create_transform
 
-    data = prepare_folder(class_folders(tmp_path / "data"), preprocessing=SMALL, split="all").test
+    data = prepare_folder(build_manifest(class_folders(tmp_path / "data"), split="all"), preprocessing=SMALL).test
     transform = create_transform(
         (3, 16, 16), interpolation="bicubic", mean=SMALL.mean, std=SMALL.std, crop_pct=1.0, is_training=False
     )
@@ -115,7 +113,7 @@ def test_pictures_are_timms_own_evaluation_transform(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changed_or_vanished_is_named(tmp_path: Path) -> None:
-    data = prepare_folder(class_folders(tmp_path / "data"), preprocessing=SMALL, split="all").test
+    data = prepare_folder(build_manifest(class_folders(tmp_path / "data"), split="all"), preprocessing=SMALL).test
     (tmp_path / "data" / data.ids[0]).write_bytes(encoded(picture(999), "PNG"))
     with pytest.raises(InputError, match=r"cat/0\.png has changed"):
         data.batch([0, 1])
@@ -126,12 +124,12 @@ def test_a_file_that_changed_or_vanished_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_can_no_longer_be_decoded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another version of Pillow, or of this program."""
-    data = prepare_folder(class_folders(tmp_path / "data"), preprocessing=SMALL, split="all").test
+    data = prepare_folder(build_manifest(class_folders(tmp_path / "data"), split="all"), preprocessing=SMALL).test
 
     def refuse(content: bytes) -> None:
         raise UndecodableError("damaged (some way)")
 
-    monkeypatch.setattr("train.data.sets.decoded_image", refuse)
+    monkeypatch.setattr("train.data.images.decoded_image", refuse)
     with pytest.raises(InputError, match=r"cat/0\.png was decoded .* no longer is \(damaged \(some way\)\); delete"):
         data.batch([0])
 
@@ -155,7 +153,7 @@ def one_image(root: Path, image: Image.Image, preprocessing: Preprocessing) -> n
     """[row, col] of a folder's only picture."""
     (root / "cat").mkdir(parents=True, exist_ok=True)
     (root / "cat" / "0.png").write_bytes(encoded(image, "PNG"))
-    return prepare_folder(root, preprocessing=preprocessing, split="all").test.pixels([0])[0, 0].numpy()
+    return prepare_folder(build_manifest(root, split="all"), preprocessing=preprocessing).test.pixels([0])[0, 0].numpy()
 
 
 @pytest.mark.parametrize("tall", [False, True])
@@ -186,7 +184,7 @@ def test_a_picture_made_shorter_first_gives_the_pixels_of_a_whole_one(
 ) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8))
     whole = one_image(tmp_path, noise, way(mode, (32, 32)))
-    monkeypatch.setattr("train.data.sets._RESIZED_PIXELS", 1)
+    monkeypatch.setattr("train.data.images._RESIZED_PIXELS", 1)
     short = one_image(tmp_path, noise, way(mode, (32, 32)))
     assert np.abs(short.astype(int) - whole).max() <= 4  # squash: the two passes round in another order
 
@@ -197,7 +195,7 @@ def roads(root: Path, cache: Path, preprocessing: Preprocessing) -> dict[str, Im
     records, names = manifest.split("test"), manifest.class_names
 
     def cached() -> ImageSet:
-        return prepare_folder(root, preprocessing=preprocessing, manifest=manifest, cache=cache).test
+        return prepare_folder(manifest, preprocessing=preprocessing, cache=cache).test
 
     return {
         "one thread": FolderImages(root, records, names, preprocessing, workers=1),

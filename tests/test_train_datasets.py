@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from tests.miniatures import ROOMS, SPORTS, bad_files, encoded, odd_files, picture, write_indoor67, write_sports100
-from train.data.datasets import build_manifest
-from train.data.folders import prepare_folder
+from train.data.datasets import build_manifest, prepare_folder
+from train.data.images import Preprocessing
 from train.data.listing import files_below
-from train.data.manifest import Manifest
-from train.data.sets import Preprocessing
-from train.data.splits import SPLITS
+from train.data.manifest import SPLITS, Manifest
 from train.errors import InputError
 
 SMALL = Preprocessing(
@@ -51,7 +49,7 @@ def test_indoor67_uses_every_sound_file_and_tags_every_other(tmp_path: Path, rul
     assert len(used) == 3 * (14 if rule == "official" else 17) + len(odd_files(1))
     assert manifest.rule == rule
     assert manifest.leaks() == []
-    data = prepare_folder(tmp_path, preprocessing=SMALL, manifest=manifest)
+    data = prepare_folder(manifest, preprocessing=SMALL)
     for split, images in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         assert images.ids == tuple(record.id for record in manifest.split(split))
         assert images.pixels(range(len(images))).shape == (len(images), 3, 16, 16)
@@ -268,7 +266,7 @@ def test_one_class_name_in_two_spellings(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_rotation_in_the_metadata_is_applied(tmp_path: Path) -> None:
     write_indoor67(tmp_path)
-    data = prepare_folder(tmp_path, kind="indoor67", split="all", preprocessing=SMALL).test
+    data = prepare_folder(build_manifest(tmp_path, kind="indoor67", split="all"), preprocessing=SMALL).test
     from PIL import Image
 
     stored = Image.open(tmp_path / "Images" / ROOMS[1] / "turned.jpg").convert("RGB")

@@ -16,7 +16,7 @@ from train.data.digits import (
     region_coverage,
     split_digits,
 )
-from train.data.sets import Preprocessing
+from train.data.images import Preprocessing
 from train.errors import InputError
 from train.pretrain import token_targets
 

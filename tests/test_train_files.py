@@ -13,8 +13,7 @@ import pytest
 
 from tests.miniatures import encoded, picture, write_indoor67, write_sports100
 from tests.test_train_datasets import SMALL, statuses
-from train.data.datasets import build_manifest
-from train.data.folders import prepare_folder
+from train.data.datasets import build_manifest, prepare_folder
 from train.data.listing import files_below
 from train.data.manifest import Manifest
 from train.errors import InputError
@@ -65,13 +64,13 @@ def test_pictures_of_any_name_are_used_and_paired(tmp_path: Path) -> None:
     }
     manifest.save(tmp_path / "manifest.json")
     assert Manifest.load(tmp_path / "manifest.json") == manifest
-    images = prepare_folder(tmp_path / "photos", preprocessing=SMALL, manifest=manifest).test
+    images = prepare_folder(manifest, preprocessing=SMALL).test
     plain = tmp_path / "plain" / "hotel"
     plain.mkdir(parents=True)
     order = {record.sha256: number for number, record in enumerate(manifest.records)}
     for data in content.values():
         (plain / f"{order[hashlib.sha256(data).hexdigest()]:02d}.png").write_bytes(data)
-    same = prepare_folder(tmp_path / "plain", preprocessing=SMALL, split="all").test
+    same = prepare_folder(build_manifest(tmp_path / "plain", split="all"), preprocessing=SMALL).test
     assert np.array_equal(images.pixels(range(len(images))), same.pixels(range(len(same))))
 
 
@@ -98,8 +97,8 @@ def test_a_subset_made_of_links_is_followed_on_request(tmp_path: Path) -> None:
         build_manifest(root, split="all")
     manifest = build_manifest(root, split="all", follow_links=True)
     assert ids(manifest) == [*(f"{name}/{n}.png" for name in ("ant", "cow") for n in range(3)), "files/1.png"]
-    images = prepare_folder(root, preprocessing=SMALL, split="all", follow_links=True).test
-    other = prepare_folder(everything, preprocessing=SMALL, split="all").test
+    images = prepare_folder(build_manifest(root, split="all", follow_links=True), preprocessing=SMALL).test
+    other = prepare_folder(build_manifest(everything, split="all"), preprocessing=SMALL).test
     assert np.array_equal(
         images.pixels([images.ids.index("files/1.png")]), other.pixels([other.ids.index("bee/1.png")])
     )
@@ -133,7 +132,7 @@ def test_the_folder_itself_may_have_any_name(tmp_path: Path) -> None:
     manifest = build_manifest(tmp_path / "plain", split="all")
     manifest.save(tmp_path / "manifest.json")
     assert Manifest.load(tmp_path / "manifest.json") == manifest
-    assert len(prepare_folder(root, preprocessing=SMALL, manifest=manifest).test.pixels(range(6))) == 6
+    assert len(prepare_folder(manifest, preprocessing=SMALL).test.pixels(range(6))) == 6
 
 
 def circles(root: Path) -> None:

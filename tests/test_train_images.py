@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import images, pixels
-from train.data.images import UndecodableError, decoded_image, picture_bytes
+from train.data import decoding
+from train.data.decoding import UndecodableError, decoded_image, picture_bytes
 
 GREY = np.arange(0, 256, 17, dtype=np.uint8)[None].repeat(2, axis=0)  # [2, 16], 0 to 255
 WIDE = GREY.astype(np.uint16) * 257
@@ -254,7 +254,7 @@ def test_pictures_are_converted_rows_by_rows_to_the_same_pixels(kind: str, monke
     colors = {"palette": alpha.convert("P"), "alpha": alpha, "cmyk": alpha.convert("CMYK")}
     content = DEEP[kind]() if kind in DEEP else saved(colors[kind], "TIFF" if kind == "cmyk" else "PNG")
     whole = np.asarray(decode_image(content))
-    monkeypatch.setattr(pixels, "_BLOCK_PIXELS", 1)
+    monkeypatch.setattr(decoding, "_BLOCK_PIXELS", 1)
     np.testing.assert_array_equal(np.asarray(decode_image(content)), whole)
 
 
@@ -360,7 +360,7 @@ def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
 
 def test_threads_share_the_room_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of 8 × 32 bytes in a room of 1000: three at once, and one that needs more than all alone."""
-    monkeypatch.setattr(images, "_room_for_pictures", images._Room(1000))
+    monkeypatch.setattr(decoding, "_room_for_pictures", decoding._Room(1000))
     small, large = png(GREY, 0, bits=8), png(GREY.repeat(5, 0), 0, bits=8)
     lock, held, most = threading.Lock(), [0], [0]
 
@@ -382,7 +382,7 @@ def test_threads_share_the_room_for_pictures(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_room_is_given_back_by_a_picture_that_fails() -> None:
-    room = images._room_for_pictures
+    room = decoding._room_for_pictures
     before = room._free
     for content in (png(GREY, 0, bits=8)[:60], tiff(WIDE.astype(np.float32), 32, format=3)):
         with pytest.raises(UndecodableError):

@@ -19,9 +19,8 @@ from tests.training_runs import training_run
 from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, state_digest
-from train.conditions import TrainResult, train_condition
 from train.data.digits import DigitScenes, prepare_digits
-from train.data.sets import DataSplits, ImageSet
+from train.data.images import DataSplits, ImageSet
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
 from train.loop import epoch_order, learning_rate
@@ -30,6 +29,7 @@ from train.models import build_model, load_checkpoint, preprocessing_of
 from train.precision import training_mode
 from train.pretrain import pretrain_digits
 from train.probe import fit_probe
+from train.training import TrainResult, train_condition
 
 CPU = torch.device("cpu")
 HYPER: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "label_smoothing": 0.05, "precision": "fp32"}
@@ -457,7 +457,7 @@ def test_the_sidecar_says_what_the_weights_are(run: Callable[..., TrainResult]) 
 def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
     from PIL import Image
 
-    from train.data.folders import prepare_folder
+    from train.data.datasets import build_manifest, prepare_folder
 
     rng = np.random.default_rng(0)
     for k, name in enumerate(("dark", "light", "middle")):
@@ -467,7 +467,7 @@ def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
             Image.fromarray(shade.astype(np.uint8)).save(tmp_path / "photographs" / name / f"{index}.jpg")
     (tmp_path / "photographs" / "dark" / "broken.jpg").write_bytes(b"")
     preprocessing = preprocessing_of(build_model(ModelSource("test_vit", img_size=64), num_classes=1))
-    data = prepare_folder(tmp_path / "photographs", preprocessing=preprocessing)
+    data = prepare_folder(build_manifest(tmp_path / "photographs"), preprocessing=preprocessing)
     assert data.manifest.dropped == {"empty file": 1}
     values = HYPER | {"flip": True, "rotation_degrees": 10.0, "color_jitter": 0.2, "batch_size": 4}
     results = [

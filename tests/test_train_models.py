@@ -183,7 +183,9 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, model: nn.Module) -> None
 
 
 def test_names_and_weights_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"unknown model 'vit_tny_patch16_224'.*nearest: vit_tiny_patch16_224"):
+    with pytest.raises(
+        InputError, match=r"unknown model 'vit_tny_patch16_224'; expected .*; did you mean vit_tiny_patch16_224"
+    ):
         build_model("vit_tny_patch16_224", num_classes=3)
     with pytest.raises(InputError, match="no weights tagged 'none'; expected one of augreg_in21k"):
         build_model("vit_tiny_patch16_224.none", num_classes=3)

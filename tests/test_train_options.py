@@ -21,21 +21,19 @@ from engine.capture import capture_attention
 from tests.miniatures import write_sports100
 from tests.training_runs import Plain, training_run
 from train.adapters import INITS, add_adapters, merge_adapters
-from train.checkpoint import read_checkpoint
+from train.checkpoint import history_path, read_checkpoint
 from train.compress import compress
-from train.conditions import TrainResult, train_condition
+from train.data.datasets import build_manifest, prepare_folder
 from train.data.digits import prepare_digits
-from train.data.folders import prepare_folder
-from train.data.sets import DataSplits, FolderImages
+from train.data.images import DataSplits, FolderImages
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import Evaluation, evaluate
-from train.history import history_path
 from train.loop import fit
 from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
 from train.settings import TARGETS
 from train.state import StateFile
-from train.training import OnEpoch
+from train.training import OnEpoch, TrainResult, train_condition
 
 CPU = torch.device("cpu")
 HYPER: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 1e-3, "precision": "fp32"}
@@ -74,7 +72,7 @@ def weights(result: TrainResult) -> dict[str, torch.Tensor]:
 
 
 def test_parts_of_a_batch_give_the_same_up_to_rounding(run: Callable[..., TrainResult]) -> None:
-    whole, parts = (run(f"parts{n}", hyper={"accumulate": n, "lr": 1e-4}) for n in (1, 3))
+    whole, parts = (run(f"parts{n}", accumulate=n, lr=1e-4) for n in (1, 3))
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], tensor, atol=2e-5, rtol=0)
     for one, other in zip(whole.history, parts.history, strict=True):
@@ -221,7 +219,7 @@ def test_history_is_json_lines_and_is_whole_after_a_resume(
 def test_tensorboard_gets_every_epoch_once(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from train.history import tensorboard_writer
+    from train.checkpoint import tensorboard_writer
 
     result = run(on_epoch=tensorboard_writer(tmp_path / "events"))
     events = EventAccumulator(str(tmp_path / "events"))
@@ -328,10 +326,8 @@ def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:
 def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> None:
     write_sports100(tmp_path / "sports", train=6, held_out=3)
     preprocessing = preprocessing_of(build_model(ModelSource("test_vit", img_size=32), num_classes=1))
-    plain = prepare_folder(tmp_path / "sports", kind="sports100", preprocessing=preprocessing)
-    cached = prepare_folder(
-        tmp_path / "sports", kind="sports100", preprocessing=preprocessing, manifest=plain.manifest, cache=tmp_path
-    )
+    plain = prepare_folder(build_manifest(tmp_path / "sports", kind="sports100"), preprocessing=preprocessing)
+    cached = prepare_folder(plain.manifest, kind="sports100", preprocessing=preprocessing, cache=tmp_path)
     records, names = plain.manifest.split("train"), plain.class_names
     sources = {
         "one": replace(plain, train=FolderImages(plain.manifest.root, records, names, preprocessing, workers=1)),
@@ -362,7 +358,7 @@ def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> Non
 def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     write_sports100(tmp_path / "sports", train=4, held_out=2)
     preprocessing = preprocessing_of(build_model("test_resnet", num_classes=1))
-    data = prepare_folder(tmp_path / "sports", kind="sports100", preprocessing=preprocessing)
+    data = prepare_folder(build_manifest(tmp_path / "sports", kind="sports100"), preprocessing=preprocessing)
     torch.manual_seed(0)
     start = build_model("test_resnet", num_classes=3)
     from safetensors.torch import save_file
@@ -420,7 +416,7 @@ KILLED = """
 import os, sys
 import train.state
 from pathlib import Path
-from train.conditions import train_condition
+from train.training import train_condition
 from train.data.digits import prepare_digits
 from train.models import build_model, preprocessing_of
 from train.settings import ConditionConfig, TrainConfig, TrainingRun

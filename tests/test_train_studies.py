@@ -10,9 +10,8 @@ import pytest
 from engine.measure.table import read_table
 from engine.run import main
 from tests.miniatures import ROOMS, SPORTS, write_indoor67, write_sports100
-from train.checkpoint import read_metadata
+from train.checkpoint import history_path, read_metadata
 from train.data.manifest import Manifest
-from train.history import history_path
 
 STUDY = """
 outputs = {outputs}

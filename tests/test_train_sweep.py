@@ -18,10 +18,10 @@ from tests.damage_subjects import OUTPUTS, SWEEP
 from tests.miniatures import write_sports100
 from train.checkpoint import read_checkpoint
 from train.compress import compress
-from train.conditions import train_condition
 from train.errors import TrainingDivergedError
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
+from train.training import train_condition
 
 NAMES = [f"quant={base}_r={rank}" for base in ("plain", "sparse", "int1") for rank in (1, 2)]
 

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors beside a JSON sidecar with its sha256, both written atomically.
+"""Checkpoints: safetensors, beside them a JSON sidecar with its sha256 and the history of the training run.
 
 safetensors has no checksum of its own: a flipped bit in a weight loads without a word. The sidecar
 `<name>.json` beside `<name>.safetensors` holds the sha256 of the file, what the weights are, and a checksum of itself.
@@ -7,7 +7,8 @@ safetensors has no checksum of its own: a flipped bit in a weight loads without 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from train.whole_files import checked_json, parse_checked_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
+
 
 SCHEMA = "vit-checkpoint/2"
 # A sidecar of ours has both of these texts, so one that lost one of them to damage is still known as ours.
@@ -112,9 +114,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has no {sidecar.name} beside it, so its save was not finished; train it again"
         )
     try:
-        document = parse_checked_json(sidecar.read_bytes())
-        if document.get("schema") != SCHEMA:
-            raise ValueError(f"is of schema {document.get('schema')!r}, expected {SCHEMA!r}")
+        document = parse_checked_json(sidecar.read_bytes(), SCHEMA)
     except ValueError as error:
         raise DamagedFileError(
             f"{sidecar} {error}; train its checkpoint again, or delete {sidecar.name} to use the weights as a file of "
@@ -157,3 +157,47 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{metadata['sha256'][:12]}…; delete both files and train it again"
         )
     return Checkpoint(path=path, sha256=found, metadata=metadata, tensors=load(content))
+
+
+def history_path(checkpoint: Path) -> Path:
+    """`a/b.safetensors` → `a/b.history.jsonl`."""
+    return checkpoint.with_suffix(".history.jsonl")
+
+
+def write_history(checkpoint: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """One line per epoch (per penalty, for a probe); written whole each time, so that a resumed run repeats no line.
+
+    The same history is in the checkpoint's sidecar, under its checksum: from it a damaged file is written again.
+    """
+    content = "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n" for entry in history).encode()
+    path = history_path(checkpoint)
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
+def tensorboard_writer(folder: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """A function that takes the history so far and writes its new epochs as scalars to `folder`.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "train.tensorboard is true, but tensorboard is not installed; install it with "
+            "pip install 'vit-attention-engine[tensorboard]', or leave the key out"
+        ) from error
+    writer = SummaryWriter(str(folder))
+    written = 0
+
+    def write(history: Sequence[Mapping[str, Any]]) -> None:
+        nonlocal written
+        for entry in history[written:]:
+            for name, value in entry.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, entry["epoch"])
+        written = len(history)
+        writer.flush()
+
+    return write

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -43,9 +42,7 @@ def evaluate(
     training = model.training
     model.eval()
     tally = torch.zeros(2, device=device, dtype=torch.float64)  # hits, loss
-    starts = range(workers.rank * batch_size, len(images), workers.count * batch_size)
-    parts = [np.arange(start, min(start + batch_size, len(images))) for start in starts]
-    for indices, inputs in images.batches(parts, device):
+    for indices, inputs in images.batches(images.parts(batch_size, workers.rank, workers.count), device):
         with forward_precision(precision, device):
             logits = model(inputs).float()
         labels = uploaded(torch.from_numpy(images.labels[indices]), device)

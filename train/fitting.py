@@ -12,8 +12,7 @@ from torch import nn
 
 from train.errors import InputError
 from train.layouts import Fit, filter_of, fit, is_position
-from train.model_arguments import Argument, as_flag, build_timm_model, shown_arguments
-from train.model_source import ModelSource, classifier_names
+from train.model_source import Argument, ModelSource, as_flag, build_timm_model, classifier_names, shown_arguments
 from train.weight_files import say_once, shown
 from train.weights import refuse_unfit_values
 

@@ -14,8 +14,7 @@ import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from train.data import ImageSet
+from train.data import ImageSet, read_ahead
 from train.errors import TrainingDivergedError
 from train.evaluation import Evaluation
 from train.parallel import SINGLE, Workers
@@ -116,6 +115,12 @@ def fit(
     launched: deque[_Step] = deque()  # not looked at yet
     later = LOOK_LATER[device.type]
 
+    def read(planned: tuple[int, np.ndarray]) -> torch.Tensor:
+        batch = planned[1]
+        indices = workers.share(batch)
+        # A worker without a part of a small last batch reads a picture that it does not use.
+        return pinned(train.pixels(indices if len(indices) else batch[:1]), device)
+
     def look(at: _Step) -> None:
         value, hits, gradient_norm = at.numbers().tolist()
         if not (math.isfinite(value) and math.isfinite(gradient_norm)):
@@ -135,9 +140,11 @@ def fit(
         unit=" images",
         disable=None if workers.first else True,
     )
-    with bar, contextlib.closing(_batches(train, run, progress.step, steps_per_epoch, workers, device)) as batches:
+    plan = _plan(run, len(train), progress.step)
+    with bar, contextlib.closing(read_ahead(read, plan)) as batches:
         while progress.step < steps and not (0 < shared.patience <= progress.epochs_since_best()):
-            step, count, indices, pixels = next(batches)
+            (step, batch), pixels = next(batches)
+            count, indices = len(batch), workers.share(batch)
             epoch = step // steps_per_epoch
             rate = learning_rate(step, steps, run.condition.lr, shared.warmup_fraction)
             for group in optimizer.param_groups:
@@ -274,41 +281,12 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, 2, *([rank] if rank else [])]).generate_state(1)[0])
 
 
-def _batches(
-    train: ImageSet,
-    run: TrainingRun,
-    first_step: int,
-    steps_per_epoch: int,
-    workers: Workers,
-    device: torch.device,
-) -> Generator[tuple[int, int, np.ndarray, torch.Tensor]]:
-    """(step, images of the step, this worker's indices and pixels) from `first_step` to the end.
-
-    The next batch is read while this one is used.
-    """
-
+def _plan(run: TrainingRun, count: int, first_step: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, indices of its images) from `first_step` to the end, of `count` images."""
     size = run.shared.batch_size
-
-    def plan() -> Iterator[tuple[int, np.ndarray]]:
-        for epoch in range(first_step // steps_per_epoch, run.epochs):
-            order = epoch_order(run.seed, epoch, len(train))
-            for place in range(steps_per_epoch):
-                step = epoch * steps_per_epoch + place
-                if step >= first_step:
-                    yield step, order[place * size : (place + 1) * size]
-
-    def read(indices: np.ndarray) -> torch.Tensor:
-        return pinned(train.pixels(indices), device)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        waiting = None
-        for step, batch in plan():
-            indices = workers.share(batch)
-            # A worker without a part of a small last batch reads a picture that it does not use.
-            pixels = pool.submit(read, indices if len(indices) else batch[:1])
-            coming = (step, len(batch), indices, pixels)
-            if waiting is not None:
-                yield *waiting[:3], waiting[3].result()
-            waiting = coming
-        if waiting is not None:
-            yield *waiting[:3], waiting[3].result()
+    steps = math.ceil(count / size)  # of an epoch
+    for epoch in range(first_step // steps, run.epochs):
+        order = epoch_order(run.seed, epoch, count)
+        for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
+            place = step - epoch * steps
+            yield step, order[place * size : (place + 1) * size]

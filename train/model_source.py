@@ -1,21 +1,185 @@
-"""What decides a model: its name among timm's and the other keys of `[model]`, declared once."""
+"""What decides a model: the keys of `[model]`, declared once, and the arguments that timm builds it with."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import importlib
+import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from train.adapter_files import adapter_files
 from train.checkpoint import checkpoint_facts
-from train.errors import InputError
-from train.model_arguments import Argument, refuse_arguments
+from train.errors import InputError, nearest
 from train.weight_files import say_once
+
+Argument = str | int | float | bool
+
+# Arguments of timm's that another key stands for, or that are no choice of the user's.
+_OTHER_KEYS = {
+    "num_classes": "the number of classes is read off the checkpoint, or off the class folders; leave it out",
+    "img_size": "give the size with --model.img_size",
+    "pretrained": "say it with --model.pretrained",
+    "pretrained_cfg": "name the weights in --model.name, as in NAME.TAG",
+    "checkpoint_path": "name the file with --model.weights",
+}
+# What the factories behind `timm.create_model` take for themselves and do not say in a signature.
+_FACTORY = ("features_only", "out_indices", "feature_cls", "pruned", "use_naflex", "device", "dtype")
+
+
+def as_flag(arguments: Mapping[str, Argument]) -> str:
+    """As the command line takes them: `--model.arguments global_pool=avg,in_chans=1`."""
+    texts = (f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in arguments.items())
+    return f"--model.arguments {','.join(texts)}"
+
+
+def refuse_arguments(arguments: Mapping[str, Argument]) -> None:
+    """Refuse arguments that have a key of their own, or that would load or run something.
+
+    Raises:
+        InputError: there is one.
+    """
+    for name in arguments:
+        if advice := _OTHER_KEYS.get(name):
+            raise InputError(f"model.arguments names {name}; {advice}")
+        if name in _factory_arguments():
+            raise InputError(
+                f"model.arguments names {name}, by which timm loads or wraps a model and does not decide what it is; "
+                "leave it out"
+            )
+
+
+@functools.cache
+def _factory_arguments() -> frozenset[str]:
+    import timm
+
+    factories = (timm.create_model, timm.models.build_model_with_cfg)
+    return frozenset({*_FACTORY, *(name for factory in factories for name in inspect.signature(factory).parameters)})
+
+
+def build_timm_model(
+    name: str, arguments: Mapping[str, Argument], *, num_classes: int | None = None, img_size: int = 0
+) -> nn.Module:
+    """A timm model with random weights.
+
+    Args:
+        name, arguments, img_size: see `train.model_source.ModelSource`.
+        num_classes: None: as the model has it.
+
+    Raises:
+        InputError: arguments that the model does not take, values or a size that it cannot be built with, another
+            number of channels than pictures have.
+    """
+    import timm
+
+    keys: dict[str, Any] = {**arguments, **({} if num_classes is None else {"num_classes": num_classes})}
+    if img_size:
+        keys["img_size"] = img_size
+    size = f"{img_size}×{img_size} px images"
+    try:
+        model = timm.create_model(name, **keys)
+    except Exception as error:  # any class of any family gets any value: what it raises then cannot be known
+        if arguments:
+            raise _refusal(name, arguments, f" for {size}" if img_size else "", error) from error
+        if img_size and isinstance(error, TypeError | AssertionError | ValueError):
+            raise InputError(f"model {name} cannot be built for {size} ({error})") from error
+        raise
+    channels = getattr(model, "in_chans", 3)
+    if channels not in (1, 3):
+        raise InputError(f"model.arguments has in_chans={channels}; pictures have 3 channels, or 1 as shades of grey")
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if img_size and (img_size % patch[0] or img_size % patch[1]):
+        raise InputError(
+            f"model.img_size is {img_size}, expected a multiple of the {patch[0]}×{patch[1]} px patches of {name}"
+        )
+    return model
+
+
+def _refusal(name: str, arguments: Mapping[str, Argument], purpose: str, error: Exception) -> InputError:
+    with torch.device("meta"):
+        taken = _taken(type(build_timm_model(name, {})))
+    unknown = [argument for argument in arguments if argument not in taken]
+    if unknown and isinstance(error, TypeError):
+        hint = nearest(unknown[0], taken)
+        return InputError(f"model {name} takes no argument {unknown[0]}{hint} (it takes {', '.join(taken)})")
+    reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return InputError(
+        f"model {name} cannot be built{purpose} with {as_flag(arguments)} ({reason}); change or leave out"
+    )
+
+
+def _taken(model_class: type) -> list[str]:
+    """Names of the arguments that a model of the class is made with and that may be given."""
+    names: dict[str, None] = {}
+    for base in model_class.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names |= dict.fromkeys(
+            key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        )
+        if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return [key for key in names if key != "self" and key not in _OTHER_KEYS and key not in _factory_arguments()]
+
+
+def shown_arguments(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Argument]:
+    """Arguments by which weights plainly differ from a model that they do not fit.
+
+    Args:
+        model: its names and shapes are read.
+        state: the weights by their names in the model, or the ones they would have there.
+    """
+    own = model.state_dict()
+    shown: dict[str, Argument] = {}
+
+    def has(pattern: str, where: Mapping[str, torch.Tensor]) -> bool:
+        return any(re.fullmatch(pattern, key) for key in where)
+
+    if has(r"attn_pool\..*", state) and not has(r"attn_pool\..*", own):
+        shown["global_pool"] = "map"
+    elif has(r"fc_norm\..*", state) and not has(r"norm\..*", state) and not has(r"fc_norm\..*", own):
+        shown["global_pool"] = "avg"
+    elif has(r"norm\..*", state) and not has(r"fc_norm\..*", state) and has(r"fc_norm\..*", own):
+        shown["global_pool"] = "token"
+    patches, own_patches = (where.get("patch_embed.proj.weight") for where in (state, own))
+    if patches is not None and own_patches is not None and patches.ndim == own_patches.ndim == 4:
+        if patches.shape[1] != own_patches.shape[1]:
+            shown["in_chans"] = patches.shape[1]
+        if patches.shape[2:] != own_patches.shape[2:] and patches.shape[2] == patches.shape[3]:
+            shown["patch_size"] = patches.shape[2]
+    scales = r"blocks\.\d+\.(ls1\.gamma|gamma_1)"
+    if has(scales, state) and not has(scales, own):
+        shown["init_values"] = 1e-5  # any number: the weights hold the values
+    norms = r"blocks\.\d+\.attn\.q_norm\.weight"
+    if has(norms, state) != has(norms, own):
+        shown["qk_norm"] = has(norms, state)
+    registers, own_registers = (where.get("reg_token") for where in (state, own))
+    count, own_count = (
+        0 if tokens is None or tokens.ndim != 3 else tokens.shape[1] for tokens in (registers, own_registers)
+    )
+    if count != own_count:
+        shown["reg_tokens"] = shown["num_reg_tokens"] = count  # one of them is the family's
+    if ("cls_token" in state) != ("cls_token" in own):
+        shown["class_token"] = "cls_token" in state
+    positions, own_positions = (where.get("pos_embed") for where in (state, own))
+    if positions is not None and own_positions is not None and positions.ndim == own_positions.ndim == 3:
+        tokens, prefix = positions.shape[1], count + ("cls_token" in state)
+        if prefix and tokens != own_positions.shape[1] and _is_square(tokens) and not _is_square(tokens - prefix):
+            shown["no_embed_class"] = True
+    taken = _taken(type(model))
+    return {key: value for key, value in shown.items() if key in taken}
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
 
 # How a model of timm's is called on the Hugging Face Hub: `timm/NAME`, also as an address.
 _HUB = re.compile(r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?huggingface\.co/)?timm/")
@@ -128,12 +292,14 @@ def _present_name(given: str) -> str:
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
         asked = re.split(r"[/:]", architecture)[-1].lower().replace("-", "_")
-        near = difflib.get_close_matches(asked, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists them"
+        hint = nearest(asked, timm.list_models())
         file = (
             "; give the weights of any other repository or folder as a file: --model.weights" if asked != name else ""
         )
-        raise InputError(f"unknown model {name!r}{meant}; expected a timm model name or digits_vit ({hint}){file}")
+        raise InputError(
+            f"unknown model {name!r}{meant}; expected a timm model name, as timm.list_models() lists them, or "
+            f"digits_vit{file}{hint}"
+        )
     if dot and name not in timm.list_models(f"{architecture}.*", pretrained=True):
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         raise InputError(

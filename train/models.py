@@ -23,8 +23,7 @@ from train.data import Preprocessing
 from train.errors import InputError
 from train.fitting import load_weights
 from train.layouts import Fit, fit
-from train.model_arguments import as_flag, build_timm_model
-from train.model_source import ModelSource, classifier_names, pretrained_cfg, source_of
+from train.model_source import ModelSource, as_flag, build_timm_model, classifier_names, pretrained_cfg, source_of
 from train.weight_files import say_once
 from train.weights import read_state_dict
 
@@ -32,18 +31,22 @@ from train.weights import read_state_dict
 def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Module:
     """A timm model with a head of `num_classes`, as a start for training; or as its checkpoint has it, to be looked at.
 
-    The backbone comes from the source's `weights`, else from timm's download (`pretrained`), else it is random. A head
-    for another number of classes than `weights` holds is a new one, which the log says. What a checkpoint of ours says
-    of itself is followed: the input size it was trained at, unless the source names another, and how its images were
-    prepared, which `preprocessing_of` the model gives.
+    The backbone comes from the source's `weights`, else from timm's download (`pretrained`), else it is random. The
+    weights are a plain state dict or one under a usual key (`train.weights.WRAPPERS`) or under the source's `state`,
+    with the model's own names or those of another code (`train.layouts`). A head for another number of classes than
+    `weights` holds is a new one, and position embeddings of another grid are resized by timm's own function for the
+    family; the log says both. What a checkpoint of ours says of itself is followed: the input size it was trained at,
+    unless the source names another, and how its images were prepared, which `preprocessing_of` the model gives.
 
     Args:
         model: what it is built from; a name alone stands for a model with random weights.
         num_classes: size of the head; None: as the model was made, or as many as `weights` holds, in evaluation mode.
 
     Raises:
-        InputError: an image size that the model refuses, a bad file, weights of another shape or with NaN, a checkpoint
-            of another model, no weights to be had.
+        InputError: an image size that the model refuses, a file that is missing, no checkpoint or holds pickled
+            objects, weights of another shape, with NaN or of a kind that would be cast, a checkpoint of another model,
+            no weights to be had.
+        DamagedFileError: a file whose bytes are not the ones that were saved.
     """
     source = source_of(model)
     if source.adapter:
@@ -54,55 +57,41 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
                 f"model.state is {source.state!r}, a key of a file that is not named: give --model.weights FILE"
             )
         return _create(source, num_classes)
-    path = source.file
-    if num_classes is None:
-        return load_checkpoint(source, path)
-    said = _said(path, source.name)
+    path, name = source.file, source.name
+    said = _said(path, name)
     file, found, adapters = _read_fitting(source, path)
-    built = _create(completed := source.completed(), num_classes)
-    for classifier in classifier_names(source.name):
+    classifiers = classifier_names(name)
+    classes = num_classes
+    if num_classes is None:
+        head = found.tensors.get(f"{classifiers[0]}.weight")
+        if head is None:
+            say_once(f"{path} has no {classifiers[0]}.weight; {name} is built without a head", logging.WARNING)
+        classes = _rows(head)
+    built = _create(completed := source.completed(), classes)
+    for classifier in classifiers if num_classes is not None else ():
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
-        classes = _rows(found.tensors.get(keys[0]))
-        if classes != num_classes:
-            left_out = f"its head for {classes} classes is left out" if classes else "it has no head"
+        if (before := _rows(found.tensors.get(keys[0]))) != num_classes:
+            left_out = f"its head for {before} classes is left out" if before else "it has no head"
             say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
             own = built.state_dict()
             found = found.with_new({key: own[key] for key in keys if key in own})
     load_weights(built, found, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
-    return adapters.merged_into(built, source.name) if adapters else built
+    merged = adapters.merged_into(built, name) if adapters else built
+    return merged.eval() if num_classes is None else merged
 
 
 def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
     """A fine-tuned model as it was saved, in evaluation mode; the number of classes is read off its head.
-
-    Plain state dicts and ones wrapped under a usual key (`train.weights.WRAPPERS`) or under the source's `state`, under
-    the model's own names or those of another code (`train.layouts`). Position embeddings of another grid are resized by
-    timm's own function for the family, which the log says.
-
-    A checkpoint of ours says in its sidecar what it is: the model is built at the image size that it was trained at
-    unless the source says another, and `preprocessing_of` it gives how its images were prepared.
 
     Args:
         model: what it is, or its name alone.
         path: the file, whatever weights the source names.
 
     Raises:
-        InputError: no such file, not a checkpoint, pickled objects, weights of another shape, with NaN
-            or of a kind that would be cast, a checkpoint of ours of another model.
-        DamagedFileError: a file whose bytes are not the ones that were saved.
+        InputError, DamagedFileError: as of `build_model`.
     """
-    source, path = replace(source_of(model), weights=str(path), adapter=""), Path(path)
-    said = _said(path, source.name)
-    file, found, adapters = _read_fitting(source, path)
-    classifier = f"{classifier_names(source.name)[0]}.weight"
-    head = found.tensors.get(classifier)
-    if head is None:
-        say_once(f"{path} has no {classifier}; {source.name} is built without a head", logging.WARNING)
-    built = _create(completed := source.completed(), _rows(head))
-    load_weights(built, found, file, path, completed)
-    _prepare_as_said(built, said, source.img_size, path)
-    return adapters.merged_into(built, source.name) if adapters else built.eval()
+    return build_model(replace(source_of(model), weights=str(path), adapter=""), num_classes=None)
 
 
 def _with_adapters(source: ModelSource, num_classes: int | None) -> nn.Module:

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from train.conditions import TrainResult, finished_metadata
 from train.data import DigitScenes, prepare_digits
 from train.evaluation import Evaluation, evaluate
 from train.models import build_model, preprocessing_of
 from train.precision import resolve_precision
 from train.settings import ConditionConfig, Precision, TrainConfig, TrainingRun
 from train.state import StateFile, settings_key
-from train.training import Task, Trained, train_to_file
+from train.training import Task, Trained, TrainResult, finished_metadata, train_to_file
 from train.transfer import uploaded
 
 MODEL_NAME = "digits_vit"

@@ -31,8 +31,7 @@ def cached_features(model: nn.Module, images: ImageSet, device: torch.device, *,
     bar = tqdm(total=len(images), desc="features", unit=" images", disable=None, delay=1)
     features = []
     with bar:
-        parts = [np.arange(s, min(s + batch_size, len(images))) for s in range(0, len(images), batch_size)]
-        for indices, inputs in images.batches(parts, device):
+        for indices, inputs in images.batches(images.parts(batch_size), device):
             features.append(readout(model, inputs).float())
             bar.update(len(indices))
     return torch.cat(features).cpu()

@@ -7,34 +7,100 @@ sampler of the n-th trial is seeded by n, so an interrupted sweep goes on with t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, TrialState
 
+from store.disk import writing
 from store.removal import named, remove
 from train.adapters import whole_classifier
-from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path
+from train.checkpoint import history_path, read_checkpoint, read_metadata, save_checkpoint, sidecar_path
 from train.compress import compress
-from train.conditions import TrainResult, train_condition
 from train.data import DataSplits
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import evaluate
-from train.history import history_path
 from train.model_source import ModelSource
 from train.models import load_checkpoint
 from train.settings import Compression, TrainingRun
 from train.state import settings_key
-
-if TYPE_CHECKING:
-    import optuna
+from train.training import OnEpoch, TrainResult, train_condition
+from train.whole_files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+
+class TrialsFile(BaseJournalBackend):
+    """The trials of one backbone and rank in a file that several share: Optuna's log, one process writing at a time.
+
+    One JSON object per line: `study` (a backbone and rank), `log` (Optuna's own entry), `previous` (the checksum of the
+    study's line before, "" for its first) and `checksum`. A study's log is the chain of lines that follow one another:
+    a line that is damaged, lost or out of place ends the chain, so that trials from there on are run again, with the
+    same outcome, and those of other studies stay.
+
+    Args:
+        path: of the file; made with the first line. Damaged lines are named and taken out.
+        study: whose lines are meant.
+    """
+
+    def __init__(self, path: Path, study: str) -> None:
+        self.path, self.study = path, study
+        self._logs: list[dict[str, Any]] = []
+        self._last = ""
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        entries = [_parse(line) for line in lines]
+        if damaged := [number for number, entry in enumerate(entries, 1) if entry is None]:
+            numbers = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+            logger.warning("%s: line %s damaged; the trials that need what it said are run again", path, numbers)
+            write_atomically(path, b"".join(line for line, e in zip(lines, entries, strict=True) if e is not None))
+        for entry in entries:
+            if entry is not None and (entry["study"], entry["previous"]) == (study, self._last):
+                self._logs.append(entry["log"])
+                self._last = entry["checksum"]
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        """Optuna's entries from the given number on."""
+        return self._logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write entries of Optuna's, durably."""
+        with writing(self.path), open(self.path, "ab") as file:
+            for log in logs:
+                line = _line(self.study, self._last, log)
+                file.write(line)
+                entry = json.loads(line)  # as a later process will read it
+                self._logs.append(entry["log"])
+                self._last = entry["checksum"]
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(study: str, previous: str, log: dict[str, Any]) -> bytes:
+    body = {"study": study, "previous": previous, "log": log}
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({"checksum": checksum, **body}, sort_keys=True) + "\n").encode()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line, if it is byte for byte what was written."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        return entry if _line(entry["study"], entry["previous"], entry["log"]) == line else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
 
 ALPHA_RATIOS = (0.5, 1.0, 2.0, 4.0)  # alpha / rank
 MAX_LABEL_SMOOTHING = 0.2
@@ -111,162 +177,174 @@ def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) 
         InputError: adapters that do not fit the model, see `train.adapters.add_adapters`.
         TrainingDivergedError: every trial ended in NaN or Inf.
     """
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    key = settings_key(
-        model=plan.model.name,
-        img_size=plan.model.img_size,
-        arguments=dict(plan.model.arguments),
-        weights=read_metadata(Path(plan.model.weights))["sha256"],
-        probe=None if plan.probe is None else read_metadata(plan.probe)["sha256"],
-        data=data.manifest.sha256,
-        preprocessing=data.train.preprocessing.to_dict(),
-        hyperparameters=_trial_run(plan, base, rank, {}).used_values(),
-        recipe=plan.run.condition.recipe,
-        lr_range=plan.lr_range,
-        seed=plan.run.seed,
-        deterministic=plan.run.shared.deterministic,
-        device=plan.device,
-    )
-    name = f"quant={base}_r={rank}"
-    study = _study(plan, f"{name}_{key[:16]}")
-    (plan.folder / "trials").mkdir(parents=True, exist_ok=True)
-    while (position := len(_finished(study))) < plan.trials:
-        _run_trial(study, position, plan, base, rank, data)
-    completed = [trial for trial in _finished(study) if trial.state == optuna.trial.TrialState.COMPLETE]
-    if not completed:
-        raise TrainingDivergedError(
-            f"all {plan.trials} trials of {name} ended in NaN or Inf; lower sweep.lr_high, now {plan.lr_range[1]:g}"
+    return _RankSweep(plan, base, rank, data).result()
+
+
+class _RankSweep:
+    """The trials of one backbone and rank."""
+
+    def __init__(self, plan: SweepPlan, base: Compression, rank: int, data: DataSplits) -> None:
+        self.plan, self.base, self.rank, self.data = plan, base, rank, data
+        self.name = f"quant={base}_r={rank}"
+        run = plan.run
+        self.key = settings_key(
+            model=plan.model.name,
+            img_size=plan.model.img_size,
+            arguments=dict(plan.model.arguments),
+            weights=read_metadata(Path(plan.model.weights))["sha256"],
+            probe=None if plan.probe is None else read_metadata(plan.probe)["sha256"],
+            data=data.manifest.sha256,
+            preprocessing=data.train.preprocessing.to_dict(),
+            hyperparameters=self._run_of({}).used_values(),
+            recipe=run.condition.recipe,
+            lr_range=plan.lr_range,
+            seed=run.seed,
+            deterministic=run.shared.deterministic,
+            device=plan.device,
         )
-    best = max(completed, key=lambda trial: trial.value or 0.0)  # the first of several
-    place = _finished(study).index(best)
-    path, metadata = _keep(plan, name, key, base, rank, best.params, _trial_path(plan, name, place), data)
-    return RankResult(
-        base=base,
-        rank=rank,
-        checkpoint=path,
-        params=best.params,
-        validation_accuracy=metadata["validation_accuracy"],
-        test_accuracy=metadata["test_accuracy"],
-        without_adapters=metadata["without_adapters"],
-        trainable_parameters=metadata["trainable_parameters"],
-        history=metadata["history"],
-        trials=[_record(place, trial) for place, trial in enumerate(_finished(study))],
-    )
+        (plan.folder / "trials").mkdir(parents=True, exist_ok=True)
+        study = f"{self.name}_{self.key[:16]}"
+        self.study = optuna.create_study(
+            storage=JournalStorage(TrialsFile(plan.folder / "trials.jsonl", study)),
+            study_name=study,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNING_STARTUP, n_warmup_steps=run.epochs // 3),
+        )
 
+    def result(self) -> RankResult:
+        """Of the best trial, when all are done."""
+        while (position := len(self._finished())) < self.plan.trials:
+            self._run_trial(position)
+        finished = self._finished()
+        best = self._best(finished)
+        if best is None:
+            raise TrainingDivergedError(
+                f"all {self.plan.trials} trials of {self.name} ended in NaN or Inf; lower sweep.lr_high, now "
+                f"{self.plan.lr_range[1]:g}"
+            )
+        params = finished[best].params
+        path, metadata = self._keep(params, best)
+        return RankResult(
+            base=self.base,
+            rank=self.rank,
+            checkpoint=path,
+            params=params,
+            validation_accuracy=metadata["validation_accuracy"],
+            test_accuracy=metadata["test_accuracy"],
+            without_adapters=metadata["without_adapters"],
+            trainable_parameters=metadata["trainable_parameters"],
+            history=metadata["history"],
+            trials=[_record(place, trial) for place, trial in enumerate(finished)],
+        )
 
-def _study(plan: SweepPlan, name: str) -> optuna.Study:
-    import optuna
-    from optuna.storages import JournalStorage
+    def _finished(self) -> list[FrozenTrial]:
+        """Trials with an outcome, in order; one that was interrupted has none and is run again."""
 
-    from train.trials import TrialsFile
+        done = (TrialState.COMPLETE, TrialState.PRUNED)
+        return [trial for trial in self.study.trials if trial.state in done or trial.user_attrs.get(_FAILED)]
 
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
-        storage=JournalStorage(TrialsFile(plan.folder / "trials.jsonl", name)),
-        study_name=name,
-        direction="maximize",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNING_STARTUP, n_warmup_steps=plan.run.epochs // 3),
-    )
+    def _best(self, finished: Sequence[FrozenTrial]) -> int | None:
+        """The place of the best trial that was trained to its end, the first of several; None where there is none."""
 
+        values = {n: trial.value or 0.0 for n, trial in enumerate(finished) if trial.state == TrialState.COMPLETE}
+        return max(values, key=lambda place: values[place], default=None)
 
-def _finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials with an outcome, in order; one that was interrupted has none and is run again."""
-    from optuna.trial import TrialState
+    def _run_trial(self, position: int) -> None:
 
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    return [trial for trial in study.trials if trial.state in done or trial.user_attrs.get(_FAILED)]
+        for interrupted in self.study.get_trials(states=(TrialState.RUNNING,)):
+            # Its process is gone: the outputs folder is locked.
+            self.study.tell(interrupted.number, state=TrialState.FAIL)
+        seed = zlib.crc32(f"{self.plan.run.seed} {self.name} {position}".encode())
+        startup = max(2, self.plan.trials // 3)
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        trial = self.study.ask()
+        params = {
+            "lr": trial.suggest_float("lr", *self.plan.lr_range, log=True),
+            "alpha_ratio": trial.suggest_categorical("alpha_ratio", ALPHA_RATIOS),
+            "label_smoothing": trial.suggest_float("label_smoothing", 0.0, MAX_LABEL_SMOOTHING),
+        }
 
+        def each_epoch(history: Sequence[Mapping[str, Any]]) -> None:
+            for entry in history[len(self.study.trials[trial.number].intermediate_values) :]:
+                trial.report(entry["validation_accuracy"], entry["epoch"])
+            if len(history) < self.plan.run.epochs and trial.should_prune():
+                raise optuna.TrialPruned
 
-def _run_trial(
-    study: optuna.Study, position: int, plan: SweepPlan, base: Compression, rank: int, data: DataSplits
-) -> None:
-    import optuna
-    from optuna.trial import TrialState
+        try:
+            result = self._train(params, position, each_epoch)
+        except optuna.TrialPruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        except TrainingDivergedError as error:
+            logger.warning("%s", error)
+            trial.set_user_attr(_FAILED, True)
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, result.validation_accuracy)
+        # The best so far is kept; another is trained again from its numbers if need be.
+        finished = self._finished()
+        for place in {*range(len(finished))} - {self._best(finished)}:
+            _remove(self._trial_path(place))
 
-    for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(interrupted.number, state=TrialState.FAIL)  # its process is gone: the outputs folder is locked
-    name = f"quant={base}_r={rank}"
-    seed = zlib.crc32(f"{plan.run.seed} {name} {position}".encode())
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, plan.trials // 3))
-    trial = study.ask()
-    params = {
-        "lr": trial.suggest_float("lr", *plan.lr_range, log=True),
-        "alpha_ratio": trial.suggest_categorical("alpha_ratio", ALPHA_RATIOS),
-        "label_smoothing": trial.suggest_float("label_smoothing", 0.0, MAX_LABEL_SMOOTHING),
-    }
-    path = _trial_path(plan, name, position)
+    def _train(self, params: Mapping[str, Any], position: int, on_epoch: OnEpoch | None = None) -> TrainResult:
+        return train_condition(
+            self._run_of(params),
+            model=self.plan.model,
+            data=self.data,
+            checkpoint=self._trial_path(position),
+            probe_checkpoint=self.plan.probe,
+            device=self.plan.device,
+            on_epoch=on_epoch,
+            name=f"{self.base} rank {self.rank} trial {position + 1} of {self.plan.trials}",
+        )
 
-    def each_epoch(history: Sequence[Mapping[str, Any]]) -> None:
-        for entry in history[len(study.trials[trial.number].intermediate_values) :]:
-            trial.report(entry["validation_accuracy"], entry["epoch"])
-        if len(history) < plan.run.epochs and trial.should_prune():
-            raise optuna.TrialPruned
+    def _run_of(self, params: Mapping[str, Any]) -> TrainingRun:
+        run, rank = self.plan.run, self.rank
+        alpha = params.get("alpha_ratio", 1.0) * rank
+        return replace(
+            run,
+            condition=replace(run.condition, lr=params.get("lr", 0.0), alpha=alpha, rank=rank),
+            shared=replace(run.shared, label_smoothing=params.get("label_smoothing", 0.0)),
+            compression=self.base,
+            own_head=self.plan.probe is None,
+        )
 
-    try:
-        result = _train(plan, base, rank, params, path, data, position, each_epoch)
-    except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED)
-    except TrainingDivergedError as error:
-        logger.warning("%s", error)
-        trial.set_user_attr(_FAILED, True)
-        study.tell(trial, state=TrialState.FAIL)
-    else:
-        study.tell(trial, result.validation_accuracy)
-    _remove_worse(study, plan, name)
+    def _trial_path(self, position: int) -> Path:
+        return self.plan.folder / "trials" / f"{self.name}_trial{position:03d}.safetensors"
 
+    def _keep(self, params: Mapping[str, Any], position: int) -> tuple[Path, dict[str, Any]]:
+        """The best trial's weights under the name that holds their test accuracy; others of the name are removed."""
+        folder, name = self.plan.folder, self.name
+        wanted = {"sweep": self.key, "params": dict(params)}
+        for path in sorted(folder.glob(f"{name}_eval_acc=*.safetensors")):
+            try:
+                metadata = read_checkpoint(path).metadata
+            except InputError as error:  # damaged, or without its sidecar
+                logger.warning("%s; its trial is trained again", error)
+                continue
+            if {key: metadata.get(key) for key in wanted} == wanted:
+                _remove(self._trial_path(position))
+                return path, metadata
+        result = self._train(params, position)
+        checkpoint = read_checkpoint(result.checkpoint)
+        metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("schema", "file", "sha256")}
+        metadata |= wanted | {"without_adapters": self._without_adapters()}
+        earlier = named(rf"{re.escape(name)}_eval_acc=\d\.\d{{4}}\.(safetensors|json)")
+        for path in filter(earlier, folder.glob(f"{name}_eval_acc=*")):
+            remove(path, earlier)
+        path = folder / f"{name}_eval_acc={result.test_accuracy:.4f}.safetensors"
+        save_checkpoint(path, checkpoint.tensors, metadata)
+        _remove(result.checkpoint)
+        return path, metadata
 
-def _train(
-    plan: SweepPlan,
-    base: Compression,
-    rank: int,
-    params: Mapping[str, Any],
-    path: Path,
-    data: DataSplits,
-    position: int,
-    each_epoch: Any = None,
-) -> TrainResult:
-    return train_condition(
-        _trial_run(plan, base, rank, params),
-        model=plan.model,
-        data=data,
-        checkpoint=path,
-        probe_checkpoint=plan.probe,
-        device=plan.device,
-        on_epoch=each_epoch,
-        name=f"{base} rank {rank} trial {position + 1} of {plan.trials}",
-    )
-
-
-def _trial_run(plan: SweepPlan, base: Compression, rank: int, params: Mapping[str, Any]) -> TrainingRun:
-    run = plan.run
-    alpha = params.get("alpha_ratio", 1.0) * rank
-    return replace(
-        run,
-        condition=replace(run.condition, lr=params.get("lr", 0.0), alpha=alpha, rank=rank),
-        shared=replace(run.shared, label_smoothing=params.get("label_smoothing", 0.0)),
-        compression=base,
-        own_head=plan.probe is None,
-    )
-
-
-def _trial_path(plan: SweepPlan, name: str, position: int) -> Path:
-    return plan.folder / "trials" / f"{name}_trial{position:03d}.safetensors"
-
-
-def _remove_worse(study: optuna.Study, plan: SweepPlan, name: str) -> None:
-    """The files of every trial but the best so far; a trial is trained again from its numbers if need be."""
-    from optuna.trial import TrialState
-
-    finished = _finished(study)
-    values = [trial.value if trial.state == TrialState.COMPLETE else None for trial in finished]
-    best = max((value for value in values if value is not None), default=None)
-    keep = values.index(best) if best is not None else -1
-    for position in range(len(finished)):
-        if position != keep:
-            _remove(_trial_path(plan, name, position))
+    def _without_adapters(self) -> float:
+        plan = self.plan
+        model = load_checkpoint(plan.model, plan.probe or plan.model.weights)
+        whole = whole_classifier(model, plan.run.condition.targets)
+        compress(model, self.base, sparsity=plan.run.sparsity, keep=whole)
+        device = torch.device(plan.device)
+        return evaluate(model.to(device), self.data.test, device).accuracy
 
 
 def _remove(path: Path) -> None:
@@ -275,50 +353,7 @@ def _remove(path: Path) -> None:
         remove(file, named(rf"{re.escape(path.stem)}\.[a-z.]+"))  # a trial's, in the folder of trials
 
 
-def _keep(
-    plan: SweepPlan,
-    name: str,
-    key: str,
-    base: Compression,
-    rank: int,
-    params: Mapping[str, Any],
-    trial_path: Path,
-    data: DataSplits,
-) -> tuple[Path, dict[str, Any]]:
-    """The best trial's weights under the name that holds their test accuracy; others of the name are removed."""
-    wanted = {"sweep": key, "params": dict(params)}
-    for path in sorted(plan.folder.glob(f"{name}_eval_acc=*.safetensors")):
-        try:
-            metadata = read_checkpoint(path).metadata
-        except InputError as error:  # damaged, or without its sidecar
-            logger.warning("%s; its trial is trained again", error)
-            continue
-        if {name: metadata.get(name) for name in wanted} == wanted:
-            _remove(trial_path)
-            return path, metadata
-    position = int(trial_path.stem[-3:])
-    result = _train(plan, base, rank, params, trial_path, data, position)
-    checkpoint = read_checkpoint(result.checkpoint)
-    metadata = {name: value for name, value in checkpoint.metadata.items() if name not in ("schema", "file", "sha256")}
-    metadata |= wanted | {"without_adapters": _without_adapters(plan, base, data)}
-    earlier = named(rf"{re.escape(name)}_eval_acc=\d\.\d{{4}}\.(safetensors|json)")
-    for path in filter(earlier, plan.folder.glob(f"{name}_eval_acc=*")):
-        remove(path, earlier)
-    path = plan.folder / f"{name}_eval_acc={result.test_accuracy:.4f}.safetensors"
-    save_checkpoint(path, checkpoint.tensors, metadata)
-    _remove(trial_path)
-    return path, metadata
-
-
-def _without_adapters(plan: SweepPlan, base: Compression, data: DataSplits) -> float:
-    model = load_checkpoint(plan.model, plan.probe or plan.model.weights)
-    whole = whole_classifier(model, plan.run.condition.targets)
-    compress(model, base, sparsity=plan.run.sparsity, keep=whole)
-    device = torch.device(plan.device)
-    return evaluate(model.to(device), data.test, device).accuracy
-
-
-def _record(number: int, trial: optuna.trial.FrozenTrial) -> TrialRecord:
+def _record(number: int, trial: FrozenTrial) -> TrialRecord:
     state = "diverged" if trial.user_attrs.get(_FAILED) else trial.state.name.lower()
     curve = [value for _, value in sorted(trial.intermediate_values.items())]
     return TrialRecord(number, state, trial.value if state == "complete" else None, trial.params, curve)

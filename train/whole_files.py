@@ -49,8 +49,8 @@ def checked_json(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def parse_checked_json(content: bytes) -> dict[str, Any]:
-    """The object that `checked_json` wrote, without the checksum; any changed bit is found.
+def parse_checked_json(content: bytes, schema: str = "") -> dict[str, Any]:
+    """The object that `checked_json` wrote, without the checksum; any changed bit is found, and another schema.
 
     Raises:
         ValueError: it is not what `checked_json` wrote; the message says how, as the end of a sentence.
@@ -68,6 +68,8 @@ def parse_checked_json(content: bytes) -> dict[str, Any]:
         sound = False
     if not sound:
         raise ValueError("changed after it was written (its checksum does not match)")
+    if schema and document.get("schema") != schema:
+        raise ValueError(f"is of schema {document.get('schema')!r}, expected {schema!r}")
     return document
 
 

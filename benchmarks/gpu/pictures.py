@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from train.data.sets import ImageSet, Preprocessing
+from train.data.images import ImageSet, Preprocessing
 
 __all__ = ["Pictures", "vit"]
 

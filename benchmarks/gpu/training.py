@@ -18,7 +18,7 @@ from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
 from engine.capture.sinks import Capture, capture_to_store
 from engine.statistics import compare_paired
-from train.data.sets import ImageSet
+from train.data.images import ImageSet
 from train.evaluation import Evaluation, evaluate
 from train.loop import fit
 from train.precision import training_mode

@@ -404,7 +404,7 @@ def _folder_splits(start: Start) -> DataSplits:
     manifest = Manifest.load(path)
     say(f"{config.model.name} takes {start.preprocessing}")
     cache = start.cache_folder
-    return prepare_folder(config.data.root, preprocessing=start.preprocessing, manifest=manifest, cache=cache)
+    return prepare_folder(manifest, preprocessing=start.preprocessing, cache=cache)
 
 
 def _digits(start: Start, device: str) -> StudyData:

@@ -70,7 +70,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         with one_torch_thread():
             check_capture(config, model, preprocessing, device, stored_alone="metrics" not in config.capture.sinks)
     manifest = _manifest(config, workers)
-    images = prepare_folder(config.data.root, preprocessing=preprocessing, manifest=manifest).test
+    images = prepare_folder(manifest, preprocessing=preprocessing).test
     head = named or folder_classes(outputs, images.class_names, config.data.class_order, "model.classes")
     check_shared_names(head, images.class_names, config.model.classes)
     if sentence := head.origin("the model"):

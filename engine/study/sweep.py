@@ -24,7 +24,6 @@ from engine.study.data import Start, StudyData, image_kind, prepare_data
 from engine.study.journal import Journal
 from engine.study.model import model_source, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
-from train.conditions import train_condition
 from train.data import folder_classes, named_classes
 from train.errors import InputError
 from train.models import classifier_name, head_size
@@ -32,6 +31,7 @@ from train.processes import several_processes
 from train.recipes import HEAD_RECIPE
 from train.settings import SWEEP_INITS, TrainingRun
 from train.sweep import SweepPlan, sweep_rank
+from train.training import train_condition
 from train.whole_files import write_atomically
 
 

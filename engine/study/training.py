@@ -14,13 +14,12 @@ from engine.config import StudyConfig
 from engine.study.data import StudyData
 from engine.study.journal import Journal, digest_path
 from engine.study.model import checkpoint_of, trained_here
-from train.checkpoint import read_metadata, sidecar_path
-from train.conditions import train_condition
-from train.history import history_path, tensorboard_writer
+from train.checkpoint import history_path, read_metadata, sidecar_path, tensorboard_writer
 from train.model_source import ModelSource
 from train.parallel import Workers
 from train.recipes import RECIPES
 from train.settings import TrainingRun
+from train.training import train_condition
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from store import AttentionStore
 from tests import fuzz
 from tests.miniatures import encoded, picture
 from tests.test_train_datasets import SMALL
-from train.data.datasets import build_manifest
-from train.data.folders import prepare_folder
+from train.data.datasets import build_manifest, prepare_folder
 from train.data.manifest import Manifest
 from train.errors import InputError
 from train.files import path_of, printable
@@ -94,7 +93,7 @@ def _check(root: Path, file: Path, options: dict[str, Any]) -> None:
             assert path.resolve().is_relative_to(root.resolve())
     manifest.save(file)
     assert Manifest.load(file) == manifest
-    images = prepare_folder(root, preprocessing=SMALL, manifest=manifest).test
+    images = prepare_folder(manifest, preprocessing=SMALL).test
     if len(images):
         assert images.pixels([0, len(images) - 1]).shape == (2, 3, 16, 16)
 

@@ -17,9 +17,9 @@ from PIL import Image, ImageCms
 
 from tests import fuzz
 from train.data.datasets import build_manifest
+from train.data.images import FolderImages, Preprocessing
 from train.data.listing import Entry, examine
 from train.data.manifest import Record
-from train.data.sets import FolderImages, Preprocessing
 
 SHARE = 150
 

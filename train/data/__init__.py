@@ -1,13 +1,11 @@
 """A data set: its files and classes, its splits, its images as a model takes them."""
 
 from train.data.classes import HeadClasses, check_shared_names, folder_classes, named_classes, read_class_names
-from train.data.datasets import DataKind, Listing, build_manifest, list_files
+from train.data.datasets import DataKind, Listing, build_manifest, list_files, prepare_folder
 from train.data.digits import CLASS_NAMES, REGION_NAMES, DigitScenes, prepare_digits
-from train.data.folders import prepare_folder
+from train.data.images import DataSplits, ImageSet, Preprocessing, read_ahead
 from train.data.listing import files_below
-from train.data.manifest import Manifest, Record
-from train.data.sets import DataSplits, ImageSet, Preprocessing
-from train.data.splits import SPLIT_FOLDERS, SPLITS
+from train.data.manifest import SPLIT_FOLDERS, SPLITS, Manifest, Record
 
 __all__ = [
     "CLASS_NAMES",
@@ -31,5 +29,6 @@ __all__ = [
     "named_classes",
     "prepare_digits",
     "prepare_folder",
+    "read_ahead",
     "read_class_names",
 ]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from store.disk import making, writing
 from store.system import lock_file, sync_folder
-from train.data.sets import FolderImages, ImageSet
+from train.data.images import FolderImages, ImageSet
 from train.errors import InputError
 from train.whole_files import write_atomically
 

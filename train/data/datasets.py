@@ -1,4 +1,4 @@
-"""Data sets on disk → one manifest: class folders, MIT Indoor-67 and 100 Sports, with every quirk of their files."""
+"""Data sets on disk → one manifest and three splits: class folders, MIT Indoor-67, 100 Sports, and their quirks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from train.data.cache import CachedImages, ImageCache
+from train.data.images import DataSplits, FolderImages, Preprocessing
 from train.data.listing import (
     CLASS_FOLDERS,
     Entry,
@@ -24,12 +26,12 @@ from train.data.listing import (
     list_lines,
     split_folders,
 )
-from train.data.manifest import Manifest, Record
-from train.data.splits import SPLIT_FOLDERS, SPLITS, stratified_split
+from train.data.manifest import SPLIT_FOLDERS, SPLITS, Manifest, Record, stratified_split
 from train.errors import InputError
 from train.files import id_of, require_file, what_lies_at
 
 logger = logging.getLogger(__name__)
+
 
 DataKind = Literal["folder", "indoor67", "sports100"]
 SplitRule = Literal["auto", "stratified", "official", "folders", "all"]
@@ -323,3 +325,22 @@ def _log(manifest: Manifest) -> None:
     leaks = manifest.leaks()
     if leaks:
         logger.warning("%d image(s) lie in more than one split, for example %s", len(leaks), " and ".join(leaks[0]))
+
+
+def prepare_folder(manifest: Manifest, *, preprocessing: Preprocessing, cache: str | Path | None = None) -> DataSplits:
+    """The images of a data set in three splits.
+
+    Args:
+        cache: a folder for the decoded pictures, see `train.data.cache`; None: decode whenever they are asked for.
+    """
+    base = Path(manifest.root)
+
+    def pictures(records: Sequence[Record]) -> FolderImages:
+        return FolderImages(base, records, manifest.class_names, preprocessing)
+
+    train, validation, test = (pictures(manifest.split(name)) for name in SPLITS)
+    if cache is None:
+        return DataSplits(train, validation, test, manifest)
+    decoded = ImageCache(cache, pictures([record for record in manifest.records if record.status == "ok"]))
+    cached = [CachedImages(decoded, images) for images in (train, validation, test)]
+    return DataSplits(cached[0], cached[1], cached[2], manifest)

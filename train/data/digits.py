@@ -20,9 +20,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from kernels.layout import TokenLayout
-from train.data.manifest import Manifest, Record
-from train.data.sets import DataSplits, ImageSet, Preprocessing
-from train.data.splits import SPLITS
+from train.data.images import DataSplits, ImageSet, Preprocessing
+from train.data.manifest import SPLITS, Manifest, Record
 from train.errors import InputError
 
 SCENE_SIZE = 48  # px, square

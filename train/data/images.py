@@ -1,307 +1,273 @@
-"""One picture file → one RGB picture, or the reason why it is none."""
+"""Labelled images as capture and training see them: `ImageSet`, and the one over a folder."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import io
-import re
-import stat
-import struct
-import threading
-import traceback
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from train.data.pixels import UndecodableError, bits_of, rgb_of, stated_greatest, tag_of
+import numpy as np
+
+from kernels.layout import TokenLayout
+from train.data.decoding import UndecodableError, decoded_image, picture_bytes
+from train.data.manifest import Manifest, Record
+from train.errors import InputError
+from train.files import path_of
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFile
+    import torch
+    from PIL import Image
 
-# What cameras, phones, scanners, browsers and older image databases write: one raster picture, decoded by a library in
-# this process. Pillow opens more: drawings, for which it starts another program (EPS), textures of games, sets of
-# icons, arrays of floats without a range. TGA has no mark by which it is known and is tried last.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "PCX", "SGI", "SUN", "TGA")
-
-# (offset, bytes, what a file is that has them there)
-_OTHERS = (
-    (0, b"%!PS", "a PostScript (EPS) drawing"),
-    (0, b"\xc5\xd0\xd3\xc6", "a PostScript (EPS) drawing"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"\xd7\xcd\xc6\x9a", "a Windows metafile drawing"),
-    (40, b" EMF", "a Windows metafile drawing"),
-    (0, b"<svg", "an SVG drawing"),
-    (0, b"<?xml", "an XML file"),
-    (0, b"<!doctype html", "a web page"),
-    (0, b"<html", "a web page"),
-    (4, b"ftypavi", "an AVIF picture, for which Pillow was built without a decoder"),
-    *((4, b"ftyp" + brand, "a HEIF picture") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
-    (4, b"ftyp", "an MP4 file"),
-    (8, b"AVI ", "a video"),
-    (0, b"\x1a\x45\xdf\xa3", "a video"),
-    (0, b"\xff\x0a", "a JPEG XL picture"),
-    (4, b"JXL ", "a JPEG XL picture"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"DDS ", "a DDS texture"),
-    (0, b"qoif", "a QOI picture"),
-    (0, b"\0\0\1\0", "a set of icons"),
-    (0, b"\0\0\2\0", "a set of cursors"),
-    (0, b"icns", "a set of icons"),
-    (0, b"SIMPLE  =", "a FITS file"),
-    (0, b"\x89HDF", "an HDF5 file"),
-    (128, b"DICM", "a DICOM file"),
-    (0, b"\x93NUMPY", "a NumPy array"),
-    (0, b"PK\3\4", "a ZIP archive"),
-    (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"version https://git-lfs", "a Git LFS pointer (git lfs pull gets the picture)"),
-)
-
-# What is held at once, by all threads of the process: decoded pictures, and the files that they are decoded from.
-_DECODED_BYTES, _FILE_BYTES = 2 * 2**30, 2**29
-# Greatest that decoding takes, in bytes a pixel: the decoder's own memory and the picture, as measured.
-_BYTES_A_PIXEL = {"JPEG": 12, "MPO": 12, "WEBP": 17, "AVIF": 16, "JPEG2000": 25}
-_BYTES_A_PIXEL_OF_OTHERS = 8
-# Of one picture: Pillow's own limit, whatever another library set it to, and what leaves a process below 4 GB.
-_MOST_PIXELS, _MOST_BYTES = 178_956_970, 3 * 2**30
-_LONGEST_SIDE = 2**20  # a resize takes some 50 bytes for each pixel of a side
-_LARGEST_FILE = 2**30
-_BLOCK_BYTES = 2**26
-
-_ORIENTATION, _KIND, _TILE_WIDTH, _TILE_LENGTH = 274, 254, 322, 323  # tags of EXIF and TIFF
-_PILLOW = re.compile(r"PIL\.")
+T = TypeVar("T")
+R = TypeVar("R")
+_RESIZED_PIXELS = 2**25  # of a picture while it is resized, before the crop
 
 
-class _Room:
-    """Memory that several threads share; who needs more than there is gets all of it, alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = self._free = size
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def taken(self, needed: int) -> Iterator[None]:
-        """Wait for `needed` bytes and hold them."""
-        needed = min(needed, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= needed)
-            self._free -= needed
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += needed
-                self._changed.notify_all()
-
-
-# Files are read before they are decoded and never the other way round, so that no two threads wait for each other.
-_room_for_files, _room_for_pictures = _Room(_FILE_BYTES), _Room(_DECODED_BYTES)
-
-
-@contextmanager
-def picture_bytes(path: Path) -> Iterator[bytes]:
-    """The content of a picture file, while there is room for it beside those of other threads.
-
-    Raises:
-        UndecodableError: larger than 1 GiB, which no picture within the limits is; a pipe or a device.
-        OSError: the file cannot be read.
-    """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # it might never end
-        raise UndecodableError("not a file")
-    if found.st_size > _LARGEST_FILE:
-        raise UndecodableError("file of more than 1 GiB")
-    with _room_for_files.taken(found.st_size):
-        yield path.read_bytes()
-
-
-@contextmanager
-def decoded_image(content: bytes) -> Iterator[Image.Image]:
-    """Decode a whole picture file into 8-bit RGB, whatever its name ends in; it is closed at the end.
-
-    The first frame of an animation; EXIF orientation applied; palette, grey and CMYK converted; transparency laid on
-    white; colour profiles not applied. Grey of more than 8 bits is scaled by its range (a plain conversion would clip
-    it to white); of 16-bit colours the upper 8 bits are taken. Metadata that cannot be read change nothing.
-
-    All threads of the process together decode as many at once as take 2 GiB; one that takes more is decoded alone.
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes a model's input; read off the model by `train.models.preprocessing_of`.
 
     Args:
-        content: the bytes of the file.
-
-    Raises:
-        UndecodableError: empty, truncated, damaged, of none of `FORMATS`, of too many pixels, or pixels whose range is
-            not known.
+        channels, height_px, width_px: of the model's input.
+        mean, std: a channel, on pixels scaled to 0..1.
+        interpolation: of the resize, as timm names it.
+        crop_pct: the kept share of the resized picture.
+        crop_mode: timm's "center", "squash" or "border".
     """
-    if not content:
-        raise UndecodableError("empty file")
-    with ExitStack() as held:
-        yield _decode_or_say_why(content, held)
+
+    channels: int
+    height_px: int
+    width_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        """As a log line has it: "224×224×3, bicubic, crop 0.9 (center), mean 0.5 0.5 0.5, std 0.5 0.5 0.5"."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        size = f"{self.height_px}×{self.width_px}×{self.channels}"
+        return f"{size}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), mean {mean}, std {std}"
+
+    def normalize(self, scaled: torch.Tensor) -> torch.Tensor:
+        """(value − mean) / std of pixels in 0..1, float32 [image, channel, row, col]."""
+        mean, std = (_channels(values, scaled.device) for values in (self.mean, self.std))
+        return (scaled - mean).div_(std)
 
 
-def _decode_or_say_why(content: bytes, held: ExitStack) -> Image.Image:
-    _prepare_pillow()
-    try:
-        return _decode(content, held)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's door: a broken stream makes a decoder raise whatever its code meets first
-        traceback.clear_frames(error.__traceback__)  # they hold pixels, and their room is given back
-        if isinstance(error, UndecodableError):
-            raise
-        raise UndecodableError(_reason_of(error, content)) from error
+@lru_cache(maxsize=32)
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[1, channel, 1, 1] on the device; kept there, since every copy to a GPU would wait for it."""
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made in that mode is of no use outside it
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
-def _reason_of(error: Exception, content: bytes) -> str:
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return _kind_of(content)
-    if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels"
-    return "truncated" if _is_truncation(error) else f"damaged ({_words(error)})"
-
-
-def _prepare_pillow() -> None:
-    """Set what other libraries may have set otherwise."""
-    from PIL import ImageFile
-
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # or half an image would pass as a whole one
-    # Pillow warns of odd metadata and many pixels, a line a file; what is wrong with a file is its reason. Off for the
-    # whole process: `warnings.catch_warnings` in several threads can leave all warnings off for good.
-    if not any(action == "ignore" and module == _PILLOW for action, _, _, module, _ in warnings.filters):
-        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
-    _prepare_libraries()
+def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Generator[tuple[T, R]]:
+    """(item, `read` of it) of each, in order; the next one is read by another thread while one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
+        waiting: tuple[T, Future[R]] | None = None
+        for item in items:
+            coming = item, pool.submit(read, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
-@functools.cache
-def _prepare_libraries() -> None:
-    """Settings of the C code, once a process."""
-    from PIL import _imaging
+class ImageSet(ABC):
+    """Labelled images in a fixed order.
 
-    # Blocks of above 32 MB go back to the system when they are freed; of Pillow's own 16 MB every thread keeps a
-    # gigabyte after a large picture.
-    _imaging.set_block_size(max(_BLOCK_BYTES, _imaging.get_block_size()))
-    # libtiff prints a line for each odd tag and each damaged row. Pillow learns of errors all the same.
-    library = ctypes.CDLL(_imaging.__file__)  # finds the names of what that is linked with, too
-    with contextlib.suppress(AttributeError):  # built without libtiff, or with its names hidden
-        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
-            handler = getattr(library, name)
-            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
-            handler(None)
-
-
-def _is_truncation(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, EOFError) or any(
-        sign in text for sign in ("truncated", "unexpected end", "broken data stream", "not enough", "eof")
-    )
-
-
-def _words(error: BaseException) -> str:
-    """What a decoder says, as one short line that every terminal can show."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return (said if said.isprintable() else ascii(said))[:100]
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has: AVIF came with 11.3."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _kind_of(content: bytes) -> str:
-    """The reason for a file that Pillow opens as none of `FORMATS`."""
-    from PIL import Image
-
-    for name in _formats():
-        accept = Image.OPEN[name][1]
-        if accept is not None and accept(content[:16]) is True:
-            return f"damaged (header of {name})"
-    for offset, mark, kind in _OTHERS:
-        if content[offset : offset + len(mark)].lower() == mark.lower():
-            return f"{kind}, which is not opened"
-    return "not an image of a known format"
-
-
-def _decode(content: bytes, held: ExitStack) -> Image.Image:
-    """The picture; `held` gets the room that it takes and closes it before that is given back."""
-    from PIL import Image
-
-    opened = Image.open(io.BytesIO(_without_metadata(content)), formats=_formats())
-    held.enter_context(_room_for_pictures.taken(_bytes_of(opened)))
-    held.callback(opened.close)
-    bits, stated = bits_of(opened), stated_greatest(opened)  # before `load` forgets how the pixels lie in the file
-    opened.load()
-    turn = _turn(opened)
-    picture = rgb_of(opened, bits, stated)
-    if picture is not opened:
-        opened.close()
-    if turn is not None:
-        picture = picture.transpose(turn)
-    held.callback(picture.close)
-    return picture
-
-
-def _without_metadata(content: bytes) -> bytes:
-    """A PNG without the chunks that change no pixel: Pillow refuses the picture for damage in one, browsers show it.
-
-    Orientation (eXIf) stays where its checksum is right.
+    Attributes:
+        ids: one a image; the identity under which conditions are paired.
+        labels: int64 [image].
+        class_names: in label order.
+        preprocessing: what `batch` applies.
+        region_names: of the regions' axis; empty without regions.
+        boxes: [image, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open; None without boxes.
     """
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content
-    kept, place = [content[:8]], 8
-    while place + 12 <= len(content):
-        length, name = struct.unpack_from(">I4s", content, place)
-        chunk = content[place : place + 12 + length]
-        if name == b"eXIf":
-            needed = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        else:
-            needed = name[:1].isupper() or name in (b"tRNS", b"acTL", b"fcTL", b"fdAT")
-        if needed or len(chunk) < 12 + length:
-            kept.append(chunk)
-        place += 12 + length
-    return b"".join(kept)
 
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    region_names: tuple[str, ...] = ()
+    boxes: np.ndarray | None = None
 
-def _bytes_of(opened: ImageFile.ImageFile) -> int:
-    """Memory that the picture takes until it is RGB.
+    def __len__(self) -> int:
+        return len(self.ids)
 
-    Raises:
-        UndecodableError: more than a process has, or it is a small copy of the picture.
-    """
-    if tag_of(opened, _KIND, 0) & 1:
-        raise UndecodableError("the first picture in it is marked as a smaller copy, as in a camera's raw file")
-    sizes = [opened.size, (tag_of(opened, _TILE_WIDTH, 0), tag_of(opened, _TILE_LENGTH, 0))]
-    pixels = max(int(width) * int(height) for width, height in sizes)
-    taken = pixels * _BYTES_A_PIXEL.get(opened.format or "", _BYTES_A_PIXEL_OF_OTHERS)
-    if pixels > _MOST_PIXELS or taken > _MOST_BYTES:
-        raise UndecodableError("too many pixels")
-    if max(opened.size) > _LONGEST_SIDE:
-        raise UndecodableError(f"a side of more than {_LONGEST_SIDE} pixels")
-    return taken
+    @abstractmethod
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What `pixels` returns, in whatever strides it comes."""
 
+    def pixels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Pictures at the model's input size, uint8 [image, channel, row, col], before normalisation.
 
-def _turn(opened: Image.Image) -> Image.Transpose | None:
-    """How a picture has to be turned or mirrored to be upright, by its EXIF data or TIFF tag."""
-    from PIL import Image
+        They lie in memory in that order, whatever they were read from: convolutions and sums round by the strides of
+        their input, so equal pixels in two layouts would train two models.
+        """
+        import torch
 
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    try:
-        return turns.get(opened.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's door again: EXIF data that cannot be read; viewers show such a picture as it lies
+        values = np.ascontiguousarray(self._read(indices))
+        # Over one axis: the stride of an axis of length 1 is free, and torch takes a layout from it.
+        return torch.from_numpy(values.reshape(-1)).view(values.shape)
+
+    def batch(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The model's input, float32 [image, channel, row, col], made on the device from its bytes."""
+        from train.transfer import uploaded
+
+        return self.preprocessing.normalize(uploaded(self.pixels(indices), device).float().div_(255))
+
+    def batches(
+        self, parts: Iterable[np.ndarray], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(indices, `batch` of them) of each part, in order; the next part is read while one is used."""
+        import torch
+
+        device = torch.empty(0, device=device).device  # with its number: another thread has another current GPU
+        return read_ahead(lambda part: self.batch(part, device), parts)
+
+    def parts(self, batch_size: int, start: int = 0, step: int = 1) -> list[np.ndarray]:
+        """Indices in order, as batches: from batch `start` on, every `step`-th."""
+        firsts = range(start * batch_size, len(self), step * batch_size)
+        return [np.arange(first, min(first + batch_size, len(self))) for first in firsts]
+
+    def picture(self, index: int) -> np.ndarray:
+        """One picture as the model sees it, uint8 [row, col, 3], before normalisation."""
+        pixels = self.pixels([index])[0].permute(1, 2, 0).numpy()
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+    def regions(self, layout: TokenLayout) -> np.ndarray | None:
+        """Share of each patch that each annotated region covers, float32 [image, region, patch]; None without any."""
         return None
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The three splits of one data set and the manifest that they come from."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    manifest: Manifest
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.manifest.class_names
+
+
+class FolderImages(ImageSet):
+    """Pictures of a folder, decoded when asked for by a few threads.
+
+    Resize and crop are timm's own evaluation transform of the model; the files are those of the
+    manifest, byte for byte.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        records: Sequence[Record],
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        workers: int = 4,
+    ) -> None:
+        from timm.data.transforms_factory import create_transform
+
+        self.root = Path(root)
+        self.records = tuple(records)
+        self.ids = tuple(record.id for record in records)
+        self.labels = np.array([record.label for record in records], dtype=np.int64)
+        self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing
+        self._mode = "L" if preprocessing.channels == 1 else "RGB"
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        # use_prefetcher: timm leaves out conversion to float and normalisation, which come after augmentation here.
+        self._transform = create_transform(
+            input_size=(preprocessing.channels, preprocessing.height_px, preprocessing.width_px),
+            is_training=False,
+            use_prefetcher=True,
+            interpolation=preprocessing.interpolation,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            crop_pct=preprocessing.crop_pct,
+            crop_mode=preprocessing.crop_mode,
+        )
+
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """See `ImageSet.pixels`.
+
+        Raises:
+            InputError: a file vanished, changed or can no longer be decoded since the manifest was built.
+        """
+        return np.stack(list(self._pool.map(self._decode, [self.records[int(i)] for i in indices])))
+
+    def _decode(self, record: Record) -> np.ndarray:
+        path = self.root / path_of(record.id)
+        try:
+            with picture_bytes(path) as content:
+                if hashlib.sha256(content).hexdigest() != record.sha256:
+                    raise InputError(
+                        f"{path} has changed since the manifest was built; put the old file back, or delete the "
+                        "outputs to begin with a new manifest"
+                    )
+                with decoded_image(content) as picture:
+                    return self._fitted(picture)
+        except OSError as error:
+            raise InputError(
+                f"{path} was readable when the manifest was built and no longer is ({error.strerror}); put it back, "
+                "or delete the outputs to begin with a new manifest"
+            ) from error
+        except UndecodableError as error:
+            raise InputError(
+                f"{path} was decoded when the manifest was built and no longer is ({error}); delete the outputs to "
+                "begin with a new manifest"
+            ) from error
+
+    def _fitted(self, picture: Image.Image) -> np.ndarray:
+        """At the model's size, uint8 [channel, row, col]."""
+        colors = picture if picture.mode == self._mode else picture.convert(self._mode)
+        return np.asarray(self._transform(_resizable(colors, self.preprocessing)))
+
+
+def _resizable(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """A picture so thin that enlarging it would take gigabytes, made shorter first; any other as it is.
+
+    What is cut off would be cut off after the resize: 60000×1 pixels at a height of 248 are 14,880,000 pixels wide, of
+    which the crop leaves 224. The middle stays where it is to within one pixel of the result.
+    """
+    from timm.data.transforms import str_to_interp_mode
+    from torchvision.transforms.functional import resize
+
+    rows, cols = (math.floor(x / preprocessing.crop_pct) for x in (preprocessing.height_px, preprocessing.width_px))
+    ratios = picture.height / rows, picture.width / cols
+    interpolation = str_to_interp_mode(preprocessing.interpolation)
+    if preprocessing.crop_mode == "squash":  # the first pass leaves all rows
+        tall = cols * picture.height > _RESIZED_PIXELS
+        return resize(picture, [rows, picture.width], interpolation) if tall else picture
+    if preprocessing.crop_mode == "border":  # the whole picture is kept; of a thin one no pixel would be left
+        size = [round(side / max(ratios)) for side in (picture.height, picture.width)]
+        return picture if all(size) else resize(picture, [max(1, side) for side in size], interpolation)
+    ratio = min(ratios)
+    if picture.width * picture.height <= _RESIZED_PIXELS * ratio**2:
+        return picture
+    # Twice what is kept, and the pixels beside it that the interpolation sees; as much from both ends.
+    cut = [
+        max(0, (side - math.ceil(2 * kept * ratio) - 16) // 2)
+        for side, kept in ((picture.width, cols), (picture.height, rows))
+    ]
+    return picture.crop((cut[0], cut[1], picture.width - cut[0], picture.height - cut[1]))

@@ -15,9 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from train.data.images import decoded_image, picture_bytes
-from train.data.pixels import UndecodableError
-from train.data.splits import SPLIT_FOLDERS
+from train.data.decoding import UndecodableError, decoded_image, picture_bytes
+from train.data.manifest import SPLIT_FOLDERS
 from train.errors import InputError
 from train.files import id_of
 
