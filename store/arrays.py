@@ -214,9 +214,7 @@ def read_constant(root: Storage, path: str) -> Array:
 
 
 def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
-    """Most bytes that a capture can take on disk.
-
-    Compression is not counted on: trained maps took 0.75-0.81 of it, but Blosc promises only not to grow.
+    """Most bytes that a capture can take on disk: compression, to 0.75-0.81 of trained maps, is not counted on.
 
     Args:
         batches: how many batches are still to be written; all if None.
@@ -230,11 +228,7 @@ def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
 
 
 def require_free_disk(store: str | os.PathLike[str] | Storage, schema: StoreSchema, batches: int | None = None) -> None:
-    """Refuse a capture that the disk cannot hold; of an object store, no limit is known.
-
-    Raises:
-        StoreError: with the bytes needed and the bytes free.
-    """
+    """Refuse a capture that the disk cannot hold; StoreError with the bytes needed and free, where a limit is known."""
     needed = estimate_bytes(schema, batches)
     free = storage_at(store).free_bytes()
     if free is not None and needed > free:
@@ -249,11 +243,7 @@ def _size(count: int) -> str:
 
 
 def read_attributes(root: Storage, path: str = "") -> dict[str, Any]:
-    """A group's attributes.
-
-    Raises:
-        StoreError: there is no group.
-    """
+    """A group's attributes; StoreError if there is no group."""
     try:
         return dict(zarr.open_group(root.zarr(), path=path, mode="r").attrs)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:

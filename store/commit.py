@@ -53,16 +53,14 @@ class Committer:
         self.failure_raised = False  # by some call
 
     def put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
-        """Start the file that a batch fills. The values are kept until it is written: do not change them.
+        """Start the file that a batch fills; `values` are kept until it is written: do not change them.
 
         Args:
-            array: whose file it is.
-            batch: its number.
             values: [image, *array.shape[1:]] of at most `array.batch` images.
             precision: of the values; cast to the array's own chunk by chunk, while they are in cache.
 
         Raises:
-            StoreError: an earlier file or commit failed.
+            StoreError: an earlier file or commit failed, as of every call.
         """
         large = values.nbytes >= SMALL_BYTES
         if large:
@@ -93,14 +91,7 @@ class Committer:
         done: Callable[[], None],
         **more: Any,
     ) -> None:
-        """Commit a batch by one ledger record, when its files and their names are on disk; then call `done`.
-
-        Args:
-            more: what else the record says.
-
-        Raises:
-            StoreError: an earlier file or commit failed.
-        """
+        """Commit a batch by one ledger record, with `more` in it, when its files are on disk; then call `done`."""
 
         def work() -> None:
             entries = {file: future.result() for file, future in files.items()}
@@ -113,11 +104,7 @@ class Committer:
         self._pending.append(self._commits.submit(work))
 
     def flush(self) -> None:
-        """Wait until everything is committed.
-
-        Raises:
-            StoreError: the disk failed or is full; what was committed before is intact.
-        """
+        """Wait until everything is committed."""
         while self._pending:
             self._wait()
         self._raise_failure()
@@ -209,11 +196,7 @@ def _encode(array: ArraySpec, values: Array, precision: str) -> tuple[bytes, byt
 def metric_values(
     name: str, images: int, value: tuple[ArraySpec, Any], undefined: tuple[ArraySpec, Any]
 ) -> list[tuple[ArraySpec, Array]]:
-    """A batch's values and counts of undefined rows of one metric, checked.
-
-    Raises:
-        StoreError: another shape or dtype.
-    """
+    """A batch's values and counts of undefined rows of one metric; StoreError for another shape or dtype."""
     array, given = value
     values = float32(given, f"metric {name!r}")
     check_shape(f"metric {name!r}", values, (images, *array.shape[1:]))
@@ -226,11 +209,7 @@ def metric_values(
 
 
 def float32(values: Any, what: str) -> Array:
-    """Floating-point values as float32.
-
-    Raises:
-        StoreError: as `as_numbers`.
-    """
+    """Floating-point values as float32; StoreError as of `as_numbers`."""
     array, precision = as_numbers(values, what)
     if precision == "bool":
         raise StoreError(f"{what} has dtype bool; expected floating point")
@@ -242,11 +221,7 @@ STALE = "was measured from other maps than the store holds now"
 
 
 def attention_digest(schema: StoreSchema, batch: int, files: Mapping[str, FileEntry]) -> str:
-    """SHA-256 over the hashes of the files that keep a batch's attention: values measured from it are tied to that.
-
-    Args:
-        files: of the batch's record.
-    """
+    """SHA-256 over the hashes, in a batch's record, of the files of its attention: values measured from it name it."""
     hashes = [files[array.file(batch)]["sha256"] for array in attention_arrays(schema)]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -260,7 +235,7 @@ def sound_batches(
     folder: str = "",
     sources: Mapping[int, Sequence[str]] | None = None,
 ) -> tuple[set[int], dict[str, str]]:
-    """Which batches are committed and undamaged, and what is wrong with the other records.
+    """Numbers of the batches that are committed and undamaged; record name -> first problem of the others.
 
     Files of a folder are hashed. Of an object store, one listing gives their sizes: hashing would be to download it.
 
@@ -268,9 +243,6 @@ def sound_batches(
         arrays: what a batch's record must name.
         folder: of the ledger; "" for the capture's own batches.
         sources: batch -> `attention_digest` of the stores that its values must have been measured from.
-
-    Returns:
-        Batch numbers, and record name -> first problem found.
     """
     sizes = None if root.near else root.sizes()
 

@@ -41,11 +41,7 @@ class DiskError(StoreError):
 
 
 def disk_error(clause: str, error: OSError) -> DiskError:
-    """The sentence for an error of the system.
-
-    Args:
-        clause: what could not be done, with the path, as the sentence's beginning.
-    """
+    """The sentence for an error of the system; `clause`, its beginning, says what could not be done, with the path."""
     reason, remedy = _REFUSALS.get(error.errno or 0, (error.strerror or str(error), f"see to it, and {_AGAIN}"))
     return DiskError(f"{clause}: {reason}; {remedy}")
 
@@ -57,11 +53,7 @@ def is_refusal(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What is written in the `with` block becomes this file or folder.
-
-    Raises:
-        DiskError: it could not be written.
-    """
+    """What is written in the `with` block becomes this file or folder; DiskError where it cannot be written."""
     try:
         yield
     except OSError as error:

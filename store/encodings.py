@@ -72,11 +72,7 @@ class Encoding:
 
 
 def resolve_encoding(name: str) -> Encoding:
-    """The encoding of that name.
-
-    Raises:
-        StoreError: there is none.
-    """
+    """The encoding of that name; StoreError if there is none."""
     if name not in ENCODINGS:
         raise StoreError(f"encoding is {name!r}; expected one of {', '.join(ENCODINGS)}")
     return ENCODINGS[name]
@@ -136,11 +132,7 @@ def bias_dims(layer: LayerSchema) -> tuple[str, ...]:
 
 
 def shared_bias(layer: LayerSchema, bias: Any) -> Array:
-    """The bias of all images as it is kept: over `bias_dims`.
-
-    Raises:
-        StoreError: another shape than the schema's.
-    """
+    """The bias of all images as it is kept, over `bias_dims`; StoreError for another shape than the schema's."""
     values, precision = as_numbers(bias, f"bias of layer {layer.layer}")
     factors = _factors(layer)
     values = values[(np.newaxis,) * (4 - values.ndim)]

@@ -337,10 +337,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
 def rehearse(path: Path, axes: Sequence[str]) -> None:
     """Read a little of each layer of a file in a copy of this process, for HDF5's library can end it on a damaged one.
 
-    An export of ours is compared with its seal instead.
-
-    Raises:
-        StoreError: it does end it, or does not come back; or an export is damaged.
+    An export of ours is compared with its seal instead. Raises StoreError if either finds damage.
     """
 
     def read() -> None:

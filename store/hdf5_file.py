@@ -19,11 +19,7 @@ from store.removal import Mark
 
 @contextlib.contextmanager
 def new_hdf5(path: Path, schema: str, mark: Mark) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """Write an HDF5 file, which appears under its name when it is whole, see `store.hdf5_seal.sealed`.
-
-    Returns:
-        The `h5py.File`, and what to call now and then: it raises the OSError of what could not be written so far.
-    """
+    """An `h5py.File` that appears when it is whole (`sealed`), and a call that raises what the disk refused so far."""
     import h5py
 
     with sealed(path, schema, mark) as partial, open(partial, "w+b", buffering=0) as raw:
@@ -34,13 +30,7 @@ def new_hdf5(path: Path, schema: str, mark: Mark) -> Iterator[tuple[Any, Callabl
 
 
 class _Target:
-    """What HDF5 writes to: it takes everything, and what the disk refused from the first time on is kept in memory.
-
-    So HDF5 reads what it wrote, and closes the file in good order. That is little: `check` ends the writing.
-
-    Args:
-        file: open for reading and writing, without a buffer.
-    """
+    """What HDF5 writes to: it takes everything; what the disk refused from the first time on is kept in memory."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file

@@ -43,11 +43,7 @@ _FILTERS = {
 
 
 def open_hdf5(path: Path) -> Any:
-    """The file, open for reading.
-
-    Raises:
-        StoreError: there is none, it is of another kind (which one is said), damaged, or another program writes it.
-    """
+    """The file, open for reading; StoreError if there is none, or it is of another kind, damaged or being written."""
     import h5py
 
     if not path.is_file():
@@ -97,11 +93,7 @@ def fatality(read: Callable[[], object]) -> str:
 
 
 def datasets(file: Any) -> Iterator[tuple[str, Any]]:
-    """Name and dataset of all that lies in a file, each once.
-
-    Raises:
-        StoreError: a link leads into another file.
-    """
+    """Name and dataset of all that lies in a file, each once; StoreError if a link leads into another file."""
     import h5py
 
     seen: set[Any] = set()
@@ -131,11 +123,7 @@ def datasets(file: Any) -> Iterator[tuple[str, Any]]:
 
 
 def require_readable(file: Any, name: str, dataset: Any) -> None:
-    """Check that a dataset's values are there, in this file, in a form that can be read in bounded memory.
-
-    Raises:
-        StoreError: they are not.
-    """
+    """Raises StoreError unless a dataset's values are in this file, in a form that is read in bounded memory."""
     import h5py
 
     where = f"{file.filename}: {name}"

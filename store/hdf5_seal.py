@@ -24,15 +24,11 @@ DAMAGE = (OSError, RuntimeError, KeyError)  # what h5py raises of a damaged file
 
 @contextlib.contextmanager
 def sealed(path: Path, schema: str, mark: Mark) -> Iterator[Path]:
-    """Write an HDF5 file behind a user block; it appears under its name, sealed and on disk, when it is whole.
+    """Where to write an HDF5 file behind a user block; it appears as `path`, sealed and on disk, when it is whole.
 
     Args:
-        path: the file.
         schema: what kind of file it is.
         mark: of what it may replace, see `store.removal`.
-
-    Returns:
-        Where to write it.
 
     Raises:
         DiskError: the file cannot be written.
@@ -59,11 +55,7 @@ def is_sealed(path: Path, schema: str) -> bool:
 
 
 def check_seal(path: Path, schema: str) -> bool:
-    """Compare a file with its seal; False if it is not sealed as this kind.
-
-    Raises:
-        StoreError: its bytes are not the ones that were sealed.
-    """
+    """Compare a file with its seal; False if it is not sealed as this kind, StoreError if its bytes are others now."""
     with open(path, "rb") as file:
         block = file.read(BLOCK_BYTES)
         if not block.startswith(_beginning(schema)):

@@ -36,8 +36,7 @@ _OF_AN_IMAGE = re.compile(r"image|img|picture|photo|sample|\.(?:jpe?g|png|tiff?|
 def labelled_axes(dataset: Any) -> tuple[str, ...]:
     """The order of a dataset's axes by its dimension labels, or by the names of its scales; () if it has none.
 
-    Raises:
-        StoreError: labels that name other things, or one of them twice.
+    Raises StoreError for labels that name other things, or one of them twice.
     """
     labels = [_label(dim) for dim in dataset.dims]
     if all(_NO_LABEL.fullmatch(label) for label in labels):
@@ -58,14 +57,11 @@ def _label(dim: Any) -> str:
 
 
 def unstated_axes(shapes: dict[str, tuple[int, ...]], num_images: int | None) -> tuple[dict[str, tuple[str, ...]], str]:
-    """The order of axes that nothing states, where one order alone fits, and why it does.
+    """The order of axes that nothing states (name -> axes), where one order alone fits, and why it does.
 
     Args:
         shapes: name of a dataset -> its shape, of four or five axes.
         num_images: how many images the file names or labels; None: it does neither.
-
-    Returns:
-        Name -> axes; the reason.
 
     Raises:
         StoreError: more than one order fits.
@@ -102,11 +98,7 @@ def _text(shape: Sequence[int]) -> str:
 
 
 def read_names(dataset: Any) -> list[str]:
-    """Names of images: text, or whole numbers.
-
-    Raises:
-        StoreError: anything else, or one name twice.
-    """
+    """Names of images: text, or whole numbers; StoreError for anything else, or one name twice."""
     names = _texts(dataset)
     if names is None:
         names = [str(number) for number in _whole_numbers(dataset, "text or whole numbers")]

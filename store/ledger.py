@@ -62,12 +62,7 @@ def describe_bytes(content: bytes) -> FileEntry:
 
 
 def file_problem(root: Storage, file: str, expected: FileEntry, *, content: bool = True) -> str:
-    """What is wrong with a file of the store, "" if nothing.
-
-    Args:
-        expected: its entry in the ledger.
-        content: whether to hash it; otherwise only existence and size are looked at.
-    """
+    """What is wrong with a file of the store whose entry in the ledger is `expected`, "" if nothing."""
     try:
         if problem := size_problem(root.size(file), expected):
             return problem
@@ -137,23 +132,14 @@ class Ledger:
         return [file.removesuffix(".json") for file in self.storage.sizes(folder) if file.endswith(".json")]
 
     def content(self, name: str) -> bytes:
-        """A record's bytes.
-
-        Raises:
-            LedgerError: it is missing.
-        """
+        """A record's bytes; LedgerError if it is missing."""
         try:
             return self.storage.read(_file(name))
         except FileNotFoundError:
             raise LedgerError(self.where(name), "is missing") from None
 
     def read(self, name: str) -> dict[str, Any]:
-        """A record.
-
-        Raises:
-            LedgerError: it is missing or damaged.
-            OtherRunError: it is of an earlier version, as of every way to read one.
-        """
+        """A record; LedgerError if it is missing or damaged, OtherRunError if it is of an earlier version."""
         return self._parse(name, self.content(name))
 
     def read_if_there(self, name: str) -> dict[str, Any] | LedgerError | None:
@@ -193,10 +179,7 @@ class Ledger:
         return record
 
     def write(self, name: str, record: dict[str, Any]) -> None:
-        """Commit a record: afterwards it is there whole, whatever happens; before, not at all.
-
-        The capture's metadata come first; every other record belongs to them.
-        """
+        """Commit a record: it is there whole afterwards, whatever happens. The capture's metadata come first."""
         if name == "metadata":
             content = _serialise(name, record, "")
             self._capture = hashlib.sha256(content).hexdigest()
@@ -210,11 +193,7 @@ class Ledger:
             self.storage.remove(_file(name))
 
     def clear(self) -> None:
-        """Withdraw everything but the lock.
-
-        Raises:
-            StoreError: something lies there that is not ours; nothing is withdrawn then.
-        """
+        """Withdraw everything but the lock; nothing, with a StoreError, where something lies that is not ours."""
         self.storage.clear(LEDGER_FILES, keep="lock")
         self._capture = ""
 

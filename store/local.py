@@ -24,11 +24,7 @@ _HALF_WRITTEN = named(rf"(?:zarr|metadata|manifest|complete|batch_\d+)\.json{PAR
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are not there yet.
-
-    Raises:
-        StoreError: something that is no folder lies there.
-    """
+    """Make a folder and those above it; StoreError where something that is no folder lies."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -200,23 +196,14 @@ class LocalStorage(Storage):
 
 
 class _Flock:
-    """A lock that lasts as long as one process of its run lives, by flock: exclusive, or shared with those that join.
-
-    Args:
-        path: the folder.
-        file: its file `lock`, open: the process id of the writer, then the name of the run that shares the store.
-    """
+    """The file `lock`: the process id of the writer, then the name of the run that shares the store."""
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self._path = path
         self._file = file
 
     def take(self, *, shared: bool = False) -> None:
-        """Lock, exclusively or shared.
-
-        Raises:
-            StoreError: others hold it.
-        """
+        """Lock; StoreError if others hold it."""
         try:
             lock_file(self._file, shared=shared)
         except BlockingIOError:

@@ -58,11 +58,7 @@ class ObjectStorage(Storage):
 
     @classmethod
     def open(cls, location: StoreUrl) -> ObjectStorage:
-        """The object store of a URL.
-
-        Raises:
-            StoreError: obstore is not installed, or it takes no such URL.
-        """
+        """The object store of a URL; StoreError if obstore is not installed, or takes no such URL."""
         try:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
@@ -253,11 +249,7 @@ class _LockObject:
         self._mine = {"host": socket.gethostname(), "process": os.getpid(), "run": ""}
 
     def take(self) -> None:
-        """Put it, or put it in the place of one whose writer has died on this machine.
-
-        Raises:
-            StoreError: another writer holds it, or may.
-        """
+        """Put it, or replace one whose writer has died on this machine; StoreError if another may hold it."""
         if self._storage.put_over("lock", self._content()):
             return
         holder, version = self._held()

@@ -12,11 +12,7 @@ from store.storage import Location, Storage, location_of
 
 
 def storage_at(given: str | os.PathLike[str] | Storage) -> Storage:
-    """The files of a store at a path or URL.
-
-    Raises:
-        StoreError: what reads that URL is not installed, or it is no URL of an object store.
-    """
+    """The files of a store at a path or URL; StoreError if what reads that URL is missing, or it is none."""
     if isinstance(given, Storage):
         return given
     location = location_of(given)
@@ -63,11 +59,7 @@ def require_place(storage: Storage) -> None:
 
 
 def require_store(storage: Storage) -> None:
-    """Refuse what has no ledger and does not say of itself that it is a store.
-
-    Raises:
-        StoreError: a Zarr group of another kind, such as sample maps, or none at all.
-    """
+    """Raises StoreError for what does not say of itself that it is a store: sample maps, groups of others."""
     found = schema_of(storage.fetch(["zarr.json"])[0])
     if found != SCHEMA:
         what = f"its schema is {found!r}" if found else "it has no attribute `schema`"

@@ -57,11 +57,7 @@ def storage_dtype(precision: str) -> np.dtype[Any]:
 
 
 def as_numbers(values: Any, what: str) -> tuple[Array, str]:
-    """A NumPy view of a floating-point (or boolean) array or CPU tensor, and its precision.
-
-    Raises:
-        StoreError: it is not on the CPU, needs gradients, or is neither floating point nor boolean.
-    """
+    """A NumPy view of a floating-point or boolean array or CPU tensor, and its precision; StoreError for others."""
     torch = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(values, torch.Tensor) and values.dtype == torch.bfloat16:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, LedgerError, file_problems
 from store.places import require_store, storage_at
 from store.precisions import Array, RoundedArray
-from store.rows import Records, Rows, begin_rows, positions
+from store.rows import Records, Rows, positions, read_rows
 from store.schema import (
     SCHEMA,
     LayerSchema,
@@ -28,7 +27,6 @@ from store.schema import (
     ledger_name,
     metric_path,
 )
-from store.scratch import scratch
 from store.shards import FileEntry
 from store.storage import Location, Storage
 
@@ -201,7 +199,7 @@ class AttentionStore:
         """
         arrays = self._layer_arrays(layer)
         if "query" not in arrays:
-            maps = self._begin(arrays[""], images, columns=heads, wide=True)()
+            maps = self._rows(arrays[""], images, columns=heads, wide=True)
             return RoundedArray.of(maps, self.precision(layer))
         factors = self.read_factors(layer, images, heads)
         tokens = arrays["query"].shape[2]
@@ -218,7 +216,7 @@ class AttentionStore:
         arrays = self._layer_arrays(layer)
         if "query" in arrays:
             raise StoreError(f"{self.path} keeps query and key, not maps; use read_factors, or read for float32 maps")
-        return self._begin(arrays[""], images, columns=heads)()
+        return self._rows(arrays[""], images, columns=heads)
 
     def read_factors(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Factors:
         """Query and key of one layer, [image, head, token, head_dim] as they are stored, with scale and bias.
@@ -228,7 +226,7 @@ class AttentionStore:
         Raises:
             StoreError: as `read`; or maps are stored, not query and key.
         """
-        return self._begin_factors(layer, images, heads)()
+        return self._factors(layer, images, heads)
 
     def read_here(self, layer: int, images: slice, place: str = "") -> Array | Factors:
         """What is stored of some images, read and decoded by the calling thread alone.
@@ -247,8 +245,8 @@ class AttentionStore:
         """
         arrays = self._layer_arrays(layer)
         if "query" in arrays:
-            return self._begin_factors(layer, images, slice(None), place=place)()
-        return self._begin(arrays[""], images, threads=0, room=_own_memory(place))()
+            return self._factors(layer, images, slice(None), place)
+        return self._rows(arrays[""], images, place=place)
 
     def chunk_rows(self, layer: int) -> int:
         """Images that are compressed together.
@@ -268,29 +266,26 @@ class AttentionStore:
     def _layer_schema(self, layer: int) -> LayerSchema:
         return self.schema.layers[self.layers.index(layer)]
 
-    def _begin_factors(self, layer: int, images: Rows, heads: Rows, place: str | None = None) -> Callable[[], Factors]:
-        """Begin to read query, key and bias; the result waits for them. With a place: as `read_here`."""
+    def _factors(self, layer: int, images: Rows, heads: Rows, place: str | None = None) -> Factors:
         arrays, described = self._layer_arrays(layer), self._layer_schema(layer)
         fixed = described.factors
         if fixed is None:
             raise StoreError(f"{self.path} keeps maps, not query and key; use read or read_stored")
-
-        def begin(name: str) -> Callable[[], Array]:
-            here: dict[str, Any] = {} if place is None else {"threads": 0, "room": _own_memory(f"{place}/{name}")}
-            return self._begin(arrays[name], images, columns=slice(None) if name == "bias" else heads, **here)
-
-        parts = {name: begin(name) for name in arrays}
-
-        def finish() -> Factors:
-            stored = {name: wait() for name, wait in parts.items()}
-            if fixed.bias == "shared":
-                stored["bias"] = self._shared_bias(layer)
-            bias = with_all_axes(described, stored["bias"]) if fixed.bias else None
-            if bias is not None and bias.shape[-3] > 1:
-                bias = bias[..., positions(heads, described.heads, "heads"), :, :]
-            return Factors(query=stored["query"], key=stored["key"], scale=fixed.scale, bias=bias)
-
-        return finish
+        stored = {
+            name: self._rows(
+                array,
+                images,
+                columns=slice(None) if name == "bias" else heads,
+                place=None if place is None else f"{place}/{name}",
+            )
+            for name, array in arrays.items()
+        }
+        if fixed.bias == "shared":
+            stored["bias"] = self._shared_bias(layer)
+        bias = with_all_axes(described, stored["bias"]) if fixed.bias else None
+        if bias is not None and bias.shape[-3] > 1:
+            bias = bias[..., positions(heads, described.heads, "heads"), :, :]
+        return Factors(query=stored["query"], key=stored["key"], scale=fixed.scale, bias=bias)
 
     def _shared_bias(self, layer: int) -> Array:
         if layer not in self._biases:
@@ -305,7 +300,7 @@ class AttentionStore:
         """
         if not self.schema.num_classes:
             raise StoreError(f"{self.path} holds no logits")
-        return self._begin(self._arrays["logits"], images)()
+        return self._rows(self._arrays["logits"], images)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -344,7 +339,7 @@ class AttentionStore:
         """
         chosen = self._choose(name, params)
         array, records = self._metric(name, chosen, "value")
-        return self._begin(array, images, records)(), chosen
+        return self._rows(array, images, records), chosen
 
     def read_undefined(self, name: str, images: Rows = slice(None), params: Mapping[str, Any] | None = None) -> Array:
         """How many rows of each map had no value, int32 [image, layer, head]; −1 for heads a layer does not have.
@@ -353,7 +348,7 @@ class AttentionStore:
             StoreError: as `read_metric`.
         """
         array, records = self._metric(name, self._choose(name, params), "undefined")
-        return self._begin(array, images, records)()
+        return self._rows(array, images, records)
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layouts:
@@ -402,15 +397,8 @@ class AttentionStore:
         array = next(array for array in arrays if array.path == f"{group}/{part}")
         return array, Records(self.ledger, self.schema, f"{group}/", self.attention_digest)
 
-    def _begin(
-        self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any
-    ) -> Callable[[], Array]:
-        return begin_rows(self.storage, array, images, records or self._records, **options)
-
-
-def _own_memory(place: str) -> Callable[[tuple[int, ...], np.dtype[Any]], Array]:
-    """Gives the calling thread's own memory of that name, for rows of any shape."""
-    return lambda shape, dtype: scratch(f"rows/{place}", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    def _rows(self, array: ArraySpec, images: Rows, records: Records | None = None, **options: Any) -> Array:
+        return read_rows(self.storage, array, images, records or self._records, **options)
 
 
 def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str, Any]]:

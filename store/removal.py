@@ -70,9 +70,7 @@ def attributes_of(zarr_json: bytes | None) -> dict[str, Any]:
 def remove(path: Path, mark: Mark) -> None:
     """Remove a file, or a folder with all that is in it; nothing where nothing lies. An empty folder needs no mark.
 
-    Raises:
-        StoreError: something lies there that is not ours, a link or a device.
-        OSError: it cannot be removed.
+    Raises StoreError where something lies that is not ours, a link or a device.
     """
     if not os.path.lexists(path):
         return
@@ -91,16 +89,9 @@ def remove(path: Path, mark: Mark) -> None:
 
 
 def put(partial: Path, path: Path, mark: Mark) -> None:
-    """Give what is finished its name; what had it before is replaced if it is ours.
+    """Give what is finished its name: a file at once in the place of another, a folder after the other was removed.
 
-    Args:
-        partial: a file, which appears at once in the place of another, or a folder.
-        path: its name.
-        mark: of what may be replaced.
-
-    Raises:
-        StoreError: something lies there that is not ours, a link, a device or a folder in the place of a file.
-        OSError: it cannot be replaced.
+    Raises StoreError where something lies that is not ours by its mark, a link, a device or a folder in a file's place.
     """
     if partial.is_dir():
         remove(path, mark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -28,8 +29,6 @@ class Records:
     """The committed batches of one capture or of one metric computed later, as they were at one moment.
 
     Args:
-        ledger: that has them.
-        schema: of the store.
         folder: of the ledger; "" for the capture's own batches.
         source: of a metric computed later: batch -> `attention_digest` of the store.
 
@@ -73,11 +72,7 @@ class Records:
         return "measure it again" if self._folder else "capture this batch again"
 
     def files(self, batch: int) -> dict[str, Any]:
-        """The hashes of a committed batch's files.
-
-        Raises:
-            StoreError: the batch is not committed, or its record is damaged.
-        """
+        """The hashes of a committed batch's files; StoreError if it is not committed, or its record is damaged."""
         if batch in self._damaged:
             raise StoreError(self._distrust(batch))
         if batch not in self._files:
@@ -94,7 +89,7 @@ class Records:
         return isinstance(record, dict) and record["files"] == self._files[batch]
 
 
-def begin_rows(
+def read_rows(
     root: Storage,
     array: ArraySpec,
     images: Rows,
@@ -102,24 +97,20 @@ def begin_rows(
     *,
     columns: Rows = slice(None),
     wide: bool = False,
-    threads: int | None = None,
-    room: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty,
-) -> Callable[[], Array]:
-    """Begin to read rows of an array; what is returned waits for them and gives them.
+    place: str | None = None,
+) -> Array:
+    """Read rows of an array.
 
     Args:
-        root: the store.
-        array: of the store.
         images: rows, a slice or numbers in any order.
-        records: the committed batches.
         columns: of the second axis (heads), as `images`.
         wide: as float32, instead of what is stored.
-        threads: that decode; None: one a CPU; 0: the calling thread does, at once.
-        room: gives memory for the rows, by shape and dtype.
+        place: None: into new memory, decoded in a thread per CPU; else by the calling thread alone, into its own
+            memory of that name.
 
     Raises:
-        StoreError: no such rows, rows of batches that are not committed, or (from the returned call, too) a file that
-            is missing, truncated or damaged.
+        StoreError: no such rows, rows of batches that are not committed, or a file that is missing, truncated or
+            damaged.
     """
     rows = positions(images, array.shape[0], "images")
     chosen: Array | None = None
@@ -128,7 +119,12 @@ def begin_rows(
         if np.array_equal(chosen, np.arange(array.shape[1])):
             chosen = None
     width = array.shape[1:2] if chosen is None else (chosen.size,)
-    out = room((rows.size, *width, *array.shape[2:]), np.dtype(np.float32) if wide else array.dtype)
+    shape, dtype = (rows.size, *width, *array.shape[2:]), np.dtype(np.float32) if wide else array.dtype
+    if place is None:
+        out = np.empty(shape, dtype)
+    else:
+        out = scratch(f"rows/{place}", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    decoders = _decoders() if place is None else _CallingThread()
     runs: list[tuple[int, Any, _Run, Callable[[], None]]] = []
     batches = rows // array.batch
     starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
@@ -137,7 +133,6 @@ def begin_rows(
         file = array.file(batch)
         entry = records.files(batch)[file]
         run = _Run(array, rows[start:stop] - batch * array.batch, chosen, out[start:stop], wide)
-        decoders = _decoders(available_cpus() if threads is None else threads)
         with _named(array, batch, root, records):
             size, version = root.version(file)
             if problem := size_problem(size, entry):
@@ -149,15 +144,12 @@ def begin_rows(
             )
         runs.append((batch, version, run, wait))
 
-    def finish() -> Array:
-        for batch, version, run, wait in runs:
-            with _named(array, batch, root, records):
-                wait()
-            records.versions[array.file(batch)] = version
-            run.finish()
-        return out
-
-    return finish
+    for batch, version, run, wait in runs:
+        with _named(array, batch, root, records):
+            wait()
+        records.versions[array.file(batch)] = version
+        run.finish()
+    return out
 
 
 @contextlib.contextmanager
@@ -180,15 +172,7 @@ def _named(array: ArraySpec, batch: int, root: Storage, records: Records) -> Ite
 
 
 class _Run:
-    """Rows of one file on their way into an array.
-
-    Args:
-        array: whose file it is.
-        wanted: rows of the file, in any order.
-        columns: of the second axis; None: all.
-        out: where they belong, [row, ...].
-        wide: float32, instead of what is stored.
-    """
+    """Rows of one file (`wanted`, in any order; of the second axis `columns` alone) on their way into `out`."""
 
     def __init__(self, array: ArraySpec, wanted: Array, columns: Array | None, out: Array, wide: bool) -> None:
         self.rows = slice(int(wanted.min()), int(wanted.max()) + 1)
@@ -227,9 +211,9 @@ class _Run:
 
 
 @lru_cache
-def _decoders(threads: int) -> Executor:
+def _decoders() -> Executor:
     """The process's threads that decode chunks; they are idle when nobody reads."""
-    return ThreadPoolExecutor(threads, "decode") if threads else _CallingThread()
+    return ThreadPoolExecutor(available_cpus(), "decode")
 
 
 class _CallingThread(Executor):
@@ -245,11 +229,7 @@ class _CallingThread(Executor):
 
 
 def positions(selection: Rows, length: int, what: str) -> Array:
-    """A slice or a list of numbers as row numbers.
-
-    Raises:
-        StoreError: there are no such rows.
-    """
+    """A slice or a list of numbers as row numbers; StoreError if there are no such rows."""
     try:
         # NumPy takes a tuple for one index an axis.
         numbers = np.arange(length)[list(selection) if isinstance(selection, tuple) else selection]

@@ -54,16 +54,12 @@ def write_file(
     """Write chunks in order as they become ready; the file appears under its name when it is whole and on disk.
 
     Args:
-        root: the store.
-        file: inside it; replaced if it is there.
+        file: replaced if it is there.
         chunks: what `encode_chunk` gives.
         shard_chunks: chunks of a whole shard, at least as many as there are; 0: the file is a single chunk.
 
     Returns:
         The file's entry in the ledger.
-
-    Raises:
-        OSError: the disk failed or is full; nothing is left behind.
     """
     index = np.full((shard_chunks, 2), _EMPTY, dtype="<u8")
     digest = hashlib.sha256()
@@ -90,12 +86,7 @@ def write_file(
 
 
 def describe_shard(root: Storage, file: str, shard_chunks: int) -> FileEntry:
-    """The entry of a shard as it is stored, every byte of it under a checksum that was compared.
-
-    Raises:
-        ShardError: a chunk or the index does not match its checksum.
-        OSError: the file cannot be read.
-    """
+    """The entry of a shard as it is stored, every byte of it compared with a checksum; ShardError if one differs."""
     digest = hashlib.sha256()
     size = root.size(file)
     index, table = _read_index(root, file, size, shard_chunks)
@@ -176,23 +167,14 @@ def begin_chunks(
 
 
 def glance_at_shard(root: Storage, file: str, shard_chunks: int) -> str:
-    """The SHA-256 of a shard's entry by its index and its chunks' checksums alone: a change inside a chunk is not seen.
-
-    Raises:
-        ShardError: the index does not match its checksum.
-        OSError: the file cannot be read.
-    """
+    """The SHA-256 of a shard's entry, by index and checksums alone: a change inside a chunk is not seen."""
     index, table = _read_index(root, file, root.size(file), shard_chunks)
     checksums = _checksums(root, file, index)
     return hashlib.sha256(b"".join(checksums.values()) + table).hexdigest()
 
 
 def decode_chunk(data: Array, out: Array) -> None:
-    """Decode a chunk's compressed bytes into `out`, contiguous, of the chunk's whole size.
-
-    Raises:
-        ShardError: they hold another number of bytes.
-    """
+    """Decode a chunk's compressed bytes into `out`, contiguous, of its whole size; ShardError if they hold another."""
     holds = int.from_bytes(data[4:8].tobytes(), "little")  # Blosc's header: the size before compression
     if holds != out.nbytes:
         raise ShardError(f"a chunk holds {holds} bytes, expected {out.nbytes}")
