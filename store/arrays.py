@@ -1,8 +1,8 @@
 """The arrays of a store: their paths, shapes, chunks and codecs, from its schema.
 
-Every array written during a capture has exactly one file a batch, so that a file has one writer, is written
-once and whole, and is named by one ledger record. Chunk keys are flat ("c.3.0.0.0"), so that one directory a
-layer has to be fsynced, not four a shard.
+Every array written during a capture has exactly one file per batch, so that a file has one writer, is written
+once and whole, and is named by one ledger record. Chunk keys are flat ("c.3.0.0.0"), so that one directory per
+layer has to be fsynced, not four per shard.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from store.precisions import FILL, Array, storage_dtype
 from store.schema import LayerSchema, StoreError, StoreSchema, layer_path, metric_path
 from store.storage import Storage
 
-CHUNK_IMAGES = 4  # images a chunk: 1-4 serve reading single images, more serve nothing (notes: layout table)
+CHUNK_IMAGES = 4  # images per chunk: 1-4 serve reading single images, more serve nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
-    """One array whose first axis is `image` and which gets one file a capture batch.
+    """One array whose first axis is `image` and which gets one file per capture batch.
 
     Args:
         path: inside the store.
         shape, dims: of the whole array.
         precision: see `store.precisions`.
-        batch: rows a file.
-        chunk: rows a chunk.
+        batch: rows per file.
+        chunk: rows per chunk.
         sharded: a file is a shard of chunks (with an index), not a single chunk.
         attributes: of the array.
     """
@@ -63,7 +63,7 @@ class ArraySpec:
 
     @property
     def shard_chunks(self) -> int:
-        """Chunks a file; 0 if it is a single one, without an index."""
+        """Chunks per file; 0 if it is a single one, without an index."""
         return self.batch // self.chunk if self.sharded else 0
 
     def file(self, batch: int) -> str:
@@ -72,7 +72,7 @@ class ArraySpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes an image before compression."""
+        """Bytes per image before compression."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
 
@@ -223,7 +223,7 @@ def estimate_bytes(schema: StoreSchema, batches: int | None = None) -> int:
     total = 1 << 20  # metadata and ledger
     for array in batch_arrays(schema):
         chunks = -(-images // array.chunk)
-        total += images * array.row_bytes + 64 * chunks  # Blosc header, checksum and index entry a chunk
+        total += images * array.row_bytes + 64 * chunks  # Blosc header, checksum and index entry per chunk
     return total + sum(4 * math.prod(shape) for shape in shared_biases(schema).values())
 
 

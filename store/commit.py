@@ -25,20 +25,20 @@ from store.system import available_cpus
 FILES_IN_FLIGHT = 4  # files whose values wait in memory: two being encoded, two being forced to disk
 SMALL_BYTES = 1 << 20  # smaller ones (a batch's logits, a metric's values) wait beside them, until their commit
 FILE_THREADS = 2  # one file is written while the other is being forced to disk
-COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one a metric of a measurement
+COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one per metric of a measurement
 
 
 class Committer:
     """Encodes, writes and commits in the background, in bounded memory. One writer's own.
 
     `put` starts a file: its chunks are encoded in parallel and written as they become ready, one sequential write and
-    one fsync a file. `commit` follows when the files it names are on disk. Both return at once, unless as much is
+    one fsync per file. `commit` follows when the files it names are on disk. Both return at once, unless as much is
     under way as memory may hold: that is the back-pressure. What fails in the background is raised by the next call.
 
     Args:
         root: the store.
         ledger: its ledger.
-        threads: that encode; None: one a CPU.
+        threads: that encode; None: one per CPU.
     """
 
     def __init__(self, root: Storage, ledger: Ledger, *, threads: int | None = None) -> None:

@@ -58,14 +58,12 @@ class Encoding:
 
     Args:
         name: what a user writes in `capture.encoding`.
-        note: one line on what it costs.
         keeps_factors: whether query and key are kept, not the maps.
         parts: a layer's arrays that grow with the images.
         split: (layer, attention as captured) -> values of each part by name, and their precision.
     """
 
     name: str
-    note: str
     keeps_factors: bool
     parts: Callable[[LayerSchema], tuple[Part, ...]]
     split: Callable[[LayerSchema, Any], dict[str, Numbers]]
@@ -81,7 +79,7 @@ def resolve_encoding(name: str) -> Encoding:
 # --------------------------------------------------------------------------------------------------------------- maps
 
 
-def _keeping_maps(name: str, precision: str, note: str) -> Encoding:
+def _keeping_maps(name: str, precision: str) -> Encoding:
     def parts(layer: LayerSchema) -> tuple[Part, ...]:
         return (Part("", ("head", "query", "key"), (layer.heads, layer.tokens, layer.tokens), precision),)
 
@@ -91,7 +89,7 @@ def _keeping_maps(name: str, precision: str, note: str) -> Encoding:
             raise StoreError(f"{what} is given as query and key; {name} keeps maps [image, head, query, key]")
         return {"": as_numbers(attention, what)}
 
-    return Encoding(name, note, False, parts, split)
+    return Encoding(name, False, parts, split)
 
 
 # ------------------------------------------------------------------------------------------------------------ factors
@@ -202,7 +200,7 @@ def _split_factors(layer: LayerSchema, attention: Any) -> dict[str, Numbers]:
         bias = np.broadcast_to(bias, (images, *bias.shape[1:])) if bias.shape[0] == 1 else bias
         if bias.shape[1:] != fixed.bias_shape:
             raise StoreError(
-                f"bias of layer {layer.layer} has shape {bias.shape}; expected {fixed.bias_shape} an image"
+                f"bias of layer {layer.layer} has shape {bias.shape}; expected {fixed.bias_shape} per image"
             )
         numbers["bias"] = (bias.reshape(images, *_kept(fixed.bias_shape)), precision)
     return numbers
@@ -234,14 +232,8 @@ def softmax_maps(factors: Factors, precision: str, out: Array) -> None:
 ENCODINGS: dict[str, Encoding] = {
     encoding.name: encoding
     for encoding in (
-        _keeping_maps("fp16", "float16", "maps in half precision"),
-        _keeping_maps("bf16", "bfloat16", "maps in bfloat16: fewer bytes, about eight times the error"),
-        Encoding(
-            "qk",
-            "query and key in 16 bits, exact for a model that ran in them",
-            True,
-            _factor_parts,
-            _split_factors,
-        ),
+        _keeping_maps("fp16", "float16"),
+        _keeping_maps("bf16", "bfloat16"),
+        Encoding("qk", True, _factor_parts, _split_factors),
     )
 }

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store.hdf5_seal import BLOCK_BYTES, check_seal, is_sealed, sealed
+from store.hdf5_file import BLOCK_BYTES, check_seal, is_sealed, sealed
 from store.schema import MARK, StoreError
 
 if TYPE_CHECKING:

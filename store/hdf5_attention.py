@@ -14,15 +14,15 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from store.hdf5_file import new_hdf5
+from store.hdf5_file import DAMAGE, check_seal, is_sealed, new_hdf5
 from store.hdf5_input import attribute, datasets, fatality, open_hdf5, require_readable
-from store.hdf5_seal import DAMAGE, check_seal, is_sealed
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
@@ -175,14 +175,15 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         self.path = Path(path)
         self._file = open_hdf5(self.path)
         try:
-            found = self._found()
+            self._found = self._datasets()
+            found = self._found
             ids = self._numbered(_IDS, read_names)
             labels = self._numbered(_LABELS, lambda dataset: read_labels(dataset, read_class_names(self._file)))
-            self._axes, self.order = self._ordered(found, tuple(axes), ids, None if labels is None else labels[0])
-            self._check_shapes(found)
+            self._axes, self.order = self._ordered(tuple(axes), ids, None if labels is None else labels[0])
+            self._check_shapes()
             whole_images = "image" not in next(iter(self._axes.values()))
             names = list(found) if whole_images else None
-            self.num_images = len(found) if whole_images else self._length(next(iter(found)), found, "image")
+            self.num_images = len(found) if whole_images else self._length(next(iter(found)), "image")
             if whole_images and (ids is not None or labels is not None):
                 raise StoreError(
                     f"{self.path}: each dataset is an image, so {_IDS if ids else _LABELS} cannot be "
@@ -197,30 +198,30 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
                         f"{self.path}: {what} has {length} entries for {self.num_images} images; expected one for "
                         "each, or another order of axes (--axes)"
                     )
-            self.layers = tuple(self._layers(found, whole_images))
+            self.layers = tuple(self._layers(whole_images))
         except BaseException as error:
             self._file.close()
             if isinstance(error, DAMAGE) and not isinstance(error, StoreError):
                 raise StoreError(f"{self.path} is damaged: {error}") from error
             raise
 
-    def _found(self) -> dict[str, Any]:
+    def _datasets(self) -> dict[str, Any]:
         """The datasets of four or five axes, in order."""
-        found: dict[str, Any] = {}
+        maps: dict[str, Any] = {}
         unused: list[str] = []
         for name, dataset in datasets(self._file):
             if dataset.ndim in (4, 5):
                 require_readable(self._file, name, dataset)
-                found[name] = dataset
+                maps[name] = dataset
             elif not (dataset.is_scale or name in (_IDS, _LABELS) or name.startswith(_CELLS)):
                 unused.append(name)
         self.unused = tuple(sorted(unused, key=_natural))
-        if not found:
+        if not maps:
             raise StoreError(
                 f"{self.path} holds no attention; expected a dataset [image, head, query, key] for each layer, or one "
                 "[image, layer, head, query, key]"
             )
-        return {name: found[name] for name in sorted(found, key=_natural)}
+        return {name: maps[name] for name in sorted(maps, key=_natural)}
 
     def _numbered(self, name: str, read: Callable[[Any], Any]) -> Any:
         """What a dataset says of each image; None if there is no such dataset."""
@@ -234,10 +235,9 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         require_readable(self._file, name, dataset)
         return read(dataset)
 
-    def _ordered(
-        self, found: dict[str, Any], given: tuple[str, ...], ids: Any, labels: Any
-    ) -> tuple[dict[str, tuple[str, ...]], str]:
+    def _ordered(self, given: tuple[str, ...], ids: Any, labels: Any) -> tuple[dict[str, tuple[str, ...]], str]:
         """Each dataset's axes, and a sentence on them."""
+        found = self._found
         axes = {name: given or labelled_axes(dataset) for name, dataset in found.items()}
         reason = f"as --axes says{_contradiction(found, given)}" if given else "by its dimension labels"
         unstated = {name: found[name].shape for name, order in axes.items() if not order}
@@ -256,9 +256,9 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
                 )
         return axes, f"{name} is taken as [{', '.join(order)}], {reason}"
 
-    def _check_shapes(self, found: dict[str, Any]) -> None:
-        first = next(iter(found))
-        for name, dataset in found.items():
+    def _check_shapes(self) -> None:
+        first = next(iter(self._found))
+        for name, dataset in self._found.items():
             axes, kind = self._axes[name], dataset.dtype.name
             if len(axes) != dataset.ndim:
                 raise StoreError(
@@ -269,63 +269,63 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
             if (
                 kind not in ("float16", "float32", "float64")
                 or 0 in dataset.shape
-                or self._length(name, found, "query") != self._length(name, found, "key")
-                or any(self._length(name, found, axis) != self._length(first, found, axis) for axis in same)
+                or self._length(name, "query") != self._length(name, "key")
+                or any(self._length(name, axis) != self._length(first, axis) for axis in same)
             ):
-                expected = ", ".join(f"{axis} {self._length(first, found, axis)}" for axis in same)
+                expected = ", ".join(f"{axis} {self._length(first, axis)}" for axis in same)
                 raise StoreError(
                     f"{self.path}: {name} is {dataset.dtype} {dataset.shape}, taken as [{', '.join(axes)}]; expected "
                     f"post-softmax attention, floats with as many queries as keys, and as in {first}: {expected}"
                 )
 
-    def _length(self, name: str, found: dict[str, Any], axis: str) -> int:
+    def _length(self, name: str, axis: str) -> int:
         axes = self._axes[name]
-        return int(found[name].shape[axes.index(axis)]) if axis in axes else 1
+        return int(self._found[name].shape[axes.index(axis)]) if axis in axes else 1
 
-    def _layers(self, found: dict[str, Any], whole_images: bool) -> Iterator[Dataset]:
-        first = next(iter(found))
+    def _layers(self, whole_images: bool) -> Iterator[Dataset]:
+        names = list(self._found)
         if whole_images:  # layer `number` of every dataset
-            for number in range(self._length(first, found, "layer")):
-                yield self._dataset(f"layer_{number}", list(found.items()), number, found)
+            for number in range(self._length(names[0], "layer")):
+                yield self._dataset(f"layer_{number}", names, number)
             return
-        for name, dataset in found.items():
+        for name in names:
             if "layer" not in self._axes[name]:
-                yield self._dataset(name, [(name, dataset)], 0, found)
+                yield self._dataset(name, [name], 0)
             else:
-                for number in range(self._length(name, found, "layer")):
-                    yield self._dataset(f"{name}[{number}]", [(name, dataset)], number, found)
+                for number in range(self._length(name, "layer")):
+                    yield self._dataset(f"{name}[{number}]", [name], number)
 
-    def _dataset(self, name: str, sources: list[tuple[str, Any]], layer: int, found: dict[str, Any]) -> Dataset:
+    def _dataset(self, name: str, sources: list[str], layer: int) -> Dataset:
         """One layer, of one dataset that holds it for all images, or of a dataset per image."""
-        first, dataset = sources[0]
-
-        def read(rows: slice) -> Array:
-            if "image" in self._axes[first]:
-                return self._maps(first, dataset, layer, rows)
-            return np.concatenate([self._maps(one, data, layer, slice(None)) for one, data in sources[rows]])
-
+        first = sources[0]
+        dataset = self._found[first]
         precision = attribute(dataset, "precision")
         return Dataset(
             name=name,
             site=attribute(dataset, "site") or name,
-            heads=self._length(first, found, "head"),
-            tokens=self._length(first, found, "query"),
+            heads=self._length(first, "head"),
+            tokens=self._length(first, "query"),
             layout=attribute(dataset, "layout"),
             precision=precision if precision in FLOATS else "",
-            read=read,
+            read=partial(self._read, sources, layer),
         )
 
-    def _maps(self, name: str, dataset: Any, layer: int, rows: slice) -> Array:
+    def _read(self, sources: list[str], layer: int, rows: slice) -> Array:
+        if "image" in self._axes[sources[0]]:
+            return self._maps(sources[0], layer, rows)
+        return np.concatenate([self._maps(name, layer, slice(None)) for name in sources[rows]])
+
+    def _maps(self, name: str, layer: int, rows: slice) -> Array:
         """[image, head, query, key] of one layer, in the machine's byte order."""
         axes = self._axes[name]
-        at = {"image": rows, "layer": layer}
+        selected = {"image": rows, "layer": layer}
         try:
-            values = np.asarray(dataset[tuple(at.get(axis, slice(None)) for axis in axes)])
+            values = np.asarray(self._found[name][tuple(selected.get(axis, slice(None)) for axis in axes)])
         except DAMAGE as error:
             raise StoreError(f"{self.path}: {name} is damaged: {error}") from error
-        left = [axis for axis in axes if axis != "layer"]
-        values = values.transpose([left.index(axis) for axis in _AXES if axis in left])
-        missing = tuple(place for place, axis in enumerate(_AXES) if axis not in left)
+        kept = [axis for axis in axes if axis != "layer"]
+        values = values.transpose([kept.index(axis) for axis in _AXES if axis in kept])
+        missing = tuple(place for place, axis in enumerate(_AXES) if axis not in kept)
         return np.ascontiguousarray(np.expand_dims(values, missing), dtype=values.dtype.newbyteorder("="))
 
     def __exit__(

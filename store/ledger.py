@@ -20,12 +20,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 from store.schema import LEDGER_FILES, OtherRunError, StoreError, ledger_name
 from store.shards import FileEntry, ShardError, describe_shard
-from store.storage import Lock, Storage
+from store.storage import Storage
 
 AT_ONCE = 16  # requests to an object store under way
 
@@ -51,24 +50,19 @@ def batch_name(batch: int) -> str:
     return f"batch_{batch:06d}"
 
 
-def describe_file(root: Storage, file: str) -> FileEntry:
-    """Size and SHA-256 of a file of the store."""
-    return describe_bytes(root.read(file))
-
-
 def describe_bytes(content: bytes) -> FileEntry:
     """Size and SHA-256 of a file's content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def file_problem(root: Storage, file: str, expected: FileEntry, *, content: bool = True) -> str:
+def file_problem(root: Storage, file: str, expected: FileEntry) -> str:
     """What is wrong with a file of the store whose entry in the ledger is `expected`, "" if nothing."""
     try:
         if problem := size_problem(root.size(file), expected):
             return problem
-        if not content:
-            return ""
-        found = describe_shard(root, file, expected["chunks"]) if "chunks" in expected else describe_file(root, file)
+        found = (
+            describe_shard(root, file, expected["chunks"]) if "chunks" in expected else describe_bytes(root.read(file))
+        )
         if found["sha256"] != expected["sha256"]:
             return "its content changed after it was committed (SHA-256 differs)"
     except FileNotFoundError:
@@ -196,14 +190,6 @@ class Ledger:
         """Withdraw everything but the lock; nothing, with a StoreError, where something lies that is not ours."""
         self.storage.clear(LEDGER_FILES, keep="lock")
         self._capture = ""
-
-    def locked(self) -> AbstractContextManager[Lock]:
-        """Be the store's only writer; see `Storage.locked`."""
-        return self.storage.locked()
-
-    def joined(self, run: str) -> AbstractContextManager[Lock]:
-        """Be one of the writers that share the store; see `Storage.joined`."""
-        return self.storage.joined(run)
 
 
 def _file(name: str) -> str:

@@ -87,15 +87,6 @@ class LocalStorage(Storage):
             done = stream.readinto(buffer.data)
         return buffer[:done]
 
-    def fetch(self, files: Sequence[str]) -> list[bytes | None]:
-        return [self._read_if_there(file) for file in files]
-
-    def _read_if_there(self, file: str) -> bytes | None:
-        try:
-            return self.read(file)
-        except FileNotFoundError:
-            return None
-
     @contextlib.contextmanager
     def writing(self, file: str) -> Iterator[Write]:
         path = self.path / file

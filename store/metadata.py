@@ -23,7 +23,7 @@ from store.arrays import (
 )
 from store.commit import check_names, check_shape, float32
 from store.encodings import bias_dims, shared_bias
-from store.ledger import Ledger, LedgerError, describe_file, file_problems
+from store.ledger import Ledger, LedgerError, describe_bytes, file_problems
 from store.local import LocalStorage
 from store.precisions import Array
 from store.schema import SCHEMA, DamagedStoreError, OtherRunError, StoreError, StoreSchema, layer_path, ledger_name
@@ -156,7 +156,7 @@ class Metadata:
         built = LocalStorage(skeleton)
         return {
             "attrs": read_attributes(built),
-            "files": {file: describe_file(built, file) for file in built.sizes()},
+            "files": {file: describe_bytes(built.read(file)) for file in built.sizes()},
             "manifest": self.manifest is not None,
         }
 

@@ -18,7 +18,7 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +93,7 @@ class ObjectStorage(Storage):
         return True
 
     def size(self, file: str) -> int:
-        return int(self._call("head", file)["size"])
+        return self.version(file)[0]
 
     def version(self, file: str) -> tuple[int, Any]:
         found = self._call("head", file)
@@ -125,14 +125,8 @@ class ObjectStorage(Storage):
         return [bytes(found) for found in self._call("get_ranges", file, starts=starts, lengths=lengths)]
 
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:
-        def get(file: str) -> bytes | None:
-            try:
-                return self.read(file)
-            except FileNotFoundError:
-                return None
-
         with ThreadPoolExecutor(_AT_ONCE, "fetch") as threads:
-            return list(threads.map(get, files))
+            return list(threads.map(self._read_if_there, files))
 
     @contextlib.contextmanager
     def writing(self, file: str) -> Iterator[Write]:
@@ -145,18 +139,8 @@ class ObjectStorage(Storage):
         yield write
         self._call("put", file, b"".join(parts))
 
-    def settle(self, files: Iterable[str]) -> None:
-        """Nothing: an object has its name as soon as it is there."""
-
     def remove(self, file: str) -> None:
         self._call("delete", file)
-
-    def _remove_all(self, files: Sequence[str]) -> None:
-        for file in files:
-            self.remove(file)
-
-    def sweep(self) -> None:
-        """Nothing: what was not put whole is not there."""
 
     @contextlib.contextmanager
     def skeleton(self) -> Iterator[Path]:

@@ -34,7 +34,10 @@ from store.storage import Location, Storage
 class AttentionStore:
     """A captured run. Use `AttentionStore.open`.
 
-    A store is open while it is written, too: it shows the batches that were committed when it was opened.
+    A store is open while it is written, too: it shows the batches that were committed when it was opened. Rows
+    (`images`, `heads`) are a slice, or numbers in any order. Every `read…` raises StoreError, which names array and
+    batch: no such layer or rows, nothing of that kind stored, batches that are not committed, a file that is missing or
+    damaged.
 
     Attributes:
         path: the store, or its URL.
@@ -47,9 +50,9 @@ class AttentionStore:
         class_names: names of the classes.
         regions: float32 [image, region, patch], or None.
         committed_images: bool [image], rows that may be read.
+        complete: every batch is committed.
         ledger: its records.
         metadata_files: its metadata files' entries there.
-        complete: every batch is committed.
     """
 
     def __init__(
@@ -115,11 +118,7 @@ class AttentionStore:
         return self._records.damaged
 
     def refresh(self) -> None:
-        """Look again at which batches are committed.
-
-        Raises:
-            StoreError: the store was captured again since it was opened.
-        """
+        """Look again at which batches are committed; StoreError if the store was captured again since it was opened."""
         if Ledger(self.storage).capture != self.digest:
             raise StoreError(f"{self.path} was captured again since it was opened; open it again")
         self._records = Records(self.ledger, self.schema)
@@ -137,11 +136,7 @@ class AttentionStore:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """Every file of the data set with its status, if it was given.
-
-        Raises:
-            LedgerError: the record is damaged, or is missing though a manifest was given.
-        """
+        """Every file of the data set with its status, if it was given; LedgerError if the record is damaged or lost."""
         if not self.ledger.exists("manifest") and not self.ledger.read("metadata").get("manifest"):
             return None
         manifest: dict[str, Any] = self.ledger.read("manifest")["manifest"]
@@ -153,10 +148,7 @@ class AttentionStore:
         return self.ledger.capture
 
     def attention_digest(self, batch: int) -> str:
-        """SHA-256 over the hashes of the files that keep a batch's attention; "" if the batch is not committed.
-
-        Values computed from a store later are tied to it: they are of no use when it has changed.
-        """
+        """SHA-256 over the hashes of a batch's attention, to which values are tied; "" if it is not committed."""
         if batch not in self._records.sound:
             return ""
         return attention_digest(self.schema, batch, self._records.files(batch))
@@ -167,19 +159,11 @@ class AttentionStore:
         return self.layouts[layer]
 
     def files(self, batch: int) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of the files of a committed batch, as the ledger has them.
-
-        Raises:
-            StoreError: the batch is not committed, or its record is damaged.
-        """
+        """Size and SHA-256 of a committed batch's files, as the ledger has them; StoreError if it is not committed."""
         return self._records.files(batch)
 
     def precision(self, layer: int) -> str:
-        """Number format of what `read_stored` or `read_factors` gives: "float16", or "bfloat16" (as uint16 bits).
-
-        Raises:
-            StoreError: no such layer, or no attention is stored.
-        """
+        """Number format of what `read_stored` or `read_factors` gives: float16, or bfloat16 (as uint16 bits)."""
         arrays = self._layer_arrays(layer)
         return arrays["query" if "query" in arrays else ""].precision
 
@@ -188,14 +172,6 @@ class AttentionStore:
 
         Of maps kept in 16 bits, the array's `precision` names these ("float16", "bfloat16"), and
         `kernels.measure_attention` allows rows the sums that this rounding explains.
-
-        Args:
-            layer: one of `layers`.
-            images, heads: a slice, or row numbers in any order.
-
-        Raises:
-            StoreError: no such layer or rows, no attention stored, rows of batches that are not committed, or a
-                shard that is missing, truncated or damaged (array and batch are named).
         """
         arrays = self._layer_arrays(layer)
         if "query" not in arrays:
@@ -208,11 +184,7 @@ class AttentionStore:
         return maps
 
     def read_stored(self, layer: int, images: Rows = slice(None), heads: Rows = slice(None)) -> Array:
-        """The same maps in the precision they are stored in: half the bytes of `read`, nothing widened.
-
-        Raises:
-            StoreError: as `read`; or query and key are stored, not maps.
-        """
+        """The same maps in the precision they are stored in: half the bytes of `read`, nothing widened."""
         arrays = self._layer_arrays(layer)
         if "query" in arrays:
             raise StoreError(f"{self.path} keeps query and key, not maps; use read_factors, or read for float32 maps")
@@ -222,26 +194,18 @@ class AttentionStore:
         """Query and key of one layer, [image, head, token, head_dim] as they are stored, with scale and bias.
 
         The bias is float32 or boolean, [(image,) head, query, key] with 1 where it is constant along an axis.
-
-        Raises:
-            StoreError: as `read`; or maps are stored, not query and key.
         """
         return self._factors(layer, images, heads)
 
     def read_here(self, layer: int, images: slice, place: str = "") -> Array | Factors:
-        """What is stored of some images, read and decoded by the calling thread alone.
+        """What is stored of some images, read and decoded by the calling thread alone, into memory of its own.
 
-        For threads that each use what they have decoded while it is still in their cache. Maps as `read_stored` has
-        them, or `Factors` as `read_factors`, in memory of the thread's own: fresh pages would cost half as much as
-        decoding into them.
+        For threads that each use what they have decoded while it is in their cache: maps as `read_stored` has them, or
+        `Factors` as `read_factors`. Fresh pages would cost half as much as decoding into them.
 
         Args:
-            layer: one of `layers`.
             images: rows; whole chunks (`chunk_rows`) are decoded in place, parts of one by way of a copy.
             place: name of the memory; the thread's next call with it overwrites what this one gave.
-
-        Raises:
-            StoreError: as `read`.
         """
         arrays = self._layer_arrays(layer)
         if "query" in arrays:
@@ -249,11 +213,7 @@ class AttentionStore:
         return self._rows(arrays[""], images, place=place)
 
     def chunk_rows(self, layer: int) -> int:
-        """Images that are compressed together.
-
-        Raises:
-            StoreError: no such layer, or no attention is stored.
-        """
+        """Images that are compressed together."""
         return next(iter(self._layer_arrays(layer).values())).chunk
 
     def _layer_arrays(self, layer: int) -> dict[str, ArraySpec]:
@@ -293,11 +253,7 @@ class AttentionStore:
         return self._biases[layer]
 
     def read_logits(self, images: Rows = slice(None)) -> Array:
-        """The model's logits, float32 [image, class].
-
-        Raises:
-            StoreError: as `read`; or no logits are stored.
-        """
+        """The model's logits, float32 [image, class]."""
         if not self.schema.num_classes:
             raise StoreError(f"{self.path} holds no logits")
         return self._rows(self._arrays["logits"], images)
@@ -314,11 +270,7 @@ class AttentionStore:
         return own + [params for found, params in self._later()[0] if found == name]
 
     def metric_batches(self, name: str, params: Mapping[str, Any]) -> tuple[int, ...]:
-        """Numbers of the batches whose values of a metric may be read, ascending.
-
-        Raises:
-            StoreError: as `read_metric`.
-        """
+        """Numbers of the batches whose values of a metric may be read, ascending."""
         return tuple(sorted(self._metric(name, self._choose(name, params), "value")[1].sound))
 
     @property
@@ -333,20 +285,13 @@ class AttentionStore:
 
         Args:
             params: which set of values, where there are several; the capture's own if None.
-
-        Raises:
-            StoreError: as `read`; or there is no such metric, or there are several and none is the capture's own.
         """
         chosen = self._choose(name, params)
         array, records = self._metric(name, chosen, "value")
         return self._rows(array, images, records), chosen
 
     def read_undefined(self, name: str, images: Rows = slice(None), params: Mapping[str, Any] | None = None) -> Array:
-        """How many rows of each map had no value, int32 [image, layer, head]; −1 for heads a layer does not have.
-
-        Raises:
-            StoreError: as `read_metric`.
-        """
+        """How many rows of each map had no value, int32 [image, layer, head]; −1 for heads a layer does not have."""
         array, records = self._metric(name, self._choose(name, params), "undefined")
         return self._rows(array, images, records)
 
@@ -373,7 +318,7 @@ class AttentionStore:
         if own is not None and params in (None, own):
             return dict(own)
         later, damaged = self._later()
-        stored = ([dict(own)] if own is not None else []) + [of for found, of in later if found == name]
+        stored = ([dict(own)] if own is not None else []) + [each for metric, each in later if metric == name]
         folder = f"metrics/{name}/" if params is None else f"{metric_path(name, params)}/"
         if wrong := next((error for record, error in damaged.items() if record.startswith(folder)), None):
             raise StoreError(f"{wrong}; {MEASURE_AGAIN}")
@@ -402,11 +347,7 @@ class AttentionStore:
 
 
 def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str, Any]]:
-    """A store's ledger, its metadata files' entries there and root attributes, every file checked against its hash.
-
-    Raises:
-        StoreError: no such store, not a store, another schema version, or damaged metadata.
-    """
+    """A store's ledger, its metadata files' entries there and root attributes, every file checked against its hash."""
     ledger = Ledger(root)
     if not root.is_there():
         raise MissingStoreError(f"there is no store at {root}")
@@ -432,13 +373,6 @@ CAPTURE_AGAIN, MEASURE_AGAIN = "resume the capture to rebuild it", "measure it a
 
 
 def check_files(root: Storage, files: Mapping[str, FileEntry], remedy: str) -> None:
-    """Compare metadata files with their hashes.
-
-    Args:
-        remedy: what to do when one differs.
-
-    Raises:
-        StoreError: naming the first one that differs.
-    """
+    """Compare metadata files with their hashes; StoreError names the first that differs, and the remedy."""
     for file, problem in file_problems(root, files).items():
         raise StoreError(f"{root.where(file)} {problem}; {remedy}")

@@ -95,7 +95,7 @@ class MetricWriter(Writer):
         """
         with contextlib.ExitStack() as resources:
             try:
-                resources.enter_context(store.ledger.locked())
+                resources.enter_context(store.ledger.storage.locked())
                 store.refresh()
                 if region_metrics and not store.schema.regions:
                     raise StoreError(f"{store.path} has no regions, which {', '.join(sorted(region_metrics))} needs")
@@ -165,10 +165,7 @@ class MetricWriter(Writer):
         self.missing = {batch: tuple(names) for batch, names in sorted(missing.items())}
 
     def _rebuild_records(self) -> None:
-        """Write damaged records of any metrics again, from the parameters that the groups of their values hold.
-
-        The group's name is a hash of them, which proves them.
-        """
+        """Write damaged records of metrics again, from the parameters in groups whose names are hashes of them."""
         names = [name for name in self._ledger.names("metrics") if name.endswith("/metadata")]
         for record, found in self._ledger.read_all(names).items():
             group = record.removesuffix("/metadata")
@@ -181,7 +178,7 @@ class MetricWriter(Writer):
                         self._create(name, params, arrays, regions)
 
     def _create(self, name: str, params: Mapping[str, Any], arrays: Sequence[ArraySpec], regions: bool) -> None:
-        """Write the metadata of a metric's arrays, anew if they were damaged: the same bytes, so data stay valid."""
+        """Write the metadata of a metric's arrays, again if they were damaged: the same bytes, so data stay valid."""
         group = metric_path(name, params)
         parent = group.rpartition("/")[0]
         files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in arrays))]
@@ -202,7 +199,7 @@ def _sources(store: AttentionStore, against: AttentionStore | None) -> dict[int,
     """Batch that can be measured -> digests of the maps that its values are measured from."""
     stores = [store] if against is None else [store, against]
     digests = {batch: [each.attention_digest(batch) for each in stores] for batch in store.committed_batches}
-    return {batch: of for batch, of in digests.items() if all(of)}
+    return {batch: sources for batch, sources in digests.items() if all(sources)}
 
 
 def _is_own(schema: StoreSchema, name: str, params: Mapping[str, Any]) -> bool:

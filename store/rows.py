@@ -47,7 +47,7 @@ class Records:
         names = {folder + batch_name(batch): batch for batch in range(schema.num_batches)}
         for name, record in ledger.read_all(list(names)).items():
             batch = names[name]
-            if isinstance(record, LedgerError):  # told when a row of this batch is asked for
+            if isinstance(record, LedgerError):  # raised when a row of this batch is asked for
                 self._damaged[batch] = str(record)
             elif source is not None and record["sources"][0] != source(batch):
                 self._damaged[batch] = f"ledger record {ledger.where(name)} {STALE}"
@@ -84,7 +84,7 @@ class Records:
         """Whether the ledger still says of a batch what it said; not if it is being written again, or was."""
         try:
             record = self._ledger.read_if_there(self._folder + batch_name(batch))
-        except OSError:  # what was met first is to be told
+        except OSError:  # what was met first is to be raised
             return True
         return isinstance(record, dict) and record["files"] == self._files[batch]
 

@@ -204,8 +204,8 @@ class StoreSchema:
             raise StoreError(f"encoding is {self.encoding!r}; qk's layers, and no others, describe query and key")
         if self.head_ids and len(self.head_ids) != self.max_heads:
             raise StoreError(f"head_ids name {len(self.head_ids)} heads; its layers have {self.max_heads}")
-        strangers = [name for name in self.region_metrics if name not in self.metrics]
-        if strangers or (self.region_metrics and not self.regions):
+        unknown = [name for name in self.region_metrics if name not in self.metrics]
+        if unknown or (self.region_metrics and not self.regions):
             raise StoreError(
                 f"region metrics {list(self.region_metrics)} need to be among the metrics {list(self.metrics)} "
                 f"and the images to have regions (found {list(self.regions)})"

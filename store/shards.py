@@ -118,11 +118,8 @@ def begin_chunks(
     """Begin to read and decode the chunks that hold some rows of a file, each in a thread of its own.
 
     Args:
-        root: the store.
-        file: inside it.
-        size: its bytes.
+        size: bytes of the file.
         rows: of the file, counted from 0.
-        chunk_rows: rows a chunk.
         shard_chunks: chunks of a whole shard; 0: the file is a single chunk.
         place: called in the thread with a chunk's number and its compressed bytes (valid during the call), to
             `decode_chunk` them to where they belong.
@@ -130,11 +127,7 @@ def begin_chunks(
             chunks that were not; None: do not compare.
 
     Returns:
-        Waits for the chunks, and raises what went wrong; only then may they be used.
-
-    Raises:
-        ShardError: the index does not match its checksum.
-        OSError: the file cannot be read.
+        Waits for the chunks, and raises what went wrong (ShardError, OSError); only then may they be used.
     """
     if shard_chunks:
         index, table = _read_index(root, file, size, shard_chunks)

@@ -49,10 +49,8 @@ Location = Path | StoreUrl
 def location_of(given: str | os.PathLike[str]) -> Location:
     """A store's path as every part of this package uses it: absolute, without a trailing slash; or its URL.
 
-    In a file:// URL, as `Path.as_uri` and others write it, spaces and other letters stand as %20, ….
-
-    Raises:
-        StoreError: a URL with a password where none is used, or with a query.
+    In a file:// URL, as `Path.as_uri` writes it, spaces and other letters stand as %20, …. Raises StoreError for a URL
+    with a query, or with a password where none is used.
     """
     text = os.fspath(given)
     if text.startswith("file://"):
@@ -83,11 +81,7 @@ class Lock(Protocol):
     """What keeps other runs from writing a store while this one does."""
 
     def share(self) -> str:
-        """Let other processes join; returns the name of the run, which they need. Nobody else may write meanwhile.
-
-        Raises:
-            StoreError: another writer was faster.
-        """
+        """Let other processes join; gives the run's name, which they need. StoreError if another was faster."""
 
 
 class Storage(ABC):
@@ -149,16 +143,21 @@ class Storage(ABC):
         """A few bytes each at several places of a file, given as (offset, length)."""
         return [self.read_range(file, offset, length).tobytes() for offset, length in ranges]
 
-    @abstractmethod
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:
         """Several small files; None for those that are not there."""
+        return [self._read_if_there(file) for file in files]
+
+    def _read_if_there(self, file: str) -> bytes | None:
+        try:
+            return self.read(file)
+        except FileNotFoundError:
+            return None
 
     @abstractmethod
     def writing(self, file: str) -> contextlib.AbstractContextManager[Write]:
         """Write a file in parts: it appears whole, on disk, at the end of the `with` block, and not at all on error."""
 
-    @abstractmethod
-    def settle(self, files: Iterable[str]) -> None:
+    def settle(self, files: Iterable[str]) -> None:  # noqa: B027  an object has its name as soon as it is there
         """Make the names of written files survive a power loss."""
 
     @abstractmethod
@@ -166,14 +165,7 @@ class Storage(ABC):
         """Remove a file, durably."""
 
     def own_files(self, pattern: str) -> list[str]:
-        """Every file here.
-
-        Args:
-            pattern: of the names that files of ours have here.
-
-        Raises:
-            StoreError: one of another name, which this program did not write.
-        """
+        """Every file here; StoreError if one is named otherwise than `pattern` says, so that it is not ours."""
         files = list(self.sizes())
         for file in files:
             if not re.fullmatch(pattern, file):
@@ -184,22 +176,15 @@ class Storage(ABC):
         return files
 
     def clear(self, pattern: str, keep: str = "") -> None:
-        """Remove every file but one, a root's zarr.json last; none, if one of them is not ours.
-
-        Args:
-            pattern: see `own_files`.
-
-        Raises:
-            StoreError: see `own_files`.
-        """
+        """Remove every file but one, a root's zarr.json last; none, with a StoreError, if one is not of `own_files`."""
         self._remove_all([file for file in self.own_files(pattern) if file != keep])
 
-    @abstractmethod
     def _remove_all(self, files: Sequence[str]) -> None:
         """Remove files, durably, in order."""
+        for file in files:
+            self.remove(file)
 
-    @abstractmethod
-    def sweep(self) -> None:
+    def sweep(self) -> None:  # noqa: B027  in an object store, what was not put whole is not there
         """Remove what a killed writer left half-done; only ever called by the one writer."""
 
     @abstractmethod
@@ -220,19 +205,11 @@ class Storage(ABC):
 
     @abstractmethod
     def locked(self) -> contextlib.AbstractContextManager[Lock]:
-        """Be the only writer, by the file `lock`.
-
-        Raises:
-            StoreError: another process (or another writer in this one) is.
-        """
+        """Be the only writer, by the file `lock`; StoreError if another process (or writer in this one) is."""
 
     @abstractmethod
     def joined(self, run: str) -> contextlib.AbstractContextManager[Lock]:
-        """Be one of the writers of a run that shares the store, as `Lock.share` named it.
-
-        Raises:
-            StoreError: the store is not shared, or is another run's by now.
-        """
+        """Be one of the writers of a run that shares the store, as `Lock.share` named it; StoreError if it does not."""
 
     def replace(self, file: str, content: bytes) -> None:
         """Write a file: afterwards it is there whole, whatever happens; before, not at all."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
 from store.commit import STALE, attention_digest
-from store.ledger import Ledger, LedgerError, batch_name, describe_file, file_problem
+from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem
 from store.places import require_store, storage_at
 from store.reader import AttentionStore
 from store.schema import SCHEMA, MissingStoreError, StoreError, StoreSchema
@@ -100,7 +100,7 @@ class _Check:
                     arrays = metric_arrays(schema, record["name"], record["params"], regions=record["regions"])
                 self.batches(f"{folder}/", schema, arrays)
         if schema is not None:
-            self.strangers()
+            self.unnamed_files()
         return self.damages
 
     def blame(self, problems: Problems) -> None:
@@ -162,7 +162,7 @@ class _Check:
             if name not in self.records and self.ledger.exists("complete") and not self.ledger.exists(name):
                 self.blame([(self.ledger.storage, f"{name}.json", "is missing")])
 
-    def strangers(self) -> None:
+    def unnamed_files(self) -> None:
         """Files that belong to nothing. Temporary ones are a killed writer's, and the next writer's to sweep."""
         for file in self.root.sizes():
             if file not in self.named and not _RESULT.fullmatch(file) and not file.endswith(PARTIAL):
@@ -196,7 +196,7 @@ def content_digest(path: str | os.PathLike[str] | Storage) -> str:
 def _content(root: Storage, file: str, entry: FileEntry) -> str:
     try:
         if "chunks" not in entry:
-            return str(describe_file(root, file)["sha256"])
+            return str(describe_bytes(root.read(file))["sha256"])
         return glance_at_shard(root, file, entry["chunks"])
     except (ShardError, FileNotFoundError) as error:
         return str(error)

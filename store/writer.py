@@ -95,7 +95,7 @@ class AttentionWriter(Writer):
         with contextlib.ExitStack() as resources:
             try:
                 require_place(root)  # before the lock's file is made: what is not ours stays untouched
-                lock = resources.enter_context(ledger.joined(join) if join else ledger.locked())
+                lock = resources.enter_context(ledger.storage.joined(join) if join else ledger.storage.locked())
                 writer = cls(root, schema, ledger, lock)
                 if join:
                     writer.run = join
@@ -121,7 +121,7 @@ class AttentionWriter(Writer):
             attrs = _recorded_attributes(ledger)
             if SCHEMA not in (attrs.get("schema"), schema_of(root.fetch(["zarr.json"])[0])):
                 raise StoreError(f"{root} is not removed, for nothing says that it is a {SCHEMA!r} store")
-            with ledger.locked():
+            with ledger.storage.locked():
                 root.own_files(STORE_FILES)
                 ledger.clear()
                 root.clear(STORE_FILES)
