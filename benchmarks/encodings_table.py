@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.capture import AttentionSite, AttentionTap, attention_map
-from engine.capture.sinks import Capture, capture_to_store
+from engine.capture import AttentionSite, AttentionTap, Capture, attention_map, capture_to_store
 from engine.measure.store import measure_store
 from kernels import METRICS, MetricSpec, measure_attention, measure_pair
 from store import AttentionStore, info

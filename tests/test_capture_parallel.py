@@ -248,10 +248,10 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
 
 DYING = """
 import os, signal, sys
-from engine.capture import sinks
+from engine.capture import stream
 from engine.run import main
 
-captured, go_on = [], sinks._return_freed_memory
+captured, go_on = [], stream._return_freed_memory
 
 def after_a_batch():
     captured.append(1)
@@ -260,7 +260,7 @@ def after_a_batch():
     go_on()
 
 if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
-    sinks._return_freed_memory = after_a_batch
+    stream._return_freed_memory = after_a_batch
 sys.exit(main())
 """
 

@@ -13,9 +13,8 @@ import pytest
 import timm
 import torch
 
-from engine.capture import CaptureError, capture_attention
-from engine.capture.batch_sinks import unusable_rows
-from engine.capture.sinks import Capture, capture_to_store
+from engine.capture import Capture, CaptureError, capture_attention, capture_to_store
+from engine.capture.sinks import unusable_rows
 from engine.measure.table import build_table
 from kernels import TokenLayout, measure_attention
 from store import AttentionStore, StoreError

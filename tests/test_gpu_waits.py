@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.capture import AttentionTap
-from engine.capture.batch_sinks import BatchSinks
+from engine.capture.sinks import LayerQueue, MapsSink, MetricsSink, Sink
+from engine.capture.stream import BatchPass
 from kernels import METRICS, measure_attention, measure_qk, torch_ops
 from kernels.cuda import triton_gpu, triton_rows
 from kernels.cuda.rows import _starts, distances
-from store import LayerSchema, StoreSchema
 from tests.cases import layout
 from train.augment import Augmentation, _luma
 from train.data.images import Preprocessing, _channels
@@ -66,12 +66,19 @@ class Copies:
     def __init__(self) -> None:
         self.waited = 0
 
-    def start(self, values: torch.Tensor, precision: Any = None, *, shared: bool = False) -> Callable[[], Any]:
-        def wait() -> torch.Tensor:
-            self.waited += 1
-            return values
+    def start(self, values: torch.Tensor, precision: Any = None, *, shared: bool = False) -> Copy:
+        return Copy(self, values)
 
-        return wait
+
+class Copy:
+    """A `HostCopy` that counts who waits for it."""
+
+    def __init__(self, copies: Copies, values: torch.Tensor) -> None:
+        self.copies, self.values = copies, values
+
+    def wait(self) -> torch.Tensor:
+        self.copies.waited += 1
+        return self.values
 
 
 @pytest.fixture
@@ -110,21 +117,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return recorder
 
 
-def sinks_of(encoding: str, copies: Any, backend: str) -> BatchSinks:
-    schema = StoreSchema(
-        layers=tuple(LayerSchema(layer=i, site=str(i), heads=3, layout=OF.to_dict()) for i in range(6)),
-        image_ids=("a", "b"),
-        batch_size=2,
-        encoding=encoding,
-        metrics={},
-        model={},
-        preprocessing={},
-        dataset={},
-        precision="float32",
-        num_classes=3,
-        code_version="test",
-    )
-    return BatchSinks(schema, CORE, backend, {OF: None}, lambda layer, maps: None, copies)
+class Writer:
+    """Takes layers, and keeps nothing."""
+
+    def add_attention(self, batch: int, layer: int, attention: Any) -> None:
+        pass
+
+
+def batch_pass(encoding: str, copies: Any, backend: str) -> BatchPass:
+    sinks: list[Sink] = [MetricsSink(CORE, backend, dict.fromkeys(range(6)), copies)]
+    if encoding:
+        queue = LayerQueue(Writer(), 0, copies.depth)  # type: ignore[arg-type]
+        sinks.append(MapsSink(queue, encoding, copies))
+    return BatchPass(0, sinks, copies)
 
 
 @contextmanager
@@ -142,15 +147,15 @@ def test_a_forward_pass_under_the_sinks(
     images = torch.empty(2, 3, 64, 64, device=gpu)
     for turn in range(2):  # the first brings the table of distances to the device
         copies = Copies()
-        sinks = sinks_of(encoding, copies, backend)
-        with crossings() as found, torch.inference_mode(), AttentionTap(model, sinks):
-            model(images)
-            launched = copies.waited
-            sinks.finish()
+        launched = batch_pass(encoding, copies, backend)
+        with crossings() as found, torch.inference_mode(), AttentionTap(model, launched.on_attention):
+            logits = model(images)
+            waited = copies.waited
+            launched.launched(logits)
         if turn:
             assert found == []
             # Maps: all but the last four layers have been waited for, each while four more were being computed.
-            assert launched == copies.waited == (2 if encoding else 0)
+            assert waited == copies.waited == (2 if encoding else 0)
     # Six layers, twice: the pass, and a mean for each metric.
     assert launches.count == (2 * 6 * (1 + len(CORE)) if backend == "triton" else 0)
 

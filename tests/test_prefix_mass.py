@@ -12,7 +12,7 @@ import torch
 import xarray
 
 from engine.capture.prefix_mass import heads_on_prefix
-from engine.capture.sinks import Capture, _warn_of_prefix_mass, capture_to_store
+from engine.capture.stream import Capture, _warn_of_prefix_mass, capture_to_store
 from engine.measure.table import prefix_mass_warning
 from tests.test_capture_sinks import Pictures
 

@@ -16,8 +16,7 @@ import xarray
 import zarr
 
 import kernels
-from engine.capture import capture_attention
-from engine.capture.sinks import Capture, capture_to_store
+from engine.capture import Capture, capture_attention, capture_to_store
 from engine.measure.store import measure_store
 from kernels import TokenLayout
 from store import AttentionStore, AttentionWriter, Factors, StoreError, estimate_bytes

@@ -27,7 +27,7 @@ _CAPTURE = """
 import resource, sys
 from pathlib import Path
 import numpy, timm, torch
-from engine.capture.sinks import Capture, capture_to_store
+from engine.capture import Capture, capture_to_store
 
 class Pictures:
     def __init__(self, count):

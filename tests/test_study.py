@@ -159,9 +159,9 @@ def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
     outputs = tmp_path / "out"
     command = ["--config", str(study / "study.toml"), "--outputs", str(outputs)]
 
-    import engine.capture.sinks
+    import engine.capture.stream
 
-    commit = engine.capture.sinks.AttentionWriter.commit
+    commit = engine.capture.stream.AttentionWriter.commit
     batches = []
 
     def interrupted(self, batch, *args, **options):  # type: ignore[no-untyped-def]
@@ -170,7 +170,7 @@ def test_an_interrupted_study_goes_on_and_the_written_study_repeats_itself(
             raise KeyboardInterrupt
         return commit(self, batch, *args, **options)
 
-    monkeypatch.setattr(engine.capture.sinks.AttentionWriter, "commit", interrupted)
+    monkeypatch.setattr(engine.capture.stream.AttentionWriter, "commit", interrupted)
     assert main(command) == 130
     monkeypatch.undo()
     store = AttentionStore.open(outputs / "captures" / "baseline_seed1.zarr")

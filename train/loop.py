@@ -122,7 +122,7 @@ def fit(
         return pinned(train.pixels(indices if len(indices) else batch[:1]), device)
 
     def look(at: _Step) -> None:
-        value, hits, gradient_norm = at.numbers().tolist()
+        value, hits, gradient_norm = at.numbers.wait().tolist()
         if not (math.isfinite(value) and math.isfinite(gradient_norm)):
             raise TrainingDivergedError(
                 f"{label}: loss {value:g} and gradient norm {gradient_norm:g} at step {at.step} (epoch {at.epoch}, "

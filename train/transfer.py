@@ -7,16 +7,27 @@ hand the memory over as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-
-# Waits for one copy, and returns the contiguous tensor on the host. May be called from another thread.
-HostCopy = Callable[[], torch.Tensor]
 
 # Copies of one kind that may be on their way at once: enough for the link to the host to be busy while the next layers
 # are computed, and few enough that what waits stays a fraction of a batch.
 _DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """A contiguous tensor on its way to the host; `copied` is None where it is there already."""
+
+    host: torch.Tensor
+    copied: torch.cuda.Event | None = None
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, when it has arrived. May be called from another thread."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host
 
 
 def pinned(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -31,7 +42,7 @@ def uploaded(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def downloaded(values: torch.Tensor) -> HostCopy:
     """Start to bring a few numbers to the host, behind all that was launched before."""
-    return _copied(values) if values.is_cuda else lambda: values
+    return _copied(values) if values.is_cuda else HostCopy(values)
 
 
 def _copied(values: torch.Tensor) -> HostCopy:
@@ -43,12 +54,7 @@ def _copied(values: torch.Tensor) -> HostCopy:
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-
-    def wait() -> torch.Tensor:
-        copied.synchronize()
-        return host
-
-    return wait
+    return HostCopy(host, copied)
 
 
 class HostCopies:
@@ -59,7 +65,7 @@ class HostCopies:
         copies = HostCopies(device)
         arriving = copies.start(maps, torch.float16)    # returns at once
         ...                                             # the next layer is launched
-        maps_on_host = arriving()                       # waits for this copy alone
+        maps_on_host = arriving.wait()                # waits for this copy alone
 
     A tensor that is being copied may be dropped: its memory is given back when the copy has run, not before.
 
@@ -85,7 +91,7 @@ class HostCopies:
             shared: the memory belongs to the model. On a CPU it is copied then, lest a view keep the whole of it.
 
         Returns:
-            A function that waits for this copy and returns the contiguous tensor on the host.
+            What waits for this copy and gives the contiguous tensor on the host.
 
         Raises:
             ValueError: the tensor is on another kind of device.
@@ -94,8 +100,7 @@ class HostCopies:
             raise ValueError(f"values are on {values.device}, expected {self.device}")
         values = values.detach()
         if self._stream is None:
-            own = values.clone(memory_format=torch.contiguous_format) if shared else values.contiguous()
-            return lambda: own
+            return HostCopy(values.clone(memory_format=torch.contiguous_format) if shared else values.contiguous())
         # Waits on the device, not here, and for what was launched so far: not for the layers that follow.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):

@@ -15,11 +15,10 @@ import torch
 from benchmarks.gpu.pictures import Pictures, vit
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
-from engine.capture.batch_sinks import BatchSinks
-from engine.capture.sinks import Capture, capture_to_store
-from engine.capture.tap import AttentionTap, discover_sites
+from engine.capture import AttentionTap, Capture, capture_to_store, discover
+from engine.capture.sinks import MetricsSink
+from engine.capture.stream import BatchPass
 from kernels import METRICS
-from store import LayerSchema, StoreSchema
 from store.arrays import attention_arrays
 from train.transfer import HostCopies
 
@@ -34,37 +33,37 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     size, batch, batches = (64, 2, 2) if small else (224, 128, 12)
     model = vit(small, 10, device).to(torch.bfloat16).eval()
     images = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
-    sites, *_ = discover_sites(model, images[:1])
-    schema = _schema(sites, batch)
+    regions = dict.fromkeys(site.layer for site in discover(model, images[:1]).sites)
 
     def plain() -> None:
         for _ in range(batches):
             model(images)
 
-    def tapped(on_attention: Callable[[], Any]) -> None:
-        """As `engine.capture.sinks` does it: a batch is launched before the metrics of the one before are looked at."""
-        before = None
+    def tapped() -> None:
         for _ in range(batches):
-            sinks = on_attention()
-            with AttentionTap(model, sinks):
+            with AttentionTap(model, lambda *call: None):
                 model(images)
-            if isinstance(sinks, BatchSinks):
-                sinks.finish()
-                if before is not None:
-                    before.masked_rows(), before.metric_values()
-                before = sinks
-        if before is not None:
-            before.metric_values()
 
     copies = HostCopies(device)
+    specs = [METRICS[name] for name in CORE]
 
-    def sink(backend: str) -> BatchSinks:
-        specs = [METRICS[name] for name in CORE]
-        return BatchSinks(schema, specs, backend, {site.layout: None for site in sites}, lambda *_: None, copies)
+    def measured(backend: str) -> None:
+        """As `engine.capture.stream` does it: a batch is launched before the one before is waited for."""
+        before = None
+        for number in range(batches):
+            launched = BatchPass(number, [MetricsSink(specs, backend, regions, copies)], copies)
+            with AttentionTap(model, launched.on_attention):
+                logits = model(images)
+            launched.launched(logits)
+            if before is not None:
+                before.finish(), before.invalid_rows()
+            before = launched
+        if before is not None:
+            before.finish()
 
-    contenders: dict[str, Callable[[], Any]] = {"tap alone": lambda: tapped(lambda: lambda *call: None)}
+    contenders: dict[str, Callable[[], Any]] = {"tap alone": tapped}
     for backend in ("torch",) if small else ("triton", "torch"):
-        contenders[f"metrics sink, {backend}"] = lambda backend=backend: tapped(lambda: sink(backend))  # type: ignore[misc]
+        contenders[f"metrics sink, {backend}"] = lambda backend=backend: measured(backend)  # type: ignore[misc]
     with torch.inference_mode():
         ratios, forward = _between(plain, contenders, device, 2 if small else 7)
     rate = batch * batches / forward
@@ -95,22 +94,6 @@ def _between(
             plain_seconds.append(seconds(plain))
             ratios[name].append(2 * spent / (plain_seconds[-2] + plain_seconds[-1]))
     return {name: float(np.median(found)) for name, found in ratios.items()}, float(np.median(plain_seconds))
-
-
-def _schema(sites: list[Any], batch: int) -> StoreSchema:
-    return StoreSchema(
-        layers=tuple(LayerSchema(layer=s.layer, site=s.name, heads=s.heads, layout=s.layout.to_dict()) for s in sites),
-        image_ids=tuple(map(str, range(batch))),
-        batch_size=batch,
-        encoding="",
-        metrics={},
-        model={},
-        preprocessing={},
-        dataset={},
-        precision="bfloat16",
-        num_classes=0,
-        code_version="benchmark",
-    )
 
 
 class Narrow(torch.nn.Module):

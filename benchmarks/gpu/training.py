@@ -16,7 +16,7 @@ from torch.nn import functional
 from benchmarks.gpu.pictures import Pictures, vit
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
-from engine.capture.sinks import Capture, capture_to_store
+from engine.capture import Capture, capture_to_store
 from engine.statistics import compare_paired
 from train.data.images import ImageSet
 from train.evaluation import Evaluation, evaluate

@@ -9,8 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.capture.attention_call import AttentionCall, attention_map, read_attention_call
-    from engine.capture.batch_sinks import discover_factors, stack_layers, stored_layers
+    from engine.capture.attention_call import (
+        AttentionCall,
+        AttentionSite,
+        SiteAttention,
+        attention_map,
+        read_attention_call,
+    )
+    from engine.capture.discovery import Discovery, discover
     from engine.capture.families import (
         FIRST_NORMS,
         CaptureError,
@@ -27,28 +33,23 @@ if TYPE_CHECKING:
     from engine.capture.metrics import definitions, metric_parameters
     from engine.capture.prefix_mass import heads_on_prefix
     from engine.capture.samples import FILES, SampleLayer, SampleMaps, SampleRun, choose_samples, require_samples_place
-    from engine.capture.sinks import Capture, capture_to_store
-    from engine.capture.tap import (
-        AttentionSite,
-        AttentionTap,
-        capture_attention,
-        discover_sites,
-        evaluating,
-        has_classes,
-    )
+    from engine.capture.sinks import stack_layers
+    from engine.capture.stream import Capture, capture_to_store
+    from engine.capture.tap import AttentionTap, capture_attention, evaluating, has_classes, observe
 
 # module of this room -> what it gives to others
 _NAMES = {
-    "attention_call": "AttentionCall attention_map read_attention_call",
-    "batch_sinks": "discover_factors stack_layers stored_layers",
+    "attention_call": "AttentionCall AttentionSite SiteAttention attention_map read_attention_call",
+    "discovery": "Discovery discover",
     "families": "FIRST_NORMS CaptureError block_of first_norm num_blocks patch_stem reached_block token_layout"
     " transformer_blocks vision_module",
     "interception": "FunctionCall ModelInterception named_modules unwrapped",
     "metrics": "definitions metric_parameters",
     "prefix_mass": "heads_on_prefix",
     "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
-    "sinks": "Capture capture_to_store",
-    "tap": "AttentionSite AttentionTap capture_attention discover_sites evaluating has_classes",
+    "sinks": "stack_layers",
+    "stream": "Capture capture_to_store",
+    "tap": "AttentionTap capture_attention evaluating has_classes observe",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -60,19 +61,20 @@ __all__ = [
     "AttentionTap",
     "Capture",
     "CaptureError",
+    "Discovery",
     "FunctionCall",
     "ModelInterception",
     "SampleLayer",
     "SampleMaps",
     "SampleRun",
+    "SiteAttention",
     "attention_map",
     "block_of",
     "capture_attention",
     "capture_to_store",
     "choose_samples",
     "definitions",
-    "discover_factors",
-    "discover_sites",
+    "discover",
     "evaluating",
     "first_norm",
     "has_classes",
@@ -80,12 +82,12 @@ __all__ = [
     "metric_parameters",
     "named_modules",
     "num_blocks",
+    "observe",
     "patch_stem",
     "reached_block",
     "read_attention_call",
     "require_samples_place",
     "stack_layers",
-    "stored_layers",
     "token_layout",
     "transformer_blocks",
     "unwrapped",

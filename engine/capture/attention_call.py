@@ -1,4 +1,4 @@
-"""One attention call: its operands as the kernel gets them, what shapes its map, and the map itself."""
+"""One attention call: its operands as the kernel gets them, where in the model it is made, and its map."""
 
 from __future__ import annotations
 
@@ -24,6 +24,47 @@ class AttentionCall:
     bias: torch.Tensor | None
     scale: float
     causal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """One attention call of a model whose map is [image, head, prefix + grid, prefix + grid].
+
+    Args:
+        name: the module that makes the call, e.g. "blocks.0.attn", named as in the model without wrappers.
+        layer: index among the measurable sites in depth order, from 0.
+        heads: number of heads that are handed over.
+        layout: where its tokens lie.
+        head_ids: their numbers in the model where some were chosen, in ascending order; () for all.
+    """
+
+    name: str
+    layer: int
+    heads: int
+    layout: TokenLayout
+    head_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SiteAttention:
+    """What makes a site's maps in one forward pass: the model's own tensors, which are read and not kept.
+
+    Args:
+        site: where the call is made.
+        query, key: [image, head, token, head_dim], after RoPE and q/k-norm.
+        scale: multiplies q·k.
+        bias: None, additive or boolean (True = attend), broadcastable to [image, head, query, key].
+    """
+
+    site: AttentionSite
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None
+
+    def maps(self) -> torch.Tensor:
+        """Post-softmax attention, see `attention_map`."""
+        return attention_map(self.query, self.key, self.scale, self.bias)
 
 
 def read_attention_call(call: FunctionCall) -> AttentionCall:

@@ -29,6 +29,7 @@ from train.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from engine.capture.attention_call import AttentionSite, SiteAttention
     from train.data import ImageSet
 
 SCHEMA = f"{MARK}-samples/1"
@@ -147,20 +148,14 @@ class SampleMaps:
             DiskError: it cannot be written.
             StoreError: a group of that name holds something else.
         """
-        import torch
-
-        from engine.capture.attention_call import attention_map
-        from engine.capture.tap import AttentionSite, AttentionTap, evaluating, has_classes
+        from engine.capture.tap import has_classes, observe
 
         maps: list[tuple[AttentionSite, np.ndarray]] = []
 
-        def keep(
-            site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-        ) -> None:
-            maps.append((site, attention_map(query, key, scale, bias).to(torch.float16).cpu().numpy()))
+        def keep(attention: SiteAttention) -> None:
+            maps.append((attention.site, attention.maps().half().cpu().numpy()))
 
-        with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
-            logits = model(images.batch(rows).to(device))
+        logits, _ = observe(model, images.batch(rows).to(device), keep)
         with making(self.path / name, holds_only(_RUN_FILES)) as partial:
             group = zarr.open_group(partial, mode="w-", zarr_format=3)
             for site, values in maps:

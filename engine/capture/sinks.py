@@ -1,324 +1,259 @@
-"""Streams a data set's attention through two sinks, alone or together, in one forward pass.
+"""What is made of attention while the model runs: measured on the spot, or brought to the store's writer.
 
-`metrics` measures on the spot and never builds the map in main memory; `store` keeps the map. Both write the same
-kind of store, one commit a batch, so a run that was killed goes on at the first batch that is missing. Several
-processes divide the missing batches: each is captured and committed by one, so the bytes are those of one process.
+A sink serves one batch. Nothing is waited for while the model runs: metrics stay on the device until the batch ends;
+maps, or query and key, go to the host, and a layer is handed to the writer when as many others as may be on their way
+have followed it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import itertools
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from engine import __version__
-from engine.capture.batch_sinks import BatchSinks, discover_factors, one_bias, stored_layers
+from engine.capture.attention_call import SiteAttention
+from engine.capture.discovery import one_bias
 from engine.capture.families import CaptureError
-from engine.capture.metrics import metric_parameters
-from engine.capture.prefix_mass import heads_on_prefix
-from engine.capture.tap import AttentionTap, discover_sites, evaluating
-from engine.config import metrics_of_one_capture
-from engine.progress import ImageProgress, say
-from kernels import BACKENDS, CORE_METRICS, MetricSpec, TokenLayout, check_metrics, resolve
-from store import AttentionStore, AttentionWriter, FactorSchema, StoreSchema
-from store.arrays import attention_arrays
-from store.encodings import resolve_encoding
-from store.schema import DamagedStoreError, OtherRunError
-from store.storage import Location
-from train.data import ImageSet
-from train.errors import InputError
-from train.parallel import Tally, Workers
+from kernels import Measurement, MetricSpec, measure_qk
+from store import AttentionWriter, Factors, FactorSchema
 from train.transfer import HostCopies, HostCopy
 
-
-@dataclass(frozen=True, kw_only=True)
-class Capture:
-    """What to capture and how; the same for every model of a study.
-
-    Args:
-        sinks: "metrics", "store" or both.
-        metrics: what the `metrics` sink measures: names, `module:name` or MetricSpec objects.
-        encoding: how the `store` sink keeps maps.
-        batch_size: images a forward pass, and a shard.
-        layers, heads: those to capture; empty: all.
-        backend: of the `metrics` sink.
-        device: where the model runs.
-    """
-
-    sinks: tuple[str, ...] = ("metrics",)
-    metrics: tuple[str | MetricSpec, ...] = CORE_METRICS
-    encoding: str = "fp16"
-    batch_size: int = 32
-    layers: tuple[int, ...] = ()
-    heads: tuple[int, ...] = ()
-    backend: str = "auto"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if not self.sinks:
-            raise InputError("capture.sinks is empty; expected metrics, store or both")
-        if "metrics" in self.sinks and not self.metrics:
-            raise InputError("the metrics sink was asked for without any metric; name some in measure.metrics")
+_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def capture_to_store(
-    model: torch.nn.Module,
-    images: ImageSet,
-    path: Location,
-    capture: Capture,
-    *,
-    model_info: Mapping[str, Any],
-    dataset_info: Mapping[str, Any],
-    preprocessing: Mapping[str, Any],
-    manifest: Mapping[str, Any] | None = None,
-    label: str = "capture",
-    replace: bool = False,
-) -> AttentionStore:
-    """Stream a data set's attention into a store, resuming at the first batch that is not committed.
-
-    Images are decoded one batch ahead. A layer's attention is encoded and written while the next layers are computed;
-    the writer holds back the forward pass when more than a few layers wait, so memory does not grow with the data set.
-    The processes joined by `train.parallel.joined` all call this; the first one makes the store and finishes it.
+@dataclass(slots=True)
+class BatchResults:
+    """What a batch's sinks give beside the attention that was written.
 
     Args:
-        model: see `AttentionTap`.
-        images: readable images in row order; a file that cannot be read any more raises and is not substituted.
-        path: the store, `something.zarr`, or its URL; its ledger stands beside it.
-        capture: what to capture.
-        model_info, dataset_info, preprocessing: provenance, kept in the store's attributes.
-        manifest: every file of the data set with its status, kept in the store.
-        label: name in the progress bar.
-        replace: a store of another run, or one of ours with metadata that cannot be rebuilt, is removed first instead
-            of refused; one that cannot be read is refused all the same.
-
-    Returns:
-        The complete store, open for reading.
-
-    Raises:
-        CaptureError: no measurable attention, or a metric this data set cannot have.
-        StoreError: the store there belongs to another run, or cannot be written.
+        values: metric -> [image, layer, head(, region)]; layers with fewer heads than the widest are filled with NaN.
+        undefined: metric -> rows that have no part in its value, [image, layer, head], filled with −1.
+        prefix_mass: (layer, head) -> the mean mass that it gives to prefix tokens, of the layers whose maps were kept.
     """
-    device = torch.device(capture.device)
-    first = images.batch([0]).to(device)
-    sites, skipped, num_classes, precision = discover_sites(model, first, capture.layers or None, capture.heads or None)
-    for name, reason in skipped:
-        say(f"{label}: {name} is left out: {reason}")
-    factors: dict[int, FactorSchema] = {}
-    biases: dict[int, torch.Tensor] = {}
-    if "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors:
-        some = images.batch(list(range(min(2, len(images))))).to(device)
-        factors, biases = discover_factors(model, some, capture.layers, capture.heads)
-    regions = {site.layout: images.regions(site.layout) for site in sites}
-    specs = metrics_of_one_capture(capture.metrics) if "metrics" in capture.sinks else []
-    needing = [spec.name for spec in specs if spec.inputs == "regions"]
-    backend = resolve(capture.backend, device.type).name
-    check_metrics(specs, [site.layout for site in sites], len(images.region_names), backend)
-    if specs and (notice := BACKENDS[backend].load().notice()):
-        say(notice)
-    schema = StoreSchema(
-        layers=stored_layers(sites, factors),
-        image_ids=tuple(images.ids),
-        batch_size=capture.batch_size,
-        encoding=capture.encoding if "store" in capture.sinks else "",
-        metrics={spec.name: metric_parameters(spec, backend) for spec in specs},
-        model=dict(model_info),
-        preprocessing=dict(preprocessing),
-        dataset=dict(dataset_info),
-        precision=precision,
-        num_classes=num_classes,
-        regions=tuple(images.region_names),
-        region_metrics=tuple(needing),
-        head_ids=sites[0].head_ids,
-        code_version=__version__,
-        extra={"skipped": [list(item) for item in skipped]},
-    )
 
-    def open_writer(join: str = "") -> AttentionWriter:
-        return AttentionWriter.open(
-            path,
-            schema,
-            labels=images.labels,
-            class_names=images.class_names,
-            manifest=None if manifest is None else dict(manifest),
-            regions=next(iter(regions.values())),
-            biases=biases,
-            join=join,
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    undefined: dict[str, np.ndarray] = field(default_factory=dict)
+    prefix_mass: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Takes one batch's attention, site by site."""
+
+    def take(self, attention: SiteAttention) -> None:
+        """Begin with a site, while the model runs."""
+
+    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
+        """Rows of the site taken last that are no attention, bool [image, head, query] on its device."""
+
+    def launched(self) -> None:
+        """The forward pass is launched: bring to the host what is still on the device, without waiting."""
+
+    def finish(self, results: BatchResults) -> None:
+        """Wait for what was begun, and give it."""
+
+
+class MetricsSink:
+    """Measures each site as it is seen, without building its map in main memory.
+
+    Rows that are no attention (NaN or infinite logits) are left out of every metric and counted.
+
+    Args:
+        metrics: at least one.
+        backend: that measures.
+        regions: layer -> coverage of this batch's images, [image, region, patch] on the layer's grid, or None.
+        copies: to the host, from the device the model runs on.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[MetricSpec],
+        backend: str,
+        regions: Mapping[int, np.ndarray | None],
+        copies: HostCopies,
+    ) -> None:
+        self._metrics = metrics
+        self._backend = backend
+        self._regions = regions
+        self._copies = copies
+        self._measured: list[Measurement] = []
+        self._invalid_patches: list[torch.Tensor] = []  # patch queries of each map that are no attention, [image, head]
+        self._arriving: dict[str, tuple[HostCopy, HostCopy]] = {}
+
+    def take(self, attention: SiteAttention) -> None:
+        site = attention.site
+        measured = measure_qk(
+            attention.query,
+            attention.key,
+            site.layout,
+            metrics=self._metrics,
+            scale=attention.scale,
+            bias=attention.bias,
+            backend=self._backend,
+            invalid="mask",
+            regions=self._regions[site.layer],
         )
+        self._measured.append(measured)
+        self._invalid_patches.append((~measured.valid)[..., site.layout.num_prefix_tokens :].sum(dim=-1))
 
-    def open_first() -> AttentionWriter:
-        try:
-            return open_writer()
-        except (OtherRunError, DamagedStoreError) as error:
-            if not replace:
-                raise
-            found = str(error).partition(";")[0]  # what to do about it is done here
-            say(f"{path.name}: captured from the beginning, since what was there cannot be continued ({found})")
-            AttentionWriter.discard(path)
-            return open_writer()
+    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
+        invalid: torch.Tensor = ~self._measured[-1].valid
+        return invalid
 
-    workers = Workers.current()
-    if workers.first:
-        writer = open_first()
-        if workers.count > 1:
-            writer.share()
-        missing = workers.tell((writer.run, writer.missing))[1]
-    else:
-        run, missing = workers.tell(("", []))
-        writer = open_writer(join=run)
-    with writer:
-        _run_batches(model, images, capture, writer, missing, specs, regions, biases, label)
-        if workers.first:
-            writer.finish()
-    workers.wait()  # nobody holds the store any more
-    return AttentionStore.open(path)
-
-
-def _add_attention(
-    writer: AttentionWriter, biases: Mapping[int, torch.Tensor], batch: int, layer: int, attention: Any
-) -> None:
-    """Hand a layer to the writer; a bias that was one for all images must have stayed the same."""
-    if layer in biases and not torch.equal(one_bias(attention.bias), biases[layer]):
-        raise CaptureError(
-            f"the bias of layer {layer} changes from batch to batch though not from image to image, which the encoding "
-            "qk cannot keep; use fp16 or bf16"
-        )
-    writer.add_attention(batch, layer, attention)
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what the C library keeps of freed blocks, which come in many sizes from many threads.
-
-    Without it a capture's resident memory crept up by 10-13 % from 64 to 640 images, though nothing was held.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
-
-
-def _run_batches(
-    model: torch.nn.Module,
-    images: ImageSet,
-    capture: Capture,
-    writer: AttentionWriter,
-    missing: Sequence[int],
-    specs: Sequence[MetricSpec],
-    regions: Mapping[TokenLayout, np.ndarray | None],
-    biases: Mapping[int, torch.Tensor],
-    label: str,
-) -> None:
-    """Forward passes over this process's share of the missing batches, images decoded one batch ahead.
-
-    When it returns, all processes have committed theirs.
-    """
-    device = torch.empty(0, device=capture.device).device  # with its number: another thread has another current GPU
-    schema = writer.schema
-    image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-
-    def rows_of(batch: int) -> list[int]:
-        rows = schema.batch_rows(batch)
-        return list(range(rows.start, rows.stop))
-
-    def decode(batch: int) -> torch.Tensor:
-        return images.batch(rows_of(batch), device)
-
-    def run(batch: int, pixels: torch.Tensor) -> tuple[BatchSinks, HostCopy]:
-        """The forward pass of a batch, launched; its metrics and logits are on their way to the host."""
-        of_batch = {layout: None if r is None else r[rows_of(batch)] for layout, r in regions.items()}
-        add_attention = partial(_add_attention, writer, biases, batch)
-        sinks = BatchSinks(schema, specs, capture.backend, of_batch, add_attention, copies)
-        with AttentionTap(model, sinks, layers=capture.layers or None, heads=capture.heads or None):
-            logits = model(pixels)
-        sinks.finish()
-        return sinks, copies.start(logits.float())
-
-    def commit(batch: int, sinks: BatchSinks, logits: HostCopy) -> None:
-        sinks.pass_on()
-        rows = sinks.masked_rows()
-        if rows and all(masked == of for _, masked, of in rows):
-            raise CaptureError(
-                f"no row of batch {batch} is post-softmax attention, in any layer: query and key are NaN or infinite; "
-                "look for NaN in the model's weights and in the images"
+    def launched(self) -> None:
+        for metric in self._metrics:
+            values = stack_layers([layer[metric.name] for layer in self._measured], math.nan)
+            undefined = [layer.undefined_rows[metric.name] for layer in self._measured]
+            counts = [rows + invalid for rows, invalid in zip(undefined, self._invalid_patches, strict=True)]
+            self._arriving[metric.name] = (
+                self._copies.start(values),
+                self._copies.start(stack_layers(counts, -1)),
             )
-        masked_rows.extend((layer, masked) for layer, masked, _ in rows if masked)
-        values, counts = sinks.metric_values()
-        writer.commit(batch, values, counts, logits().numpy() if schema.num_classes else None)
-        prefix_mass.extend((*head, batch, mass) for head, mass in sinks.prefix_mass().items())
-        progress.reach(captured.add(len(rows_of(batch))))
-        _return_freed_memory()
 
-    workers = Workers.current()
-    batches = workers.deal(missing)
-    captured = Tally(workers, f"captured of {writer.run}")
-    prefix_mass: list[tuple[int, int, int, float]] = []  # layer, head, batch, mean
-    masked_rows: list[tuple[int, int]] = []  # layer, rows that are no attention
-    copies = HostCopies(device)
-    done = schema.num_images - sum(len(rows_of(batch)) for batch in missing)
-    with (
-        ThreadPoolExecutor(1, "decode", initializer=_use_device, initargs=(device,)) as decoder,
-        evaluating(model),
-        torch.inference_mode(),
-        ImageProgress(label, schema.num_images, done, image_bytes) as progress,
-    ):
-        ahead: Future[torch.Tensor] | None = None
-        launched: deque[tuple[int, BatchSinks, HostCopy]] = deque()
-        for position, batch in enumerate(batches):
-            pixels = ahead.result() if ahead is not None else decode(batch)
-            if position + 1 < len(batches):
-                ahead = decoder.submit(decode, batches[position + 1])
-            launched.append((batch, *run(batch, pixels)))
-            # A GPU computes this batch while the one before is waited for and committed.
-            while len(launched) > min(copies.depth, 1):
-                commit(*launched.popleft())
-        while launched:
-            commit(*launched.popleft())
-        writer.flush()
-        by_worker = workers.gather((prefix_mass, masked_rows))
-        progress.reach(captured.add(0))
-    _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema, label)
-    _warn_of_masked_rows(sorted(entry for _, masked in by_worker for entry in masked), schema, label)
+    def finish(self, results: BatchResults) -> None:
+        for name, (values, undefined) in self._arriving.items():
+            results.values[name] = values.wait().numpy()
+            results.undefined[name] = undefined.wait().numpy()
 
 
-def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, int, float]], schema: StoreSchema, label: str) -> None:
-    """Say which heads leave too little on the patches for 16 bits.
+@dataclass(frozen=True, slots=True)
+class ArrivingFactors:
+    """Query, key and bias on their way to the host."""
+
+    query: HostCopy
+    key: HostCopy
+    scale: float
+    bias: HostCopy | None
+
+    def wait(self) -> Factors:
+        bias = None if self.bias is None else self.bias.wait()
+        return Factors(query=self.query.wait(), key=self.key.wait(), scale=self.scale, bias=bias)
+
+
+class LayerQueue:
+    """Layers of a batch on their way to the store's writer, in depth order.
 
     Args:
-        entries: (layer, head, batch, mean mass), sorted; NaN for a batch in which the head has no sound row.
+        writer: of the store.
+        batch: its number.
+        depth: how many layers may be on their way.
+        biases: layer -> the bias that all images share, which must stay the same.
     """
-    masses: dict[str, float] = {}
-    sound = (entry for entry in entries if not np.isnan(entry[-1]))
-    for (layer, head), of_head in itertools.groupby(sound, key=lambda entry: entry[:2]):
-        batches = list(of_head)
-        rows = [schema.batch_rows(batch) for _, _, batch, _ in batches]
-        name = f"layer {layer}, head {schema.head_ids[head] if schema.head_ids else head}"
-        masses[name] = float(np.average([mass for *_, mass in batches], weights=[r.stop - r.start for r in rows]))
-    found = heads_on_prefix(masses)
-    if found:
-        say(
-            f"{label}: {found}; {schema.encoding} keeps the little that patches get there too coarsely for Moran's I "
-            "(errors up to 0.1): use the metrics sink"
+
+    def __init__(
+        self, writer: AttentionWriter, batch: int, depth: int, biases: Mapping[int, torch.Tensor] | None = None
+    ) -> None:
+        self._writer = writer
+        self._batch = batch
+        self._depth = depth
+        self._biases = biases or {}
+        self._arriving: deque[tuple[int, HostCopy | ArrivingFactors]] = deque()
+
+    def put(self, layer: int, arriving: HostCopy | ArrivingFactors) -> None:
+        """Add a layer, waiting for those beyond the last `depth`."""
+        self._arriving.append((layer, arriving))
+        self._hand_over(self._depth)
+
+    def flush(self) -> None:
+        """Wait for all of them."""
+        self._hand_over(0)
+
+    def _hand_over(self, leave: int) -> None:
+        while len(self._arriving) > leave:
+            layer, arriving = self._arriving.popleft()
+            attention: Any = arriving.wait()
+            if layer in self._biases and not torch.equal(one_bias(attention.bias), self._biases[layer]):
+                raise CaptureError(
+                    f"the bias of layer {layer} changes from batch to batch though not from image to image, which the "
+                    "encoding qk cannot keep; use fp16 or bf16"
+                )
+            self._writer.add_attention(self._batch, layer, attention)
+
+
+class MapsSink:
+    """Brings maps to the writer, in 16 bits, and notes how much of each head's mass goes to prefix tokens.
+
+    Args:
+        queue: of the batch's layers.
+        encoding: of the store, "fp16" or "bf16".
+        copies: to the host, from the device the model runs on.
+    """
+
+    def __init__(self, queue: LayerQueue, encoding: str, copies: HostCopies) -> None:
+        self._queue = queue
+        self._precision = _PRECISION[encoding]
+        self._copies = copies
+        self._invalid = torch.empty(0)
+        self._prefix_mass: dict[int, torch.Tensor] = {}
+
+    def take(self, attention: SiteAttention) -> None:
+        site, maps = attention.site, attention.maps()
+        self._invalid = maps[..., 0].isnan()  # a softmax with a NaN in it is NaN throughout
+        self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).nanmean(dim=(0, 2))
+        self._queue.put(site.layer, self._copies.start(maps, self._precision))
+
+    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
+        return self._invalid
+
+    def launched(self) -> None:
+        pass
+
+    def finish(self, results: BatchResults) -> None:
+        self._queue.flush()
+        heads = [(layer, head) for layer, masses in self._prefix_mass.items() for head in range(len(masses))]
+        masses = torch.cat(list(self._prefix_mass.values())).tolist()
+        results.prefix_mass |= dict(zip(heads, masses, strict=True))
+
+
+class FactorsSink:
+    """Brings query, key and bias to the writer.
+
+    Args:
+        queue: of the batch's layers.
+        factors: layer -> what is fixed about its query and key.
+        copies: to the host, from the device the model runs on.
+    """
+
+    def __init__(self, queue: LayerQueue, factors: Mapping[int, FactorSchema], copies: HostCopies) -> None:
+        self._queue = queue
+        self._precision = {layer: getattr(torch, factor.precision) for layer, factor in factors.items()}
+        self._copies = copies
+
+    def take(self, attention: SiteAttention) -> None:
+        layer = attention.site.layer
+        start, bias = self._copies.start, attention.bias
+        arriving = ArrivingFactors(
+            query=start(attention.query, self._precision[layer], shared=True),
+            key=start(attention.key, self._precision[layer], shared=True),
+            scale=attention.scale,
+            bias=None if bias is None else start(bias, shared=True),
         )
+        self._queue.put(layer, arriving)
+
+    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
+        precision = self._precision[attention.site.layer]
+        return unusable_rows(attention.query.to(precision), attention.key.to(precision))
+
+    def launched(self) -> None:
+        pass
+
+    def finish(self, results: BatchResults) -> None:
+        self._queue.flush()
 
 
-def _warn_of_masked_rows(entries: Sequence[tuple[int, int]], schema: StoreSchema, label: str) -> None:
-    """Say which layers had rows that are no attention; entries are (layer, rows), in order."""
-    names = {layer.layer: layer.site for layer in schema.layers}
-    for layer, of_layer in itertools.groupby(entries, key=lambda entry: entry[0]):
-        total = sum(rows for _, rows in of_layer)
-        say(
-            f"{label}: {total:,} rows of layer {layer} ({names[layer]}) are no post-softmax attention (NaN or infinite "
-            "logits); every metric leaves them out and counts them with the rows that have no value"
-        )
+def unusable_rows(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Rows of softmax(query · keyᵀ) that NaN or infinite factors leave without a value, bool [image, head, query]."""
+    return ~(query.isfinite().all(dim=-1) & key.isfinite().all(dim=-1).all(dim=-1, keepdim=True))
 
 
-def _use_device(device: torch.device) -> None:
-    """A thread chooses its own GPU: without this, the decoder of every process would open the first one."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float) -> torch.Tensor:
+    """[image, head, ...] of several layers as one [image, layer, head, ...] on their device."""
+    tensors = [torch.as_tensor(layer) for layer in layers]
+    heads = max(tensor.shape[1] for tensor in tensors)
+    padded = [functional.pad(t, (0, 0) * (t.ndim - 2) + (0, heads - t.shape[1]), value=fill) for t in tensors]
+    return torch.stack(padded, dim=1)

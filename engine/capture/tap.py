@@ -1,14 +1,13 @@
 """Post-softmax attention of every layer, head and image, while the model runs at full speed.
 
-`AttentionTap` sees the exact q, k, scale and bias of every attention call and hands them to a callback; the sinks
-that stream a data set through it are in `engine.capture.sinks`.
+`AttentionTap` sees the exact q, k, scale and bias of every attention call and hands them to a callback. From there, a
+data set's attention goes through `engine.capture.stream` to its sinks and into the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.capture.attention_call import (
-    attention_map,
+    AttentionSite,
+    SiteAttention,
     by_head,
     no_autocast,
     of_heads,
@@ -34,26 +34,7 @@ from engine.capture.families import (
 from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
 from kernels import TokenLayout
 
-Callback = Callable[["AttentionSite", torch.Tensor, torch.Tensor, float, torch.Tensor | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSite:
-    """One attention call of a model whose map is [image, head, prefix + grid, prefix + grid].
-
-    Args:
-        name: the module that makes the call, e.g. "blocks.0.attn", named as in the model without wrappers.
-        layer: index among the measurable sites in depth order, from 0.
-        heads: number of heads that are handed over.
-        layout: where its tokens lie.
-        head_ids: their numbers in the model where some were chosen, in ascending order; () for all.
-    """
-
-    name: str
-    layer: int
-    heads: int
-    layout: TokenLayout
-    head_ids: tuple[int, ...] = ()
+Callback = Callable[[AttentionSite, torch.Tensor, torch.Tensor, float, torch.Tensor | None], None]
 
 
 class AttentionTap(AbstractContextManager["AttentionTap"]):
@@ -204,12 +185,12 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
                 self._callback(site, read.query, read.key, read.scale, read.bias)
         return call.run()
 
-    def _check_heads(self, name: str, there: int) -> int:
-        """How many heads are handed over of a site that has so many."""
-        strangers = [head for head in self._heads if not 0 <= head < there]
-        if strangers:
-            raise CaptureError(f"{name} has no head {strangers[0]}; its heads are 0 to {there - 1}")
-        return len(self._heads) or there
+    def _check_heads(self, name: str, count: int) -> int:
+        """How many of a site's `count` heads are handed over."""
+        missing = [head for head in self._heads if not 0 <= head < count]
+        if missing:
+            raise CaptureError(f"{name} has no head {missing[0]}; its heads are 0 to {count - 1}")
+        return len(self._heads) or count
 
     def _skip(self, name: str, reason: str) -> None:
         if self._on_unmeasurable == "raise":
@@ -263,14 +244,43 @@ def capture_attention(
     """
     maps: dict[str, torch.Tensor] = {}
 
-    def keep(
+    def keep(attention: SiteAttention) -> None:
+        maps[attention.site.name] = attention.maps().float().cpu()
+
+    observe(model, images, keep, layers=layers, heads=heads)
+    return maps
+
+
+def observe(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    look: Callable[[SiteAttention], None],
+    *,
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
+) -> tuple[torch.Tensor, AttentionTap]:
+    """One forward pass in eval mode without gradients, in which `look` is called at each site.
+
+    Args:
+        model, layers, heads: see `AttentionTap`.
+        images: what `model` takes.
+
+    Returns:
+        What the model puts out, and the tap with its `sites` and what it `skipped`.
+
+    Raises:
+        CaptureError: the model has no measurable attention.
+    """
+
+    def on_attention(
         site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
     ) -> None:
-        maps[site.name] = attention_map(query, key, scale, bias).float().cpu()
+        look(SiteAttention(site, query, key, scale, bias))
 
-    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep, layers=layers, heads=heads):
-        model(images)
-    return maps
+    tap = AttentionTap(model, on_attention, layers=layers, heads=heads)
+    with evaluating(model), torch.inference_mode(), tap:
+        output = model(images)
+    return output, tap
 
 
 @contextmanager
@@ -283,30 +293,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def discover_sites(
-    model: torch.nn.Module,
-    images: torch.Tensor,
-    layers: Collection[int] | None = None,
-    heads: Collection[int] | None = None,
-) -> tuple[list[AttentionSite], list[tuple[str, str]], int, str]:
-    """Measurable sites in depth order, what was skipped and why, the classes scored (0 without a head), the precision.
-
-    By one forward pass. The precision is the dtype in which query meets key: under autocast, the one that it casts to.
-    """
-    found: list[AttentionSite] = []
-    dtypes: dict[torch.dtype, None] = {}
-
-    def note(site: AttentionSite, query: torch.Tensor, *rest: object) -> None:
-        found.append(site)
-        dtypes[query.dtype] = None
-
-    tap = AttentionTap(model, note, layers=layers, heads=heads)
-    with evaluating(model), torch.inference_mode(), tap:
-        logits = model(images)
-    precision = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return found, tap.skipped, int(logits.shape[-1]) if has_classes(model) else 0, precision
 
 
 def has_classes(model: torch.nn.Module) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.capture import AttentionSite, AttentionTap, attention_map
+from engine.capture import SiteAttention, observe
 from engine.relevance.results import RolloutPeaks
 from kernels.reference import received_map
 
@@ -26,23 +26,20 @@ def rollout_peaks(
 
     Args:
         condition: the model's name.
-        model: in evaluation mode, on the device of `pixels`.
+        model: on the device of `pixels`.
         pixels: [image, channel, row, col].
         maps: rollout's of these images, [row, col] on the patch grid.
     """
     shares: list[np.ndarray] = []  # per head, [image, patch]
     heads: list[tuple[int, int]] = []
 
-    def keep(
-        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> None:
-        attention = attention_map(query, key, scale, bias)
-        received = [received_map(image.double().cpu().numpy(), site.layout) for image in attention]
+    def keep(attention: SiteAttention) -> None:
+        site = attention.site
+        received = [received_map(image.double().cpu().numpy(), site.layout) for image in attention.maps()]
         shares.extend(np.stack(received, axis=1))
-        heads.extend((site.layer, head) for head in range(attention.shape[1]))
+        heads.extend((site.layer, head) for head in range(site.heads))
 
-    with torch.inference_mode(), AttentionTap(model, keep):
-        model(pixels)
+    observe(model, pixels, keep)
     received_shares = np.nan_to_num(np.stack(shares))  # [head, image, patch]
     dominant = []  # (share, position among the heads) of the images whose peak is there
     for image, one in enumerate(maps):

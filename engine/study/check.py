@@ -10,40 +10,29 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.capture import (
-    AttentionSite,
-    AttentionTap,
     CaptureError,
-    discover_factors,
-    discover_sites,
-    evaluating,
+    Discovery,
+    SiteAttention,
+    discover,
     has_classes,
-    stored_layers,
+    observe,
 )
 from engine.config import StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
 from engine.study.data import Start
 from kernels import BACKENDS, MetricSpec, check_metrics, measure_qk, resolve
-from store import FactorSchema, StoreSchema, estimate_bytes
+from store import StoreSchema, estimate_bytes
 from store.encodings import resolve_encoding
 from train.adapters import check_adapters
 from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
 from train.errors import InputError
 from train.models import classifier_name
 from train.recipes import RECIPES
-
-
-@dataclass(frozen=True)
-class Captured:
-    """What one capture of a model keeps: its sites, and what is fixed about their query and key (encoding qk)."""
-
-    sites: Sequence[AttentionSite]
-    factors: Mapping[int, FactorSchema]
 
 
 def check_study(start: Start, model: torch.nn.Module, device: str, stages: Sequence[str]) -> None:
@@ -109,7 +98,7 @@ def check_capture(
     device: str,
     *,
     stored_alone: bool = False,
-) -> Captured:
+) -> Discovery:
     """Send one image through the model: its attention, the layers and heads that are chosen, and every metric.
 
     Args:
@@ -121,20 +110,18 @@ def check_capture(
         MetricError: a metric of the user's own that does not give one value a map.
         BackendUnavailableError: the backend cannot run here.
     """
-    layers, heads = config.capture.layers or None, config.capture.heads or None
-    sites, _, _, _ = discover_sites(model, _noise(preprocessing, 1, device), layers, heads)
+    capture = config.capture
+    keeps_factors = "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors
+    noise = _noise(preprocessing, 2 if keeps_factors else 1, device)
+    found = discover(model, noise, layers=capture.layers, heads=capture.heads, keeps_factors=keeps_factors)
     specs = [] if stored_alone else metrics_of_one_capture(config.measure.metrics)
     if specs:
         backend = resolve(config.measure.backend, torch.device(device).type).name
         regions = len(REGION_NAMES) if config.data.kind == "digits" else 0
-        check_metrics(specs, [site.layout for site in sites], regions, backend)
+        check_metrics(specs, [site.layout for site in found.sites], regions, backend)
         if BACKENDS[backend].devices != ("cpu",):
             _measure_once(model, _noise(preprocessing, 1, device), specs, backend)
-    factors: Mapping[int, FactorSchema] = {}
-    if "store" in config.capture.sinks and resolve_encoding(config.capture.encoding).keeps_factors:
-        some = _noise(preprocessing, 2, device)
-        factors, _ = discover_factors(model, some, config.capture.layers, config.capture.heads)
-    return Captured(sites, factors)
+    return found
 
 
 def check_targets(model: torch.nn.Module, targets: str, ranks: Sequence[int], whose: str) -> None:
@@ -205,7 +192,7 @@ def require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
             )
 
 
-def _needs(start: Start, model: torch.nn.Module, captured: Captured | None) -> dict[str, tuple[Path, int]]:
+def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None) -> dict[str, tuple[Path, int]]:
     """What a study writes of more than a few megabytes: what it is → where, and at most how many bytes."""
     config, outputs = start.config, start.outputs
     recipes = [RECIPES[condition.recipe] for condition in config.conditions.values()]
@@ -237,13 +224,13 @@ def _bytes_of(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Captured, images: int) -> int:
+def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Discovery, images: int) -> int:
     """Most bytes that the store of one capture takes."""
     capture = config.capture
     regions = REGION_NAMES if config.data.kind == "digits" else ()
     specs = metrics_of_one_capture(config.measure.metrics)
     schema = StoreSchema(
-        layers=stored_layers(captured.sites, captured.factors),
+        layers=captured.layers,
         image_ids=tuple(map(str, range(images))),
         batch_size=capture.batch_size,
         encoding=capture.encoding if "store" in capture.sinks else "",
@@ -256,7 +243,7 @@ def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Captur
         code_version="",
         regions=regions,
         region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions"),
-        head_ids=captured.sites[0].head_ids,
+        head_ids=captured.head_ids,
     )
     return estimate_bytes(schema)
 
@@ -276,15 +263,13 @@ def _measure_once(model: torch.nn.Module, image: torch.Tensor, specs: Sequence[M
     rows = [spec for spec in specs if spec.inputs == "rows"]
     seen: list[int] = []
 
-    def measure(
-        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> None:
+    def measure(attention: SiteAttention) -> None:
         if rows and not seen:
-            measure_qk(query, key, site.layout, rows, scale, bias, backend, invalid="mask")
-            seen.append(site.layer)
+            layout, scale, bias = attention.site.layout, attention.scale, attention.bias
+            measure_qk(attention.query, attention.key, layout, rows, scale, bias, backend, invalid="mask")
+            seen.append(attention.site.layer)
 
-    with evaluating(model), torch.inference_mode(), AttentionTap(model, measure):
-        model(image)
+    observe(model, image, measure)
 
 
 def _noise(preprocessing: Preprocessing, images: int, device: str) -> torch.Tensor:

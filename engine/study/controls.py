@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.capture import AttentionSite, AttentionTap, attention_map, block_of, evaluating, num_blocks, reached_block
+from engine.capture import AttentionSite, SiteAttention, block_of, num_blocks, observe, reached_block
 from engine.progress import say
 from kernels import measure_qk
 from train.data import ImageSet
@@ -109,15 +109,13 @@ def _maps_and_metrics(
 ) -> list[tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]]:
     found: list[tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]] = []
 
-    def keep(
-        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> None:
-        measured = measure_qk(query, key, site.layout, metrics=tuple(metrics), scale=scale, bias=bias)
+    def keep(attention: SiteAttention) -> None:
+        site, scale, bias = attention.site, attention.scale, attention.bias
+        measured = measure_qk(attention.query, attention.key, site.layout, tuple(metrics), scale, bias)
         values = {name: torch.as_tensor(of_heads).cpu().numpy() for name, of_heads in measured.items()}
-        found.append((site, attention_map(query, key, scale, bias), values))
+        found.append((site, attention.maps(), values))
 
-    with evaluating(model), torch.inference_mode(), AttentionTap(model, keep):
-        model(pixels)
+    observe(model, pixels, keep)
     return found
 
 

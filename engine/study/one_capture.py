@@ -85,6 +85,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         preprocessing=preprocessing.to_dict(),
         manifest=manifest_dict(manifest),
         label=f"capture {path.name}",
+        workers=workers,
     )
     if workers.first and config.capture.samples:
         with _samples_beside(path) as samples:

@@ -399,6 +399,7 @@ class Study:
             manifest=manifest_dict(self.data.splits.manifest),
             label=f"capture {run.name}",
             replace=True,
+            workers=Workers.current(),
         )
         samples = self.outputs / "samples.zarr"
         if self.sample_rows and Workers.current().first:

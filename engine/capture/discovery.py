@@ -1,0 +1,106 @@
+"""What one forward pass shows of a model: the sites that can be measured, and what a store of it will hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.capture.attention_call import AttentionSite, SiteAttention
+from engine.capture.tap import has_classes, observe
+from store import Factors, FactorSchema, LayerSchema
+from store.encodings import factor_schema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery:
+    """What a capture of a model will hold.
+
+    Args:
+        sites: measurable ones, in depth order.
+        skipped: (module name, reason) of the others.
+        num_classes: scored by the model; 0 without a head.
+        precision: dtype in which query meets key; under autocast, the one that it casts to.
+        factors: layer -> what is fixed about its query and key, where they are kept.
+        biases: layer -> the bias that all images share, [1, head, query, key], likewise.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    skipped: tuple[tuple[str, str], ...]
+    num_classes: int
+    precision: str
+    factors: dict[int, FactorSchema]
+    biases: dict[int, torch.Tensor]
+
+    @property
+    def head_ids(self) -> tuple[int, ...]:
+        """Numbers of the captured heads in the model, where some were chosen."""
+        return self.sites[0].head_ids  # the tap's choice, one for all sites
+
+    @property
+    def layers(self) -> tuple[LayerSchema, ...]:
+        """What a store says of its layers, each with its own layout."""
+        return tuple(
+            LayerSchema(
+                layer=site.layer,
+                site=site.name,
+                heads=site.heads,
+                layout=site.layout.to_dict(),
+                factors=self.factors.get(site.layer),
+            )
+            for site in self.sites
+        )
+
+
+def discover(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    *,
+    layers: Sequence[int] = (),
+    heads: Sequence[int] = (),
+    keeps_factors: bool = False,
+) -> Discovery:
+    """Run the model once and note what it shows.
+
+    Args:
+        model: see `AttentionTap`.
+        images: [image, channel, row, col]; two where factors are kept: from one alone, a bias of each image cannot be
+            told from one for all.
+        layers, heads: to look at; empty: all.
+        keeps_factors: whether query and key will be stored.
+
+    Raises:
+        CaptureError: no measurable attention, or a layer or head that is not there.
+    """
+    sites: list[AttentionSite] = []
+    dtypes: dict[torch.dtype, None] = {}
+    factors: dict[int, FactorSchema] = {}
+    biases: dict[int, torch.Tensor] = {}
+
+    def look(attention: SiteAttention) -> None:
+        site = attention.site
+        sites.append(site)
+        dtypes[attention.query.dtype] = None
+        if not keeps_factors:
+            return
+        bias = None if attention.bias is None else attention.bias.cpu()
+        kept = Factors(query=attention.query.cpu(), key=attention.key.cpu(), scale=attention.scale, bias=bias)
+        factors[site.layer] = factor_schema(kept, site.heads)
+        if bias is not None and factors[site.layer].bias == "shared":
+            biases[site.layer] = one_bias(bias).clone()
+
+    output, tap = observe(model, images, look, layers=layers or None, heads=heads or None)
+    return Discovery(
+        sites=tuple(sites),
+        skipped=tuple(tap.skipped),
+        num_classes=int(output.shape[-1]) if has_classes(model) else 0,
+        precision=", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+        factors=factors,
+        biases=biases,
+    )
+
+
+def one_bias(bias: torch.Tensor) -> torch.Tensor:
+    """[1, head, query, key] of a bias that all images share."""
+    return bias[(None,) * (4 - bias.ndim)][:1]
