@@ -56,7 +56,7 @@ def how_to_read() -> tuple[str, ...]:
     )
 
 
-def limits(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
+def limits(results: Results, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """The limits of this very study."""
     runs = max((training_runs(results, condition) for condition in results.conditions), default=1)
     images = text.count(results.num_images, "image")
@@ -64,7 +64,7 @@ def limits(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
         f"One architecture, one data set, {images}, "
         f"{'one checkpoint' if runs == 1 else f'{runs} training runs'} a condition: nothing here carries over to other "
         "models, data or tasks without being measured there.",
-        *scope_sentences(results, found),
+        *scope_sentences(results, comparisons),
         "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
         "independent than that.",
         *_skewed(results),

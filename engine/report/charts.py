@@ -21,7 +21,7 @@ def color(results: Results, condition: str) -> int:
     return results.conditions.index(condition) % len(PALETTE) if condition in results.conditions else 0
 
 
-def curve_chart(results: Results, metric: str, region: str | None, found: Sequence[Comparison] = ()) -> Chart:
+def curve_chart(results: Results, metric: str, region: str | None, comparisons: Sequence[Comparison] = ()) -> Chart:
     """Every condition's metric by layer; the regions of one metric share their scale.
 
     With comparisons, the runs of layers that differ are marked at the foot.
@@ -39,7 +39,7 @@ def curve_chart(results: Results, metric: str, region: str | None, found: Sequen
             cluster.layers[0],
             cluster.layers[-1],
         )
-        for pair in found
+        for pair in comparisons
         for cluster in results.clusters(condition=pair.condition, against=pair.against, metric=metric, region=region)
     ]
     y_range = None
@@ -179,9 +179,9 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
 
 
 def _accuracy(results: Results) -> Figure:
-    found = accuracies(results)
+    rows = accuracies(results)
     columns = []
-    for x, (condition, test, chance, runs) in enumerate(found):
+    for x, (condition, test, chance, runs) in enumerate(rows):
         points = [100 * (run.get("test") or 0.0) for run in results.accuracy[condition].values()] if runs > 1 else []
         own = color(results, condition)
         columns.append(Column(own, x, test, f"{test:.1f}", points, chance))
@@ -189,12 +189,12 @@ def _accuracy(results: Results) -> Figure:
         title="Accuracy",
         columns=columns,
         x_label="",
-        x_names=[name for name, *_ in found],
+        x_names=[name for name, *_ in rows],
         y_label=f"{accuracy_title(results).lower()} (%)",
         y_range=(0.0, 100.0),
         width=80 + 90 * max(len(columns), 2),
     )
-    most = max(runs for *_, runs in found)
+    most = max(runs for *_, runs in rows)
     note = "one training run per condition" if most == 1 else f"bar: mean of {most} runs; dots: runs"
     if any(column.level is not None for column in columns):
         note += "; line: chance"

@@ -130,7 +130,7 @@ class Study:
     summary: str = ""
 
     @cached_property
-    def found(self) -> tuple[Comparison, ...]:
+    def comparisons(self) -> tuple[Comparison, ...]:
         return comparisons(self.results)
 
     @cached_property

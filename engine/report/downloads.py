@@ -25,11 +25,11 @@ def downloads(results: Results, summary: str) -> Iterator[tuple[str, str, str, s
     analyses = results.analyses
     for part in ("tests", "trends", "clusters", "relations"):
         if rows := [_entry(entry) for entry in getattr(analyses, part)]:
-            offered.append((f"{part}.csv", "text/csv", _csv(rows), comparison))
-    offered.append(("layer_curves.csv", "text/csv", _csv(_curves(results)), comparison))
+            offered.append((f"{part}.csv", "text/csv", csv_bytes(rows), comparison))
+    offered.append(("layer_curves.csv", "text/csv", csv_bytes(_curves(results)), comparison))
     offered.append((COMPARISON.name, "application/json", (results.outputs / COMPARISON).read_bytes(), comparison))
     if results.training:
-        offered.append(("training.csv", "text/csv", _csv(_history(results)), "metrics/training.json"))
+        offered.append(("training.csv", "text/csv", csv_bytes(_history(results)), "metrics/training.json"))
     if results.study_text:
         offered.append(("study.toml", "application/toml", results.study_text.encode("utf-8"), "study.toml"))
     left = BUDGET
@@ -71,7 +71,8 @@ def _history(results: Results) -> Iterator[Row]:
                 yield {"condition": condition, "seed": seed} | {name: step.get(name) for name in names}
 
 
-def _csv(rows: Iterable[Row]) -> bytes:
+def csv_bytes(rows: Iterable[Row]) -> bytes:
+    """A table with the columns of the first row."""
     buffer = io.StringIO()
     listed = list(rows)
     writer = csv.DictWriter(buffer, listed[0] if listed else [], lineterminator="\n")

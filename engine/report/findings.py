@@ -175,13 +175,13 @@ class Comparison:
 
 def comparisons(results: Results) -> tuple[Comparison, ...]:
     """Every tested pair of conditions."""
-    found = []
+    compared = []
     for condition, against in results.comparisons():
         pair = {"condition": condition, "against": against}
         tests = results.select("head", **pair) or results.select("layer", **pair)
         differing = changes(results, condition, against)
         cells = sum(change.defined for change in differing)
-        found.append(
+        compared.append(
             Comparison(
                 condition=condition,
                 against=against,
@@ -200,12 +200,12 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
                 relations=tuple(r for r in results.analyses.relations if matches(r, pair)),
             )
         )
-    return tuple(found)
+    return tuple(compared)
 
 
 def changes(results: Results, condition: str, against: str) -> tuple[Change, ...]:
-    """One `Change` a metric, or one a region, in the table's order; metrics without a test are left out."""
-    found = []
+    """One `Change` per metric, or per region, in the table's order; metrics without a test are left out."""
+    differing = []
     for metric, region in results.series():
         where = {"condition": condition, "against": against, "metric": metric, "region": region}
         heads = results.select("head", **where)
@@ -220,7 +220,7 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
         every = [test.difference for test in (*heads, *layers) if test.difference is not None]
         bounds = [test.tost_bound for test in layers if test.tost_bound is not None]
         detectable = [test.mde for test in layers if test.mde is not None]
-        found.append(
+        differing.append(
             Change(
                 metric=metric,
                 region=region,
@@ -247,7 +247,7 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
                 clusters=results.clusters(**where),
             )
         )
-    return tuple(found)
+    return tuple(differing)
 
 
 def cell_relations(comparison: Comparison) -> Iterator[tuple[Relation, tuple[Relation, ...]]]:

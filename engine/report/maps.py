@@ -22,14 +22,14 @@ LEVELS = 255
 """Values of a cell are kept as 0 to 254 of its range; 255 is missing."""
 
 
-def maps_payload(results: Results, found: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """One entry a metric (and region), with a grid of tests for every comparison and the values behind the cells."""
+def maps_payload(results: Results, comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """One entry per metric (and region), with a grid of tests for every comparison and the values behind the cells."""
     shown = scatter_images(results)
     entries = []
     for metric, region in results.series():
         values = _by_cell(results, metric, region)
         grids = []
-        for comparison in found:
+        for comparison in comparisons:
             cells = _cells(results, comparison, metric, region, values)
             if any(cell for row in cells for cell in row):
                 grids.append(

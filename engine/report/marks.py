@@ -34,7 +34,7 @@ DIVERGING = np.array(
 
 Point = tuple[float, float]
 ROUND = tuple((3.4 * math.cos(a), 3.4 * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 12, endpoint=False))
-SHAPES: tuple[tuple[Point, ...], ...] = (  # outlines of the points of a line around 0, 0, one a colour
+SHAPES: tuple[tuple[Point, ...], ...] = (  # outlines of the points of a line around 0, 0, one per colour
     ROUND,
     ((-3, -3), (3, -3), (3, 3), (-3, 3)),
     ((0, -3.8), (3.6, 2.8), (-3.6, 2.8)),

@@ -49,17 +49,17 @@ def load_relevance(results: Results) -> Relevance | None:
     return Relevance(parse_relevance(load_json(path, "written by the relevance stage"), path))
 
 
-def relevance_sentences(results: Results, found: Relevance) -> dict[str, list[str]]:
+def relevance_sentences(results: Results, measured: Relevance) -> dict[str, list[str]]:
     """Heading -> sentences, in order; headings without a sentence are left out."""
     parts = {
-        "Faithfulness": list(_faithfulness(results, found)),
-        "Where maps point": list(_places(results, found)),
-        "Where rollout points": list(rollout_cautions(found)),
-        "How much maps depend on the class": list(_classes(results, found)),
-        "Attention and the prediction": list(_link(results, found)),
+        "Faithfulness": list(_faithfulness(results, measured)),
+        "Where maps point": list(_places(results, measured)),
+        "Where rollout points": list(rollout_cautions(measured)),
+        "How much maps depend on the class": list(_classes(results, measured)),
+        "Attention and the prediction": list(_link(results, measured)),
         "Not computed": [
-            *(found.document.left_out or ([] if found.document.images else [NOTHING])),
-            *(f"{entry.method} of {entry.condition}: {entry.reason}." for entry in found.document.refused),
+            *(measured.document.left_out or ([] if measured.document.images else [NOTHING])),
+            *(f"{entry.method} of {entry.condition}: {entry.reason}." for entry in measured.document.refused),
         ],
     }
     return {heading: sentences for heading, sentences in parts.items() if sentences}
@@ -72,21 +72,21 @@ def estimate(entry: MapMean | None) -> str:
     return text.number(entry.mean, 2) + (f" ({text.interval(entry.ci)})" if entry.ci else "")
 
 
-def _faithfulness(results: Results, found: Relevance) -> Iterator[str]:
+def _faithfulness(results: Results, measured: Relevance) -> Iterator[str]:
     """Each condition's order of methods, and which of the expected steps hold."""
-    for condition in found.conditions:
+    for condition in measured.conditions:
         ranked = []
         for measure, sign, name in (
             ("deletion_auc", 1, "deletion (least first)"),
             ("insertion_auc", -1, "insertion (greatest first)"),
             ("faithfulness", -1, "the area between them (greatest first)"),
         ):
-            means = {method: found.mean(condition, method, measure) for method in found.methods(condition)}
+            means = {method: measured.mean(condition, method, measure) for method in measured.methods(condition)}
             known = sorted((sign * e.mean, m) for m, e in means.items() if e and e.mean is not None)
             order = ", ".join(f"{method} {text.number(sign * value, 2)}" for value, method in known)
             ranked.append(f"by {name}: {order}")
         yield f"{condition}, areas under the curves, {'; '.join(ranked)}."
-        against = [test for test in found.document.methods if test.condition == condition]
+        against = [test for test in measured.document.methods if test.condition == condition]
         for than in dict.fromkeys(test.than for test in against):
             left_out = () if than == CONTROL else ILLUSTRATIVE  # these are not held against another method
             verdicts = []
@@ -113,23 +113,23 @@ def _matching(tests: Iterable[MapTest], **where: str | None) -> Iterator[MapTest
     return (test for test in tests if all(getattr(test, name) == value for name, value in where.items()))
 
 
-def _places(results: Results, found: Relevance) -> Iterator[str]:
+def _places(results: Results, measured: Relevance) -> Iterator[str]:
     for region in results.regions:
-        for method in found.methods():
+        for method in measured.methods():
             parts = [
                 f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit.mean, 2)} %"
-                for condition in found.conditions
-                if (share := found.mean(condition, method, f"region_share[{region}]")) is not None
-                and (hit := found.mean(condition, method, f"region_hit[{region}]")) is not None
+                for condition in measured.conditions
+                if (share := measured.mean(condition, method, f"region_share[{region}]")) is not None
+                and (hit := measured.mean(condition, method, f"region_hit[{region}]")) is not None
                 and hit.mean is not None
             ]
             if parts:
                 yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
 
 
-def rollout_cautions(found: Relevance) -> Iterator[str]:
+def rollout_cautions(measured: Relevance) -> Iterator[str]:
     """A caution for each condition in which rollout's peak is a patch that dominates a head."""
-    for entry in found.document.rollout_peaks:
+    for entry in measured.document.rollout_peaks:
         if entry.share is not None:
             yield (
                 f"{entry.condition}: in {text.share(entry.at_dominant, entry.images)} images shown, rollout's "
@@ -139,20 +139,20 @@ def rollout_cautions(found: Relevance) -> Iterator[str]:
             )
 
 
-def _classes(results: Results, found: Relevance) -> Iterator[str]:
-    against = found.document.against
-    for method in found.methods():
+def _classes(results: Results, measured: Relevance) -> Iterator[str]:
+    against = measured.document.against
+    for method in measured.methods():
         for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
-            means = {c: found.mean(c, method, measure) for c in found.conditions}
+            means = {c: measured.mean(c, method, measure) for c in measured.conditions}
             if any(means.values()):
                 listed = text.listing([f"{estimate(entry)} in {condition}" for condition, entry in means.items()])
                 yield (
                     f"{method}, {name} of an image's maps of its own and another class: {listed}."
-                    f"{_differences(results, found, method, measure, against)}"
+                    f"{_differences(results, measured, method, measure, against)}"
                 )
-        for condition in found.conditions:
+        for condition in measured.conditions:
             for test in _matching(
-                found.document.classes, condition=condition, method=method, measure="total_variation"
+                measured.document.classes, condition=condition, method=method, measure="total_variation"
             ):
                 if test.difference is not None and test.survives(results.alpha):
                     more = "noisier" if test.difference > 0 else "smoother"
@@ -162,9 +162,9 @@ def _classes(results: Results, found: Relevance) -> Iterator[str]:
                     )
 
 
-def _differences(results: Results, found: Relevance, method: str, measure: str, against: str) -> str:
+def _differences(results: Results, measured: Relevance, method: str, measure: str, against: str) -> str:
     parts = []
-    for test in _matching(found.document.conditions, method=method, measure=measure):
+    for test in _matching(measured.document.conditions, method=method, measure=measure):
         change = f"{text.change(test.difference)} (max-T p {text.p_value(test.p_max_t)})"
         parts.append(
             f"{test.condition} {change}" + ("" if test.survives(results.alpha) else ", so no difference is claimed")
@@ -172,9 +172,9 @@ def _differences(results: Results, found: Relevance, method: str, measure: str, 
     return f" Against {against}: {'; '.join(parts)}." if parts else ""
 
 
-def _link(results: Results, found: Relevance) -> Iterator[str]:
+def _link(results: Results, measured: Relevance) -> Iterator[str]:
     words = {"logit": "the true class's logit", "correct": "being right"}
-    for entry in found.document.link:
+    for entry in measured.document.link:
         tests = entry.tests
         what = f"{entry.condition} against {entry.against}: the change of {words[entry.outcome]}"
         if not tests:

@@ -1,9 +1,7 @@
-"""What a sweep leaves to look at: curves a rank as PNG, the trials of a rank as a self-contained page, one table."""
+"""What a sweep leaves to look at: curves of each rank as PNG, its trials as a self-contained page, one table."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from engine.report import text
 from engine.report.document import Block, Content, Figure, Group, Section, Table, Text
+from engine.report.downloads import csv_bytes
 from engine.report.html import page
 from engine.report.plots import Chart, Line
 from engine.report.plots import Figure as File
@@ -19,50 +18,26 @@ if TYPE_CHECKING:
     from train.sweep import RankResult, TrialRecord
 
 GREY = "#777777"
-COLUMNS = (
-    "quant",
-    "rank",
-    "recipe",
-    "init",
-    "test_accuracy",
-    "validation_accuracy",
-    "test_accuracy_without_adapters",
-    "trainable_parameters",
-    "lr",
-    "alpha",
-    "label_smoothing",
-    "trials_complete",
-    "trials_pruned",
-    "trials_diverged",
-    "checkpoint",
-)
 
 
-def evaluation_csv(results: Sequence[RankResult], recipe: str, init: str) -> str:
-    """One row a backbone and rank: accuracies as shares of the images, and the hyper-parameters that were chosen."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(COLUMNS)
+def evaluation_csv(results: Sequence[RankResult], recipe: str, init: str) -> bytes:
+    """One row per backbone and rank: accuracies as shares of the images, and the hyper-parameters that were chosen."""
+    rows = []
     for result in results:
         states = [trial.state for trial in result.trials]
-        table.writerow(
-            [
-                result.base,
-                result.rank,
-                recipe,
-                init,
-                result.test_accuracy,
-                result.validation_accuracy,
-                result.without_adapters,
-                result.trainable_parameters,
-                f"{result.params['lr']:.6g}",
-                result.params["alpha_ratio"] * result.rank,
-                f"{result.params['label_smoothing']:.4f}",
-                *(states.count(state) for state in ("complete", "pruned", "diverged")),
-                result.checkpoint.name,
-            ]
-        )
-    return buffer.getvalue()
+        row: dict[str, Any] = {"quant": result.base, "rank": result.rank, "recipe": recipe, "init": init}
+        row |= {
+            "test_accuracy": result.test_accuracy,
+            "validation_accuracy": result.validation_accuracy,
+            "test_accuracy_without_adapters": result.without_adapters,
+            "trainable_parameters": result.trainable_parameters,
+            "lr": f"{result.params['lr']:.6g}",
+            "alpha": result.params["alpha_ratio"] * result.rank,
+            "label_smoothing": f"{result.params['label_smoothing']:.4f}",
+        }
+        row |= {f"trials_{state}": states.count(state) for state in ("complete", "pruned", "diverged")}
+        rows.append(row | {"checkpoint": result.checkpoint.name})
+    return csv_bytes(rows)
 
 
 def curves_png(history: Sequence[Mapping[str, Any]], what: str, title: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Which layers changed, by how much, and is it shown: one row a metric, for the reader with a minute."""
+"""Which layers changed, by how much, and is it shown: one row per metric, for the reader with a minute."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _verdict(results: Results, comparison: Comparison, change: Change) -> Verdic
     )
 
 
-def _layers(found: list[int], of: int) -> str:
-    if not found:
-        return f"none of {of}"
-    return f"all {of}" if len(found) == of > 1 else f"{text.span(sorted(found))} ({len(found)} of {of})"
+def _layers(changed: list[int], count: int) -> str:
+    if not changed:
+        return f"none of {count}"
+    return f"all {count}" if len(changed) == count > 1 else f"{text.span(sorted(changed))} ({len(changed)} of {count})"
 
 
 def _over_runs(results: Results, comparison: Comparison, change: Change) -> str:

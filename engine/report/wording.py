@@ -16,27 +16,27 @@ HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these imag
 _SMALL = 0.01  # standard deviations between images: a copy with 1e-6 of noise in its weights stays below
 
 
-def headline(results: Results, found: Sequence[Comparison]) -> str:
+def headline(results: Results, comparisons: Sequence[Comparison]) -> str:
     """The study in a sentence or two, from what survives the family-wise test, or the lack of it."""
-    if not found:
+    if not comparisons:
         return "One condition was measured, so nothing is compared."
-    if all(comparison.identical for comparison in found):
-        names = text.listing([comparison.condition for comparison in found])
+    if all(comparison.identical for comparison in comparisons):
+        names = text.listing([comparison.condition for comparison in comparisons])
         return (
-            f"Every measured value of {names} equals that of {found[0].against} exactly: on these images, nothing that "
-            "was measured changed."
+            f"Every measured value of {names} equals that of {comparisons[0].against} exactly: on these images, "
+            "nothing that was measured changed."
         )
-    if regional := _region_headline(results, found):
+    if regional := _region_headline(results, comparisons):
         return regional
     # Each metric's largest change, as its row shows it; among metrics, whose units differ, the size beside how much
     # images differ decides. A certainty such as |dz| would put the most even change first, however small.
     best = max(
-        (change.shown for comparison in found for change in comparison.changes if change.layers_changed),
+        (change.shown for comparison in comparisons for change in comparison.changes if change.layers_changed),
         key=lambda test: abs((test and test.d_av) or 0.0),
         default=None,
     )
     if best is None:
-        return _null_headline(results, found)
+        return _null_headline(results, comparisons)
     unit = results.unit(best.metric)
     before, after = _means(best, unit)
     size = small = ""
@@ -60,11 +60,11 @@ def _means(test: PairedTest, unit: str) -> tuple[str, str]:
     return before, after
 
 
-def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
+def _region_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
     """Where attention on annotated regions moved most, in every condition; "" if no such change survives."""
     candidates = [
         test
-        for comparison in found
+        for comparison in comparisons
         for change in comparison.changes
         for test in change.layers
         if change.region is not None and test.changed(results.alpha)
@@ -90,10 +90,10 @@ def _region_headline(results: Results, found: Sequence[Comparison]) -> str:
     )
 
 
-def _null_headline(results: Results, found: Sequence[Comparison]) -> str:
+def _null_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
     sentences = []
     nothing: dict[str, list[str]] = {}  # pairs of which the same can be said share their sentence
-    for comparison in found:
+    for comparison in comparisons:
         if comparison.changed:
             sentences.append(
                 f"{comparison.changed} of {comparison.cells} layer × head × metric cells differ between "
@@ -213,11 +213,11 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     return f"{size}. Nothing survives max-T ({counts}), so no change is claimed{found}.{tail}"
 
 
-def _negligible(found: Comparison | Change) -> str:
+def _negligible(counted: Comparison | Change) -> str:
     """How much survives and is shown to lie within the bounds; "" where nothing does."""
     parts = [
         text.count(n, noun)
-        for n, noun in ((found.negligible, "layer × head cell"), (found.layers_negligible, "layer mean"))
+        for n, noun in ((counted.negligible, "layer × head cell"), (counted.layers_negligible, "layer mean"))
         if n
     ]
     return text.listing(parts)
@@ -262,17 +262,18 @@ def cluster_sentence(results: Results, change: Change) -> str:
 def class_sentence(results: Results, change: Change) -> str:
     """Whether the layers that survive over images also do when every class counts alike; "" without classes."""
     over_classes = {test.layer: test for test in change.classes if test.difference is not None}
-    found = [test for test in change.layers if test.survives(results.alpha) and test.layer in over_classes]
-    if not found:
+    surviving = [test for test in change.layers if test.survives(results.alpha) and test.layer in over_classes]
+    if not surviving:
         return ""
-    same = [test for test in found if (test.difference or 0.0) * (over_classes[test.layer].difference or 0.0) > 0]
-    also = [test for test in found if over_classes[test.layer].survives(results.alpha)]
-    classes = max(over_classes[test.layer].n or 0 for test in found)
+    same = [test for test in surviving if (test.difference or 0.0) * (over_classes[test.layer].difference or 0.0) > 0]
+    also = [test for test in surviving if over_classes[test.layer].survives(results.alpha)]
+    classes = max(over_classes[test.layer].n or 0 for test in surviving)
     sentence = (
-        f"{change.name}: of {text.count(len(found), 'layer')} that differ{'s' if len(found) == 1 else ''} over images, "
+        f"{change.name}: of {text.count(len(surviving), 'layer')} that differ{'s' if len(surviving) == 1 else ''} over "
+        "images, "
         f"{len(same)} keep{'s' if len(same) == 1 else ''} the sign when each of {classes} classes counts alike"
     )
-    floor = over_classes[found[0].layer].p_floor
+    floor = over_classes[surviving[0].layer].p_floor
     if floor is not None and floor > results.alpha:
         return f"{sentence}; {classes} classes are too few for a test (its least p is {text.p_value(floor)})."
     return f"{sentence}, and {len(also)} survive{'s' if len(also) == 1 else ''} max-T over classes."
@@ -283,7 +284,7 @@ def relation_sentence(relation: Relation, by_layer: Sequence[Relation]) -> str:
 
     Args:
         relation: over the layer × head cells.
-        by_layer: the same two metrics' relations over images, one a layer.
+        by_layer: the same two metrics' relations over images, one per layer.
     """
     if relation.rho is None:
         return ""
@@ -324,10 +325,10 @@ def seed_sentence(results: Results, comparison: Comparison) -> str:
     return sentence
 
 
-def scope_sentences(results: Results, found: Sequence[Comparison]) -> tuple[str, ...]:
+def scope_sentences(results: Results, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """What the tests speak of, these checkpoints or training runs: a sentence for all pairs of which the same holds."""
     groups: dict[tuple[int, bool], list[Comparison]] = {}
-    for comparison in found:
+    for comparison in comparisons:
         groups.setdefault((comparison.runs, comparison.speaks_of_runs), []).append(comparison)
     return tuple(_scope(results.alpha, *group, members) for group, members in groups.items())
 
@@ -363,13 +364,13 @@ def accuracy_title(results: Results) -> str:
 
 def accuracies(results: Results) -> list[tuple[str, float, float | None, int]]:
     """(condition, accuracy and chance in percent, training runs) of what was classified; means over runs."""
-    found = []
+    rows = []
     for condition in results.conditions:
         runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
         if runs:
             chance = next((100 * share for run in runs if (share := run.get("chance")) is not None), None)
-            found.append((condition, 100 * sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
-    return found
+            rows.append((condition, 100 * sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
+    return rows
 
 
 def accuracy_sentence(results: Results) -> str:
@@ -391,7 +392,7 @@ def accuracy_sentence(results: Results) -> str:
 
 
 def classifier_sentences(results: Results) -> list[str]:
-    """What a reader must know of the models' classes, a condition each; nothing of heads that were trained here."""
+    """What a reader must know of the models' classes, by condition; nothing of heads that were trained here."""
     notes = (str(results.classifiers.get(condition, {}).get("note") or "") for condition in results.conditions)
     return [note for note in notes if note]
 

@@ -76,7 +76,7 @@ def run_sweep(config: StudyConfig) -> Path:
                 page = history_html(result, title)
                 write_atomically(folder / f"{name}_optimization_history.html", page.encode())
                 table = evaluation_csv(results, sweep.recipe, sweep.init)
-                write_atomically(folder / "evaluation.csv", table.encode())
+                write_atomically(folder / "evaluation.csv", table)
                 say(
                     f"{base} rank {rank}: test {result.test_accuracy:.1%} "
                     f"(without adapters {result.without_adapters:.1%}), validation {result.validation_accuracy:.1%}"

@@ -92,7 +92,7 @@ def data(study: Study) -> list[Block]:
 @section("What this does and does not mean", page=90, anchor="limits", name="Limits")
 def meaning(study: Study) -> list[Block]:
     parts = (
-        ("Limits of this study", cautions.limits(study.results, study.found)),
+        ("Limits of this study", cautions.limits(study.results, study.comparisons)),
         ("What the metrics do not measure", cautions.not_measured()),
         ("How to read the numbers", cautions.how_to_read()),
     )
@@ -101,7 +101,7 @@ def meaning(study: Study) -> list[Block]:
 
 @section("Limits", summary=110)
 def limits(study: Study) -> list[Block]:
-    return [Bullets(cautions.limits(study.results, study.found))]
+    return [Bullets(cautions.limits(study.results, study.comparisons))]
 
 
 @section("What the metrics do not measure", summary=120)

@@ -12,7 +12,7 @@ from engine.report.maps import maps_payload
 @section("Which layers and heads changed", page=10, anchor="maps", name="Layers and heads")
 def maps(study: Study) -> list[Block]:
     results = study.results
-    if not study.found:
+    if not study.comparisons:
         return []
     marked = (
         f" survives the max-T test of its comparison at α\u00a0=\u00a0{results.alpha:g}, over all layers, heads and "
@@ -35,7 +35,7 @@ def maps(study: Study) -> list[Block]:
         Span("tables", "link", "#provenance"),
         ".",
     )
-    return [Text(tuple(said)), Widget("maps", maps_payload(results, study.found)), Text(without, "noscript")]
+    return [Text(tuple(said)), Widget("maps", maps_payload(results, study.comparisons)), Text(without, "noscript")]
 
 
 @section("Layer curves", page=20, anchor="curves")
@@ -47,7 +47,7 @@ def curves(study: Study) -> list[Block]:
         f"{text.count(results.num_images, 'image')}, given the checkpoints"
     )
     said += "; thin lines: single training runs." if len(results.seeds) > 1 else "."
-    if any(results.clusters(condition=pair.condition, against=pair.against) for pair in study.found):
+    if any(results.clusters(condition=pair.condition, against=pair.against) for pair in study.comparisons):
         said += (
             " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
             f"{results.settings['against']} as a run (cluster permutation, α = {results.alpha:g})."
@@ -58,11 +58,11 @@ def curves(study: Study) -> list[Block]:
 def curve(study: Study, metric: str, region: str | None) -> Figure:
     """A chart with its numbers: mean, interval and images by layer, a column per condition."""
     results = study.results
-    found = [layer_curve(results, metric, condition, region) for condition in results.conditions]
+    lines = [layer_curve(results, metric, condition, region) for condition in results.conditions]
     rows: list[list[Content]] = []
     for row, layer in enumerate(results.layers):
         cells: list[Content] = [str(layer)]
-        for curve in found:
+        for curve in lines:
             low, high = float(curve.low[row]), float(curve.high[row])
             mean = text.number(float(curve.mean[row]), decimals=text.decimals(high - low))
             interval = Span(f"{text.interval((low, high))}; n {int(curve.n[row])}", "small")
@@ -71,7 +71,7 @@ def curve(study: Study, metric: str, region: str | None) -> Figure:
     level = text.percent(results.confidence)
     caption = f"{results.heading(metric, region)} by layer: mean, {level} interval over images, n"
     table = Table(["layer", *results.conditions], rows, caption)
-    return Figure(curve_chart(results, metric, region, study.found), table)
+    return Figure(curve_chart(results, metric, region, study.comparisons), table)
 
 
 @section("Training runs", page=30, anchor="seeds", name="Runs")
@@ -79,7 +79,7 @@ def seeds(study: Study) -> list[Block]:
     results = study.results
     if len(results.seeds) < 2:
         return []
-    scope = " ".join(wording.scope_sentences(results, study.found))
+    scope = " ".join(wording.scope_sentences(results, study.comparisons))
     said = (
         f"Each line is one training run's difference from {results.settings['against']} (mean over heads and images): "
         f"the spread that a claim about training has to beat. {scope}"

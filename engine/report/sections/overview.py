@@ -18,7 +18,7 @@ def summary(study: Study) -> list[Block]:
     alarms = list(cautions.failed_stages(results))
     if failed := _failed_controls(results):
         alarms.append(f"{failed} of {len(results.controls)} negative controls failed: {wording.DISTRUST}")
-    return [*(Text(Span(alarm, "strong")) for alarm in alarms), Text(wording.headline(results, study.found))]
+    return [*(Text(Span(alarm, "strong")) for alarm in alarms), Text(wording.headline(results, study.comparisons))]
 
 
 @section("What was compared", summary=10)
@@ -39,7 +39,7 @@ def compared(study: Study) -> list[Block]:
         rows.append([condition, recipe, f"{training_runs(results, condition)}{note}"])
     accuracy = wording.accuracy_sentence(results)
     said = [accuracy] if accuracy else []
-    said += [*wording.classifier_sentences(results), *wording.scope_sentences(results, study.found)]
+    said += [*wording.classifier_sentences(results), *wording.scope_sentences(results, study.comparisons)]
     return [Text(facts), Table(["condition", "recipe", "training runs"], rows), *map(Text, said)]
 
 
@@ -51,12 +51,12 @@ def overview(study: Study) -> list[Block]:
         shout = Span(f"{failed} of {len(results.controls)} negative controls failed.", "strong")
         link = Span("controls", "link", "#controls")
         blocks.append(Text((shout, " Do not trust the other numbers before this is explained (", link, ")."), "alarm"))
-    blocks += [Text(wording.headline(results, study.found), "headline"), Group("cards", list(_cards(study)))]
+    blocks += [Text(wording.headline(results, study.comparisons), "headline"), Group("cards", list(_cards(study)))]
     blocks += [Text(sentence, "scope") for sentence in wording.classifier_sentences(results)]
-    for comparison in study.found:
+    for comparison in study.comparisons:
         if comparison.changes:
             blocks += _verdicts(study, comparison)
-    blocks += [Text(sentence, "scope") for sentence in wording.scope_sentences(results, study.found)]
+    blocks += [Text(sentence, "scope") for sentence in wording.scope_sentences(results, study.comparisons)]
     regional = [metric for metric in results.metrics if results.regions_of(metric) != (None,)]
     for metric in regional:
         figures = [curve(study, metric, region) for region in results.regions]
@@ -70,7 +70,7 @@ def _failed_controls(results: Results) -> int:
 
 def _cards(study: Study) -> Iterator[Group]:
     results = study.results
-    for pair in study.found:
+    for pair in study.comparisons:
         said = (
             "layer × head × metric cells differ after the family-wise correction (max-T, α = "
             f"{results.alpha:g}, n = {text.count(pair.n, 'image')})"
@@ -110,7 +110,7 @@ def _big(part: int, whole: int) -> Text:
 
 
 def _verdicts(study: Study, comparison: Comparison) -> list[Block]:
-    """A row a metric: which layers changed, by how much, and whether that is shown."""
+    """A row per metric: which layers changed, by how much, and whether that is shown."""
     results = study.results
     bounded = any(test.tost_bound is not None for test in results.analyses.tests)
     if comparison.changed or comparison.layers_changed:

@@ -53,24 +53,24 @@ BASELINES = {"blur": "the blurred image", "mean": "the data set's mean"}
 
 @section("Relevance maps", page=50, anchor="relevance", name="Relevance")
 def relevance(study: Study) -> list[Block]:
-    found = load_relevance(study.results)
-    sentences = relevance_sentences(study.results, found) if found is not None else {}
-    if found is None or not sentences:
+    measured = load_relevance(study.results)
+    sentences = relevance_sentences(study.results, measured) if measured is not None else {}
+    if measured is None or not sentences:
         return []
-    cautions = list(rollout_cautions(found))
-    panels = list(_panels(study.results, found.document.target))
-    methods = found.methods()
+    cautions = list(rollout_cautions(measured))
+    panels = list(_panels(study.results, measured.document.target))
+    methods = measured.methods()
     if not methods:
         said = [line for title, lines in sentences.items() if title != "Where rollout points" for line in lines]
         return [*map(Text, said), *(Text(line, "scope") for line in cautions), *panels]
-    blocks: list[Block] = [Text(_introduction(found))]
-    if charts := list(_charts(found, methods)):
+    blocks: list[Block] = [Text(_introduction(measured))]
+    if charts := list(_charts(measured, methods)):
         legend: list[Content] = [Span(name, "swatch", n % len(PALETTE)) for n, name in enumerate(methods)]
         blocks += [Bullets(legend, "legend"), Group("charts", charts)]
     rows: list[list[Content]] = [
-        [study.swatch(condition), method, *(_measured(found, condition, method, measure) for measure in COLUMNS)]
-        for condition in found.conditions
-        for method in found.methods(condition)
+        [study.swatch(condition), method, *(_cell(measured, condition, method, measure) for measure in COLUMNS)]
+        for condition in measured.conditions
+        for method in measured.methods(condition)
     ]
     blocks.append(Table(["condition", "method", *COLUMNS.values()], rows, "Means with intervals over images"))
     blocks.append(Group("details", _in_words(sentences), "In words, with the tests"))
@@ -83,16 +83,16 @@ def relevance(study: Study) -> list[Block]:
 
 @section("Relevance maps", summary=70)
 def relevance_in_words(study: Study) -> list[Block]:
-    found = load_relevance(study.results)
-    return _in_words(relevance_sentences(study.results, found)) if found is not None else []
+    measured = load_relevance(study.results)
+    return _in_words(relevance_sentences(study.results, measured)) if measured is not None else []
 
 
 def _in_words(sentences: dict[str, list[str]]) -> list[Block]:
     return [block for title, lines in sentences.items() for block in (Heading(title), Bullets(lines))]
 
 
-def _introduction(found: Relevance) -> str:
-    document = found.document
+def _introduction(measured: Relevance) -> str:
+    document = measured.document
     return " ".join(
         (
             f"Maps of {text.count(document.images, 'image')} for {TARGETS[document.target]}.",
@@ -107,14 +107,14 @@ def _introduction(found: Relevance) -> str:
     )
 
 
-def _measured(found: Relevance, condition: str, method: str, measure: str) -> str:
-    entry = found.mean(condition, method, measure)
+def _cell(measured: Relevance, condition: str, method: str, measure: str) -> str:
+    entry = measured.mean(condition, method, measure)
     return "" if entry is None else estimate(entry)
 
 
-def _charts(found: Relevance, methods: Sequence[str]) -> Iterator[Figure]:
-    """A deletion and an insertion chart for every condition, one line a method."""
-    for condition in found.conditions:
+def _charts(measured: Relevance, methods: Sequence[str]) -> Iterator[Figure]:
+    """A deletion and an insertion chart for every condition, one line per method."""
+    for condition in measured.conditions:
         for kind, done in (("deletion", "taken away"), ("insertion", "put back")):
             lines = [
                 Line(
@@ -123,7 +123,7 @@ def _charts(found: Relevance, methods: Sequence[str]) -> Iterator[Figure]:
                     [100 * fraction for fraction in curve.fractions],
                     np.array(curve.deletion if kind == "deletion" else curve.insertion, dtype=np.float64),
                 )
-                for curve in found.document.curves
+                for curve in measured.document.curves
                 if curve.condition == condition
             ]
             chart = Chart(

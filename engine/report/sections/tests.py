@@ -15,14 +15,14 @@ from engine.statistics import PairedTest
 @section("Tests, controls and data", page=80, anchor="tests", name="Tests")
 def tests(study: Study) -> list[Block]:
     blocks: list[Block] = []
-    for comparison in study.found:
+    for comparison in study.comparisons:
         blocks += [
             Heading((study.swatch(comparison.condition), f" against {comparison.against}")),
             Text(wording.comparison_sentence(study.results, comparison)),
             Bullets(_changes(study.results, comparison)),
             *_details(study.results, comparison),
         ]
-    if not study.found:
+    if not study.comparisons:
         blocks.append(Text("One condition was measured, so nothing was tested."))
     return [*blocks, *controls_and_data(study)]
 
@@ -34,12 +34,12 @@ def _details(results: Results, comparison: Comparison) -> Iterator[Group]:
     note = "Cells of one model are not independent: descriptive, without p-values."
     topics.append(("How the metrics' differences go together", note, _relations(comparison)))
     yield from (Group("details", [Text(note), Bullets(said)], title) for title, note, said in topics if said)
-    if found := comparison.seed_tests:
+    if seed_tests := comparison.seed_tests:
         caption = "Differences between training runs"
         if not comparison.speaks_of_runs:
             caption += f"; {comparison.runs} runs are too few to pass {results.alpha:g}"
-        rows = [[*_named(results, test), text.p_value(test.p), text.p_value(test.p_max_t)] for test in found]
-        rows = [[name, str(test.layer), *cells] for test, (name, *cells) in zip(found, rows, strict=True)]
+        rows = [[*_named(results, test), text.p_value(test.p), text.p_value(test.p_max_t)] for test in seed_tests]
+        rows = [[name, str(test.layer), *cells] for test, (name, *cells) in zip(seed_tests, rows, strict=True)]
         table = Table(["metric", "layer", "runs", "difference", "p (sign flip)", "p max-T"], rows, caption)
         yield Group("details", [Text(wording.seed_sentence(results, comparison)), table], "Over training runs")
     if comparison.layer_means:
@@ -92,11 +92,11 @@ def _named(results: Results, test: PairedTest) -> list[str]:
 
 def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> Table:
     """A row per metric and layer; the page has the unit beside the metric's name, and a column for equivalence."""
-    found = [test for change in comparison.changes for test in change.layers]
-    nested = next((test.nested_levels for test in found if test.nested_levels), "")
+    layer_tests = [test for change in comparison.changes for test in change.layers]
+    nested = next((test.nested_levels for test in layer_tests if test.nested_levels), "")
     bounded = on_page and any(test.tost_bound is not None for test in results.analyses.tests)
     rows: list[list[Content]] = []
-    for test in found:
+    for test in layer_tests:
         unit = results.unit(test.metric)
         name = text.what(test.metric, test.region)
         bound = (
@@ -133,7 +133,7 @@ def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> 
     caption = f"{comparison.minus}, mean over heads, paired by image"
     caption += f"; nested: {nested} resampled" if nested else ""
     caption += f". Detectable: what would have been found with a power of {text.percent(results.power)}"
-    looks = ["sure" if test.changed(results.alpha) else "" for test in found]
+    looks = ["sure" if test.changed(results.alpha) else "" for test in layer_tests]
     return Table([*header, *(["TOST"] if bounded else [])], rows, caption, looks=looks)
 
 
@@ -143,7 +143,7 @@ def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> 
 @section("Observed patterns", summary=20)
 def observed(study: Study) -> list[Block]:
     blocks: list[Block] = []
-    for comparison in study.found:
+    for comparison in study.comparisons:
         blocks.append(Heading(comparison.pair))
         blocks.append(Bullets(_changes(study.results, comparison)))
     return blocks
@@ -153,7 +153,7 @@ def observed(study: Study) -> list[Block]:
 def tests_in_words(study: Study) -> list[Block]:
     results = study.results
     blocks: list[Block] = []
-    for comparison in study.found:
+    for comparison in study.comparisons:
         blocks.append(Text(wording.comparison_sentence(results, comparison)))
         table = _layer_table(results, comparison, on_page=False)
         if table.rows:
@@ -170,7 +170,7 @@ def tests_in_words(study: Study) -> list[Block]:
 @section("Along the layers", summary=40)
 def along_the_layers(study: Study) -> list[Block]:
     blocks: list[Block] = []
-    for comparison in study.found:
+    for comparison in study.comparisons:
         for say, lead in (
             (
                 wording.cluster_sentence,
@@ -190,7 +190,7 @@ def along_the_layers(study: Study) -> list[Block]:
 @section("Between metrics", summary=50)
 def between_metrics(study: Study) -> list[Block]:
     blocks: list[Block] = []
-    for comparison in study.found:
+    for comparison in study.comparisons:
         if said := _relations(comparison):
             lead = "Cells of one model are not independent, so no p-value is given:"
             blocks += [Text(f"Differences {comparison.minus}. {lead}"), Bullets(said)]
@@ -200,7 +200,7 @@ def between_metrics(study: Study) -> list[Block]:
 @section("Classes", summary=60)
 def classes(study: Study) -> list[Block]:
     blocks: list[Block] = []
-    for comparison in study.found:
+    for comparison in study.comparisons:
         if said := _said(study.results, comparison, wording.class_sentence):
             blocks += [Text(f"{comparison.minus}:"), Bullets(said)]
     lead = "Does a finding hang on a few large classes? Here every class counts alike and is one unit."
@@ -209,7 +209,7 @@ def classes(study: Study) -> list[Block]:
 
 @section("The t-test over layer means", summary=100)
 def layer_means(study: Study) -> list[Block]:
-    rows = [[pair.minus, *row] for pair in study.found for row in _mean_rows(study.results, pair)]
+    rows = [[pair.minus, *row] for pair in study.comparisons for row in _mean_rows(study.results, pair)]
     said = (
         Span("Not valid inference.", "strong"),
         " Some publications test the layer means of two models with a paired t-test over "
