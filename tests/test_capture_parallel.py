@@ -207,6 +207,7 @@ def test_a_mistake_is_one_sentence_of_one_process(inputs: list[str], tmp_path: P
 FAILING = """
 import sys, time
 import engine.run
+from engine.run import commands
 from train.errors import InputError
 from train.parallel import joined
 
@@ -218,7 +219,7 @@ def capture(config, arguments):
         workers.wait()
         raise AssertionError("nobody waits in vain")
 
-engine.run.COMMANDS["capture"] = engine.run.Command("", capture, flags={"--store": "capture.store"}, shared=True)
+commands.COMMANDS["capture"] = commands.Command("", capture, flags={"--store": "capture.store"}, shared=True)
 sys.exit(engine.run.main())
 """
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from engine.config import load_study
 from engine.measure.table import read_table
 from engine.run import main
-from engine.study.data import Start
 from engine.study.journal import Journal
+from engine.study.start import Start
 from store import AttentionStore
 from tests.photographs import write_photographs
 

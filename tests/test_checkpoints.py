@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.config import load_study
-from engine.study.data import Start, StudyData, prepare_data
+from engine.study.data import StudyData, prepare_data
 from engine.study.journal import Journal
+from engine.study.start import Start
 from engine.study.training import train_runs
 from tests.photographs import write_photographs
 from tests.training_runs import training_run

@@ -103,11 +103,12 @@ def test_what_a_stage_left_before_it_failed_is_not_reported(tmp_path: Path, caps
     assert journal.usable(left)
 
 
-def test_a_reader_that_leaves_is_no_fault_of_a_stage(tmp_path: Path) -> None:
-    def left() -> None:
+def test_a_reader_that_leaves_is_no_fault_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
         raise BrokenPipeError
 
     journal = Journal(tmp_path / "run.jsonl")
+    monkeypatch.setitem(study.FIRST_STAGES, "controls", broken)
     with pytest.raises(BrokenPipeError):
-        study.Study.attempt(SimpleNamespace(controls=left, journal=journal), "controls")
+        study.attempt(SimpleNamespace(journal=journal), "controls")
     assert journal.failed() == {}

@@ -19,7 +19,7 @@ from engine.capture import capture_attention
 from engine.config import load_study, parse_value
 from engine.run import main
 from engine.study.model import model_info
-from engine.study.stages import Study
+from engine.study.study import Study
 from engine.study.training import Run
 from store import AttentionStore
 from tests.photographs import write_photographs

@@ -317,7 +317,7 @@ def test_capture_measure_verify_info(
 
 def test_a_second_run_in_the_same_folder_is_told_to_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from engine.config import load_study
-    from engine.study.stages import Study
+    from engine.study.study import Study
 
     outputs = tmp_path / "out"
     study = Study(load_study(None, {"outputs": str(outputs)}))

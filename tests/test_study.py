@@ -283,7 +283,7 @@ def test_controls_measure_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pyte
 
 
 def test_checkpoints_and_training_do_not_mix() -> None:
-    from engine.study.data import Start
+    from engine.study.start import Start
     from train.errors import InputError
 
     config = load_study(

@@ -17,7 +17,7 @@ import torch
 from engine.run import main
 from tests.miniatures import write_sports100
 from train.checkpoint import read_checkpoint, read_metadata
-from train.parallel import Tally, Workers
+from train.parallel import SINGLE, Tally, Workers
 
 WORKER = """
 import json, os, sys
@@ -90,6 +90,7 @@ def test_workers_divide_and_tell(tmp_path: Path) -> None:
 LEFT_ALONE = """
 import os, signal, sys
 import engine.run
+from engine.run import commands
 from train.parallel import joined
 
 def train(config, arguments):
@@ -100,7 +101,7 @@ def train(config, arguments):
         workers.wait()
     return 0
 
-engine.run.COMMANDS["train"] = engine.run.Command("", train, shared=True)
+commands.COMMANDS["train"] = commands.Command("", train, shared=True)
 sys.exit(engine.run.main(["train"]))
 """
 
@@ -125,7 +126,7 @@ def test_a_process_that_is_left_alone_says_so() -> None:
 
 
 def test_one_process_is_its_own_worker() -> None:
-    single = Workers.current()
+    single = SINGLE
     assert single == Workers(0, 1)
     assert single.first
     assert single.add_up(torch.tensor([2.0])).tolist() == [2.0]

@@ -47,11 +47,6 @@ class Workers:
     count: int = 1
     store: Store | None = field(default=None, repr=False, compare=False)
 
-    @classmethod
-    def current(cls) -> Workers:
-        """Those that `joined` has joined; this one alone outside of it."""
-        return _current
-
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -161,7 +156,6 @@ def joined(device: str) -> Iterator[Workers]:
         InputError: there are more processes on this machine than GPUs.
         WorkerLostError: from what is done inside, when another process has ended.
     """
-    global _current
     if not several_processes():
         yield SINGLE
         return
@@ -186,10 +180,10 @@ def joined(device: str) -> Iterator[Workers]:
         world_size=count,
         timeout=_PATIENCE,
     )
-    _current = Workers(rank, count, PrefixStore(f"workers {attempt}", store))
-    failed = Tally(_current, "failed")
+    workers = Workers(rank, count, PrefixStore(f"workers {attempt}", store))
+    failed = Tally(workers, "failed")
     try:
-        yield _current
+        yield workers
     except Exception:
         try:
             let_speak(failed.add(1) == 1)
@@ -197,7 +191,6 @@ def joined(device: str) -> Iterator[Workers]:
             let_speak(True)
         raise
     finally:
-        _current = SINGLE
         distributed.destroy_process_group()
 
 
@@ -218,5 +211,3 @@ def _bytes(value: Any) -> torch.Tensor:
 
 
 SINGLE = Workers()
-
-_current = SINGLE

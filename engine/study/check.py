@@ -24,7 +24,7 @@ from engine.capture import (
 )
 from engine.config import StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
-from engine.study.data import Start
+from engine.study.start import Start
 from kernels import BACKENDS, MetricSpec, check_metrics, measure_qk, resolve
 from store import StoreSchema, estimate_bytes
 from store.encodings import resolve_encoding

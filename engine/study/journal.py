@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.progress import PROGRAM, say
 from store.disk import writing
 from train.errors import DamagedFileError, InputError
 from train.whole_files import write_atomically
+
+if TYPE_CHECKING:
+    from train.parallel import Workers  # which loads torch
 
 SEAL = "sha256"
 """The key of a line that holds the hash of the others."""
@@ -64,8 +67,8 @@ def _file_digest(path: Path, *state: int) -> str:
 class Journal:
     """The stages of one outputs folder.
 
-    Where torchrun started several processes, all of them go through the stages together: the first one decides what is
-    done already and keeps the journal.
+    Of several processes that go through the stages together, the first one decides what is done already and keeps the
+    journal.
 
     Args:
         path: the `run.jsonl`; made when the first stage ends, read when something is first asked of it.
@@ -119,6 +122,7 @@ class Journal:
         work: Callable[[], Mapping[str, Any] | None],
         *,
         reads: Sequence[Path] = (),
+        workers: Workers | None = None,
         shared: bool = False,
     ) -> str:
         """Run `work` unless it was done before with the same inputs and its outputs are as it left them.
@@ -130,24 +134,25 @@ class Journal:
             work: does it; what it returns is kept in the record.
             reads: what it reads of the files that other stages left: when one of them leaves something else, this
                 stage's outputs are not to be used any more.
-            shared: several processes do it together; otherwise the first one does, and the others wait.
+            workers: the processes that go through the stages together; None: this one alone.
+            shared: they do the work together; otherwise the first one does it, and the others wait.
 
         Returns:
             a hash of the outputs, an input for the stages that follow.
         """
-        from train.parallel import Workers  # lazy: it loads torch, which a reader of the record does not need
-
-        workers = Workers.current()
-        before = workers.tell(self.done(name, inputs, outputs) if workers.first else None)
+        first = workers is None or workers.first
+        before = self.done(name, inputs, outputs) if first else None
+        if workers is not None:
+            before = workers.tell(before)
         if before is not None:
             say(f"{name}: done already")
             return before
-        left = None
-        if workers.first:
-            left = self._do(name, inputs, outputs, reads, work)
+        after = ""
+        if first:
+            after = self._do(name, inputs, outputs, reads, work)
         elif shared:
             work()
-        return str(workers.tell(left))
+        return after if workers is None else workers.tell(after)
 
     def _do(
         self,

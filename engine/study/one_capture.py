@@ -19,9 +19,9 @@ from engine.capture import (
 from engine.config import StudyConfig
 from engine.progress import say
 from engine.study.check import check_capture, one_torch_thread
-from engine.study.data import image_kind
 from engine.study.model import model_info, model_source
 from engine.study.outputs import resolve_device
+from engine.study.start import image_kind
 from store import StoreError
 from store.places import require_place, storage_at
 from store.schema import samples_name

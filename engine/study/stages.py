@@ -8,54 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine import __version__
-from engine.capture import (
-    SampleMaps,
-    capture_to_store,
-    choose_samples,
-    definitions,
-)
-from engine.config import StudyConfig, study_toml
+from engine.capture import SampleMaps, capture_to_store, choose_samples, definitions
+from engine.config import StudyConfig
 from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
 from engine.progress import reason_of, say
 from engine.relevance import PredictionLink, choose_classes, explain_study, prediction_link, samples_folder
 from engine.report import write_report
-from engine.statistics import Settings, analyse, write_comparison
+from engine.statistics import analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
-from engine.study.controls import Contender, Control, negative_controls
-from engine.study.data import Start, StudyData, check_class_files, prepare_data
-from engine.study.journal import Journal, digest_path
-from engine.study.model import checkpoint_of, model_info, model_source, with_present_name
+from engine.study.controls import Contender, negative_controls
+from engine.study.data import prepare_data
+from engine.study.journal import digest_path
+from engine.study.model import checkpoint_of, model_info, model_source
 from engine.study.one_capture import capture_settings, manifest_dict
-from engine.study.outputs import OutputsFolder, resolve_device
+from engine.study.start import Start, check_class_files
+from engine.study.study import Study
 from engine.study.training import Run, train_runs
-from kernels import load_metric
 from store import AttentionStore
-from train.models import build_model
 from train.parallel import Workers, joined
 from train.processes import first_process
 from train.training import versions
 from train.whole_files import write_json
-
-STAGES = ("train", "capture", "controls", "measure", "statistics", "relevance", "report")
-
-# What all processes of torchrun do together; the first one does the rest alone.
-SHARED_STAGES = ("train", "capture")
-
-# What the report can do without: where one of these fails, the others go on, and the report says what it lacks.
-SEPARATE_STAGES = ("controls", "relevance")
-
-# Controls look at every image of a small test split and at a seeded sample of a large one.
-CONTROL_IMAGES = 256
 
 
 def run_study(config: StudyConfig, last: str = "report") -> Path:
@@ -72,415 +53,334 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
         InputError: whatever the configuration asks for that cannot be had, with what to do.
         Exception: what a stage ended in; of `SEPARATE_STAGES` the first, after the other stages.
     """
-    # What is mistaken is found before anything is trained.
-    check_class_files(config)
+    check_class_files(config)  # before anything is trained
     study = Study(config)
     stages = STAGES[: STAGES.index(last) + 1]
+    errors = []
     with study.opened() as folder:
-        with joined(study.device):
-            study.check(stages)
+        with joined(study.device) as workers:
+            check(study, stages, workers)
             if folder is not None:
                 folder.begin()
             for stage in stages:
                 if stage in SHARED_STAGES:
-                    getattr(study, stage)()
-        errors = []
+                    SHARED_STAGES[stage](study, workers)
         for stage in stages if first_process() else ():
             if stage in SEPARATE_STAGES:
-                errors += study.attempt(stage)
-            elif stage not in SHARED_STAGES:
-                getattr(study, stage)()
-        if errors:
-            if "report" in stages:
-                errors[0].add_note(f"the report, without what failed: {study.outputs / 'report.html'}")
-            raise errors[0]
+                errors += attempt(study, stage)
+            elif stage in FIRST_STAGES:
+                FIRST_STAGES[stage](study)
+    if errors:
+        if "report" in stages:
+            errors[0].add_note(f"the report, without what failed: {study.outputs / 'report.html'}")
+        raise errors[0]
     return study.outputs
 
 
-class Study:
-    """One outputs folder and the configuration that fills it.
+def attempt(study: Study, stage: str) -> list[Exception]:
+    """Run a stage that the others can do without; what it ended in, if it failed, for the caller to raise."""
+    try:
+        FIRST_STAGES[stage](study)
+    except BrokenPipeError:  # the reader of what is said has left, which is no fault of the stage
+        raise
+    except Exception as error:
+        reason = reason_of(error)
+        study.journal.fail(stage, reason)
+        say(f"{stage} failed and is left out: {reason}")
+        return [error]
+    return []
 
-    Attributes:
-        outputs: the folder.
-        start: what it starts from, known after `check`.
-        runs: every trained model, known after `train`.
-    """
 
-    def __init__(self, config: StudyConfig) -> None:
-        self.config = with_present_name(config)
-        self.outputs = Path(config.outputs)
-        self.device = resolve_device(config.device)
-        self.journal = Journal(self.outputs / "run.jsonl")
-        self.start: Start
-        self.runs: list[Run] = []
-        self._captured: dict[Run, str] = {}
-
-    def attempt(self, stage: str) -> list[Exception]:
-        """Run a stage that the others can do without; what it ended in, if it failed, for the caller to raise."""
-        try:
-            getattr(self, stage)()
-        except BrokenPipeError:  # the reader of what is said has left, which is no fault of the stage
-            raise
-        except Exception as error:
-            reason = reason_of(error)
-            self.journal.fail(stage, reason)
-            say(f"{stage} failed and is left out: {reason}")
-            return [error]
-        return []
-
-    # ------------------------------------------------------------------------------------------------ the stages
-
-    def check(self, stages: Sequence[str]) -> None:
-        """Needs: models or checkpoints, the data set's files. Leaves: nothing; says what cannot be had, of `stages`."""
-        config = self.config
-        with one_torch_thread():
-            self.start = Start(config, self.outputs, self.journal)
-            model = self.start.take_model()
-            given = [checkpoint_of(config, name) for name, of in config.conditions.items() if of.recipe == "checkpoint"]
-            files = [file for source in given or [model_source(config)] for file in source.files]
-            inputs = {
-                "study": dataclasses.asdict(config),
-                "stages": stages,
-                "weights": [digest_path(file) for file in files],
-                "data": self.start.data_inputs if self.start.listed is not None else {},
-                "definitions": definitions(config.measure.metrics),
-                "device": self.device,
-                "version": __version__,
-            }
-            self.journal.stage("check", inputs, [], lambda: check_study(self.start, model, self.device, stages))
-
-    def train(self) -> None:
-        """Needs: images. Leaves: checkpoints/<condition>_seed<k>.safetensors, metrics/training.json."""
-        self.runs = train_runs(self.config, self.data, self.journal, self.outputs, device=self.device)
-
-    def capture(self) -> None:
-        """Needs: checkpoints, test images. Leaves: captures/<condition>_seed<k>.zarr, samples.zarr if any are kept."""
-        samples = self.outputs / "samples.zarr"
-
-        def begin_samples() -> None:
-            SampleMaps.create(samples, self.data.test, self.sample_rows)
-
-        if self.sample_rows:
-            self.journal.stage(
-                "samples",
-                {"data": self.data.digest, "rows": self.sample_rows, "version": __version__},
-                [samples / "zarr.json", samples / "images"],
-                begin_samples,
-            )
-        for run in self.runs:
-            self._captured[run] = self.journal.stage(
-                f"capture {run.name}",
-                self._capture_inputs(run),
-                [self._store_path(run), *([samples / run.name] if self.sample_rows else [])],
-                lambda run=run: self._capture_run(run),  # type: ignore[misc]
-                reads=[run.checkpoint],
-                shared=True,
-            )
-
-    def controls(self) -> None:
-        """Needs: checkpoints, test images. Leaves: metrics/controls.json, comparisons whose true answer is zero."""
-        path = self.outputs / "metrics" / "controls.json"
+def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
+    """Needs: models or checkpoints, the data set's files. Leaves: nothing; says what cannot be had, of `stages`."""
+    config = study.config
+    with one_torch_thread():
+        study.start = Start(config, study.outputs, study.journal, workers)
+        model = study.start.take_model()
+        given = [checkpoint_of(config, name) for name, of in config.conditions.items() if of.recipe == "checkpoint"]
+        files = [file for source in given or [model_source(config)] for file in source.files]
         inputs = {
-            "checkpoints": {run.name: run.digest for run in self.runs},
-            "pretrained": self.data.pretrained_digest,
-            "data": self.data.digest,
-            "rows": self.control_rows,
-            "against": self.against,
-            "metrics": self._row_metrics(),
-            "batch_size": self.config.capture.batch_size,
-            "device": self.device,
-            "version": __version__,
-        }
-
-        def work() -> None:
-            controls = [control.to_dict() for control in self._controls()]
-            write_json(path, controls)
-
-        self.journal.stage("controls", inputs, [path], work, reads=[run.checkpoint for run in self.runs])
-        for control in json.loads(path.read_bytes()):
-            if not control["held"]:
-                say(f"CONTROL DID NOT HOLD: {control['title']}: {control['detail']}")
-
-    def measure(self) -> None:
-        """Needs: captures. Leaves: metrics/attention_metrics.zarr, .h5 and .csv, one row a map."""
-        config = self.config
-        folder = self.outputs / "metrics"
-        outputs = [folder / f"attention_metrics{suffix}" for suffix in (".zarr", ".h5", ".csv")]
-        inputs = {
-            "captures": {run.name: self._captured[run] for run in self.runs},
-            "metrics": config.measure.metrics,
+            "study": dataclasses.asdict(config),
+            "stages": stages,
+            "weights": [digest_path(file) for file in files],
+            "data": study.start.data_inputs if study.start.listed is not None else {},
             "definitions": definitions(config.measure.metrics),
-            "backend": config.measure.backend,
+            "device": study.device,
             "version": __version__,
         }
+        work = partial(check_study, study.start, model, study.device, stages)
+        study.journal.stage("check", inputs, [], work, workers=workers)
 
-        def work() -> None:
-            stores = {}
-            for run in self.runs:
-                store = stores[run.condition, run.seed] = AttentionStore.open(self._store_path(run))
-                measure_store(store, config.measure.metrics, config.measure.backend, scheduler=config.measure.scheduler)
-            invariant = [run.condition for run in self.runs if run.seed_invariant]
-            table = build_table(
-                stores, config.measure.metrics, seed_invariant=invariant, attributes=self._table_attributes()
-            )
-            write_table(table, folder)
 
-        self.journal.stage("measure", inputs, outputs, work, reads=[self._store_path(run) for run in self.runs])
+def train(study: Study, workers: Workers) -> None:
+    """Needs: images. Leaves: checkpoints/<condition>_seed<k>.safetensors, metrics/training.json."""
+    study.data = prepare_data(study.start, device=study.device)
+    study.runs = train_runs(
+        study.config, study.data, study.journal, study.outputs, device=study.device, workers=workers
+    )
 
-    def statistics(self) -> None:
-        """Needs: the table, controls. Leaves: metrics/attention_comparison.json."""
-        config = self.config.statistics
-        folder = self.outputs / "metrics"
-        path = folder / "attention_comparison.json"
-        table_path, controls_path = folder / "attention_metrics.zarr", folder / "controls.json"
-        controlled = self.journal.usable(controls_path)
+
+def capture(study: Study, workers: Workers) -> None:
+    """Needs: checkpoints, test images. Leaves: captures/<condition>_seed<k>.zarr, samples.zarr if any are kept."""
+    config, data = study.config, study.data
+    if study.sample_rows:
+        study.journal.stage(
+            "samples",
+            {"data": data.digest, "rows": study.sample_rows, "version": __version__},
+            [study.samples / "zarr.json", study.samples / "images"],
+            partial(_begin_samples, study),
+            workers=workers,
+        )
+    measured = "metrics" in config.capture.sinks
+    for run in study.runs:
         inputs = {
-            "table": digest_path(table_path),
-            "controls": digest_path(controls_path) if controlled else "",
-            "statistics": dataclasses.asdict(config),
-            "classifiers": self._classifiers(),
-            "version": __version__,
-        }
-
-        def work() -> None:
-            table = read_table(table_path)
-            comparison = dataclasses.replace(
-                analyse(table, self._statistics_settings()),
-                accuracy=self._accuracy(),
-                classifiers=self._classifiers(),
-                controls=tuple(json.loads(controls_path.read_bytes())) if controlled else (),
-                data=self.data.summary(),
-                undefined=json.loads(table.attrs["undefined"]),
-                prefix_mass_warning=prefix_mass_warning(table),
-            )
-            write_comparison(path, comparison)
-
-        self.journal.stage("statistics", inputs, [path], work, reads=[table_path, controls_path])
-
-    def relevance(self) -> None:
-        """Needs: checkpoints, captures, the table, test images. Leaves: metrics/relevance.json and .csv, pictures.
-
-        The pictures are visualizations/gradcam_samples/ and visualizations/relevance/<method>/.
-        """
-        config = self.config.relevance
-        folder = self.outputs / "metrics"
-        heads = {name: self.data.head(name) for name in self.config.conditions}
-        choice = choose_classes(heads, self.data.test, self.against)
-        drawn = [row for row in self.sample_rows if row in choice.rows][: config.images]
-        chosen = choose_samples(config.measured, len(choice.rows), self.config.data.seed)
-        measured = [choice.rows[position] for position in chosen]
-        settings = self._statistics_settings()
-        inputs = {
-            "checkpoints": {run.name: run.digest for run in self.runs},
-            "captures": {run.name: self._captured[run] for run in self.runs},
-            "table": digest_path(folder / "attention_metrics.zarr"),
-            "data": self.data.digest,
-            "rows": [drawn, measured],
-            "relevance": dataclasses.asdict(config),
-            "settings": {name: getattr(settings, name) for name in ("permutations", "bootstrap", "confidence", "seed")},
-            "against": self.against,
-            "classifiers": self._classifiers(),
-            "seed": self.config.data.seed,
-            "version": __version__,
-        }
-        left = [folder / "relevance.json", folder / "relevance.csv"]
-        left += [samples_folder(self.outputs, method) for method in config.methods]
-
-        def work() -> None:
-            explain_study(
-                self.outputs,
-                {name: partial(self._model, run) for name, run in self._first_runs().items()},
-                self.data.test,
-                drawn,
-                measured,
-                config,
-                heads=heads,
-                choice=choice,
-                settings=settings,
-                link=self._prediction_link(),
-                seed=self.config.data.seed,
-                device=self.device,
-            )
-
-        reads = [folder / "attention_metrics.zarr", *(run.checkpoint for run in self.runs)]
-        self.journal.stage("relevance", inputs, left, work, reads=reads)
-
-    def report(self) -> None:
-        """Needs: every file above. Leaves: visualizations/figures/, summary.md, report.html."""
-        outputs = self.outputs
-        inputs = {
-            "metrics": digest_path(outputs / "metrics"),
-            "samples": digest_path(outputs / "samples.zarr"),
-            "gradcam": digest_path(samples_folder(outputs, "gradcam")),
-            "relevance": digest_path(outputs / "visualizations" / "relevance"),
-            "study": digest_path(outputs / "study.toml"),
-            "failed": self.journal.failed(),
-            "version": __version__,
-        }
-        page, summary = outputs / "report.html", outputs / "summary.md"
-        left = [page, summary, outputs / "visualizations" / "figures"]
-
-        def work() -> None:
-            write_report(outputs, self.journal)
-
-        self.journal.stage("report", inputs, left, work)
-        say(f"open {page}; the same in words: {summary}")
-
-    # ------------------------------------------------------------------------------------------- what they share
-
-    @cached_property
-    def data(self) -> StudyData:
-        """The images in their splits, prepared once."""
-        return prepare_data(self.start, device=self.device)
-
-    @cached_property
-    def sample_rows(self) -> list[int]:
-        """Rows of the test split whose whole maps are kept."""
-        return choose_samples(self.config.capture.samples, len(self.data.test), self.config.data.seed)
-
-    @cached_property
-    def control_rows(self) -> list[int]:
-        """Rows of the test split that the controls look at."""
-        return choose_samples(CONTROL_IMAGES, len(self.data.test), self.config.data.seed)
-
-    @property
-    def against(self) -> str:
-        """The condition that the others are compared with: `baseline`, or else the first one named."""
-        names = list(self.config.conditions)
-        return "baseline" if "baseline" in names else names[0]
-
-    def opened(self) -> AbstractContextManager[OutputsFolder | None]:
-        """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
-        toml = study_toml(self.config)
-        return OutputsFolder(self.outputs, toml, self.journal) if first_process() else nullcontext()
-
-    def _store_path(self, run: Run) -> Path:
-        return self.outputs / "captures" / f"{run.name}.zarr"
-
-    def _model(self, run: Run) -> torch.nn.Module:
-        return build_model(run.model, num_classes=None).to(self.device).eval()
-
-    def _first_runs(self) -> dict[str, Run]:
-        """Each condition's first run, in the order of the configuration."""
-        first: dict[str, Run] = {}
-        for run in self.runs:
-            first.setdefault(run.condition, run)
-        return first
-
-    def _row_metrics(self) -> list[str]:
-        return [name for name in self.config.measure.metrics if load_metric(name).inputs == "rows"]
-
-    def _capture_inputs(self, run: Run) -> dict[str, Any]:
-        return {
             "checkpoint": run.digest,
-            "data": self.data.digest,
-            "preprocessing": self.data.preprocessing.to_dict(),
-            "capture": dataclasses.asdict(self.config.capture),
-            "metrics": self.config.measure.metrics if "metrics" in self.config.capture.sinks else [],
-            "definitions": definitions(self.config.measure.metrics) if "metrics" in self.config.capture.sinks else {},
-            "backend": self.config.measure.backend,
-            "img_size": self.config.model.img_size,
-            "samples": self.sample_rows,
-            "device": self.device,
+            "data": data.digest,
+            "preprocessing": data.preprocessing.to_dict(),
+            "capture": dataclasses.asdict(config.capture),
+            "metrics": config.measure.metrics if measured else [],
+            "definitions": definitions(config.measure.metrics) if measured else {},
+            "backend": config.measure.backend,
+            "img_size": config.model.img_size,
+            "samples": study.sample_rows,
+            "device": study.device,
             "version": __version__,
         }
-
-    def _capture_run(self, run: Run) -> dict[str, Any]:
-        config = self.config
-        model = self._model(run)
-        store = capture_to_store(
-            model,
-            self.data.test,
-            self._store_path(run),
-            capture_settings(config, self.device),
-            model_info=model_info(run.model),
-            dataset_info=self.data.info("test"),
-            preprocessing=self.data.preprocessing.to_dict(),
-            manifest=manifest_dict(self.data.splits.manifest),
-            label=f"capture {run.name}",
-            replace=True,
-            workers=Workers.current(),
-        )
-        samples = self.outputs / "samples.zarr"
-        if self.sample_rows and Workers.current().first:
-            kept = SampleMaps.open(samples)
-            kept.add(run.name, model, self.data.test, self.sample_rows, device=self.device)
-        return {"images": len(store.image_ids), "layers": len(store.layers)}
-
-    def _controls(self) -> list[Control]:
-        """The frozen backbone, a condition against itself, and a hybrid of two conditions."""
-        first = self._first_runs()
-        return negative_controls(
-            {name: Contender(partial(self._model, run), frozen=run.seed_invariant) for name, run in first.items()},
-            self.against,
-            lambda: self.data.pretrained_model().to(self.device),
-            self.data.test,
-            self.control_rows,
-            metrics=self._row_metrics(),
-            batch_size=self.config.capture.batch_size,
-            device=self.device,
+        study.captures[run] = study.journal.stage(
+            f"capture {run.name}",
+            inputs,
+            [study.store(run), *([study.samples / run.name] if study.sample_rows else [])],
+            partial(_capture_run, study, run, workers),
+            reads=[run.checkpoint],
+            workers=workers,
+            shared=True,
         )
 
-    def _table_attributes(self) -> dict[str, Any]:
-        model = self.config.model
-        arguments = {"arguments": model.arguments} if model.arguments else {}
-        return {
-            "model": {"name": model.name, "img_size": model.img_size, **arguments},
-            "dataset": self.data.info("test"),
-            "preprocessing": self.data.preprocessing.to_dict(),
-            "versions": versions(),
-            "code_version": __version__,
-        }
 
-    def _outputs_of_labels(self, condition: str) -> np.ndarray:
-        """The output of a condition's head that stands for each test image's class, [image]; −1 where there is none."""
-        return self.data.head(condition).outputs_of(self.data.test.labels, self.data.test.class_names)
+def controls(study: Study) -> None:
+    """Needs: checkpoints, test images. Leaves: metrics/controls.json, comparisons whose true answer is zero."""
+    path = study.metrics / "controls.json"
+    inputs = {
+        "checkpoints": {run.name: run.digest for run in study.runs},
+        "pretrained": study.data.pretrained_digest,
+        "data": study.data.digest,
+        "rows": study.control_rows,
+        "against": study.against,
+        "metrics": study.row_metrics(),
+        "batch_size": study.config.capture.batch_size,
+        "device": study.device,
+        "version": __version__,
+    }
+    reads = [run.checkpoint for run in study.runs]
+    study.journal.stage("controls", inputs, [path], partial(_make_controls, study, path), reads=reads)
+    for control in json.loads(path.read_bytes()):
+        if not control["held"]:
+            say(f"CONTROL DID NOT HOLD: {control['title']}: {control['detail']}")
 
-    def _classifiers(self) -> dict[str, dict[str, Any]]:
-        """condition → what its outputs stand for, and what a reader must know of it."""
-        classifiers = {}
-        for condition in self.config.conditions:
-            head = self.data.head(condition)
-            of_labels = self._outputs_of_labels(condition)
-            said = head.origin(condition), head.consequences(len(of_labels), int((of_labels < 0).sum()))
-            classifiers[condition] = {
-                "outputs": head.outputs,
-                "classes": list(head.names) if head.known else None,
-                "note": " ".join(filter(None, said)),
-            }
-        return classifiers
 
-    def _statistics_settings(self) -> Settings:
-        return Settings(against=self.against, **dataclasses.asdict(self.config.statistics))
+def measure(study: Study) -> None:
+    """Needs: captures. Leaves: metrics/attention_metrics.zarr, .h5 and .csv, one row per map."""
+    config = study.config.measure
+    inputs = {
+        "captures": {run.name: study.captures[run] for run in study.runs},
+        "metrics": config.metrics,
+        "definitions": definitions(config.metrics),
+        "backend": config.backend,
+        "version": __version__,
+    }
+    outputs = [study.table.with_suffix(suffix) for suffix in (".zarr", ".h5", ".csv")]
+    reads = [study.store(run) for run in study.runs]
+    study.journal.stage("measure", inputs, outputs, partial(_make_table, study), reads=reads)
 
-    def _prediction_link(self) -> list[PredictionLink]:
-        """Do heads' changes go with changes of the prediction? Of the conditions whose classes are known."""
-        logits: dict[str, list[np.ndarray]] = {}
-        for run in self.runs:
-            if self.data.head(run.condition).known:
-                logits.setdefault(run.condition, []).append(AttentionStore.open(self._store_path(run)).read_logits())
-        return prediction_link(
-            read_table(self.outputs / "metrics" / "attention_metrics.zarr"),
-            {condition: np.mean(of_runs, axis=0) for condition, of_runs in logits.items()},
-            {condition: self._outputs_of_labels(condition) for condition in logits},
-            against=self.against,
-            permutations=self.config.statistics.permutations,
-            seed=self.config.statistics.seed,
+
+def statistics(study: Study) -> None:
+    """Needs: the table, controls. Leaves: metrics/attention_comparison.json."""
+    path, controls = study.metrics / "attention_comparison.json", study.metrics / "controls.json"
+    controlled = study.journal.usable(controls)
+    inputs = {
+        "table": digest_path(study.table),
+        "controls": digest_path(controls) if controlled else "",
+        "statistics": dataclasses.asdict(study.config.statistics),
+        "classifiers": study.classifiers(),
+        "version": __version__,
+    }
+    work = partial(_compare, study, path, controls if controlled else None)
+    study.journal.stage("statistics", inputs, [path], work, reads=[study.table, controls])
+
+
+def relevance(study: Study) -> None:
+    """Needs: checkpoints, captures, the table, test images. Leaves: metrics/relevance.json and .csv, pictures.
+
+    The pictures are visualizations/gradcam_samples/ and visualizations/relevance/<method>/.
+    """
+    config, seed = study.config.relevance, study.config.data.seed
+    heads = {name: study.data.head(name) for name in study.config.conditions}
+    choice = choose_classes(heads, study.data.test, study.against)
+    drawn = [row for row in study.sample_rows if row in choice.rows][: config.images]
+    measured = [choice.rows[position] for position in choose_samples(config.measured, len(choice.rows), seed)]
+    inputs = {
+        "checkpoints": {run.name: run.digest for run in study.runs},
+        "captures": {run.name: study.captures[run] for run in study.runs},
+        "table": digest_path(study.table),
+        "data": study.data.digest,
+        "rows": [drawn, measured],
+        "relevance": dataclasses.asdict(config),
+        "settings": {key: getattr(study.settings, key) for key in ("permutations", "bootstrap", "confidence", "seed")},
+        "against": study.against,
+        "classifiers": study.classifiers(),
+        "seed": seed,
+        "version": __version__,
+    }
+    outputs = [study.metrics / "relevance.json", study.metrics / "relevance.csv"]
+    outputs += [samples_folder(study.outputs, method) for method in config.methods]
+
+    def work() -> None:
+        explain_study(
+            study.outputs,
+            {name: partial(study.model, run) for name, run in study.first_runs.items()},
+            study.data.test,
+            drawn,
+            measured,
+            config,
+            heads=heads,
+            choice=choice,
+            settings=study.settings,
+            link=_prediction_link(study),
+            seed=seed,
+            device=study.device,
         )
 
-    def _accuracy(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """condition → seed → {validation, test, chance, images}, over the images whose class the head has."""
-        accuracy: dict[str, dict[str, dict[str, float | None]]] = {}
-        for run in self.runs:
-            expected = self._outputs_of_labels(run.condition)
-            rows = np.flatnonzero(expected >= 0)
-            if not len(rows):
-                continue
-            predicted = AttentionStore.open(self._store_path(run)).read_logits().argmax(axis=1)
-            accuracy.setdefault(run.condition, {})[str(run.seed)] = {
-                "validation": run.validation_accuracy,
-                "test": float((predicted[rows] == expected[rows]).mean()),
-                "chance": 1.0 / self.data.head(run.condition).outputs,
-                "images": len(rows),
-            }
-        return accuracy
+    reads = [study.table, *(run.checkpoint for run in study.runs)]
+    study.journal.stage("relevance", inputs, outputs, work, reads=reads)
+
+
+def report(study: Study) -> None:
+    """Needs: every file above. Leaves: visualizations/figures/, summary.md, report.html."""
+    outputs = study.outputs
+    inputs = {
+        "metrics": digest_path(study.metrics),
+        "samples": digest_path(study.samples),
+        "gradcam": digest_path(samples_folder(outputs, "gradcam")),
+        "relevance": digest_path(outputs / "visualizations" / "relevance"),
+        "study": digest_path(outputs / "study.toml"),
+        "failed": study.journal.failed(),
+        "version": __version__,
+    }
+    page, summary = outputs / "report.html", outputs / "summary.md"
+    files = [page, summary, outputs / "visualizations" / "figures"]
+    study.journal.stage("report", inputs, files, partial(_write_report, study))
+    say(f"open {page}; the same in words: {summary}")
+
+
+# What all processes of torchrun do together.
+SHARED_STAGES: dict[str, Callable[[Study, Workers], None]] = {"train": train, "capture": capture}
+# What the first one does alone.
+FIRST_STAGES: dict[str, Callable[[Study], None]] = {
+    "controls": controls,
+    "measure": measure,
+    "statistics": statistics,
+    "relevance": relevance,
+    "report": report,
+}
+STAGES = (*SHARED_STAGES, *FIRST_STAGES)
+# What the report can do without: where one of these fails, the others go on, and the report says what it lacks.
+SEPARATE_STAGES = ("controls", "relevance")
+
+
+# ------------------------------------------------------------------------------------------ the work of the stages
+
+
+def _begin_samples(study: Study) -> None:
+    SampleMaps.create(study.samples, study.data.test, study.sample_rows)
+
+
+def _capture_run(study: Study, run: Run, workers: Workers) -> dict[str, Any]:
+    model = study.model(run)
+    store = capture_to_store(
+        model,
+        study.data.test,
+        study.store(run),
+        capture_settings(study.config, study.device),
+        model_info=model_info(run.model),
+        dataset_info=study.data.info("test"),
+        preprocessing=study.data.preprocessing.to_dict(),
+        manifest=manifest_dict(study.data.splits.manifest),
+        label=f"capture {run.name}",
+        replace=True,
+        workers=workers,
+    )
+    if study.sample_rows and workers.first:
+        samples = SampleMaps.open(study.samples)
+        samples.add(run.name, model, study.data.test, study.sample_rows, device=study.device)
+    return {"images": len(store.image_ids), "layers": len(store.layers)}
+
+
+def _make_controls(study: Study, path: Path) -> None:
+    """The frozen backbone, a condition against itself, and a hybrid of two conditions."""
+    made = negative_controls(
+        {
+            name: Contender(partial(study.model, run), frozen=run.seed_invariant)
+            for name, run in study.first_runs.items()
+        },
+        study.against,
+        lambda: study.data.pretrained_model().to(study.device),
+        study.data.test,
+        study.control_rows,
+        metrics=study.row_metrics(),
+        batch_size=study.config.capture.batch_size,
+        device=study.device,
+    )
+    write_json(path, [control.to_dict() for control in made])
+
+
+def _make_table(study: Study) -> None:
+    config, model = study.config.measure, study.config.model
+    stores = {}
+    for run in study.runs:
+        store = stores[run.condition, run.seed] = AttentionStore.open(study.store(run))
+        measure_store(store, config.metrics, config.backend, scheduler=config.scheduler)
+    arguments = {"arguments": model.arguments} if model.arguments else {}
+    attributes = {
+        "model": {"name": model.name, "img_size": model.img_size, **arguments},
+        "dataset": study.data.info("test"),
+        "preprocessing": study.data.preprocessing.to_dict(),
+        "versions": versions(),
+        "code_version": __version__,
+    }
+    invariant = [run.condition for run in study.runs if run.seed_invariant]
+    write_table(build_table(stores, config.metrics, seed_invariant=invariant, attributes=attributes), study.metrics)
+
+
+def _compare(study: Study, path: Path, controls: Path | None) -> None:
+    """The tests and what belongs to them; `controls` is the file of those that were made."""
+    table = read_table(study.table)
+    comparison = dataclasses.replace(
+        analyse(table, study.settings),
+        accuracy=study.accuracy(),
+        classifiers=study.classifiers(),
+        controls=tuple(json.loads(controls.read_bytes())) if controls else (),
+        data=study.data.summary(),
+        undefined=json.loads(table.attrs["undefined"]),
+        prefix_mass_warning=prefix_mass_warning(table),
+    )
+    write_comparison(path, comparison)
+
+
+def _prediction_link(study: Study) -> list[PredictionLink]:
+    """Do heads' changes go with changes of the prediction? Of the conditions whose classes are known."""
+    logits: dict[str, list[np.ndarray]] = {}
+    for run in study.runs:
+        if study.data.head(run.condition).known:
+            logits.setdefault(run.condition, []).append(study.logits(run))
+    return prediction_link(
+        read_table(study.table),
+        {condition: np.mean(of_runs, axis=0) for condition, of_runs in logits.items()},
+        {condition: study.outputs_of_labels(condition) for condition in logits},
+        against=study.against,
+        permutations=study.config.statistics.permutations,
+        seed=study.config.statistics.seed,
+    )
+
+
+def _write_report(study: Study) -> None:
+    write_report(study.outputs, study.journal)

@@ -20,10 +20,11 @@ from engine.config import ConditionConfig, StudyConfig, study_toml
 from engine.progress import PROGRAM, say
 from engine.report import curves_png, evaluation_csv, history_html
 from engine.study.check import check_sweep, one_torch_thread
-from engine.study.data import Start, StudyData, image_kind, prepare_data
+from engine.study.data import StudyData, prepare_data
 from engine.study.journal import Journal
 from engine.study.model import model_source, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
+from engine.study.start import Start, image_kind
 from train.data import folder_classes, named_classes
 from train.errors import InputError
 from train.models import classifier_name, head_size

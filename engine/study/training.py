@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from engine import __version__
 from engine.config import StudyConfig
+from engine.progress import say
 from engine.study.data import StudyData
 from engine.study.journal import Journal, digest_path
 from engine.study.model import checkpoint_of, trained_here
 from train.checkpoint import history_path, read_metadata, sidecar_path, tensorboard_writer
 from train.model_source import ModelSource
-from train.parallel import Workers
+from train.parallel import SINGLE, Workers
 from train.recipes import RECIPES
 from train.settings import TrainingRun
 from train.training import train_condition
@@ -57,7 +56,9 @@ class Run:
         return " ".join(filter(None, (*map(digest_path, self.model.files), self.model.state, arguments)))
 
 
-def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str) -> list[Run]:
+def train_runs(
+    config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str, workers: Workers = SINGLE
+) -> list[Run]:
     """Train every condition at every seed, or take the checkpoints that were given.
 
     Probes come first: the other conditions start from a probe's head, so that all of them begin as the same function.
@@ -80,7 +81,7 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
         for seed in config.train.seeds[:1] if invariant else config.train.seeds:
             path = outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
             stage = f"train {name} seed {seed}"
-            _train_run(config, data, journal, stage, name, seed, path, probe, outputs, device)
+            _train_run(config, data, journal, stage, name, seed, path, probe, outputs, device, workers)
             sidecar = read_metadata(path)
             runs.append(Run(name, seed, recipe, trained_here(config, path), invariant, sidecar["validation_accuracy"]))
             kept = ("history", "validation_accuracy", "test_accuracy", "trainable_parameters", "merge_difference")
@@ -89,7 +90,7 @@ def train_runs(config: StudyConfig, data: StudyData, journal: Journal, outputs: 
             if invariant and probe is None:
                 probe = path
     order = list(config.conditions)
-    if Workers.current().first:
+    if workers.first:
         document = {name: results[name] for name in order}
         content = json.dumps(document, indent=1, allow_nan=False) + "\n"
         journal.write(outputs / "metrics" / "training.json", content.encode())
@@ -107,9 +108,9 @@ def _train_run(
     probe: Path | None,
     outputs: Path,
     device: str,
+    workers: Workers,
 ) -> None:
     """One condition at one seed: `path` and its sidecar."""
-    workers = Workers.current()
     run = TrainingRun(condition=config.conditions[name], shared=config.train, seed=seed)
     inputs = {
         "recipe": run.condition.recipe,
@@ -141,9 +142,7 @@ def _train_run(
             return {}
         difference = result.merge_difference
         merged = "" if difference is None else f", merging moved no logit by more than {difference:.1e}"
-        tqdm.write(
-            f"{name} seed {seed}: validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}{merged}"
-        )
+        say(f"{name} seed {seed}: validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}{merged}")
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
-    journal.stage(stage, inputs, [path, sidecar_path(path), history_path(path)], work, shared=True)
+    journal.stage(stage, inputs, [path, sidecar_path(path), history_path(path)], work, workers=workers, shared=True)

@@ -1,0 +1,153 @@
+"""What the stages of a study share: its configuration, its folder, and what the stages before have found."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.capture import choose_samples
+from engine.config import StudyConfig, study_toml
+from engine.statistics import Settings
+from engine.study.data import StudyData
+from engine.study.journal import Journal
+from engine.study.model import with_present_name
+from engine.study.outputs import OutputsFolder, resolve_device
+from engine.study.start import Start
+from engine.study.training import Run
+from kernels import load_metric
+from store import AttentionStore
+from train.models import build_model
+from train.processes import first_process
+
+# Controls look at every image of a small test split and at a seeded sample of a large one.
+CONTROL_IMAGES = 256
+
+
+class Study:
+    """One outputs folder and the configuration that fills it.
+
+    Attributes:
+        outputs: the folder; metrics: the one in it for tables and results.
+        start: what it starts from, known after `check`.
+        data: the images in their splits, known after `train`.
+        runs: every trained model, known after `train`.
+        captures: run -> hash of its capture, known after `capture`.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = with_present_name(config)
+        self.outputs = Path(config.outputs)
+        self.metrics = self.outputs / "metrics"
+        self.device = resolve_device(config.device)
+        self.journal = Journal(self.outputs / "run.jsonl")
+        self.start: Start
+        self.data: StudyData
+        self.runs: list[Run] = []
+        self.captures: dict[Run, str] = {}
+
+    def opened(self) -> AbstractContextManager[OutputsFolder | None]:
+        """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
+        toml = study_toml(self.config)
+        return OutputsFolder(self.outputs, toml, self.journal) if first_process() else nullcontext()
+
+    # ---------------------------------------------------------------------------------------------- files and rows
+
+    @property
+    def table(self) -> Path:
+        """One row per map, of all metrics."""
+        return self.metrics / "attention_metrics.zarr"
+
+    @property
+    def samples(self) -> Path:
+        """Whole maps of a few images."""
+        return self.outputs / "samples.zarr"
+
+    def store(self, run: Run) -> Path:
+        """The capture of a run."""
+        return self.outputs / "captures" / f"{run.name}.zarr"
+
+    @cached_property
+    def sample_rows(self) -> list[int]:
+        """Rows of the test split whose whole maps are kept."""
+        return choose_samples(self.config.capture.samples, len(self.data.test), self.config.data.seed)
+
+    @cached_property
+    def control_rows(self) -> list[int]:
+        """Rows of the test split that the controls look at."""
+        return choose_samples(CONTROL_IMAGES, len(self.data.test), self.config.data.seed)
+
+    # ------------------------------------------------------------------------------------------ conditions and runs
+
+    @property
+    def against(self) -> str:
+        """The condition that the others are compared with: `baseline`, or else the first one named."""
+        names = list(self.config.conditions)
+        return "baseline" if "baseline" in names else names[0]
+
+    @property
+    def settings(self) -> Settings:
+        """Of the tests and intervals."""
+        return Settings(against=self.against, **dataclasses.asdict(self.config.statistics))
+
+    @property
+    def first_runs(self) -> dict[str, Run]:
+        """Each condition's first run, in the order of the configuration."""
+        first: dict[str, Run] = {}
+        for run in self.runs:
+            first.setdefault(run.condition, run)
+        return first
+
+    def model(self, run: Run) -> torch.nn.Module:
+        """A trained model, in evaluation mode on the device."""
+        return build_model(run.model, num_classes=None).to(self.device).eval()
+
+    def logits(self, run: Run) -> np.ndarray:
+        """What a model's head says of every test image, [image, output]."""
+        return AttentionStore.open(self.store(run)).read_logits()
+
+    def row_metrics(self) -> list[str]:
+        """The metrics that are taken of a map alone."""
+        return [name for name in self.config.measure.metrics if load_metric(name).inputs == "rows"]
+
+    # --------------------------------------------------------------------------------------------------- classifiers
+
+    def outputs_of_labels(self, condition: str) -> np.ndarray:
+        """The output of a condition's head that stands for each test image's class, [image]; −1 where there is none."""
+        return self.data.head(condition).outputs_of(self.data.test.labels, self.data.test.class_names)
+
+    def classifiers(self) -> dict[str, dict[str, Any]]:
+        """condition -> what its outputs stand for, and what a reader must know of it."""
+        classifiers = {}
+        for condition in self.config.conditions:
+            head = self.data.head(condition)
+            of_labels = self.outputs_of_labels(condition)
+            said = head.origin(condition), head.consequences(len(of_labels), int((of_labels < 0).sum()))
+            classifiers[condition] = {
+                "outputs": head.outputs,
+                "classes": list(head.names) if head.known else None,
+                "note": " ".join(filter(None, said)),
+            }
+        return classifiers
+
+    def accuracy(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """condition -> seed -> {validation, test, chance, images}, over the images whose class the head has."""
+        accuracy: dict[str, dict[str, dict[str, float | None]]] = {}
+        for run in self.runs:
+            expected = self.outputs_of_labels(run.condition)
+            rows = np.flatnonzero(expected >= 0)
+            if not len(rows):
+                continue
+            predicted = self.logits(run).argmax(axis=1)
+            accuracy.setdefault(run.condition, {})[str(run.seed)] = {
+                "validation": run.validation_accuracy,
+                "test": float((predicted[rows] == expected[rows]).mean()),
+                "chance": 1.0 / self.data.head(run.condition).outputs,
+                "images": len(rows),
+            }
+        return accuracy
