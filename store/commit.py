@@ -28,31 +28,33 @@ FILE_THREADS = 2  # one file is written while the other is being forced to disk
 COMMITS_IN_FLIGHT = 8  # a batch is one commit of a capture, and one per metric of a measurement
 
 
-class Committer:
-    """Encodes, writes and commits in the background, in bounded memory. One writer's own.
+class Writer:
+    """What writes batches into a store, in the background, in bounded memory; locked; a context manager.
 
-    `put` starts a file: its chunks are encoded in parallel and written as they become ready, one sequential write and
-    one fsync per file. `commit` follows when the files it names are on disk. Both return at once, unless as much is
+    `_put` starts a file: its chunks are encoded in parallel and written as they become ready, one sequential write and
+    one fsync per file. `_commit` follows when the files it names are on disk. Both return at once, unless as much is
     under way as memory may hold: that is the back-pressure. What fails in the background is raised by the next call.
 
-    Args:
-        root: the store.
-        ledger: its ledger.
-        threads: that encode; None: one per CPU.
+    Attributes:
+        path: the store, or its URL.
+        schema: its schema.
     """
 
-    def __init__(self, root: Storage, ledger: Ledger, *, threads: int | None = None) -> None:
-        self._root = root
+    def __init__(self, storage: Storage, schema: StoreSchema, ledger: Ledger) -> None:
+        self.path: Location = storage.location
+        self.storage = storage
+        self.schema = schema
         self._ledger = ledger
+        self._resources = contextlib.ExitStack()
         self._slots = threading.BoundedSemaphore(FILES_IN_FLIGHT)
-        self._codec = ThreadPoolExecutor(threads or available_cpus(), "encode")
-        self._files = ThreadPoolExecutor(FILE_THREADS, "write")
+        self._codec = ThreadPoolExecutor(available_cpus(), "encode")
+        self._files_pool = ThreadPoolExecutor(FILE_THREADS, "write")
         self._commits = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[None]] = deque()
         self._failure: StoreError | None = None
-        self.failure_raised = False  # by some call
+        self._failure_raised = False  # by some call
 
-    def put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
+    def _put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
         """Start the file that a batch fills; `values` are kept until it is written: do not change them.
 
         Args:
@@ -72,8 +74,8 @@ class Committer:
                 for begin in range(0, len(values), array.chunk)
             ]
             file, shard_chunks = array.file(batch), array.shard_chunks
-            written = self._files.submit(
-                self._guarded, batch, write_file, self._root, file, chunks, shard_chunks=shard_chunks
+            written = self._files_pool.submit(
+                self._guarded, batch, write_file, self.storage, file, chunks, shard_chunks=shard_chunks
             )
         except BaseException:
             if large:
@@ -83,13 +85,8 @@ class Committer:
             written.add_done_callback(lambda _: self._slots.release())
         return written
 
-    def commit(
-        self,
-        record: str,
-        batch: int,
-        files: Mapping[str, Future[FileEntry]],
-        done: Callable[[], None],
-        **more: Any,
+    def _commit(
+        self, record: str, batch: int, files: Mapping[str, Future[FileEntry]], done: Callable[[], None], **more: Any
     ) -> None:
         """Commit a batch by one ledger record, with `more` in it, when its files are on disk; then call `done`."""
 
@@ -103,19 +100,8 @@ class Committer:
             self._wait()
         self._pending.append(self._commits.submit(work))
 
-    def flush(self) -> None:
-        """Wait until everything is committed."""
-        while self._pending:
-            self._wait()
-        self._raise_failure()
-
-    def close(self) -> None:
-        """Wait for what is under way and end the threads."""
-        for executor in (self._codec, self._files, self._commits):
-            executor.shutdown(wait=True)
-
     def _write_record(self, record: str, files: Iterable[str], content: dict[str, Any]) -> None:
-        self._root.settle(files)
+        self.storage.settle(files)
         self._ledger.write(record, content)
 
     def _guarded(self, batch: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +110,7 @@ class Committer:
             return work(*args, **kwargs)
         except OSError as error:
             self._failure = disk_error(
-                f"batch {batch} of {self._root} could not be written (the batches committed before it are intact)",
+                f"batch {batch} of {self.storage} could not be written (the batches committed before it are intact)",
                 error,
             )
             raise self._failure from error
@@ -133,30 +119,13 @@ class Committer:
         try:
             self._pending.popleft().result()
         except BaseException:
-            self.failure_raised = True
+            self._failure_raised = True
             raise
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            self.failure_raised = True
+            self._failure_raised = True
             raise self._failure
-
-
-class Writer:
-    """What writes batches into a store: locked, in the background; a context manager.
-
-    Attributes:
-        path: the store, or its URL.
-        schema: its schema.
-    """
-
-    def __init__(self, storage: Storage, schema: StoreSchema, ledger: Ledger) -> None:
-        self.path: Location = storage.location
-        self.storage = storage
-        self.schema = schema
-        self._ledger = ledger
-        self._resources = contextlib.ExitStack()
-        self._committer = Committer(storage, ledger)
 
     def flush(self) -> None:
         """Wait until every batch given to the writer is committed.
@@ -164,11 +133,14 @@ class Writer:
         Raises:
             StoreError: the disk failed or is full; the batches committed before are intact.
         """
-        self._committer.flush()
+        while self._pending:
+            self._wait()
+        self._raise_failure()
 
     def close(self) -> None:
         """Wait for what is under way, then let another writer in. What was committed stays."""
-        self._committer.close()
+        for executor in (self._codec, self._files_pool, self._commits):
+            executor.shutdown(wait=True)
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -178,7 +150,7 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and not self._committer.failure_raised:
+            if kind is None and not self._failure_raised:
                 self.flush()
         finally:
             self.close()

@@ -76,9 +76,6 @@ def resolve_encoding(name: str) -> Encoding:
     return ENCODINGS[name]
 
 
-# --------------------------------------------------------------------------------------------------------------- maps
-
-
 def _keeping_maps(name: str, precision: str) -> Encoding:
     def parts(layer: LayerSchema) -> tuple[Part, ...]:
         return (Part("", ("head", "query", "key"), (layer.heads, layer.tokens, layer.tokens), precision),)
@@ -90,9 +87,6 @@ def _keeping_maps(name: str, precision: str) -> Encoding:
         return {"": as_numbers(attention, what)}
 
     return Encoding(name, False, parts, split)
-
-
-# ------------------------------------------------------------------------------------------------------------ factors
 
 
 def factor_schema(factors: Factors, heads: int) -> FactorSchema:

@@ -40,17 +40,7 @@ _PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "qk": "float32"}
 
 def is_export(path: Path) -> bool:
     """Whether a file is one that `export_attention` wrote, sound or damaged."""
-    import h5py
-
-    if is_sealed(path, SCHEMA):
-        return True
-    try:
-        with h5py.File(path, "r") as file:
-            # Exports had no schema once, but all of these.
-            earlier = {"model", "dataset", "preprocessing", "precision", "encoding", "code_version"}
-            return file.attrs.get("schema") == SCHEMA or ("attention" in file and earlier <= set(file.attrs))
-    except DAMAGE:
-        return False
+    return is_sealed(path, SCHEMA)
 
 
 def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: Callable[[int], None]) -> None:

@@ -83,15 +83,14 @@ class Metadata:
 
     def resume(self, root: Storage, ledger: Ledger) -> None:
         """Check that the store is the one that would be created, and rebuild metadata that were damaged."""
-        record: dict[str, Any] | None
+        record: dict[str, Any] | None = None
+        damaged: dict[str, str] = {}
         try:
             record = ledger.read("metadata")
             found = record["attrs"]
         except LedgerError:
-            record = None
             found = read_attributes(root)
         self._compare_attributes(root, found)
-        damaged = {}
         if record is not None:
             damaged = file_problems(root, record["files"])
         if record is None or damaged:

@@ -135,10 +135,8 @@ class MetricWriter(Writer):
             checked[name] = metric_values(name, images, (value, metrics[name]), (counts, undefined[name]))
         for name, values in checked.items():
             record = f"{metric_path(name, self._metrics[name])}/{batch_name(batch)}"
-            files = {
-                array.file(batch): self._committer.put(array, batch, data, array.precision) for array, data in values
-            }
-            self._committer.commit(record, batch, files, lambda: None, sources=self._sources[name][batch])
+            files = {array.file(batch): self._put(array, batch, data, array.precision) for array, data in values}
+            self._commit(record, batch, files, lambda: None, sources=self._sources[name][batch])
         del self.missing[batch]
 
     def _prepare(self) -> None:

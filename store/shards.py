@@ -38,9 +38,6 @@ class ShardError(StoreError):
     """A file of chunks whose bytes are not what was written."""
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
 def encode_chunk(values: Array, precision: str, to: str) -> tuple[bytes, bytes]:
     """A chunk's bytes and their checksum; call it from a thread that is not the main one, and it frees the GIL."""
     narrowed = cast(values, precision, to, scratch("narrowed", 2 * values.size))
@@ -80,9 +77,6 @@ def write_file(
             size += write(table)
     entry: FileEntry = {"bytes": size, "sha256": digest.hexdigest()}
     return entry | {"chunks": shard_chunks} if shard_chunks else entry
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def describe_shard(root: Storage, file: str, shard_chunks: int) -> FileEntry:

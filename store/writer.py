@@ -180,7 +180,7 @@ class AttentionWriter(Writer):
         for name, (values, _) in parts.items():
             check_shape(f"{name or 'attention'} of layer {layer}", values, (images, *arrays[name].shape[1:]))
         self._files.setdefault(batch, {})[layer] = {
-            arrays[name].file(batch): self._committer.put(arrays[name], batch, values, precision)
+            arrays[name].file(batch): self._put(arrays[name], batch, values, precision)
             for name, (values, precision) in parts.items()
         }
 
@@ -224,9 +224,9 @@ class AttentionWriter(Writer):
 
         files = {file: written for layer in self._files.pop(batch, {}).values() for file, written in layer.items()}
         for array, data in values:
-            files[array.file(batch)] = self._committer.put(array, batch, data, array.precision)
+            files[array.file(batch)] = self._put(array, batch, data, array.precision)
         self._submitted.add(batch)
-        self._committer.commit(batch_name(batch), batch, files, lambda: self.committed.add(batch))
+        self._commit(batch_name(batch), batch, files, lambda: self.committed.add(batch))
 
     def _images(self, batch: int) -> int:
         """How many images a batch that may still be written has."""

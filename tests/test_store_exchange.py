@@ -524,7 +524,7 @@ def test_an_export_takes_no_place_but_an_earlier_ones(tmp_path: Path, capsys: py
     for target in ("link.h5", "maps.h5"):
         assert main(["export", "--store", str(store), "--hdf5", str(tmp_path / target)]) == 0
     assert (tmp_path / "link.h5").is_symlink()
-    with h5py.File(file, "a") as opened:  # as exports were before they had a schema
+    with h5py.File(file, "a") as opened:  # one that was changed is an export still
         del opened.attrs["schema"]
     assert main(["export", "--store", str(store), "--hdf5", str(file)]) == 0
 
