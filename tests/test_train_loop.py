@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import train.loop
 import train.state
 from tests.training_runs import training_run
-from train.adapters import MergeError, add_adapters, merge_adapters
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, state_digest
 from train.data.digits import DigitScenes, prepare_digits
@@ -348,58 +346,6 @@ def test_training_mode_puts_everything_back(precision: str) -> None:
     assert all(block.attn.fused_attn for block in model.blocks)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_merged_adapters_compute_the_same(dora: bool) -> None:
-    torch.manual_seed(0)
-    model = build_model("test_vit", num_classes=5)
-    images = torch.randn(4, 3, 160, 160)
-    before = model.eval()(images)
-    adapted = add_adapters(model, dora=dora, rank=4, alpha=8, targets=r"blocks\.\d+\.attn\.(qkv|proj)", seed=0)
-    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert names
-    assert all("blocks" in name and "lora" in name for name in names), "the patch embedding's proj is no target"
-    torch.testing.assert_close(adapted.eval()(images), before, atol=1e-5, rtol=0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    merged, difference = merge_adapters(adapted, images)
-    assert type(merged).__name__ == "VisionTransformer"
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    assert difference < 1e-5
-    torch.testing.assert_close(merged(images), adapted(images), atol=1e-5, rtol=0)
-    assert (merged(images) - before).abs().max() > 1e-2
-
-
-def test_a_merge_that_changes_logits_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model("test_vit", num_classes=5)
-    adapted = add_adapters(model, dora=False, rank=4, alpha=8, targets=r"blocks\.\d+\.attn\.qkv", seed=0)
-    real = type(adapted).__getattr__
-
-    def merge_wrongly(**options: Any) -> nn.Module:
-        merged = build_model("test_vit", num_classes=5)
-        return merged
-
-    monkeypatch.setattr(
-        type(adapted),
-        "__getattr__",
-        lambda self, name: merge_wrongly if name == "merge_and_unload" else real(self, name),
-    )
-    with pytest.raises(MergeError, match="merging the adapters changes a logit by"):
-        merge_adapters(adapted, torch.randn(2, 3, 160, 160))
-
-
-def test_adapter_targets_that_do_not_fit() -> None:
-    model = build_model("test_vit", num_classes=5)
-    options: dict[str, Any] = {"dora": False, "rank": 2, "alpha": 4, "seed": 0}
-    with pytest.raises(InputError, match="match no module"):
-        add_adapters(model, targets=r"layers\.\d+", **options)
-    with pytest.raises(InputError, match=r"match patch_embed\.proj, a Conv2d"):
-        add_adapters(model, targets=r".*proj", **options)
-    with pytest.raises(InputError, match="not a regular expression"):
-        add_adapters(model, targets="(", **options)
 
 
 def test_augmentation_is_of_seed_epoch_and_image() -> None:

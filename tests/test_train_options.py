@@ -17,12 +17,10 @@ import torch
 from torch import nn
 
 import train.state
-from engine.capture import capture_attention
 from tests.miniatures import write_sports100
 from tests.training_runs import Plain, training_run
-from train.adapters import INITS, add_adapters, merge_adapters
+from train.adapters import add_adapters
 from train.checkpoint import history_path, read_checkpoint
-from train.compress import compress
 from train.data.datasets import build_manifest, prepare_folder
 from train.data.digits import prepare_digits
 from train.data.images import DataSplits, FolderImages
@@ -248,27 +246,6 @@ def test_evaluation_is_accuracy_and_cross_entropy(data: DataSplits) -> None:
     )
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("init", list(INITS))
-def test_every_init_begins_as_the_model_and_merges(dora: bool, init: Any) -> None:
-    torch.manual_seed(0)
-    model = build_model(ModelSource("test_vit", img_size=32), num_classes=5).eval()
-    images = torch.randn(12, 3, 32, 32)
-    before = model(images)
-    arguments: dict[str, Any] = {"dora": dora, "rank": 3, "alpha": 6, "targets": "attention", "seed": 1, "init": init}
-    adapted = add_adapters(model, batches=[images[:6], images[6:]], **arguments).eval()
-    torch.testing.assert_close(adapted(images), before, atol=1e-5, rtol=0)
-    ranks = {p.shape[0] for name, p in adapted.named_parameters() if "lora_A" in name}
-    assert ranks == {3}
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape))
-    merged, difference = merge_adapters(adapted, images)
-    assert difference < 1e-5
-    torch.testing.assert_close(merged(images), adapted(images), atol=1e-5, rtol=0)
-
-
 def test_pissa_takes_the_principal_part_and_eva_the_inputs(data: DataSplits) -> None:
     torch.manual_seed(0)
     model = build_model("digits_vit", num_classes=10).eval()
@@ -297,30 +274,6 @@ def test_pissa_takes_the_principal_part_and_eva_the_inputs(data: DataSplits) -> 
     assert overlap.min() > 0.95, "the same four directions"
     with pytest.raises(InputError, match="init eva cannot be computed on 0 training images"):
         add_adapters(copy.deepcopy(model), init="eva", **arguments)
-
-
-def test_ranks_and_inits_that_do_not_exist() -> None:
-    arguments: dict[str, Any] = {"dora": False, "alpha": 4, "targets": "attention", "seed": 0}
-    with pytest.raises(InputError, match=r"rank 65 is more than blocks\.0\.attn\.qkv has \(192×64\)"):
-        add_adapters(build_model("test_vit", num_classes=5), rank=65, **arguments)
-    with pytest.raises(InputError, match="unknown init 'svd' of adapters; expected one of paper, pissa"):
-        add_adapters(build_model("test_vit", num_classes=5), rank=2, init="svd", **arguments)  # type: ignore[arg-type]
-
-
-def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:
-    torch.manual_seed(0)
-    model = build_model(ModelSource("vit_tiny_patch16_224", img_size=32), num_classes=4).eval()
-    images = torch.randn(2, 3, 32, 32)
-    before = capture_attention(model, images)
-    adapted = add_adapters(model, dora=True, rank=4, alpha=8, targets="block9_fc1", seed=0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    merged, _ = merge_adapters(adapted, images)
-    after = capture_attention(merged, images)
-    same = [np.array_equal(before[site], after[site]) for site in before]
-    assert same == [True] * 10 + [False] * 2
 
 
 def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> None:
@@ -375,35 +328,6 @@ def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     assert changed == {"fc.weight"}, "the head's bias and every statistic are frozen"
     full = train_condition(training_run(**values), checkpoint=tmp_path / "b.safetensors", **arguments)
     assert not torch.equal(start.state_dict()["bn1.running_mean"], weights(full)["bn1.running_mean"])
-
-
-def test_compressed_weights_are_what_the_papers_say() -> None:
-    torch.manual_seed(0)
-    for name, first, head in (("test_vit", "patch_embed.proj", "head"), ("test_resnet", "conv1.0", "fc")):
-        before = build_model(name, num_classes=5)
-        layers = {n: m for n, m in before.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-        assert next(iter(layers)) == first
-        for kind in ("plain", "sparse", "int1"):
-            after = build_model(name, num_classes=5)
-            after.load_state_dict(before.state_dict())
-            share = compress(after, kind, sparsity=0.6, keep=(head,))  # type: ignore[arg-type]
-            changed = {n for n, t in before.state_dict().items() if not torch.equal(t, after.state_dict()[n])}
-            if kind == "plain":
-                assert not changed
-                assert share == 0
-                continue
-            assert changed == {f"{n}.weight" for n in layers if n not in (first, head)}
-            assert 0.5 < share < 1
-            for layer in changed:
-                old, new = before.state_dict()[layer], after.state_dict()[layer]
-                if kind == "sparse":
-                    assert int((new == 0).sum()) == round(0.6 * new.numel())
-                    assert old[new == 0].abs().max() <= old[new != 0].abs().min()
-                    assert torch.equal(new[new != 0], old[new != 0])
-                else:
-                    rows = new.flatten(1)
-                    torch.testing.assert_close(rows.abs(), old.flatten(1).abs().mean(1, keepdim=True).expand_as(rows))
-                    assert torch.equal(rows.sign(), torch.where(old.flatten(1) < 0, -1.0, 1.0))
 
 
 def test_compression_needs_adapters(run: Callable[..., TrainResult]) -> None:
