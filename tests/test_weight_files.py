@@ -122,7 +122,7 @@ class Settings:
 
 def test_a_refused_class_is_named(tmp_path: Path, state: State) -> None:
     said = refused(saved(tmp_path / "a.pth", {"state_dict": state, "config": Settings()}))
-    assert re.search(r"holds pickled objects \(of \S*test_train_layouts\.Settings\) beside tensors", said)
+    assert re.search(r"holds pickled objects \(of \S*test_weight_\S*Settings\) beside tensors", said)
     assert "holds the state of an optimizer and no weights" in refused(
         saved(tmp_path / "a.pth", torch.optim.Adam([torch.nn.Parameter(torch.ones(1))]).state_dict())
     )

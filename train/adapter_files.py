@@ -90,14 +90,9 @@ class Adapters:
 
     @torch.no_grad()
     def merged_into(self, model: nn.Module, name: str) -> nn.Module:
-        """The plain model with the adapters in its weights, in evaluation mode.
+        """The model, changed in place, with the adapters in its weights, in evaluation mode; `name` is the model's.
 
-        Args:
-            model: with the weights that the adapters were trained on; changed in place.
-            name: of the model, for messages.
-
-        Raises:
-            InputError: they are of another model, or of no values that weights can have.
+        Raises InputError: they are of another model, or of no values that weights can have.
         """
         import peft
 
@@ -134,15 +129,7 @@ def has_adapters(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def refuse_adapters_alone(path: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Refuse adapters where a model's weights are expected.
-
-    Args:
-        path: of the file or folder.
-        tensors: what it holds, once that is read.
-
-    Raises:
-        InputError: they are that.
-    """
+    """Refuse adapters alone where a model's weights are expected; `tensors`: what was read of the file."""
     if holds_adapters_alone(path) if tensors is None else _alone(tensors):
         raise InputError(
             f"{path} holds adapters of peft without the weights that they were trained on; name it with "
@@ -191,8 +178,7 @@ def _adapter_file(path: Path) -> Path:
 def read_adapters(path: Path) -> Adapters:
     """Adapters alone, of a file or a folder that peft's `save_pretrained` wrote.
 
-    Raises:
-        InputError: no such file, no configuration, adapters of a kind or with settings that are not followed here.
+    Raises InputError: no such file, no configuration, adapters of a kind or with settings that are not followed here.
     """
     tensors = read_state_dict(file := _adapter_file(path))
     if not _alone(tensors):
@@ -205,14 +191,9 @@ def read_adapters(path: Path) -> Adapters:
 
 
 def split_adapters(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], Adapters]:
-    """A model's weights without the adapters in it, and these.
+    """A model's weights without the adapters in it, and these, with the configuration beside the file.
 
-    Args:
-        tensors: of a model that peft adapted, as its `state_dict` has them.
-        path: of the file; its `adapter_config.json` lies beside.
-
-    Raises:
-        InputError: adapters alone, several adapters, or see `read_adapters`.
+    Raises InputError: no configuration beside it, adapters of a kind or with settings that are not followed here.
     """
     refuse_adapters_alone(path, tensors)
     plain: dict[str, torch.Tensor] = {}

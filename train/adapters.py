@@ -41,16 +41,13 @@ def add_adapters(
     init: Init = "paper",
     batches: Sequence[torch.Tensor] = (),
 ) -> nn.Module:
-    """A peft model around `model` with low-rank updates on `targets`; everything else is frozen.
+    """A peft model around `model`, which is changed, with low-rank updates on `targets`; everything else is frozen.
 
-    On timm's fused `qkv`, A is shared by q, k and v, B has its own rows for each; DoRA's magnitude is
-    one a output row.
+    On timm's fused `qkv`, A is shared by q, k and v, B has its own rows for each; DoRA has a magnitude per output row.
 
     Args:
-        model: changed in place.
-        dora: whether each row's magnitude is trained too (DoRA); LoRA without.
-        rank: of the updates.
-        alpha: updates are scaled by alpha / rank.
+        dora: whether each row's magnitude is trained too.
+        rank, alpha: updates have this rank and are scaled by alpha / rank.
         targets: a name of `train.settings.TARGETS`, or a regular expression that matches whole module names, as a bare
             "proj" would take the patch embedding's convolution too.
         seed: of A's initial values where they are random.
@@ -58,8 +55,7 @@ def add_adapters(
         batches: eva: training images, float32 [image, channel, row, col] each.
 
     Raises:
-        InputError: nothing matches, or something that is not linear, an unknown init, a rank that a layer or the
-            images do not have.
+        InputError: as of `check_adapters`; an unknown init, too few images for eva.
     """
     import peft
 
@@ -144,12 +140,8 @@ def _initialize_eva(adapted: nn.Module, batches: Sequence[torch.Tensor]) -> None
 def merge_adapters(adapted: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]:
     """The plain timm model with the updates in its weights, and the largest logit difference on `images`.
 
-    Merged and compared in float64, then rounded to the weights' own type: the difference is what merging
-    changed (1e-6 or so), not the rounding of two float32 forward passes (3e-5 on logits of 10).
-
-    Args:
-        adapted: what `add_adapters` returned; left as it is.
-        images: float32 [image, channel, row, col].
+    Merged and compared in float64, then rounded to the weights' own type: the difference is what merging changed (about
+    1e-6), not the rounding of two float32 forward passes (3e-5 on logits of 10). `adapted` is left as it is.
 
     Raises:
         MergeError: a logit differs by 1e-4 or more.

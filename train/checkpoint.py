@@ -124,11 +124,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint of ours says of itself, such as `model`, `img_size`, `preprocessing`; {} for any other file.
-
-    Raises:
-        DamagedFileError: its sidecar is not as it was written.
-    """
+    """What a checkpoint of ours says of itself, such as `img_size`; {} for any other file."""
     return read_metadata(path) if path.suffix == ".safetensors" and has_sidecar(path) else {}
 
 

@@ -32,14 +32,9 @@ _SIZES = {
 def load_weights(
     model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
 ) -> None:
-    """Load all weights or none of them; position embeddings of another grid are resized by timm, which the log says.
+    """Load all weights of a file or none; position embeddings of another grid are resized by timm, which the log says.
 
-    Args:
-        model: gets the weights.
-        found: the weights under its names.
-        file: as read.
-        path: of the file, for messages.
-        source: what the model was built from.
+    `found` are the weights under the model's names, `file` what was read, `source` what the model was built from.
 
     Raises:
         InputError: a weight is missing, not the model's, of another shape or kind of numbers, NaN or infinite.

@@ -222,11 +222,7 @@ def _starts(state: Tensors, whole: _Model) -> Counter[str]:
 
 
 def _first(starts: list[str], path: Path) -> str:
-    """The start that is taken of several: plain names, then by the order of `WRAPPERS`.
-
-    Raises:
-        InputError: nothing says which.
-    """
+    """The start that is taken of several: plain names, then by the order of `WRAPPERS`."""
 
     def rank(start: str) -> list[int]:
         parts = start.split(".")[:-1]

@@ -42,11 +42,7 @@ def as_flag(arguments: Mapping[str, Argument]) -> str:
 
 
 def refuse_arguments(arguments: Mapping[str, Argument]) -> None:
-    """Refuse arguments that have a key of their own, or that would load or run something.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Raise InputError for arguments that have a key of their own, or that would load or run something."""
     for name in arguments:
         if advice := _OTHER_KEYS.get(name):
             raise InputError(f"model.arguments names {name}; {advice}")
@@ -68,11 +64,7 @@ def _factory_arguments() -> frozenset[str]:
 def build_timm_model(
     name: str, arguments: Mapping[str, Argument], *, num_classes: int | None = None, img_size: int = 0
 ) -> nn.Module:
-    """A timm model with random weights.
-
-    Args:
-        name, arguments, img_size: see `train.model_source.ModelSource`.
-        num_classes: None: as the model has it.
+    """A timm model with random weights; `num_classes` None: as the model has it.
 
     Raises:
         InputError: arguments that the model does not take, values or a size that it cannot be built with, another
@@ -130,12 +122,7 @@ def _taken(model_class: type) -> list[str]:
 
 
 def shown_arguments(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Argument]:
-    """Arguments by which weights plainly differ from a model that they do not fit.
-
-    Args:
-        model: its names and shapes are read.
-        state: the weights by their names in the model, or the ones they would have there.
-    """
+    """Arguments by which weights, under the model's names, plainly differ from a model that they do not fit."""
     own = model.state_dict()
     shown: dict[str, Argument] = {}
 
@@ -264,11 +251,7 @@ def pretrained_cfg(name: str) -> Any:
 
 
 def classifier_names(name: str) -> tuple[str, ...]:
-    """The layers of a model that map its readout to classes.
-
-    Raises:
-        InputError: timm names none.
-    """
+    """The layers of a model that map its readout to classes; InputError where timm names none."""
     classifier = pretrained_cfg(name).classifier
     if not classifier:
         raise InputError(
@@ -278,11 +261,7 @@ def classifier_names(name: str) -> tuple[str, ...]:
 
 
 def _present_name(given: str) -> str:
-    """timm's name of today for one of the past, or for one as the Hugging Face Hub has it; the log says a change.
-
-    Raises:
-        InputError: there is no such model, or no such weights of it.
-    """
+    """timm's name of today for one of the past, or for one as the Hugging Face Hub has it; the log says a change."""
     import timm
 
     importlib.import_module("train.digits_vit")  # puts digits_vit into timm's registry

@@ -82,15 +82,7 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
 
 
 def load_checkpoint(model: ModelSource | str, path: str | Path) -> nn.Module:
-    """A fine-tuned model as it was saved, in evaluation mode; the number of classes is read off its head.
-
-    Args:
-        model: what it is, or its name alone.
-        path: the file, whatever weights the source names.
-
-    Raises:
-        InputError, DamagedFileError: as of `build_model`.
-    """
+    """The model as the file at `path` holds it, whatever weights the source names: `build_model` of it."""
     return build_model(replace(source_of(model), weights=str(path), adapter=""), num_classes=None)
 
 

@@ -45,13 +45,10 @@ def fit_probe(
     label_smoothing: float,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Fit the classifier of `model`; no other tensor of it changes by a bit.
+    """Fit the classifier of `model`; no other tensor of it changes by a bit. One dict per penalty, with its accuracies.
 
-    Multinomial logistic regression with label smoothing on standardised features, L-BFGS, for each of
-    four penalties; the standardisation is folded into the classifier's weight and bias.
-
-    Returns:
-        One dict a penalty: penalty, loss, train_accuracy, validation_accuracy.
+    Multinomial logistic regression with label smoothing on standardised features, L-BFGS, for each of four penalties;
+    the standardisation is folded into the classifier's weight and bias.
     """
     features, held_out = cached_features(model, train, device), cached_features(model, validation, device)
     mean = features.mean(dim=0)

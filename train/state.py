@@ -36,14 +36,7 @@ EPOCH_SAVE_SHARE = 0.1
 
 @dataclass
 class Progress:
-    """Where a run stands, besides the tensors.
-
-    Args:
-        step: steps done.
-        loss_sum, hits, seen: over the images of the epoch that has begun.
-        best: accuracy on validation of the best epoch so far.
-        history: one dict an epoch.
-    """
+    """Where a run stands: steps done, sums over the epoch's images so far, best accuracy, history."""
 
     step: int = 0
     loss_sum: float = 0.0
@@ -60,13 +53,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that a run needs to go on.
-
-    Args:
-        module, optimizer: hold the weights and the moments themselves.
-        best: the weights of the best epoch so far.
-        average: moving average of the weights; empty without one.
-    """
+    """All that a run needs to go on: weights, moments, the best epoch's weights, their average if any."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer

@@ -39,13 +39,7 @@ OnEpoch = Callable[[Sequence[Mapping[str, Any]]], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a recipe came to.
-
-    Args:
-        model: a plain timm model (adapters merged).
-        history: one dict an epoch; for a probe one a penalty.
-        facts: what the sidecar says of it besides.
-    """
+    """What a recipe came to: a plain timm model, a dict per epoch or penalty, more for the sidecar."""
 
     model: nn.Module
     history: list[dict[str, Any]]
@@ -86,11 +80,7 @@ class Task:
         return fit_probe(model, self.data.train, self.data.validation, label_smoothing=smoothing, device=self.device)
 
     def begin_with_head(self, model: nn.Module) -> None:
-        """Give the model the probe's classifier, fitted or taken, unless it begins with its own.
-
-        Raises:
-            InputError: a probe of another backbone or of other classes.
-        """
+        """Give the model the probe's classifier, fitted or taken, unless it begins with its own."""
         if self.run.own_head:
             return
         if self.probe is None:
@@ -179,15 +169,9 @@ def train_to_file(
     task: Task,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Train a model on the task's device, look at it, and save it; the state of the run is removed then.
+    """Train a model on the task's device, look at it, save it, and remove the state of the run; returns the sidecar.
 
-    Args:
-        key: hash of all that the result depends on.
-        train: of a recipe.
-        facts: what is known of the result beforehand, for the sidecar.
-
-    Returns:
-        The sidecar.
+    `key` is the hash of all that the result depends on, `train` a recipe's, `facts` what is known for the sidecar.
     """
     model.to(task.device)
     shared, threads = task.run.shared, TRAINING_THREADS.get(facts["model"], 0)
@@ -361,11 +345,7 @@ def train_condition(
 
 
 def check_run(run: TrainingRun, data: DataSplits) -> None:
-    """Raise the sentence for what cannot be trained.
-
-    Raises:
-        InputError: an unknown recipe, init or compression, a split without images, numbers out of range.
-    """
+    """Raise InputError for what cannot be trained: unknown names, a split without images, numbers out of range."""
     name, shared = run.condition.recipe, run.shared
     trained = [known for known, recipe in RECIPES.items() if recipe.train is not None]
     for what, value, known in (

@@ -200,12 +200,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """See that a zip archive is one of torch.save, and compare every record with its CRC-32, which torch.load does not.
-
-    Raises:
-        InputError: another archive, or one that is cut short.
-        DamagedFileError: a record changed.
-    """
+    """See that a zip archive is torch.save's, and compare each record with its CRC-32, which torch.load does not do."""
     try:
         archive = zipfile.ZipFile(path)
     except _ZIP_ERRORS as error:

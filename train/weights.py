@@ -78,18 +78,10 @@ def read_state_dict(path: Path, state: str = "") -> dict[str, torch.Tensor]:
 
 
 def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Look at every value once: what would be cast or is not finite is refused.
+    """Look at every value once: raise InputError, naming file and tensor, for what would be cast or is not finite.
 
-    Infinity may stand where the model's own buffer holds the same (bounds of a clamp that does nothing).
-
-    Args:
-        tensors: as read.
-        own: the state of the model as it was built.
-        path: of the file, for messages.
-
-    Raises:
-        InputError: integers where the model has real numbers or the other way round, NaN or infinity; the message
-            names file and tensor.
+    `own` is the state of the model as it was built. Infinity may stand where its own buffer holds the same (bounds of a
+    clamp that does nothing).
     """
     kinds = {torch.float32: "real numbers", torch.bool: "true and false"}
     for name, tensor in tensors.items():

@@ -39,11 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def checked_json(document: Mapping[str, Any]) -> bytes:
-    """A JSON object as readable text with a checksum of itself, the same bytes for the same values.
-
-    Raises:
-        ValueError: NaN or infinity, or a value that JSON has no form for.
-    """
+    """A JSON object as text with a checksum of itself, the same bytes for the same values; NaN is refused."""
     body = json.dumps(document, sort_keys=True, allow_nan=False)
     whole = {"checksum": hashlib.sha256(body.encode()).hexdigest(), **document}
     return (json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -37,12 +37,7 @@ _BLOCK = 256  # pictures decoded between two writes
 
 
 class ImageCache:
-    """The decoded pictures of a data set, made when they are first asked for.
-
-    Args:
-        folder: where the cache lies; one process builds it, others that want the same wait.
-        pictures: every readable picture of the data set.
-    """
+    """The decoded pictures of a data set, made when they are first asked for, by one process while others wait."""
 
     def __init__(self, folder: str | Path, pictures: FolderImages) -> None:
         self.folder = Path(folder)
@@ -165,12 +160,7 @@ class ImageCache:
 
 
 class CachedImages(ImageSet):
-    """The pictures of one split, read from the cache.
-
-    Args:
-        cache: of the whole data set.
-        images: the split.
-    """
+    """The pictures of one split, read from the cache of the whole data set."""
 
     def __init__(self, cache: ImageCache, images: FolderImages) -> None:
         self.ids, self.labels, self.class_names = images.ids, images.labels, images.class_names

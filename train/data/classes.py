@@ -218,11 +218,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def _in_order(found: dict[str, Any], path: Path) -> list[Any]:
-    """The names of a table of name → index, or of index → name, in the order of the indices.
-
-    Raises:
-        InputError: it gives no name, or two, to an index from 0 on.
-    """
+    """The names of a table of name → index, or of index → name, in the order of the indices."""
     if all(isinstance(name, str) and index.isdecimal() and len(index) < 10 for index, name in found.items()):
         pairs = [(int(index), name) for index, name in found.items()]
     else:

@@ -70,11 +70,7 @@ def tag_of(opened: Image.Image, number: int, otherwise: Any) -> Any:
 
 
 def bits_of(opened: ImageFile.ImageFile) -> int:
-    """Bits that a sample has in the file; 8 stands for fewer as well, which Pillow scales.
-
-    Raises:
-        UndecodableError: a TIFF of more than 8 bits in separate planes, whose bytes Pillow takes for pixels.
-    """
+    """Bits that a sample has in the file; 8 stands for fewer as well, which Pillow scales."""
     if opened.format != "TIFF":
         arguments = opened.tile[0].args if opened.tile else None
         mode = arguments if isinstance(arguments, str) else opened.mode
@@ -95,11 +91,7 @@ def stated_greatest(opened: ImageFile.ImageFile) -> int:
 
 
 def _check_grey(opened: Image.Image, bits: int, stated: int) -> int:
-    """The value that is white in loaded grey of more than 8 bits.
-
-    Raises:
-        UndecodableError: it is not known.
-    """
+    """The value that is white in loaded grey of more than 8 bits."""
     if opened.mode == "F":
         raise UndecodableError("floating-point pixels without a range")
     if opened.format not in ("PNG", "TIFF", "PPM", "JPEG2000"):
@@ -142,11 +134,7 @@ def _greatest(found: int, bits: int, stated: int) -> int:
 
 
 def _check_colors(image: Image.Image, bits: int, stated: int) -> None:
-    """Of colours Pillow hands over the upper 8 of 16 bits: right where they fill 16 bits.
-
-    Raises:
-        UndecodableError: they do not, or that is not known (see `_greatest`).
-    """
+    """Of colours Pillow hands over the upper 8 of 16 bits, which is right where they fill 16 (see `_greatest`)."""
     if stated not in (0, 65535):
         raise UndecodableError(f"colours of {stated.bit_length()} bits in {bits}")
     found = max(int(np.max(image.getchannel(band).getextrema())) for band in image.getbands() if band not in "Aa")
@@ -238,9 +226,7 @@ _room_for_files, _room_for_pictures = _Room(_FILE_BYTES), _Room(_DECODED_BYTES)
 def picture_bytes(path: Path) -> Iterator[bytes]:
     """The content of a picture file, while there is room for it beside those of other threads.
 
-    Raises:
-        UndecodableError: larger than 1 GiB, which no picture within the limits is; a pipe or a device.
-        OSError: the file cannot be read.
+    Raises OSError, and UndecodableError for a pipe, a device, or more than 1 GiB, which no sound picture is.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # it might never end
@@ -253,16 +239,12 @@ def picture_bytes(path: Path) -> Iterator[bytes]:
 
 @contextmanager
 def decoded_image(content: bytes) -> Iterator[Image.Image]:
-    """Decode a whole picture file into 8-bit RGB, whatever its name ends in; it is closed at the end.
+    """Decode a whole picture file, given its bytes, into 8-bit RGB, whatever its name ends in; it is closed at the end.
 
     The first frame of an animation; EXIF orientation applied; palette, grey and CMYK converted; transparency laid on
     white; colour profiles not applied. Grey of more than 8 bits is scaled by its range (a plain conversion would clip
     it to white); of 16-bit colours the upper 8 bits are taken. Metadata that cannot be read change nothing.
-
     All threads of the process together decode as many at once as take 2 GiB; one that takes more is decoded alone.
-
-    Args:
-        content: the bytes of the file.
 
     Raises:
         UndecodableError: empty, truncated, damaged, of none of `FORMATS`, of too many pixels, or pixels whose range is

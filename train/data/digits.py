@@ -186,14 +186,9 @@ class DigitScenes(ImageSet):
 
 
 def region_coverage(boxes: np.ndarray, layout: TokenLayout) -> np.ndarray:
-    """Share of each patch's area that each box covers.
+    """Share of each patch's area that each box covers, float32 [scene, region, patch] in 0..1.
 
-    Args:
-        boxes: [scene, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open.
-        layout: of the model's tokens.
-
-    Returns:
-        float32 [scene, region, patch], 0..1.
+    `boxes` are [scene, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open.
 
     Raises:
         ValueError: another shape, or a box that leaves the image.

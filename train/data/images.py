@@ -171,11 +171,7 @@ class DataSplits:
 
 
 class FolderImages(ImageSet):
-    """Pictures of a folder, decoded when asked for by a few threads.
-
-    Resize and crop are timm's own evaluation transform of the model; the files are those of the
-    manifest, byte for byte.
-    """
+    """Pictures of a folder, decoded by a few threads when asked for; resized by timm's transform of the model."""
 
     def __init__(
         self,

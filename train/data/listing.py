@@ -34,14 +34,7 @@ _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that the data set names, before anything is known of its content.
-
-    Args:
-        path: where it lies.
-        id: its path relative to the root, with `/`.
-        class_name: the class it is labelled with.
-        split: of a split that is given; "" where it is drawn.
-    """
+    """A file that the data set names; `id` is relative to the root, `split` is "" where it is drawn."""
 
     path: Path
     id: str
@@ -59,13 +52,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """Folders that a walk leaves out.
-
-    Args:
-        hidden: hidden ones and those of the system.
-        circles: links to a folder that they lie in themselves.
-        links: other links to folders, where links are not followed.
-    """
+    """Folders that a walk leaves out: hidden or of the system, links to a folder around them, other links."""
 
     hidden: list[Path] = field(default_factory=list)
     circles: list[Path] = field(default_factory=list)
@@ -86,9 +73,7 @@ class Aside:
 def split_folders(root: Path, *, follow_links: bool = False) -> list[tuple[Path, str]]:
     """(folder, split) of train, val (valid, validation) and test under `root`, as far as they are there.
 
-    Raises:
-        InputError: two names of one split, a folder that cannot be read, or a link that leaves `root`
-            and is not to be followed.
+    Raises InputError: two names of one split, a folder that cannot be read, or a link that leaves `root` unfollowed.
     """
     aside = Aside()
     named = [entry for entry in _entries(root) if entry.name.lower() in SPLIT_FOLDERS]
@@ -103,20 +88,12 @@ def split_folders(root: Path, *, follow_links: bool = False) -> list[tuple[Path,
 
 
 def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool = False) -> list[Entry]:
-    """Every file of every class folder under `base`; files under sub-folders belong to the class.
+    """Every file of every class folder under `base`, of a data set in `root`; files in sub-folders belong to the class.
 
-    Hidden folders and those of the system, at any depth, are neither classes nor parts of one. The log says how much
-    was left out.
+    Hidden folders and those of the system, at any depth, are neither classes nor parts of one; the log counts them.
+    With `follow_links` links may lead out of `root`, and links in class folders are followed.
 
-    Args:
-        base: holds the class folders.
-        root: of the data set.
-        split: that the files belong to.
-        follow_links: whether links may lead out of `root`, and links in class folders to other folders are followed.
-
-    Raises:
-        InputError: `base` is empty or holds no folder, a folder cannot be read, or a link leaves `root` and is not to
-            be followed.
+    Raises InputError: `base` is empty or holds no folder, a folder cannot be read, or a link leaves `root` unfollowed.
     """
     entries = _entries(base)
     if not entries:
@@ -253,11 +230,8 @@ def _reason_of_file(name: str) -> str:
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Two classes must not have one name in two spellings that look the same.
-
-    Raises:
-        InputError: names that differ only by Unicode's normal form ("é" as one character or as two), as copies over
-            another system leave them; names that differ only by case are said in the log.
+    """Refuse names that differ only by Unicode's normal form ("é" as one character or as two), as copies over another
+    system leave them; names that differ only by case are said in the log.
     """
     forms: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(names)):
@@ -295,9 +269,7 @@ def inside(path: Path, root: Path, *, follow_links: bool = False) -> Path:
 def list_lines(path: Path, content: bytes) -> list[str]:
     """The relative paths that a split list names, one a line; with or without a final newline, LF or CRLF.
 
-    Raises:
-        InputError: not UTF-8, no path at all, or one that is absolute, leaves the root with `..`, has a backslash or
-            no class folder.
+    Raises InputError: not UTF-8, no path, or one that is absolute, has `..` or a backslash, or no class folder.
     """
     try:
         text = content.decode("utf-8-sig")

@@ -31,10 +31,7 @@ SPLIT_FOLDERS = {
 
 
 def split_counts(count: int, validation: float, test: float) -> tuple[int, int, int]:
-    """How many of `count` images go to train, validation and test.
-
-    Rounded, and from 3 on at least one to each split whose share is not 0.
-    """
+    """How many of `count` images go to train, validation, test: from 3 on one at least where a share is not 0."""
     least = 1 if count >= 3 else 0
     n_validation = max(least, round(count * validation)) if validation else 0
     n_test = max(least, round(count * test)) if test else 0
@@ -44,17 +41,9 @@ def split_counts(count: int, validation: float, test: float) -> tuple[int, int, 
 def stratified_split(
     classes: Mapping[str, Sequence[str]], *, seed: int, validation: float = 0.15, test: float = 0.15
 ) -> dict[str, str]:
-    """Split each class by the same shares.
+    """id → "train", "validation" or "test"; each class (name → ids of its readable images) is split by the same shares.
 
     A class's split depends on its own name and members and on the seed, not on the other classes.
-
-    Args:
-        classes: class name → ids of its readable images.
-        seed: of the shuffles.
-        validation, test: shares; the rest is train.
-
-    Returns:
-        id → "train", "validation" or "test".
 
     Raises:
         InputError: a class has fewer than three images.
