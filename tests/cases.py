@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -75,16 +76,24 @@ class Case:
     make: Callable[[TokenLayout, np.random.Generator], np.ndarray]
 
     def attention(self) -> np.ndarray:
-        seed = sum(ord(letter) * (i + 1) for i, letter in enumerate(self.name))
-        return self.make(self.layout, np.random.default_rng(seed))
+        """Made once; not to be written to."""
+        return _attention(self)
 
     def regions(self) -> np.ndarray:
         """Coverage [image, region, patch] of two regions in each image."""
-        images = self.attention().shape[0]
+        images, _, _, _ = _shape(self.layout)
         return np.random.default_rng(7).uniform(size=(images, 2, self.layout.num_patches))
 
     def __str__(self) -> str:
         return self.name
+
+
+@cache
+def _attention(case: Case) -> np.ndarray:
+    seed = sum(ord(letter) * (i + 1) for i, letter in enumerate(case.name))
+    attention = case.make(case.layout, np.random.default_rng(seed))
+    attention.setflags(write=False)
+    return attention
 
 
 def rounded(attention: np.ndarray, dtype: str) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_bits_do_not_depend_on_where_memory_lies(
     attention = CASES[0].make(of, generator).astype(dtype)
     query, key = (part.astype(dtype) for part in vit_qk(of, 6, generator))
     found: dict[str, set[bytes]] = {}
-    for _ in range(600):
+    for _ in range(200):
         # Holes of many sizes in many orders, which the next calls fill.
         blocks = [np.empty(size, np.uint8) for size in generator.integers(1, 400, size=generator.integers(1, 200))]
         for place in generator.permutation(len(blocks))[: len(blocks) // 2].tolist():

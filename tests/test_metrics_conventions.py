@@ -54,7 +54,7 @@ class TestConversions:
     def test_square_grids(self, backend: str) -> None:
         """px = 16·(g − 1)·Walmer without mass on the prefix, and seed1 is px over √2·g·16."""
         case = CASES[0]
-        attention = case.attention()
+        attention = case.attention().copy()
         case.layout.patches(attention)[...] /= case.layout.patches(attention).sum(axis=-1, keepdims=True)
         case.layout.prefix(attention)[...] = 0.0
         got = measure_attention(attention, case.layout, CONVENTIONS, backend)
