@@ -182,7 +182,7 @@ class ObjectStorage(Storage):
     @contextlib.contextmanager
     def joined(self, run: str) -> Iterator[Lock]:
         lock = _LockObject(self)
-        if lock.holder().get("run") != run:
+        if lock.read()[0].get("run") != run:
             raise StoreError(f"{self} is not shared by the run that this process belongs to; start it again")
         yield lock
 
@@ -230,18 +230,19 @@ class _LockObject:
 
     def __init__(self, storage: ObjectStorage) -> None:
         self._storage = storage
-        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "run": ""}
+        # The id: an object's e_tag may be a hash of its content, which no two locks have in common.
+        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "run": "", "id": uuid.uuid4().hex}
 
     def take(self) -> None:
         """Put it, or replace one whose writer has died on this machine; StoreError if another may hold it."""
         if self._storage.put_over("lock", self._content()):
             return
-        holder, version = self._held()
+        holder, version = self.read()
         if holder.get("host") == self._mine["host"] and not self._lives(holder.get("process")):
             # Of several that find it so, one replaces the version that they all have read.
             if version and self._storage.put_over("lock", self._content(), version):
                 return
-            holder, _ = self._held()
+            holder, _ = self.read()
         process, host = (holder.get(key, "unknown") for key in ("process", "host"))
         raise StoreError(
             f"{self._storage} is locked: process {process} on {host} is writing this store; wait for it to end, or if "
@@ -253,11 +254,8 @@ class _LockObject:
         self._storage.replace("lock", self._content())
         return str(self._mine["run"])
 
-    def holder(self) -> dict[str, Any]:
-        """What the object says; nothing if there is none, or a damaged one."""
-        return self._held()[0]
-
-    def _held(self) -> tuple[dict[str, Any], Any]:
+    def read(self) -> tuple[dict[str, Any], Any]:
+        """What the object says, nothing if there is none, or a damaged one; and its version."""
         try:
             content, version = self._storage.read_version("lock")
         except FileNotFoundError:
