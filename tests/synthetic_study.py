@@ -227,6 +227,7 @@ def _table(
         "dataset": json.dumps({"id": "digits", "split": "test", "sha256": "ab" * 32}),
         "precision": "float32",
         "preprocessing": json.dumps({"mean": [0.5], "std": [0.5], "input_size": [48, 48]}),
+        "metrics": json.dumps(list(variables)),
     }
     return xr.Dataset(variables, coords, attrs)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         vision_module,
     )
     from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
-    from engine.capture.metrics import definitions, metric_parameters
+    from engine.capture.metrics import definitions, metric_parameters, stored_parameters
     from engine.capture.prefix_mass import heads_on_prefix
     from engine.capture.samples import FILES, SampleLayer, SampleMaps, SampleRun, choose_samples, require_samples_place
     from engine.capture.sinks import stack_layers
@@ -44,7 +44,7 @@ _NAMES = {
     "families": "FIRST_NORMS CaptureError block_of first_norm num_blocks patch_stem reached_block token_layout"
     " transformer_blocks vision_module",
     "interception": "FunctionCall ModelInterception named_modules unwrapped",
-    "metrics": "definitions metric_parameters",
+    "metrics": "definitions metric_parameters stored_parameters",
     "prefix_mass": "heads_on_prefix",
     "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
     "sinks": "stack_layers",
@@ -88,6 +88,7 @@ __all__ = [
     "read_attention_call",
     "require_samples_place",
     "stack_layers",
+    "stored_parameters",
     "token_layout",
     "transformer_blocks",
     "unwrapped",

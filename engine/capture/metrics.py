@@ -1,4 +1,4 @@
-"""What identifies a metric's numbers in a store."""
+"""What identifies a metric's numbers in a store, and which of them this version of the code left there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def metric_parameters(spec: MetricSpec, backend: str, other: AttentionStore | No
     if spec.inputs != "pair" or other is None:
         return parameters
     return parameters | {"against": {"store": other.path.name, "capture": other.digest}}
+
+
+def stored_parameters(
+    store: AttentionStore, spec: MetricSpec, other: AttentionStore | None = None
+) -> dict[str, Any] | None:
+    """Parameters of the metric's values that this version of the code left in the store, by whatever backend."""
+    for parameters in store.metric_params(spec.name):
+        if metric_parameters(spec, parameters["backend"], other) == parameters:
+            return parameters
+    return None
 
 
 def definitions(metrics: Sequence[str]) -> dict[str, str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from engine.capture import metric_parameters
+from engine.capture import metric_parameters, stored_parameters
 from engine.config import load_metrics
 from engine.measure.cluster import connected
 from engine.measure.units import Batches, StoredMeasurement
@@ -121,16 +120,6 @@ def missing_metrics(
         if parameters is None or not has_metric(store, spec.name, parameters, compared):
             missing[spec.name] = spec
     return missing
-
-
-def stored_parameters(
-    store: AttentionStore, spec: MetricSpec, other: AttentionStore | None = None
-) -> dict[str, Any] | None:
-    """Parameters of the metric's values that this version of the code left in the store, by whatever backend."""
-    for parameters in store.metric_params(spec.name):
-        if metric_parameters(spec, parameters["backend"], other) == parameters:
-            return parameters
-    return None
 
 
 def _check_second_store(store: AttentionStore, specs: Mapping[str, MetricSpec], other: AttentionStore | None) -> None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.capture import heads_on_prefix
+from engine.capture import heads_on_prefix, stored_parameters
 from engine.config import load_metrics
-from engine.measure.store import stored_parameters
 from store import AttentionStore
 from store.disk import making
 from store.removal import attributes_of, holds_only
@@ -20,6 +19,8 @@ from train.errors import InputError
 
 if TYPE_CHECKING:
     import xarray
+
+AXES = ("condition", "seed", "image", "layer", "head")  # of every metric; `region` comes after them
 
 
 def build_table(
@@ -155,7 +156,6 @@ def _is_table(path: Path) -> bool:
 def _long_frame(table: xarray.Dataset) -> Any:
     import pandas
 
-    axes = ["condition", "seed", "image", "layer", "head"]
     columns = {}
     for name, values in table.data_vars.items():
         if "region" in values.dims:
@@ -163,21 +163,39 @@ def _long_frame(table: xarray.Dataset) -> Any:
                 columns[f"{name}[{region}]"] = values.sel(region=region, drop=True)
         else:
             columns[str(name)] = values
-    index = pandas.MultiIndex.from_product([table[axis].values for axis in axes], names=axes)
-    flat = {name: values.transpose(*axes).values.ravel() for name, values in columns.items()}
+    index = pandas.MultiIndex.from_product([table[axis].values for axis in AXES], names=AXES)
+    flat = {name: values.transpose(*AXES).values.ravel() for name, values in columns.items()}
     frame = pandas.DataFrame(flat, index=index).reset_index()
     site = dict(zip(table["layer"].values, table["site"].values, strict=True))
-    frame.insert(axes.index("layer") + 1, "site", frame["layer"].map(site))
+    frame.insert(AXES.index("layer") + 1, "site", frame["layer"].map(site))
     return frame.dropna(how="all", subset=list(flat))
 
 
 def read_table(path: Path) -> xarray.Dataset:
-    """The table of `write_table`, from its Zarr form, in memory, its metrics in the order they were asked for."""
+    """The table of `write_table`, from its Zarr form, in memory, its metrics in the order they were asked for.
+
+    Raises:
+        InputError: it is not there, damaged, or no such table.
+    """
     import xarray
 
-    table = xarray.load_dataset(path, engine="zarr", consolidated=False)
-    names: list[str] = json.loads(table.attrs["metrics"])  # a folder's listing has an order of its own
-    return table[names]
+    if not path.exists():
+        raise InputError(f"{path}: not found; expected the table that the measure stage writes, so run the study first")
+    try:
+        table = xarray.load_dataset(path, engine="zarr", consolidated=False)
+        table = table[json.loads(table.attrs["metrics"])]  # a folder's listing has an order of its own
+    except Exception as error:  # zarr, xarray and the codecs share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({reason})") from error
+    wrong = [f"{name} over {values.dims}" for name, values in table.items() if values.dims[:5] != AXES]
+    wrong += [
+        f"no coordinate {axis}" for axis in dict.fromkeys((*AXES, *map(str, table.dims))) if axis not in table.coords
+    ]
+    if wrong or not table.data_vars:
+        raise InputError(
+            f"{path}: has {', '.join(wrong) or 'no metric'}; expected one variable per metric over {', '.join(AXES)}"
+        )
+    return table
 
 
 def prefix_mass_warning(table: xarray.Dataset) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import xarray as xr
 
 from engine.capture import SampleMaps
+from engine.measure import read_table
 from engine.report.kept import GradcamSample, load_gradcam, load_samples
 from engine.report.reading import brief, load_json
 from engine.statistics import Cluster, Comparison, PairedTest, Trend, parse_comparison
@@ -27,8 +28,6 @@ TRAINING = Path("metrics/training.json")
 SAMPLES = Path("samples.zarr")
 GRADCAM = Path("visualizations/gradcam_samples")
 STUDY = Path("study.toml")
-
-TABLE_DIMS = ("condition", "seed", "image", "layer", "head")
 
 
 class Record(Protocol):
@@ -186,10 +185,10 @@ def load_results(outputs: Path, record: Record) -> Results:
         raise InputError(f"{outputs}: no such folder; expected the outputs folder of a study")
     for needed in (METRICS_TABLE, COMPARISON):
         record.require(outputs / needed)
-    table = _load_table(outputs / METRICS_TABLE)
+    table = read_table(outputs / METRICS_TABLE)
     document = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
     comparison = parse_comparison(document, outputs / COMPARISON)
-    # Zarr lists arrays in whatever order the file system does: metrics stand as in METRICS, a user's own after them.
+    # Metrics stand as in METRICS, a user's own after them.
     names = sorted(str(name) for name in table.data_vars)
     table = table[[name for name in METRICS if name in names] + [name for name in names if name not in METRICS]]
     if len(comparison.layers) != table.sizes["layer"]:
@@ -232,26 +231,6 @@ def load_results(outputs: Path, record: Record) -> Results:
         failed=record.failed(),
         stage_seconds=stages,
     )
-
-
-def _load_table(path: Path) -> xr.Dataset:
-    if not path.exists():
-        raise InputError(f"{path}: not found; expected the table that the measure stage writes, so run the study first")
-    try:
-        # consolidated=False: works whether or not the writer consolidated, without xarray's warning.
-        table: xr.Dataset = xr.open_zarr(path, consolidated=False).load()
-    except Exception as error:  # zarr, xarray and the codecs share no base class
-        raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({brief(error)})") from error
-    wrong = {name: values.dims for name, values in table.data_vars.items() if values.dims[:5] != TABLE_DIMS}
-    missing = [name for name in dict.fromkeys((*TABLE_DIMS, *map(str, table.dims))) if name not in table.coords]
-    if wrong or missing or not table.data_vars:
-        what = ", ".join(
-            [*(f"{name} over {dims}" for name, dims in wrong.items()), *(f"no coordinate {m}" for m in missing)]
-        )
-        raise InputError(
-            f"{path}: has {what or 'no metric'}; expected one variable per metric over {', '.join(TABLE_DIMS)}"
-        )
-    return table
 
 
 def _check_names(analyses: Comparison, table: xr.Dataset, path: Path) -> None:
