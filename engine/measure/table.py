@@ -182,7 +182,7 @@ def read_table(path: Path) -> xarray.Dataset:
     if not path.exists():
         raise InputError(f"{path}: not found; expected the table that the measure stage writes, so run the study first")
     try:
-        table = xarray.load_dataset(path, engine="zarr", consolidated=False)
+        table: xarray.Dataset = xarray.load_dataset(path, engine="zarr", consolidated=False)
         table = table[json.loads(table.attrs["metrics"])]  # a folder's listing has an order of its own
     except Exception as error:  # zarr, xarray and the codecs share no base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
