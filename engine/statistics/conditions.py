@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -30,15 +29,7 @@ _LEVELS = {
 }
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One test of a family: what is compared, at which positions, and the values of both conditions, [unit]."""
-
-    pairs: MetricPairs
-    layer: int | None
-    head: int | None
-    against: Floats
-    condition: Floats
+_Place = tuple[int | None, int | None]  # positions of a layer and a head; None: over all of them
 
 
 def compare_conditions(
@@ -86,9 +77,9 @@ def compare_conditions(
     check_bounds(settings.equivalence, check_table(table, settings.against, metrics))
     tests: list[PairedTest] = []
     for paired in paired_conditions(table, settings.against, metrics):
-        for level, columns in _families(paired):
-            if columns:
-                tests += _test_family(paired, level, columns, settings)
+        for level, compared, values, places in _families(paired):
+            if compared and places:
+                tests += _test_family(paired, level, compared, np.concatenate(values, axis=2), places, settings)
     return tests
 
 
@@ -107,42 +98,53 @@ def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]
             raise InputError(f"statistics.equivalence: {metric} is {bound}; expected a positive number in its unit")
 
 
-def _families(paired: ConditionPairs) -> Iterator[tuple[str, list[_Column]]]:
-    """The tests of each family; none where there are too few units for any."""
+def _families(
+    paired: ConditionPairs,
+) -> Iterator[tuple[str, Sequence[MetricPairs], list[Floats], list[_Place]]]:
+    """Level, metrics, their values [side, unit, place] and the places; none where there are too few units."""
     metrics, layers = paired.metrics, paired.layers
-    columns = []
-    for metric in metrics:
-        a, b = metric.over_seeds()
-        columns += [_Column(metric, i, j, a[:, i, j], b[:, i, j]) for i, j in np.argwhere(paired.heads)]
-    yield "head", columns
+    by_layer: list[_Place] = [(int(layer), None) for layer in layers]
+    cells: list[_Place] = [(int(layer), int(head)) for layer, head in np.argwhere(paired.heads)]
+    yield "head", metrics, [metric.over_seeds()[:, :, paired.heads] for metric in metrics], cells
 
-    by_layer = [(metric, *metric.over_heads()) for metric in metrics]
-    yield "layer", [_Column(metric, i, None, a[:, i], b[:, i]) for metric, a, b in by_layer for i in layers]
+    by_image = [metric.over_heads() for metric in metrics]
+    yield "layer", metrics, [values[:, :, layers] for values in by_image], by_layer
 
-    classes = paired.classes
-    by_class = [(metric, *metric.over_classes(classes)) for metric in metrics] if classes is not None else []
-    yield "class", [_Column(metric, i, None, a[:, i], b[:, i]) for metric, a, b in by_class for i in layers]
+    if paired.classes is not None:
+        yield "class", metrics, [metric.over_classes(paired.classes)[:, :, layers] for metric in metrics], by_layer
 
-    columns = [
-        _Column(metric, None, None, defined_mean(a, axis=0)[layers], defined_mean(b, axis=0)[layers])
-        for metric, a, b in by_layer
-    ]
-    yield "layer_means", columns if layers.size >= 2 else []
+    means = [defined_mean(values, axis=1)[:, layers, None] for values in by_image]
+    yield "layer_means", metrics, means, [(None, None)] if layers.size >= 2 else []
 
-    by_run = [(metric, *metric.over_images()) for metric in metrics if metric.changing and len(metric.seeds) >= 2]
-    yield "seed", [_Column(metric, i, None, a[:, i], b[:, i]) for metric, a, b in by_run for i in layers]
+    by_run = [metric for metric in metrics if metric.changing and len(metric.seeds) >= 2]
+    yield "seed", by_run, [metric.over_images()[:, :, layers] for metric in by_run], by_layer
 
 
 def _test_family(
-    paired: ConditionPairs, level: str, columns: Sequence[_Column], settings: Settings
+    paired: ConditionPairs,
+    level: str,
+    metrics: Sequence[MetricPairs],
+    values: Floats,
+    places: Sequence[_Place],
+    settings: Settings,
 ) -> list[PairedTest]:
-    """One result per column, all adjusted as one family."""
+    """One result per metric and place, all adjusted as one family."""
     unit, over = _LEVELS[level]
-    a = np.stack([column.against for column in columns], axis=1)
-    b = np.stack([column.condition for column in columns], axis=1)
+    a, b = np.ascontiguousarray(values)
+    rows = [
+        {
+            **metric.identity,
+            "layer": None if layer is None else paired.layer_ids[layer],
+            "site": None if layer is None else paired.sites[layer],
+            "head": None if head is None else paired.head_ids[head],
+            "seeds": metric.seeds,
+        }
+        for metric in metrics
+        for layer, head in places
+    ]
     # Bounds are of an effect on images or runs; over layers there is no inference that they could belong to.
     bounds = {} if level == "layer_means" else settings.equivalence
-    tost_bound = np.array([bounds.get(column.pairs.identity["metric"], np.nan) for column in columns])
+    tost_bound = np.array([bounds.get(row["metric"], np.nan) for row in rows])
     result = compare_paired(
         a,
         b,
@@ -153,48 +155,38 @@ def _test_family(
         bootstrap=settings.bootstrap if unit == IMAGES else 0,
         equivalence=tost_bound,
     )
-    values = paired_columns(result)
+    columns = paired_columns(result)
     ci_method, test, nested_levels = "Student's t", "paired t-test", None
     if unit == IMAGES:
         ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
     else:
-        values["ci"] = _student_interval(b - a, settings.confidence)
+        columns["ci"] = _student_interval(b - a, settings.confidence)
     if level == "seed":
-        values["p"] = values["p_sign_flip"]
-        values["p_holm"], values["p_bh"] = holm(values["p"]), benjamini_hochberg(values["p"])
+        columns["p"] = columns["p_sign_flip"]
+        columns["p_holm"], columns["p_bh"] = holm(columns["p"]), benjamini_hochberg(columns["p"])
         test = f"sign flip over training runs ({result.attrs['sign_flip']})"
     if level == "layer":
-        values["ci_nested"], nested_levels = _nested_intervals(paired, columns, settings)
+        columns["ci_nested"], nested_levels = _nested_intervals(paired, settings)
 
     size, floor = result.attrs["family_size"], result.attrs["p_floor"]
     if floor <= settings.alpha:
         power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(size, 1)}
-        values["mde_dz"] = np.array([minimum_detectable_effect(int(n), **power) for n in values["n"]])
+        columns["mde_dz"] = np.array([minimum_detectable_effect(int(n), **power) for n in columns["n"]])
     else:  # no p can fall to alpha
-        values["mde_dz"] = np.full(len(columns), np.nan)
+        columns["mde_dz"] = np.full(len(rows), np.nan)
     complete = np.isfinite(b - a)
     a, b = np.where(complete, a, np.nan), np.where(complete, b, np.nan)
-    values |= {
+    columns |= {
         "mean_against": defined_mean(a, axis=0),
         "mean_condition": defined_mean(b, axis=0),
-        "d_av": _between_units(a, b, values["difference"]),
-        "mde": values["mde_dz"] * values["sd"],
+        "d_av": _between_units(a, b, columns["difference"]),
+        "mde": columns["mde_dz"] * columns["sd"],
         "tost_bound": tost_bound,
     }
-    rows = [
-        {
-            **column.pairs.identity,
-            "layer": None if column.layer is None else paired.layer_ids[column.layer],
-            "site": None if column.layer is None else paired.sites[column.layer],
-            "head": None if column.head is None else paired.head_ids[column.head],
-            "seeds": column.pairs.seeds,
-        }
-        for column in columns
-    ]
     return build(
         PairedTest,
         rows,
-        values,
+        columns,
         level=level,
         unit_of_inference=unit,
         family=paired.family(f"by {level}: {over}"),
@@ -216,23 +208,20 @@ def _between_units(a: Floats, b: Floats, difference: Floats) -> Floats:
         return np.where(resolved, difference / spread, np.nan)
 
 
-def _nested_intervals(
-    paired: ConditionPairs, columns: Sequence[_Column], settings: Settings
-) -> tuple[Floats, str | None]:
+def _nested_intervals(paired: ConditionPairs, settings: Settings) -> tuple[Floats, str | None]:
     """Intervals [test, 2] of the mean over all runs and images when runs, then classes, then images are resampled.
 
     NaN where there is one run and no class to nest images in: then it would be the interval over images again.
     """
-    pairs = columns[0].pairs
-    seeds, images = len(pairs.seeds), pairs.against.shape[1]
+    by_run = [metric.run_differences() for metric in paired.metrics]
+    seeds, images, _ = by_run[0].shape
     levels: dict[str, NDArray[np.int64]] = {}
     if seeds > 1:
         levels["seed"] = np.repeat(np.arange(seeds), images)
     if paired.classes is not None:
         levels["class"] = np.tile(paired.classes, seeds)
     if not levels or not settings.bootstrap:
-        return np.full((len(columns), 2), np.nan), None
-    by_run = [metric.run_differences() for metric in paired.metrics]
+        return np.full((len(by_run) * paired.layers.size, 2), np.nan), None
     bounds = bootstrap_interval(
         np.stack([d[..., layer].ravel() for d in by_run for layer in paired.layers], axis=1),
         resamples=settings.bootstrap,

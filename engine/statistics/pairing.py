@@ -25,48 +25,46 @@ class MetricPairs:
         identity: fields of `Compared`: the conditions' names and what was measured.
         seeds: the runs paired, in the table's order. A condition that no seed changes is paired with every run of the
             other; else only seeds that both have.
-        against, condition: [seed, image, layer, head], NaN in both where either has no finite value.
+        sides: [side, seed, image, layer, head], against first, then condition; NaN in both where either has no finite
+            value.
         changing: whether a seed changes either condition, so that runs are units of their own.
     """
 
     identity: Mapping[str, Any]
     seeds: tuple[Any, ...]
-    against: Floats
-    condition: Floats
+    sides: Floats
     changing: bool
 
-    def over_seeds(self) -> tuple[Floats, Floats]:
-        """Means over seeds, [image, layer, head]: NaN where any run has no value, so that all share their runs."""
-        return self.against.mean(axis=0), self.condition.mean(axis=0)
+    def over_seeds(self) -> Floats:
+        """Means over seeds, [side, image, layer, head]: NaN where a run has no value, so that all share their runs."""
+        return np.asarray(self.sides.mean(axis=1))
 
-    def over_heads(self) -> tuple[Floats, Floats]:
-        """Means over seeds, then over the heads that have a pair, [image, layer]: both over the same heads."""
-        against, condition = self.over_seeds()
-        return defined_mean(against, axis=2), defined_mean(condition, axis=2)
+    def over_heads(self) -> Floats:
+        """Means over seeds, then over the heads that have a pair, [side, image, layer]: both over the same heads."""
+        return defined_mean(self.over_seeds(), axis=3)
 
-    def over_images(self) -> tuple[Floats, Floats]:
-        """Means over heads, then over images, run by run, [seed, layer]."""
-        against, condition = (defined_mean(defined_mean(x, axis=3), axis=1) for x in (self.against, self.condition))
-        return against, condition
+    def over_images(self) -> Floats:
+        """Means over heads, then over images, run by run, [side, seed, layer]."""
+        return defined_mean(defined_mean(self.sides, axis=4), axis=2)
 
-    def over_classes(self, classes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Means over seeds, heads, then over the images of each class that have a pair, [class, layer].
+    def over_classes(self, classes: NDArray[np.int64]) -> Floats:
+        """Means over seeds, heads, then over the images of each class that have a pair, [side, class, layer].
 
         Args:
             classes: class of each image, from 0 without gaps, [image].
         """
         members = [np.flatnonzero(classes == code) for code in range(int(classes.max()) + 1)]
-        against, condition = (np.stack([defined_mean(x[rows], axis=0) for rows in members]) for x in self.over_heads())
-        return against, condition
+        return np.stack([[defined_mean(side[rows], axis=0) for rows in members] for side in self.over_heads()])
 
     def image_differences(self) -> Floats:
         """Condition − against, seeds and heads averaged, [image, layer]."""
         against, condition = self.over_heads()
-        return condition - against
+        return np.asarray(condition - against)
 
     def run_differences(self) -> Floats:
         """Condition − against of every run and image, heads averaged, [seed, image, layer]."""
-        return defined_mean(self.condition, axis=3) - defined_mean(self.against, axis=3)
+        against, condition = defined_mean(self.sides, axis=4)
+        return np.asarray(condition - against)
 
     def cell_differences(self) -> Floats:
         """Condition − against, seeds and images averaged, [layer, head]."""
@@ -198,17 +196,17 @@ def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator
     runs_against, runs_condition, seeds = _paired_runs(table, condition, against)
     changing = not (_seed_invariant(table, condition) and _seed_invariant(table, against))
     for metric, region, values in metric_series(table):
-        a, b = (
-            np.asarray(values.sel(condition=name).isel(seed=runs).transpose(*_AXES).values, dtype=np.float64)
-            for name, runs in ((against, runs_against), (condition, runs_condition))
+        sides = np.stack(
+            [
+                values.sel(condition=name).isel(seed=runs).transpose(*_AXES).values.astype(np.float64)
+                for name, runs in ((against, runs_against), (condition, runs_condition))
+            ]
         )
-        paired = np.isfinite(a) & np.isfinite(b)
         unit = table[metric].attrs["units"]
         yield MetricPairs(
             identity={"condition": condition, "against": against, "metric": metric, "unit": unit, "region": region},
             seeds=seeds,
-            against=np.where(paired, a, np.nan),
-            condition=np.where(paired, b, np.nan),
+            sides=np.where(np.isfinite(sides).all(axis=0), sides, np.nan),
             changing=changing,
         )
 
