@@ -64,7 +64,8 @@ def compare_paired(
         Dataset over the trailing axes: `difference` (mean of b − a), `ci_low`, `ci_high`, `sd` (standard deviation of
         the differences) in the unit of the input; `skewness` of the differences (see `sign_flip` for what it does);
         `dz` (difference / sd), `gz` (dz with Hedges' correction, NaN below 3 pairs), `t`, `n`, `missing`; `p_t` (paired
-        t-test), `p_wilcoxon` (signed ranks, zeros dropped), `p_sign_flip` (this test alone), `p_max_t` (sign flip,
+        t-test), `p_wilcoxon` (signed ranks, zeros dropped; exact up to 13 pairs, and up to 50 without ties and zeros,
+        else the normal approximation corrected for ties), `p_sign_flip` (this test alone), `p_max_t` (sign flip,
         family-wise), `p_holm` and `p_bh` (both of p_t), `p_tost` (that the difference lies beyond the bound) and
         `p_tost_holm`. All tests of a difference are two-sided. The attributes say how it was computed; `p_floor` is the
         least value that p_sign_flip and p_max_t can take.
@@ -256,28 +257,12 @@ def _hedges_correction(n: NDArray[np.int64]) -> Floats:
     return np.where(n >= 3, j, np.nan)
 
 
-# Signed ranks of no more pairs than this are enumerated (8,192 patterns), which is exact with ties and zeros too.
-_ENUMERATED = 13
-
-
 def _wilcoxon(d: Floats) -> Floats:
-    """Two-sided Wilcoxon signed-rank p-values of the columns of d [image, test]; zero differences are dropped.
-
-    Exact up to 13 pairs, and up to 50 without ties and zeros; else the normal approximation corrected for ties, without
-    a continuity correction.
-    """
-    p = np.full(d.shape[1], np.nan)
-    for column in range(d.shape[1]):
-        values = d[:, column]
-        values = values[~np.isnan(values)]
-        nonzero = values[values != 0]
-        if values.size < 2:
-            continue
-        if nonzero.size < 2:  # no difference, or one that is as extreme with either sign
-            p[column] = 1.0
-        elif values.size <= _ENUMERATED:
-            signed_ranks = np.sign(nonzero) * stats.rankdata(np.abs(nonzero))
-            p[column] = sign_flip(signed_ranks[:, None], permutations=2**_ENUMERATED).p[0]
-        else:
-            p[column] = stats.wilcoxon(values, correction=False).pvalue
+    """Two-sided Wilcoxon signed-rank p-values of the columns of d [image, test]; zero differences are dropped."""
+    # 1 where there is no difference, or one, which is as extreme with either sign.
+    p = np.where((~np.isnan(d)).sum(axis=0) >= 2, 1.0, np.nan)
+    ranked = np.flatnonzero((np.nan_to_num(d) != 0).sum(axis=0) >= 2)
+    # Up to 50 pairs scipy chooses between exact and approximate by the ties of all that it is given: one at a time.
+    for columns in [ranked] if ranked.size and len(d) > 50 else ranked[:, None]:
+        p[columns] = stats.wilcoxon(d[:, columns], correction=False, axis=0, nan_policy="omit").pvalue
     return p
