@@ -86,7 +86,7 @@ def test_whole_files_in_the_wrong_place_are_named(what: str, study: Path, tmp_pa
             lines = journal.read_bytes().splitlines(keepends=True)
             journal.write_bytes(b"".join(line for line in lines if b'"statistics"' not in line))
             record_stages(study)
-            assert results_of(study).data["images"] == 7
+            assert results_of(study).document.data["images"] == 7
             kept, content = (comparison, older[0]) if what == "rolled back" else (journal, older[1])
             kept.write_bytes(content)
     with pytest.raises(DamagedFileError, match=r"metrics/(attention_comparison|training)\.json is (not as|missing)"):

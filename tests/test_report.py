@@ -255,12 +255,12 @@ def test_tables_can_be_downloaded_whole(study: Path) -> None:
     )
     rows = list(csv.DictReader(io.StringIO(base64.b64decode(files["tests.csv"]).decode("utf-8"))))
     results = results_of(study)
-    assert len(rows) == len(results.analyses.tests)
-    for row, test in zip(rows, results.analyses.tests, strict=True):
+    assert len(rows) == len(results.document.tests)
+    for row, test in zip(rows, results.document.tests, strict=True):
         assert row["family"] == test.family
         assert row["ci_low"] == ("" if test.ci[0] is None else repr(test.ci[0]))
     clusters = list(csv.DictReader(io.StringIO(base64.b64decode(files["clusters.csv"]).decode("utf-8"))))
-    assert [row["layers"] for row in clusters] == [" ".join(map(str, c.layers)) for c in results.analyses.clusters]
+    assert [row["layers"] for row in clusters] == [" ".join(map(str, c.layers)) for c in results.document.clusters]
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def limits(results: Results, comparisons: Sequence[Comparison]) -> tuple[str, ..
     ]
     if len(results.conditions) > 2:
         scope.append(
-            f"Each condition is tested against {results.settings['against']} in a family of its own: the family-wise "
+            f"Each condition is tested against {results.against} in a family of its own: the family-wise "
             "level holds within a comparison, not over all of them."
         )
     return tuple(scope)

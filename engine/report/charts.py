@@ -182,7 +182,11 @@ def _accuracy(results: Results) -> Figure:
     rows = accuracies(results)
     columns = []
     for x, (condition, test, chance, runs) in enumerate(rows):
-        points = [100 * (run.get("test") or 0.0) for run in results.accuracy[condition].values()] if runs > 1 else []
+        points = (
+            [100 * (run.get("test") or 0.0) for run in results.document.accuracy[condition].values()]
+            if runs > 1
+            else []
+        )
         own = color(results, condition)
         columns.append(Column(own, x, test, f"{test:.1f}", points, chance))
     chart = Chart(

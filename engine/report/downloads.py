@@ -22,7 +22,7 @@ def downloads(results: Results, summary: str) -> Iterator[tuple[str, str, str, s
     """Name, data URI ("" where it is too large for a page), size and place in the outputs folder of every file."""
     offered = [("summary.md", "text/markdown", summary.encode("utf-8"), "summary.md")]
     comparison = str(COMPARISON)
-    analyses = results.analyses
+    analyses = results.document
     for part in ("tests", "trends", "clusters", "relations"):
         if rows := [_entry(entry) for entry in getattr(analyses, part)]:
             offered.append((f"{part}.csv", "text/csv", csv_bytes(rows), comparison))
@@ -60,7 +60,7 @@ def _curves(results: Results) -> Iterator[Row]:
             curve = layer_curve(results, metric, condition, region)
             for row, layer in enumerate(results.layers):
                 values = {"mean": curve.mean[row], "low": curve.low[row], "high": curve.high[row], "n": curve.n[row]}
-                yield start | {"condition": condition, "layer": layer, "site": results.sites[row]} | values
+                yield start | {"condition": condition, "layer": layer, "site": results.document.layers[row]} | values
 
 
 def _history(results: Results) -> Iterator[Row]:

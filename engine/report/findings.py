@@ -197,7 +197,7 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
                 changes=differing,
                 seed_tests=results.select("seed", **pair),
                 layer_means=results.select("layer_means", **pair),
-                relations=tuple(r for r in results.analyses.relations if matches(r, pair)),
+                relations=tuple(r for r in results.document.relations if matches(r, pair)),
             )
         )
     return tuple(compared)

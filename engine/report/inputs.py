@@ -52,12 +52,11 @@ class Results:
         table: dims (condition, seed, image, layer, head[, region]), one variable a metric.
         conditions, metrics, seeds, regions, num_images: of the table.
         layers, heads: numbers of those that were measured; a layer with fewer heads holds no value there.
-        sites: module names of the layers, in depth order.
-        analyses: tests, trends, clusters and relations.
-        settings: those that the tests and intervals were made with, as in `attention_comparison.json`.
+        document: what `attention_comparison.json` holds; its `layers` are the module names of the layers.
+        against: the condition that the others are compared with.
+        alpha, power, confidence: level below which an adjusted p-value counts as surviving, power of the minimum
+            detectable effects, coverage of the intervals, as the results were made with.
         record: what the stages recorded of their files.
-        controls, accuracy, classifiers, data, undefined: as in `attention_comparison.json`.
-        prefix_mass_warning: what capture had to say about prefix mass, or "".
         training: `training.json`, or None where nothing was trained.
         samples: None where no maps were kept.
         gradcam: pictures, in the order of their table.
@@ -76,16 +75,12 @@ class Results:
     heads: tuple[int, ...]
     regions: tuple[str, ...]
     num_images: int
-    sites: tuple[str, ...]
-    analyses: Comparison
-    settings: Mapping[str, Any]
+    document: Comparison
+    against: str
+    alpha: float
+    power: float
+    confidence: float
     record: Record
-    controls: tuple[Mapping[str, Any], ...] = ()
-    accuracy: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
-    classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    undefined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    prefix_mass_warning: str = ""
     training: Mapping[str, Any] | None = None
     samples: SampleMaps | None = None
     gradcam: tuple[GradcamSample, ...] = ()
@@ -95,25 +90,11 @@ class Results:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def alpha(self) -> float:
-        """Level below which an adjusted p-value counts as surviving."""
-        return float(self.settings["alpha"])
-
-    @property
-    def power(self) -> float:
-        """Power of the minimum detectable effects."""
-        return float(self.settings["power"])
-
-    @property
-    def confidence(self) -> float:
-        """Coverage of the intervals."""
-        return float(self.settings["confidence"])
-
-    @property
-    def later_settings(self) -> Mapping[str, Any]:
-        """What `study.toml` says of the statistics now, where the results were made with something else."""
+    def later_settings(self) -> Mapping[str, tuple[Any, Any]]:
+        """What `study.toml` says of the statistics now, and what the results were made with, where that differs."""
         now = self.study.get("statistics", {})
-        return {key: now[key] for key, value in self.settings.items() if key in now and now[key] != value}
+        made_with = asdict(self.document.settings)
+        return {key: (now[key], value) for key, value in made_with.items() if key in now and now[key] != value}
 
     def attribute(self, name: str) -> Mapping[str, Any]:
         """An attribute of the table that holds an object, kept as JSON text; a plain text is its `name`."""
@@ -146,20 +127,20 @@ class Results:
 
     def comparisons(self) -> tuple[tuple[str, str], ...]:
         """(condition, against) pairs that were tested, in the table's order of conditions."""
-        pairs = {(test.condition, test.against) for test in self.analyses.tests}
+        pairs = {(test.condition, test.against) for test in self.document.tests}
         order = {name: index for index, name in enumerate(self.conditions)}
         return tuple(sorted(pairs, key=lambda pair: (order[pair[0]], order[pair[1]])))
 
     def select(self, level: str, **where: Any) -> tuple[PairedTest, ...]:
         """Tests of a level whose fields equal `where`."""
-        return tuple(test for test in self.analyses.tests if test.level == level and matches(test, where))
+        return tuple(test for test in self.document.tests if test.level == level and matches(test, where))
 
     def trends(self, **where: Any) -> tuple[Trend, ...]:
-        return tuple(trend for trend in self.analyses.trends if matches(trend, where))
+        return tuple(trend for trend in self.document.trends if matches(trend, where))
 
     def clusters(self, **where: Any) -> tuple[Cluster, ...]:
         """Clusters that survive, whose fields equal `where`."""
-        return tuple(c for c in self.analyses.clusters if c.survives(self.alpha) and matches(c, where))
+        return tuple(c for c in self.document.clusters if c.survives(self.alpha) and matches(c, where))
 
     def regions_of(self, metric: str) -> tuple[str | None, ...]:
         """The regions that a metric was taken in; (None,) of one without regions."""
@@ -213,16 +194,12 @@ def load_results(outputs: Path, record: Record) -> Results:
         heads=tuple(table["head"].values.tolist()),
         regions=tuple(map(str, table["region"].values)) if "region" in table.coords else (),
         num_images=table.sizes["image"],
-        sites=comparison.layers,
-        analyses=comparison,
-        settings=asdict(comparison.settings),
+        document=comparison,
+        against=comparison.settings.against,
+        alpha=comparison.settings.alpha,
+        power=comparison.settings.power,
+        confidence=comparison.settings.confidence,
         record=record,
-        controls=comparison.controls,
-        accuracy=comparison.accuracy,
-        classifiers=comparison.classifiers,
-        data=comparison.data,
-        undefined=comparison.undefined,
-        prefix_mass_warning=comparison.prefix_mass_warning,
         training=training,
         samples=load_samples(outputs / SAMPLES, table, record.usable),
         gradcam=tuple(load_gradcam(outputs / GRADCAM)) if record.usable(outputs / GRADCAM) else (),

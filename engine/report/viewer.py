@@ -51,7 +51,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
             {
                 "condition": results.conditions.index(condition),
                 "seed": seed,
-                "predictions": _predictions(run.logits, results.classifiers.get(condition, {})),
+                "predictions": _predictions(run.logits, results.document.classifiers.get(condition, {})),
             }
             for (condition, seed), run in zip(runs, kept, strict=True)
         ],

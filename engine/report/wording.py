@@ -366,7 +366,7 @@ def accuracies(results: Results) -> list[tuple[str, float, float | None, int]]:
     """(condition, accuracy and chance in percent, training runs) of what was classified; means over runs."""
     rows = []
     for condition in results.conditions:
-        runs = [run for run in (results.accuracy.get(condition) or {}).values() if run.get("test") is not None]
+        runs = [run for run in (results.document.accuracy.get(condition) or {}).values() if run.get("test") is not None]
         if runs:
             chance = next((100 * share for run in runs if (share := run.get("chance")) is not None), None)
             rows.append((condition, 100 * sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
@@ -393,13 +393,13 @@ def accuracy_sentence(results: Results) -> str:
 
 def classifier_sentences(results: Results) -> list[str]:
     """What a reader must know of the models' classes, by condition; nothing of heads that were trained here."""
-    notes = (str(results.classifiers.get(condition, {}).get("note") or "") for condition in results.conditions)
+    notes = (str(results.document.classifiers.get(condition, {}).get("note") or "") for condition in results.conditions)
     return [note for note in notes if note]
 
 
 def leaks_sentence(results: Results) -> str:
     """Images whose bytes stand in more than one split; "" where there are none."""
-    leaks = results.data.get("same_file_in_several_splits") or ()
+    leaks = results.document.data.get("same_file_in_several_splits") or ()
     if not leaks:
         return ""
     first = ", ".join(str(name) for name in leaks[0])
@@ -413,7 +413,7 @@ def undefined_sentences(results: Results) -> list[str]:
     """Rows that hold no value, by metric and condition; without a full stop."""
     return [
         f"{metric} in {condition}: {text.count(int(rows), 'row')} without a value, left out of the means"
-        for metric, by_condition in results.undefined.items()
+        for metric, by_condition in results.document.undefined.items()
         for condition, rows in by_condition.items()
         if rows
     ]

@@ -62,7 +62,7 @@ def render_page(results: Results, summary: str) -> str:
         "confidence": results.confidence,
         "power": results.power,
         "layers": list(results.layers),
-        "sites": list(results.sites),
+        "sites": list(results.document.layers),
         "heads": list(results.heads),
         "images": [images[index] for index in scatter_images(results)],
         "allImages": len(images),

@@ -16,26 +16,26 @@ def controls_and_data(study: Study) -> Iterator[Block]:
     """The page's part on both, below the tests."""
     results = study.results
     yield Heading("Negative controls", "controls")
-    if results.controls:
+    if results.document.controls:
         yield _control_table(results, Span("no", "alarm"))
     else:
         yield Text("None was recorded, so nothing here vouches for the pipeline.")
     yield Heading("Data", "data")
     yield Text(_facts(results, ", ", str))
-    if dropped := results.data.get("dropped") or []:
+    if dropped := results.document.data.get("dropped") or []:
         items = [(Span(str(entry.get("id")), "code"), f": {entry.get('status')}") for entry in dropped[:50]]
         yield Group("open", [Bullets(items)], _left_out(len(dropped)))
     else:
         yield Text("No file had to be left out.")
-    said = (*(f"{line}." for line in wording.undefined_sentences(results)), results.prefix_mass_warning)
+    said = (*(f"{line}." for line in wording.undefined_sentences(results)), results.document.prefix_mass_warning)
     yield from (Text(sentence) for sentence in (wording.leaks_sentence(results), *said) if sentence)
 
 
 def _facts(results: Results, comma: str, write: Callable[[Any], str]) -> str:
     facts = f"{text.count(results.num_images, 'image')} measured"
-    if results.data.get("classes") is not None:
-        facts += f"{comma}{results.data['classes']} classes"
-    if splits := results.data.get("splits"):
+    if results.document.data.get("classes") is not None:
+        facts += f"{comma}{results.document.data['classes']} classes"
+    if splits := results.document.data.get("splits"):
         facts += "; splits: " + ", ".join(f"{name} {write(size)}" for name, size in splits.items())
     return f"{facts}."
 
@@ -53,7 +53,7 @@ def _control_table(results: Results, no: Content) -> Table:
             "yes" if control.get("held") else no,
             str(control.get("detail") or ""),
         ]
-        for control in results.controls
+        for control in results.document.controls
     ]
     header = ["control", "expected", "found", "held", "detail"]
     return Table(header, rows, "What must come out as nothing, and whether it did")
@@ -62,10 +62,14 @@ def _control_table(results: Results, no: Content) -> Table:
 @section("Negative controls", summary=80)
 def controls(study: Study) -> list[Block]:
     results = study.results
-    if not results.controls:
+    if not results.document.controls:
         return [Text("No negative control was recorded, so nothing here vouches for the pipeline.")]
-    failed = [str(control.get("title", control.get("name"))) for control in results.controls if not control.get("held")]
-    total = len(results.controls)
+    failed = [
+        str(control.get("title", control.get("name")))
+        for control in results.document.controls
+        if not control.get("held")
+    ]
+    total = len(results.document.controls)
     verdict = f"{total} of {total} negative controls held."
     if failed:
         which = f"FAILED ({'; '.join(failed)})"
@@ -77,7 +81,7 @@ def controls(study: Study) -> list[Block]:
 def data(study: Study) -> list[Block]:
     results = study.results
     blocks: list[Block] = [Text(_facts(results, "; ", text.plain))]
-    if dropped := results.data.get("dropped") or []:
+    if dropped := results.document.data.get("dropped") or []:
         blocks.append(Text(f"{_left_out(len(dropped))}:"))
         blocks.append(Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:20]]))
         if len(dropped) > 20:
@@ -85,7 +89,7 @@ def data(study: Study) -> list[Block]:
     else:
         blocks.append(Text("No file had to be left out."))
     blocks.append(Bullets(wording.undefined_sentences(results)))
-    said = (wording.leaks_sentence(results), results.prefix_mass_warning)
+    said = (wording.leaks_sentence(results), results.document.prefix_mass_warning)
     return [*blocks, *(Text(sentence) for sentence in said if sentence)]
 
 
@@ -132,7 +136,7 @@ def provenance(study: Study) -> list[Block]:
         later = results.later_settings
         inner: list[Block] = []
         if later:
-            now = ", ".join(f"{key} {value} (the tests: {results.settings[key]})" for key, value in later.items())
+            now = ", ".join(f"{key} {value} (the tests: {before})" for key, (value, before) in later.items())
             inner.append(Text(f"It was written after the tests were made, and says now: {now}.", "scope"))
         inner.append(Text(results.study_text, "verbatim"))
         blocks.append(Group("details", inner, "study.toml" if later else "study.toml as run"))
@@ -147,8 +151,8 @@ def _origins(results: Results) -> Iterator[Sequence[Content]]:
     backends = {str(values.attrs.get("backend", "")) for values in results.table.data_vars.values()} - {""}
     if backends:
         yield ["metrics computed by", ", ".join(sorted(backends))]
-    if results.data.get("sha256"):
-        yield ["images sha256", _plain(results.data["sha256"])]
+    if results.document.data.get("sha256"):
+        yield ["images sha256", _plain(results.document.data["sha256"])]
     if not results.record.exists():
         yield ["record of the files", "none: no run.jsonl vouches that they are as they were written"]
     # By name: a page does not depend on which stage was done again last.

@@ -20,10 +20,10 @@ def maps(study: Study) -> list[Block]:
         "show that nothing changed there."
     )
     said: list[str | Span] = [
-        f"Mean paired difference, condition − {results.settings['against']}. ",
+        f"Mean paired difference, condition − {results.against}. ",
         Span(marked, "dot"),
     ]
-    if any(test.tost_bound is not None for test in results.analyses.tests):
+    if any(test.tost_bound is not None for test in results.document.tests):
         said.append(
             " ≈: shown to lie within the bounds set beforehand (TOST, Holm); ◍: both, a difference that is there and "
             "negligible."
@@ -50,7 +50,7 @@ def curves(study: Study) -> list[Block]:
     if any(results.clusters(condition=pair.condition, against=pair.against) for pair in study.comparisons):
         said += (
             " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
-            f"{results.settings['against']} as a run (cluster permutation, α = {results.alpha:g})."
+            f"{results.against} as a run (cluster permutation, α = {results.alpha:g})."
         )
     return [Text(said), study.legend(), Group("charts", [curve(study, name, None) for name in plain])]
 
@@ -81,7 +81,7 @@ def seeds(study: Study) -> list[Block]:
         return []
     scope = " ".join(wording.scope_sentences(results, study.comparisons))
     said = (
-        f"Each line is one training run's difference from {results.settings['against']} (mean over heads and images): "
+        f"Each line is one training run's difference from {results.against} (mean over heads and images): "
         f"the spread that a claim about training has to beat. {scope}"
     )
     charts = [Figure(seed_chart(results, metric, region)) for metric, region in results.series()]

@@ -17,7 +17,7 @@ def summary(study: Study) -> list[Block]:
     results = study.results
     alarms = list(cautions.failed_stages(results))
     if failed := _failed_controls(results):
-        alarms.append(f"{failed} of {len(results.controls)} negative controls failed: {wording.DISTRUST}")
+        alarms.append(f"{failed} of {len(results.document.controls)} negative controls failed: {wording.DISTRUST}")
     return [*(Text(Span(alarm, "strong")) for alarm in alarms), Text(wording.headline(results, study.comparisons))]
 
 
@@ -28,7 +28,7 @@ def compared(study: Study) -> list[Block]:
     split = f", split {dataset['split']}" if dataset.get("split") else ""
     facts = (
         f"Model: {model.get('name', 'not recorded')}. Data: {dataset.get('id', 'not recorded')}{split}, "
-        f"{text.count(results.num_images, 'image')}. {text.count(len(results.sites), 'layer')}, "
+        f"{text.count(results.num_images, 'image')}. {text.count(len(results.document.layers), 'layer')}, "
         f"{text.count(len(results.heads), 'head')} a layer. "
         f"Forward pass in {results.table.attrs.get('precision', 'a precision that was not recorded')}."
     )
@@ -48,7 +48,7 @@ def overview(study: Study) -> list[Block]:
     results = study.results
     blocks: list[Block] = [Text(sentence, "alarm") for sentence in cautions.failed_stages(results)]
     if failed := _failed_controls(results):
-        shout = Span(f"{failed} of {len(results.controls)} negative controls failed.", "strong")
+        shout = Span(f"{failed} of {len(results.document.controls)} negative controls failed.", "strong")
         link = Span("controls", "link", "#controls")
         blocks.append(Text((shout, " Do not trust the other numbers before this is explained (", link, ")."), "alarm"))
     blocks += [Text(wording.headline(results, study.comparisons), "headline"), Group("cards", list(_cards(study)))]
@@ -65,7 +65,7 @@ def overview(study: Study) -> list[Block]:
 
 
 def _failed_controls(results: Results) -> int:
-    return sum(not control.get("held") for control in results.controls)
+    return sum(not control.get("held") for control in results.document.controls)
 
 
 def _cards(study: Study) -> Iterator[Group]:
@@ -92,14 +92,14 @@ def _cards(study: Study) -> Iterator[Group]:
         if results.training is None:
             blocks.append(Text(wording.HELD_OUT_UNKNOWN))
         yield Group("card", blocks, wording.accuracy_title(results))
-    dropped = len(results.data.get("dropped") or ())
+    dropped = len(results.document.data.get("dropped") or ())
     left_out = (
         f"{text.count(dropped, 'file') if dropped else 'No file'} had to be ",
         Span("left out", "link", "#data"),
         ".",
     )
     blocks = [Text(("No negative control was recorded. ", *left_out))]
-    if total := len(results.controls):
+    if total := len(results.document.controls):
         held = Span("negative controls", "link", "#controls")
         blocks = [_big(total - _failed_controls(results), total), Text((held, " held. ", *left_out))]
     yield Group("card", blocks, "Can it be trusted?")
@@ -112,7 +112,7 @@ def _big(part: int, whole: int) -> Text:
 def _verdicts(study: Study, comparison: Comparison) -> list[Block]:
     """A row per metric: which layers changed, by how much, and whether that is shown."""
     results = study.results
-    bounded = any(test.tost_bound is not None for test in results.analyses.tests)
+    bounded = any(test.tost_bound is not None for test in results.document.tests)
     if comparison.changed or comparison.layers_changed:
         outcome = "what changed"
     elif comparison.negligible or comparison.layers_negligible:

@@ -94,7 +94,7 @@ def _layer_table(results: Results, comparison: Comparison, *, on_page: bool) -> 
     """A row per metric and layer; the page has the unit beside the metric's name, and a column for equivalence."""
     layer_tests = [test for change in comparison.changes for test in change.layers]
     nested = next((test.nested_levels for test in layer_tests if test.nested_levels), "")
-    bounded = on_page and any(test.tost_bound is not None for test in results.analyses.tests)
+    bounded = on_page and any(test.tost_bound is not None for test in results.document.tests)
     rows: list[list[Content]] = []
     for test in layer_tests:
         unit = results.unit(test.metric)
