@@ -3,13 +3,7 @@
 from engine.config.metrics import load_metrics, metrics_of_one_capture
 from engine.config.study import (
     RELEVANCE_METHODS,
-    CaptureConfig,
-    DataConfig,
-    Hdf5Config,
-    MeasureConfig,
-    ModelConfig,
     RelevanceConfig,
-    StatisticsConfig,
     StudyConfig,
     config_keys,
     load_study,
@@ -18,22 +12,13 @@ from engine.config.study import (
 )
 from engine.config.values import described, shortened
 from train.keys import unusual
-from train.settings import ConditionConfig, PretrainConfig, SweepConfig, TrainConfig
+from train.settings import ConditionConfig
 
 __all__ = [
     "RELEVANCE_METHODS",
-    "CaptureConfig",
     "ConditionConfig",
-    "DataConfig",
-    "Hdf5Config",
-    "MeasureConfig",
-    "ModelConfig",
-    "PretrainConfig",
     "RelevanceConfig",
-    "StatisticsConfig",
     "StudyConfig",
-    "SweepConfig",
-    "TrainConfig",
     "config_keys",
     "described",
     "load_metrics",

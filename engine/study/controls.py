@@ -7,9 +7,8 @@ and not from fine-tuning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,9 +40,6 @@ class Control:
     held: bool
     detail: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class LayerDifference:
@@ -60,6 +56,20 @@ class LayerDifference:
     attention: float
     metrics: dict[str, float]
     identical: bool
+
+    @property
+    def largest(self) -> float:
+        """Of the maps and of the metrics."""
+        return max([self.attention, *self.metrics.values()])
+
+    def or_worse(self, other: LayerDifference) -> LayerDifference:
+        """Of these images and others."""
+        return LayerDifference(
+            self.site,
+            max(self.attention, other.attention),
+            {name: max(value, other.metrics[name]) for name, value in self.metrics.items()},
+            self.identical and other.identical,
+        )
 
 
 def lockstep(
@@ -84,7 +94,7 @@ def lockstep(
         label: name in the progress bar.
 
     Returns:
-        One entry a measurable layer, in depth order.
+        One entry per measurable layer, in depth order.
     """
     worst: dict[int, LayerDifference] = {}
     with tqdm(total=len(rows), desc=label, unit="image", disable=None) as progress:
@@ -99,7 +109,7 @@ def lockstep(
                     {name: _largest(values_2[name] - values_1[name]) for name in values_1},
                     torch.equal(map_1, map_2),
                 )
-                worst[site.layer] = _worse(worst.get(site.layer), now)
+                worst[site.layer] = now.or_worse(worst.get(site.layer, now))
             progress.update(len(chosen))
     return [worst[layer] for layer in sorted(worst)]
 
@@ -122,17 +132,6 @@ def _maps_and_metrics(
 def _largest(difference: np.ndarray) -> float:
     """max |difference|; undefined values (NaN in both models) count as equal, since equal maps are undefined alike."""
     return float(np.nanmax(np.abs(difference), initial=0.0))
-
-
-def _worse(before: LayerDifference | None, now: LayerDifference) -> LayerDifference:
-    if before is None:
-        return now
-    return LayerDifference(
-        now.site,
-        max(before.attention, now.attention),
-        {name: max(before.metrics[name], value) for name, value in now.metrics.items()},
-        before.identical and now.identical,
-    )
 
 
 def same_attention_control(
@@ -181,19 +180,16 @@ def hybrid_control(
     """
     # The first changed block's own q and k are made by changed weights, so its map differs already.
     below, above = _divided(layers, first_block)
-    largest = max((max([layer.attention, *layer.metrics.values()]) for layer in below), default=0.0)
-    changed = max((layer.attention for layer in above), default=0.0)
-    held = bool(below) and bool(above) and all(layer.identical for layer in below) and largest == 0.0
-    held = held and (changed > 0.0 or not differs)
-    return Control(
+    return _divided_control(
         f"hybrid_{condition}",
         f"Hybrid of {against} and {condition}",
         f"blocks below {first_block} from {against}, from there on from {condition}: exactly 0 in every layer below "
         f"block {first_block}, and not 0 above it",
-        largest,
-        held,
-        f"{images} images: largest difference {largest:g} in the {len(below)} layers below block {first_block}, "
-        f"{changed:g} in the {len(above)} from there on",
+        below,
+        above,
+        first_block,
+        images,
+        must_differ=differs or not above,
     )
 
 
@@ -216,36 +212,48 @@ def untouched_control(
     `first_block` is what `first_reached_block` says of the two conditions.
     """
     below, above = _divided(layers, first_block)
-    largest = max((max([layer.attention, *layer.metrics.values()]) for layer in below), default=0.0)
-    changed = max((layer.attention for layer in above), default=0.0)
-    held = bool(below) and all(layer.identical for layer in below) and largest == 0.0 and (changed > 0.0 or not above)
-    return Control(
+    return _divided_control(
         f"untouched_{condition}",
         f"Blocks that {condition} could not change",
         f"no weight that differs from {against} reaches the attention of blocks 0 to {first_block - 1}: exactly 0 there"
         + (", and not 0 above" if above else ""),
+        below,
+        above,
+        first_block,
+        images,
+        must_differ=bool(above),
+    )
+
+
+def _divided_control(
+    name: str,
+    title: str,
+    expectation: str,
+    below: Sequence[LayerDifference],
+    above: Sequence[LayerDifference],
+    first_block: int,
+    images: int,
+    *,
+    must_differ: bool,
+) -> Control:
+    """Two models that must be the same below a block, and may or must differ from there on."""
+    largest = max((layer.largest for layer in below), default=0.0)
+    changed = max((layer.attention for layer in above), default=0.0)
+    same = bool(below) and all(layer.identical for layer in below) and largest == 0.0
+    return Control(
+        name,
+        title,
+        expectation,
         largest,
-        held,
+        same and (changed > 0.0 or not must_differ),
         f"{images} images: largest difference {largest:g} in the {len(below)} layers below block {first_block}, "
         f"{changed:g} in the {len(above)} from there on",
     )
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One condition as the controls need it.
-
-    Args:
-        load: builds its model, in evaluation mode on the controls' device.
-        frozen: its backbone was never trained.
-    """
-
-    load: Callable[[], torch.nn.Module]
-    frozen: bool
-
-
 def negative_controls(
-    contenders: Mapping[str, Contender],
+    models: Mapping[str, Callable[[], torch.nn.Module]],
+    frozen: Collection[str],
     against: str,
     pretrained: Callable[[], torch.nn.Module],
     images: ImageSet,
@@ -259,7 +267,8 @@ def negative_controls(
     the blocks that a condition could not change.
 
     Args:
-        contenders: condition -> its model.
+        models: condition -> what loads its model, in evaluation mode on the device.
+        frozen: the conditions whose backbone was never trained.
         against: the condition that the others are compared with; alone, it is compared with itself.
         pretrained: builds the model that frozen backbones must equal; called only for those.
         images, rows, metrics, batch_size, device: see `lockstep`.
@@ -270,33 +279,24 @@ def negative_controls(
             first, second, images, rows, metrics=metrics, batch_size=batch_size, device=device, label=f"control: {what}"
         )
 
-    controls = []
-    for name, contender in contenders.items():
-        if contender.frozen:
-            controls.append(
-                same_attention_control(
-                    f"frozen_{name}",
-                    f"{name}'s backbone is the pretrained one",
-                    "a frozen backbone attends exactly as the pretrained model, bit for bit",
-                    pair(pretrained(), contender.load(), f"{name} frozen"),
-                    len(rows),
-                )
-            )
-    for name, contender in contenders.items():
-        if name == against and len(contenders) > 1:
+    count, controls = len(rows), []
+    for name in (name for name in models if name in frozen):
+        title, expectation = (
+            f"{name}'s backbone is the pretrained one",
+            "a frozen backbone attends exactly as the pretrained model, bit for bit",
+        )
+        layers = pair(pretrained(), models[name](), f"{name} frozen")
+        controls.append(same_attention_control(f"frozen_{name}", title, expectation, layers, count))
+    for name, load in models.items():
+        if name == against and len(models) > 1:
             continue
+        title, expectation = f"{name} against itself", "loaded twice, measured twice: exactly 0 in every layer"
         controls.append(
-            same_attention_control(
-                f"itself_{name}",
-                f"{name} against itself",
-                "loaded twice, measured twice: exactly 0 in every layer",
-                pair(contender.load(), contender.load(), f"{name} against itself"),
-                len(rows),
-            )
+            same_attention_control(f"itself_{name}", title, expectation, pair(load(), load(), title), count)
         )
         if name == against:
             continue
-        lower, upper = contenders[against].load(), contender.load()
+        lower, upper = models[against](), load()
         blocks = num_blocks(lower)
         if blocks < 2:
             say("hybrid control left out: the model has no row of blocks to divide")
@@ -308,13 +308,13 @@ def negative_controls(
             for key in states[0]
             if (block := block_of(key)) is not None
         )
-        mixed = contenders[against].load()
+        mixed = models[against]()
         mixed.load_state_dict(hybrid_state(*states, middle))
         layers = pair(lower, mixed, f"hybrid with {name}")
-        controls.append(hybrid_control(name, against, layers, middle, len(rows), differs=differs))
+        controls.append(hybrid_control(name, against, layers, middle, count, differs=differs))
         if (first := first_reached_block(*states)) > 0:
             layers = pair(lower, upper, f"blocks that {name} could not change")
-            controls.append(untouched_control(name, against, layers, first, len(rows)))
+            controls.append(untouched_control(name, against, layers, first, count))
     return controls
 
 
@@ -327,8 +327,5 @@ def _divided(
     layers: Sequence[LayerDifference], first_block: int
 ) -> tuple[list[LayerDifference], list[LayerDifference]]:
     """Layers below a block, and those from there on; a site outside of the blocks counts as in block 0."""
-    above = [(block_of(layer.site) or 0) >= first_block for layer in layers]
-    return (
-        [layer for layer, is_above in zip(layers, above, strict=True) if not is_above],
-        [layer for layer, is_above in zip(layers, above, strict=True) if is_above],
-    )
+    below = [layer for layer in layers if (block_of(layer.site) or 0) < first_block]
+    return below, [layer for layer in layers if (block_of(layer.site) or 0) >= first_block]

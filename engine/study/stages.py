@@ -24,7 +24,7 @@ from engine.relevance import PredictionLink, choose_classes, explain_study, pred
 from engine.report import write_report
 from engine.statistics import analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
-from engine.study.controls import Contender, negative_controls
+from engine.study.controls import negative_controls
 from engine.study.data import prepare_data
 from engine.study.journal import digest_path
 from engine.study.model import checkpoint_of, model_info, model_source
@@ -317,11 +317,10 @@ def _capture_run(study: Study, run: Run, workers: Workers) -> dict[str, Any]:
 
 def _make_controls(study: Study, path: Path) -> None:
     """The frozen backbone, a condition against itself, and a hybrid of two conditions."""
+    runs = study.first_runs
     made = negative_controls(
-        {
-            name: Contender(partial(study.model, run), frozen=run.seed_invariant)
-            for name, run in study.first_runs.items()
-        },
+        {name: partial(study.model, run) for name, run in runs.items()},
+        [name for name, run in runs.items() if run.seed_invariant],
         study.against,
         lambda: study.data.pretrained_model().to(study.device),
         study.data.test,
@@ -330,7 +329,7 @@ def _make_controls(study: Study, path: Path) -> None:
         batch_size=study.config.capture.batch_size,
         device=study.device,
     )
-    write_json(path, [control.to_dict() for control in made])
+    write_json(path, [dataclasses.asdict(control) for control in made])
 
 
 def _make_table(study: Study) -> None:
