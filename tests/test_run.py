@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ from engine.study.outputs import require_apart
 from train.errors import InputError
 
 TINY = "vit_tiny_patch16_224"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:
@@ -79,6 +81,53 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert "--train.seeds" in done.stdout
     assert "--conditions.baseline.lr" in done.stdout
+
+
+def test_what_is_not_there_is_bad_input_for_every_command_and_is_said_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    model = ["--model.name", TINY, "--data.root", "photos"]
+    files = ["--baseline", "none.pth", "--finetuned", "none.pth"]
+    commands = [
+        ["--config", "none.toml"],
+        ["train", "--config", "none.toml"],
+        ["train", *model, "--data.kind", "folder", "--model.weights", "none.pth"],
+        ["compare", *files, *model],
+        ["compare", *files, "--model.name", TINY, "--data.root", "none"],
+        ["compare", *files, *model, "--classes", "none.txt"],
+        ["capture", "--model.name", TINY, "--data.root", "none", "--store", "s.zarr"],
+        ["capture", *model, "--store", "s.zarr", "--model.weights", "none.pth"],
+        ["capture", *model, "--store", "s.zarr", "--model.adapter", "none"],
+        ["capture", *model, "--store", "s.zarr", "--classes", "none.txt"],
+        ["measure", "--store", "none.zarr"],
+        ["export", "--store", "none.zarr", "--hdf5", "x.h5"],
+        ["import", "--hdf5", "none.h5", "--store", "s.zarr"],
+        ["stats", "--outputs", "none"],
+        ["relevance", "--outputs", "none"],
+        ["report", "--outputs", "none"],
+        ["sweep", "--data.root", "none"],
+        ["verify", "none.zarr"],
+        ["info", "none.zarr"],
+        ["study", "--measure.metrics", "entropi"],
+        ["study", "--measure.metrics", "none:metric"],
+        ["study", "--statistics.equivalence", "entropi=1"],
+    ]
+    assert {command[0] for command in commands} >= set(COMMANDS) - {"study"}
+    code = (
+        "import sys\n"
+        "from engine.run import main\n"
+        f"for command in {commands}:\n"
+        "    assert main(command) == 2, command\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    sentences = done.stderr.splitlines()
+    assert len(sentences) == len(commands)
+    assert all(sentence.startswith("error: ") for sentence in sentences)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,12 @@ for command in (["measure", "--metrics", "entropy", "--store"], ["export", "--hd
     assert main([*command, str(path)]) == 0
 assert main(["import", "--hdf5", f"{path}.h5", "--store", f"{path.parent / 'again.zarr'}"]) == 0
 assert main(["verify", str(path)]) == 0
-import engine.study, train.data
+import importlib, pkgutil
+import engine, train
+for package in (engine, train):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 """
     done = run_as_on_windows(code, str(path))
     assert done.returncode == 0, done.stderr
