@@ -49,6 +49,7 @@ def written_files_alone(descriptor):
 import numba, torch, zarr  # have imported what they want
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
 sys.modules["fcntl"] = sys.modules["resource"] = None
+os.environ["USERNAME"] = "somebody"  # Windows always says who
 os.open, os.fsync, shutil._use_fd_functions = no_folders, written_files_alone, False
 for module, names in ((os, "fork sched_getaffinity O_DIRECTORY register_at_fork killpg getuid"), (select, "poll")):
     for name in names.split():
