@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,25 @@ METRICS: Mapping[str, tuple[str, str, float, float]] = {
 }
 
 
-def build_study(
+# What was built, by its options: a study of the same options is a copy.
+_BUILT: dict[str, TemporaryDirectory[str]] = {}
+
+
+def build_study(outputs: Path, **options: Any) -> Path:
+    """Writes a whole study's tables below `outputs` and returns it; `_write_study` says which options there are.
+
+    There is no `run.jsonl`, so that a test may change the files; `record_stages` adds one.
+    """
+    key = repr(sorted(options.items()))
+    if key not in _BUILT:
+        folder = TemporaryDirectory()
+        _write_study(Path(folder.name), **options)
+        _BUILT[key] = folder
+    shutil.copytree(_BUILT[key].name, outputs, dirs_exist_ok=True)
+    return outputs
+
+
+def _write_study(
     outputs: Path,
     *,
     conditions: Sequence[str] = ("baseline", "finetuned", "dora"),
@@ -59,11 +79,8 @@ def build_study(
     equivalence: Mapping[str, float] | None = None,
     measured_heads: Sequence[int] | None = None,
     statistics: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes a whole study's tables below `outputs` and returns it. `effect` 0 is a study in which nothing differs.
-
-    There is no `run.jsonl`, so that a test may change the files; `record_stages` adds one.
-    """
+) -> None:
+    """Writes a whole study's tables below `outputs`. `effect` 0 is a study in which nothing differs."""
     random = np.random.default_rng(20)
     (outputs / "metrics").mkdir(parents=True)
     if not regions:
@@ -118,7 +135,6 @@ def build_study(
         + "".join(f"{metric} = {bound}\n" for metric, bound in (equivalence or {}).items()),
         encoding="utf-8",
     )
-    return outputs
 
 
 def record_stages(outputs: Path) -> Path:

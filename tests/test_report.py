@@ -56,10 +56,15 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
     with (again / "run.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"event": "done", "stage": "mea')
     code = (
-        "from engine.report import write_report; from engine.study import Journal; "
-        f"write_report({str(again)!r}, Journal(__import__('pathlib').Path({str(again / 'run.jsonl')!r})))"
+        "import sys; from pathlib import Path; from engine.report import write_report\n"
+        f"from engine.study.journal import Journal; outputs = Path({str(again)!r})\n"
+        "write_report(outputs, Journal(outputs / 'run.jsonl'))\n"
+        "print([name for name in ('torch', 'timm', 'peft', 'numba') if name in sys.modules])"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert run.stdout.splitlines()[-1] == "[]", "nothing heavy is imported"
     for path in [study / "summary.md", study / "report.html", *(study / "visualizations/figures").iterdir()]:
         assert (again / path.relative_to(study)).read_bytes() == path.read_bytes(), path.name
 
@@ -79,17 +84,6 @@ def test_a_place_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) ->
     (outputs / "visualizations").write_text("a file where a folder must go", encoding="utf-8")
     with pytest.raises(DiskError, match=r"figures.* cannot be written: a part of the path is a file"):
         report_on(outputs)
-
-
-def test_nothing_heavy_is_imported(study: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from engine.report.inputs import load_results\n"
-        "from engine.report.write import render_page; from engine.study.journal import Journal\n"
-        f"study = Path({str(study)!r}); render_page(load_results(study, Journal(study / 'run.jsonl')), '')\n"
-        "print([name for name in ('torch', 'timm', 'peft', 'numba') if name in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=study.parents[0])
-    assert run.stdout.strip() == "[]"
 
 
 class _Page(HTMLParser):
