@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 
+from engine.config import RelevanceConfig
 from engine.relevance import CONTROL, prediction_link
 from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.evaluation import Evaluation, evaluate_maps
@@ -26,6 +27,7 @@ from train.data.classes import HeadClasses
 from train.data.images import ImageSet, Preprocessing
 from train.errors import InputError
 
+CONFIG = RelevanceConfig(steps=3)
 SETTINGS = Settings(permutations=499, bootstrap=99)
 IMAGES = 30
 
@@ -56,9 +58,7 @@ def documents() -> tuple[dict[str, dict[str, Evaluation]], dict[str, Targets], R
     targets = Targets(HEAD, "true", np.zeros(IMAGES, dtype=np.int64), np.ones(IMAGES, dtype=np.int64))
     choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
     refused = {"baseline": {}, "finetuned": {"lrp": "adapters <b>not</b> merged"}}
-    document = relevance_results(
-        evaluations, refused, choice, images=IMAGES, baseline="blur", steps=3, settings=SETTINGS
-    )
+    document = relevance_results(evaluations, refused, choice, CONFIG, SETTINGS, images=IMAGES)
     return evaluations, dict.fromkeys(evaluations, targets), document
 
 
@@ -131,7 +131,7 @@ def test_maps_of_no_image_or_of_one_are_reported_without_tests(tmp_path: Path, i
     }
     choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
     nothing: dict[str, dict[str, str]] = {condition: {} for condition in few}
-    document = relevance_results(few, nothing, choice, images=images, baseline="blur", steps=3, settings=SETTINGS)
+    document = relevance_results(few, nothing, choice, CONFIG, SETTINGS, images=images)
     assert document.methods == document.conditions == document.classes == ()
     write_relevance(outputs / "metrics", document, few, targets, ["image0"][:images])
     report_on(outputs)
@@ -182,8 +182,7 @@ def test_a_refused_method_is_named_and_the_others_are_measured() -> None:
         rows,
         targets,
         ("gradcam", "rollout", "generic"),
-        baseline="mean",
-        steps=2,
+        RelevanceConfig(baseline="mean", steps=2),
         seed=0,
         device="cpu",
         batch_size=2,

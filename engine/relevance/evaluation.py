@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.capture import CaptureError, evaluating, token_layout, vision_module
+from engine.config import RelevanceConfig
 from engine.relevance.choice import Targets
 from engine.relevance.faithfulness import Curves, baseline_images, perturbation_curves, random_maps
 from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
 from engine.relevance.maps import relevance_maps
 from engine.relevance.methods import METHODS
 from engine.relevance.results import CONTROL
+from engine.statistics import Floats
 from train.data import ImageSet
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ def evaluate_maps(
     rows: Sequence[int],
     targets: Targets,
     methods: Sequence[str],
+    config: RelevanceConfig,
     *,
-    baseline: str,
-    steps: int,
     seed: int,
     device: str,
     batch_size: int = 32,
@@ -55,7 +53,7 @@ def evaluate_maps(
         model: in evaluation mode, on `device`.
         images, rows, targets: which images, and the classes of each.
         methods: see `relevance_maps`.
-        baseline, steps: see `perturbation_curves`.
+        config: the baseline and the steps of `perturbation_curves`.
         seed: of the random control and of ties.
         device, batch_size: where, and how many images at a time.
         label: for the progress bar.
@@ -69,7 +67,7 @@ def evaluate_maps(
     with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
         for batch in batches:
             pixels = images.batch([rows[i] for i in batch]).to(device)
-            stand_in = baseline_images(pixels, baseline)
+            stand_in = baseline_images(pixels, config.baseline)
             layout = token_layout(vision_module(model), pixels.shape)
             grid = (layout.grid_rows, layout.grid_cols)
             regions = images.regions(layout)
@@ -91,7 +89,7 @@ def evaluate_maps(
                         other = torch.from_numpy(targets.other[batch])
                         others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
                 curves = perturbation_curves(
-                    model, pixels, stand_in, true, maps, steps=steps, batch_size=2 * batch_size, seed=seed
+                    model, pixels, stand_in, true, maps, steps=config.steps, batch_size=2 * batch_size, seed=seed
                 )
                 values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
                 found.setdefault(method, []).append((values, curves))

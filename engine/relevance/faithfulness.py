@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from engine.capture import evaluating
+from engine.statistics import Floats
 from train.errors import InputError
-
-Floats = NDArray[np.float64]
 
 BASELINES = ("blur", "mean")
 # Standard deviation of the blur as a share of the image's longer side: on 224 px it is 22 px, and no object is left.

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.config import RelevanceConfig
 from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.evaluation import Evaluation
 from engine.relevance.methods import METHODS
@@ -24,6 +24,7 @@ from engine.relevance.results import (
     RolloutPeaks,
 )
 from engine.statistics import (
+    Floats,
     Settings,
     bootstrap_interval,
     build,
@@ -34,7 +35,6 @@ from engine.statistics import (
 )
 from train.whole_files import write_atomically
 
-Floats = NDArray[np.float64]
 Evaluations = Mapping[str, Mapping[str, Evaluation]]  # condition -> method -> evaluation
 Pair = tuple[dict[str, str], Floats, Floats]  # fields of the test, values of the other side, values; [image]
 
@@ -43,11 +43,10 @@ def relevance_results(
     evaluations: Evaluations,
     refused: Mapping[str, Mapping[str, str]],
     choice: ClassChoice,
+    config: RelevanceConfig,
+    settings: Settings,
     *,
     images: int,
-    baseline: str,
-    steps: int,
-    settings: Settings,
     rollout_peaks: Sequence[RolloutPeaks] = (),
     link: Sequence[PredictionLink] = (),
 ) -> RelevanceResults:
@@ -65,9 +64,9 @@ def relevance_results(
     Args:
         evaluations, refused: condition -> method -> evaluation, or the reason why there is none.
         choice: the classes of the maps.
-        images: how many are measured.
-        baseline, steps: as given to `perturbation_curves`.
+        config: how faithfulness was measured.
         settings: of the tests and intervals.
+        images: how many are measured.
         rollout_peaks, link: what else was found.
     """
     compared = [name for name in evaluations if name != settings.against] if choice.same_class else []
@@ -75,8 +74,8 @@ def relevance_results(
         images=images,
         target=choice.role,
         left_out=choice.left_out,
-        baseline=baseline,
-        steps=steps,
+        baseline=config.baseline,
+        steps=config.steps,
         against=settings.against,
         confidence=settings.confidence,
         refused=tuple(
@@ -159,14 +158,7 @@ def _tests(families: Sequence[Sequence[Pair]], settings: Settings) -> tuple[MapT
         if not family or len(family[0][1]) < 2:
             continue
         rows, a, b = zip(*family, strict=True)
-        result = compare_paired(
-            np.stack(a, axis=1),
-            np.stack(b, axis=1),
-            permutations=settings.permutations,
-            bootstrap=settings.bootstrap,
-            confidence=settings.confidence,
-            seed=settings.seed,
-        )
+        result = compare_paired(np.stack(a, axis=1), np.stack(b, axis=1), **settings.resampling())
         tests += build(MapTest, rows, paired_columns(result), family_size=result.attrs["family_size"])
     return tuple(tests)
 

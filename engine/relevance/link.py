@@ -9,9 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from engine.relevance.results import HeadAssociation, PredictionLink
-from engine.statistics import build, correlate_over_images, metric_series
-
-Floats = NDArray[np.float64]
+from engine.statistics import Floats, build, correlate_over_images, metric_series
 
 
 def prediction_link(

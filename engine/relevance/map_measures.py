@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage, stats
 
+from engine.statistics import Floats
 from kernels import METRICS, TokenLayout
-
-Floats = NDArray[np.float64]
 
 # Wang et al. (2004), doi:10.1109/TIP.2003.819861: the window's standard deviation and the two stabilisers.
 _SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 1.5, 0.01, 0.03

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.statistics import IMAGES, UNLESS_NONE, Interval, parse
-from train.errors import InputError
+from engine.statistics import IMAGES, SCHEMA, UNLESS_NONE, Interval, parse
 
-SCHEMA = 1
 CONTROL = "random"
 """The method that knows nothing: a seeded random map."""
 ILLUSTRATIVE = ("gradcam",)
@@ -78,14 +76,10 @@ class MapTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutPeaks:
-    """In how many maps of rollout the peak is the patch that dominates a head.
+    """In how many of a condition's maps by rollout the peak is the patch that dominates a head.
 
-    Attributes:
-        condition: the model.
-        images: number of maps.
-        at_dominant: those whose peak is the patch with the greatest share of received attention in any head
-            (`kernels.reference.sink_share`), a share above `DOMINANT_SHARE`.
-        share, layer, head: of these the greatest share and where it is; None where there are none.
+    `at_dominant` counts those whose peak is the patch with the greatest share of received attention in any head
+    (`kernels.reference.sink_share`), a share above `DOMINANT_SHARE`; `share`, `layer` and `head` are of the greatest.
     """
 
     condition: str
@@ -163,17 +157,9 @@ class RelevanceResults:
 
 
 def parse_relevance(document: Mapping[str, Any], path: Path) -> RelevanceResults:
-    """What a JSON document holds of relevance maps.
-
-    Args:
-        document: what was read from `path`.
+    """What a JSON document, read from `path`, holds of relevance maps.
 
     Raises:
         InputError: another schema, or a part that is not as `RelevanceResults` declares it.
     """
-    if document.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
-            "run the relevance stage again"
-        )
-    return parse(RelevanceResults, document, path)
+    return parse(RelevanceResults, document, path, "relevance")

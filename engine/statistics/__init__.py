@@ -1,14 +1,15 @@
 """Paired comparisons: what is tested, what it is claimed of, and how large it is."""
 
 from engine.statistics.analysis import analyse
+from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.association import correlate_over_images
 from engine.statistics.bootstrap import bootstrap_interval
 from engine.statistics.clusters import layer_clusters
 from engine.statistics.conditions import check_bounds, compare_conditions
-from engine.statistics.document import UNLESS_NONE, parse, write_document
+from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
 from engine.statistics.morans import MoransInference, morans_inference
 from engine.statistics.paired import compare_paired, paired_columns
-from engine.statistics.pairing import defined_mean, metric_series
+from engine.statistics.pairing import metric_series
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import (
@@ -29,10 +30,12 @@ from engine.statistics.results import (
 
 __all__ = [
     "IMAGES",
+    "SCHEMA",
     "SKEWED",
     "UNLESS_NONE",
     "Cluster",
     "Comparison",
+    "Floats",
     "Interval",
     "MoransInference",
     "PairedTest",

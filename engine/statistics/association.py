@@ -6,14 +6,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy import stats
 
-from engine.statistics.pairing import defined_mean
+from engine.statistics.arrays import BLOCK_BYTES, Floats, defined_mean
 
-Floats = NDArray[np.float64]
-
-_BLOCK_BYTES = 32 * 2**20
 # Permuted sums that equal the observed one differ by rounding, about 1e-15 of a correlation.
 _TIE = 1e-10
 
@@ -70,7 +66,7 @@ def correlate_over_images(
         threshold = observed - _TIE
         reached, greatest = np.zeros(z.shape[1], dtype=np.int64), []
         generator = np.random.default_rng(seed)
-        rows = max(1, _BLOCK_BYTES // (8 * (z.shape[0] + z.shape[1])))
+        rows = max(1, BLOCK_BYTES // (8 * (z.shape[0] + z.shape[1])))
         for start in range(0, permutations, rows):
             size = min(rows, permutations - start)
             dealt = generator.permuted(np.broadcast_to(target, (size, target.size)), axis=1)

@@ -8,11 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from engine.statistics.pairing import defined_mean
+from engine.statistics.arrays import BLOCK_BYTES, Floats, defined_mean
 
-Floats = NDArray[np.float64]
-
-_BLOCK_BYTES = 32 * 2**20
 _COLUMN_BYTES = 256 * 2**20
 # Resamples drawn from one generator of the nested bootstrap; fixed, so that results do not depend on memory.
 _NESTED_BLOCK = 128
@@ -27,7 +24,7 @@ def bootstrap_interval(
     confidence: float,
     seed: int,
     groups: NDArray[np.int64] | None = None,
-    block_bytes: int = _BLOCK_BYTES,
+    block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Floats, Floats]:
     """Bootstrap interval of every column's mean.
 

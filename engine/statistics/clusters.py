@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy import stats
 
+from engine.statistics.arrays import BLOCK_BYTES, Floats
 from engine.statistics.pairing import paired_conditions
-from engine.statistics.permutation import BLOCK_BYTES, normalised, sign_patterns, t_squared
+from engine.statistics.permutation import normalised, sign_patterns, t_squared
 from engine.statistics.results import DEFAULTS, IMAGES, Cluster, Settings, finite
-
-Floats = NDArray[np.float64]
 
 # As in `sign_flip`: masses that differ by rounding only count as equal.
 _TIE = 1e-9

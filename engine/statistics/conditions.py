@@ -9,15 +9,14 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
+from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.bootstrap import bootstrap_interval
 from engine.statistics.multiplicity import benjamini_hochberg, holm
 from engine.statistics.paired import compare_paired, paired_columns
-from engine.statistics.pairing import ConditionPairs, MetricPairs, check_table, defined_mean, paired_conditions
+from engine.statistics.pairing import ConditionPairs, MetricPairs, check_table, paired_conditions
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import CLASSES, DEFAULTS, IMAGES, LAYERS, RUNS, PairedTest, Settings, build
 from train.errors import InputError
-
-Floats = NDArray[np.float64]
 
 # Level -> (unit of inference, what its family is over).
 _LEVELS = {
@@ -145,16 +144,9 @@ def _test_family(
     # Bounds are of an effect on images or runs; over layers there is no inference that they could belong to.
     bounds = {} if level == "layer_means" else settings.equivalence
     tost_bound = np.array([bounds.get(row["metric"], np.nan) for row in rows])
-    result = compare_paired(
-        a,
-        b,
-        permutations=settings.permutations,
-        seed=settings.seed,
-        confidence=settings.confidence,
-        # A handful of layers, classes or runs cannot be resampled into an interval: theirs is Student's.
-        bootstrap=settings.bootstrap if unit == IMAGES else 0,
-        equivalence=tost_bound,
-    )
+    # A handful of layers, classes or runs cannot be resampled into an interval: theirs is Student's.
+    resampling = settings.resampling() | ({} if unit == IMAGES else {"bootstrap": 0})
+    result = compare_paired(a, b, **resampling, equivalence=tost_bound)
     columns = paired_columns(result)
     ci_method, test, nested_levels = "Student's t", "paired t-test", None
     if unit == IMAGES:

@@ -19,6 +19,8 @@ from train.whole_files import write_atomically
 
 _Document = TypeVar("_Document")
 
+SCHEMA = 1
+"""Of all documents."""
 UNLESS_NONE = {"unless_none": True}
 """Metadata of a dataclass field that is not written where it is None; others are null."""
 
@@ -34,16 +36,22 @@ def write_document(path: Path, document: Any, *, indent: int) -> None:
     write_atomically(path, text.encode("utf-8"))
 
 
-def parse(kind: type[_Document], document: Mapping[str, Any], path: Path) -> _Document:
+def parse(kind: type[_Document], document: Mapping[str, Any], path: Path, stage: str) -> _Document:
     """The dataclass that a JSON object holds; keys that it does not declare are left out.
 
     Args:
         kind: the dataclass.
         document: what was read from `path`.
+        stage: which writes it.
 
     Raises:
-        InputError: a value that is missing or not as `kind` declares it; the sentence says which.
+        InputError: another schema, or a value that is missing or not as `kind` declares it; the sentence says which.
     """
+    if document.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
+            f"run the {stage} stage again"
+        )
     try:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:

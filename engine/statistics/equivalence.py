@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-Floats = NDArray[np.float64]
+from engine.statistics.arrays import Floats
 
 
 def tost(mean: Any, sd: Any, n: Any, bound: Any) -> Floats:

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr
 
-Floats = NDArray[np.float64]
+from engine.statistics.arrays import BLOCK_BYTES, Floats
 
-# Permuted values of one block of maps.
-_BLOCK_BYTES = 32 * 2**20
 # As in `sign_flip`: deviations that differ by rounding only count as equal.
 _TIE = 1e-10
 
@@ -43,7 +40,7 @@ class MoransInference:
 
 
 def morans_inference(
-    maps: Any, *, permutations: int = 999, seed: int = 0, block_bytes: int = _BLOCK_BYTES
+    maps: Any, *, permutations: int = 999, seed: int = 0, block_bytes: int = BLOCK_BYTES
 ) -> MoransInference:
     """Moran's I of each map with its null distribution: rook neighbours, binary weights.
 

@@ -11,13 +11,11 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.bootstrap import bootstrap_interval
 from engine.statistics.equivalence import tost
 from engine.statistics.multiplicity import benjamini_hochberg, holm
-from engine.statistics.pairing import defined_mean
 from engine.statistics.permutation import sign_flip
-
-Floats = NDArray[np.float64]
 
 _VARIABLES = (
     *("difference", "ci_low", "ci_high", "sd", "skewness", "dz", "gz", "t", "n", "missing"),

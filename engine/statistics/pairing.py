@@ -10,9 +10,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from engine.statistics.arrays import Floats, defined_mean
 from train.errors import InputError, nearest
-
-Floats = NDArray[np.float64]
 
 _AXES = ("seed", "image", "layer", "head")
 
@@ -70,15 +69,6 @@ class MetricPairs:
         """Condition − against, seeds and images averaged, [layer, head]."""
         against, condition = self.over_seeds()
         return defined_mean(condition - against, axis=0)
-
-
-def defined_mean(values: Floats, axis: int | tuple[int, ...]) -> Floats:
-    """Mean of the values that are not NaN; NaN where there are none."""
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=axis)
-    total = np.where(defined, values, 0).sum(axis=axis)
-    result: Floats = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return result
 
 
 def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) -> list[str]:

@@ -7,14 +7,12 @@ from itertools import combinations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy import stats
 
+from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.paired import compare_paired, paired_columns
-from engine.statistics.pairing import defined_mean, paired_conditions
+from engine.statistics.pairing import paired_conditions
 from engine.statistics.results import DEFAULTS, IMAGES, Relation, Settings, Trend, build, finite
-
-Floats = NDArray[np.float64]
 
 
 def layer_trend(table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Sequence[str] | None = None) -> list[Trend]:
@@ -43,14 +41,7 @@ def layer_trend(table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Seque
         a, b = (
             np.stack([d[:, part].mean(axis=1) for d in differences], axis=1) for part in (layers[:half], layers[-half:])
         )
-        result = compare_paired(
-            a,
-            b,
-            permutations=settings.permutations,
-            seed=settings.seed,
-            confidence=settings.confidence,
-            bootstrap=settings.bootstrap,
-        )
+        result = compare_paired(a, b, **settings.resampling())
         complete = np.isfinite(b - a)
         by_layer = [defined_mean(d, axis=0)[layers] for d in differences]
         values = paired_columns(result) | {

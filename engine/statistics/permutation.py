@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from engine.statistics.arrays import BLOCK_BYTES, Floats
 
-# Flips of one block: the block's signs and its sums stay below this, whatever the number of images.
-BLOCK_BYTES = 32 * 2**20
 # A flipped sum that equals the observed one is rounded differently by the matrix product (about 1e-15 of a
 # statistic scaled to variance 1). Statistics closer than this count as equal, as they do in exact arithmetic.
 _TIE = 1e-10

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from engine.statistics.document import parse, write_document
+from engine.statistics.document import SCHEMA, parse, write_document
 from train.errors import InputError
-
-SCHEMA = 1
 
 # Units of inference, as the report words them.
 IMAGES = "image, given these checkpoints"
@@ -57,6 +55,11 @@ class Settings:
     equivalence: Mapping[str, float] = field(default_factory=dict)
     cluster_alpha: float = 0.05
     seed: int = 0
+
+    def resampling(self) -> dict[str, Any]:
+        """What `compare_paired` is given of them."""
+        names = ("permutations", "bootstrap", "confidence", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 DEFAULTS = Settings()
@@ -242,7 +245,7 @@ class Comparison:
     data: Mapping[str, Any] = field(default_factory=dict)
     prefix_mass_warning: str = ""
     relations: tuple[Relation, ...] = ()
-    settings: Settings
+    settings: Settings = DEFAULTS
     trends: tuple[Trend, ...] = ()
     undefined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -256,19 +259,14 @@ def parse_comparison(document: Mapping[str, Any], path: Path) -> Comparison:
     Raises:
         InputError: another schema, no settings, or a part that is not as `Comparison` declares it.
     """
-    if document.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
-            "run the comparison stage again"
-        )
-    settings = document.get("settings")
+    comparison = parse(Comparison, document, path, "comparison")
     levels = ("alpha", "confidence", "power")
-    if not isinstance(settings, Mapping) or not all(isinstance(settings.get(name), float) for name in levels):
+    if not all(isinstance(document.get("settings", {}).get(name), float) for name in levels):
         raise InputError(
             f"{path}: does not say with which settings ({', '.join(levels)}) its tests and intervals were made; "
             "run the comparison stage again"
         )
-    return parse(Comparison, document, path)
+    return comparison
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:

@@ -15,14 +15,7 @@ from engine.relevance.method import relevance_method
 def generic_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """R ← R + ĀR from R = I, Ā = mean_h (∇A ⊙ A)⁺, read where the prediction is read out.
-
-    Args:
-        model, images, targets, dtype: see `relevance_maps`.
-
-    Returns:
-        [image, row, col].
-    """
+    """R ← R + ĀR from R = I, Ā = mean_h (∇A ⊙ A)⁺, read where the prediction is read out, [image, row, col]."""
     logits, layers, layout = record_attention(model, images, targets, dtype)
     gradients = torch.autograd.grad(logits.sum(), [layer.output for layer in layers])
     steps = []

@@ -15,16 +15,10 @@ from engine.relevance.targets import class_logits
 def gradcam_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """ReLU(Σ_c α_c A_c) over the patches, α_c the mean over patches of ∂y_target / ∂A_c.
+    """ReLU(Σ_c α_c A_c) over the patches, α_c the mean over patches of ∂y_target / ∂A_c, [image, row, col].
 
     A is the output of the last block's first norm. Later places give all-zero maps where the head reads the class
     token alone: no gradient reaches the other tokens there.
-
-    Args:
-        model, images, targets, dtype: see `relevance_maps`.
-
-    Returns:
-        [image, row, col].
 
     Raises:
         CaptureError: the model's last block has no first norm.

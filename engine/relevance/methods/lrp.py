@@ -241,13 +241,7 @@ class Propagation:
 def lrp_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Product over layers of I + mean_h (∇A ⊙ R_A)⁺, read where the prediction is read out.
-
-    Args:
-        model, images, targets, dtype: see `relevance_maps`.
-
-    Returns:
-        [image, row, col].
+    """Product over layers of I + mean_h (∇A ⊙ R_A)⁺, read where the prediction is read out, [image, row, col].
 
     Raises:
         CaptureError: an operation that carries relevance has no rule, or relevance is not conserved.
@@ -266,10 +260,7 @@ def lrp_maps(
 
 
 def _check_model(model: torch.nn.Module) -> None:
-    """
-    Raises:
-        CaptureError: adapters that are not merged, or recomputation of activations.
-    """
+    """Refuses adapters that are not merged, and recomputation of activations."""
     for name, module in model.named_modules():
         if getattr(module, "active_adapters", None) and getattr(module, "merged", True) is False:
             raise CaptureError(

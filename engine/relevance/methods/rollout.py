@@ -12,14 +12,7 @@ from engine.relevance.method import relevance_method
 def rollout_maps(
     model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Product over layers of rownorm(mean_h A + I): where the information that is read out could have come from.
-
-    Args:
-        model, images, targets, dtype: see `relevance_maps`; the target class does not change the map.
-
-    Returns:
-        [image, row, col].
-    """
+    """Product over layers of rownorm(mean_h A + I), [image, row, col]: where what is read out could have come from."""
     logits, layers, layout = record_attention(model, images, targets, dtype)
     (gradient,) = torch.autograd.grad(logits.sum(), [layers[-1].output])
     steps = []
