@@ -54,8 +54,8 @@ def expected(hint: Any, default: Any = None) -> Expected:
     """
     limits: tuple[Any, ...] = ()
     if typing.get_origin(hint) is typing.Annotated:
-        hint, *found = typing.get_args(hint)
-        limits = tuple(found)
+        hint, *bounds = typing.get_args(hint)
+        limits = tuple(bounds)
     items = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return Expected("a table of keys", "")
@@ -73,10 +73,10 @@ def expected(hint: Any, default: Any = None) -> Expected:
         return Expected(" or ".join(dict.fromkeys(expected(item).words for item in items)), expected(items[0]).example)
     if origin is tuple:
         return Expected(_list_words(items, limits), _list_example(items, default))
-    of = expected(items[1])
+    item = expected(items[1])
     if dataclasses.is_dataclass(items[1]):
         return Expected("a table of tables", "")
-    return Expected("a table of names and values", f"{{name = {of.example}}}" if of.example else "")
+    return Expected("a table of names and values", f"{{name = {item.example}}}" if item.example else "")
 
 
 def _list_words(items: tuple[Any, ...], limits: Iterable[Any]) -> str:

@@ -78,10 +78,10 @@ def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
     if first_process():
         from store.verify import info
 
-        held = info(config.capture.store)
-        layers, attention = held["layers"], held["attention"]["bytes"]
+        store = info(config.capture.store)
+        layers, attention = store["layers"], store["attention"]["bytes"]
         kept = f"{attention / 1e6:,.1f} MB of attention" if attention else "metrics, and no attention"
-        print(f"{held['path']}: {held['images']:,} images, {len(layers)} layers, {kept}")
+        print(f"{store['path']}: {store['images']:,} images, {len(layers)} layers, {kept}")
     return 0
 
 

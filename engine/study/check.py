@@ -24,6 +24,7 @@ from engine.capture import (
 )
 from engine.config import StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
+from engine.study.model import given_conditions
 from engine.study.start import Start
 from kernels import BACKENDS, MetricSpec, check_metrics, measure_qk, resolve
 from store import StoreSchema, estimate_bytes
@@ -49,7 +50,8 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
         MetricError, BackendUnavailableError: as of `check_capture`.
     """
     config = start.config
-    trained = {name: of for name, of in config.conditions.items() if of.recipe != "checkpoint"}
+    given = given_conditions(config)
+    trained = {name: condition for name, condition in config.conditions.items() if name not in given}
     if trained:
         classifier_name(model)
     for name, condition in trained.items():
@@ -103,11 +105,11 @@ def check_capture(
 
     Args:
         model: on the device.
-        stored_alone: maps are stored and nothing will be measured, so metrics are of no account.
+        stored_alone: maps are stored and nothing will be measured, so metrics are not looked at.
 
     Raises:
         InputError: no attention to be captured, no such layer or head, a metric that it does not have.
-        MetricError: a metric of the user's own that does not give one value a map.
+        MetricError: a metric of the user's own that does not give one value per map.
         BackendUnavailableError: the backend cannot run here.
     """
     capture = config.capture
@@ -178,9 +180,9 @@ def require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
     """
     disks: dict[int, dict[str, tuple[Path, int]]] = {}
     for what, (path, needed) in needs.items():
-        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         missing = max(0, needed - _size(path))
-        disks.setdefault(os.stat(there).st_dev, {})[what] = (there, missing)
+        disks.setdefault(os.stat(nearest).st_dev, {})[what] = (nearest, missing)
     for of_disk in disks.values():
         total = sum(missing for _, missing in of_disk.values())
         free = shutil.disk_usage(next(iter(of_disk.values()))[0]).free
@@ -215,9 +217,9 @@ def _cache_need(start: Start) -> dict[str, tuple[Path, int]]:
     """The image cache as an entry of `_needs`; none where there is none."""
     if start.listed is None or start.cache_folder is None:
         return {}
-    of = start.preprocessing
+    size = start.preprocessing
     images = sum(len(start.listed.split(split)) for split in SPLITS)
-    return {"image cache": (start.cache_folder, images * of.channels * of.height_px * of.width_px)}
+    return {"image cache": (start.cache_folder, images * size.channels * size.height_px * size.width_px)}
 
 
 def _bytes_of(model: torch.nn.Module) -> int:

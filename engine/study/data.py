@@ -13,7 +13,7 @@ import torch
 from engine import __version__
 from engine.progress import say
 from engine.study.journal import digest, digest_path
-from engine.study.model import model_source, trained_here
+from engine.study.model import given_conditions, model_source, trained_here
 from engine.study.start import Start
 from train.checkpoint import save_checkpoint, sidecar_path
 from train.data import (
@@ -91,9 +91,11 @@ def prepare_data(start: Start, *, device: str) -> StudyData:
     Raises:
         InputError: no readable image, no weights to be had.
     """
-    if any(condition.recipe == "checkpoint" for condition in start.config.conditions.values()):
+    if given_conditions(start.config):
         return _given_checkpoints(start)
-    return _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
+    splits, pretrained = _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
+    load = partial(build_model, trained_here(start.config, start.pretrained_path), num_classes=None)
+    return StudyData(splits, start.preprocessing, pretrained, load)
 
 
 def _given_checkpoints(start: Start) -> StudyData:
@@ -109,13 +111,12 @@ def _given_checkpoints(start: Start) -> StudyData:
     return StudyData(splits, start.preprocessing, "", no_pretrained, heads)
 
 
-def _folder(start: Start) -> StudyData:
-    """A folder of images, and timm's (or the user's) pretrained weights with a head for its classes."""
+def _folder(start: Start) -> tuple[DataSplits, str]:
+    """A folder of images, and the hash of timm's (or the user's) pretrained weights with a head for its classes."""
     config, preprocessing, path = start.config, start.preprocessing, start.pretrained_path
     source = model_source(config)
     splits = _folder_splits(start)
     classes = len(splits.class_names)
-    model = dataclasses.asdict(config.model)
 
     def work() -> None:
         torch.manual_seed(config.data.seed)  # the head of a new task starts at random
@@ -130,16 +131,13 @@ def _folder(start: Start) -> StudyData:
         save_checkpoint(path, built.state_dict(), facts)
 
     inputs = {
-        "model": model,
+        "model": dataclasses.asdict(config.model),
         "preprocessing": preprocessing.to_dict(),
         "weights": " ".join(map(digest_path, source.files)),
         "classes": classes,
         "version": __version__,
     }
-    pretrained = start.journal.stage("pretrained", inputs, [path, sidecar_path(path)], work, workers=start.workers)
-    return StudyData(
-        splits, preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
-    )
+    return splits, start.journal.stage("pretrained", inputs, [path, sidecar_path(path)], work, workers=start.workers)
 
 
 def _folder_splits(start: Start) -> DataSplits:
@@ -148,12 +146,11 @@ def _folder_splits(start: Start) -> DataSplits:
     start.journal.stage("data", start.data_inputs, [path], lambda: start.manifest.save(path), workers=start.workers)
     manifest = Manifest.load(path)
     say(f"{config.model.name} takes {start.preprocessing}")
-    cache = start.cache_folder
-    return prepare_folder(manifest, preprocessing=start.preprocessing, cache=cache)
+    return prepare_folder(manifest, preprocessing=start.preprocessing, cache=start.cache_folder)
 
 
-def _digits(start: Start, device: str) -> StudyData:
-    """Scenes of the target task, and the backbone pretrained on the source task."""
+def _digits(start: Start, device: str) -> tuple[DataSplits, str]:
+    """Scenes of the target task, and the hash of the backbone that is pretrained on the source task."""
     config, path = start.config, start.pretrained_path
     settings = dataclasses.asdict(config.pretrain) | {
         "data_seed": config.data.seed,
@@ -183,6 +180,4 @@ def _digits(start: Start, device: str) -> StudyData:
         validation_scenes=config.data.validation_scenes,
         test_scenes=config.data.test_scenes,
     )
-    return StudyData(
-        splits, start.preprocessing, pretrained, partial(build_model, trained_here(config, path), num_classes=None)
-    )
+    return splits, pretrained

@@ -106,15 +106,15 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
         image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
         with _removed_if_refused(_writer(config.capture.store, schema, file)) as writer:
             rows = {batch: schema.batch_rows(batch) for batch in writer.missing}
-            done = schema.num_images - sum(of.stop - of.start for of in rows.values())
+            done = schema.num_images - sum(part.stop - part.start for part in rows.values())
             with ImageProgress(f"import {path.name}", schema.num_images, done, image_bytes) as progress:
-                for batch, of in rows.items():
+                for batch, part in rows.items():
                     for number, layer in enumerate(file.layers):
-                        maps = _read(layer, of)
-                        missing[number] += _checked(path, layer, maps, of.start, encoding)
+                        maps = _read(layer, part)
+                        missing[number] += _checked(path, layer, maps, part.start, encoding)
                         writer.add_attention(batch, number, maps)
                     writer.commit(batch)
-                    progress.update(of.stop - of.start)
+                    progress.update(part.stop - part.start)
             writer.finish()
     for layer, count in zip(file.layers, missing, strict=True):
         if count:

@@ -43,8 +43,8 @@ def digest_path(path: Path) -> str:
     A captured store is represented by `store.verify.content_digest`.
     """
     if path.is_file():
-        of = path.stat()
-        return _file_digest(path, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns)
+        state = path.stat()
+        return _file_digest(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     if not path.is_dir():
         return ""
     if path.suffix == ".zarr" and path.with_suffix(".ledger").is_dir():
@@ -169,9 +169,9 @@ class Journal:
         sources = {self._name(path): self._recorded(path).get(self._name(path), ("",))[0] for path in reads}
         sources = {path: sha256 for path, sha256 in sources.items() if sha256}
         note = {"reads": sources, "seconds": round(seconds, 3), **(note or {})}
-        left = self._record("done", name, inputs, outputs, **note)
+        digest_of_outputs = self._record("done", name, inputs, outputs, **note)
         say(f"{name}: {seconds:.1f} s")
-        return left
+        return digest_of_outputs
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file that is no stage's own, whole, and record it; nothing where it lies there so already."""

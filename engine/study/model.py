@@ -11,6 +11,7 @@ from engine.config import StudyConfig
 from engine.study.journal import digest, digest_path
 from train.adapter_files import adapter_files, holds_adapters_alone
 from train.model_source import ModelSource
+from train.recipes import RECIPES
 from train.training import versions
 
 
@@ -31,6 +32,11 @@ def with_present_name(config: StudyConfig) -> StudyConfig:
         InputError: timm has no such model.
     """
     return replace(config, model=replace(config.model, name=model_source(config).name))
+
+
+def given_conditions(config: StudyConfig) -> list[str]:
+    """The conditions that are not trained here: checkpoints that somebody trained."""
+    return [name for name, condition in config.conditions.items() if RECIPES[condition.recipe].train is None]
 
 
 def checkpoint_of(config: StudyConfig, condition: str) -> ModelSource:

@@ -102,9 +102,9 @@ def require_places(store: Location) -> None:
     """
     root = storage_at(store)
     if isinstance(store, Path):
-        there = next(folder for folder in store.absolute().parents if folder.exists())
-        if not there.is_dir():
-            raise InputError(f"store {store} cannot be made: {there} is a file; expected a folder there")
+        nearest = next(folder for folder in store.absolute().parents if folder.exists())
+        if not nearest.is_dir():
+            raise InputError(f"store {store} cannot be made: {nearest} is a file; expected a folder there")
     try:
         require_place(root)
         require_samples_place(root.beside(samples_name(root.name)))
@@ -119,12 +119,12 @@ def _samples_beside(store: Location) -> Iterator[Path]:
     if isinstance(store, Path):
         yield store.with_name(name)
         return
-    there = storage_at(store).beside(name)
-    with there.skeleton() as folder:
+    storage = storage_at(store).beside(name)
+    with storage.skeleton() as folder:
         yield folder / name
-        require_samples_place(there)
-        there.clear(FILES)
-        there.adopt(folder / name, lambda: None)
+        require_samples_place(storage)
+        storage.clear(FILES)
+        storage.adopt(folder / name, lambda: None)
 
 
 def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
@@ -140,9 +140,9 @@ def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
         )
         if workers.count == 1:
             return built
-    told = workers.tell(dataclasses.asdict(built) if built is not None else {})
-    records = tuple(Record(**record) for record in told["records"])
-    return Manifest(**told | {"class_names": tuple(told["class_names"]), "records": records})
+    values = workers.tell(dataclasses.asdict(built) if built is not None else {})
+    records = tuple(Record(**record) for record in values["records"])
+    return Manifest(**values | {"class_names": tuple(values["class_names"]), "records": records})
 
 
 def capture_settings(config: StudyConfig, device: str) -> Capture:

@@ -27,7 +27,7 @@ from engine.study.check import check_study, one_torch_thread
 from engine.study.controls import negative_controls
 from engine.study.data import prepare_data
 from engine.study.journal import digest_path
-from engine.study.model import checkpoint_of, model_info, model_source
+from engine.study.model import checkpoint_of, given_conditions, model_info, model_source
 from engine.study.one_capture import capture_settings, manifest_dict
 from engine.study.start import Start, check_class_files
 from engine.study.study import Study
@@ -97,7 +97,7 @@ def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
     with one_torch_thread():
         study.start = Start(config, study.outputs, study.journal, workers)
         model = study.start.take_model()
-        given = [checkpoint_of(config, name) for name, of in config.conditions.items() if of.recipe == "checkpoint"]
+        given = [checkpoint_of(config, name) for name in given_conditions(config)]
         files = [file for source in given or [model_source(config)] for file in source.files]
         inputs = {
             "study": dataclasses.asdict(config),

@@ -14,7 +14,7 @@ import torch
 from engine import __version__
 from engine.config import StudyConfig
 from engine.study.journal import Journal, digest
-from engine.study.model import checkpoint_of, model_source
+from engine.study.model import checkpoint_of, given_conditions, model_source
 from train.data import (
     CLASS_NAMES,
     DataKind,
@@ -59,7 +59,7 @@ class Start:
         self._named: dict[str, HeadClasses | None] = {}
         self._model: torch.nn.Module | None = None
         # Weights in a file are read before any picture, so that a bad file is found at once.
-        given = any(condition.recipe == "checkpoint" for condition in config.conditions.values())
+        given = given_conditions(config)
         prepared = self._load_given() if given else {}
         self._listing = None if config.data.kind == "digits" else _listing(config)
         self.listed = None if self._listing is None else self._listing.undecoded()
@@ -152,7 +152,7 @@ def _check_conditions(config: StudyConfig) -> None:
     Raises:
         InputError: they do not.
     """
-    given = [name for name, condition in config.conditions.items() if condition.recipe == "checkpoint"]
+    given = given_conditions(config)
     if not config.conditions:
         raise InputError("the study has no conditions; name at least one, as in [conditions.baseline]")
     if given and len(given) < len(config.conditions):
@@ -215,7 +215,7 @@ def check_class_files(config: StudyConfig) -> None:
     """
     for name, condition in config.conditions.items():
         file = condition.classes or config.model.classes
-        if file and condition.recipe != "checkpoint":
+        if file and name not in given_conditions(config):
             raise InputError(
                 f"class names {file} are given, but condition {name} is trained here, on the class folders; leave them "
                 "out, or give a checkpoint"
