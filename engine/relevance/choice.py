@@ -77,24 +77,26 @@ def choose_classes(heads: Mapping[str, HeadClasses], images: ImageSet, against: 
     if not headed:
         return ClassChoice("own", (), (), ("No model has a head, and a relevance map is of a class.",))
     unknown = [name for name, head in headed.items() if not head.known]
-    own = "Maps are of the class that each model predicts, and no measure is compared between classes or conditions"
+    alone = "Maps are of the class that each model predicts, and no measure is compared between classes or conditions"
     if unknown:
         whose = " and ".join(unknown)
-        return ClassChoice("own", every, (), (f"{own}: the classes of the head of {whose} are not known.",))
+        return ClassChoice("own", every, (), (f"{alone}: the classes of the head of {whose} are not known.",))
     names = [set(head.names) for head in headed.values()]
-    shared = tuple(name for name in next(iter(headed.values())).names if all(name in of for of in names))
-    few = ("Maps of two classes are not compared, since the heads share one class.",) if len(shared) == 1 else ()
+    shared = tuple(name for name in next(iter(headed.values())).names if all(name in each for each in names))
+    single = ("Maps of two classes are not compared, since the heads share one class.",) if len(shared) == 1 else ()
     known = np.array([name in set(shared) for name in images.class_names])[np.asarray(images.labels)]
     rows = tuple(int(row) for row in np.flatnonzero(known))
     if rows:
-        less = len(every) - len(rows)
-        beside = (f"{less:,} of {len(every):,} images are of a class that not every head has, and are not explained.",)
-        return ClassChoice("true", rows, shared, (beside if less else ()) + few)
-    if all(of == names[0] for of in names):
+        unexplained = len(every) - len(rows)
+        sentence = (
+            f"{unexplained:,} of {len(every):,} images are of a class that not every head has, and are not explained."
+        )
+        return ClassChoice("true", rows, shared, ((sentence,) if unexplained else ()) + single)
+    if all(each == names[0] for each in names):
         predictor = _predictor(headed, against)
         sentence = f"No image is of a class that the heads have: maps are of the class that {predictor} predicts."
-        return ClassChoice("predicted", every, shared, (sentence, *few))
-    return ClassChoice("own", every, (), (f"{own}: no image is of a class that every head has.",))
+        return ClassChoice("predicted", every, shared, (sentence, *single))
+    return ClassChoice("own", every, (), (f"{alone}: no image is of a class that every head has.",))
 
 
 def _predictor(headed: Mapping[str, HeadClasses], against: str) -> str:
@@ -131,8 +133,8 @@ def find_targets(
         chosen = [headed[predictor].names[output] for output in predict(predictor)]
     true = np.array([place[name] for name in chosen], dtype=np.int64)
     other = choose_targets(true, len(choice.shared), seed) if len(choice.shared) > 1 else None
-    found = {}
+    targets = {}
     for name, head in headed.items():
         outputs = head.outputs_of(np.arange(len(choice.shared)), choice.shared)
-        found[name] = Targets(head, choice.role, outputs[true], None if other is None else outputs[other])
-    return found
+        targets[name] = Targets(head, choice.role, outputs[true], None if other is None else outputs[other])
+    return targets

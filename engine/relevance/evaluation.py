@@ -62,7 +62,7 @@ def evaluate_maps(
         method -> its evaluation, and method -> why it cannot be computed for this model.
     """
     batches = [np.arange(len(rows))[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    found: dict[str, list[tuple[dict[str, Floats], Curves]]] = {}
+    measured: dict[str, list[tuple[dict[str, Floats], Curves]]] = {}
     refused: dict[str, str] = {}
     with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
         for batch in batches:
@@ -92,9 +92,9 @@ def evaluate_maps(
                     model, pixels, stand_in, true, maps, steps=config.steps, batch_size=2 * batch_size, seed=seed
                 )
                 values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
-                found.setdefault(method, []).append((values, curves))
+                measured.setdefault(method, []).append((values, curves))
             progress.update(len(batch))
-    return {method: _joined(parts) for method, parts in found.items()}, refused
+    return {method: _joined(parts) for method, parts in measured.items()}, refused
 
 
 def _measure(

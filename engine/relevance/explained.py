@@ -84,14 +84,14 @@ def explain_samples(
         output = model(pixels)
         probabilities = getattr(output, "logits", output).float().softmax(dim=-1).cpu().numpy()
     roles = {targets.role: targets.target} | ({} if targets.other is None else {"other": targets.other})
-    found = []
+    explained = []
     for role, classes in roles.items():
         maps = relevance_maps(model, pixels, [int(c) for c in classes], method).cpu().numpy()
         for sample, (row, target) in enumerate(zip(rows, classes, strict=True)):
             probability = float(probabilities[sample, int(target)])
             name = targets.head.name(int(target))
-            found.append(Explained(row, condition, name, role, probability, maps[sample]))
-    return found
+            explained.append(Explained(row, condition, name, role, probability, maps[sample]))
+    return explained
 
 
 def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequence[Explained]) -> None:
@@ -179,11 +179,11 @@ def _panel(
             _titles(draw, (_GAP_PX, upper), "image", "", width, (bold, small))
             canvas.paste(original, (_GAP_PX, upper + title_px))
         for column, condition in enumerate(conditions):
-            at = next(i for i, item in enumerate(items) if (item.role, item.condition) == (role, condition))
-            left = _GAP_PX + cell[0] * (1 + column)
-            note = f"{role} class {items[at].target}, p = {items[at].probability:.2f}"
-            _titles(draw, (left, upper), condition, note, width, (bold, small))
-            canvas.paste(overlays[at], (left, upper + title_px))
+            place = next(i for i, item in enumerate(items) if (item.role, item.condition) == (role, condition))
+            x = _GAP_PX + cell[0] * (1 + column)
+            note = f"{role} class {items[place].target}, p = {items[place].probability:.2f}"
+            _titles(draw, (x, upper), condition, note, width, (bold, small))
+            canvas.paste(overlays[place], (x, upper + title_px))
     upper, length = top + title_px, height + cell[1] * (len(roles) - 1)
     ramp = np.linspace(1, 0, length)[:, None].repeat(_BAR_PX, axis=1)
     canvas.paste(Image.fromarray((_colours(ramp) * 255).round().astype(np.uint8)), (bar_left, upper))
@@ -196,13 +196,13 @@ Font = ImageFont.FreeTypeFont
 
 
 def _titles(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], first: str, second: str, width: int, fonts: tuple[Font, Font]
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], first: str, second: str, width: int, fonts: tuple[Font, Font]
 ) -> None:
     for line, (text, font) in enumerate(zip((first, second), fonts, strict=True)):
         fitting = _one_line(text)
         while fitting and draw.textlength(fitting, font=font) > width:
             fitting = fitting[:-2] + "…" if len(fitting) > 2 else ""
-        draw.text((at[0], at[1] + line * (_TEXT_PX + 2)), fitting, fill="black", font=font)
+        draw.text((corner[0], corner[1] + line * (_TEXT_PX + 2)), fitting, fill="black", font=font)
 
 
 def _font(size_px: int, *, bold: bool = False) -> Font:

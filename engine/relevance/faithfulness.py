@@ -90,7 +90,7 @@ def perturbation_curves(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Curves:
-    """Deletion and insertion curves of one map an image.
+    """Deletion and insertion curves of one map per image.
 
     Args:
         model: a classifier, run in eval mode and put back as it was.
@@ -99,7 +99,7 @@ def perturbation_curves(
         maps: [image, row, col] on the patch grid. Equal values have no order: they are taken in a seeded random one, or
             a map of zeros would remove the image from its top left corner.
         steps: shares between 0 and 1 that are evaluated, evenly spaced.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         seed: of the order of ties.
 
     Raises:
@@ -108,7 +108,7 @@ def perturbation_curves(
     if steps < 1:
         raise InputError(f"relevance.steps is {steps}; expected at least 1")
     if maps.shape[0] != images.shape[0]:
-        raise InputError(f"{maps.shape[0]} maps for {images.shape[0]} images; expected one an image")
+        raise InputError(f"{maps.shape[0]} maps for {images.shape[0]} images; expected one per image")
     fractions = np.linspace(0.0, 1.0, steps + 2)
     patches = maps.shape[1] * maps.shape[2]
     counts = np.rint(fractions[1:-1] * patches).astype(int)
@@ -117,14 +117,14 @@ def perturbation_curves(
 
     def probabilities(kept: torch.Tensor) -> Floats:
         """Of images whose patches are the image's own where `kept` [image, patch] and the baseline's elsewhere."""
-        found = []
+        of_batches = []
         for rows in torch.arange(len(images)).split(batch_size):
             mask = kept[rows].reshape(-1, 1, *grid).to(images)
             mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
             logits = model(mask * images[rows] + (1 - mask) * baseline[rows])
             chances = getattr(logits, "logits", logits).double().softmax(dim=-1)
-            found.append(chances.gather(1, targets[rows].to(chances.device)[:, None])[:, 0].cpu())
-        return torch.cat(found).numpy()
+            of_batches.append(chances.gather(1, targets[rows].to(chances.device)[:, None])[:, 0].cpu())
+        return torch.cat(of_batches).numpy()
 
     def curve(inserting: bool) -> Iterator[Floats]:
         for count in counts:

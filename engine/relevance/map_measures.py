@@ -62,10 +62,10 @@ def noise(maps: Floats) -> dict[str, Floats]:
     rows, cols = maps.shape[1:]
     layout = TokenLayout(grid_rows=rows, grid_cols=cols, num_prefix_tokens=0, patch_height_px=1, patch_width_px=1)
     row = scaled.reshape(1, len(maps), -1) / (rows * cols)
-    found = {"total_variation": np.concatenate(steps, axis=1).mean(axis=1)}
+    measures = {"total_variation": np.concatenate(steps, axis=1).mean(axis=1)}
     for name in ("entropy", "morans_i"):
-        found[f"map_{name}"] = np.asarray(METRICS[name].reference(row, layout)[0])
-    return found
+        measures[f"map_{name}"] = np.asarray(METRICS[name].reference(row, layout)[0])
+    return measures
 
 
 def rank_correlation(maps: Floats, others: Floats) -> Floats:

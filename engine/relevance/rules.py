@@ -61,8 +61,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rule: Rule = ctx.rule
-        given = rule.redistribute(upstream[0], ctx.passes) if ctx.passes.relevance else rule.gradient(upstream[0])
-        return (None, None, *given)
+        parts = rule.redistribute(upstream[0], ctx.passes) if ctx.passes.relevance else rule.gradient(upstream[0])
+        return (None, None, *parts)
 
 
 class Rule:
@@ -113,10 +113,10 @@ class Rule:
 
     def gradient(self, upstream: torch.Tensor) -> Sequence[torch.Tensor]:
         assert self.output is not None
-        given = torch.autograd.grad(self.output, self.operands, upstream, retain_graph=self.keeps_graph)
+        gradients = torch.autograd.grad(self.output, self.operands, upstream, retain_graph=self.keeps_graph)
         if not self.keeps_graph:
             self.output = None
-        return given
+        return gradients
 
     def redistribute(self, upstream: torch.Tensor, passes: Passes) -> Sequence[torch.Tensor]:
         return (upstream,)
@@ -173,9 +173,9 @@ class LinearRule(Rule):
 
     def __init__(self, call: FunctionCall, places: Sequence[int | str]) -> None:
         super().__init__(call, places)
-        given = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | dict(call.kwargs)
-        self.weight: torch.Tensor = given["weight"].detach()
-        self.bias: torch.Tensor | None = given.get("bias")
+        arguments = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | dict(call.kwargs)
+        self.weight: torch.Tensor = arguments["weight"].detach()
+        self.bias: torch.Tensor | None = arguments.get("bias")
 
     def forward(self, *carriers: torch.Tensor) -> torch.Tensor:
         self.operands = [carriers[0].detach()]
@@ -191,8 +191,8 @@ class LinearRule(Rule):
         signed = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=1)  # [row, x⁺ then x⁻]
         weight = torch.cat([self.weight.clamp(min=0), self.weight.clamp(max=0)], dim=1)  # [out, w⁺ then w⁻]
         share = over(upstream.reshape(-1, weight.shape[0]), signed @ weight.T)
-        given = (share @ weight).mul_(signed)
-        return ((given[:, :width] + given[:, width:]).reshape(x.shape),)
+        parts = (share @ weight).mul_(signed)
+        return ((parts[:, :width] + parts[:, width:]).reshape(x.shape),)
 
 
 class VjpRule(Rule):
@@ -203,9 +203,9 @@ class VjpRule(Rule):
     def redistribute(self, upstream: torch.Tensor, passes: Passes) -> Sequence[torch.Tensor]:
         assert self.output is not None
         share = over(upstream, self.output.detach())
-        given = torch.autograd.grad(self.output, self.operands, share)
+        parts = torch.autograd.grad(self.output, self.operands, share)
         self.output = None
-        return [operand.detach() * part for operand, part in zip(self.operands, given, strict=True)]
+        return [operand.detach() * part for operand, part in zip(self.operands, parts, strict=True)]
 
 
 class ProductRule(VjpRule):
@@ -271,18 +271,18 @@ class AttentionRule(Rule):
         return super().gradient(upstream)
 
     def redistribute(self, upstream: torch.Tensor, passes: Passes) -> Sequence[torch.Tensor]:
-        given = self.attribute(upstream)
+        parts = self.attribute(upstream)
         passes.lost = passes.lost + sum(
-            (part.flatten(1).sum(dim=1) for name, part in given.items() if name not in self._carrying), start=0.0
+            (part.flatten(1).sum(dim=1) for name, part in parts.items() if name not in self._carrying), start=0.0
         )
-        return [given[name] for name in self._carrying]
+        return [parts[name] for name in self._carrying]
 
     def attribute(self, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sets `weighted`; returns the relevance of query, key and value."""
         assert self._result is not None
         assert self.output_gradient is not None
         share = over(upstream, self._result)
-        given = {name: torch.empty_like(factor) for name, factor in self._factors.items()}
+        parts = {name: torch.empty_like(factor) for name, factor in self._factors.items()}
         images, heads, queries, _ = self._result.shape
         keys = self._factors["key"].shape[2]
         bias = None if self._bias is None else self._bias.expand(images, heads, queries, keys)
@@ -293,8 +293,8 @@ class AttentionRule(Rule):
             of_attention = (share[image] @ value.transpose(-2, -1)).mul_(attention).div_(2)
             gradient = self.output_gradient[image] @ value.transpose(-2, -1)
             torch.mean(gradient.mul_(of_attention).clamp_(min=0), dim=0, out=self.weighted[image])
-            torch.mul(attention.transpose(-2, -1) @ share[image], value / 2, out=given["value"][image])
+            torch.mul(attention.transpose(-2, -1) @ share[image], value / 2, out=parts["value"][image])
             of_logits = over(of_attention, query @ key.transpose(-2, -1)).div_(2)
-            torch.mul(of_logits @ key, query, out=given["query"][image])
-            torch.mul(of_logits.transpose(-2, -1) @ query, key, out=given["key"][image])
-        return given
+            torch.mul(of_logits @ key, query, out=parts["query"][image])
+            torch.mul(of_logits.transpose(-2, -1) @ query, key, out=parts["key"][image])
+        return parts

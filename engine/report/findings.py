@@ -11,7 +11,7 @@ from scipy import special
 
 from engine.report import text
 from engine.report.inputs import Results, matches
-from engine.statistics import Cluster, PairedTest, Relation, Trend
+from engine.statistics import Cluster, PairedTest, Relation, Trend, defined_mean
 
 
 def seeds_needed(alpha: float) -> int:
@@ -40,12 +40,14 @@ def layer_curve(results: Results, metric: str, condition: str, region: str | Non
     if region is not None:
         values = values.sel(region=region)
     array = values.transpose("seed", "image", "layer", "head").values.astype(np.float64)
-    by_image = mean(array, (0, 3))
-    centre, n = mean(by_image, (0,)), np.isfinite(by_image).sum(0)
-    spread = np.where(n > 1, mean((by_image - centre) ** 2, (0,)), np.nan)  # biased variance
+    by_image = defined_mean(array, (0, 3))
+    centre, n = defined_mean(by_image, (0,)), np.isfinite(by_image).sum(0)
+    spread = np.where(n > 1, defined_mean((by_image - centre) ** 2, (0,)), np.nan)  # biased variance
     with np.errstate(invalid="ignore", divide="ignore"):
         half = special.stdtrit(n - 1.0, 0.5 + results.confidence / 2) * np.sqrt(spread / (n - 1.0))
-    by_seed = {seed: mean(array[s], (0, 2)) for s, seed in enumerate(results.seeds) if np.isfinite(array[s]).any()}
+    by_seed = {
+        seed: defined_mean(array[s], (0, 2)) for s, seed in enumerate(results.seeds) if np.isfinite(array[s]).any()
+    }
     if results.seed_invariant(condition):  # the one run stands at every seed
         by_seed = dict(list(by_seed.items())[:1])
     return LayerCurve(centre, centre - half, centre + half, n, by_seed)
@@ -258,11 +260,3 @@ def cell_relations(comparison: Comparison) -> Iterator[tuple[Relation, tuple[Rel
             pair = (relation.metric, relation.with_metric)
             within = (other for other in plain if other.over == "images" and (other.metric, other.with_metric) == pair)
             yield relation, tuple(within)
-
-
-def mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Mean over what is not NaN; NaN, without a warning, where nothing is left."""
-    known = np.isfinite(values)
-    count = known.sum(axes)
-    total = np.where(known, values, 0.0).sum(axes)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

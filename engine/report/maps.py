@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from engine.report import text
-from engine.report.findings import Comparison, mean
+from engine.report.findings import Comparison
 from engine.report.inputs import Results
-from engine.statistics import PairedTest
+from engine.statistics import PairedTest, defined_mean
 
 HISTOGRAM_BINS = 24
 SCATTER_IMAGES = 256
@@ -69,8 +69,10 @@ def scatter_images(results: Results) -> list[int]:
 def _by_cell(results: Results, metric: str, region: str | None) -> np.ndarray:
     """[condition, image, layer, head + 1]: means over seeds, and behind the heads their mean."""
     values = results.table[metric] if region is None else results.table[metric].sel(region=region)
-    array = mean(values.transpose("condition", "seed", "image", "layer", "head").values.astype(np.float64), (1,))
-    return np.concatenate([array, mean(array, (3,))[..., None]], axis=3)
+    array = defined_mean(
+        values.transpose("condition", "seed", "image", "layer", "head").values.astype(np.float64), (1,)
+    )
+    return np.concatenate([array, defined_mean(array, (3,))[..., None]], axis=3)
 
 
 def _cells(

@@ -45,7 +45,7 @@ def compare_conditions(
     | layer_means | layer             | metric                | layers; seeds, heads and images averaged first      |
     | seed        | training run      | layer × metric        | seeds; heads, then images averaged first; ≥ 2 seeds |
 
-    A metric with regions counts once a region in its family. Image-level tests speak of the checkpoints at hand; only
+    A metric with regions counts once per region in its family. Image-level tests speak of the checkpoints at hand; only
     the seed level speaks of fine-tuning. The class level asks whether a finding hangs on a few large classes. A pair
     missing on either side is left out of both means.
 

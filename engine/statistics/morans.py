@@ -105,21 +105,21 @@ def morans_inference(
             reached = (np.abs(factor[part, None] * permuted - expectation) >= limit[part, None]).sum(axis=1)
             p_permutation[part] = (reached + 1) / (permutations + 1)
 
-    def of(result: Floats) -> Floats:
+    def shaped(result: Floats) -> Floats:
         return np.where(defined, result, np.nan).reshape(shape)
 
     def two_sided(var: Any) -> Floats:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return of(2 * ndtr(-np.abs(morans_i - expectation) / np.sqrt(var)))
+            return shaped(2 * ndtr(-np.abs(morans_i - expectation) / np.sqrt(var)))
 
     return MoransInference(
-        morans_i=of(morans_i),
+        morans_i=shaped(morans_i),
         expectation=expectation,
         variance_normality=variance,
-        variance_randomisation=of(randomised),
+        variance_randomisation=shaped(randomised),
         p_normality=two_sided(variance),
         p_randomisation=two_sided(np.maximum(randomised, 0)),
-        p_permutation=of(p_permutation),
+        p_permutation=shaped(p_permutation),
         permutations=permutations,
     )
 

@@ -84,8 +84,8 @@ def cross_metric_correlation(
         images = [metric.image_differences() for metric in paired.metrics]
         for first, second in combinations(range(len(paired.metrics)), 2):
             one, other = (paired.metrics[i].identity for i in (first, second))
-            found = [("cells", None, *_spearman(cells[first], cells[second]))]
-            found += [
+            correlations = [("cells", None, *_spearman(cells[first], cells[second]))]
+            correlations += [
                 ("images", paired.layer_ids[i], *_spearman(images[first][:, i], images[second][:, i]))
                 for i in paired.layers
             ]
@@ -102,7 +102,7 @@ def cross_metric_correlation(
                     rho=finite(rho),
                     n=n,
                 )
-                for over, layer, rho, n in found
+                for over, layer, rho, n in correlations
             ]
     return relations
 

@@ -118,8 +118,8 @@ class Propagation:
         self.passes.relevance = True
         (relevance,) = torch.autograd.grad(logits.sum(), [self._lowest])
         lowest.attribute(relevance)
-        for name, found, expected in self.passes.stream:
-            off = float((found - expected).abs().max())
+        for name, total, expected in self.passes.stream:
+            off = float((total - expected).abs().max())
             if not off <= _LEAK:
                 raise CaptureError(
                     f"lrp does not fit {type(self._model).__name__}: of a relevance of 1, {off:.2g} is lost or made "
@@ -280,8 +280,8 @@ def _name(call: FunctionCall) -> str:
 
 def _places(call: FunctionCall) -> list[int | str]:
     """Positions and keywords of the arguments that carry relevance."""
-    found: list[int | str] = [place for place, value in enumerate(call.args) if _carries(value)]
-    return found + [key for key, value in call.kwargs.items() if _carries(value)]
+    places: list[int | str] = [place for place, value in enumerate(call.args) if _carries(value)]
+    return places + [key for key, value in call.kwargs.items() if _carries(value)]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
