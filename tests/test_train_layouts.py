@@ -444,9 +444,3 @@ def test_no_model_is_named_that_does_not_take_the_file(tmp_path: Path) -> None:
     assert "test_vit has 6 blocks of width 64 on patches of 16 px" in refused(beit)
     assert "try" not in refused(beit)
     assert "the file has blocks.0.lambda_1" in refused(beit, "vit_tiny_patch16_224")
-
-
-# ------------------------------------------------------------------------------------------------ no checkpoint at all
-
-
-# ------------------------------------------------------------------------------------------------ beside the weights
