@@ -12,10 +12,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kernels.arrays import Values, mean_of_rows
-from kernels.errors import BackendUnavailableError, OptionError
+from kernels.arrays import Values, is_torch, mean_of_rows
+from kernels.errors import BackendUnavailableError, MetricError, OptionError
 from kernels.inputs import Factors, MapPair, Maps
 from kernels.metrics import MetricSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A metric's code in a backend whose pass fills in named planes.
+
+    Args:
+        planes: those that the pass must fill in for it.
+        read: what the pass gave -> the metric's values, maps flattened.
+    """
+
+    planes: tuple[str, ...]
+    read: Callable[[Any], Any]
+
+    def __call__(self, result: Any) -> Any:
+        return self.read(result)
 
 
 class Backend(Protocol):
@@ -77,6 +93,37 @@ class Backend(Protocol):
     def mean_of_rows(self, values: Any, valid: Any) -> tuple[Any, Any]:
         """(mean [*leading] of the patch queries that have a value, valid ones that have none) of [*leading, query]."""
         return mean_of_rows(values, valid)
+
+    def needs(self, specs: Sequence[MetricSpec], planes: Sequence[str]) -> int:
+        """Bits of the planes that the pass must fill in for these metrics, in the order of all that there are.
+
+        Raises:
+            MetricError: a user's metric has another kind of code for this backend.
+        """
+        needs = 0
+        for spec in specs:
+            code = self.implementation(spec)
+            if not isinstance(code, Reading):
+                raise MetricError(
+                    f"metric {spec.name!r}: its implementation for {self.name} is a {type(code).__name__}; expected a "
+                    "kernels.backends.Reading, or none: the reference is enough"
+                )
+            for plane in code.planes:
+                needs |= 1 << planes.index(plane)
+        return needs
+
+    def values(self, result: Any, valid: Any, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
+        """The metrics of what a pass gave, and which rows are valid, in the input's shape and kind."""
+        values = {}
+        for spec in specs:
+            code = self.implementation(spec)
+            assert code is not None  # `specs` holds those this backend has code for
+            flat = code(result)
+            values[spec.name] = flat.reshape((*given.leading, *flat.shape[1:]))
+        valid = valid.reshape((*given.leading, given.layout.num_tokens))
+        if is_torch(valid) and not is_torch(given.like):
+            return Values({name: value.numpy() for name, value in values.items()}, valid.numpy())
+        return Values(values, valid)
 
 
 @dataclass(frozen=True, slots=True)

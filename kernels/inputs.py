@@ -96,26 +96,10 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class MapPair:
-    """The same maps [*leading, query, key] in two conditions; a row is valid if it is in both."""
+class MapPair(Maps):
+    """The same maps in two conditions; a row is valid if it is in both."""
 
-    attention: Any
     other: Any
-    layout: TokenLayout
-    precision: str
-    regions: None = None
-
-    @property
-    def like(self) -> Any:
-        return self.attention
-
-    @property
-    def leading(self) -> tuple[int, ...]:
-        return tuple(self.attention.shape[:-2])
-
-    @property
-    def tolerance(self) -> float:
-        return ROW_SUM_TOLERANCE[self.precision]
 
     def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
         return backend.measure_pair(self, specs)

@@ -217,12 +217,12 @@ def measure_pair(
             f"attention has shape {tuple(attention.shape)} and other {tuple(other.shape)}; expected the same maps "
             "in two conditions"
         )
-    pair = MapPair(attention, other, layout, checks.rounded_to(precision, attention, other))
+    pair = MapPair(attention, layout, None, checks.rounded_to(precision, attention, other), other)
     return _run(_choose(backend, attention, other), specs, pair, invalid, reduce)
 
 
 def _run(
-    chosen: BackendSpec, specs: Sequence[MetricSpec], given: Maps | Factors | MapPair, invalid: Invalid, reduce: Reduce
+    chosen: BackendSpec, specs: Sequence[MetricSpec], given: Maps | Factors, invalid: Invalid, reduce: Reduce
 ) -> Measurement:
     """One pass of the backend for the metrics it has code for, one over tiles for the others; then the means."""
     backend = chosen.load()

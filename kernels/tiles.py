@@ -68,7 +68,7 @@ def _additive(bias: Any) -> np.ndarray:
 
 def _measure(
     rows: Callable[[Index], tuple[np.ndarray, np.ndarray]],
-    given: Maps | Factors | MapPair,
+    given: Maps | Factors,
     specs: Sequence[MetricSpec],
 ) -> Values:
     """Every metric of every tile; `rows` gives the float64 rows of some maps, and which of them are valid."""

@@ -326,9 +326,7 @@ class TorchBackend(Backend):
 
         return self._chunked(chunk, one, pair, specs)
 
-    def _chunked(
-        self, chunk: _Chunk, flat: Tensor, given: Maps | Factors | MapPair, specs: Sequence[MetricSpec]
-    ) -> Values:
+    def _chunked(self, chunk: _Chunk, flat: Tensor, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
         """Every metric of every chunk of maps, put together again."""
         layout, leading = given.layout, given.leading
         dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32

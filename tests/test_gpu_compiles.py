@@ -65,7 +65,7 @@ class TestTritonCompiles:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def from_maps(self, side: int, dtype: str, needs: int, tmp_path: Path) -> int:
-        from kernels.cuda import triton_gpu, triton_rows
+        from kernels.cuda import triton_gpu, triton_maps
 
         pairs = triton_gpu.triton.next_power_of_2((side + 1) // 2)
         constants = {
@@ -81,10 +81,10 @@ class TestTritonCompiles:
         }
         types = {"attention": "*i16" if dtype == "bf16" else f"*{dtype}"}
         options = {"num_warps": triton_gpu.MAPS_WARPS}
-        return self.spilled(self.compiled(triton_rows.attention_rows, constants, types, options, ()), tmp_path)
+        return self.spilled(self.compiled(triton_maps.attention_rows, constants, types, options, ()), tmp_path)
 
     def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path) -> int:
-        from kernels.cuda import triton_gpu, triton_rows
+        from kernels.cuda import triton_gpu, triton_qk
 
         columns = max(16, triton_gpu.triton.next_power_of_2(side))
         queries, warps = triton_gpu._qk_tile(columns, 4 if dtype == "fp32" else 2)
@@ -107,7 +107,7 @@ class TestTritonCompiles:
         types = dict.fromkeys(("q_starts", "k_starts", "b_starts"), "*i64")
         types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
         options = {"num_warps": warps}
-        binary = self.compiled(triton_rows.qk_rows, constants, types, options, ("stride_qn", "stride_kn", "stride_bq"))
+        binary = self.compiled(triton_qk.qk_rows, constants, types, options, ("stride_qn", "stride_kn", "stride_bq"))
         assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
         return self.spilled(binary, tmp_path)
 
@@ -130,13 +130,13 @@ class TestTritonCompiles:
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:
-        from kernels.cuda import triton_rows
+        from kernels.cuda import triton_maps, triton_rows
 
         constants = {**geometry(37, 15), "BLOCK_P": 1, "BLOCK_K": 2048, "BLOCK_T": 2048, "stride_k": 1}
         constants["IS_BFLOAT16"] = dtype == "bf16"
         types = {"attention": "*i16" if dtype == "bf16" else f"*{dtype}"}
         assert (
-            self.spilled(self.compiled(triton_rows.exact_rows, constants, types, {"num_warps": 4}, ()), tmp_path) == 0
+            self.spilled(self.compiled(triton_maps.exact_rows, constants, types, {"num_warps": 4}, ()), tmp_path) == 0
         )
         types = {"values": "*fp32", "means": "*fp64", "undefined": "*i64"}
         constants = {"QUERIES": 1369, "BLOCK": 2048, "query_stride": 1}

@@ -21,7 +21,7 @@ from engine.capture import AttentionTap
 from engine.capture.sinks import LayerQueue, MapsSink, MetricsSink, Sink
 from engine.capture.stream import BatchPass
 from kernels import METRICS, measure_attention, measure_qk, torch_ops
-from kernels.cuda import triton_gpu, triton_rows
+from kernels.cuda import triton_gpu, triton_maps, triton_qk, triton_rows
 from kernels.cuda.rows import _starts, distances
 from tests.cases import layout
 from train.augment import Augmentation, _luma
@@ -111,8 +111,10 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """What the `triton` backend does on the host, without its kernels."""
     recorder = Launches()
-    for name in ("qk_rows", "attention_rows", "exact_rows", "mean_of_rows"):
-        monkeypatch.setattr(triton_rows, name, recorder)
+    for name in ("attention_rows", "exact_rows"):
+        monkeypatch.setattr(triton_maps, name, recorder)
+    monkeypatch.setattr(triton_qk, "qk_rows", recorder)
+    monkeypatch.setattr(triton_rows, "mean_of_rows", recorder)
     monkeypatch.setattr(triton_gpu, "_current_device", lambda tensor: nullcontext())
     return recorder
 

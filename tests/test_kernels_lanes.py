@@ -113,7 +113,7 @@ def test_masks(width: Width, part: float) -> None:
 
     @njit
     def following(a: Any, count: Any, out: Any) -> None:
-        lanes.store(out, 0, lanes.next_lane(lanes.load(width, a, 0), lanes.first(width, count)))
+        lanes.store(out, 0, lanes.next_lane(lanes.first(width, count), lanes.load(width, a, 0)))
 
     size = width.lanes
     count = int(part * size)

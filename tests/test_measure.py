@@ -141,7 +141,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("changing", "raised ValueError: output array is read-only"),
         ("pair", r"called with \(p, other, layout\), returned shape"),
         ("regions", r"called with \(p, layout, regions\), returned shape \(2,\) for 2 map\(s\); expected \(2, 2\)"),
-        ("implemented", r"its implementation for numba is a function; expected a kernels\.cpu\.backend\.FromPass"),
+        ("implemented", r"its implementation for numba is a function; expected a kernels\.backends\.Reading"),
         ("elsewhere", "no.such:thing, its implementation for numba, cannot be imported"),
         ("entropy", "is called 'entropy', as a metric of kernels is; give it another name"),
         ("number", "is a int; expected a kernels.MetricSpec"),

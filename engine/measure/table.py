@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.capture import heads_on_prefix, stored_parameters
 from engine.config import load_metrics
+from kernels import METRICS
 from store import AttentionStore
 from store.disk import making
 from store.removal import attributes_of, holds_only
@@ -200,9 +201,10 @@ def read_table(path: Path) -> xarray.Dataset:
 
 def prefix_mass_warning(table: xarray.Dataset) -> str:
     """A sentence on the heads whose patches get almost nothing, or "" when there are none."""
-    if "prefix_mass" not in table:
+    name = next((name for name, spec in METRICS.items() if spec.is_prefix_share), "")
+    if name not in table:
         return ""
-    means = table["prefix_mass"].mean(["seed", "image"]).stack(cell=("layer", "head", "condition"))
+    means = table[name].mean(["seed", "image"]).stack(cell=("layer", "head", "condition"))
     found = heads_on_prefix(
         {
             f"layer {layer}, head {head} of {condition}": float(mass)

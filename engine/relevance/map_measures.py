@@ -6,7 +6,8 @@ import numpy as np
 from scipy import ndimage, stats
 
 from engine.statistics import Floats
-from kernels import METRICS, TokenLayout
+from kernels import TokenLayout
+from kernels.reference import entropy, morans_i
 
 # Wang et al. (2004), doi:10.1109/TIP.2003.819861: the window's standard deviation and the two stabilisers.
 _SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 1.5, 0.01, 0.03
@@ -62,10 +63,11 @@ def noise(maps: Floats) -> dict[str, Floats]:
     rows, cols = maps.shape[1:]
     layout = TokenLayout(grid_rows=rows, grid_cols=cols, num_prefix_tokens=0, patch_height_px=1, patch_width_px=1)
     row = scaled.reshape(1, len(maps), -1) / (rows * cols)
-    measures = {"total_variation": np.concatenate(steps, axis=1).mean(axis=1)}
-    for name in ("entropy", "morans_i"):
-        measures[f"map_{name}"] = np.asarray(METRICS[name].reference(row, layout)[0])
-    return measures
+    return {
+        "total_variation": np.concatenate(steps, axis=1).mean(axis=1),
+        "map_entropy": entropy(row, layout)[0],
+        "map_morans_i": morans_i(row, layout)[0],
+    }
 
 
 def rank_correlation(maps: Floats, others: Floats) -> Floats:

@@ -16,26 +16,14 @@ from typing import Any
 import numpy as np
 
 from kernels.arrays import Values, dtype_name, host_view
-from kernels.backends import Backend
+from kernels.backends import Backend, Reading
+from kernels.cpu import loops
 from kernels.cpu.lane_types import Width, widest
-from kernels.cpu.loops import passes
 from kernels.cpu.math import BFLOAT16, FLOAT, FLOAT16
-from kernels.cpu.rows import (
-    CLASS_ROW,
-    DISTANCE,
-    ENTROPY,
-    ENTROPY_SEED1,
-    GEARY,
-    GINI,
-    MORAN,
-    PATCH_MASS,
-    RECEIVED,
-    Planes,
-)
+from kernels.cpu.rows import Planes
 from kernels.cpu.threads import num_threads, over_parts
 from kernels.cpu.vector_maps import attention_pass
 from kernels.cpu.vector_qk import qk_pass
-from kernels.errors import MetricError
 from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
@@ -49,24 +37,6 @@ class PassResult:
     planes: Planes
     layout: TokenLayout
     regions: np.ndarray | None
-
-
-@dataclass(frozen=True, slots=True)
-class PairResult:
-    """What a pair metric is read off: float [map, patch query], in nat; NaN where undefined in either condition."""
-
-    js_divergence: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class FromPass:
-    """A metric's implementation: what the pass must compute for it, and how it is read off the result."""
-
-    needs: int
-    read: Callable[[PassResult], np.ndarray]
-
-    def __call__(self, result: PassResult) -> np.ndarray:
-        return self.read(result)
 
 
 # --- metrics, as read off a pass ------------------------------------------------------------------------------------
@@ -113,26 +83,30 @@ def _morans_i_seed1(result: PassResult) -> np.ndarray:
     return np.where(sum_sq <= SEED1_LEAST_SUM_SQ, 0.0, of_mass)
 
 
-# Name of a metric -> its reading of a pass; of a pair metric, of a `PairResult`.
+# Name of a metric -> its reading of a pass; of a pair metric, of [map, patch query], NaN where undefined.
 IMPLEMENTATIONS: dict[str, Callable[[Any], np.ndarray]] = {
-    "distance": FromPass(DISTANCE, lambda result: result.planes.distance),
-    "distance_seed1": FromPass(DISTANCE | PATCH_MASS, _distance_seed1),
-    "distance_px": FromPass(DISTANCE | PATCH_MASS, lambda result: _distance_seed1(result) * result.layout.diagonal_px),
-    "distance_walmer": FromPass(DISTANCE, _distance_walmer),
-    "entropy": FromPass(ENTROPY, lambda result: result.planes.entropy),
-    "entropy_normalized": FromPass(ENTROPY, lambda result: result.planes.entropy / math.log(result.layout.num_patches)),
-    "morans_i": FromPass(MORAN, lambda result: result.planes.morans_i),
-    "gearys_c": FromPass(GEARY, lambda result: result.planes.gearys_c),
-    "gini": FromPass(GINI, lambda result: result.planes.gini),
-    "entropy_seed1": FromPass(ENTROPY_SEED1, lambda result: result.planes.entropy_seed1),
-    "morans_i_seed1": FromPass(PATCH_MASS, _morans_i_seed1),
-    "prefix_mass": FromPass(0, lambda result: result.planes.prefix_mass),
-    "morans_i_received": FromPass(RECEIVED, _received_morans_i),
-    "sink_share": FromPass(RECEIVED, lambda result: _mean_row(result.planes.received).max(axis=-1)),
-    "cls_entropy": FromPass(CLASS_ROW, lambda result: _maps_entropy(_class_rows(result))),
-    "cls_morans_i": FromPass(CLASS_ROW, lambda result: _maps_morans_i(_class_rows(result), result.layout)),
-    "region_mass": FromPass(RECEIVED | CLASS_ROW, _region_mass),
-    "js_divergence": lambda pair: pair.js_divergence,
+    "distance": Reading(("distance",), lambda result: result.planes.distance),
+    "distance_seed1": Reading(("distance", "patch_mass"), _distance_seed1),
+    "distance_px": Reading(
+        ("distance", "patch_mass"), lambda result: _distance_seed1(result) * result.layout.diagonal_px
+    ),
+    "distance_walmer": Reading(("distance",), _distance_walmer),
+    "entropy": Reading(("entropy",), lambda result: result.planes.entropy),
+    "entropy_normalized": Reading(
+        ("entropy",), lambda result: result.planes.entropy / math.log(result.layout.num_patches)
+    ),
+    "morans_i": Reading(("morans_i",), lambda result: result.planes.morans_i),
+    "gearys_c": Reading(("gearys_c",), lambda result: result.planes.gearys_c),
+    "gini": Reading(("gini",), lambda result: result.planes.gini),
+    "entropy_seed1": Reading(("entropy_seed1",), lambda result: result.planes.entropy_seed1),
+    "morans_i_seed1": Reading(("patch_mass",), _morans_i_seed1),
+    "prefix_mass": Reading((), lambda result: result.planes.prefix_mass),
+    "morans_i_received": Reading(("received",), _received_morans_i),
+    "sink_share": Reading(("received",), lambda result: _mean_row(result.planes.received).max(axis=-1)),
+    "cls_entropy": Reading(("class_row",), lambda result: _maps_entropy(_class_rows(result))),
+    "cls_morans_i": Reading(("class_row",), lambda result: _maps_morans_i(_class_rows(result), result.layout)),
+    "region_mass": Reading(("received", "class_row"), _region_mass),
+    "js_divergence": lambda js: js,
 }
 
 
@@ -161,8 +135,8 @@ class NumbaBackend(Backend):
         num_threads()
 
     def notice(self) -> str:
-        any_cpu, width = passes(), vector_width()
-        dispatchers = [any_cpu.attention, any_cpu.qk, any_cpu.pair]
+        width = vector_width()
+        dispatchers = [loops.attention, loops.qk, loops.pair]
         if width is not None:
             dispatchers += [attention_pass(width), qk_pass(width)]
         if any(dispatcher.signatures for dispatcher in dispatchers):
@@ -173,11 +147,11 @@ class NumbaBackend(Backend):
         layout, name, count = maps.layout, dtype_name(maps.attention), math.prod(maps.leading)
         memory = _flat(_bits(host_view(maps.attention)))
         kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
-        needs = self._needs(specs)
+        needs = self.needs(specs, Planes._fields)
         planes = _planes(count, layout, tables[0].dtype, needs)
         width = None if name == "float64" else vector_width()
         if width is None:
-            run = partial(passes().attention, memory, kind, shape, tables)
+            run = partial(loops.attention, memory, kind, shape, tables)
         else:
             wide = _wide_tables(layout, width.lanes)
             run = partial(attention_pass(width), _as_typed_bits(memory, kind), kind, shape, tables, wide)
@@ -199,12 +173,12 @@ class NumbaBackend(Backend):
             bias = (_read_only(np.zeros(0, compute)), np.zeros(0, np.int64), 0)
         else:
             bias = _flat(_additive(factors.bias, compute))
-        needs = self._needs(specs)
+        needs = self.needs(specs, Planes._fields)
         planes = _planes(count, layout, compute, needs)
         rest = (kind, factors.scale, bias, shape, tables)
         width = None if name == "float64" else vector_width()
         if width is None:
-            run = partial(passes().qk, queries, keys, *rest)
+            run = partial(loops.qk, queries, keys, *rest)
         else:
             typed = _as_typed_bits(queries, kind), _as_typed_bits(keys, kind)
             run = partial(qk_pass(width), *typed, *rest, _near_table(layout, width.lanes))
@@ -217,47 +191,19 @@ class NumbaBackend(Backend):
         js = np.full((count, layout.num_patches), np.nan, np.float64 if name == "float64" else np.float32)
         valid = np.ones((count, layout.num_tokens), np.bool_)
         kind = _KINDS.get(name, FLOAT)
-        over_parts(partial(passes().pair, one, two, kind, layout.num_prefix_tokens, pair.tolerance, js, valid), count)
-        return self._values(PairResult(js), valid, pair, specs)
+        over_parts(partial(loops.pair, one, two, kind, layout.num_prefix_tokens, pair.tolerance, js, valid), count)
+        return self.values(js, valid, pair, specs)
 
     def mean_of_rows(self, values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sums = np.empty(values.shape[:-1])
-        passes().row_sums(values.reshape(-1, values.shape[-1]), sums.reshape(-1))
+        loops.row_sums(values.reshape(-1, values.shape[-1]), sums.reshape(-1))
         if np.isnan(sums).any():
             return super().mean_of_rows(values, valid)
         return np.asarray(sums / values.shape[-1]), np.zeros(sums.shape, np.int64)  # as nearly always
 
-    def _needs(self, specs: Sequence[MetricSpec]) -> int:
-        """Bits of what the pass must compute for these metrics."""
-        needs = 0
-        for spec in specs:
-            implementation = self.implementation(spec)
-            if not isinstance(implementation, FromPass):
-                raise MetricError(
-                    f"metric {spec.name!r}: its implementation for numba is a {type(implementation).__name__}; "
-                    "expected a kernels.cpu.backend.FromPass, or none: the reference is enough"
-                )
-            needs |= implementation.needs
-        return needs
-
     def _read(self, planes: Planes, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
         regions = None if given.regions is None else given.regions.reshape(-1, *given.regions.shape[-2:])
-        return self._values(PassResult(planes, given.layout, regions), planes.valid, given, specs)
-
-    def _values(
-        self,
-        result: PassResult | PairResult,
-        valid: np.ndarray,
-        given: Maps | Factors | MapPair,
-        specs: Sequence[MetricSpec],
-    ) -> Values:
-        values = {}
-        for spec in specs:
-            implementation = self.implementation(spec)
-            assert implementation is not None  # `specs` holds those this backend has code for
-            tile = implementation(result)
-            values[spec.name] = tile.reshape((*given.leading, *tile.shape[1:]))
-        return Values(values, valid.reshape((*given.leading, given.layout.num_tokens)))
+        return self.values(PassResult(planes, given.layout, regions), planes.valid, given, specs)
 
 
 _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16}
@@ -269,26 +215,25 @@ def _shape(layout: TokenLayout) -> tuple[int, bool, int, int]:
 
 def _planes(maps: int, layout: TokenLayout, dtype: np.dtype[Any], needs: int) -> Planes:
     """Memory for what a pass fills in; each map's part is cleared by the thread that measures it."""
-    patches, double = layout.num_patches, np.dtype(np.float64)
-    in_order = (DISTANCE, ENTROPY, MORAN, GEARY, GINI, ENTROPY_SEED1, PATCH_MASS, RECEIVED, CLASS_ROW)
-    kinds = [(dtype if bit < PATCH_MASS else double, needs & bit) for bit in in_order]
-    asked = [np.empty((maps if wanted else 0, patches), kind) for kind, wanted in kinds]
-    return Planes._make([*asked, np.empty((maps, patches), dtype), np.empty((maps, layout.num_tokens), np.bool_)])
+    arrays = []
+    for i, name in enumerate(Planes._fields[:-2]):
+        kind = np.float64 if name in ("patch_mass", "received", "class_row") else dtype
+        arrays.append(np.empty((maps if needs >> i & 1 else 0, layout.num_patches), kind))
+    prefix_mass = np.empty((maps, layout.num_patches), dtype)
+    return Planes._make([*arrays, prefix_mass, np.empty((maps, layout.num_tokens), np.bool_)])
 
 
 def _maps_morans_i(maps: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Moran's I of float64 maps [map, patch]; NaN where constant or undefined."""
     out = np.empty(len(maps))
-    passes().maps_morans_i(
-        np.ascontiguousarray(maps), _tables(layout, True)[1], layout.grid_cols, layout.num_edges, out
-    )
+    loops.maps_morans_i(np.ascontiguousarray(maps), _tables(layout, True)[1], layout.grid_cols, layout.num_edges, out)
     return out
 
 
 def _maps_entropy(maps: np.ndarray) -> np.ndarray:
     """Entropy in nat of float64 maps [map, patch]; NaN where undefined."""
     out = np.empty(len(maps))
-    passes().maps_entropy(np.ascontiguousarray(maps), out)
+    loops.maps_entropy(np.ascontiguousarray(maps), out)
     return out
 
 

@@ -21,12 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
-def sources() -> str:
-    """Digest of the files that compiled loops are made of.
-
-    Numba's disk cache knows a function by its own file alone. A pass that holds this digest in a closure is known
-    by it too, and so is compiled anew when a file of its callees has changed.
-    """
+def _sources() -> str:
+    """Digest of the files that compiled loops are made of."""
     folder = Path(__file__).parent
     names = ("lane_types", "lanes", "loops", "math", "rows", "vector_maps", "vector_qk")
     return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
@@ -47,6 +43,10 @@ class _Kept(FunctionCache):
 
     With a fault the index goes. It may name files that were not written, and older code lies under their names.
     """
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """Numba's own knows a function by its file alone; a change in a file of its callees makes it another, too."""
+        return (*super()._index_key(sig, codegen), _sources())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -45,28 +45,22 @@ def widest() -> Width | None:
     return next((width for width in (SIXTEEN, EIGHT) if has.issuperset(width.needs)), None)
 
 
-class WidthType(types.Type):
+class _OfLanes(types.Type):
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(f"{type(self).__name__}({lanes})")
+
+
+class WidthType(_OfLanes):
     """The type of a `Width`: a constant, by which compiled code is chosen."""
 
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        super().__init__(f"width{lanes}")
 
-
-class LanesType(types.Type):
+class LanesType(_OfLanes):
     """float32 values side by side."""
 
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        super().__init__(f"float32x{lanes}")
 
-
-class MaskType(types.Type):
+class MaskType(_OfLanes):
     """Which of them are meant."""
-
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        super().__init__(f"bool{lanes}")
 
 
 @typeof_impl.register(Width)

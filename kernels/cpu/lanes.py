@@ -10,8 +10,12 @@ What makes lanes takes `SIXTEEN` or `EIGHT` first; what is made of them knows it
 Arrays are float32, uint16 (the bits of float16) or int16 (those of bfloat16), contiguous; positions count items.
 """
 
+# Numba types compiled code: its parameters take no annotations.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +51,7 @@ from kernels.cpu.lane_types import (
     whole,
     widened,
 )
+from kernels.cpu.math import by_type
 
 _intrinsic: Any = intrinsic  # what it makes is not a function to a type checker
 
@@ -55,32 +60,32 @@ _intrinsic: Any = intrinsic  # what it makes is not a function to a type checker
 
 
 @_intrinsic
-def lanes_of(typing: Any, width: Any) -> Any:
+def lanes_of(typing, width):
     """How many lanes a width has: a constant to the compiler."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         return context.get_constant(types.int64, width.lanes)
 
     return types.int64(width), generate
 
 
 @_intrinsic
-def splat(typing: Any, width: Any, scalar: Any) -> Any:
+def splat(typing, width, scalar):
     """A float32 in every lane."""
     made = LanesType(width.lanes)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         return splatted(builder, made, arguments[1])
 
     return made(width, types.float32), generate
 
 
 @_intrinsic
-def first(typing: Any, width: Any, count: Any) -> Any:
+def first(typing, width, count):
     """The mask of the first `count` lanes, 0 to all."""
     made = MaskType(width.lanes)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         wanted = builder.trunc(arguments[1], I32)
         if made.lanes == SIXTEEN.lanes:
             one = ir.Constant(I32, 1)
@@ -95,21 +100,21 @@ def first(typing: Any, width: Any, count: Any) -> Any:
 
 
 @_intrinsic
-def load(typing: Any, width: Any, array: Any, position: Any) -> Any:
+def load(typing, width, array, position):
     """The items from array[position] on, one a lane, widened; all must lie within the array."""
     made = LanesType(width.lanes)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         return widened(context, builder, made, signature.args[1], *arguments[1:])
 
     return made(width, array, types.int64), generate
 
 
 @_intrinsic
-def prefetch(typing: Any, array: Any, position: Any) -> Any:
+def prefetch(typing, array, position):
     """Asks for the cache line of array[position], which need not lie within the array."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         data = items_of(context, builder, signature.args[0], arguments[0])
         place = builder.bitcast(builder.gep(data, [arguments[1]]), I8.as_pointer())
         to_read, keep_close, of_data = (ir.Constant(I32, value) for value in (0, 3, 1))
@@ -120,10 +125,10 @@ def prefetch(typing: Any, array: Any, position: Any) -> Any:
 
 
 @_intrinsic
-def store(typing: Any, array: Any, position: Any, value: Any) -> Any:
+def store(typing, array, position, value):
     """Writes lanes as float32 from array[position] on."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         place = address(context, builder, signature.args[0], arguments[0], arguments[1], arguments[2].type)
         builder.store(arguments[2], place, align=4)
         return context.get_dummy_value()
@@ -132,7 +137,7 @@ def store(typing: Any, array: Any, position: Any, value: Any) -> Any:
 
 
 @_intrinsic
-def transpose(typing: Any, width: Any, source: Any, begin: Any, stride: Any, factor: Any, target: Any, at: Any) -> Any:
+def transpose(typing, width, source, begin, stride, factor, target, at):
     """target[at + n i + j] = factor · source[begin + j · stride + i] for i, j of 0 … n − 1, widened, with n lanes.
 
     Rounds in which pairs of rows exchange halves, quarters, …: 64 shuffles for 256 items, 24 for 64.
@@ -140,7 +145,7 @@ def transpose(typing: Any, width: Any, source: Any, begin: Any, stride: Any, fac
     lanes = width.lanes
     kind = LanesType(lanes)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         _, source, begin, stride, factor, target, at = arguments
         index = stride.type
         times = splatted(builder, kind, factor)
@@ -178,207 +183,172 @@ def transpose(typing: Any, width: Any, source: Any, begin: Any, stride: Any, fac
 # --- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def _of_two(build: Callable[[Any, Any, Any, Any], Any], doc: str) -> Any:
-    def operation(typing: Any, a: Any, b: Any) -> Any:
-        if not (isinstance(a, LanesType) and a == b):
-            return None
+def _on_lanes(returns: Any = None) -> Callable[[Callable[..., Any]], Any]:
+    """An operation on lanes: `build` makes its code of the builder, their kind and values.
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return build(builder, a, *arguments)
+    Args:
+        returns: the type of the result; None: lanes of the same kind.
+    """
 
-        return a(a, a), generate
+    def declare(build: Callable[..., Any]) -> Any:
+        def operation(typing, *kinds):
+            kind = kinds[-1]
+            if not isinstance(kind, LanesType):
+                return None
 
-    operation.__doc__ = doc
-    return _intrinsic(operation)
+            def generate(context, builder, signature, arguments):
+                return build(builder, kind, *arguments)
+
+            return (returns or kind)(*kinds), generate
+
+        # Numba reads off the signature how many values there are, the first parameter left out.
+        parameters = list(inspect.signature(build).parameters.values())[1:]
+        operation.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        operation.__doc__ = build.__doc__
+        return _intrinsic(operation)
+
+    return declare
 
 
-def _or(builder: Any, kind: Any, a: Any, b: Any) -> Any:
+@_on_lanes()
+def greater(builder, kind, a, b):
+    """The greater; b where either is NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@_on_lanes()
+def either(builder, kind, a, b):
+    """The bits set in a or b: its signs tell whether either has one."""
     return as_floats(builder, kind, builder.or_(bits(builder, kind, a), bits(builder, kind, b)))
 
 
-_add = _of_two(lambda builder, _, a, b: builder.fadd(a, b, flags=AS_WRITTEN), "a + b")
-_sub = _of_two(lambda builder, _, a, b: builder.fsub(a, b, flags=AS_WRITTEN), "a − b")
-_mul = _of_two(lambda builder, _, a, b: builder.fmul(a, b, flags=AS_WRITTEN), "a · b")
-greater = _of_two(
-    lambda builder, _, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
-    "The greater; b where either is NaN.",
-)
-either = _of_two(_or, "The bits set in a or b: its signs tell whether either has one.")
+@_on_lanes()
+def fma(builder, kind, a, b, c):
+    """a · b + c, rounded once."""
+    return fused(builder, kind, a, b, c)
 
 
-def _operator(symbol: Callable[[Any, Any], Any], operation: Any) -> None:
-    def implement(a: Any, b: Any) -> Any:
+@_on_lanes()
+def mantissa(builder, kind, value):
+    """x / 2^⌊log2 x⌋ of a positive normal number, in [1, 2); of 0 it is 1."""
+    digits = builder.and_(bits(builder, kind, value), whole(kind, 0x007FFFFF))
+    return as_floats(builder, kind, builder.or_(digits, whole(kind, 0x3F800000)))
+
+
+@_on_lanes()
+def exponent_steps(builder, kind, value, part):
+    """2^23 · ⌊log2 x⌋ of a positive normal number with mantissa `part`; of 0 it is −127 · 2^23.
+
+    As many float32 lie between the two: the difference of their bits, exact, where ⌊log2 x⌋ would take a shift more.
+    """
+    return builder.sitofp(builder.sub(bits(builder, kind, value), bits(builder, kind, part)), value.type)
+
+
+@_on_lanes()
+def fraction(builder, kind, value):
+    """x − ⌊x⌋"""
+    if kind.lanes == SIXTEEN.lanes:
+        return avx512(builder, "reduce", value, ir.Constant(I32, 1))
+    return builder.fsub(value, floor(builder, kind, value), flags=AS_WRITTEN)
+
+
+@_on_lanes()
+def times_power(builder, kind, value, power):
+    """value · 2^⌊power⌋ for a power of −126 to 127; NaN if both are."""
+    if kind.lanes == SIXTEEN.lanes:
+        return avx512(builder, "scalef", value, power)
+    # Added to 1.5 · 2^23, a small whole number stands in the last bits; shifted, in the exponent's place. NaN ends
+    # as 2^0.
+    last = builder.fadd(floor(builder, kind, power), floats(kind, 1.5 * 2**23), flags=AS_WRITTEN)
+    shifted = builder.shl(bits(builder, kind, last), whole(kind, 23))
+    scale = as_floats(builder, kind, builder.add(shifted, whole(kind, 0x3F800000)))
+    return builder.fmul(value, scale, flags=AS_WRITTEN)
+
+
+def _operator(symbol: Callable[[Any, Any], Any], instruction: Callable[..., Any]) -> None:
+    operation = _on_lanes()(lambda builder, kind, a, b: instruction(builder, a, b, flags=AS_WRITTEN))
+
+    def implement(a, b):
         if isinstance(a, LanesType) and isinstance(b, LanesType):
-
-            def compute(a: Any, b: Any) -> Any:
-                return operation(a, b)
-
-            return compute
+            return lambda a, b: operation(a, b)
         return None
 
     overload(symbol)(implement)
 
 
-_operator(operator.add, _add)
-_operator(operator.sub, _sub)
-_operator(operator.mul, _mul)
+_operator(operator.add, ir.IRBuilder.fadd)
+_operator(operator.sub, ir.IRBuilder.fsub)
+_operator(operator.mul, ir.IRBuilder.fmul)
 
 
-@_intrinsic
-def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c, rounded once."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return fused(builder, a, *arguments)
-
-    return a(a, a, a), generate
-
-
-@_intrinsic
-def keep(typing: Any, mask: Any, value: Any) -> Any:
+@_on_lanes()
+def keep(builder, kind, mask, value):
     """The lanes of the mask; 0 in the others."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return masked(builder, value, *arguments)
-
-    return value(mask, value), generate
-
-
-@_intrinsic
-def next_lane(typing: Any, value: Any, mask: Any) -> Any:
-    """Lane i takes lane i + 1 where the mask has it, else 0. The last lane takes lane 0: mask it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        turns = order([(lane + 1) % value.lanes for lane in range(value.lanes)])
-        turned = builder.shuffle_vector(arguments[0], arguments[0], turns)
-        return masked(builder, value, arguments[1], turned)
-
-    return value(value, mask), generate
-
-
-@_intrinsic
-def mantissa(typing: Any, value: Any) -> Any:
-    """x / 2^⌊log2 x⌋ of a positive normal number, in [1, 2); of 0 it is 1."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        digits = builder.and_(bits(builder, value, arguments[0]), whole(value, 0x007FFFFF))
-        return as_floats(builder, value, builder.or_(digits, whole(value, 0x3F800000)))
-
-    return value(value), generate
-
-
-@_intrinsic
-def exponent_steps(typing: Any, value: Any, part: Any) -> Any:
-    """2^23 · ⌊log2 x⌋ of a positive normal number with mantissa `part`; of 0 it is −127 · 2^23.
-
-    As many float32 lie between the two: the difference of their bits, exact, where ⌊log2 x⌋ would take a shift more.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        steps = builder.sub(*(bits(builder, value, argument) for argument in arguments))
-        return builder.sitofp(steps, arguments[0].type)
-
-    return value(value, value), generate
-
-
-@_intrinsic
-def fraction(typing: Any, value: Any) -> Any:
-    """x − ⌊x⌋"""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value.lanes == SIXTEEN.lanes:
-            return avx512(builder, "reduce", arguments[0], ir.Constant(I32, 1))
-        return builder.fsub(arguments[0], floor(builder, value, arguments[0]), flags=AS_WRITTEN)
-
-    return value(value), generate
-
-
-@_intrinsic
-def times_power(typing: Any, value: Any, power: Any) -> Any:
-    """value · 2^⌊power⌋ for a power of −126 to 127; NaN if both are."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value.lanes == SIXTEEN.lanes:
-            return avx512(builder, "scalef", *arguments)
-        # Added to 1.5 · 2^23, a small whole number stands in the last bits; shifted, in the exponent's place. NaN ends
-        # as 2^0.
-        last = builder.fadd(floor(builder, value, arguments[1]), floats(value, 1.5 * 2**23), flags=AS_WRITTEN)
-        shifted = builder.shl(bits(builder, value, last), whole(value, 23))
-        scale = as_floats(builder, value, builder.add(shifted, whole(value, 0x3F800000)))
-        return builder.fmul(arguments[0], scale, flags=AS_WRITTEN)
-
-    return value(value, value), generate
+    return masked(builder, kind, mask, value)
 
 
 # --- across lanes ---------------------------------------------------------------------------------------------------
 
 
-@_intrinsic
-def sum_of(typing: Any, value: Any) -> Any:
+@_on_lanes()
+def next_lane(builder, kind, mask, value):
+    """Lane i takes lane i + 1 where the mask has it, else 0. The last lane takes lane 0: mask it."""
+    turns = order([(lane + 1) % kind.lanes for lane in range(kind.lanes)])
+    return masked(builder, kind, mask, builder.shuffle_vector(value, value, turns))
+
+
+@_on_lanes(types.float32)
+def sum_of(builder, kind, value):
     """The sum over the lanes, halves added to halves."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total, half = arguments[0], value.lanes // 2
-        while half:
-            turned = order([(lane + half) % value.lanes for lane in range(value.lanes)])
-            total = builder.fadd(total, builder.shuffle_vector(total, total, turned), flags=AS_WRITTEN)
-            half //= 2
-        return builder.extract_element(total, ir.Constant(I32, 0))
-
-    return types.float32(value), generate
+    total, half = value, kind.lanes // 2
+    while half:
+        turned = order([(lane + half) % kind.lanes for lane in range(kind.lanes)])
+        total = builder.fadd(total, builder.shuffle_vector(total, total, turned), flags=AS_WRITTEN)
+        half //= 2
+    return builder.extract_element(total, ir.Constant(I32, 0))
 
 
-@_intrinsic
-def holds_sign(typing: Any, value: Any) -> Any:
+@_on_lanes(types.boolean)
+def holds_sign(builder, kind, value):
     """Whether a lane has its sign bit set."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        signs = builder.icmp_signed("<", bits(builder, value, arguments[0]), whole(value, 0))
-        one_each = ir.IntType(value.lanes)
-        return builder.icmp_unsigned("!=", builder.bitcast(signs, one_each), ir.Constant(one_each, 0))
-
-    return types.boolean(value), generate
+    signs = builder.icmp_signed("<", bits(builder, kind, value), whole(kind, 0))
+    one_each = ir.IntType(kind.lanes)
+    return builder.icmp_unsigned("!=", builder.bitcast(signs, one_each), ir.Constant(one_each, 0))
 
 
-@_intrinsic
-def sums_of_eight(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+@_on_lanes()
+def sums_of_eight(builder, kind, a, b, c, d, e, f, g, h):
     """The sums over the lanes of a, b, …, h in lanes 0 … 7, and of sixteen lanes again in 8 … 15.
 
     Summed together they take 22 shuffles and additions, eight lanes 21; one by one they would take 64.
     """
+    lanes = kind.lanes
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        lanes = a.lanes
+    def folded(x, y, low, high):
+        parts = (builder.shuffle_vector(x, y, order(taken)) for taken in (low, high))
+        return builder.fadd(*parts, flags=AS_WRITTEN)
 
-        def folded(x: Any, y: Any, low: list[int], high: list[int]) -> Any:
-            parts = (builder.shuffle_vector(x, y, order(taken)) for taken in (low, high))
-            return builder.fadd(*parts, flags=AS_WRITTEN)
-
-        # Within quarters of 128 bits: pairs of sums in turn, then four sums in turn.
-        quarters = range(0, lanes, 4)
-        twos = [[q + s + part for q in quarters for s in (0, lanes, 1, lanes + 1)] for part in (0, 2)]
-        fours = [[q + s + part for q in quarters for s in (0, 1, lanes, lanes + 1)] for part in (0, 2)]
-        pairs = [folded(arguments[i], arguments[i + 1], *twos) for i in (0, 2, 4, 6)]
-        one, two = folded(pairs[0], pairs[1], *fours), folded(pairs[2], pairs[3], *fours)
-        # Then across quarters.
-        even = [s + lane for s in range(0, 2 * lanes, 8) for lane in range(4)]
-        both = folded(one, two, even, [lane + 4 for lane in even])
-        if lanes == EIGHT.lanes:
-            return both
-        ends = [lane for _ in range(2) for half in (0, 8) for lane in range(half, half + 4)]
-        return folded(both, both, ends, [lane + 4 for lane in ends])
-
-    return a(*[a] * 8), generate
+    # Within quarters of 128 bits: pairs of sums in turn, then four sums in turn.
+    quarters = range(0, lanes, 4)
+    twos = [[q + s + part for q in quarters for s in (0, lanes, 1, lanes + 1)] for part in (0, 2)]
+    fours = [[q + s + part for q in quarters for s in (0, 1, lanes, lanes + 1)] for part in (0, 2)]
+    pairs = [folded(x, y, *twos) for x, y in ((a, b), (c, d), (e, f), (g, h))]
+    one, two = folded(pairs[0], pairs[1], *fours), folded(pairs[2], pairs[3], *fours)
+    # Then across quarters.
+    even = [s + lane for s in range(0, 2 * lanes, 8) for lane in range(4)]
+    both = folded(one, two, even, [lane + 4 for lane in even])
+    if lanes == EIGHT.lanes:
+        return both
+    ends = [lane for _ in range(2) for half in (0, 8) for lane in range(half, half + 4)]
+    return folded(both, both, ends, [lane + 4 for lane in ends])
 
 
 def _dot_tile(rows: int) -> Any:
-    def operation(
-        typing: Any, width: Any, keys: Any, key_at: Any, queries: Any, query_at: Any, depth: Any, tile: Any, at: Any
-    ) -> Any:
+    def operation(typing, width, keys, key_at, queries, query_at, depth, tile, at):
         lanes = width.lanes
         kind = LanesType(lanes)
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def generate(context, builder, signature, arguments):
             _, keys, key_at, queries, query_at, depth, tile, at = arguments
             _, key_type, _, query_type, _, _, tile_type, _ = signature.args
             key_data = items_of(context, builder, key_type, keys)
@@ -408,27 +378,17 @@ def _dot_tile(rows: int) -> Any:
 _dot_tiles = {rows: _dot_tile(rows) for rows in (16, 8, 4)}
 
 
-def dot_tile(
-    width: Any, rows: Any, keys: Any, key_at: Any, queries: Any, query_at: Any, depth: Any, tile: Any, tile_at: Any
-) -> Any:
+@by_type
+def dot_tile(width, rows, keys, key_at, queries, query_at, depth, tile, tile_at):
     """tile[tile_at + n j + i] = Σ_d keys[key_at + n d + j] · queries[query_at + n d + i], j < rows, i < n lanes.
 
     `keys` and `queries` are panels as `transpose` leaves them, n tokens side by side for each of `depth` dimensions.
-    `rows` is n or 4: so many sums stay in registers, each a chain of one multiply-add a dimension.
+    `rows` is n or 4: that many sums stay in registers, each a chain of one multiply-add per dimension.
     """
-    raise NotImplementedError  # compiled code only
-
-
-@overload(dot_tile)
-def _dot_tile_of(
-    width: Any, rows: Any, keys: Any, key_at: Any, queries: Any, query_at: Any, depth: Any, tile: Any, tile_at: Any
-) -> Any:
     lanes = width.lanes
     many, four = _dot_tiles[lanes], _dot_tiles[4]
 
-    def compute(
-        width: Any, rows: Any, keys: Any, key_at: Any, queries: Any, query_at: Any, depth: Any, tile: Any, tile_at: Any
-    ) -> Any:
+    def compute(width, rows, keys, key_at, queries, query_at, depth, tile, tile_at):
         if rows == lanes:
             many(width, keys, key_at, queries, query_at, depth, tile, tile_at)
         else:

@@ -1,20 +1,19 @@
-"""The passes over whole maps for any CPU and float type, and how compiled passes are kept on disk.
+"""The passes over whole maps for any CPU and float type.
 
 What a map's values are depends on that map alone: not on the batch it came in, nor on the number of threads. float16
 and bfloat16 arrive as their bits and are widened a row at a time, so no copy of the input is made. From query and
 key, four rows of logits exist at a time, in cache.
 """
 
-from __future__ import annotations
+# Numba types compiled code: its parameters take no annotations.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
-from functools import lru_cache
-from types import SimpleNamespace
-from typing import Any
+from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-from kernels.cpu.cache import called_from_python, sources
+from kernels.cpu.cache import called_from_python
 from kernels.cpu.math import (
     LOG2_E,
     OPTIONS,
@@ -38,7 +37,7 @@ from kernels.cpu.rows import (
 
 
 @njit(forceinline=True, **OPTIONS)
-def _logits_of_four(q: Any, kt: Any, out: Any) -> Any:
+def _logits_of_four(q, kt, out):
     """out = q·kᵀ for four queries [4, dim] and all keys kt [dim, token]; dim is a multiple of 4.
 
     Four queries by four dimensions: 16 products for four loads of keys and four of sums (44 GFLOP/s measured where
@@ -61,18 +60,7 @@ def _logits_of_four(q: Any, kt: Any, out: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def _qk_map(
-    m: Any,
-    queries: Any,
-    keys: Any,
-    kind: Any,
-    factor: Any,
-    bias: Any,
-    shape: Any,
-    tables: Any,
-    needs: Any,
-    out: Any,
-) -> None:
+def _qk_map(m, queries, keys, kind, factor, bias, shape, tables, needs, out):
     """Map `m` four queries at a time: their logits, softmax and metrics, then the next four.
 
     `queries` and `keys` are (memory, start, stride, dimensions), `bias` is (memory, start or −1, stride).
@@ -112,110 +100,79 @@ def _qk_map(
     hold(made)
 
 
-@lru_cache(maxsize=1)
-def passes() -> SimpleNamespace:
-    """`attention`, `qk`, `pair` over maps begin … end, `maps_morans_i`, `maps_entropy`: what Python calls.
+# --- what Python calls: over maps begin … end; memory is (flat array, start of each map, row stride) ------------------
+# Arguments that go together travel as tuples as in `rows`; for queries and keys the number of dimensions is the last.
 
-    Compiled when first called. Arguments that go together travel as tuples as in `rows`; memory is
-    (flat array, start of each map, row stride), with the number of dimensions behind it for queries and keys.
-    """
-    of = sources()  # a part of the key under which compiled code is kept
 
-    @called_from_python
-    def attention(
-        maps: Any, kind: Any, shape: Any, tables: Any, tolerance: Any, needs: Any, out: Any, begin: Any, end: Any
-    ) -> None:
-        _ = of
-        (buffer, starts, row_stride), near, into = lent(maps), lent(tables), Planes(*lent(out))
-        prefix, (offsets, has_right) = shape[0], near
-        patches, dtype = has_right.size, offsets.dtype
-        made = (apart(prefix, dtype), apart(patches, dtype), apart(patches, dtype))
-        scratch = lent(made)
-        for m in range(begin, end):
-            clear_map(m, needs, into)
-            for q in range(prefix + patches):
-                at = starts[m] + q * row_stride
-                attention_row(buffer, at, kind, m, q, shape, near, tolerance, needs, scratch, into)
-        hold(made)
+@called_from_python
+def attention(maps, kind, shape, tables, tolerance, needs, out, begin, end):
+    (buffer, starts, row_stride), near, into = lent(maps), lent(tables), Planes(*lent(out))
+    prefix, (offsets, has_right) = shape[0], near
+    patches, dtype = has_right.size, offsets.dtype
+    made = (apart(prefix, dtype), apart(patches, dtype), apart(patches, dtype))
+    scratch = lent(made)
+    for m in range(begin, end):
+        clear_map(m, needs, into)
+        for q in range(prefix + patches):
+            at = starts[m] + q * row_stride
+            attention_row(buffer, at, kind, m, q, shape, near, tolerance, needs, scratch, into)
+    hold(made)
 
-    @called_from_python
-    def qk(
-        queries: Any,
-        keys: Any,
-        kind: Any,
-        scale: Any,
-        bias: Any,
-        shape: Any,
-        tables: Any,
-        needs: Any,
-        out: Any,
-        begin: Any,
-        end: Any,
-    ) -> None:
-        _ = of
-        of_queries, of_keys, added = lent(queries), lent(keys), lent(bias)
-        near, into = lent(tables), Planes(*lent(out))
-        factor = near[0].dtype.type(scale * LOG2_E)  # logits in binary logarithms, for 2^t
-        for m in range(begin, end):
-            clear_map(m, needs, into)
-            of_query = (of_queries[0], of_queries[1][m], of_queries[2], of_queries[3])
-            of_key = (of_keys[0], of_keys[1][m], of_keys[2], of_keys[3])
-            of_bias = (added[0], added[1][m] if added[1].size > 0 else -1, added[2])
-            _qk_map(m, of_query, of_key, kind, factor, of_bias, shape, near, needs, into)
 
-    @called_from_python
-    def pair(
-        one: Any, two: Any, kind: Any, prefix: Any, tolerance: Any, js: Any, valid: Any, begin: Any, end: Any
-    ) -> None:
-        """Every row of every map in two conditions: js [map, patch query], valid [map, query]."""
-        _ = of
-        patches = js.shape[1]
-        (one_buffer, one_starts, one_stride), (two_buffer, two_starts, two_stride) = lent(one), lent(two)
-        made = (apart(prefix, js.dtype), apart(patches, js.dtype), apart(patches, js.dtype))
-        head, x, y = lent(made)
-        for m in range(begin, end):
-            for q in range(prefix + patches):
-                at = one_starts[m] + q * one_stride
-                _, one_total, one_valid = checked_row(one_buffer, at, kind, head, x, tolerance)
-                at = two_starts[m] + q * two_stride
-                _, two_total, two_valid = checked_row(two_buffer, at, kind, head, y, tolerance)
-                if not (one_valid and two_valid):
-                    valid[m, q] = False
-                elif q >= prefix and one_total > 0 and two_total > 0:
-                    if one_total < 1e-3:
-                        one_total = rescale(x, one_total)
-                    if two_total < 1e-3:
-                        two_total = rescale(y, two_total)
-                    js[m, q - prefix] = row_js_divergence(x, one_total, y, two_total)
-        hold(made)
+@called_from_python
+def qk(queries, keys, kind, scale, bias, shape, tables, needs, out, begin, end):
+    of_queries, of_keys, added = lent(queries), lent(keys), lent(bias)
+    near, into = lent(tables), Planes(*lent(out))
+    factor = near[0].dtype.type(scale * LOG2_E)  # logits in binary logarithms, for 2^t
+    for m in range(begin, end):
+        clear_map(m, needs, into)
+        of_query = (of_queries[0], of_queries[1][m], of_queries[2], of_queries[3])
+        of_key = (of_keys[0], of_keys[1][m], of_keys[2], of_keys[3])
+        of_bias = (added[0], added[1][m] if added[1].size > 0 else -1, added[2])
+        _qk_map(m, of_query, of_key, kind, factor, of_bias, shape, near, needs, into)
 
-    @called_from_python
-    def maps_morans_i(maps: Any, has_right: Any, grid_cols: Any, num_edges: Any, out: Any) -> None:
-        """Moran's I of float64 maps [map, patch]; NaN where constant or undefined."""
-        _ = of
-        z = apart(maps.shape[1], maps.dtype)
-        for m in range(maps.shape[0]):
-            out[m] = map_morans_i(maps[m], z, has_right, grid_cols, num_edges)
 
-    @called_from_python
-    def maps_entropy(maps: Any, out: Any) -> None:
-        """Entropy in nat of float64 maps [map, patch]; NaN where undefined."""
-        _ = of
-        for m in range(maps.shape[0]):
-            out[m] = map_entropy(maps[m])
+@called_from_python
+def pair(one, two, kind, prefix, tolerance, js, valid, begin, end):
+    """Every row of every map in two conditions: js [map, patch query], valid [map, query]."""
+    patches = js.shape[1]
+    (one_buffer, one_starts, one_stride), (two_buffer, two_starts, two_stride) = lent(one), lent(two)
+    made = (apart(prefix, js.dtype), apart(patches, js.dtype), apart(patches, js.dtype))
+    head, x, y = lent(made)
+    for m in range(begin, end):
+        for q in range(prefix + patches):
+            at = one_starts[m] + q * one_stride
+            _, one_total, one_valid = checked_row(one_buffer, at, kind, head, x, tolerance)
+            at = two_starts[m] + q * two_stride
+            _, two_total, two_valid = checked_row(two_buffer, at, kind, head, y, tolerance)
+            if not (one_valid and two_valid):
+                valid[m, q] = False
+            elif q >= prefix and one_total > 0 and two_total > 0:
+                if one_total < 1e-3:
+                    one_total = rescale(x, one_total)
+                if two_total < 1e-3:
+                    two_total = rescale(y, two_total)
+                js[m, q - prefix] = row_js_divergence(x, one_total, y, two_total)
+    hold(made)
 
-    @called_from_python
-    def row_sums(rows: Any, out: Any) -> None:
-        """Sums of [row, value] in float64: NaN where a value is. 57 µs of NumPy for 576 rows of 196 are 16 here."""
-        _ = of
-        for i in range(rows.shape[0]):
-            out[i] = sum_double(rows[i])
 
-    return SimpleNamespace(
-        attention=attention,
-        qk=qk,
-        pair=pair,
-        maps_morans_i=maps_morans_i,
-        maps_entropy=maps_entropy,
-        row_sums=row_sums,
-    )
+@called_from_python
+def maps_morans_i(maps, has_right, grid_cols, num_edges, out):
+    """Moran's I of float64 maps [map, patch]; NaN where constant or undefined."""
+    z = apart(maps.shape[1], maps.dtype)
+    for m in range(maps.shape[0]):
+        out[m] = map_morans_i(maps[m], z, has_right, grid_cols, num_edges)
+
+
+@called_from_python
+def maps_entropy(maps, out):
+    """Entropy in nat of float64 maps [map, patch]; NaN where undefined."""
+    for m in range(maps.shape[0]):
+        out[m] = map_entropy(maps[m])
+
+
+@called_from_python
+def row_sums(rows, out):
+    """Sums of [row, value] in float64: NaN where a value is. 57 µs of NumPy for 576 rows of 196 are 16 here."""
+    for i in range(rows.shape[0]):
+        out[i] = sum_double(rows[i])

@@ -4,9 +4,14 @@ No loop may assume NaN away: `fastmath` grants reassociation (so that sums vecto
 The logarithm decides the speed: libm's is scalar here, so float32 takes polynomials (log2 to 3e-7, 2^t to 1e-7).
 """
 
+# Numba types compiled code: its parameters take no annotations.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,7 +35,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+def _without_owner(context, builder, kind, value):
     if isinstance(kind, types.Tuple | types.UniTuple):
         kinds = kind.types
         parts = cgutils.unpack_tuple(builder, value, len(kinds))
@@ -45,28 +50,39 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 
 @_intrinsic
-def lent(typing: Any, arrays: Any) -> Any:
+def lent(typing, arrays):
     """The same array, or tuple with arrays, without their owner, so that no reference to them is counted.
 
     Loops over rows slice and hand on arrays, and counted that in their owner, one for all threads: in the loops for any
-    CPU 2.8 of 10 ms an image for the core metrics, 4.2 of 5.9 for prefix mass (float16, ViT-B/16, one core). What
+    CPU 2.8 of 10 ms per image for the core metrics, 4.2 of 5.9 for prefix mass (float16, ViT-B/16, one core). What
     Python passes in outlives the call; what compiled code makes must be held: see `hold`.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         return _without_owner(context, builder, signature.args[0], arguments[0])
 
     return arrays(arrays), generate
 
 
 @_intrinsic
-def hold(typing: Any, arrays: Any) -> Any:
+def hold(typing, arrays):
     """Does nothing, after the last use of what was `lent` of these arrays: until here they live."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         return context.get_dummy_value()
 
     return types.void(arrays), generate
+
+
+def by_type(choose: Callable[..., Any]) -> Any:
+    """A function of compiled code alone: `choose` picks what it is made of by the types of its arguments."""
+
+    @functools.wraps(choose)
+    def stub(*arguments):
+        raise NotImplementedError("compiled code only")
+
+    overload(stub)(choose)
+    return stub
 
 
 # Items between two arrays of working memory: 512 bytes of float32.
@@ -74,7 +90,7 @@ _APART = 128
 
 
 @njit(forceinline=True, **OPTIONS)
-def apart(count: Any, dtype: Any) -> Any:
+def apart(count, dtype):
     """An empty array of `count` items that begins and ends far from everything else in memory.
 
     A compiled loop that writes one array and reads another asks, when it runs, whether they begin closer together than
@@ -116,50 +132,42 @@ LN_2 = 0.6931471805599453
 
 
 @njit(forceinline=True, **OPTIONS)
-def _float_of(bits: Any) -> Any:
+def _float_of(bits):
     return np.int32(bits).view(np.float32)
 
 
 @njit(forceinline=True, **OPTIONS)
-def _int_bits(x: Any) -> Any:
+def _int_bits(x):
     return np.float32(x).view(np.int32)
 
 
-def _signed_bits(x: Any) -> Any:
+@by_type
+def _signed_bits(x):
     """An integer that is negative where x has its sign bit set."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_signed_bits)
-def _signed_bits_of(x: Any) -> Any:
     if x == types.float64:
 
-        def double_bits(x: Any) -> Any:
+        def double_bits(x):
             return np.float64(x).view(np.int64)
 
         return double_bits
 
-    def single_bits(x: Any) -> Any:
+    def single_bits(x):
         return _int_bits(x)
 
     return single_bits
 
 
-def log2(x: Any) -> Any:
+@by_type
+def log2(x):
     """log2 x of a normal number; of 0 and, in float32, of subnormal numbers any finite number, for x·log2 x is 0."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(log2)
-def _log2_of(x: Any) -> Any:
     if x == types.float64:
 
-        def log2_double(x: Any) -> Any:
+        def log2_double(x):
             return np.log(max(x, 2.2250738585072014e-308)) * LOG2_E
 
         return log2_double
 
-    def log2_single(x: Any) -> Any:
+    def log2_single(x):
         bits = _int_bits(x)  # of 0 and subnormal numbers it makes −127: they weigh nothing
         exponent = (bits - _SQRT_HALF_BITS) >> np.int32(23)
         f = _float_of(bits - (exponent << np.int32(23))) - _ONE  # mantissa in [√½, √2), less 1
@@ -169,21 +177,17 @@ def _log2_of(x: Any) -> Any:
     return log2_single
 
 
-def exp2(t: Any) -> Any:
+@by_type
+def exp2(t):
     """2^t for t ≤ 0; 0 below −126 in float32; NaN for NaN."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(exp2)
-def _exp2_of(t: Any) -> Any:
     if t == types.float64:
 
-        def exp2_double(t: Any) -> Any:
+        def exp2_double(t):
             return np.exp(t * LN_2)
 
         return exp2_double
 
-    def exp2_single(t: Any) -> Any:
+    def exp2_single(t):
         at_least = LEAST_EXP2 if t < LEAST_EXP2 else t  # written so that NaN stays
         whole = np.floor(at_least + _HALF)
         f = at_least - whole
@@ -194,37 +198,29 @@ def _exp2_of(t: Any) -> Any:
     return exp2_single
 
 
-def phi_series(s: Any) -> Any:
+@by_type
+def phi_series(s):
     """φ(t) = ½((1+t) ln(1+t) + (1−t) ln(1−t)) for s = t² up to 1/16."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(phi_series)
-def _phi_series_of(s: Any) -> Any:
     if s == types.float64:
 
-        def phi_double(s: Any) -> Any:
+        def phi_double(s):
             last = _P6 + s * (_P7 + s * (_P8 + s * (_P9 + s * (_P10 + s * _P11))))
             return s * (_P1 + s * (_P2 + s * (_P3 + s * (_P4 + s * (_P5 + s * last)))))
 
         return phi_double
 
-    def phi(s: Any) -> Any:
+    def phi(s):
         return s * (_S1 + s * (_S2 + s * (_S3 + s * (_S4 + s * _S5))))
 
     return phi
 
 
-def load_row(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
+@by_type
+def load_row(buffer, begin, kind, x):
     """Widen buffer[begin : begin + x.size] into x, the exact values; (their sum, whether a sign bit is set)."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(load_row)
-def _load_of(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
     if buffer.dtype == types.uint16:
 
-        def load_bits(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
+        def load_bits(buffer, begin, kind, x):
             source = buffer[begin : begin + x.size]
             total = np.float32(0)
             signs = np.int32(0)
@@ -250,7 +246,7 @@ def _load_of(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
 
         return load_bits
 
-    def load(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
+    def load(buffer, begin, kind, x):
         source = buffer[begin : begin + x.size]
         total = x.dtype.type(0)
         signs = _signed_bits(total)
@@ -264,7 +260,7 @@ def _load_of(buffer: Any, begin: Any, kind: Any, x: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def sum_row(x: Any) -> Any:
+def sum_row(x):
     total = x.dtype.type(0)
     for i in range(x.size):
         total += x[i]
@@ -272,7 +268,7 @@ def sum_row(x: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def sum_double(x: Any) -> Any:
+def sum_double(x):
     total = 0.0
     for i in range(x.size):
         total += np.float64(x[i])
@@ -280,7 +276,7 @@ def sum_double(x: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def holds_negative(x: Any) -> Any:
+def holds_negative(x):
     """Whether a value is below 0; −0.0, which has a sign bit too, is not."""
     found = 0
     for i in range(x.size):
@@ -289,7 +285,7 @@ def holds_negative(x: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def rescale(x: Any, total: Any) -> Any:
+def rescale(x, total):
     """Multiply a row of tiny numbers by a power of two, which is exact, so that it sums to about 1; its new sum.
 
     Squares of such a row would underflow. The greatest power a dtype has leaves subnormal rows at 2^−23, which will do.
@@ -302,21 +298,17 @@ def rescale(x: Any, total: Any) -> Any:
     return sum_row(x)
 
 
-def stored_bits(buffer: Any) -> Any:
-    """The buffer as `load_row` takes it: half floats of both kinds as uint16, where int16 told one from the other."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(stored_bits)
-def _stored_bits_of(buffer: Any) -> Any:
+@by_type
+def stored_bits(buffer):
+    """The buffer as `load_row` takes it: half floats of both kinds as uint16, where int16 marks bfloat16."""
     if buffer.dtype == types.int16:
 
-        def as_bits(buffer: Any) -> Any:
+        def as_bits(buffer):
             return buffer.view(np.uint16)
 
         return as_bits
 
-    def as_it_is(buffer: Any) -> Any:
+    def as_it_is(buffer):
         return buffer
 
     return as_it_is

@@ -12,13 +12,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 from kernels.errors import OptionError
 
-# Parts for each thread: enough that one slow core does not hold up the others for long.
-_PARTS_A_THREAD = 4
+# Enough that one slow core does not hold up the others for long.
+_PARTS_PER_THREAD = 4
 
 _wanted: int | None = None
 _thread = threading.local()
@@ -74,70 +74,42 @@ def over_parts(run: Callable[[int, int], None], count: int) -> None:
     Any number of threads may call it at once. They share the pool's threads: each works on its own parts in any case.
 
     Raises:
-        Exception: what the first part that failed raised; parts that had not begun by then are left out.
+        Exception: what a part that failed raised; parts that had not begun by then are left out.
     """
     threads = min(num_threads(), count)
     if threads <= 1:
         run(0, count)
         return
-    number = min(count, threads * _PARTS_A_THREAD)
-    bounds = [count * i // number for i in range(number + 1)]
-    parts = _Parts(run, deque(pairwise(bounds)))
-    _ask_for_help(parts.work, threads - 1)
-    parts.work()
-    parts.wait()
+    number = min(count, threads * _PARTS_PER_THREAD)
+    parts = deque(pairwise(count * i // number for i in range(number + 1)))
 
-
-class _Parts:
-    """The parts of one call: each goes to the thread that asks first.
-
-    Args:
-        run: what is called with the bounds of a part.
-        left: the parts.
-    """
-
-    def __init__(self, run: Callable[[int, int], None], left: deque[tuple[int, int]]) -> None:
-        self._run = run
-        self._left = left
-        self._running = 0
-        self._failure: BaseException | None = None
-        self._changed = threading.Condition()
-
-    def work(self) -> None:
-        """Run parts until none is left."""
+    def work() -> None:
+        """Run parts until none remains: each goes to the thread that asks first."""
         while True:
-            with self._changed:
-                if not self._left:
-                    return
-                part = self._left.popleft()
-                self._running += 1
-            failure = None
             try:
-                self._run(*part)
-            except BaseException as error:  # an interrupt too: the parts of other threads must end first
-                failure = error
-            with self._changed:
-                self._running -= 1
-                if failure is not None:
-                    self._failure = self._failure or failure
-                    self._left.clear()
-                self._changed.notify_all()
+                begin, end = parts.popleft()
+            except IndexError:
+                return
+            try:
+                run(begin, end)
+            except BaseException:  # an interrupt too: the parts of other threads must end first
+                parts.clear()
+                raise
 
-    def wait(self) -> None:
-        """Until no part is left or runs.
-
-        Raises:
-            BaseException: what the first part that failed raised.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._left and not self._running)
-        if self._failure is not None:
-            raise self._failure
+    helpers = _ask_for_help(work, threads - 1)
+    try:
+        work()
+    finally:
+        wait([helper for helper in helpers if not helper.cancel()])  # what has not begun finds nothing to do
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
 
 
-def _ask_for_help(work: Callable[[], None], count: int) -> None:
-    """Have threads of the pool call `work`, up to `count` of them, as they become free."""
+def _ask_for_help(work: Callable[[], None], count: int) -> list[Future[None]]:
+    """Have up to `count` threads of the pool call `work` as they become free."""
     global _pool, _pool_size
+    helpers: list[Future[None]] = []
     with _pool_lock:
         if _pool is None or _pool_size < count:
             # A pool that has become too small is left to what it was given; its threads end with that.
@@ -146,10 +118,11 @@ def _ask_for_help(work: Callable[[], None], count: int) -> None:
             _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="kernels"), count
         try:
             for _ in range(count):
-                _pool.submit(work)
+                helpers.append(_pool.submit(work))
         except RuntimeError:  # the system gives no more threads, or the interpreter is ending: the caller works alone
             _pool.shutdown(wait=False, cancel_futures=True)
             _pool, _pool_size = None, 0
+    return helpers
 
 
 def _begin_without_pool() -> None:

@@ -9,11 +9,14 @@ Computed are the core metrics, distance, entropy and Moran's I, and prefix mass.
 (invalid, almost without mass on the patches, almost constant) and metrics beyond the core take the way of
 `rows`; which way a row takes depends on that row alone.
 
-What a register of the row costs decides: one prefetch for each of them took 0.36 of 2.04 ms an image more than one for
+What a register of the row costs decides: one prefetch for each of them took 0.36 of 2.04 ms per image more than one for
 each cache line (float16, ViT-B/16, one core), counting array references by the row (`math.lent`) 0.4.
 
 log2 is good to 1.9e-6 (degree 6 on [1, 2)), a least-squares fit reweighted until its greatest error was least.
 """
+
+# Numba types compiled code: its parameters take no annotations.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.cpu.cache import called_from_python, sources
+from kernels.cpu.cache import called_from_python
 from kernels.cpu.lane_types import Width
 from kernels.cpu.lanes import (
     either,
@@ -69,7 +72,7 @@ _LEAST_SPREAD = np.float32(1 / 24**2)
 
 
 @njit(forceinline=True, **OPTIONS)
-def _first_items(width: Any, buffer: Any, begin: Any, count: Any, at_end: Any) -> Any:
+def _first_items(width, buffer, begin, count, at_end):
     """The items from buffer[begin] on in the first `count` lanes, 0 in the others.
 
     Where a whole register would reach beyond the memory, they are copied to `at_end`, a register long.
@@ -84,7 +87,7 @@ def _first_items(width: Any, buffer: Any, begin: Any, count: Any, at_end: Any) -
 
 
 @njit(forceinline=True, **OPTIONS)
-def _add(width: Any, x: Any, near_x: Any, y: Any, near_y: Any, sums: Any) -> Any:
+def _add(width, x, near_x, y, near_y, sums):
     """(Σ x, Σ x·d, 2^23 Σ x·(log2 x − _L0), the signs) with two more registers.
 
     Two side by side: the constants are fetched once for both, and each multiply-add waits for the one before it.
@@ -106,7 +109,7 @@ def _add(width: Any, x: Any, near_x: Any, y: Any, near_y: Any, sums: Any) -> Any
 
 
 @njit(forceinline=True, **OPTIONS)
-def _first_sweep(width: Any, buffer: Any, begin: Any, distances: Any, at: Any, values: Any, at_end: Any, n: Any) -> Any:
+def _first_sweep(width, buffer, begin, distances, at, values, at_end, n):
     """What `_add` sums of the `n` items from buffer[begin] on, lane by lane; they themselves to `values`."""
     lanes, nothing = lanes_of(width), splat(width, _ZERO)
     sums = (nothing, nothing, nothing, nothing)
@@ -129,7 +132,7 @@ def _first_sweep(width: Any, buffer: Any, begin: Any, distances: Any, at: Any, v
 
 
 @njit(forceinline=True, **OPTIONS)
-def _second_sweep(width: Any, values: Any, mean: Any, rows: Any, cols: Any) -> Any:
+def _second_sweep(width, values, mean, rows, cols):
     """(Σ z², Σ z·z' over edges) with z = x − mean, lane by lane."""
     lanes, nothing, centre = lanes_of(width), splat(width, _ZERO), splat(width, mean)
     square, cross = nothing, nothing
@@ -149,14 +152,14 @@ def _second_sweep(width: Any, values: Any, mean: Any, rows: Any, cols: Any) -> A
     for _ in range(rows):
         z = load(width, values, at) - centre
         last_square = fma(z, z, last_square)
-        last_cross = fma(z, next_lane(z, inner) + above, last_cross)
+        last_cross = fma(z, next_lane(inner, z) + above, last_cross)
         above = z
         at += cols
     return square + keep(inside, last_square), cross + keep(inside, last_cross)
 
 
 @njit(forceinline=True, **OPTIONS)
-def _rest_sums(width: Any, values: Any, mean: Any, degrees: Any, n: Any) -> Any:
+def _rest_sums(width, values, mean, degrees, n):
     """(Σ z, Σ deg z), lane by lane."""
     lanes, centre = lanes_of(width), splat(width, mean)
     rest, degree = splat(width, _ZERO), splat(width, _ZERO)
@@ -168,9 +171,7 @@ def _rest_sums(width: Any, values: Any, mean: Any, degrees: Any, n: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def _map_sums(
-    width: Any, buffer: Any, start: Any, row_stride: Any, shape: Any, n: Any, wide: Any, work: Any, sums: Any
-) -> None:
+def _map_sums(width, buffer, start, row_stride, shape, n, wide, work, sums):
     """The sums of every patch query of the map at buffer[start] to `sums` [patch query, 8].
 
     Σ x, NaN where a sign bit is set; Σ x·d; 2^23 Σ x·(log2 x − _L0); the mass on the prefix; Σ z²; Σ z·z' over edges;
@@ -216,7 +217,7 @@ def _map_sums(
 
 
 @njit(forceinline=True, **OPTIONS)
-def _give(width: Any, plane: Any, at: Any, target: Any, begin: Any) -> None:
+def _give(width, plane, at, target, begin):
     """A register's worth of a plane to `target` from `begin` on, as far as it goes."""
     lanes = lanes_of(width)
     if begin + lanes <= target.size:
@@ -227,7 +228,7 @@ def _give(width: Any, plane: Any, at: Any, target: Any, begin: Any) -> None:
 
 
 @njit(forceinline=True, **OPTIONS)
-def _core_of_map(width: Any, m: Any, shape: Any, tolerance: Any, needs: Any, sums: Any, planes: Any, out: Any) -> None:
+def _core_of_map(width, m, shape, tolerance, needs, sums, planes, out):
     """Writes the prefix mass and core metrics of map `m`; NaN for rows whose sums do not allow it.
 
     Plain loops over as many rows as a register has lanes, of which the compiler makes vector instructions.
@@ -260,26 +261,13 @@ def _core_of_map(width: Any, m: Any, shape: Any, tolerance: Any, needs: Any, sum
 
 @lru_cache(maxsize=2)
 def attention_pass(width: Width) -> Any:
-    """`attention` as that of `loops.passes`, for registers of this width, with one more argument after `tables`:
+    """`attention` as that of `loops`, for registers of this width, with one more argument after `tables`:
 
     wide  (the distances of `tables`, flat, and how many neighbours each patch has), from `backend._wide_tables`
     """
-    of = sources()  # a part of the key under which compiled code is kept
 
     @called_from_python
-    def attention(
-        maps: Any,
-        kind: Any,
-        shape: Any,
-        tables: Any,
-        wide: Any,
-        tolerance: Any,
-        needs: Any,
-        out: Any,
-        begin: Any,
-        end: Any,
-    ) -> None:
-        _ = of
+    def attention(maps, kind, shape, tables, wide, tolerance, needs, out, begin, end):
         (buffer, starts, row_stride), near, far = lent(maps), lent(tables), lent(wide)
         into = Planes(*lent(out))
         prefix, patches, lanes = shape[0], tables[1].size, lanes_of(width)

@@ -8,6 +8,9 @@ ordinary (NaN or infinite logits, no patch to see, a row almost constant) and me
 2^t is good to 1.1e-7 (degree 5 on [0, 1)), a least-squares fit reweighted until its greatest error was least.
 """
 
+# Numba types compiled code: its parameters take no annotations.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.cpu.cache import called_from_python, sources
+from kernels.cpu.cache import called_from_python
 from kernels.cpu.lane_types import Width
 from kernels.cpu.lanes import dot_tile, fma, fraction, greater, lanes_of, load, splat, store, times_power, transpose
 from kernels.cpu.math import (
@@ -64,7 +67,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @njit(forceinline=True, **OPTIONS)
-def _exp2(width: Any, t: Any) -> Any:
+def _exp2(width, t):
     """2^t of finite t, or NaN."""
     part = fraction(t)
     c0, c1, c2 = splat(width, _E0), splat(width, _E1), splat(width, _E2)
@@ -73,19 +76,7 @@ def _exp2(width: Any, t: Any) -> Any:
 
 
 @njit(forceinline=True, **OPTIONS)
-def _pack(
-    width: Any,
-    buffer: Any,
-    kind: Any,
-    start: Any,
-    stride: Any,
-    prefix: Any,
-    patches: Any,
-    head_dim: Any,
-    factor: Any,
-    group: Any,
-    panels: Any,
-) -> None:
+def _pack(width, buffer, kind, start, stride, prefix, patches, head_dim, factor, group, panels):
     """Tokens as panels [group of a register, dim, token of the group], patches first, times `factor`; 0 past the last.
 
     Dimensions are padded to whole registers with what comes along; no sum reaches them. `group` is a scratch
@@ -116,7 +107,7 @@ def _pack(
 
 
 @njit(forceinline=True, **OPTIONS)
-def _add_bias(width: Any, tile: Any, bias: Any, start: Any, stride: Any, prefix: Any, patches: Any, begin: Any) -> None:
+def _add_bias(width, tile, bias, start, stride, prefix, patches, begin):
     """Adds the bias of the queries from place `begin` on, in binary logarithms, to a tile of logits."""
     lanes = lanes_of(width)
     tokens = prefix + patches
@@ -132,9 +123,7 @@ def _add_bias(width: Any, tile: Any, bias: Any, start: Any, stride: Any, prefix:
 
 
 @njit(forceinline=True, **OPTIONS)
-def _tile_logits(
-    width: Any, keys: Any, queries: Any, query_at: Any, tokens: Any, head_dim: Any, padded: Any, tile: Any
-) -> None:
+def _tile_logits(width, keys, queries, query_at, tokens, head_dim, padded, tile):
     """tile [token, query of the group], binary logarithms; rows beyond `tokens` up to a multiple of 4 are 0."""
     lanes = lanes_of(width)
     for begin in range(0, tokens, lanes):
@@ -147,7 +136,7 @@ def _tile_logits(
 
 
 @njit(forceinline=True, **OPTIONS)
-def _softmax_sums(width: Any, tile: Any, patches: Any, prefix: Any, distances: Any, at: Any, sums: Any) -> None:
+def _softmax_sums(width, tile, patches, prefix, distances, at, sums):
     """The patches of a tile become 2^(logit − the greatest); sums and mass lane by lane.
 
     Writes Σ x, Σ x·d, Σ x·log2 x and the mass on the prefix to sums[0], [1], [2] and [7], and Σ x on the patches,
@@ -181,7 +170,7 @@ def _softmax_sums(width: Any, tile: Any, patches: Any, prefix: Any, distances: A
 
 
 @njit(forceinline=True, **OPTIONS)
-def _centred_sums(width: Any, tile: Any, rows: Any, cols: Any, sums: Any) -> None:
+def _centred_sums(width, tile, rows, cols, sums):
     """The patches of a tile less their mean, the sum being in sums[0]; sums for `_moran` to sums[3] … [6]."""
     lanes = lanes_of(width)
     n = np.float32(rows * cols)
@@ -221,10 +210,8 @@ def _centred_sums(width: Any, tile: Any, rows: Any, cols: Any, sums: Any) -> Non
 
 
 @njit(forceinline=True, **OPTIONS)
-def _lane_logits(
-    width: Any, keys: Any, queries: Any, place: Any, prefix: Any, patches: Any, head_dim: Any, padded: Any, logits: Any
-) -> None:
-    """The logits of one query anew, [token] with prefix tokens first, for `qk_row`."""
+def _lane_logits(width, keys, queries, place, prefix, patches, head_dim, padded, logits):
+    """The logits of one query again, [token] with prefix tokens first, for `qk_row`."""
     lanes = lanes_of(width)
     of_query = place // lanes * lanes * padded + place % lanes
     for key in range(prefix + patches):
@@ -236,16 +223,14 @@ def _lane_logits(
 
 
 @njit(forceinline=True, **OPTIONS)
-def _column(width: Any, tile: Any, lane: Any, x: Any) -> None:
+def _column(width, tile, lane, x):
     lanes = lanes_of(width)
     for key in range(x.size):
         x[key] = tile[key * lanes + lane]
 
 
 @njit(forceinline=True, **OPTIONS)
-def _beyond_core(
-    width: Any, tile: Any, begin: Any, m: Any, sums: Any, shape: Any, tables: Any, needs: Any, x: Any, z: Any, out: Any
-) -> None:
+def _beyond_core(width, tile, begin, m, sums, shape, tables, needs, x, z, out):
     """What is asked for beside the core, of the ordinary queries of a tile that is not centred yet."""
     lanes = lanes_of(width)
     prefix, class_token = shape[0], shape[1]
@@ -268,13 +253,13 @@ def _beyond_core(
 
 
 @njit(forceinline=True, **OPTIONS)
-def _is_ordinary(sums: Any, lane: Any) -> Any:
+def _is_ordinary(sums, lane):
     """Whether a query's softmax sums are numbers: not so with NaN or infinite logits, or without patches to see."""
     return sums[0, lane] < np.inf and sums[7, lane] < np.inf
 
 
 @njit(forceinline=True, **OPTIONS)
-def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: Any, done: Any, out: Any) -> None:
+def _core_of_tile(width, begin, m, sums, shape, needs, done, out):
     """Writes the core metrics of a group's queries; `done` [lane] is 1, 0, or −1 where Moran's I alone is missing."""
     lanes = lanes_of(width)
     mass = out.prefix_mass
@@ -301,21 +286,7 @@ def _core_of_tile(width: Any, begin: Any, m: Any, sums: Any, shape: Any, needs: 
 
 
 @njit(forceinline=True, **OPTIONS)
-def _qk_map(
-    width: Any,
-    m: Any,
-    queries: Any,
-    keys: Any,
-    head_dim: Any,
-    padded: Any,
-    of_bias: Any,
-    shape: Any,
-    tables: Any,
-    near: Any,
-    needs: Any,
-    work: Any,
-    out: Any,
-) -> None:
+def _qk_map(width, m, queries, keys, head_dim, padded, of_bias, shape, tables, near, needs, work, out):
     """Map `m` from its panels, a group's queries at a time. `of_bias` is (memory, start or −1, stride)."""
     lanes = lanes_of(width)
     bias, bias_start, bias_stride = of_bias
@@ -353,28 +324,13 @@ def _qk_map(
 
 @lru_cache(maxsize=2)
 def qk_pass(width: Width) -> Any:
-    """`qk` as that of `loops.passes`, for registers of this width, with one more argument after `tables`:
+    """`qk` as that of `loops`, for registers of this width, with one more argument after `tables`:
 
     near  distances [group of queries, key, query of the group], flat
     """
-    of = sources()  # a part of the key under which compiled code is kept
 
     @called_from_python
-    def qk(
-        queries: Any,
-        keys: Any,
-        kind: Any,
-        scale: Any,
-        bias: Any,
-        shape: Any,
-        tables: Any,
-        near: Any,
-        needs: Any,
-        out: Any,
-        begin: Any,
-        end: Any,
-    ) -> None:
-        _ = of
+    def qk(queries, keys, kind, scale, bias, shape, tables, near, needs, out, begin, end):
         lanes, prefix, patches = lanes_of(width), shape[0], tables[1].size
         q_buffer, q_starts, q_stride, head_dim = lent(queries)
         k_buffer, k_starts, k_stride, _ = lent(keys)

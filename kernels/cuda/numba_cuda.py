@@ -8,7 +8,7 @@ The simpler of the two CUDA backends: `triton` is the one made for speed, and co
 """
 
 # Names inside kernels (threadIdx, syncthreads) exist for numba's compiler and simulator alone.
-# mypy: disable-error-code="attr-defined"
+# mypy: disable-error-code="attr-defined,no-untyped-def"
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ from numba import config, cuda, float32, float64
 from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
+from kernels.backends import Backend
 from kernels.cuda.rows import (
+    AT_DISTANCE,
+    AT_ENTROPY,
+    AT_GEARY,
+    AT_MORAN,
+    AT_PREFIX_MASS,
     DISTANCE,
     ENTROPY,
     GEARY,
+    IMPLEMENTATIONS,
     MORAN,
     PLANES,
-    RowsBackend,
+    RowValues,
     distances,
     starts,
     tensor_of,
@@ -45,10 +52,11 @@ THREADS = 2 if config.ENABLE_CUDASIM else 128
 _LN_2 = math.log(2.0)
 
 
-class NumbaCudaBackend(RowsBackend):
+class NumbaCudaBackend(Backend):
     """Reads every dtype, any strides."""
 
     name = "numba_cuda"
+    implementations = IMPLEMENTATIONS
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
         """One pass over stored maps.
@@ -78,11 +86,11 @@ class NumbaCudaBackend(RowsBackend):
                     layout.num_patches,
                     layout.grid_cols,
                     layout.num_edges,
-                    self.needs(specs),
+                    self.needs(specs, PLANES),
                     _device_array(planes.view(len(PLANES), -1)),
                     _device_array(valid.view(-1).view(torch.int8)),
                 )
-        return self.read(planes, valid, maps, specs)
+        return self.values(RowValues(planes, layout), valid, maps, specs)
 
 
 BACKEND = NumbaCudaBackend()
@@ -143,17 +151,17 @@ def _row_kernel(double: bool, half: bool) -> Any:
     if half:
 
         @cuda.jit(device=True)
-        def read(buffer: Any, at: Any, widening: Any) -> Any:
+        def read(buffer, at, widening):
             return widening[int(buffer[at]) & 0xFFFF]
 
     else:
 
         @cuda.jit(device=True)
-        def read(buffer: Any, at: Any, widening: Any) -> Any:
+        def read(buffer, at, widening):
             return buffer[at]
 
     @cuda.jit(device=True)
-    def add_up(sums: Any, first: Any, second: Any, third: Any, fourth: Any) -> None:
+    def add_up(sums, first, second, third, fourth):
         """sums[i, 0] = the sum of every thread's i-th value, always in the same order."""
         thread = cuda.threadIdx.x
         cuda.syncthreads()  # the sums before may still be being read
@@ -172,21 +180,21 @@ def _row_kernel(double: bool, half: bool) -> Any:
 
     @cuda.jit
     def measure_rows(
-        buffer: Any,
-        map_starts: Any,
-        stride_q: Any,
-        stride_k: Any,
-        widening: Any,
-        table: Any,
-        tolerance: Any,
-        prefix: Any,
-        patches: Any,
-        grid_cols: Any,
-        num_edges: Any,
-        needs: Any,
-        planes: Any,
-        valid: Any,
-    ) -> None:
+        buffer,
+        map_starts,
+        stride_q,
+        stride_k,
+        widening,
+        table,
+        tolerance,
+        prefix,
+        patches,
+        grid_cols,
+        num_edges,
+        needs,
+        planes,
+        valid,
+    ):
         x = cuda.shared.array(0, stored)  # the row's patches; sized at launch
         sums = cuda.shared.array((4, THREADS), stored)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -217,9 +225,9 @@ def _row_kernel(double: bool, half: bool) -> Any:
         is_defined = is_valid and total > 0
         if thread == 0:
             valid[row] = 1 if is_valid else 0
-            planes[4, row] = head if is_valid else real(np.nan)
+            planes[AT_PREFIX_MASS, row] = head if is_valid else real(np.nan)
             if not is_defined:
-                for plane in range(4):
+                for plane in range(AT_PREFIX_MASS):
                     planes[plane, row] = real(np.nan)
         if not is_defined:  # of every thread of the block alike
             return
@@ -255,8 +263,8 @@ def _row_kernel(double: bool, half: bool) -> Any:
         rest = sums[2, 0] / real(patches)
         unlike_first = sums[3, 0]
         if thread == 0:
-            planes[0, row] = far / total
-            planes[1, row] = max(real(_LN_2) * (real(math.log2(total)) - logs / total), real(0))
+            planes[AT_DISTANCE, row] = far / total
+            planes[AT_ENTROPY, row] = max(real(_LN_2) * (real(math.log2(total)) - logs / total), real(0))
         if not needs & (MORAN | GEARY):
             return
 
@@ -283,10 +291,10 @@ def _row_kernel(double: bool, half: bool) -> Any:
         apart = sums[2, 0]
         if thread == 0:
             # N/E · Σ z_i z_j / Σ z² and (N − 1)/2E · Σ (z_i − z_j)² / Σ z², each edge once
-            planes[2, row] = real(np.nan)
-            planes[3, row] = real(np.nan)
+            planes[AT_MORAN, row] = real(np.nan)
+            planes[AT_GEARY, row] = real(np.nan)
             if unlike_first > 0:
-                planes[2, row] = real(patches) / real(num_edges) * (cross / squares)
-                planes[3, row] = real(patches - 1) / real(2 * num_edges) * (apart / squares)
+                planes[AT_MORAN, row] = real(patches) / real(num_edges) * (cross / squares)
+                planes[AT_GEARY, row] = real(patches - 1) / real(2 * num_edges) * (apart / squares)
 
     return measure_rows

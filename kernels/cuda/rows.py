@@ -7,7 +7,6 @@ kernels alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,14 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.arrays import Values
-from kernels.backends import Backend
-from kernels.inputs import Factors, Maps
+from kernels.backends import Reading
 from kernels.layout import TokenLayout
-from kernels.metrics import MetricSpec
 
 # Planes of a kernel's result, and bits of what it is asked for.
 PLANES = ("distance", "entropy", "morans_i", "gearys_c", "prefix_mass")
+AT_DISTANCE, AT_ENTROPY, AT_MORAN, AT_GEARY, AT_PREFIX_MASS = range(len(PLANES))
 DISTANCE, ENTROPY, MORAN, GEARY = 1, 2, 4, 8
 
 
@@ -51,59 +48,19 @@ class RowValues:
         return self.planes[PLANES.index(name), :, 0]
 
 
-@dataclass(frozen=True, slots=True)
-class FromRows:
-    """A metric's implementation: what the kernel must compute for it, and how it is read off the result."""
-
-    needs: int
-    read: Callable[[RowValues], Tensor]
-
-    def __call__(self, rows: RowValues) -> Tensor:
-        return self.read(rows)
-
-
 # Name of a metric -> its reading of a kernel's result.
 IMPLEMENTATIONS = {
-    "distance": FromRows(DISTANCE, lambda rows: rows.patch_queries("distance")),
-    "entropy": FromRows(ENTROPY, lambda rows: rows.patch_queries("entropy")),
-    "entropy_normalized": FromRows(
-        ENTROPY, lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches)
+    "distance": Reading(("distance",), lambda rows: rows.patch_queries("distance")),
+    "entropy": Reading(("entropy",), lambda rows: rows.patch_queries("entropy")),
+    "entropy_normalized": Reading(
+        ("entropy",), lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches)
     ),
-    "morans_i": FromRows(MORAN, lambda rows: rows.patch_queries("morans_i")),
-    "gearys_c": FromRows(GEARY, lambda rows: rows.patch_queries("gearys_c")),
-    "prefix_mass": FromRows(0, lambda rows: rows.patch_queries("prefix_mass")),
-    "cls_entropy": FromRows(ENTROPY, lambda rows: rows.class_query("entropy")),
-    "cls_morans_i": FromRows(MORAN, lambda rows: rows.class_query("morans_i")),
+    "morans_i": Reading(("morans_i",), lambda rows: rows.patch_queries("morans_i")),
+    "gearys_c": Reading(("gearys_c",), lambda rows: rows.patch_queries("gearys_c")),
+    "prefix_mass": Reading((), lambda rows: rows.patch_queries("prefix_mass")),
+    "cls_entropy": Reading(("entropy",), lambda rows: rows.class_query("entropy")),
+    "cls_morans_i": Reading(("morans_i",), lambda rows: rows.class_query("morans_i")),
 }
-
-
-class RowsBackend(Backend):
-    """A backend whose kernels give `RowValues`."""
-
-    implementations = IMPLEMENTATIONS
-
-    def needs(self, specs: Sequence[MetricSpec]) -> int:
-        """Bits of what a kernel must compute for these metrics."""
-        needs = 0
-        for spec in specs:
-            implementation = self.implementation(spec)
-            assert isinstance(implementation, FromRows), f"{self.name}'s implementation of {spec.name!r} is no FromRows"
-            needs |= implementation.needs
-        return needs
-
-    def read(self, planes: Tensor, valid: Tensor, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
-        """The metrics of a kernel's planes [5, map, query] and valid [map, query], in the input's shape and kind."""
-        rows = RowValues(planes, given.layout)
-        values: dict[str, Any] = {}
-        for spec in specs:
-            implementation = self.implementation(spec)
-            assert implementation is not None  # `specs` holds those this backend has code for
-            tile = implementation(rows)
-            values[spec.name] = tile.reshape((*given.leading, *tile.shape[1:]))
-        valid = valid.reshape((*given.leading, given.layout.num_tokens))
-        if not isinstance(given.like, Tensor):
-            return Values(values={name: value.numpy() for name, value in values.items()}, valid=valid.numpy())
-        return Values(values=values, valid=valid)
 
 
 def tensor_of(array: Any) -> Tensor:

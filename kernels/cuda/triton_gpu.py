@@ -3,7 +3,7 @@
 A program takes a block of queries and walks over the keys a row of the grid at a time, so no map is ever written to
 global memory, whatever its size. Every row is one program's, and means over rows come from a second kernel: no atomic
 adds, and the same bits in every run. Arithmetic is float32. Input is read in place through its strides: query and key
-may be views of the fused projection. Device code: `kernels.cuda.triton_rows`.
+may be views of the fused projection. Device code: `triton_maps`, `triton_qk`.
 
 From query and key the row is a softmax over the patch logits alone; prefix keys enter the validity of a row and
 `prefix_mass`. Logits are in binary logarithms, so that the exponential is one exp2.
@@ -21,8 +21,9 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
-from kernels.cuda import triton_rows
-from kernels.cuda.rows import PLANES, RowsBackend, starts, tensor_of
+from kernels.backends import Backend
+from kernels.cuda import triton_maps, triton_qk, triton_rows
+from kernels.cuda.rows import IMPLEMENTATIONS, PLANES, RowValues, starts, tensor_of
 from kernels.errors import BackendUnavailableError
 from kernels.inputs import Factors, Maps
 from kernels.layout import TokenLayout
@@ -35,10 +36,11 @@ DTYPES = ("float16", "bfloat16", "float32")
 MAPS, MAPS_WARPS = 2, 4
 
 
-class TritonBackend(RowsBackend):
+class TritonBackend(Backend):
     """Reads float16, bfloat16 or float32, any strides."""
 
     name = "triton"
+    implementations = IMPLEMENTATIONS
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
         """One pass over stored maps.
@@ -61,7 +63,7 @@ class TritonBackend(RowsBackend):
             constants["BLOCK_P"] = triton.next_power_of_2(layout.num_prefix_tokens)
             pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
             block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
-            triton_rows.attention_rows[triton.cdiv(count, MAPS), triton.cdiv(tokens, block_q)](
+            triton_maps.attention_rows[triton.cdiv(count, MAPS), triton.cdiv(tokens, block_q)](
                 *given,
                 **constants,
                 BLOCK_M=MAPS,
@@ -71,7 +73,7 @@ class TritonBackend(RowsBackend):
                 FAST=not _is_interpreted(),
                 num_warps=MAPS_WARPS,
             )
-            triton_rows.exact_rows[(count,)](
+            triton_maps.exact_rows[(count,)](
                 *given,
                 **constants,
                 BLOCK_K=triton.next_power_of_2(layout.num_patches),
@@ -102,7 +104,7 @@ class TritonBackend(RowsBackend):
 
         def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
             maps, tokens = valid.shape
-            triton_rows.qk_rows[maps, triton.cdiv(tokens, queries)](
+            triton_qk.qk_rows[maps, triton.cdiv(tokens, queries)](
                 *(q, k, added, starts(q), starts(k), starts(added), planes, valid, maps),
                 *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
                 *(factors.scale * triton_rows.LOG2_E.value, *_steps(layout)),
@@ -153,8 +155,8 @@ class TritonBackend(RowsBackend):
         valid = torch.empty((maps, tokens), dtype=torch.bool, device=tensor.device)
         if maps:
             with _current_device(tensor):
-                launch(planes, valid.view(torch.int8), self.needs(specs))
-        return self.read(planes, valid, given, specs)
+                launch(planes, valid.view(torch.int8), self.needs(specs, PLANES))
+        return self.values(RowValues(planes, given.layout), valid, given, specs)
 
 
 BACKEND = TritonBackend()
@@ -182,11 +184,11 @@ def _readable(array: Any, any_dtype: bool = False) -> Tensor:
 
 def _is_interpreted() -> bool:
     """Whether Triton was imported with TRITON_INTERPRET=1: the kernels are then run by Python."""
-    return not isinstance(triton_rows.qk_rows, triton.JITFunction)
+    return not isinstance(triton_qk.qk_rows, triton.JITFunction)
 
 
 def _qk_tile(columns: int, itemsize: int) -> tuple[int, int]:
-    """(queries, warps) of a program whose tile is so many columns wide: without spilling, by sm_90's compiler.
+    """(queries, warps) of a program whose tile has `columns` columns: without spilling, by sm_90's compiler.
 
     In 16 bits, 64 queries fill the product of a group of four warps. float32 is multiplied without the matrix units,
     and the factors take registers too.
