@@ -150,26 +150,23 @@ _COMPARE_CONDITIONS = {name: {"recipe": "checkpoint", "checkpoint": ""} for name
 _STUDY_FILES = ("outputs", "data.cache_folder")
 _ALL_IMAGES = {"data.kind": "folder", "data.split": "all"}
 
+
+def _up_to(last: str, help: str, uses: tuple[str, ...], **more: Any) -> Command:
+    """The command that runs the stages of a study through `last`."""
+    return Command(help, partial(_stages, last=last), uses, shared=True, writes=_STUDY_FILES, **more)
+
+
 COMMANDS: dict[str, Command] = {
-    "study": Command(
+    "study": _up_to(
+        "report",
         "train the conditions, capture, measure, test and report (the default)",
-        partial(_stages, last="report"),
         (*TRAINING, *_STATISTICS, "relevance"),
-        shared=True,
-        writes=_STUDY_FILES,
     ),
-    "train": Command(
-        "the study up to the trained checkpoints",
-        partial(_stages, last="train"),
-        TRAINING,
-        shared=True,
-        writes=_STUDY_FILES,
-    ),
-    "compare": Command(
+    "train": _up_to("train", "the study up to the trained checkpoints", TRAINING),
+    "compare": _up_to(
+        "report",
         "two checkpoints of one model on a folder of images, through the same stages",
-        partial(_stages, last="report"),
         ("model", "data", "train.seeds", "conditions", *_STATISTICS, "relevance"),
-        shared=True,
         flags={
             "--baseline": "conditions.baseline.checkpoint",
             "--finetuned": "conditions.finetuned.checkpoint",
@@ -179,7 +176,6 @@ COMMANDS: dict[str, Command] = {
         },
         defaults={**_ALL_IMAGES, "conditions": _COMPARE_CONDITIONS, "train.seeds": ["0"]},
         required=("--baseline", "--finetuned", "--model.name", "--data.root"),
-        writes=_STUDY_FILES,
     ),
     "capture": Command(
         "one model's attention on a folder of images, into a store",
@@ -231,20 +227,11 @@ COMMANDS: dict[str, Command] = {
         defaults={"data.kind": "folder"},
         required=("--hdf5", "--store"),
     ),
-    "stats": Command(
-        "the study up to the paired comparisons",
-        partial(_stages, last="statistics"),
-        (*TRAINING, *_STATISTICS),
-        shared=True,
-        writes=_STUDY_FILES,
-        continues=True,
-    ),
-    "relevance": Command(
+    "stats": _up_to("statistics", "the study up to the paired comparisons", (*TRAINING, *_STATISTICS), continues=True),
+    "relevance": _up_to(
+        "relevance",
         "the study up to the relevance samples",
-        partial(_stages, last="relevance"),
         (*TRAINING, *_STATISTICS, "relevance"),
-        shared=True,
-        writes=_STUDY_FILES,
         continues=True,
     ),
     "report": Command("figures, summary and page once more, from the tables and samples of an outputs folder", _report),

@@ -186,12 +186,11 @@ class Journal:
 
     def failed(self) -> dict[str, str]:
         """Stage → reason of the stages that failed and were not done since."""
-        newest = {record["stage"]: record for record in self._records}
-        return {stage: record["reason"] for stage, record in newest.items() if record["event"] == "failed"}
+        return {name: record["reason"] for name, record in self._newest().items() if record["event"] == "failed"}
 
     def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> str | None:
         """The hash of the outputs, if the stage was done with these inputs and they are as it left them."""
-        last = self._last(name)
+        last = self._newest().get(name)
         if last is None or last["key"] != digest(inputs):
             return None
         found = self._found(outputs)
@@ -254,8 +253,7 @@ class Journal:
 
     def _require_current(self, stage: str) -> None:
         """Whether what a stage read, and what that was made from, is what was there when it was done."""
-        record = self._last(stage)
-        for name, sha256 in (record or {}).get("reads", {}).items():
+        for name, sha256 in self._newest().get(stage, {}).get("reads", {}).items():
             now, maker = self._recorded(self.path.parent / name).get(name, (sha256, stage))
             if now != sha256:
                 raise InputError(
@@ -267,14 +265,10 @@ class Journal:
 
     def _recorded(self, path: Path) -> dict[str, tuple[str, str]]:
         """Name → (hash, stage) of what is `path` or lies in it, by the newest record of each stage."""
-        newest: dict[str, dict[str, Any]] = {}
-        for record in self._records:
-            newest.pop(record["stage"], None)  # so that of two stages that leave one file the later one counts
-            newest[record["stage"]] = record
         name = self._name(path)
         return {
             output: (sha256, stage)
-            for stage, record in newest.items()
+            for stage, record in self._newest().items()
             for output, sha256 in record["outputs"].items()
             if output == name or output.startswith(f"{name}/")
         }
@@ -290,8 +284,13 @@ class Journal:
 
     # -------------------------------------------------------------------------------------------------- the records
 
-    def _last(self, name: str) -> dict[str, Any] | None:
-        return next((record for record in reversed(self._records) if record["stage"] == name), None)
+    def _newest(self) -> dict[str, dict[str, Any]]:
+        """Stage → its newest record, the newest last: of two stages that leave one file the later one counts."""
+        newest: dict[str, dict[str, Any]] = {}
+        for record in self._records:
+            newest.pop(record["stage"], None)
+            newest[record["stage"]] = record
+        return newest
 
     def _found(self, outputs: Sequence[Path]) -> dict[str, str]:
         return {self._name(path): digest_path(path) for path in outputs}
