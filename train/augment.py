@@ -57,7 +57,7 @@ class Augmentation:
         angle = ((2 * turn - 1) * float(np.deg2rad(self.rotation_degrees))).view(-1, 1, 1)
         mirror, cos, sin = mirror.view(-1, 1, 1), angle.cos(), angle.sin()
         # Pixel centres in −1..1 across the picture; a picture that is not square rotates in pixels.
-        rows, cols = (_centres(count, scaled.device) for count in (height, width))
+        rows, cols = ((2 * torch.arange(n, device=scaled.device) + 1) / n - 1 for n in (height, width))
         rows = rows.view(1, -1, 1)
         grid = torch.empty(len(scaled), height, width, 2, device=scaled.device)  # grid_sample's order: col, row
         torch.sub(mirror * cos * cols, mirror * sin * (height / width) * rows, out=grid[..., 0])
@@ -85,8 +85,3 @@ class Augmentation:
 @lru_cache(maxsize=8)
 def _luma(device: torch.device) -> torch.Tensor:
     return torch.tensor(_LUMA, device=device)
-
-
-def _centres(count: int, device: torch.device) -> torch.Tensor:
-    """Centres of `count` pixels across −1..1."""
-    return (2 * torch.arange(count, device=device) + 1) / count - 1

@@ -93,9 +93,9 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
 
 
 def has_sidecar(path: Path) -> bool:
-    """Whether the JSON file beside a checkpoint, if there is one, is a sidecar of ours, sound or damaged."""
+    """Whether a checkpoint is of training here: a sidecar of ours, sound or damaged, lies beside a .safetensors."""
     sidecar = sidecar_path(path)
-    if not sidecar.is_file():
+    if path.suffix != ".safetensors" or not sidecar.is_file():
         return False
     content = sidecar.read_bytes()
     return not content.strip() or any(mark in content for mark in _MARKS)
@@ -125,7 +125,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """What a checkpoint of ours says of itself, such as `img_size`; {} for any other file."""
-    return read_metadata(path) if path.suffix == ".safetensors" and has_sidecar(path) else {}
+    return read_metadata(path) if has_sidecar(path) else {}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -149,7 +149,8 @@ def fit(
             rate = learning_rate(step, steps, run.condition.lr, shared.warmup_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            torch.manual_seed(_step_seed(run.seed, step, workers.rank))  # dropout and stochastic depth
+            entropy = [run.seed, step, 2, *([workers.rank] if workers.rank else [])]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))  # dropout, stochastic depth
             optimizer.zero_grad(set_to_none=True)
             tally = torch.zeros(2, device=device, dtype=torch.float64)  # mean loss, hits
             for place in _parts(len(indices), shared.accumulate):
@@ -275,10 +276,6 @@ def _parts(count: int, parts: int) -> list[slice]:
         return []
     edges = np.linspace(0, count, min(parts, count) + 1).round().astype(int)
     return [slice(int(start), int(end)) for start, end in itertools.pairwise(edges)]
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, 2, *([rank] if rank else [])]).generate_state(1)[0])
 
 
 def _plan(run: TrainingRun, count: int, first_step: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -63,7 +63,7 @@ def read_content(path: Path) -> Any:
         DamagedFileError: a checksum does not match: of the sidecar, of the file as the sidecar has it, or of a record.
     """
     head = _head(path)
-    if has_own_sidecar(path):
+    if has_sidecar(path):
         return read_checkpoint(path).tensors
     if head.startswith(_ZIP):
         _check_archive(path)
@@ -71,14 +71,9 @@ def read_content(path: Path) -> Any:
     if head.startswith(b"\x80") and _LEGACY_MARK in head[:64]:
         say_once(f"{path} is in torch's format before 1.6, which holds no checksum: damage cannot be seen")
         return _read_torch(path)
-    if _is_safetensors(head):
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100 << 20:
         return _read_safetensors(path)
     raise InputError(f"checkpoint {path} is {_kind(head, path)}")
-
-
-def has_own_sidecar(path: Path) -> bool:
-    """Whether training here wrote the file: it ends in .safetensors then, and its sidecar lies beside it."""
-    return path.suffix == ".safetensors" and has_sidecar(path)
 
 
 @functools.cache
@@ -99,10 +94,6 @@ def _head(path: Path) -> bytes:
     require_file(path, "checkpoint", f"give the file {path / inside[0]}" if inside else EXPECTED)
     with open(path, "rb") as file:
         return file.read(_HEAD)
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100 << 20
 
 
 def _kind(head: bytes, path: Path) -> str:

@@ -110,7 +110,7 @@ def named_classes(outputs: int, *, condition: str, checkpoint: Path | None, file
         return HeadClasses(outputs, names, f"named by {Path(file).name}")
     if not outputs:
         return HeadClasses(0)
-    if checkpoint is None or checkpoint.suffix != ".safetensors" or not has_sidecar(checkpoint):
+    if checkpoint is None or not has_sidecar(checkpoint):
         return None
     sidecar = sidecar_path(checkpoint)
     recorded = read_metadata(checkpoint).get("class_names")

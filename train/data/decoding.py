@@ -194,6 +194,7 @@ _BLOCK_BYTES = 2**26
 
 _ORIENTATION, _KIND, _TILE_WIDTH, _TILE_LENGTH = 274, 254, 322, 323  # tags of EXIF and TIFF
 _PILLOW = re.compile(r"PIL\.")
+_TRUNCATED = ("truncated", "unexpected end", "broken data stream", "not enough", "eof")  # as decoders say it
 
 
 class _Room:
@@ -270,13 +271,18 @@ def _decode_or_say_why(content: bytes, held: ExitStack) -> Image.Image:
 
 
 def _reason_of(error: Exception, content: bytes) -> str:
+    """Why a file is no picture, as one short line that every terminal can show."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
         return _kind_of(content)
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
-    return "truncated" if _is_truncation(error) else f"damaged ({_words(error)})"
+    text = str(error).lower()
+    if isinstance(error, EOFError) or any(sign in text for sign in _TRUNCATED):
+        return "truncated"
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"damaged ({(said if said.isprintable() else ascii(said))[:100]})"
 
 
 def _prepare_pillow() -> None:
@@ -306,19 +312,6 @@ def _prepare_libraries() -> None:
             handler = getattr(library, name)
             handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
             handler(None)
-
-
-def _is_truncation(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, EOFError) or any(
-        sign in text for sign in ("truncated", "unexpected end", "broken data stream", "not enough", "eof")
-    )
-
-
-def _words(error: BaseException) -> str:
-    """What a decoder says, as one short line that every terminal can show."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return (said if said.isprintable() else ascii(said))[:100]
 
 
 @functools.cache

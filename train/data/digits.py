@@ -76,7 +76,8 @@ def compose_scene(seed: int, task: str, split: str, index: int) -> _Scene:
     shapes = [_warp(rng, large, 20, 25), _warp(rng, small, 16, 20), _warp(rng, fragment, 16, 20)]
     brightness = rng.uniform((0.85, 0.55, 0.4), (1.0, 0.7, 0.6)).tolist()
     boxes = _place(rng, [shape.shape for shape in shapes])
-    picture = _background(rng)
+    smoothing = _smoothing()
+    picture = np.asarray(smoothing @ rng.uniform(0.0, 0.3, (4, 4)) @ smoothing.T)
     for shape, bright, (row0, col0, row1, col1) in zip(shapes, brightness, boxes.tolist(), strict=True):
         view = picture[row0:row1, col0:col1]
         view += shape * (bright - view)
@@ -121,11 +122,6 @@ def _smoothing() -> np.ndarray:
     """4 knots → a scene's side, piecewise linear, [px, knot]."""
     at = np.linspace(0, 3, SCENE_SIZE)
     return np.stack([np.interp(at, np.arange(4), np.eye(4)[knot]) for knot in range(4)], axis=1)
-
-
-def _background(rng: np.random.Generator) -> np.ndarray:
-    smoothing = _smoothing()
-    return np.asarray(smoothing @ rng.uniform(0.0, 0.3, (4, 4)) @ smoothing.T)
 
 
 class DigitScenes(ImageSet):
