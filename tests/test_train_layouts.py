@@ -280,7 +280,7 @@ def test_a_classifier_of_other_features_is_left_out(state_of: Callable[[Any], St
     state = state_of(theirs)
     with torch.device("meta"):
         found = fit(state, vit(init_values=1.0), ("head",), Path("a.pth"))
-    assert set(found.left) == {"classifier.weight", "classifier.bias", "dinov2.embeddings.mask_token"}
+    assert set(found.left_out) == {"classifier.weight", "classifier.bias", "dinov2.embeddings.mask_token"}
     assert not found.problems
 
 
@@ -346,7 +346,7 @@ def test_what_timm_knows_of_other_code_is_used_whatever_the_names_begin_with(nam
     assert found.tensors.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found.tensors[key], tensor)
-    assert set(found.left) == {start + key for key in left}
+    assert set(found.left_out) == {start + key for key in left}
     assert not found.problems
 
 
@@ -359,7 +359,7 @@ def test_segment_anything_is_read_as_timm_does() -> None:
     for start in ("", "model."):
         found = fit(begun(start, as_sam(expected)), model, ("head.fc",), Path("a.pth"))
         assert state_digest(found.tensors) == state_digest(expected)
-        assert found.left == (f"{start}mask_decoder.a",)
+        assert found.left_out == (f"{start}mask_decoder.a",)
 
 
 def test_positions_that_a_filter_resizes_are_said_to_be(caplog: pytest.LogCaptureFixture) -> None:

@@ -149,7 +149,7 @@ def holds_adapters_alone(path: Path) -> bool:
 
 def _alone(tensors: Mapping[str, torch.Tensor]) -> bool:
     modules = {part["module"] for name in tensors if (part := _PART.match(name))}
-    return bool(modules) and not any(f"{m}.{of}weight" in tensors for m in modules for of in ("", "base_layer."))
+    return bool(modules) and not any(f"{m}.{part}weight" in tensors for m in modules for part in ("", "base_layer."))
 
 
 def adapter_files(path: Path) -> list[Path]:

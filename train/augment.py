@@ -40,7 +40,7 @@ class Augmentation:
         """Augment pixels in 0..1, float32 [image, channel, row, col]; `indices` are the images' places in the split."""
         if not self.active:
             return scaled
-        # One generator an image, so that the draw does not depend on the batch it lies in.
+        # One generator per image, so that the draw does not depend on the batch it lies in.
         draws = np.stack([np.random.default_rng([seed, epoch, int(i), 1]).random(5) for i in indices])
         chance = uploaded(torch.from_numpy(draws.astype(np.float32)), scaled.device)
         if self.flip or self.rotation_degrees > 0:

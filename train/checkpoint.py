@@ -140,13 +140,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     require_file(path, "checkpoint", "expected a .safetensors file that was saved before")
     metadata = read_metadata(path)
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
+    found, sidecar = hashlib.sha256(content).hexdigest(), sidecar_path(path).name
     if found != metadata["sha256"]:
-        if (of := metadata.get("file", path.name)) != path.name:
+        if (written_for := metadata.get("file", path.name)) != path.name:
             raise DamagedFileError(
-                f"checkpoint {path}: {sidecar_path(path).name} beside it was written for {of}, with other weights; put "
-                f"its own there, or delete {sidecar_path(path).name} to use the weights as a file of which nothing is "
-                "known"
+                f"checkpoint {path}: {sidecar} beside it was written for {written_for}, with other weights; put its "
+                f"own there, or delete {sidecar} to use the weights as a file of which nothing is known"
             )
         raise DamagedFileError(
             f"checkpoint {path} is damaged: its sha256 is {found[:12]}…, its sidecar says "

@@ -41,8 +41,8 @@ def load_weights(
     """
     expected = model.state_dict()
     state, sources = dict(found.tensors), found.sources
-    own = {of: expected[key] for key, several in sources.items() if key in expected for of in several}
-    refuse_unfit_values({of: file[of] for of in own}, own, path)
+    own = {name: expected[key] for key, several in sources.items() if key in expected for name in several}
+    refuse_unfit_values({name: file[name] for name in own}, own, path)
     resized = [key for key in state if key in expected and is_position(key) and state[key].shape != expected[key].shape]
     if resized:
         state = _resize_positions(model, state, resized)
@@ -101,17 +101,17 @@ def _say(
             f"{path}: weights taken from names that begin with {shown(repr(found.start))}; {others} not used "
             "(model.state chooses another)"
         )
-    if found.left:
-        several = ", ".join(shown(of) for of in found.left[:5]) + (", …" if len(found.left) > 5 else "")
-        say_once(f"{path}: {len(found.left)} of {len(file)} tensors are no part of {name} and left out: {several}")
+    if found.left_out:
+        several = ", ".join(shown(origin) for origin in found.left_out[:5]) + (", …" if len(found.left_out) > 5 else "")
+        say_once(f"{path}: {len(found.left_out)} of {len(file)} tensors are no part of {name} and left out: {several}")
     for key, tensor in state.items():
         if key not in found.sources:
             continue
-        several_of = found.sources[key]
-        if not several_of:
+        origins = found.sources[key]
+        if not origins:
             say_once(f"{path}: {key} is not in the file; timm's reader of such files makes it", logging.WARNING)
-        elif len(several_of) == 1 and is_position(key) and file[several_of[0]].numel() != tensor.numel():
-            before = _shape(file[several_of[0]])
+        elif len(origins) == 1 and is_position(key) and file[origins[0]].numel() != tensor.numel():
+            before = _shape(file[origins[0]])
             say_once(f"{path}: {key} resized from {before} to {_shape(tensor)} by timm", logging.WARNING)
 
 
@@ -120,11 +120,11 @@ def _advice(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path
     if _IN_PARTS.search(path.name):
         return "the file is one part of a checkpoint in several; save that as one file"
     expected = model.state_dict()
-    there, wanted = _size(file), _size(expected)
+    offered, wanted = _size(file), _size(expected)
     sizes = ""
-    if there and wanted and there != wanted:
-        sizes = f"the file holds {_words(there)}, {source.name} has {_words(wanted)}"
-    if there and (likely := _likely(there, file, path)):
+    if offered and wanted and offered != wanted:
+        sizes = f"the file holds {_words(offered)}, {source.name} has {_words(wanted)}"
+    if offered and (likely := _likely(offered, file, path)):
         return f"{sizes}; try --model.name {likely}" if sizes else f"it fits with --model.name {likely}"
     if arguments := _fitting_arguments(model, found, file, path, source):
         return arguments

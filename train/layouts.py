@@ -40,7 +40,7 @@ class Fit:
     Args:
         tensors: own name -> tensor; names that the model does not have are of the backbone's part of the file.
         sources: own name -> names in the file that it comes from; none: it is not of the file (zeros of a bias).
-        left: names in the file from which no weight comes.
+        left_out: names in the file from which no weight comes.
         problems: number of backbone weights that are missing, of another shape, or not the model's.
         start: what the names began with; "" for nothing.
         other_starts: where all weights of the backbone are there as well.
@@ -49,7 +49,7 @@ class Fit:
 
     tensors: dict[str, torch.Tensor]
     sources: dict[str, tuple[str, ...]]
-    left: tuple[str, ...]
+    left_out: tuple[str, ...]
     problems: int
     start: str = ""
     other_starts: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Fit:
 
     def with_new(self, tensors: Tensors) -> Fit:
         """With weights that are not of the file in place of the file's."""
-        sources = {name: of for name, of in self.sources.items() if name not in tensors}
+        sources = {name: origins for name, origins in self.sources.items() if name not in tensors}
         return replace(self, tensors={**self.tensors, **tensors}, sources=sources)
 
 
@@ -201,13 +201,13 @@ def _at_start(state: Tensors, whole: _Model, file: Tensors, path: Path) -> Fit:
             problems += whole.misfits(own, tensor)
         elif own not in whole.heads:
             problems += 1
-        of = getattr(tensor, "sources", frozenset()) or (frozenset([name]) & frozenset(file))
+        origins = getattr(tensor, "sources", frozenset()) or (frozenset([name]) & frozenset(file))
         tensors[own] = tensor.as_subclass(torch.Tensor)
-        sources[own] = tuple(sorted(of))
-    used = {name for of in sources.values() for name in of}
-    left = tuple(name for name in file if name not in used)
+        sources[own] = tuple(sorted(origins))
+    used = {name for origins in sources.values() for name in origins}
+    left_out = tuple(name for name in file if name not in used)
     others = tuple(other for other in complete if other != start)
-    return Fit(tensors, sources, left, problems, start, others)
+    return Fit(tensors, sources, left_out, problems, start, others)
 
 
 def _starts(state: Tensors, whole: _Model) -> Counter[str]:

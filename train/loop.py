@@ -92,7 +92,7 @@ def fit(
         workers: the processes that share each step's images.
 
     Returns:
-        One dict an epoch: epoch, loss, train_accuracy, validation_loss, validation_accuracy, lr (the last step's).
+        One dict per epoch: epoch, loss, train_accuracy, validation_loss, validation_accuracy, lr (the last step's).
 
     Raises:
         TrainingDivergedError: a loss or gradient that is NaN or infinite, with its step.

@@ -260,14 +260,14 @@ def classifier_names(name: str) -> tuple[str, ...]:
     return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
-def _present_name(given: str) -> str:
+def _present_name(asked_for: str) -> str:
     """timm's name of today for one of the past, or for one as the Hugging Face Hub has it; the log says a change."""
     import timm
 
     importlib.import_module("train.digits_vit")  # puts digits_vit into timm's registry
-    plain = _HUB.sub("", given).rstrip("/") if _HUB.match(given) else given
+    plain = _HUB.sub("", asked_for).rstrip("/") if _HUB.match(asked_for) else asked_for
     name = timm.models.get_deprecated_models().get(plain) or plain
-    meant = f" (which {given!r} stands for)" if name != given else ""
+    meant = f" (which {asked_for!r} stands for)" if name != asked_for else ""
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
         asked = re.split(r"[/:]", architecture)[-1].lower().replace("-", "_")
@@ -284,8 +284,8 @@ def _present_name(given: str) -> str:
         raise InputError(
             f"model {architecture} has no weights tagged {tag!r}{meant}; expected one of {', '.join(tags) or '—'}"
         )
-    if plain != given:
-        say_once(f"{given} is timm's {plain}")
+    if plain != asked_for:
+        say_once(f"{asked_for} is timm's {plain}")
     if name != plain:
         say_once(f"{plain} is now {name}")
     return name

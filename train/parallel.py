@@ -102,8 +102,8 @@ class Workers:
             if not self.first:
                 content = torch.empty(int(size), dtype=torch.uint8)
             distributed.broadcast(content, src=0)
-        told: T = json.loads(content.numpy().tobytes())
-        return told
+        received: T = json.loads(content.numpy().tobytes())
+        return received
 
     def gather(self, value: T) -> list[T]:
         """Every worker's JSON value, by rank, in all of them."""

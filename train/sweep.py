@@ -154,7 +154,7 @@ class RankResult:
         validation_accuracy, test_accuracy: of the best trial; test had no part in choosing it.
         without_adapters: test accuracy of the same backbone and head with no adapter and no training.
         trainable_parameters: of the best trial.
-        history: of the best trial, one dict an epoch.
+        history: of the best trial, one dict per epoch.
         trials: all of them, in order.
     """
 

@@ -33,6 +33,8 @@ from train.transfer import uploaded
 
 logger = logging.getLogger(__name__)
 
+# Enters every key: a change of what training computes makes older results another thing.
+_VERSION = 2
 
 OnEpoch = Callable[[Sequence[Mapping[str, Any]]], None]
 
@@ -216,10 +218,6 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "timm": timm.__version__}
 
 
-# Enters every key: a change of what training computes makes older results another thing.
-_VERSION = 2
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What a training run came to.
@@ -228,7 +226,7 @@ class TrainResult:
         checkpoint: the saved weights, a plain timm model (adapters merged).
         sha256: of that file.
         validation_accuracy, test_accuracy: of the saved model in float32; test was looked at once.
-        history: one dict an epoch; for the probe one a penalty.
+        history: one dict per epoch; for the probe one per penalty.
         reused: nothing was trained, the checkpoint was there.
         trainable_parameters: how many numbers were trained.
         merge_difference: largest logit difference that merging made; None without adapters.
@@ -275,7 +273,7 @@ def train_condition(
         model: the start, as for `train.models.build_model`.
         data: train, validation and test images; the best epoch is chosen on validation.
         checkpoint: the `.safetensors` file to write; a `.json` sidecar and, while it runs, a
-            `.state.safetensors` lie beside it, and `.history.jsonl` with a line an epoch.
+            `.state.safetensors` lie beside it, and `.history.jsonl` with a line per epoch.
         probe_checkpoint: a finished probe of the same backbone and data, so that it is not fitted again.
         device: "cpu" or "cuda".
         on_epoch: gets the history so far after each epoch; what it raises ends the run, which can go on later.

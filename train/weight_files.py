@@ -175,9 +175,9 @@ def _read_torch(path: Path) -> Any:
         said = str(error)
         if "weights_only" in said or "Unsupported" in said:
             named = re.search(r"GLOBAL (\S+)", said)
-            of = f" (of {shown(named[1])})" if named else ""
+            kind = f" (of {shown(named[1])})" if named else ""
             raise InputError(
-                f"checkpoint {path} holds pickled objects{of} beside tensors, which could run code and are refused; "
+                f"checkpoint {path} holds pickled objects{kind} beside tensors, which could run code and are refused; "
                 "save model.state_dict() alone, or a .safetensors file"
             ) from error
         raise InputError(

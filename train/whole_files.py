@@ -100,12 +100,12 @@ def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path
     for name in new:
         if before is not None and name not in before and os.path.lexists(folder / name):
             raise StoreError(f"{folder / name} is there, and this program did not write it; move it away")
-    left = [name for name in before or [] if name not in new and Path(name).name == name]
+    obsolete = [name for name in before or [] if name not in new and Path(name).name == name]
     # Named before it is written: a killed call leaves nothing that the next one does not know.
-    write_atomically(record, checked_json({"files": sorted([*new, *left])}))
+    write_atomically(record, checked_json({"files": sorted([*new, *obsolete])}))
     for name, content in new.items():
         write_atomically(folder / name, content)
-    for name in left:
+    for name in obsolete:
         remove(folder / name, named(re.escape(name)))
     write_atomically(record, checked_json({"files": sorted(new)}))
     return [folder / name for name in new]

@@ -57,7 +57,7 @@ class ImageCache:
         return np.array([self._row[record.sha256] for record in images.records], dtype=np.int64)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Pictures, uint8 [image, channel, row, col]; a row is checked when it is first read, and decoded anew if bad.
+        """Pictures, uint8 [image, channel, row, col]; a row is checked when it is first read, and decoded again if bad.
 
         Raises:
             InputError: the disk has no room for the cache, or a file changed since the manifest was built.
@@ -71,7 +71,7 @@ class ImageCache:
 
     @cached_property
     def _opened(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(pixels, CRC-32 a picture, whether it was checked in this process)."""
+        """(pixels, CRC-32 per picture, whether it was checked in this process)."""
         with writing(self.path), self._locked():
             found = self._open()
             if found is None:
@@ -126,7 +126,7 @@ class ImageCache:
         write_atomically(self.path.with_suffix(".json"), self._sidecar(checksums))
 
     def _repair(self, row: int) -> None:
-        """One picture anew from its file, which is checked against its own hash."""
+        """One picture again from its file, which is checked against its own hash."""
         source = self._sources[row]
         logger.warning("image cache %s: %s is damaged and decoded again", self.path, self._pictures.ids[source])
         pixels, checksums, _ = self._opened

@@ -101,12 +101,12 @@ def named_classes(outputs: int, *, condition: str, checkpoint: Path | None, file
         InputError: a file that is not class names, or of another number than the head has outputs.
         DamagedFileError: a sidecar whose class names cannot be those of the head.
     """
-    of = f"condition {condition}" if condition else "the model"
+    owner = f"condition {condition}" if condition else "the model"
     if file:
         names = read_class_names(Path(file))
         if len(names) != outputs:
             head = f"a head of {outputs} outputs; name each output once" if outputs else "no head; leave the file out"
-            raise InputError(f"{file} holds {len(names)} class name{'s'[: len(names) != 1]}, and {of} has {head}")
+            raise InputError(f"{file} holds {len(names)} class name{'s'[: len(names) != 1]}, and {owner} has {head}")
         return HeadClasses(outputs, names, f"named by {Path(file).name}")
     if not outputs:
         return HeadClasses(0)

@@ -98,7 +98,7 @@ def build_manifest(
         seed: of a split that is drawn.
         follow_links: take what links lead to, wherever it lies; without, a link may not leave the folder. The folder
             itself may be a link. Links to a folder that they lie in are never followed.
-        workers: decoding threads; 0: one a processor, at most 16.
+        workers: decoding threads; 0: one per processor, at most 16.
 
     Raises:
         InputError: no such folder, a file instead of one, a folder that cannot be read, another layout, a rule that
@@ -227,7 +227,7 @@ def _read_folder(root: Path, rule: str, follow_links: bool) -> _Source:
 def _split_files(root: Path, folders: Sequence[tuple[Path, str]], follow_links: bool) -> list[Entry]:
     """The files of every (folder, split)."""
     files = (class_files(base, root, split, follow_links=follow_links) for base, split in folders)
-    return [entry for found in files for entry in found]
+    return [entry for entries in files for entry in entries]
 
 
 def _read_indoor67(root: Path, rule: str, follow_links: bool) -> _Source:
@@ -274,8 +274,8 @@ def _read_sports100(root: Path, rule: str, follow_links: bool) -> _Source:
         raise InputError(
             f"folder {root} holds no folder of the {' and the '.join(sorted(missing))} split; {_SPORTS100}"
         )
-    given = [(base, {"folders": split, "all": "test"}.get(rule, "")) for base, split in bases]
-    entries = _split_files(root, given, follow_links)
+    assigned = [(base, {"folders": split, "all": "test"}.get(rule, "")) for base, split in bases]
+    entries = _split_files(root, assigned, follow_links)
     return _Source(root, entries, _compare_with_csv(root / "sports.csv", entries))
 
 

@@ -183,7 +183,7 @@ _OTHERS = (
 
 # What is held at once, by all threads of the process: decoded pictures, and the files that they are decoded from.
 _DECODED_BYTES, _FILE_BYTES = 2 * 2**30, 2**29
-# Greatest that decoding takes, in bytes a pixel: the decoder's own memory and the picture, as measured.
+# Greatest that decoding takes, in bytes per pixel: the decoder's own memory and the picture, as measured.
 _BYTES_A_PIXEL = {"JPEG": 12, "MPO": 12, "WEBP": 17, "AVIF": 16, "JPEG2000": 25}
 _BYTES_A_PIXEL_OF_OTHERS = 8
 # Of one picture: Pillow's own limit, whatever another library set it to, and what leaves a process below 4 GB.
@@ -229,12 +229,12 @@ def picture_bytes(path: Path) -> Iterator[bytes]:
 
     Raises OSError, and UndecodableError for a pipe, a device, or more than 1 GiB, which no sound picture is.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # it might never end
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):  # it might never end
         raise UndecodableError("not a file")
-    if found.st_size > _LARGEST_FILE:
+    if state.st_size > _LARGEST_FILE:
         raise UndecodableError("file of more than 1 GiB")
-    with _room_for_files.taken(found.st_size):
+    with _room_for_files.taken(state.st_size):
         yield path.read_bytes()
 
 
@@ -290,8 +290,8 @@ def _prepare_pillow() -> None:
     from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # or half an image would pass as a whole one
-    # Pillow warns of odd metadata and many pixels, a line a file; what is wrong with a file is its reason. Off for the
-    # whole process: `warnings.catch_warnings` in several threads can leave all warnings off for good.
+    # Pillow warns of odd metadata and many pixels, a line per file; what is wrong with a file is its reason. Off for
+    # the whole process: `warnings.catch_warnings` in several threads can leave all warnings off for good.
     if not any(action == "ignore" and module == _PILLOW for action, _, _, module, _ in warnings.filters):
         warnings.filterwarnings("ignore", module=_PILLOW.pattern)
     _prepare_libraries()

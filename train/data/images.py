@@ -35,7 +35,7 @@ class Preprocessing:
 
     Args:
         channels, height_px, width_px: of the model's input.
-        mean, std: a channel, on pixels scaled to 0..1.
+        mean, std: per channel, on pixels scaled to 0..1.
         interpolation: of the resize, as timm names it.
         crop_pct: the kept share of the resized picture.
         crop_mode: timm's "center", "squash" or "border".
@@ -92,7 +92,7 @@ class ImageSet(ABC):
     """Labelled images in a fixed order.
 
     Attributes:
-        ids: one a image; the identity under which conditions are paired.
+        ids: one per image; the identity under which conditions are paired.
         labels: int64 [image].
         class_names: in label order.
         preprocessing: what `batch` applies.

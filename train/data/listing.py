@@ -60,13 +60,13 @@ class Aside:
 
     def log(self, root: Path) -> None:
         """Say what was left out below `root`."""
-        for found, number, what in (
+        for paths, number, what in (
             (self.hidden, sum(map(_count, self.hidden)), "file(s) in hidden folders and folders of the system are"),
             (self.circles, len(self.circles), "link(s) to a folder that they lie in themselves are"),
             (self.links, len(self.links), "link(s) to folders, which --data.follow_links true follows, are"),
         ):
             if number:
-                example = id_of(found[0].relative_to(root))
+                example = id_of(paths[0].relative_to(root))
                 logger.warning("%d %s no part of the data set, for example in %s", number, what, example)
 
 
@@ -141,10 +141,10 @@ def files_below(folder: Path, *, follow_links: bool = False, aside: Aside | None
     while waiting or links:
         here = waiting.pop() if waiting else links.popleft()
         if follow_links:
-            of = here.stat()
-            if (of.st_dev, of.st_ino) in seen:
+            state = here.stat()
+            if (state.st_dev, state.st_ino) in seen:
                 continue
-            seen.add((of.st_dev, of.st_ino))
+            seen.add((state.st_dev, state.st_ino))
         below = []
         for entry in _entries(here):
             path = Path(entry)
@@ -267,7 +267,7 @@ def inside(path: Path, root: Path, *, follow_links: bool = False) -> Path:
 
 
 def list_lines(path: Path, content: bytes) -> list[str]:
-    """The relative paths that a split list names, one a line; with or without a final newline, LF or CRLF.
+    """The relative paths that a split list names, one per line; with or without a final newline, LF or CRLF.
 
     Raises InputError: not UTF-8, no path, or one that is absolute, has `..` or a backslash, or no class folder.
     """
@@ -297,7 +297,7 @@ def list_lines(path: Path, content: bytes) -> list[str]:
 
 
 def examine(entries: Sequence[Entry], workers: int = 0) -> list[Status]:
-    """Decode every file once; `workers` threads (0: one a processor, at most 16)."""
+    """Decode every file once; `workers` threads (0: one per processor, at most 16)."""
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         results: Iterable[Status] = pool.map(_examine, entries)
         return list(tqdm(results, total=len(entries), desc="decoding", unit=" files", disable=None, delay=1))

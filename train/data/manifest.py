@@ -120,7 +120,7 @@ class Manifest:
         return tuple(record for record in self.records if record.split == name and record.status == "ok")
 
     def split_digest(self, name: str) -> str:
-        """sha256 of a split as a list: its ids in order, one a line."""
+        """sha256 of a split as a list: its ids in order, one per line."""
         return hashlib.sha256("".join(f"{record.id}\n" for record in self.split(name)).encode()).hexdigest()
 
     @property
