@@ -27,6 +27,7 @@ from train.models import build_model, load_checkpoint, preprocessing_of
 from train.precision import training_mode
 from train.pretrain import pretrain_digits
 from train.probe import fit_probe
+from train.settings import PretrainConfig
 from train.training import TrainResult, train_condition
 
 CPU = torch.device("cpu")
@@ -43,11 +44,11 @@ def data() -> DataSplits:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pretrained") / "pretrained.safetensors"
     result = pretrain_digits(
-        checkpoint=path, scenes=64, validation_scenes=16, test_scenes=16, epochs=1, precision="fp32"
+        PretrainConfig(scenes=64, epochs=1), checkpoint=path, validation_scenes=16, test_scenes=16, precision="fp32"
     )
     assert not result.reused
     again = pretrain_digits(
-        checkpoint=path, scenes=64, validation_scenes=16, test_scenes=16, epochs=1, precision="fp32"
+        PretrainConfig(scenes=64, epochs=1), checkpoint=path, validation_scenes=16, test_scenes=16, precision="fp32"
     )
     assert again.reused
     assert again.sha256 == result.sha256

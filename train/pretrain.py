@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from train.data import DigitScenes, prepare_digits
 from train.evaluation import Evaluation, evaluate
 from train.models import build_model, preprocessing_of
 from train.precision import resolve_precision
-from train.settings import ConditionConfig, Precision, TrainConfig, TrainingRun
+from train.settings import ConditionConfig, Precision, PretrainConfig, TrainConfig, TrainingRun
 from train.state import StateFile, settings_key
 from train.training import Task, Trained, TrainResult, finished_metadata, train_to_file
 from train.transfer import uploaded
@@ -93,58 +94,43 @@ def token_targets(scenes: DigitScenes, grid: Sequence[int], patch_px: int) -> np
 
 
 def pretrain_digits(
+    pretrain: PretrainConfig,
     *,
     checkpoint: str | Path,
     data_seed: int = 42,
-    scenes: int = 8000,
     validation_scenes: int = 1024,
     test_scenes: int = 1024,
-    epochs: int = 3,
-    batch_size: int = 32,
-    lr: float = 3e-3,
-    weight_decay: float = 0.05,
-    label_smoothing: float = 0.05,
-    seed: int = 0,
     precision: Precision = "auto",
     device: str = "cpu",
     deterministic: bool = True,
 ) -> TrainResult:
-    """Train `digits_vit` to name the large digit of a scene.
+    """Train `digits_vit` to name the large digit of a scene, and write it to `checkpoint`.
 
     To the classification loss of the class token a loss of every patch token is added (which digit, of
     either size, its centre lies on, or background) through a head that is thrown away: with the class
     loss alone nothing is learned in the study's time. So the patch tokens know both digits, while the
     class token, which every condition reads out from, was only asked for the large one.
 
-    Args:
-        checkpoint: the `.safetensors` file to write.
-        data_seed: of the scenes; `seed`: of initial weights and data order.
-
     Raises:
         TrainingDivergedError: NaN or Inf in the loss, with the step.
     """
-    path, where = Path(checkpoint), torch.device(device)
+    path, where, seed = Path(checkpoint), torch.device(device), pretrain.seed
     shared = TrainConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        label_smoothing=label_smoothing,
+        epochs=pretrain.epochs,
+        batch_size=pretrain.batch_size,
+        label_smoothing=0.05,
         flip=False,  # every scene is composed with its own rotation, shear and brightness
         rotation_degrees=0.0,
         color_jitter=0.0,
         precision=resolve_precision(precision, where),
         deterministic=deterministic,
     )
-    run = TrainingRun(condition=ConditionConfig(recipe="pretrain", lr=lr), shared=shared, seed=seed)
-    settings = {
-        "scenes": [scenes, validation_scenes, test_scenes],
+    run = TrainingRun(condition=ConditionConfig(recipe="pretrain", lr=pretrain.lr), shared=shared, seed=seed)
+    settings = asdict(pretrain) | {
+        "scenes": [pretrain.scenes, validation_scenes, test_scenes],
         "data_seed": data_seed,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "label_smoothing": label_smoothing,
-        "seed": seed,
+        "weight_decay": shared.weight_decay,
+        "label_smoothing": shared.label_smoothing,
         "precision": shared.precision,
         "deterministic": deterministic,
     }
@@ -160,7 +146,7 @@ def pretrain_digits(
         preprocessing=preprocessing,
         task="source",
         seed=data_seed,
-        train_scenes=scenes,
+        train_scenes=pretrain.scenes,
         validation_scenes=validation_scenes,
         test_scenes=test_scenes,
     )

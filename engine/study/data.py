@@ -152,7 +152,7 @@ def _folder_splits(start: Start) -> DataSplits:
 def _digits(start: Start, device: str) -> tuple[DataSplits, str]:
     """Scenes of the target task, and the hash of the backbone that is pretrained on the source task."""
     config, path = start.config, start.pretrained_path
-    settings = dataclasses.asdict(config.pretrain) | {
+    more: dict[str, Any] = {
         "data_seed": config.data.seed,
         "validation_scenes": config.data.validation_scenes,
         "test_scenes": config.data.test_scenes,
@@ -162,13 +162,13 @@ def _digits(start: Start, device: str) -> tuple[DataSplits, str]:
     }
 
     def work() -> dict[str, Any]:
-        result = pretrain_digits(checkpoint=path, **settings)
+        result = pretrain_digits(config.pretrain, checkpoint=path, **more)
         say(f"pretrained: source task, validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}")
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
     pretrained = start.journal.stage(
         "pretrain",
-        settings | {"version": __version__},
+        dataclasses.asdict(config.pretrain) | more | {"version": __version__},
         [path, sidecar_path(path)],
         work,
         workers=start.workers,

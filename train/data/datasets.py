@@ -136,7 +136,34 @@ class Listing:
         return manifest
 
     def _manifest(self, statuses: Sequence[Status]) -> Manifest:
-        return _decide(self.source, statuses, self.kind, self.rule, self.seed, KINDS[self.kind].advice)
+        """Labels, splits and records of files whose status is known."""
+        readable = [entry for entry, status in zip(self.source.entries, statuses, strict=True) if status.text == "ok"]
+        if not readable:
+            counts = Counter(status.text for status in statuses).most_common()
+            reasons = ", ".join(f"{number} {reason}" for reason, number in counts[:5])
+            if len(counts) > 5:
+                reasons += f", {sum(number for _, number in counts[5:])} for other reasons"
+            raise InputError(
+                f"folder {self.source.root} holds no readable image among {len(statuses)} file(s) ({reasons}); "
+                f"{KINDS[self.kind].advice}"
+            )
+        class_names = tuple(sorted({entry.class_name for entry in readable}))
+        for name in sorted({entry.class_name for entry in self.source.entries} - set(class_names)):
+            logger.warning("class folder %r holds no readable image and is left out", name)
+        hashes = {entry.id: status.sha256 for entry, status in zip(self.source.entries, statuses, strict=True)}
+        drawn: dict[str, str] = {}
+        if self.rule == "stratified":
+            drawn = _draw(readable, hashes, seed=self.seed, test=0.15)
+        elif self.rule == "official":
+            drawn = _draw([e for e in readable if e.split == "train"], hashes, seed=self.seed, test=0.0)
+        labels = {name: label for label, name in enumerate(class_names)}
+        records = []
+        for entry, status in zip(self.source.entries, statuses, strict=True):
+            split = drawn.get(entry.id, entry.split) if status.text == "ok" else entry.split
+            label = labels.get(entry.class_name, -1)
+            records.append(Record(entry.id, label, entry.class_name, split, status.text, status.sha256))
+        records.sort(key=lambda record: record.id)
+        return Manifest(self.kind, str(self.source.root), class_names, tuple(records), self.rule, self.source.lists)
 
 
 def list_files(
@@ -164,36 +191,6 @@ def list_files(
         raise InputError(f"folder {folder} holds class folders but no file in them{advice}")
     check_class_names(entry.class_name for entry in source.entries)
     return Listing(source, kind, rule, seed)
-
-
-def _decide(source: _Source, statuses: Sequence[Status], kind: str, rule: str, seed: int, advice: str) -> Manifest:
-    """Labels, splits and records of files whose status is known."""
-    readable = [entry for entry, status in zip(source.entries, statuses, strict=True) if status.text == "ok"]
-    if not readable:
-        counts = Counter(status.text for status in statuses).most_common()
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts[:5])
-        if len(counts) > 5:
-            reasons += f", {sum(number for _, number in counts[5:])} for other reasons"
-        raise InputError(
-            f"folder {source.root} holds no readable image among {len(statuses)} file(s) ({reasons}); {advice}"
-        )
-    class_names = tuple(sorted({entry.class_name for entry in readable}))
-    for name in sorted({entry.class_name for entry in source.entries} - set(class_names)):
-        logger.warning("class folder %r holds no readable image and is left out", name)
-    hashes = {entry.id: status.sha256 for entry, status in zip(source.entries, statuses, strict=True)}
-    drawn: dict[str, str] = {}
-    if rule == "stratified":
-        drawn = _draw(readable, hashes, seed=seed, test=0.15)
-    elif rule == "official":
-        drawn = _draw([e for e in readable if e.split == "train"], hashes, seed=seed, test=0.0)
-    labels = {name: label for label, name in enumerate(class_names)}
-    records = []
-    for entry, status in zip(source.entries, statuses, strict=True):
-        split = drawn.get(entry.id, entry.split) if status.text == "ok" else entry.split
-        label = labels.get(entry.class_name, -1)
-        records.append(Record(entry.id, label, entry.class_name, split, status.text, status.sha256))
-    records.sort(key=lambda record: record.id)
-    return Manifest(kind, str(source.root), class_names, tuple(records), rule, source.lists)
 
 
 def _draw(entries: Sequence[Entry], hashes: Mapping[str, str], *, seed: int, test: float) -> dict[str, str]:
