@@ -221,7 +221,7 @@ def test_without_identity_nothing_is_computed_by_index(unnamed: Path) -> None:
 
 def test_report_and_summary_say_what_is_left_out(named: Path, unnamed: Path) -> None:
     summary, page = texts(named)
-    for place in (summary, page.replace("&#39;", "'")):
+    for place in (summary, str(page).replace("&#39;", "'")):
         assert "permuted's head are named by its sidecar permuted.json" in place
         assert "headless has no head" in place
         assert "are of a class that it does not have, and are left out of its accuracy" in place
@@ -235,7 +235,7 @@ def test_report_and_summary_say_what_is_left_out(named: Path, unnamed: Path) -> 
     assert predicted[0] == predicted[1], "the same model, by name"
     assert predicted[3] is None, "features are no prediction"
     summary, page = texts(unnamed)
-    for place in (summary, page.replace("&#39;", "'")):
+    for place in (summary, str(page).replace("&#39;", "'")):
         assert "The classes of one's head are not known" in place
         assert "gradcam of baseline: it has no head" in place
         assert "Test accuracy" not in place

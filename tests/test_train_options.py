@@ -280,7 +280,7 @@ def test_the_readers_workers_and_the_cache_change_nothing(tmp_path: Path) -> Non
     write_sports100(tmp_path / "sports", train=6, held_out=3)
     preprocessing = preprocessing_of(build_model(ModelSource("test_vit", img_size=32), num_classes=1))
     plain = prepare_folder(build_manifest(tmp_path / "sports", kind="sports100"), preprocessing=preprocessing)
-    cached = prepare_folder(plain.manifest, kind="sports100", preprocessing=preprocessing, cache=tmp_path)
+    cached = prepare_folder(plain.manifest, preprocessing=preprocessing, cache=tmp_path)
     records, names = plain.manifest.split("train"), plain.class_names
     sources = {
         "one": replace(plain, train=FolderImages(plain.manifest.root, records, names, preprocessing, workers=1)),
