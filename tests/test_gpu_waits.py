@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.capture import AttentionTap
-from engine.capture.sinks import LayerQueue, MapsSink, MetricsSink, Sink
+from engine.capture.sinks import MapsSink, MetricsSink, Sink
 from engine.capture.stream import BatchPass
 from kernels import METRICS, measure_attention, measure_qk, torch_ops
 from kernels.cuda import triton_gpu, triton_maps, triton_qk, triton_rows
@@ -129,8 +129,7 @@ class Writer:
 def batch_pass(encoding: str, copies: Any, backend: str) -> BatchPass:
     sinks: list[Sink] = [MetricsSink(CORE, backend, dict.fromkeys(range(6)), copies)]
     if encoding:
-        queue = LayerQueue(Writer(), 0, copies.depth)  # type: ignore[arg-type]
-        sinks.append(MapsSink(queue, encoding, copies))
+        sinks.append(MapsSink(Writer(), 0, copies, encoding))  # type: ignore[arg-type]
     return BatchPass(0, sinks, copies)
 
 

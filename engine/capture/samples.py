@@ -113,19 +113,19 @@ class SampleMaps:
             InputError: it is no store of sample maps, or cannot be read.
         """
         try:
-            root = zarr.open_group(path, mode="r")
+            root: Any = zarr.open_group(path, mode="r")
             if root.attrs.get("schema") != SCHEMA:
                 raise ValueError(f"its schema is {root.attrs.get('schema')!r}, expected {SCHEMA!r}")
-            images = _group(root, "images")
+            images = root["images"]
             return cls(
                 path=path,
-                pixels=_values(images, "pixels"),
-                ids=tuple(str(name) for name in _values(images, "id")),
-                labels=tuple(int(label) for label in _values(images, "label")),
-                boxes=_values(images, "boxes") if "boxes" in images else None,
-                regions=tuple(map(str, _list(root, "region_names"))),
-                classes=tuple(map(str, _list(root, "class_names"))),
-                runs={name: _read_run(_group(root, name)) for name in runs},
+                pixels=np.asarray(images["pixels"][...]),
+                ids=tuple(str(name) for name in np.asarray(images["id"][...])),
+                labels=tuple(int(label) for label in np.asarray(images["label"][...])),
+                boxes=np.asarray(images["boxes"][...]) if "boxes" in images else None,
+                regions=tuple(root.attrs["region_names"]),
+                classes=tuple(root.attrs["class_names"]),
+                runs={name: _read_run(root[name]) for name in runs},
             )
         except Exception as error:  # zarr and the codecs share no base class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -212,35 +212,15 @@ def require_samples_place(place: Storage) -> None:
     place.own_files(FILES)
 
 
-def _read_run(group: zarr.Group) -> SampleRun:
-    layers = []
-    for key, array in sorted(group.arrays()):
-        if key.startswith("layer_"):
-            layout: Any = array.attrs["layout"]
-            number = int(key.removeprefix("layer_"))
-            layers.append(SampleLayer(number, str(array.attrs["site"]), TokenLayout.from_dict(layout), array))
-    return SampleRun(tuple(layers), _values(group, "logits") if "logits" in group else None)
-
-
-def _group(root: zarr.Group, name: str) -> zarr.Group:
-    group = root[name]
-    if not isinstance(group, zarr.Group):
-        raise TypeError(f"{name} is an array; expected a group")
-    return group
-
-
-def _values(group: zarr.Group, name: str) -> np.ndarray:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise TypeError(f"{name} is a group; expected an array")
-    return np.asarray(array[...])
-
-
-def _list(root: zarr.Group, name: str) -> list[Any]:
-    value = root.attrs[name]
-    if not isinstance(value, list):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a list")
-    return value
+def _read_run(group: Any) -> SampleRun:
+    layers = tuple(
+        SampleLayer(
+            int(key.removeprefix("layer_")), array.attrs["site"], TokenLayout.from_dict(array.attrs["layout"]), array
+        )
+        for key, array in sorted(group.arrays())
+        if key.startswith("layer_")
+    )
+    return SampleRun(layers, np.asarray(group["logits"][...]) if "logits" in group else None)
 
 
 def _write(

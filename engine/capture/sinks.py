@@ -18,10 +18,10 @@ import torch
 from torch.nn import functional
 
 from engine.capture.attention_call import SiteAttention
-from engine.capture.discovery import one_bias
+from engine.capture.discovery import Discovery, one_bias
 from engine.capture.families import CaptureError
 from kernels import Measurement, MetricSpec, measure_qk
-from store import AttentionWriter, Factors, FactorSchema
+from store import AttentionWriter, Factors
 from train.transfer import HostCopies, HostCopy
 
 _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,14 +29,16 @@ _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(slots=True)
 class BatchResults:
-    """What a batch's sinks give beside the attention that was written.
+    """What a batch gives beside the attention that was written.
 
     Args:
+        logits: what the model puts out, [image, class].
         values: metric -> [image, layer, head(, region)]; layers with fewer heads than the widest are filled with NaN.
         undefined: metric -> rows that have no part in its value, [image, layer, head], filled with −1.
         prefix_mass: (layer, head) -> the mean mass that it gives to prefix tokens, of the layers whose maps were kept.
     """
 
+    logits: np.ndarray
     values: dict[str, np.ndarray] = field(default_factory=dict)
     undefined: dict[str, np.ndarray] = field(default_factory=dict)
     prefix_mass: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -61,13 +63,8 @@ class Sink(Protocol):
 class MetricsSink:
     """Measures each site as it is seen, without building its map in main memory.
 
-    Rows that are no attention (NaN or infinite logits) are left out of every metric and counted.
-
-    Args:
-        metrics: at least one.
-        backend: that measures.
-        regions: layer -> coverage of this batch's images, [image, region, patch] on the layer's grid, or None.
-        copies: to the host, from the device the model runs on.
+    Rows that are no attention (NaN or infinite logits) are left out of every metric and counted. `regions` is, for each
+    layer, the coverage of this batch's images, [image, region, patch] on the layer's grid, or None.
     """
 
     def __init__(
@@ -77,10 +74,7 @@ class MetricsSink:
         regions: Mapping[int, np.ndarray | None],
         copies: HostCopies,
     ) -> None:
-        self._metrics = metrics
-        self._backend = backend
-        self._regions = regions
-        self._copies = copies
+        self._metrics, self._backend, self._regions, self._copies = metrics, backend, regions, copies
         self._measured: list[Measurement] = []
         self._invalid_patches: list[torch.Tensor] = []  # patch queries of each map that are no attention, [image, head]
         self._arriving: dict[str, tuple[HostCopy, HostCopy]] = {}
@@ -110,10 +104,7 @@ class MetricsSink:
             values = stack_layers([layer[metric.name] for layer in self._measured], math.nan)
             undefined = [layer.undefined_rows[metric.name] for layer in self._measured]
             counts = [rows + invalid for rows, invalid in zip(undefined, self._invalid_patches, strict=True)]
-            self._arriving[metric.name] = (
-                self._copies.start(values),
-                self._copies.start(stack_layers(counts, -1)),
-            )
+            self._arriving[metric.name] = self._copies.start(values), self._copies.start(stack_layers(counts, -1))
 
     def finish(self, results: BatchResults) -> None:
         for name, (values, undefined) in self._arriving.items():
@@ -135,59 +126,47 @@ class ArrivingFactors:
         return Factors(query=self.query.wait(), key=self.key.wait(), scale=self.scale, bias=bias)
 
 
-class LayerQueue:
-    """Layers of a batch on their way to the store's writer, in depth order.
+class StoreSink:
+    """Brings each site's attention to the writer, in depth order.
 
     Args:
         writer: of the store.
         batch: its number.
-        depth: how many layers may be on their way.
-        biases: layer -> the bias that all images share, which must stay the same.
+        copies: to the host, from the device the model runs on; a layer is waited for when `copies.depth` follow it.
     """
 
-    def __init__(
-        self, writer: AttentionWriter, batch: int, depth: int, biases: Mapping[int, torch.Tensor] | None = None
-    ) -> None:
-        self._writer = writer
-        self._batch = batch
-        self._depth = depth
-        self._biases = biases or {}
+    def __init__(self, writer: AttentionWriter, batch: int, copies: HostCopies) -> None:
+        self._writer, self._batch, self._copies = writer, batch, copies
         self._arriving: deque[tuple[int, HostCopy | ArrivingFactors]] = deque()
 
     def put(self, layer: int, arriving: HostCopy | ArrivingFactors) -> None:
-        """Add a layer, waiting for those beyond the last `depth`."""
+        """Add a layer that is on its way, and hand over those that have been for long."""
         self._arriving.append((layer, arriving))
-        self._hand_over(self._depth)
+        self._hand_over(self._copies.depth)
 
-    def flush(self) -> None:
-        """Wait for all of them."""
+    def launched(self) -> None:
+        """All is on its way already."""
+
+    def finish(self, results: BatchResults) -> None:
         self._hand_over(0)
+
+    def check(self, layer: int, attention: Any) -> None:
+        """Look at a layer that has arrived."""
 
     def _hand_over(self, leave: int) -> None:
         while len(self._arriving) > leave:
             layer, arriving = self._arriving.popleft()
-            attention: Any = arriving.wait()
-            if layer in self._biases and not torch.equal(one_bias(attention.bias), self._biases[layer]):
-                raise CaptureError(
-                    f"the bias of layer {layer} changes from batch to batch though not from image to image, which the "
-                    "encoding qk cannot keep; use fp16 or bf16"
-                )
+            attention = arriving.wait()
+            self.check(layer, attention)
             self._writer.add_attention(self._batch, layer, attention)
 
 
-class MapsSink:
-    """Brings maps to the writer, in 16 bits, and notes how much of each head's mass goes to prefix tokens.
+class MapsSink(StoreSink):
+    """Brings maps in 16 bits, and notes how much of each head's mass goes to prefix tokens."""
 
-    Args:
-        queue: of the batch's layers.
-        encoding: of the store, "fp16" or "bf16".
-        copies: to the host, from the device the model runs on.
-    """
-
-    def __init__(self, queue: LayerQueue, encoding: str, copies: HostCopies) -> None:
-        self._queue = queue
+    def __init__(self, writer: AttentionWriter, batch: int, copies: HostCopies, encoding: str) -> None:
+        super().__init__(writer, batch, copies)
         self._precision = _PRECISION[encoding]
-        self._copies = copies
         self._invalid = torch.empty(0)
         self._prefix_mass: dict[int, torch.Tensor] = {}
 
@@ -195,55 +174,46 @@ class MapsSink:
         site, maps = attention.site, attention.maps()
         self._invalid = maps[..., 0].isnan()  # a softmax with a NaN in it is NaN throughout
         self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).nanmean(dim=(0, 2))
-        self._queue.put(site.layer, self._copies.start(maps, self._precision))
+        self.put(site.layer, self._copies.start(maps, self._precision))
 
     def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
         return self._invalid
 
-    def launched(self) -> None:
-        pass
-
     def finish(self, results: BatchResults) -> None:
-        self._queue.flush()
+        super().finish(results)
         heads = [(layer, head) for layer, masses in self._prefix_mass.items() for head in range(len(masses))]
         masses = torch.cat(list(self._prefix_mass.values())).tolist()
         results.prefix_mass |= dict(zip(heads, masses, strict=True))
 
 
-class FactorsSink:
-    """Brings query, key and bias to the writer.
+class FactorsSink(StoreSink):
+    """Brings query, key and bias; a bias that all images shared when the capture began must stay the same."""
 
-    Args:
-        queue: of the batch's layers.
-        factors: layer -> what is fixed about its query and key.
-        copies: to the host, from the device the model runs on.
-    """
-
-    def __init__(self, queue: LayerQueue, factors: Mapping[int, FactorSchema], copies: HostCopies) -> None:
-        self._queue = queue
-        self._precision = {layer: getattr(torch, factor.precision) for layer, factor in factors.items()}
-        self._copies = copies
+    def __init__(self, writer: AttentionWriter, batch: int, copies: HostCopies, found: Discovery) -> None:
+        super().__init__(writer, batch, copies)
+        self._precision = {layer: getattr(torch, factor.precision) for layer, factor in found.factors.items()}
+        self._biases = found.biases
 
     def take(self, attention: SiteAttention) -> None:
-        layer = attention.site.layer
-        start, bias = self._copies.start, attention.bias
+        layer, start, bias = attention.site.layer, self._copies.start, attention.bias
         arriving = ArrivingFactors(
             query=start(attention.query, self._precision[layer], shared=True),
             key=start(attention.key, self._precision[layer], shared=True),
             scale=attention.scale,
             bias=None if bias is None else start(bias, shared=True),
         )
-        self._queue.put(layer, arriving)
+        self.put(layer, arriving)
 
     def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
         precision = self._precision[attention.site.layer]
         return unusable_rows(attention.query.to(precision), attention.key.to(precision))
 
-    def launched(self) -> None:
-        pass
-
-    def finish(self, results: BatchResults) -> None:
-        self._queue.flush()
+    def check(self, layer: int, attention: Any) -> None:
+        if layer in self._biases and not torch.equal(one_bias(attention.bias), self._biases[layer]):
+            raise CaptureError(
+                f"the bias of layer {layer} changes from batch to batch though not from image to image, which the "
+                "encoding qk cannot keep; use fp16 or bf16"
+            )
 
 
 def unusable_rows(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from engine.capture.discovery import Discovery, discover
 from engine.capture.families import CaptureError
 from engine.capture.metrics import metric_parameters
 from engine.capture.prefix_mass import heads_on_prefix
-from engine.capture.sinks import BatchResults, FactorsSink, LayerQueue, MapsSink, MetricsSink, Sink
+from engine.capture.sinks import BatchResults, FactorsSink, MapsSink, MetricsSink, Sink
 from engine.capture.tap import AttentionTap, evaluating
 from engine.config import metrics_of_one_capture
 from engine.progress import ImageProgress, say
@@ -167,7 +167,18 @@ def capture_to_store(
         run, missing = workers.tell(("", []))
         writer = AttentionWriter.open(path, schema, **constants, join=run)
     with writer:
-        CaptureRun(model, images, capture, writer, found, specs, backend, regions, workers, label).run(missing)
+        CaptureRun(
+            model=model,
+            images=images,
+            capture=capture,
+            writer=writer,
+            found=found,
+            specs=specs,
+            backend=backend,
+            regions=regions,
+            workers=workers,
+            label=label,
+        ).run(missing)
         if workers.first:
             writer.finish()
     workers.wait()  # nobody holds the store any more
@@ -195,16 +206,11 @@ def _open_first(path: Location, schema: StoreSchema, constants: Mapping[str, Any
 class BatchPass:
     """One batch: its attention goes from the tap to the sinks while the model runs, and its results wait here.
 
-    Args:
-        batch: its number.
-        sinks: at least one; what the first one calls invalid is counted.
-        copies: to the host, from the device the model runs on.
+    What the first sink calls invalid is counted.
     """
 
     def __init__(self, batch: int, sinks: Sequence[Sink], copies: HostCopies) -> None:
-        self.batch = batch
-        self._sinks = sinks
-        self._copies = copies
+        self.batch, self._sinks, self._copies = batch, sinks, copies
         self._invalid: list[tuple[int, torch.Tensor]] = []  # (layer, rows that are no attention)
 
     def on_attention(
@@ -224,12 +230,12 @@ class BatchPass:
             sink.launched()
         self._logits = self._copies.start(logits.float())
 
-    def finish(self) -> tuple[BatchResults, np.ndarray]:
-        """Wait for the results, and for attention that has not been handed to the writer; and the logits."""
-        results = BatchResults()
+    def finish(self) -> BatchResults:
+        """Wait for the results, and for attention that has not been handed to the writer."""
+        results = BatchResults(logits=self._logits.wait().numpy())
         for sink in self._sinks:
             sink.finish(results)
-        return results, self._logits.wait().numpy()
+        return results
 
     def invalid_rows(self) -> list[tuple[int, int, int]]:
         """(layer, its rows that are no attention, all its rows) of each layer; waits for them."""
@@ -237,38 +243,30 @@ class BatchPass:
         return [(layer, rows, total) for (layer, _), (rows, total) in zip(self._invalid, counts, strict=True)]
 
 
+@dataclass(kw_only=True)
 class CaptureRun:
     """Forward passes over this process's share of the missing batches, images decoded one batch ahead.
 
-    Args:
-        writer: of the store.
-        found: what the model was found to have.
-        specs, backend: what the metrics sink measures, and by what.
-        regions: layer -> coverage of all images' regions on its grid.
-        model, images, capture, workers, label: as of `capture_to_store`.
+    `regions` is, for each layer, the coverage of all images' regions on its grid; the rest is as in `capture_to_store`.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        images: ImageSet,
-        capture: Capture,
-        writer: AttentionWriter,
-        found: Discovery,
-        specs: Sequence[MetricSpec],
-        backend: str,
-        regions: Mapping[int, np.ndarray | None],
-        workers: Workers,
-        label: str,
-    ) -> None:
-        self._model, self._images, self._capture, self._writer = model, images, capture, writer
-        self._found, self._specs, self._backend, self._regions = found, specs, backend, regions
-        self._workers, self._label = workers, label
-        self._schema = writer.schema
+    model: torch.nn.Module
+    images: ImageSet
+    capture: Capture
+    writer: AttentionWriter
+    found: Discovery
+    specs: Sequence[MetricSpec]
+    backend: str
+    regions: Mapping[int, np.ndarray | None]
+    workers: Workers
+    label: str
+
+    def __post_init__(self) -> None:
+        self._schema = self.writer.schema
         # With its number: another thread has another current GPU.
-        self._device = torch.empty(0, device=capture.device).device
+        self._device = torch.empty(0, device=self.capture.device).device
         self._copies = HostCopies(self._device)
-        self._captured = Tally(workers, f"captured of {writer.run}")
+        self._captured = Tally(self.workers, f"captured of {self.writer.run}")
         self._prefix_mass: list[tuple[int, int, int, float]] = []  # layer, head, batch, mean
         self._invalid_rows: list[tuple[int, int]] = []  # layer, rows that are no attention
 
@@ -276,13 +274,13 @@ class CaptureRun:
         """Capture the missing batches; when it returns, all processes have committed theirs."""
         schema = self._schema
         image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-        done = schema.num_images - sum(len(self._rows(batch)) for batch in missing)
-        batches = self._workers.deal(missing)
+        done = schema.num_images - sum(self._size(batch) for batch in missing)
+        batches = self.workers.deal(missing)
         with (
             ThreadPoolExecutor(1, "decode", initializer=_use_device, initargs=(self._device,)) as decoder,
-            evaluating(self._model),
+            evaluating(self.model),
             torch.inference_mode(),
-            ImageProgress(self._label, schema.num_images, done, image_bytes) as progress,
+            ImageProgress(self.label, schema.num_images, done, image_bytes) as progress,
         ):
             decoded = deque(decoder.submit(self._decode, batch) for batch in batches[:1])
             launched: deque[BatchPass] = deque()
@@ -296,44 +294,44 @@ class CaptureRun:
                     self._commit(launched.popleft(), progress)
             while launched:
                 self._commit(launched.popleft(), progress)
-            self._writer.flush()
-            by_worker = self._workers.gather((self._prefix_mass, self._invalid_rows))
+            self.writer.flush()
+            by_worker = self.workers.gather((self._prefix_mass, self._invalid_rows))
             progress.reach(self._captured.add(0))
-        _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema, self._label)
-        _warn_of_invalid_rows(sorted(entry for _, invalid in by_worker for entry in invalid), schema, self._label)
+        _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema, self.label)
+        _warn_of_invalid_rows(sorted(entry for _, invalid in by_worker for entry in invalid), schema, self.label)
 
-    def _rows(self, batch: int) -> range:
+    def _size(self, batch: int) -> int:
         rows = self._schema.batch_rows(batch)
-        return range(rows.start, rows.stop)
+        return len(range(rows.start, rows.stop))
 
     def _decode(self, batch: int) -> torch.Tensor:
-        return self._images.batch(list(self._rows(batch)), self._device)
+        rows = self._schema.batch_rows(batch)
+        return self.images.batch(list(range(rows.start, rows.stop)), self._device)
 
     def _sinks(self, batch: int) -> list[Sink]:
         sinks: list[Sink] = []
-        if self._specs:
+        if self.specs:
             rows = self._schema.batch_rows(batch)
-            regions = {layer: None if all_ is None else all_[rows] for layer, all_ in self._regions.items()}
-            sinks.append(MetricsSink(self._specs, self._backend, regions, self._copies))
+            regions = {layer: None if all_ is None else all_[rows] for layer, all_ in self.regions.items()}
+            sinks.append(MetricsSink(self.specs, self.backend, regions, self._copies))
         if self._schema.encoding:
-            queue = LayerQueue(self._writer, batch, self._copies.depth, self._found.biases)
-            if self._capture.keeps_factors:
-                sinks.append(FactorsSink(queue, self._found.factors, self._copies))
+            if self.capture.keeps_factors:
+                sinks.append(FactorsSink(self.writer, batch, self._copies, self.found))
             else:
-                sinks.append(MapsSink(queue, self._schema.encoding, self._copies))
+                sinks.append(MapsSink(self.writer, batch, self._copies, self._schema.encoding))
         return sinks
 
     def _launch(self, batch: int, pixels: torch.Tensor) -> BatchPass:
         launched = BatchPass(batch, self._sinks(batch), self._copies)
-        layers, heads = self._capture.layers or None, self._capture.heads or None
-        with AttentionTap(self._model, launched.on_attention, layers=layers, heads=heads):
-            logits = self._model(pixels)
+        layers, heads = self.capture.layers or None, self.capture.heads or None
+        with AttentionTap(self.model, launched.on_attention, layers=layers, heads=heads):
+            logits = self.model(pixels)
         launched.launched(logits)
         return launched
 
     def _commit(self, launched: BatchPass, progress: ImageProgress) -> None:
         batch = launched.batch
-        results, logits = launched.finish()
+        results = launched.finish()
         rows = launched.invalid_rows()
         if all(invalid == total for _, invalid, total in rows):
             raise CaptureError(
@@ -341,9 +339,11 @@ class CaptureRun:
                 "look for NaN in the model's weights and in the images"
             )
         self._invalid_rows.extend((layer, invalid) for layer, invalid, _ in rows if invalid)
-        self._writer.commit(batch, results.values, results.undefined, logits if self._schema.num_classes else None)
+        self.writer.commit(
+            batch, results.values, results.undefined, results.logits if self._schema.num_classes else None
+        )
         self._prefix_mass.extend((*head, batch, mass) for head, mass in results.prefix_mass.items())
-        progress.reach(self._captured.add(len(self._rows(batch))))
+        progress.reach(self._captured.add(self._size(batch)))
         _return_freed_memory()
 
 

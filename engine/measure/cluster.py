@@ -18,13 +18,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 from engine import __version__
 from engine.config import load_metrics
-from engine.measure.units import Batches, BatchValues, StoredMeasurement
+from engine.measure.units import BatchValues, StoredMeasurement
 from kernels import BACKENDS, BackendUnavailableError, MetricError
 from store import AttentionStore, StoreError
 from train.errors import InputError
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10  # to reach the scheduler, and for its first worker
 PATIENCE_SECONDS = 60  # without any worker, before a measurement gives up
-BATCHES_A_THREAD = 2  # with the scheduler: one measured, one waiting
+BATCHES_PER_THREAD = 2  # with the scheduler: one measured, one waiting
 
 
 class ClusterError(RuntimeError):
@@ -47,7 +47,7 @@ class Job:
     """A measurement as it travels: names and paths, which a worker looks up on its own side.
 
     Args:
-        id: of this run; a worker opens the stores anew for another.
+        id: of this run; a worker opens the stores again for another.
         code_version: of this package, which workers must have.
         store, other: absolute paths or URLs; other is "" without pair metrics.
         captures: digests of the two.
@@ -64,12 +64,8 @@ class Job:
     backend: str
 
     @classmethod
-    def of(cls, measurement: StoredMeasurement, named: Mapping[str, str]) -> Job:
-        """The same measurement, for workers.
-
-        Args:
-            named: name -> how the user named the metric.
-        """
+    def describe(cls, measurement: StoredMeasurement, named: Mapping[str, str]) -> Job:
+        """The same measurement, for workers; `named` is how the user named each metric."""
         stores = [store for store in (measurement.store, measurement.other) if store is not None]
         paths = [str(store.path) for store in stores]
         return cls(
@@ -84,7 +80,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str, str]) -> Iterator[Batches]:
+def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str, str]) -> Iterator[Cluster]:
     """A cluster whose workers have been asked whether they can do it.
 
     Args:
@@ -92,48 +88,54 @@ def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str
         measurement: what is to be measured.
         named: metric name -> how the user named it.
 
-    Yields:
-        What measures batches there as `StoredMeasurement.batches` does here, but in the order in which they get ready.
-        It raises ClusterError when the scheduler goes away, workers die again and again over one batch, or none is
-        left; and what a batch raises here.
-
     Raises:
         InputError: Dask is not installed here, the scheduler cannot be reached or has no workers, or a worker has
             another version of this package, another store at the path, or not the user's metric.
     """
-    job = Job.of(measurement, named)
+    job = Job.describe(measurement, named)
     with _client(scheduler) as client:  # closed, it withdraws its tasks
         _check_workers(client, scheduler, job)
-        yield partial(_batches, client, scheduler, job)
+        yield Cluster(client, scheduler, job)
 
 
-def _batches(
-    client: Any, scheduler: str, job: Job, names: Mapping[int, Sequence[str]]
-) -> Iterator[tuple[int, BatchValues]]:
-    distributed = _distributed()
-    left = iter(names)
-    pending: dict[Any, int] = {}
-    try:
-        while True:
-            room = BATCHES_A_THREAD * sum(client.nthreads().values()) - len(pending)
-            for batch in islice(left, max(room, 0 if pending else 1)):
-                key = f"measure-{job.id}-{batch}"
-                pending[client.submit(_measure, job, batch, tuple(names[batch]), key=key)] = batch
-            if not pending:
-                return
-            for future in _any_done(client, scheduler, list(pending)):
-                batch = pending.pop(future)
-                found: BatchValues = future.result()
-                yield batch, found
-    except distributed.KilledWorker as error:
-        raise ClusterError(
-            f"every worker of {scheduler} that measured {error.task} died, the last at {error.last_worker.address}; "
-            "look at their logs (memory?), then run the same command again to go on"
-        ) from error
-    except (distributed.CancelledError, OSError) as error:
-        raise ClusterError(
-            f"the scheduler at {scheduler} went away; what was committed is kept, run the same command again to go on"
-        ) from error
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Workers that measure a job."""
+
+    client: Any
+    scheduler: str
+    job: Job
+
+    def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
+        """Measure batches as `StoredMeasurement.batches`, but in the order in which they get ready.
+
+        Raises:
+            ClusterError: the scheduler went away, workers die again and again over one batch, or none is there.
+        """
+        client, scheduler, job = self.client, self.scheduler, self.job
+        distributed = _distributed()
+        waiting = iter(names)
+        pending: dict[Any, int] = {}
+        try:
+            while True:
+                room = BATCHES_PER_THREAD * sum(client.nthreads().values()) - len(pending)
+                for batch in islice(waiting, max(room, 0 if pending else 1)):
+                    key = f"measure-{job.id}-{batch}"
+                    pending[client.submit(_measure, job, batch, tuple(names[batch]), key=key)] = batch
+                if not pending:
+                    return
+                for future in _any_done(client, scheduler, list(pending)):
+                    yield pending.pop(future), future.result()
+        except distributed.KilledWorker as error:
+            raise ClusterError(
+                f"every worker of {scheduler} that measured {error.task} died, the last at "
+                f"{error.last_worker.address}; look at their logs (memory?), then run the same command again to go on"
+            ) from error
+        except (distributed.CancelledError, OSError) as error:
+            raise ClusterError(
+                f"the scheduler at {scheduler} went away; what was committed is kept, run the same command again to "
+                "go on"
+            ) from error
 
 
 def _distributed() -> Any:
@@ -150,7 +152,7 @@ def _client(scheduler: str) -> Any:
     """Connect, within bounds: Dask's own timeout does not hold where something listens and never answers."""
     distributed = _distributed()
     for name in ("distributed.client", "distributed.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost connection is told once, by what is raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost connection is said once, by what is raised
     connecting: Future[Any] = Future()
 
     def connect() -> None:
@@ -172,11 +174,7 @@ def _client(scheduler: str) -> Any:
 
 
 def _any_done(client: Any, scheduler: str, pending: Sequence[Any]) -> list[Any]:
-    """The futures that are ready, at least one.
-
-    Raises:
-        ClusterError: there has been no worker for a while.
-    """
+    """The futures that are ready, at least one; ClusterError when there has been no worker for a while."""
     distributed = _distributed()
     seen = time.monotonic()
     while True:
@@ -192,11 +190,7 @@ def _any_done(client: Any, scheduler: str, pending: Sequence[Any]) -> list[Any]:
 
 
 def _check_workers(client: Any, scheduler: str, job: Job) -> None:
-    """Every worker has this version of the package, the stores and the metrics.
-
-    Raises:
-        InputError: one has not, or there is none.
-    """
+    """Raises InputError where a worker has not this version of the package, the stores or the metrics, or none is."""
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from engine.capture import metric_parameters, stored_parameters
 from engine.config import load_metrics
 from engine.measure.cluster import connected
-from engine.measure.units import Batches, StoredMeasurement
+from engine.measure.units import BatchMeasurer, StoredMeasurement
 from engine.progress import ImageProgress, say
 from kernels import MetricSpec, TokenLayout, check_metrics, resolve
 from store import AttentionStore, MetricWriter, StoreError, has_metric
@@ -71,10 +71,10 @@ def measure_store(
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     measurement = StoredMeasurement(store, other, missing, chosen)
     with contextlib.ExitStack() as resources:
-        measure_batches: Batches = measurement.batches
+        measurer: BatchMeasurer = measurement
         if scheduler:
             named = {load_metrics([name])[0].name: name for name in metrics}
-            measure_batches = resources.enter_context(connected(scheduler, measurement, named))
+            measurer = resources.enter_context(connected(scheduler, measurement, named))
         against_of = {name: other for name, spec in missing.items() if spec.inputs == "pair" and other is not None}
         writer = resources.enter_context(
             MetricWriter.open(store, parameters, region_metrics=needing, against=against_of)
@@ -85,7 +85,7 @@ def measure_store(
         masked = 0
         image_bytes = sum(array.row_bytes for array in attention_arrays(store.schema))
         with ImageProgress(f"measure {store.path.name}", total, 0, image_bytes) as progress:
-            for batch, found in measure_batches(todo):
+            for batch, found in measurer.batches(todo):
                 writer.write_batch(batch, found.values, found.undefined)
                 progress.update(rows[batch].stop - rows[batch].start)
                 masked += found.masked

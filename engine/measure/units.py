@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,8 +40,11 @@ class BatchValues:
     masked: int
 
 
-# Measures batches, given batch -> names of metrics.
-Batches = Callable[[Mapping[int, Sequence[str]]], Iterator[tuple[int, BatchValues]]]
+class BatchMeasurer(Protocol):
+    """What measures batches: this process, or a cluster."""
+
+    def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
+        """Measure batches, given batch -> names of metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +94,18 @@ class StoredMeasurement:
         try:
             # While the first batch under way is waited for, those after it hold a unit for every thread.
             ahead = 1 + -(-threads // max(1, len(self.store.layers)))
-            left = map(begin, names)
-            under_way = list(islice(left, ahead))
+            begun = map(begin, names)
+            under_way = list(islice(begun, ahead))
             while under_way:
                 batch, parts = under_way.pop(0)
                 values = self._join(names[batch], [(unit, part.result()) for unit, part in parts])
-                under_way += islice(left, 1)
+                under_way += islice(begun, 1)
                 yield batch, values
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def batch(self, batch: int, names: Sequence[str]) -> BatchValues:
-        """Measure one batch in the calling thread.
-
-        Raises:
-            StoreError, MetricError: as `batches`.
-        """
+        """Measure one batch in the calling thread; errors as `batches`."""
         return self._join(names, [(unit, self._measure(unit, names, True)) for unit in self.units(batch)])
 
     def units(self, batch: int) -> list[Unit]:
@@ -121,18 +120,14 @@ class StoredMeasurement:
         return units
 
     def _image_bytes(self, layer: int) -> int:
-        """What a thread holds of an image's layer: what is stored, or the float32 maps a pair metric makes of it."""
+        """What a thread holds per image of a layer: what is stored, or the float32 maps a pair metric makes of it."""
         described = self.store.schema.layers[self.store.layers.index(layer)]
         if self.other is not None and described.factors is not None:
             return 4 * described.heads * described.tokens**2
         return sum(array.row_bytes for array in layer_arrays(self.store.schema, described).values())
 
     def _measure(self, unit: Unit, names: Sequence[str], alone: bool) -> BatchValues:
-        """Each metric's values [image, head(, region)] and undefined-row counts [image, head] of a unit.
-
-        Args:
-            alone: other threads measure beside this one.
-        """
+        """Measure a unit on its layer's own grid; with `alone`, other threads measure beside this one."""
         store, other, rows = self.store, self.other, unit.rows
         attention = Stored(store.read_here(unit.layer, rows, "ours"), store.precision(unit.layer))
         compared = None
@@ -147,17 +142,15 @@ class StoredMeasurement:
     def _join(self, names: Sequence[str], parts: Sequence[tuple[Unit, BatchValues]]) -> BatchValues:
         """A batch's values of those of its units."""
 
-        def joined(arrays: Iterable[tuple[Unit, np.ndarray]], fill: float) -> np.ndarray:
-            layers: dict[int, list[np.ndarray]] = {}
-            for unit, piece in arrays:
-                layers.setdefault(unit.layer, []).append(piece)
-            return stack_layers([np.concatenate(pieces) for pieces in layers.values()], fill).numpy()
-
-        return BatchValues(
-            {name: joined(((unit, found.values[name]) for unit, found in parts), np.nan) for name in names},
-            {name: joined(((unit, found.undefined[name]) for unit, found in parts), -1) for name in names},
-            sum(found.masked for _, found in parts),
-        )
+        layers: dict[int, list[BatchValues]] = {}
+        for unit, measured in parts:
+            layers.setdefault(unit.layer, []).append(measured)
+        values, undefined = {}, {}
+        for name in names:
+            whole = [np.concatenate([unit.values[name] for unit in units]) for units in layers.values()]
+            counts = [np.concatenate([unit.undefined[name] for unit in units]) for units in layers.values()]
+            values[name], undefined[name] = stack_layers(whole, np.nan).numpy(), stack_layers(counts, -1).numpy()
+        return BatchValues(values, undefined, sum(measured.masked for _, measured in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +185,7 @@ def _measure_layer(
 ) -> BatchValues:
     """What was measured of one layer; rows that are no attention are left out and counted."""
     measurements = []
-    if of_one := [spec for spec in specs if spec.inputs != "pair"]:
+    if single := [spec for spec in specs if spec.inputs != "pair"]:
         stored = attention.attention
         if isinstance(stored, Factors):
             query, key = (_kernel_array(part, attention.precision) for part in (stored.query, stored.key))
@@ -200,16 +193,16 @@ def _measure_layer(
             if bias is not None and isinstance(query, torch.Tensor):
                 bias = torch.from_numpy(bias)
             measured = measure_qk(
-                query, key, layout, of_one, stored.scale, bias, backend, invalid="mask", regions=regions
+                query, key, layout, single, stored.scale, bias, backend, invalid="mask", regions=regions
             )
         else:
             maps = _kernel_array(stored, attention.precision)
-            measured = measure_attention(maps, layout, of_one, backend, invalid="mask", regions=regions)
+            measured = measure_attention(maps, layout, single, backend, invalid="mask", regions=regions)
         measurements.append(measured)
-    if of_two := [spec for spec in specs if spec.inputs == "pair"]:
+    if pairs := [spec for spec in specs if spec.inputs == "pair"]:
         assert other is not None  # `measure_store` refuses pair metrics without one
         ours, theirs = _in_one_precision(attention.maps(), other.maps())
-        measurements.append(measure_pair(ours, theirs, layout, of_two, backend, invalid="mask"))
+        measurements.append(measure_pair(ours, theirs, layout, pairs, backend, invalid="mask"))
     values, undefined = {}, {}
     masked: np.ndarray = np.zeros((), bool)
     for measured in measurements:
