@@ -18,7 +18,7 @@ class Discovery:
     """What a capture of a model will hold.
 
     Args:
-        sites: measurable ones, in depth order.
+        sites: in depth order.
         skipped: (module name, reason) of the others.
         num_classes: scored by the model; 0 without a head.
         precision: dtype in which query meets key; under autocast, the one that it casts to.

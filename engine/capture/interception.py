@@ -110,6 +110,7 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
         self.model = unwrapped(model)
         self._handlers = dict(handlers)
         self._others = others
+        self._names: dict[torch.nn.Module, str] = {}
         self._running: list[tuple[str, torch.nn.Module]] = []
         self._thread = 0
         self._open: ExitStack | None = None
@@ -122,7 +123,8 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
             for name, module in named_modules(self.model):
                 if name and not module._modules:
                     continue  # five modules in six, whose calls hooks would make 10 µs longer each
-                stack.enter_context(module.register_forward_pre_hook(self._entering(name)))
+                self._names[module] = name
+                stack.enter_context(module.register_forward_pre_hook(self._entering))
                 # always_call: the name must leave the stack when the forward raises, too.
                 stack.enter_context(module.register_forward_hook(self._leaving, always_call=True))
             stack.enter_context(_fused(self.model))
@@ -141,15 +143,12 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
             self._open = None
             stack.close()
 
-    def _entering(self, name: str) -> Callable[[torch.nn.Module, Any], None]:
-        def enter(module: torch.nn.Module, args: Any) -> None:
-            if threading.get_ident() == self._thread:
-                self._running.append((name, module))
-
-        return enter
+    def _entering(self, module: torch.nn.Module, args: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.append((self._names[module], module))
 
     def _leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        # Not on top when another hook raised before `enter` ran.
+        # Not on top when another hook raised before `_entering` ran.
         if threading.get_ident() == self._thread and self._running and self._running[-1][1] is module:
             self._running.pop()
 

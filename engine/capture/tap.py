@@ -93,7 +93,8 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         self._images = 0  # in the batch whose forward pass is running
         self._layout: TokenLayout | str = "no images passed through its patch embedding"  # or why there is none
         self._calls: dict[str, int] = {}  # a site's calls in this forward pass
-        self._ran: set[str] = set()  # attention modules that ran, whether or not their call was seen
+        self._attending: dict[torch.nn.Module, str] = {}  # attention modules and their names
+        self._ran: dict[str, None] = {}  # those that ran, in order, whether or not their call was seen
         self._checked = False
         self._open = ExitStack()
 
@@ -103,7 +104,8 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
                 patch_stem(self._vision).register_forward_pre_hook(self._begin_forward, with_kwargs=True)
             )
             for name, module in () if self._checked else _attention_modules(self.model):
-                stack.enter_context(module.register_forward_pre_hook(self._note_run(name)))
+                self._attending[module] = name
+                stack.enter_context(module.register_forward_pre_hook(self._note_run))
             stack.enter_context(self.model.register_forward_hook(self._after_forward))
             stack.enter_context(self._interception)
             self._open = stack.pop_all()
@@ -127,11 +129,8 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         except LayoutError as error:
             self._layout = str(error)
 
-    def _note_run(self, name: str) -> Callable[[torch.nn.Module, Any], None]:
-        def note(module: torch.nn.Module, args: Any) -> None:
-            self._ran.add(name)
-
-        return note
+    def _note_run(self, module: torch.nn.Module, args: Any) -> None:
+        self._ran[self._attending[module]] = None
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if not self._checked:
@@ -141,7 +140,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         """After the first forward pass: what was measurable, and what was not seen at all."""
         self._checked = True
         seen = {name.partition("#")[0] for name in (*self.sites, *(name for name, _ in self.skipped))}
-        for name in sorted(self._ran, key=_natural):
+        for name in self._ran:
             if not any(other == name or other.startswith(f"{name}.") for other in seen):
                 self._skip(name, "it does not call F.scaled_dot_product_attention")
         model = type(self.model).__name__
@@ -204,11 +203,6 @@ def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.M
     stated = [(name, module) for name, module in named_modules(model) if num_heads(module) is not None]
     outer = {".".join(name.split(".")[:depth]) for name, _ in stated for depth in range(len(name.split("."))) if name}
     return ((name, module) for name, module in stated if name not in outer)
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which blocks.2 stands before blocks.10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _grouped(skipped: list[tuple[str, str]]) -> str:
