@@ -65,8 +65,8 @@ def discover(
 
     Args:
         model: see `AttentionTap`.
-        images: [image, channel, row, col]; two where factors are kept: from one alone, a bias of each image cannot be
-            told from one for all.
+        images: [image, channel, row, col]; two where factors are kept: from one alone, a bias per image cannot be
+            distinguished from one for all.
         layers, heads: to look at; empty: all.
         keeps_factors: whether query and key will be stored.
 

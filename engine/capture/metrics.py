@@ -14,7 +14,7 @@ from store import AttentionStore
 def metric_parameters(spec: MetricSpec, backend: str, other: AttentionStore | None = None) -> dict[str, Any]:
     """What identifies a metric's numbers in a store: its unit, the backend and the code that made them.
 
-    Of a user's metric, the code is that of its reference's module, too: changed, it is measured anew.
+    Of a user's metric, the code is that of its reference's module, too: changed, it is measured again.
 
     Args:
         other: the store that a pair metric compares with; its name and its capture's hash are among them.

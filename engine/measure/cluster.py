@@ -1,7 +1,7 @@
 """`measure --scheduler`: batches measured by the workers of a Dask cluster; this process alone writes.
 
 Workers open the store by its path, so they share a file system with this process. A batch's number goes to a worker
-and its values come back: a few kilobytes an image. A worker that dies costs the batches it was measuring, which Dask
+and its values come back: a few kilobytes per image. A worker that dies costs the batches it was measuring, which Dask
 gives to another; values are those of a local run, since a batch is measured by one thread either way.
 
 Dask's protocol trusts its cluster: whoever reaches the scheduler can run code on every worker and answer this process
