@@ -48,7 +48,7 @@ class AttentionStore:
         image_ids: of the rows.
         labels: int64 [image]; −1 if unknown.
         class_names: names of the classes.
-        regions: float32 [image, region, patch], or None.
+        regions: float32 [image, region, patch] on the first layer's grid, or None.
         committed_images: bool [image], rows that may be read.
         complete: every batch is committed.
         ledger: its records.

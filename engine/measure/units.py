@@ -134,7 +134,7 @@ class StoredMeasurement:
         if other is not None:
             compared = Stored(other.read_here(unit.layer, rows, "theirs"), other.precision(unit.layer))
         layout = TokenLayout.from_dict(store.layout(unit.layer))
-        regions = None if store.regions is None else store.regions[rows]
+        regions = None if store.regions is None else store.regions[rows]  # the format has one grid of them
         specs = [self.metrics[name] for name in names]
         with one_thread() if alone else contextlib.nullcontext():
             return _measure_layer(attention, compared, layout, specs, self.backend, regions)
