@@ -166,14 +166,12 @@ def _encode(array: ArraySpec, values: Array, precision: str) -> tuple[bytes, byt
 
 
 def metric_values(
-    name: str, images: int, value: tuple[ArraySpec, Any], undefined: tuple[ArraySpec, Any]
+    name: str, arrays: Sequence[ArraySpec], images: int, given: Any, undefined: Any
 ) -> list[tuple[ArraySpec, Array]]:
     """A batch's values and counts of undefined rows of one metric; StoreError for another shape or dtype."""
-    array, given = value
-    values = float32(given, f"metric {name!r}")
+    array, array_of_counts = arrays
+    values, counts = float32(given, f"metric {name!r}"), np.asarray(undefined)
     check_shape(f"metric {name!r}", values, (images, *array.shape[1:]))
-    array_of_counts, given_counts = undefined
-    counts = np.asarray(given_counts)
     if counts.dtype.kind not in "iu":
         raise StoreError(f"undefined counts of {name!r} have dtype {counts.dtype}; expected integers")
     check_shape(f"undefined counts of {name!r}", counts, (images, *array_of_counts.shape[1:]))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from store.hdf5_file import DAMAGE, check_seal, is_sealed, new_hdf5
+from store.hdf5 import DAMAGE, check_seal, is_sealed, new_hdf5
 from store.hdf5_input import attribute, datasets, fatality, open_hdf5, require_readable
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.precisions import FLOATS, Array

@@ -125,16 +125,13 @@ class Ledger:
         """Names of all records below a folder of the ledger, sorted."""
         return [file.removesuffix(".json") for file in self.storage.sizes(folder) if file.endswith(".json")]
 
-    def content(self, name: str) -> bytes:
-        """A record's bytes; LedgerError if it is missing."""
-        try:
-            return self.storage.read(_file(name))
-        except FileNotFoundError:
-            raise LedgerError(self.where(name), "is missing") from None
-
     def read(self, name: str) -> dict[str, Any]:
         """A record; LedgerError if it is missing or damaged, OtherRunError if it is of an earlier version."""
-        return self._parse(name, self.content(name))
+        try:
+            content = self.storage.read(_file(name))
+        except FileNotFoundError:
+            raise LedgerError(self.where(name), "is missing") from None
+        return self._parse(name, content)
 
     def read_if_there(self, name: str) -> dict[str, Any] | LedgerError | None:
         """A record, what is wrong with it, or None."""
@@ -150,6 +147,10 @@ class Ledger:
                 except LedgerError as error:
                     records[name] = error
         return records
+
+    def read_later(self) -> dict[str, dict[str, Any] | LedgerError]:
+        """Records of the metadata of metrics computed after the capture, or what is wrong with them."""
+        return self.read_all([name for name in self.names("metrics") if name.endswith("/metadata")])
 
     def _parse(self, name: str, content: bytes) -> dict[str, Any]:
         try:

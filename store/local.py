@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from store.precisions import Array
+from store.precisions import Array, scratch
 from store.removal import is_unfinished, named, put, remove, unfinished
 from store.schema import StoreError
-from store.scratch import scratch
 from store.storage import PARTIAL, Lock, Storage, Write
 from store.system import lock_file, sync_folder
 

@@ -29,8 +29,6 @@ from store.precisions import Array
 from store.schema import SCHEMA, DamagedStoreError, OtherRunError, StoreError, StoreSchema, layer_path, ledger_name
 from store.storage import Storage
 
-FileEntries = dict[str, dict[str, Any]]  # path inside the store -> size and SHA-256
-
 
 class Metadata:
     """Everything about a store that is fixed before its first batch, and how it is written, compared, rebuilt."""
@@ -83,24 +81,15 @@ class Metadata:
 
     def resume(self, root: Storage, ledger: Ledger) -> None:
         """Check that the store is the one that would be created, and rebuild metadata that were damaged."""
-        record: dict[str, Any] | None = None
-        damaged: dict[str, str] = {}
         try:
-            record = ledger.read("metadata")
-            found = record["attrs"]
+            record: dict[str, Any] | None = ledger.read("metadata")
         except LedgerError:
-            found = read_attributes(root)
+            record = None
+        found = read_attributes(root) if record is None else record["attrs"]
         self._compare_attributes(root, found)
-        if record is not None:
-            damaged = file_problems(root, record["files"])
+        damaged = {} if record is None else file_problems(root, record["files"])
         if record is None or damaged:
-            with root.skeleton() as skeleton:
-                self._build(skeleton, str(found.get("created")))
-                rebuilt = self._record(skeleton)
-                if record is None:
-                    self._repair_record(root, ledger, rebuilt)
-                else:
-                    self._repair_files(root, damaged, record["files"], rebuilt["files"], skeleton)
+            self._repair(root, ledger, record, damaged, str(found.get("created")))
         self._compare_arrays(root)
         self._compare_manifest(ledger)
 
@@ -109,26 +98,29 @@ class Metadata:
         self._compare_attributes(root, ledger.read("metadata")["attrs"])
         self._compare_arrays(root)
 
-    def _repair_record(self, root: Storage, ledger: Ledger, rebuilt: dict[str, Any]) -> None:
-        """Write the ledger's record of the metadata again, if the files are what this capture would create."""
-        for file, problem in file_problems(root, rebuilt["files"]).items():
-            raise DamagedStoreError(
-                f"ledger record {ledger.where('metadata')} is damaged and cannot be rebuilt, for {root.where(file)} "
-                f"{problem.replace('were committed', 'were expected')}; capture again into another store"
-            )
-        ledger.write("metadata", rebuilt)
-
-    def _repair_files(
-        self, root: Storage, damaged: dict[str, str], recorded: FileEntries, rebuilt: FileEntries, skeleton: Path
+    def _repair(
+        self, root: Storage, ledger: Ledger, record: dict[str, Any] | None, damaged: dict[str, str], created: str
     ) -> None:
-        """Replace damaged metadata files, if this capture would create the ones the ledger has recorded."""
-        for file, problem in damaged.items():
-            if rebuilt.get(file) != recorded[file]:
-                raise DamagedStoreError(
-                    f"{root.where(file)} {problem} and cannot be rebuilt from this capture's settings; "
-                    "restore it from a copy or capture again into another store"
-                )
-            root.replace(file, (skeleton / file).read_bytes())
+        """Write the ledger's damaged record, or damaged files, again, if what is left is as this capture makes it."""
+        with root.skeleton() as skeleton:
+            self._build(skeleton, created)
+            rebuilt = self._record(skeleton)
+            if record is None:
+                for file, problem in file_problems(root, rebuilt["files"]).items():
+                    raise DamagedStoreError(
+                        f"ledger record {ledger.where('metadata')} is damaged and cannot be rebuilt, for "
+                        f"{root.where(file)} {problem.replace('were committed', 'were expected')}; capture again into "
+                        "another store"
+                    )
+                ledger.write("metadata", rebuilt)
+                return
+            for file, problem in damaged.items():
+                if rebuilt["files"].get(file) != record["files"][file]:
+                    raise DamagedStoreError(
+                        f"{root.where(file)} {problem} and cannot be rebuilt from this capture's settings; "
+                        "restore it from a copy or capture again into another store"
+                    )
+                root.replace(file, (skeleton / file).read_bytes())
 
     def _build(self, skeleton: Path, created: str) -> None:
         """All metadata in a folder. Depends on nothing but the arguments."""

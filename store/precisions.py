@@ -1,4 +1,4 @@
-"""The number formats of a store's arrays, and casts between them.
+"""The number formats of a store's arrays, casts between them, and memory that a thread uses again and again.
 
 A precision is a NumPy dtype's name, or "bfloat16", which NumPy lacks: such values travel as their bits, uint16, with
 the precision's name beside them.
@@ -7,6 +7,7 @@ the precision's name beside them.
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ FILL: dict[str, float] = {
     "int32": -1,
     "bool": 0,
 }
+
+
+_thread = threading.local()
 
 
 class RoundedArray(np.ndarray[Any, np.dtype[Any]]):
@@ -109,3 +113,12 @@ def widen(values: Array, precision: str, out: Array) -> None:
         halves.float16_to_float32(bits, out.reshape(-1))
     else:
         halves.bfloat16_to_float32(bits, out.reshape(-1).view(np.uint32))
+
+
+def scratch(name: str, size: int) -> Array:
+    """This thread's own bytes under a name, used again for the next chunk: fresh pages cost as much as reading them."""
+    buffer: Array | None = getattr(_thread, name, None)
+    if buffer is None or buffer.size < size:
+        buffer = np.empty(size, np.uint8)
+        setattr(_thread, name, buffer)
+    return buffer[:size]

@@ -302,11 +302,11 @@ class AttentionStore:
     def _later(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, LedgerError]]:
         """(name, params) of every metric computed after the capture, and what is wrong with the records of others."""
         try:
-            names = [name for name in self.ledger.names("metrics") if name.endswith("/metadata")]
+            records = self.ledger.read_later()
         except OSError as error:  # a web server lists nothing
             raise StoreError(f"{self.ledger} cannot be searched for metrics computed later: {error}") from error
         found, damaged = [], {}
-        for name, record in self.ledger.read_all(names).items():
+        for name, record in records.items():
             if isinstance(record, LedgerError):
                 damaged[name] = record
             else:

@@ -9,10 +9,10 @@ maps its values were measured (`AttentionStore.attention_digest`): when those ch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
-from store.arrays import ArraySpec, create_arrays, create_metric_group, metric_arrays, read_attributes
+from store.arrays import create_arrays, create_metric_group, metric_arrays, read_attributes
 from store.commit import Writer, metric_values, sound_batches
 from store.disk import disk_error
 from store.ledger import LedgerError, batch_name, describe_bytes, file_problem, file_problems
@@ -131,8 +131,7 @@ class MetricWriter(Writer):
         images = rows.stop - rows.start
         checked = {}
         for name in expected:
-            value, counts = self._arrays[name]
-            checked[name] = metric_values(name, images, (value, metrics[name]), (counts, undefined[name]))
+            checked[name] = metric_values(name, self._arrays[name], images, metrics[name], undefined[name])
         for name, values in checked.items():
             record = f"{metric_path(name, self._metrics[name])}/{batch_name(batch)}"
             files = {array.file(batch): self._put(array, batch, data, array.precision) for array, data in values}
@@ -150,7 +149,7 @@ class MetricWriter(Writer):
             regions = len(self._arrays[name][0].shape) == 4
             record = _sound_metadata(self.store, folder)
             if record is None:
-                self._create(name, params, self._arrays[name], regions)
+                self._create(name, params, regions)
             elif bool(record["regions"]) != regions:
                 raise StoreError(f"{name!r} is stored {'with' if record['regions'] else 'without'} a region axis")
             sources = self._sources[name]
@@ -164,20 +163,19 @@ class MetricWriter(Writer):
 
     def _rebuild_records(self) -> None:
         """Write damaged records of metrics again, from the parameters in groups whose names are hashes of them."""
-        names = [name for name in self._ledger.names("metrics") if name.endswith("/metadata")]
-        for record, found in self._ledger.read_all(names).items():
+        for record, found in self._ledger.read_later().items():
             group = record.removesuffix("/metadata")
             if isinstance(found, LedgerError):
                 with contextlib.suppress(StoreError, KeyError, TypeError):
                     attributes = read_attributes(self.storage, group)
                     name, params, regions = (attributes[key] for key in ("name", "params", "regions"))
                     if metric_path(name, params) == group:
-                        arrays = metric_arrays(self.schema, name, params, regions=regions)
-                        self._create(name, params, arrays, regions)
+                        self._create(name, params, regions)
 
-    def _create(self, name: str, params: Mapping[str, Any], arrays: Sequence[ArraySpec], regions: bool) -> None:
+    def _create(self, name: str, params: Mapping[str, Any], regions: bool) -> None:
         """Write the metadata of a metric's arrays, again if they were damaged: the same bytes, so data stay valid."""
         group = metric_path(name, params)
+        arrays = metric_arrays(self.schema, name, params, regions=regions)
         parent = group.rpartition("/")[0]
         files = [f"{folder}/zarr.json" for folder in (parent, group, *(array.path for array in arrays))]
         entries = {}

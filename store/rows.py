@@ -15,9 +15,8 @@ import numpy as np
 from store.arrays import ArraySpec
 from store.commit import STALE
 from store.ledger import Ledger, LedgerError, batch_name, size_problem
-from store.precisions import Array, widen
+from store.precisions import Array, scratch, widen
 from store.schema import StoreError, StoreSchema
-from store.scratch import scratch
 from store.shards import ShardError, begin_chunks, decode_chunk
 from store.storage import Storage
 from store.system import available_cpus

@@ -23,9 +23,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc  # type: ignore[import-untyped]
 
-from store.precisions import Array, cast
+from store.precisions import Array, cast, scratch
 from store.schema import StoreError
-from store.scratch import scratch
 from store.storage import Storage
 
 _CHECKSUM = 4  # bytes of a CRC-32C

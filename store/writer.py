@@ -118,8 +118,9 @@ class AttentionWriter(Writer):
         root = storage_at(path)
         ledger = Ledger(root)
         try:
-            attrs = _recorded_attributes(ledger)
-            if SCHEMA not in (attrs.get("schema"), schema_of(root.fetch(["zarr.json"])[0])):
+            record = ledger.read_if_there("metadata")
+            recorded = record["attrs"].get("schema") if isinstance(record, dict) else ""
+            if SCHEMA not in (recorded, schema_of(root.fetch(["zarr.json"])[0])):
                 raise StoreError(f"{root} is not removed, for nothing says that it is a {SCHEMA!r} store")
             with ledger.storage.locked():
                 root.own_files(STORE_FILES)
@@ -219,8 +220,8 @@ class AttentionWriter(Writer):
             check_shape("logits", scores, (images, schema.num_classes))
             values.append((self._logits, scores))
         for name, params in schema.metrics.items():
-            value, counts = metric_arrays(schema, name, params, regions=name in schema.region_metrics)
-            values += metric_values(name, images, (value, metrics[name]), (counts, undefined[name]))
+            arrays = metric_arrays(schema, name, params, regions=name in schema.region_metrics)
+            values += metric_values(name, arrays, images, metrics[name], undefined[name])
 
         files = {file: written for layer in self._files.pop(batch, {}).values() for file, written in layer.items()}
         for array, data in values:
@@ -257,24 +258,12 @@ class AttentionWriter(Writer):
                 raise disk_error(f"{self.path} could not be finished", error) from error
 
 
-def _recorded_attributes(ledger: Ledger) -> dict[str, Any]:
-    """The store's attributes as the ledger has them; none if the record is missing or damaged."""
-    try:
-        return dict(ledger.read("metadata")["attrs"])
-    except LedgerError:
-        return {}
-
-
 def _drop_unsound(root: Storage, ledger: Ledger, schema: StoreSchema) -> set[int]:
     """Withdraw the records that no longer hold; return the batches that do."""
     sound, problems = sound_batches(root, ledger, batch_arrays(schema), schema.num_batches)
     withdrawn = list(problems)
-    if ledger.exists("complete"):
-        try:
-            ledger.read("complete")
-            if len(sound) < schema.num_batches:
-                withdrawn.insert(0, "complete")  # first: a capture is not complete without its batches
-        except LedgerError:
-            withdrawn.insert(0, "complete")
+    complete = ledger.read_if_there("complete")
+    if isinstance(complete, LedgerError) or (complete is not None and len(sound) < schema.num_batches):
+        withdrawn.insert(0, "complete")  # first: a capture is not complete without its batches
     ledger.remove(withdrawn)
     return sound

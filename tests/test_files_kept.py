@@ -363,7 +363,7 @@ def test_nothing_is_removed_or_overwritten_but_by_the_one_module() -> None:
     ]
     own = {
         "store/local.py truncate",  # the lock of a ledger, which its holder signs
-        "store/hdf5_file.py truncate",  # the file that is being put together
+        "store/hdf5.py truncate",  # the file that is being put together
         "kernels/cpu/cache.py unlink",  # numba's index of our compiled kernels
     }
     assert [entry for entry in found if re.sub(r":\d+", "", entry) not in own] == []

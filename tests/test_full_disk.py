@@ -27,8 +27,8 @@ from engine.run import main
 from engine.study.journal import Journal
 from store import AttentionStore, DiskError
 from store.disk import writing
+from store.hdf5 import new_hdf5
 from store.hdf5_attention import export_attention
-from store.hdf5_file import new_hdf5
 from tests import full_disk
 from tests.full_disk import file_size_limit
 from train.checkpoint import save_checkpoint
