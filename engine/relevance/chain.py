@@ -1,14 +1,14 @@
 """What rollout, the generic rule and LRP share: maps of one token set, multiplied in depth order and read at one place.
 
-Every method makes one matrix a layer from its attention, [image, query, key], and reads the product of all of them at
+Every method makes one matrix per layer from its attention, [image, query, key], and reads the product of all of them at
 the tokens that the prediction is read out from. Only that row is ever computed: from the last layer down, one vector
-times one matrix a layer.
+times one matrix per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,16 +59,12 @@ class AttentionLayer:
     """One layer's attention call."""
 
     module: str
-    query: torch.Tensor  # [image, head, query, dim]
-    key: torch.Tensor  # [image, head, key, dim]
-    value: torch.Tensor  # [image, head, key, dim]
-    scale: float
-    bias: torch.Tensor | None
+    call: AttentionCall  # of tensors outside the graph
     output: torch.Tensor  # [image, head, query, dim], part of the graph
 
     def attention(self) -> torch.Tensor:
         """[image, head, query, key]; made when needed, so that one layer's maps are in memory at a time."""
-        return attention_map(self.query, self.key, self.scale, self.bias)
+        return attention_map(self.call.query, self.call.key, self.call.scale, self.call.bias)
 
 
 def record_attention(
@@ -85,14 +81,14 @@ def record_attention(
 
     def attend(call: FunctionCall) -> torch.Tensor:
         nonlocal pooled
-        read: AttentionCall = read_attention_call(call)
+        read = read_attention_call(call)
         pooled = check_call(read, call.module, layout, images.shape[0], pooled)
         output: torch.Tensor = call.run()
         if not output.requires_grad:
             # The lowest layer: weights and images are constants, and gradients are wanted at its output.
             output = output.detach().requires_grad_()
-        query, key, value = (tensor.detach() for tensor in (read.query, read.key, read.value))
-        layers.append(AttentionLayer(call.module or "the model", query, key, value, read.scale, read.bias, output))
+        read = replace(read, query=read.query.detach(), key=read.key.detach(), value=read.value.detach())
+        layers.append(AttentionLayer(call.module or "the model", read, output))
         return output
 
     interception = ModelInterception(model, {F.scaled_dot_product_attention: attend})

@@ -22,7 +22,7 @@ class ClassChoice:
             one that each model predicts itself, where nothing says which outputs of two heads are one class.
         rows: of the images that can be explained.
         shared: the class names that every head has; () for "own".
-        left_out: what is not computed and why, a sentence each.
+        left_out: what is not computed and why, one sentence for each.
     """
 
     role: str

@@ -1,7 +1,7 @@
 """Relevance maps of the sample images, as pictures and a table. Illustrative: a few images picked by seed.
 
-A method's folder holds one panel an image (the image, then each condition's map of its class and of another one, on one
-scale of colours) and `<method>_samples.csv`; Grad-CAM's also each map as a picture of its own, for the report.
+A method's folder holds one panel per image (the image, then each condition's map of its class and of another one, on
+one scale of colours) and `<method>_samples.csv`; Grad-CAM's also each map as a picture of its own, for the report.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _panel(
     strongest: float,
     method: str,
 ) -> Image.Image:
-    """One row a class, one column a condition, the image itself first, and the scale of the colours last."""
+    """One row per class, one column per condition, the image itself first, and the scale of the colours last."""
     roles = list(dict.fromkeys(item.role for item in items))
     conditions = list(dict.fromkeys(item.condition for item in items))
     width, height = overlays[0].size

@@ -1,4 +1,4 @@
-"""The scalar that is explained: one logit an image, of a model whose weights are constants."""
+"""The scalar that is explained: one logit per image, of a model whose weights are constants."""
 
 from __future__ import annotations
 

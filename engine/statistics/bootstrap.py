@@ -152,11 +152,7 @@ def _unit_weights(n_units: int, resamples: int, rows: int, seed: int) -> Iterato
 
 
 def _nested_weights(groups: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each unit is drawn when groups are drawn first, [resample, unit] in blocks.
-
-    A group drawn m times is resampled m times independently: its K members together get m·K draws, so one multinomial
-    a group and level does for all its copies.
-    """
+    """How often each unit is drawn when groups are drawn first, [resample, unit] in blocks."""
     streams = np.random.SeedSequence(seed).spawn(-(-resamples // _NESTED_BLOCK))
     for block, stream in enumerate(streams):
         size = min(_NESTED_BLOCK, resamples - block * _NESTED_BLOCK)
@@ -173,6 +169,8 @@ def _draw(
     weights: Floats,
 ) -> None:
     """Add the draws of `copies` [resample] independent resamplings of these members to `weights`, level by level."""
+    # A group drawn m times is resampled m times independently: its K members together get m·K draws, so one multinomial
+    # per group and level does for all its copies.
     if groups.shape[1] == 0:
         shares = np.full(members.size, 1 / members.size)
         weights[:, members] += generator.multinomial(copies * members.size, shares)

@@ -201,10 +201,7 @@ def _between_units(a: Floats, b: Floats, difference: Floats) -> Floats:
 
 
 def _nested_intervals(paired: ConditionPairs, settings: Settings) -> tuple[Floats, str | None]:
-    """Intervals [test, 2] of the mean over all runs and images when runs, then classes, then images are resampled.
-
-    NaN where there is one run and no class to nest images in: then it would be the interval over images again.
-    """
+    """Intervals [test, 2] of the mean over all runs and images when runs, then classes, then images are resampled."""
     by_run = [metric.run_differences() for metric in paired.metrics]
     seeds, images, _ = by_run[0].shape
     levels: dict[str, NDArray[np.int64]] = {}
@@ -212,7 +209,7 @@ def _nested_intervals(paired: ConditionPairs, settings: Settings) -> tuple[Float
         levels["seed"] = np.repeat(np.arange(seeds), images)
     if paired.classes is not None:
         levels["class"] = np.tile(paired.classes, seeds)
-    if not levels or not settings.bootstrap:
+    if not levels or not settings.bootstrap:  # without levels it would be the interval over images again
         return np.full((len(by_run) * paired.layers.size, 2), np.nan), None
     bounds = bootstrap_interval(
         np.stack([d[..., layer].ravel() for d in by_run for layer in paired.layers], axis=1),

@@ -1,4 +1,4 @@
-"""Paired comparison of two arrays over images: effect sizes, intervals and tests, one of each a trailing element."""
+"""Paired comparison of two arrays over images: effect sizes, intervals and tests, one of each per trailing element."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _check_parameters(permutations: int, confidence: float, bootstrap: int) -> N
 
 
 def _equivalence_bounds(equivalence: Any, shape: tuple[int, ...]) -> Floats:
-    """One bound a test, [test]; NaN for none."""
+    """One bound per test, [test]; NaN for none."""
     bounds = np.asarray(np.nan if equivalence is None else equivalence, dtype=np.float64)
     if bounds.shape not in ((), shape):
         raise ValueError(f"equivalence has the shape {bounds.shape}; expected one number or the trailing shape {shape}")

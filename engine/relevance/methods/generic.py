@@ -20,6 +20,6 @@ def generic_maps(
     gradients = torch.autograd.grad(logits.sum(), [layer.output for layer in layers])
     steps = []
     for layer, gradient in zip(layers, gradients, strict=True):
-        relevance = gradient @ layer.value.transpose(-2, -1)
+        relevance = gradient @ layer.call.value.transpose(-2, -1)
         steps.append(with_identity(relevance.mul_(layer.attention()).clamp_(min=0).mean(dim=1)))
     return product_row(steps, read_tokens(gradients[-1], layers[-1].module), layout)
