@@ -96,7 +96,7 @@ class Picture:
 class Group:
     """Blocks that belong together: under a title, closed until asked for, or side by side."""
 
-    look: Literal["card", "cards", "column", "columns", "charts", "gallery", "group", "pictures", "details", "open"]
+    look: Literal["card", "cards", "column", "columns", "charts", "gallery", "group", "pictures", "details"]
     blocks: Sequence[Block]
     title: Content = ""
 

@@ -124,9 +124,8 @@ def _block(block: Block) -> Markup:
         case Picture(source, shows, caption, wide):
             picture = tag("img", src=source, alt=shows, loading="lazy", class_="wide" if wide else None)
             return tag("figure", picture, tag("figcaption", _content(caption)))
-        case Group("details" | "open" as look, inner, title):
-            summary = tag("summary", _content(title))
-            return tag("details", summary, *_blocks(inner), **({"open": ""} if look == "open" else {}))
+        case Group("details", inner, title):
+            return tag("details", tag("summary", _content(title)), *_blocks(inner))
         case Group(look, inner, title):
             return tag("div", tag("h3", _content(title)) if title else "", *_blocks(inner), class_=look)
         case Widget(name):

@@ -251,7 +251,7 @@ def trend_sentence(results: Results, change: Change) -> str:
     return f"{halves}; {size}{tail}."
 
 
-def cluster_sentence(results: Results, change: Change) -> str:
+def cluster_sentence(change: Change) -> str:
     """Where along the layers a metric changes, cluster by cluster; "" where nothing survives."""
     if not change.clusters:
         return ""

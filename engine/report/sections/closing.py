@@ -1,121 +1,151 @@
-"""Controls, data, limits and where the numbers come from."""
+"""Controls, data, limits and other cautions, and where the numbers come from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine.report import cautions, text, wording
-from engine.report.document import Block, Bullets, Content, Group, Heading, Span, Study, Table, Text, section
+from engine.report import text, wording
+from engine.report.document import Block, Bullets, Content, Group, Span, Study, Table, Text, section
 from engine.report.downloads import downloads
+from engine.report.findings import training_runs
 from engine.report.inputs import Results
+from engine.statistics import SKEWED
 
 
-def controls_and_data(study: Study) -> Iterator[Block]:
-    """The page's part on both, below the tests."""
-    results = study.results
-    yield Heading("Negative controls", "controls")
-    if results.document.controls:
-        yield _control_table(results, Span("no", "alarm"))
-    else:
-        yield Text("None was recorded, so nothing here vouches for the pipeline.")
-    yield Heading("Data", "data")
-    yield Text(_facts(results, ", ", str))
-    if dropped := results.document.data.get("dropped") or []:
-        items = [(Span(str(entry.get("id")), "code"), f": {entry.get('status')}") for entry in dropped[:50]]
-        yield Group("open", [Bullets(items)], _left_out(len(dropped)))
-    else:
-        yield Text("No file had to be left out.")
-    said = (*(f"{line}." for line in wording.undefined_sentences(results)), results.document.prefix_mass_warning)
-    yield from (Text(sentence) for sentence in (wording.leaks_sentence(results), *said) if sentence)
-
-
-def _facts(results: Results, comma: str, write: Callable[[Any], str]) -> str:
-    facts = f"{text.count(results.num_images, 'image')} measured"
-    if results.document.data.get("classes") is not None:
-        facts += f"{comma}{results.document.data['classes']} classes"
-    if splits := results.document.data.get("splits"):
-        facts += "; splits: " + ", ".join(f"{name} {write(size)}" for name, size in splits.items())
-    return f"{facts}."
-
-
-def _left_out(files: int) -> str:
-    return f"{text.count(files, 'file')} could not be used and left out of every condition"
-
-
-def _control_table(results: Results, no: Content) -> Table:
+@section("Negative controls", summary=80)
+def controls(study: Study) -> list[Block]:
+    held = study.results.document.controls
+    if not held:
+        return [Text("No negative control was recorded, so nothing here vouches for the pipeline.")]
     rows = [
         [
             str(control.get("title") or control.get("name")),
             str(control.get("expectation", "")),
             text.plain(control.get("value")),
-            "yes" if control.get("held") else no,
+            "yes" if control.get("held") else Span("NO", "alarm"),
             str(control.get("detail") or ""),
         ]
-        for control in results.document.controls
+        for control in held
     ]
-    header = ["control", "expected", "found", "held", "detail"]
-    return Table(header, rows, "What must come out as nothing, and whether it did")
-
-
-@section("Negative controls", summary=80)
-def controls(study: Study) -> list[Block]:
-    results = study.results
-    if not results.document.controls:
-        return [Text("No negative control was recorded, so nothing here vouches for the pipeline.")]
-    failed = [
-        str(control.get("title", control.get("name")))
-        for control in results.document.controls
-        if not control.get("held")
-    ]
-    total = len(results.document.controls)
-    verdict = f"{total} of {total} negative controls held."
+    failed = [str(control.get("title", control.get("name"))) for control in held if not control.get("held")]
+    verdict = f"{len(held)} of {len(held)} negative controls held."
     if failed:
         which = f"FAILED ({'; '.join(failed)})"
-        verdict = f"{len(failed)} of {total} negative controls {which}: {wording.DISTRUST}"
-    return [Text(verdict), _control_table(results, "NO")]
+        verdict = f"{len(failed)} of {len(held)} negative controls {which}: {wording.DISTRUST}"
+    header = ["control", "expected", "found", "held", "detail"]
+    return [Text(verdict), Table(header, rows, "What must come out as nothing, and whether it did")]
 
 
 @section("Data", summary=90)
 def data(study: Study) -> list[Block]:
-    results = study.results
-    blocks: list[Block] = [Text(_facts(results, "; ", text.plain))]
-    if dropped := results.document.data.get("dropped") or []:
-        blocks.append(Text(f"{_left_out(len(dropped))}:"))
-        blocks.append(Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:20]]))
+    results, known = study.results, study.results.document.data
+    facts = f"{text.count(results.num_images, 'image')} measured"
+    if known.get("classes") is not None:
+        facts += f"; {known['classes']} classes"
+    if splits := known.get("splits"):
+        facts += "; splits: " + ", ".join(f"{name} {text.plain(size)}" for name, size in splits.items())
+    blocks: list[Block] = [Text(f"{facts}.")]
+    if dropped := known.get("dropped") or []:
+        lead = f"{text.count(len(dropped), 'file')} could not be used and left out of every condition:"
+        blocks += [Text(lead), Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:20]])]
         if len(dropped) > 20:
             blocks.append(Text(f"… and {len(dropped) - 20} more, listed in metrics/attention_comparison.json."))
     else:
         blocks.append(Text("No file had to be left out."))
-    blocks.append(Bullets(wording.undefined_sentences(results)))
+    if undefined := wording.undefined_sentences(results):
+        blocks.append(Bullets(undefined))
     said = (wording.leaks_sentence(results), results.document.prefix_mass_warning)
     return [*blocks, *(Text(sentence) for sentence in said if sentence)]
 
 
-@section("What this does and does not mean", page=90, anchor="limits", name="Limits")
-def meaning(study: Study) -> list[Block]:
-    parts = (
-        ("Limits of this study", cautions.limits(study.results, study.comparisons)),
-        ("What the metrics do not measure", cautions.not_measured()),
-        ("How to read the numbers", cautions.how_to_read()),
-    )
-    return [Group("columns", [Group("column", [Bullets(sentences)], title) for title, sentences in parts])]
-
-
 @section("Limits", summary=110)
 def limits(study: Study) -> list[Block]:
-    return [Bullets(cautions.limits(study.results, study.comparisons))]
+    """The limits of this very study."""
+    results = study.results
+    runs = max((training_runs(results, condition) for condition in results.conditions), default=1)
+    images = text.count(results.num_images, "image")
+    scope = [
+        f"One architecture, one data set, {images}, "
+        f"{'one checkpoint' if runs == 1 else f'{runs} training runs'} a condition: nothing here carries over to other "
+        "models, data or tasks without being measured there.",
+        *wording.scope_sentences(results, study.comparisons),
+        "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
+        "independent than that.",
+        *_skewed(results),
+        "All findings are correlational: the conditions differ in all that training changed, not in attention alone.",
+        "Only attention weights after the softmax were analysed, and only of layers whose map is tokens by tokens.",
+        "Attention was described after training; it was not a training target.",
+    ]
+    if len(results.conditions) > 2:
+        scope.append(
+            f"Each condition is tested against {results.against} in a family of its own: the family-wise "
+            "level holds within a comparison, not over all of them."
+        )
+    return [Bullets(scope)]
+
+
+def _skewed(results: Results) -> tuple[str, ...]:
+    """How many tests lean on a symmetry that their differences have not."""
+    tests = [*results.select("head"), *results.select("layer")]
+    skewed = sum(test.skewed for test in tests)
+    if not skewed:
+        return ()
+    return (
+        f"Sign flips assume differences symmetric about zero. In {text.share(skewed, len(tests))} image-level tests "
+        f"they are skewed so much for their number (skewness/√n above {SKEWED:g}) that a small max-T p is too easily "
+        "had: read their size and interval.",
+    )
 
 
 @section("What the metrics do not measure", summary=120)
 def not_measured(study: Study) -> list[Block]:
-    return [Bullets(cautions.not_measured())]
+    """What the metrics cannot show, whatever their values."""
+    sentences = (
+        "Understanding. A compact or coherent map says where weight lies, not that a model recognises what lies there; "
+        "local is not the same as on the object, and coherent is not the same as meaningful.",
+        "Correctness. No ground truth says which attention is right. Mass on an annotated region says how much weight "
+        "falls in a box, not that it belongs there.",
+        "Explanation. Attention weights are one factor of a block. Values, output projections, MLPs and the residual "
+        "stream shape the prediction too, and a patch with little weight can still decide it.",
+        "Cause. Training changed the weights and the attention changed with them; that a change in attention brings "
+        "about a change in accuracy is not tested here. It may be incidental.",
+        "Quality. More local, more concentrated or more coherent attention is not better attention.",
+        "Grad-CAM pictures show where a class score responds to features, for a few images picked by seed. They "
+        "illustrate; no claim of this report rests on them.",
+    )
+    return [Bullets(sentences)]
 
 
 @section("How to read the numbers", summary=130)
 def how_to_read(study: Study) -> list[Block]:
-    return [Bullets(cautions.how_to_read())]
+    sentences = (
+        "Read sizes before p-values: with many images the smallest difference is “significant”. The "
+        "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
+        "images.",
+        "A marked cell survives the sign-flip max-T test over its whole family: the chance of even one false mark in "
+        "the family is at most α, unless differences are skewed (the limits count them). An unmarked cell is not shown "
+        "to be unchanged.",
+        "Look at depth: opposite changes in lower and upper layers cancel in a mean over layers.",
+        "Look across metrics: distance, entropy and Moran's I of one map are not independent. Agreement between them "
+        "is not three pieces of evidence.",
+        "Spatial metrics are taken over patches alone, each row renormalised; what goes to class and register tokens "
+        "is prefix_mass. Read the two together.",
+        "Moran's I is not 0 under no association but −1/(N−1) for N patches.",
+        "Check the negative controls first: if one failed, none of the other numbers can be trusted.",
+    )
+    return [Bullets(sentences)]
+
+
+@section("What this does and does not mean", page=90, anchor="limits", name="Limits")
+def meaning(study: Study) -> list[Block]:
+    parts = {
+        "Limits of this study": limits(study),
+        "What the metrics do not measure": not_measured(study),
+        "How to read the numbers": how_to_read(study),
+    }
+    return [Group("columns", [Group("column", blocks, title) for title, blocks in parts.items()])]
 
 
 @section("Provenance and tables", page=100, anchor="provenance", name="Provenance")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.report import cautions, text, wording
+from engine.report import text, wording
 from engine.report.document import Bars, Block, Content, Group, Heading, Span, Study, Table, Text, section
 from engine.report.findings import Comparison, training_runs
 from engine.report.inputs import Results
@@ -14,11 +14,17 @@ from engine.report.verdicts import verdicts
 
 @section("Summary", summary=0)
 def summary(study: Study) -> list[Block]:
+    """What the reader must know before all else, and the study in a sentence."""
     results = study.results
-    alarms = list(cautions.failed_stages(results))
+    alarms = [
+        f"Stage {stage} failed, and nothing of it is in this report: {reason.removesuffix('.')}. The command that made "
+        "this folder tries it again."
+        for stage, reason in results.failed.items()
+    ]
     if failed := _failed_controls(results):
         alarms.append(f"{failed} of {len(results.document.controls)} negative controls failed: {wording.DISTRUST}")
-    return [*(Text(Span(alarm, "strong")) for alarm in alarms), Text(wording.headline(results, study.comparisons))]
+    headline = Text(wording.headline(results, study.comparisons), "headline")
+    return [*(Text(Span(alarm, "strong"), "alarm") for alarm in alarms), headline]
 
 
 @section("What was compared", summary=10)
@@ -46,12 +52,7 @@ def compared(study: Study) -> list[Block]:
 @section("Overview", page=0, anchor="overview")
 def overview(study: Study) -> list[Block]:
     results = study.results
-    blocks: list[Block] = [Text(sentence, "alarm") for sentence in cautions.failed_stages(results)]
-    if failed := _failed_controls(results):
-        shout = Span(f"{failed} of {len(results.document.controls)} negative controls failed.", "strong")
-        link = Span("controls", "link", "#controls")
-        blocks.append(Text((shout, " Do not trust the other numbers before this is explained (", link, ")."), "alarm"))
-    blocks += [Text(wording.headline(results, study.comparisons), "headline"), Group("cards", list(_cards(study)))]
+    blocks = [*summary(study), Group("cards", list(_cards(study)))]
     blocks += [Text(sentence, "scope") for sentence in wording.classifier_sentences(results)]
     for comparison in study.comparisons:
         if comparison.changes:
