@@ -30,25 +30,15 @@ CHUNK_IMAGES = 4  # images per chunk: 1-4 serve reading single images, more serv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
-    """One array whose first axis is `image` and which gets one file per capture batch.
-
-    Args:
-        path: inside the store.
-        shape, dims: of the whole array.
-        precision: see `store.precisions`.
-        batch: rows per file.
-        chunk: rows per chunk.
-        sharded: a file is a shard of chunks (with an index), not a single chunk.
-        attributes: of the array.
-    """
+    """One array whose first axis is `image` and which gets one file per capture batch."""
 
     path: str
     shape: tuple[int, ...]
     dims: tuple[str, ...]
-    precision: str
-    batch: int
-    chunk: int
-    sharded: bool = False
+    precision: str  # see `store.precisions`
+    batch: int  # rows per file
+    chunk: int  # rows per chunk
+    sharded: bool = False  # a file is a shard of chunks (with an index), not a single chunk
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,11 +155,7 @@ def create_group(root: Path, path: str, attributes: dict[str, Any] | None = None
 
 def create_metric_group(root: Path, name: str, params: Mapping[str, Any], *, regions: bool) -> None:
     """metrics/<name>/<params hash>, with the parameters as attributes, and whether values have a region axis."""
-    path = metric_path(name, params)
-    parent = path.rpartition("/")[0]
-    if not (root / parent / "zarr.json").exists():
-        create_group(root, parent)
-    create_group(root, path, {"name": name, "params": dict(params), "regions": regions})
+    create_group(root, metric_path(name, params), {"name": name, "params": dict(params), "regions": regions})
 
 
 def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:

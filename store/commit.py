@@ -6,9 +6,8 @@ import contextlib
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -57,33 +56,24 @@ class Writer:
     def _put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
         """Start the file that a batch fills; `values` are kept until it is written: do not change them.
 
-        Args:
-            values: [image, *array.shape[1:]] of at most `array.batch` images.
-            precision: of the values; cast to the array's own chunk by chunk, while they are in cache.
-
-        Raises:
-            StoreError: an earlier file or commit failed, as of every call.
+        They are cast to the array's precision chunk by chunk, while they are in cache.
         """
-        large = values.nbytes >= SMALL_BYTES
-        if large:
-            self._slots.acquire()
-        try:
+        with contextlib.ExitStack() as slot:
+            if values.nbytes >= SMALL_BYTES:
+                slot.enter_context(self._slots)
             self._raise_failure()
             chunks = [
                 self._codec.submit(_encode, array, values[begin : begin + array.chunk], precision)
                 for begin in range(0, len(values), array.chunk)
             ]
-            file, shard_chunks = array.file(batch), array.shard_chunks
-            written = self._files_pool.submit(
-                self._guarded, batch, write_file, self.storage, file, chunks, shard_chunks=shard_chunks
-            )
-        except BaseException:
-            if large:
-                self._slots.release()
-            raise
-        if large:
-            written.add_done_callback(lambda _: self._slots.release())
+            written = self._files_pool.submit(self._write, array, batch, chunks)
+            held = slot.pop_all()
+        written.add_done_callback(lambda _: held.close())
         return written
+
+    def _write(self, array: ArraySpec, batch: int, chunks: Sequence[Future[tuple[bytes, bytes]]]) -> FileEntry:
+        with self._guarded(batch):
+            return write_file(self.storage, array.file(batch), chunks, shard_chunks=array.shard_chunks)
 
     def _commit(
         self, record: str, batch: int, files: Mapping[str, Future[FileEntry]], done: Callable[[], None], **more: Any
@@ -92,7 +82,9 @@ class Writer:
 
         def work() -> None:
             entries = {file: future.result() for file, future in files.items()}
-            self._guarded(batch, self._write_record, record, entries, {"batch": batch, "files": entries, **more})
+            with self._guarded(batch):
+                self.storage.settle(entries)
+                self._ledger.write(record, {"batch": batch, "files": entries, **more})
             done()
 
         self._raise_failure()
@@ -100,14 +92,11 @@ class Writer:
             self._wait()
         self._pending.append(self._commits.submit(work))
 
-    def _write_record(self, record: str, files: Iterable[str], content: dict[str, Any]) -> None:
-        self.storage.settle(files)
-        self._ledger.write(record, content)
-
-    def _guarded(self, batch: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do some of a batch's work; a disk's failure becomes the sentence that ends the run."""
+    @contextlib.contextmanager
+    def _guarded(self, batch: int) -> Iterator[None]:
+        """A disk's failure inside, in a batch's work, becomes the sentence that ends the run."""
         try:
-            return work(*args, **kwargs)
+            yield
         except OSError as error:
             self._failure = disk_error(
                 f"batch {batch} of {self.storage} could not be written (the batches committed before it are intact)",
@@ -128,11 +117,7 @@ class Writer:
             raise self._failure
 
     def flush(self) -> None:
-        """Wait until every batch given to the writer is committed.
-
-        Raises:
-            StoreError: the disk failed or is full; the batches committed before are intact.
-        """
+        """Wait until every batch given to the writer is committed; StoreError if the disk failed or is full."""
         while self._pending:
             self._wait()
         self._raise_failure()
@@ -146,9 +131,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and not self._failure_raised:
                 self.flush()
@@ -208,11 +191,7 @@ def sound_batches(
     """Numbers of the batches that are committed and undamaged; record name -> first problem of the others.
 
     Files of a folder are hashed. Of an object store, one listing gives their sizes: hashing would be to download it.
-
-    Args:
-        arrays: what a batch's record must name.
-        folder: of the ledger; "" for the capture's own batches.
-        sources: batch -> `attention_digest` of the stores that its values must have been measured from.
+    `sources` are, by batch, the `attention_digest` of the stores that its values must have been measured from.
     """
     sizes = None if root.near else root.sizes()
 
@@ -234,8 +213,7 @@ def sound_batches(
             problems[name] = STALE
             continue
         found = ((file, problem(file, entry)) for file, entry in sorted(files.items()))
-        wrong = next((f"{file} {what}" for file, what in found if what), "")
-        if wrong:
+        if wrong := next((f"{file} {what}" for file, what in found if what), ""):
             problems[name] = wrong
         else:
             sound.add(names[name])

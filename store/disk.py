@@ -62,18 +62,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making(path: Path, mark: Mark) -> Iterator[Path]:
-    """A file or folder that appears under its name at the end of the `with` block, whole, and not at all on error.
+    """Where to put together what appears as `path` at the end of the `with` block, whole, and not at all on error.
 
-    Args:
-        path: its name.
-        mark: of what it may replace, see `store.removal`.
-
-    Returns:
-        Where it is put together; nothing lies there.
-
-    Raises:
-        DiskError: it could not be written.
-        StoreError: something lies there that is not ours.
+    Raises DiskError where it cannot be written, and StoreError where something lies that `mark` (see `store.removal`)
+    does not know for ours.
     """
     partial = unfinished(path)
     with writing(path):

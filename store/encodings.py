@@ -37,36 +37,22 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One array that keeps a part of a layer's attention.
+    """One array that keeps a part of a layer's attention."""
 
-    Args:
-        name: behind the layer's path; "": the layer is this array.
-        dims: behind `image`.
-        shape: of an image.
-        precision: see `store.precisions`.
-    """
-
-    name: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    precision: str
+    name: str  # behind the layer's path; "": the layer is this array
+    dims: tuple[str, ...]  # behind `image`
+    shape: tuple[int, ...]  # of an image
+    precision: str  # see `store.precisions`
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """One way to keep post-softmax attention.
+    """One way to keep post-softmax attention."""
 
-    Args:
-        name: what a user writes in `capture.encoding`.
-        keeps_factors: whether query and key are kept, not the maps.
-        parts: a layer's arrays that grow with the images.
-        split: (layer, attention as captured) -> values of each part by name, and their precision.
-    """
-
-    name: str
-    keeps_factors: bool
-    parts: Callable[[LayerSchema], tuple[Part, ...]]
-    split: Callable[[LayerSchema, Any], dict[str, Numbers]]
+    name: str  # what a user writes in `capture.encoding`
+    keeps_factors: bool  # query and key are kept, not the maps
+    parts: Callable[[LayerSchema], tuple[Part, ...]]  # a layer's arrays that grow with the images
+    split: Callable[[LayerSchema, Any], dict[str, Numbers]]  # attention as captured -> values of each part by name
 
 
 def resolve_encoding(name: str) -> Encoding:
@@ -92,17 +78,14 @@ def _keeping_maps(name: str, precision: str) -> Encoding:
 def factor_schema(factors: Factors, heads: int) -> FactorSchema:
     """What is fixed about a layer's factors, read off those of two images or more (one, if there are no more).
 
-    float16 and bfloat16 are kept as they are; float32 is kept as float16.
-
-    Raises:
-        StoreError: not floating point, or a bias that is no [image, head, query, key].
+    float16 and bfloat16 are kept as they are; float32 is kept as float16. Raises StoreError for what is not floating
+    point, or a bias that is no [image, head, query, key].
     """
     query, precision = as_numbers(factors.query, "query")
     images = query.shape[0]
     kind, shape, bias_precision = "", (), "float32"
     if factors.bias is not None:
-        bias, bias_precision = as_numbers(factors.bias, "bias")
-        bias = bias[(np.newaxis,) * (4 - bias.ndim)]
+        bias, bias_precision = _with_four_axes(factors.bias, "bias")
         if bias.ndim != 4 or bias.shape[0] not in (1, images) or bias.shape[1] not in (1, heads):
             raise StoreError(f"bias has shape {bias.shape}; expected [image, head, query, key], or 1 in place of some")
         # Expanded over the images, it is one bias for all.
@@ -125,9 +108,8 @@ def bias_dims(layer: LayerSchema) -> tuple[str, ...]:
 
 def shared_bias(layer: LayerSchema, bias: Any) -> Array:
     """The bias of all images as it is kept, over `bias_dims`; StoreError for another shape than the schema's."""
-    values, precision = as_numbers(bias, f"bias of layer {layer.layer}")
+    values, precision = _with_four_axes(bias, f"bias of layer {layer.layer}")
     factors = _factors(layer)
-    values = values[(np.newaxis,) * (4 - values.ndim)]
     if precision == "bfloat16":
         wide = np.empty(values.shape, np.float32)
         widen(values, precision, wide)
@@ -141,6 +123,11 @@ def with_all_axes(layer: LayerSchema, kept: Array) -> Array:
     """A kept bias with the axes that were left out, broadcastable to [(image,) head, query, key]."""
     factors = _factors(layer)
     return kept.reshape(*(kept.shape[:1] if factors.bias == "image" else ()), *factors.bias_shape)
+
+
+def _with_four_axes(bias: Any, what: str) -> Numbers:
+    values, precision = as_numbers(bias, what)
+    return values[(np.newaxis,) * (4 - values.ndim)], precision
 
 
 def _factors(layer: LayerSchema) -> FactorSchema:
@@ -188,8 +175,7 @@ def _split_factors(layer: LayerSchema, attention: Any) -> dict[str, Numbers]:
                     "encoding fp16 or bf16, or run the model in bfloat16"
                 )
     if fixed.bias == "image":
-        bias, precision = as_numbers(attention.bias, f"bias of layer {layer.layer}")
-        bias = bias[(np.newaxis,) * (4 - bias.ndim)]
+        bias, precision = _with_four_axes(attention.bias, f"bias of layer {layer.layer}")
         images = numbers["query"][0].shape[0]
         bias = np.broadcast_to(bias, (images, *bias.shape[1:])) if bias.shape[0] == 1 else bias
         if bias.shape[1:] != fixed.bias_shape:
@@ -201,12 +187,7 @@ def _split_factors(layer: LayerSchema, attention: Any) -> dict[str, Numbers]:
 
 
 def softmax_maps(factors: Factors, precision: str, out: Array) -> None:
-    """softmax(scale · q kᵀ + bias), image by image, in float32.
-
-    Args:
-        factors: as they are stored, in `precision`; the bias float32 or boolean.
-        out: float32 [image, head, query, key].
-    """
+    """softmax(scale · q kᵀ + bias) of stored factors into `out`, float32 [image, head, query, key], image by image."""
     shape = factors.query.shape[1:]
     query, key = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for image, logits in enumerate(out):

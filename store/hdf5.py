@@ -60,11 +60,7 @@ def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
 
 
 def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
-    """Read what `write_table` wrote.
-
-    Raises:
-        StoreError: there is no such file, it is damaged, or it was not written by `write_table`.
-    """
+    """Read what `write_table` wrote; StoreError if there is no such file, a damaged one, or one of another program."""
     import xarray
 
     try:

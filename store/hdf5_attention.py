@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from store.hdf5_input import attribute, datasets, fatality, open_hdf5, require_r
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
-from store.schema import MARK, StoreError, layer_path
+from store.schema import MARK, LayerSchema, StoreError, StoreSchema, layer_path
 
 SCHEMA = f"{MARK}-hdf5/1"
 
@@ -44,15 +43,11 @@ def is_export(path: Path) -> bool:
 
 
 def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: Callable[[int], None]) -> None:
-    """Write a store's attention as one HDF5 file, float16 where the store has it and float32 otherwise.
+    """Write a complete store's attention as one HDF5 file, float16 where the store has it and float32 otherwise.
 
-    The file appears under its name only when it is whole. Chunks of an image are gzipped and carry a Fletcher-32
-    checksum, which every reader checks; the sha256 of everything stands before it, which an import checks.
-
-    Args:
-        store: a complete one.
-        path: the file; an export that is there is replaced.
-        done: called with the number of images after each batch.
+    The file appears under its name only when it is whole, in place of an earlier export. Chunks of an image are gzipped
+    and carry a Fletcher-32 checksum, which every reader checks; the sha256 of everything stands before it, which an
+    import checks. `done` is called with the number of images after each batch.
 
     Raises:
         DiskError: the file cannot be written.
@@ -73,23 +68,22 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
         file.attrs["class_names"] = json.dumps(store.class_names)
         file[_IDS] = list(store.image_ids)
         file[_LABELS] = store.labels
-        datasets = [(layer.layer, _create(file, store, layer.layer)) for layer in store.schema.layers]
+        datasets = {layer.layer: _create(file, store.schema, layer) for layer in store.schema.layers}
+        read = store.read_stored if store.schema.encoding == "fp16" else store.read
         for batch in store.committed_batches:
             rows = store.schema.batch_rows(batch)
-            for layer, dataset in datasets:
-                narrow = dataset.dtype == np.float16
-                dataset[rows] = store.read_stored(layer, rows) if narrow else store.read(layer, rows)
+            for layer, dataset in datasets.items():
+                dataset[rows] = read(layer, rows)
                 check()
             done(rows.stop - rows.start)
 
 
-def _create(file: Any, store: AttentionStore, layer: int) -> Any:
-    described = store.schema.layers[store.layers.index(layer)]
-    row = (described.heads, described.tokens, described.tokens)
+def _create(file: Any, schema: StoreSchema, layer: LayerSchema) -> Any:
+    row = (layer.heads, layer.tokens, layer.tokens)
     dataset = file.create_dataset(
-        layer_path(layer),
-        shape=(store.schema.num_images, *row),
-        dtype="float16" if store.schema.encoding == "fp16" else "float32",
+        layer_path(layer.layer),
+        shape=(schema.num_images, *row),
+        dtype="float16" if schema.encoding == "fp16" else "float32",
         chunks=(1, *row),
         compression="gzip",
         compression_opts=1,
@@ -98,10 +92,10 @@ def _create(file: Any, store: AttentionStore, layer: int) -> Any:
     )
     for axis, name in enumerate(_AXES):
         dataset.dims[axis].label = name
-    dataset.attrs["site"] = described.site
-    dataset.attrs["layer"] = layer
-    dataset.attrs["layout"] = json.dumps(described.layout)
-    dataset.attrs["precision"] = _PRECISIONS[store.schema.encoding]
+    dataset.attrs["site"] = layer.site
+    dataset.attrs["layer"] = layer.layer
+    dataset.attrs["layout"] = json.dumps(layer.layout)
+    dataset.attrs["precision"] = _PRECISIONS[schema.encoding]
     return dataset
 
 
@@ -117,24 +111,15 @@ def _contradiction(found: dict[str, Any], given: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One layer in a file.
-
-    Args:
-        name: of the dataset, and the site unless it says another.
-        site: the module's name.
-        heads, tokens: of its maps.
-        layout: the attribute `layout`, which ought to be `TokenLayout.to_dict()` as JSON; "" without one.
-        precision: that the values were rounded to, see `store.precisions`, if the dataset says it; or "".
-        read: rows -> maps [image, head, query, key].
-    """
+    """One layer in a file."""
 
     name: str
-    site: str
+    site: str  # the module's name, or the dataset's
     heads: int
     tokens: int
-    layout: str
-    precision: str
-    read: Callable[[slice], Array]
+    layout: str  # the attribute, which ought to be `TokenLayout.to_dict()` as JSON; "" without one
+    precision: str  # that the values were rounded to, see `store.precisions`, if the dataset says it; or ""
+    read: Callable[[slice], Array]  # rows -> maps [image, head, query, key]
 
 
 class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
@@ -144,14 +129,11 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
     head. Datasets are taken in the order of their names, numbers in them counted as numbers.
 
     Args:
-        path: the file.
         axes: their order in all datasets, of `AXES`; (): as dimension labels or scales say, or as alone fits.
 
     Attributes:
-        path: the file.
         image_ids: `images/id`, or the names of datasets that are images, or image_000000, …
         labels: `images/label`, or −1.
-        class_names: of the labels, if they are known.
         layers: what was found, in depth order.
         order: how the axes were taken and why, a sentence.
         unused: names of datasets that are neither maps nor `images/id` nor `images/label`, in order.
@@ -273,32 +255,25 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         return int(self._found[name].shape[axes.index(axis)]) if axis in axes else 1
 
     def _layers(self, whole_images: bool) -> Iterator[Dataset]:
+        """Each layer, of one dataset that holds it for all images, or of a dataset per image."""
         names = list(self._found)
-        if whole_images:  # layer `number` of every dataset
-            for number in range(self._length(names[0], "layer")):
-                yield self._dataset(f"layer_{number}", names, number)
-            return
-        for name in names:
-            if "layer" not in self._axes[name]:
-                yield self._dataset(name, [name], 0)
-            else:
-                for number in range(self._length(name, "layer")):
-                    yield self._dataset(f"{name}[{number}]", [name], number)
-
-    def _dataset(self, name: str, sources: list[str], layer: int) -> Dataset:
-        """One layer, of one dataset that holds it for all images, or of a dataset per image."""
-        first = sources[0]
-        dataset = self._found[first]
-        precision = attribute(dataset, "precision")
-        return Dataset(
-            name=name,
-            site=attribute(dataset, "site") or name,
-            heads=self._length(first, "head"),
-            tokens=self._length(first, "query"),
-            layout=attribute(dataset, "layout"),
-            precision=precision if precision in FLOATS else "",
-            read=partial(self._read, sources, layer),
-        )
+        for sources in [names] if whole_images else [[name] for name in names]:
+            first = sources[0]
+            dataset = self._found[first]
+            precision = attribute(dataset, "precision")
+            for number in range(self._length(first, "layer")):
+                name = f"{first}[{number}]" if "layer" in self._axes[first] else first
+                if whole_images:  # layer `number` of every dataset
+                    name = f"layer_{number}"
+                yield Dataset(
+                    name=name,
+                    site=attribute(dataset, "site") or name,
+                    heads=self._length(first, "head"),
+                    tokens=self._length(first, "query"),
+                    layout=attribute(dataset, "layout"),
+                    precision=precision if precision in FLOATS else "",
+                    read=partial(self._read, sources, number),
+                )
 
     def _read(self, sources: list[str], layer: int, rows: slice) -> Array:
         if "image" in self._axes[sources[0]]:
@@ -318,9 +293,7 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         missing = tuple(place for place, axis in enumerate(_AXES) if axis not in kept)
         return np.ascontiguousarray(np.expand_dims(values, missing), dtype=values.dtype.newbyteorder("="))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

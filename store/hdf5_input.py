@@ -101,10 +101,10 @@ def datasets(file: Any) -> Iterator[tuple[str, Any]]:
     while groups:
         path, group = groups.pop()
         for key in group.id:  # bytes: not every name is UTF-8
-            name = path + _text(key)
+            name = path + as_text(key)
             link = group.id.links.get_info(key).type
             if link == h5py.h5l.TYPE_EXTERNAL:
-                other = _text(group.id.links.get_val(key)[0])
+                other = as_text(group.id.links.get_val(key)[0])
                 raise StoreError(
                     f"{file.filename}: {name} is a link into another file, {other}, and other files are not read; "
                     "copy what it leads to into this file, or remove the link"
@@ -132,7 +132,7 @@ def require_readable(file: Any, name: str, dataset: Any) -> None:
     plist = dataset.id.get_create_plist()
     for number, _, _, described in (plist.get_filter(index) for index in range(plist.get_nfilters())):
         if not h5py.h5z.filter_avail(number):
-            known = _FILTERS.get(number) or _text(described).strip("\0 ") or "of an unknown name"
+            known = _FILTERS.get(number) or as_text(described).strip("\0 ") or "of an unknown name"
             raise StoreError(
                 f"{where} is compressed by a plugin that is not here ({known}, filter {number}); set HDF5_PLUGIN_PATH "
                 "to where the plugin lies, or write the file again with gzip or without compression"
@@ -164,11 +164,12 @@ def attribute(item: Any, name: str) -> str:
     except Exception as error:  # of a foreign file: h5py raises errors of many kinds for types that it does not know
         return f"unreadable ({type(error).__name__})"
     if isinstance(value, bytes):
-        return _text(value)
+        return as_text(value)
     return value if isinstance(value, str) else repr(value)
 
 
-def _text(content: bytes) -> str:
+def as_text(content: bytes) -> str:
+    """Text of an encoding that nothing states."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:

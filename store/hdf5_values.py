@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from store.hdf5_input import attribute, require_readable
+from store.hdf5_input import as_text, attribute, require_readable
 from store.precisions import Array
 from store.schema import StoreError
 
@@ -57,14 +57,11 @@ def _label(dim: Any) -> str:
 
 
 def unstated_axes(shapes: dict[str, tuple[int, ...]], num_images: int | None) -> tuple[dict[str, tuple[str, ...]], str]:
-    """The order of axes that nothing states (name -> axes), where one order alone fits, and why it does.
+    """The order of axes that nothing states (name -> axes), where one order alone fits, and why; StoreError if not.
 
     Args:
         shapes: name of a dataset -> its shape, of four or five axes.
         num_images: how many images the file names or labels; None: it does neither.
-
-    Raises:
-        StoreError: more than one order fits.
     """
     axes: dict[str, tuple[str, ...]] = {}
     stacked = {name: shape for name, shape in shapes.items() if len(shape) == 5}
@@ -114,12 +111,8 @@ def read_names(dataset: Any) -> list[str]:
 def read_labels(dataset: Any, class_names: Sequence[str]) -> tuple[Array, list[str]]:
     """Labels as int64, −1 where one is unknown, and the names of the classes.
 
-    Args:
-        dataset: class indices, or names of classes, which are numbered in alphabetical order.
-        class_names: of the indices, if known.
-
-    Raises:
-        StoreError: anything else, such as NaN or a fraction, or an index without a name.
+    A dataset holds class indices, whose names may be known, or names of classes, which are numbered in alphabetical
+    order. Raises StoreError for anything else, such as NaN or a fraction, or an index without a name.
     """
     texts = _texts(dataset)
     if texts is not None:
@@ -176,13 +169,7 @@ def _characters(dataset: Any, codes: Array) -> str:
 
 
 def _decoded(value: Any) -> str:
-    if isinstance(value, str):
-        return value.rstrip("\0 ")
-    content = bytes(value).rstrip(b"\0 ")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+    return (value if isinstance(value, str) else as_text(bytes(value))).rstrip("\0 ")
 
 
 def _whole_numbers(dataset: Any, expected: str) -> list[int]:

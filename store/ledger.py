@@ -19,23 +19,15 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from store.schema import LEDGER_FILES, OtherRunError, StoreError, ledger_name
-from store.shards import FileEntry, ShardError, describe_shard
+from store.shards import FileEntry, ShardError, shard_digest
 from store.storage import Storage
-
-AT_ONCE = 16  # requests to an object store under way
 
 
 class LedgerError(StoreError):
-    """A ledger record that is missing or damaged; the message names it.
-
-    Args:
-        where: path or URL of the record.
-        what: is wrong with it.
-    """
+    """A ledger record that is missing or damaged: `where` it lies and `what` is wrong with it."""
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(where, what)
@@ -60,10 +52,9 @@ def file_problem(root: Storage, file: str, expected: FileEntry) -> str:
     try:
         if problem := size_problem(root.size(file), expected):
             return problem
-        found = (
-            describe_shard(root, file, expected["chunks"]) if "chunks" in expected else describe_bytes(root.read(file))
-        )
-        if found["sha256"] != expected["sha256"]:
+        whole = "chunks" not in expected
+        found = describe_bytes(root.read(file))["sha256"] if whole else shard_digest(root, file, expected)
+        if found != expected["sha256"]:
             return "its content changed after it was committed (SHA-256 differs)"
     except FileNotFoundError:
         return "is missing"
@@ -73,12 +64,8 @@ def file_problem(root: Storage, file: str, expected: FileEntry) -> str:
 
 
 def file_problems(root: Storage, files: Mapping[str, FileEntry]) -> dict[str, str]:
-    """What is wrong with which of some small files; those of an object store are read at once."""
-    if root.near:
-        found: Iterable[str] = [file_problem(root, file, entry) for file, entry in files.items()]
-    else:
-        with ThreadPoolExecutor(AT_ONCE, "check") as threads:
-            found = list(threads.map(lambda item: file_problem(root, *item), files.items()))
+    """What is wrong with which of some small files."""
+    found = root.at_once(lambda item: file_problem(root, *item), files.items())
     return {file: problem for file, problem in zip(files, found, strict=True) if problem}
 
 
@@ -90,11 +77,7 @@ def size_problem(size: int | None, expected: FileEntry) -> str:
 
 
 class Ledger:
-    """The records beside one store.
-
-    Args:
-        root: the store.
-    """
+    """The records beside the store at `root`."""
 
     def __init__(self, root: Storage) -> None:
         self.storage = root.beside(ledger_name(root.name))

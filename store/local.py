@@ -32,11 +32,7 @@ def _make_folder(path: Path) -> None:
 
 
 class LocalStorage(Storage):
-    """A folder.
-
-    Args:
-        path: absolute.
-    """
+    """A folder, of an absolute path."""
 
     near = True
 
@@ -49,12 +45,6 @@ class LocalStorage(Storage):
 
     def is_there(self) -> bool:
         return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
-
-    def exists(self, file: str) -> bool:
-        return (self.path / file).is_file()
-
-    def size(self, file: str) -> int:
-        return self._there(file).stat().st_size
 
     def version(self, file: str) -> tuple[int, Any]:
         found = self._there(file).stat()

@@ -18,7 +18,7 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from store.precisions import Array
 from store.redaction import redacted
 from store.removal import UNFINISHED, is_unfinished, remove
 from store.schema import NetworkError, StoreError
-from store.storage import Lock, Storage, StoreUrl, Write
+from store.storage import Item, Lock, Result, Storage, StoreUrl, Write
 from store.system import is_running
 
 if TYPE_CHECKING:
@@ -42,12 +42,7 @@ _PATIENCE = timedelta(seconds=60)  # with a network that fails
 
 
 class ObjectStorage(Storage):
-    """A prefix of an object store.
-
-    Args:
-        objects: an obstore store, of the folder that holds the prefix.
-        location: URL of the prefix.
-    """
+    """A prefix of an object store, by its URL; `objects` is an obstore store, of the folder that holds it."""
 
     near = False
     location: StoreUrl
@@ -85,16 +80,6 @@ class ObjectStorage(Storage):
     def is_there(self) -> bool:
         return self.exists("zarr.json")
 
-    def exists(self, file: str) -> bool:
-        try:
-            self.size(file)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def size(self, file: str) -> int:
-        return self.version(file)[0]
-
     def version(self, file: str) -> tuple[int, Any]:
         found = self._call("head", file)
         return int(found["size"]), found["e_tag"] or found["last_modified"]
@@ -124,9 +109,9 @@ class ObjectStorage(Storage):
         starts, lengths = zip(*ranges, strict=True)
         return [bytes(found) for found in self._call("get_ranges", file, starts=starts, lengths=lengths)]
 
-    def fetch(self, files: Sequence[str]) -> list[bytes | None]:
-        with ThreadPoolExecutor(_AT_ONCE, "fetch") as threads:
-            return list(threads.map(self._read_if_there, files))
+    def at_once(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        with ThreadPoolExecutor(_AT_ONCE, "request") as threads:
+            return list(threads.map(work, items))
 
     @contextlib.contextmanager
     def writing(self, file: str) -> Iterator[Write]:
@@ -153,15 +138,13 @@ class ObjectStorage(Storage):
     def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
         """The root's zarr.json comes last: without it there is no store."""
         files = [file.relative_to(skeleton).as_posix() for file in skeleton.rglob("*") if file.is_file()]
-        with ThreadPoolExecutor(_AT_ONCE, "adopt") as threads:
-            put = (threads.submit(self.replace, f, (skeleton / f).read_bytes()) for f in files if f != "zarr.json")
-            for done in list(put):
-                done.result()
-        commit()
-        self.replace("zarr.json", (skeleton / "zarr.json").read_bytes())
 
-    def free_bytes(self) -> None:
-        return None
+        def put(file: str) -> None:
+            self.replace(file, (skeleton / file).read_bytes())
+
+        self.at_once(put, [file for file in files if file != "zarr.json"])
+        commit()
+        put("zarr.json")
 
     def zarr(self) -> Any:
         from zarr.storage import ObjectStore, StorePath

@@ -58,17 +58,6 @@ def require_place(storage: Storage) -> None:
         raise StoreError(f"{ledger} was not written by this program; move it away, or give the store another name")
 
 
-def require_store(storage: Storage) -> None:
-    """Raises StoreError for what does not say of itself that it is a store: sample maps, groups of others."""
-    found = schema_of(storage.fetch(["zarr.json"])[0])
-    if found != SCHEMA:
-        what = f"its schema is {found!r}" if found else "it has no attribute `schema`"
-        raise StoreError(
-            f"{storage} is no store of attention ({what}) and has no ledger {ledger_name(storage.name)} beside it; "
-            f"expected a {SCHEMA!r} store, as a capture writes it"
-        )
-
-
 def containing_store(location: Location) -> str:
     """The store or ledger that a place lies inside of, "" if none; of an object store, by name alone."""
     if not isinstance(location, Path):

@@ -13,12 +13,12 @@ from store.arrays import ArraySpec, batch_arrays, layer_arrays, metric_arrays, r
 from store.commit import attention_digest
 from store.encodings import Factors, softmax_maps, with_all_axes
 from store.ledger import Ledger, LedgerError, file_problems
-from store.places import require_store, storage_at
+from store.places import storage_at
 from store.precisions import Array, RoundedArray
+from store.removal import schema_of
 from store.rows import Records, Rows, positions, read_rows
 from store.schema import (
     SCHEMA,
-    LayerSchema,
     MissingStoreError,
     StoreError,
     StoreSchema,
@@ -62,7 +62,8 @@ class AttentionStore:
         self.storage = storage
         self.metadata_files = files
         self.schema = StoreSchema.from_attrs(attrs, [str(name) for name in read_constant(storage, "images/id")])
-        self.layers = tuple(layer.layer for layer in self.schema.layers)
+        self._layers = {layer.layer: layer for layer in self.schema.layers}
+        self.layers = tuple(self._layers)
         self.sites = tuple(layer.site for layer in self.schema.layers)
         self.layouts = {layer.layer: dict(layer.layout) for layer in self.schema.layers}
         self.image_ids = self.schema.image_ids
@@ -221,36 +222,26 @@ class AttentionStore:
         self._check_layer(layer)
         if not self.schema.encoding:
             raise StoreError(f"{self.path} holds metrics only; capture with the `store` sink to keep attention")
-        return layer_arrays(self.schema, self._layer_schema(layer))
-
-    def _layer_schema(self, layer: int) -> LayerSchema:
-        return self.schema.layers[self.layers.index(layer)]
+        return layer_arrays(self.schema, self._layers[layer])
 
     def _factors(self, layer: int, images: Rows, heads: Rows, place: str | None = None) -> Factors:
-        arrays, described = self._layer_arrays(layer), self._layer_schema(layer)
+        arrays, described = self._layer_arrays(layer), self._layers[layer]
         fixed = described.factors
         if fixed is None:
             raise StoreError(f"{self.path} keeps maps, not query and key; use read or read_stored")
-        stored = {
-            name: self._rows(
-                array,
-                images,
-                columns=slice(None) if name == "bias" else heads,
-                place=None if place is None else f"{place}/{name}",
-            )
-            for name, array in arrays.items()
-        }
+        stored = {}
+        for name, array in arrays.items():
+            columns = slice(None) if name == "bias" else heads
+            memory = None if place is None else f"{place}/{name}"
+            stored[name] = self._rows(array, images, columns=columns, place=memory)
         if fixed.bias == "shared":
-            stored["bias"] = self._shared_bias(layer)
+            if layer not in self._biases:
+                self._biases[layer] = self._constant(f"{layer_path(layer)}/bias")
+            stored["bias"] = self._biases[layer]
         bias = with_all_axes(described, stored["bias"]) if fixed.bias else None
         if bias is not None and bias.shape[-3] > 1:
             bias = bias[..., positions(heads, described.heads, "heads"), :, :]
         return Factors(query=stored["query"], key=stored["key"], scale=fixed.scale, bias=bias)
-
-    def _shared_bias(self, layer: int) -> Array:
-        if layer not in self._biases:
-            self._biases[layer] = self._constant(f"{layer_path(layer)}/bias")
-        return self._biases[layer]
 
     def read_logits(self, images: Rows = slice(None)) -> Array:
         """The model's logits, float32 [image, class]."""
@@ -305,13 +296,9 @@ class AttentionStore:
             records = self.ledger.read_later()
         except OSError as error:  # a web server lists nothing
             raise StoreError(f"{self.ledger} cannot be searched for metrics computed later: {error}") from error
-        found, damaged = [], {}
-        for name, record in records.items():
-            if isinstance(record, LedgerError):
-                damaged[name] = record
-            else:
-                found.append((str(record["name"]), dict(record["params"])))
-        return found, damaged
+        damaged = {name: record for name, record in records.items() if isinstance(record, LedgerError)}
+        sound = [record for record in records.values() if not isinstance(record, LedgerError)]
+        return [(str(record["name"]), dict(record["params"])) for record in sound], damaged
 
     def _choose(self, name: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         own = self.schema.metrics.get(name)
@@ -346,13 +333,26 @@ class AttentionStore:
         return read_rows(self.storage, array, images, records or self._records, **options)
 
 
+def require_store(root: Storage, ledger: Ledger) -> None:
+    """Raises MissingStoreError, or StoreError for what has no ledger and is none by its own word: sample maps, …"""
+    if not root.is_there():
+        raise MissingStoreError(f"there is no store at {root}")
+    if ledger.exists("metadata"):
+        return
+    found = schema_of(root.fetch(["zarr.json"])[0])
+    if found != SCHEMA:
+        what = f"its schema is {found!r}" if found else "it has no attribute `schema`"
+        raise StoreError(
+            f"{root} is no store of attention ({what}) and has no ledger {ledger_name(root.name)} beside it; "
+            f"expected a {SCHEMA!r} store, as a capture writes it"
+        )
+
+
 def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str, Any]]:
     """A store's ledger, its metadata files' entries there and root attributes, every file checked against its hash."""
     ledger = Ledger(root)
-    if not root.is_there():
-        raise MissingStoreError(f"there is no store at {root}")
+    require_store(root, ledger)
     if not ledger.exists("metadata"):
-        require_store(root)
         raise StoreError(
             f"{root} has no ledger at {ledger}; a store that is moved or renamed takes its ledger along, as "
             f"{ledger_name(root.name)} beside it: put it there, or delete the store and capture again"

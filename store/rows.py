@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -30,28 +30,28 @@ class Records:
     Args:
         folder: of the ledger; "" for the capture's own batches.
         source: of a metric computed later: batch -> `attention_digest` of the store.
-
-    Attributes:
-        versions: file -> its `Storage.version` when its content was found to be what the ledger says.
     """
 
     def __init__(
         self, ledger: Ledger, schema: StoreSchema, folder: str = "", source: Callable[[int], str] | None = None
     ) -> None:
+        self.remedy = "measure it again" if folder else "capture this batch again"
         self._folder = folder
         self._ledger = ledger
         self._files: dict[int, dict[str, Any]] = {}
-        self._damaged: dict[int, str] = {}
-        self.versions: dict[str, Any] = {}
+        self._damaged: dict[int, str] = {}  # raised when a row of the batch is asked for
+        self.versions: dict[str, Any] = {}  # file -> its `Storage.version` when its content was what the ledger says
         names = {folder + batch_name(batch): batch for batch in range(schema.num_batches)}
         for name, record in ledger.read_all(list(names)).items():
             batch = names[name]
-            if isinstance(record, LedgerError):  # raised when a row of this batch is asked for
-                self._damaged[batch] = str(record)
+            if isinstance(record, LedgerError):
+                problem = str(record)
             elif source is not None and record["sources"][0] != source(batch):
-                self._damaged[batch] = f"ledger record {ledger.where(name)} {STALE}"
+                problem = f"ledger record {ledger.where(name)} {STALE}"
             else:
                 self._files[batch] = record["files"]
+                continue
+            self._damaged[batch] = f"batch {batch} cannot be trusted: {problem}; {self.remedy}"
 
     @property
     def sound(self) -> set[int]:
@@ -60,20 +60,12 @@ class Records:
     @property
     def damaged(self) -> tuple[str, ...]:
         """What is wrong with the records that cannot be trusted, a sentence each."""
-        return tuple(self._distrust(batch) for batch in self._damaged)
-
-    def _distrust(self, batch: int) -> str:
-        return f"batch {batch} cannot be trusted: {self._damaged[batch]}; {self.remedy}"
-
-    @property
-    def remedy(self) -> str:
-        """What to do about a batch that does not hold."""
-        return "measure it again" if self._folder else "capture this batch again"
+        return tuple(self._damaged.values())
 
     def files(self, batch: int) -> dict[str, Any]:
         """The hashes of a committed batch's files; StoreError if it is not committed, or its record is damaged."""
         if batch in self._damaged:
-            raise StoreError(self._distrust(batch))
+            raise StoreError(self._damaged[batch])
         if batch not in self._files:
             what = f"of {self._folder.rstrip('/')} " if self._folder else ""
             raise StoreError(f"batch {batch} {what}is not committed in {self._ledger}; resume the run that writes it")
@@ -98,32 +90,22 @@ def read_rows(
     wide: bool = False,
     place: str | None = None,
 ) -> Array:
-    """Read rows of an array.
+    """Some rows of an array, and of its second axis (heads) some columns; errors are those of `AttentionStore.read`.
 
     Args:
-        images: rows, a slice or numbers in any order.
-        columns: of the second axis (heads), as `images`.
         wide: as float32, instead of what is stored.
         place: None: into new memory, decoded in a thread per CPU; else by the calling thread alone, into its own
             memory of that name.
-
-    Raises:
-        StoreError: no such rows, rows of batches that are not committed, or a file that is missing, truncated or
-            damaged.
     """
     rows = positions(images, array.shape[0], "images")
-    chosen: Array | None = None
-    if len(array.shape) > 1:
-        chosen = positions(columns, array.shape[1], "heads")
-        if np.array_equal(chosen, np.arange(array.shape[1])):
-            chosen = None
-    width = array.shape[1:2] if chosen is None else (chosen.size,)
-    shape, dtype = (rows.size, *width, *array.shape[2:]), np.dtype(np.float32) if wide else array.dtype
+    heads = positions(columns, array.shape[1], "heads")
+    chosen = None if np.array_equal(heads, np.arange(array.shape[1])) else heads
+    shape, dtype = (rows.size, heads.size, *array.shape[2:]), np.dtype(np.float32) if wide else array.dtype
     if place is None:
         out = np.empty(shape, dtype)
     else:
         out = scratch(f"rows/{place}", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-    decoders = _decoders() if place is None else _CallingThread()
+    decoders = _decoders() if place is None else None
     runs: list[tuple[int, Any, _Run, Callable[[], None]]] = []
     batches = rows // array.batch
     starts = np.flatnonzero(np.diff(batches, prepend=-1)).tolist()
@@ -137,10 +119,7 @@ def read_rows(
             if problem := size_problem(size, entry):
                 raise ShardError(problem)
             known = records.versions.get(file) == version
-            expected = None if known else entry["sha256"]
-            wait = begin_chunks(
-                root, file, size, run.rows, array.chunk, array.shard_chunks, run.place, decoders, expected
-            )
+            wait = begin_chunks(root, file, size, entry, run.chunks, run.place, decoders, compare=not known)
         runs.append((batch, version, run, wait))
 
     for batch, version, run, wait in runs:
@@ -175,6 +154,7 @@ class _Run:
 
     def __init__(self, array: ArraySpec, wanted: Array, columns: Array | None, out: Array, wide: bool) -> None:
         self.rows = slice(int(wanted.min()), int(wanted.max()) + 1)
+        self.chunks = range(self.rows.start // array.chunk, (self.rows.stop - 1) // array.chunk + 1)
         self._array = array
         self._columns = columns
         self._wide = wide
@@ -213,18 +193,6 @@ class _Run:
 def _decoders() -> Executor:
     """The process's threads that decode chunks; they are idle when nobody reads."""
     return ThreadPoolExecutor(available_cpus(), "decode")
-
-
-class _CallingThread(Executor):
-    """Does what it is given at once."""
-
-    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        try:
-            done.set_result(work(*args, **kwargs))
-        except Exception as error:  # raised by `result`, as any other executor's future does
-            done.set_exception(error)
-        return done
 
 
 def positions(selection: Rows, length: int, what: str) -> Array:

@@ -245,11 +245,7 @@ class StoreSchema:
 
     @classmethod
     def from_attrs(cls, attrs: Mapping[str, Any], image_ids: Sequence[str]) -> StoreSchema:
-        """The schema back from a store's root attributes and its `images/id`.
-
-        Raises:
-            StoreError: another schema version, or a key that is missing or unknown.
-        """
+        """The schema back from a store's root attributes and its `images/id`; StoreError if they describe none."""
         found = attrs.get("schema")
         if found != SCHEMA:
             raise StoreError(f"the store's schema is {found!r}; this version reads {SCHEMA!r}")

@@ -47,15 +47,10 @@ def encode_chunk(values: Array, precision: str, to: str) -> tuple[bytes, bytes]:
 def write_file(
     root: Storage, file: str, chunks: Sequence[Future[tuple[bytes, bytes]]], *, shard_chunks: int = 0
 ) -> FileEntry:
-    """Write chunks in order as they become ready; the file appears under its name when it is whole and on disk.
+    """Write chunks in order as they become ready; gives the file's entry in the ledger.
 
-    Args:
-        file: replaced if it is there.
-        chunks: what `encode_chunk` gives.
-        shard_chunks: chunks of a whole shard, at least as many as there are; 0: the file is a single chunk.
-
-    Returns:
-        The file's entry in the ledger.
+    The file appears under its name, in place of an earlier one, when it is whole and on disk. `shard_chunks` are those
+    of a whole shard, at least as many as there are; 0: the file is a single chunk.
     """
     index = np.full((shard_chunks, 2), _EMPTY, dtype="<u8")
     digest = hashlib.sha256()
@@ -78,11 +73,11 @@ def write_file(
     return entry | {"chunks": shard_chunks} if shard_chunks else entry
 
 
-def describe_shard(root: Storage, file: str, shard_chunks: int) -> FileEntry:
-    """The entry of a shard as it is stored, every byte of it compared with a checksum; ShardError if one differs."""
+def shard_digest(root: Storage, file: str, entry: FileEntry) -> str:
+    """SHA-256 of a shard of its entry's size, every byte of it compared with a checksum; ShardError if one differs."""
     digest = hashlib.sha256()
-    size = root.size(file)
-    index, table = _read_index(root, file, size, shard_chunks)
+    size = entry["bytes"]
+    index, table = _read_index(root, file, size, entry["chunks"])
     begin = 0
     for number, (offset, length) in enumerate(index.tolist()):
         if offset == _EMPTY:
@@ -94,34 +89,29 @@ def describe_shard(root: Storage, file: str, shard_chunks: int) -> FileEntry:
     if begin + len(table) != size:
         raise ShardError(f"the chunks end at byte {begin} and the index begins at {size - len(table)}")
     digest.update(table)
-    return {"bytes": size, "sha256": digest.hexdigest(), "chunks": shard_chunks}
+    return digest.hexdigest()
 
 
 def begin_chunks(
     root: Storage,
     file: str,
     size: int,
-    rows: slice,
-    chunk_rows: int,
-    shard_chunks: int,
+    entry: FileEntry,
+    chunks: range,
     place: Callable[[int, Array], None],
-    threads: Executor,
-    sha256: str | None,
+    threads: Executor | None,
+    *,
+    compare: bool,
 ) -> Callable[[], None]:
-    """Begin to read and decode the chunks that hold some rows of a file, each in a thread of its own.
+    """Begin to read chunks of a file of `size` bytes; what it gives waits for them, and raises ShardError or OSError.
 
     Args:
-        size: bytes of the file.
-        rows: of the file, counted from 0.
-        shard_chunks: chunks of a whole shard; 0: the file is a single chunk.
-        place: called in the thread with a chunk's number and its compressed bytes (valid during the call), to
+        threads: that read and decode; None: the calling one does it, now.
+        place: called in a thread with a chunk's number and its compressed bytes (valid during the call), to
             `decode_chunk` them to where they belong.
-        sha256: of the file's entry in the ledger, which is compared with what was read and with the checksums of the
-            chunks that were not; None: do not compare.
-
-    Returns:
-        Waits for the chunks, and raises what went wrong (ShardError, OSError); only then may they be used.
+        compare: the entry's SHA-256 with what was read and with the checksums of the chunks that were not.
     """
+    shard_chunks = entry.get("chunks", 0)  # 0: the file is a single chunk
     if shard_chunks:
         index, table = _read_index(root, file, size, shard_chunks)
     else:
@@ -136,17 +126,21 @@ def begin_chunks(
         hashed[number] = checksum if shard_chunks else data.tobytes() + checksum
         place(number, data)
 
-    wanted = range(rows.start // chunk_rows, (rows.stop - 1) // chunk_rows + 1)
-    futures = [threads.submit(read, number) for number in wanted]
-    if sha256 is not None:
-        hashed.update(_checksums(root, file, index, without=wanted))
+    futures = []
+    for number in chunks:
+        if threads is None:
+            read(number)
+        else:
+            futures.append(threads.submit(read, number))
+    if compare:
+        hashed.update(_checksums(root, file, index, without=chunks))
 
     def finish() -> None:
         for future in futures:
             future.result()
-        if sha256 is not None:
+        if compare:
             content = b"".join(hashed[number] for number in sorted(hashed)) + table
-            if hashlib.sha256(content).hexdigest() != sha256:
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 raise ShardError("its SHA-256 is not the one in the ledger: it is another file's content")
 
     return finish

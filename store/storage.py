@@ -13,11 +13,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from store.precisions import Array
 from store.redaction import redacted
 from store.schema import StoreError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PARTIAL = ".partial"  # suffix of everything unfinished
 
@@ -56,13 +59,9 @@ def location_of(given: str | os.PathLike[str]) -> Location:
     if text.startswith("file://"):
         from urllib.request import url2pathname
 
-        text = url2pathname(text.removeprefix("file://"))
-    elif "://" in text:
-        return _store_url(text)
-    return Path(os.path.abspath(text))
-
-
-def _store_url(text: str) -> StoreUrl:
+        return Path(os.path.abspath(url2pathname(text.removeprefix("file://"))))
+    if "://" not in text:
+        return Path(os.path.abspath(text))
     shown = redacted(text)
     if "?" in text or "#" in text:
         raise StoreError(
@@ -88,14 +87,10 @@ class Storage(ABC):
     """Files below one place, by name: "attention/layer_00/c.0.0.0.0".
 
     Every method raises OSError (FileNotFoundError where there is no such file) when the disk or the network fails.
-
-    Attributes:
-        location: the place, as errors name it.
-        near: whether reading a file again costs little, and so does asking for each one's size.
     """
 
-    location: Location
-    near: bool
+    location: Location  # as errors name it
+    near: bool  # reading a file again costs little, and so does asking for each one's size
 
     @property
     def name(self) -> str:
@@ -117,12 +112,16 @@ class Storage(ABC):
     def is_there(self) -> bool:
         """Whether anything lies here."""
 
-    @abstractmethod
-    def exists(self, file: str) -> bool: ...
+    def exists(self, file: str) -> bool:
+        try:
+            self.version(file)
+        except FileNotFoundError:
+            return False
+        return True
 
-    @abstractmethod
     def size(self, file: str) -> int:
         """Bytes of a file."""
+        return self.version(file)[0]
 
     @abstractmethod
     def version(self, file: str) -> tuple[int, Any]:
@@ -145,7 +144,11 @@ class Storage(ABC):
 
     def fetch(self, files: Sequence[str]) -> list[bytes | None]:
         """Several small files; None for those that are not there."""
-        return [self._read_if_there(file) for file in files]
+        return self.at_once(self._read_if_there, files)
+
+    def at_once(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """What some work gives of each item: in an object store, many requests are under way together."""
+        return [work(item) for item in items]
 
     def _read_if_there(self, file: str) -> bytes | None:
         try:
@@ -195,9 +198,9 @@ class Storage(ABC):
     def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
         """Make a new store's files appear here at once, right after `commit`, for which they are all in place."""
 
-    @abstractmethod
     def free_bytes(self) -> int | None:
         """What may still be written; None: no limit is known."""
+        return None
 
     @abstractmethod
     def zarr(self) -> Any:

@@ -24,15 +24,9 @@ _LOCKED_BYTE = 1 << 30  # behind all that a file holds, for nobody else can read
 
 
 def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = False) -> None:
-    """Lock an open file, until it is closed.
+    """Lock an open file, until it is closed: alone or `shared`; BlockingIOError if others hold it, unless we `wait`.
 
-    Args:
-        shared: with others that share it, instead of alone.
-        wait: for others that hold it.
-
-    Raises:
-        BlockingIOError: others hold it.
-        StoreError: this system cannot share a lock.
+    Raises StoreError where the system cannot share a lock.
     """
     if _HAS_FLOCK:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -80,5 +74,5 @@ def is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True

@@ -13,9 +13,9 @@ from typing import Any
 from store.arrays import ArraySpec, attention_arrays, batch_arrays, metric_arrays, read_attributes
 from store.commit import STALE, attention_digest
 from store.ledger import Ledger, LedgerError, batch_name, describe_bytes, file_problem
-from store.places import require_store, storage_at
-from store.reader import AttentionStore
-from store.schema import SCHEMA, MissingStoreError, StoreError, StoreSchema
+from store.places import storage_at
+from store.reader import AttentionStore, require_store
+from store.schema import SCHEMA, StoreError, StoreSchema
 from store.shards import FileEntry, ShardError, glance_at_shard
 from store.storage import PARTIAL, Storage
 
@@ -25,14 +25,9 @@ _RESULT = re.compile(r"metrics/[^/]+/([0-9a-f]{16}/.+|zarr\.json)")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One damaged unit.
+    """One damaged unit."""
 
-    Args:
-        unit: path of the file, from the folder that holds the store, e.g. run.zarr/attention/layer_03/c.7.0.0.0.
-        problem: what is wrong with it.
-    """
-
-    unit: str
+    unit: str  # path of the file, from the folder that holds the store, e.g. run.zarr/attention/layer_03/c.7.0.0.0
     problem: str
 
     def __str__(self) -> str:
@@ -40,29 +35,16 @@ class Damage:
 
 
 def verify(path: str | os.PathLike[str] | Storage) -> list[Damage]:
-    """Check every byte of a store and its ledger.
+    """Check every byte of a store and its ledger; gives every damaged unit, none if the store is sound.
 
     A store that is still being captured, or whose capture was killed, is sound: what no record names is not yet
     part of it. Results of metrics that were interrupted are passed over for the same reason. Of a store that is being
     written, what was committed when the check began is looked at; a batch that is withdrawn or written again
-    meanwhile is no damage.
-
-    Returns:
-        Every damaged unit; empty if the store is sound.
-
-    Raises:
-        MissingStoreError: there is no store at that path.
+    meanwhile is no damage. Raises MissingStoreError if there is no store at that path.
     """
     root = storage_at(path)
-    if not root.is_there():
-        raise MissingStoreError(f"there is no store at {root}")
-    check = _Check(root)
-    if not check.ledger.exists("metadata"):
-        require_store(root)
-    return check.run()
-
-
-Problems = list[tuple[Storage, str, str]]  # (where it lies, file, what is wrong with it)
+    require_store(root, Ledger(root))
+    return _Check(root).run()
 
 
 class _Check:
@@ -78,9 +60,9 @@ class _Check:
         if "metadata" in self.records:
             metadata = self.unit("metadata")
             if metadata is not None and metadata.get("manifest") and "manifest" not in self.records:
-                self.blame([(self.ledger.storage, "manifest.json", "is missing")])
+                self.blame_record("manifest", "is missing")
         else:
-            self.blame([(self.ledger.storage, "metadata.json", "is missing")])
+            self.blame_record("metadata", "is missing")
         for name in ("manifest", "complete"):
             if name in self.records:
                 self.unit(name)
@@ -103,31 +85,33 @@ class _Check:
             self.unnamed_files()
         return self.damages
 
-    def blame(self, problems: Problems) -> None:
-        self.damages += [Damage(f"{storage.name}/{file}", problem) for storage, file, problem in problems]
+    def blame(self, storage: Storage, file: str, problem: str) -> None:
+        self.damages.append(Damage(f"{storage.name}/{file}", problem))
+
+    def blame_record(self, name: str, problem: str) -> None:
+        self.blame(self.ledger.storage, f"{name}.json", problem)
 
     def unit(self, name: str, check: Callable[[dict[str, Any]], str] | None = None) -> dict[str, Any] | None:
-        """Check a record and the files it names; None if it is damaged or was withdrawn.
+        """Check a record (also by what `check` says of it) and its files; None if it is damaged or was withdrawn.
 
         What is wrong is blamed if the record still stands then. One that was written again is looked at again.
-
-        Args:
-            check: what is wrong with the record besides, "" if nothing.
         """
         while True:
             found = self.ledger.read_if_there(name)
-            problems: Problems = []
+            wrong, problem = {}, ""
             if isinstance(found, LedgerError):
-                problems.append((self.ledger.storage, f"{name}.json", found.what))
+                problem = found.what
             elif found is not None:
                 files = found.get("files", {})
                 wrong = {file: file_problem(self.root, file, files[file]) for file in files if file not in self.named}
-                problems += [(self.root, file, problem) for file, problem in wrong.items() if problem]
-                if check is not None and (problem := check(found)):
-                    problems.append((self.ledger.storage, f"{name}.json", problem))
-            if not problems or str(self.ledger.read_if_there(name)) == str(found):
+                problem = check(found) if check is not None else ""
+            if not (problem or any(wrong.values())) or str(self.ledger.read_if_there(name)) == str(found):
                 break
-        self.blame(problems)
+        for file, what in wrong.items():
+            if what:
+                self.blame(self.root, file, what)
+        if problem:
+            self.blame_record(name, problem)
         if found is None or isinstance(found, LedgerError):
             return None
         self.named.update(found.get("files", {}))
@@ -160,16 +144,16 @@ class _Check:
         for batch in range(schema.num_batches if schema is not None and "complete" in self.records else 0):
             name = batch_name(batch)
             if name not in self.records and self.ledger.exists("complete") and not self.ledger.exists(name):
-                self.blame([(self.ledger.storage, f"{name}.json", "is missing")])
+                self.blame_record(name, "is missing")
 
     def unnamed_files(self) -> None:
         """Files that belong to nothing. Temporary ones are a killed writer's, and the next writer's to sweep."""
         for file in self.root.sizes():
             if file not in self.named and not _RESULT.fullmatch(file) and not file.endswith(PARTIAL):
-                self.blame([(self.root, file, "is not part of this store")])
+                self.blame(self.root, file, "is not part of this store")
         for file in self.listed:
             if not file.endswith((".json", PARTIAL)) and file != "lock":
-                self.blame([(self.ledger.storage, file, "is not part of this ledger")])
+                self.blame(self.ledger.storage, file, "is not part of this ledger")
 
 
 def content_digest(path: str | os.PathLike[str] | Storage) -> str:

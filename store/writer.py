@@ -132,24 +132,24 @@ class AttentionWriter(Writer):
             raise disk_error(f"{root} cannot be removed", error) from error
 
     def _prepare(self, fixed: Metadata) -> None:
-        """Make the store, or find out what of it holds."""
+        """Make the store, or find out what of it holds, and withdraw the records that do not."""
         root, ledger, schema = self.storage, self._ledger, self.schema
         root.sweep()
         ledger.storage.sweep()
         exists = root.is_there()
         if exists:
             fixed.resume(root, ledger)
-            self.committed = _drop_unsound(root, ledger, schema)
+            self.committed, problems = sound_batches(root, ledger, batch_arrays(schema), schema.num_batches)
+            complete = ledger.read_if_there("complete")
+            if isinstance(complete, LedgerError) or (complete is not None and self.missing):
+                ledger.remove(["complete"])  # first: a capture is not complete without its batches
+            ledger.remove(problems)
         require_free_disk(root, schema, schema.num_batches - len(self.committed))
         if not exists:
             fixed.create(root, ledger)
 
     def share(self) -> None:
-        """Let other processes join, to write batches of their own: they give `run` to `open`.
-
-        Raises:
-            StoreError: another writer was faster.
-        """
+        """Let other processes join, which give `run` to `open`; StoreError if another writer was faster."""
         self.run = self._lock.share()
 
     @property
@@ -256,14 +256,3 @@ class AttentionWriter(Writer):
                 self._ledger.write("complete", {"batches": self.schema.num_batches})
             except OSError as error:
                 raise disk_error(f"{self.path} could not be finished", error) from error
-
-
-def _drop_unsound(root: Storage, ledger: Ledger, schema: StoreSchema) -> set[int]:
-    """Withdraw the records that no longer hold; return the batches that do."""
-    sound, problems = sound_batches(root, ledger, batch_arrays(schema), schema.num_batches)
-    withdrawn = list(problems)
-    complete = ledger.read_if_there("complete")
-    if isinstance(complete, LedgerError) or (complete is not None and len(sound) < schema.num_batches):
-        withdrawn.insert(0, "complete")  # first: a capture is not complete without its batches
-    ledger.remove(withdrawn)
-    return sound
