@@ -15,7 +15,7 @@ from synthetic_study import build_study, record_stages, results_of, small, texts
 
 from engine.measure.table import read_table, write_table
 from engine.report.inputs import Results
-from engine.report.relevance import load_relevance
+from engine.report.sections.relevance import load_relevance
 from engine.study.journal import Journal
 from train.errors import DamagedFileError, InputError
 

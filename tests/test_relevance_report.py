@@ -19,7 +19,7 @@ from engine.relevance.explained import Explained, write_samples
 from engine.relevance.faithfulness import Curves
 from engine.relevance.inference import relevance_results, write_relevance
 from engine.relevance.results import HeadAssociation, PredictionLink, RelevanceResults
-from engine.report.relevance import load_relevance, relevance_sentences
+from engine.report.sections.relevance import load_relevance, relevance_sentences
 from engine.statistics import Settings
 from tests.relevance_cases import family
 from tests.synthetic_study import report_on, results_of, small

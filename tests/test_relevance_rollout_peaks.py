@@ -16,8 +16,7 @@ from engine.relevance.inference import write_relevance
 from engine.relevance.results import RelevanceResults, RolloutPeaks
 from engine.relevance.rollout_peaks import rollout_peaks
 from engine.report.document import Study, Text
-from engine.report.relevance import load_relevance, relevance_sentences
-from engine.report.sections.relevance import relevance
+from engine.report.sections.relevance import load_relevance, relevance, relevance_sentences
 from engine.statistics import write_document
 from kernels import TokenLayout, measure_attention
 from tests.synthetic_study import report_on, results_of, small

@@ -382,7 +382,7 @@ def _break(outputs: Path, fault: str) -> None:
             comparison.write_text(comparison.read_text(encoding="utf-8").replace("finetuned", "lora"), encoding="utf-8")
         case "gradcam outside":
             (outputs / "visualizations/gradcam_samples/gradcam_samples.csv").write_text(
-                "file,image,condition,target,probability\n../../study.toml,a,b,c,0.5\n", encoding="utf-8"
+                "file,image,condition,role,target,probability\n../../study.toml,a,b,true,c,0.5\n", encoding="utf-8"
             )
         case "samples":
             shutil.rmtree(outputs / "samples.zarr/images/pixels")

@@ -13,7 +13,7 @@ from synthetic_study import build_study, payload, results_of, small, texts
 from engine.report import text
 from engine.report.findings import comparisons
 from engine.report.inputs import Results
-from engine.report.verdicts import verdicts
+from engine.report.sections.overview import verdicts
 from engine.report.write import render_figures
 from train.errors import InputError
 

@@ -10,15 +10,9 @@ import numpy as np
 from engine.report import text
 from engine.report.findings import Comparison, head_maps, histories, layer_curve
 from engine.report.inputs import Results
-from engine.report.marks import PALETTE
 from engine.report.plots import Cells, Chart, Column, Figure, Line, Stretch
 from engine.report.wording import accuracies, accuracy_title
 from kernels import METRICS
-
-
-def color(results: Results, condition: str) -> int:
-    """A condition's colour: the same in every chart."""
-    return results.conditions.index(condition) % len(PALETTE) if condition in results.conditions else 0
 
 
 def curve_chart(results: Results, metric: str, region: str | None, comparisons: Sequence[Comparison] = ()) -> Chart:
@@ -28,14 +22,14 @@ def curve_chart(results: Results, metric: str, region: str | None, comparisons: 
     """
     lines = []
     for condition in results.conditions:
-        curve, own = layer_curve(results, metric, condition, region), color(results, condition)
+        curve, own = layer_curve(results, metric, condition, region), results.color(condition)
         if len(curve.by_seed) > 1:
             lines += [Line(condition, own, results.layers, run, look="thin") for run in curve.by_seed.values()]
         lines.append(Line(condition, own, results.layers, curve.mean, curve.low, curve.high))
     stretches = [
         Stretch(
             f"{cluster.direction} than {cluster.against} in {text.span(cluster.layers)}, p {text.p_value(cluster.p)}",
-            color(results, cluster.condition),
+            results.color(cluster.condition),
             cluster.layers[0],
             cluster.layers[-1],
         )
@@ -71,7 +65,7 @@ def seed_chart(results: Results, metric: str, region: str | None) -> Chart:
         for seed, means in runs.items() if base else ():
             other = base.get(seed, next(iter(base.values())))  # a seed-invariant condition has one run
             name = f"{condition}, seed {seed}"
-            lines.append(Line(name, color(results, condition), results.layers, means - other, look="thin"))
+            lines.append(Line(name, results.color(condition), results.layers, means - other, look="thin"))
     title = results.heading(metric, region)
     return Chart(
         title=f"{title}, difference by training run",
@@ -94,7 +88,7 @@ def training_charts(results: Results) -> Iterator[Chart]:
         lines: list[Line] = []
         for condition, epochs, values in histories(results, key):
             again = any(line.name == condition for line in lines)
-            own = color(results, condition)
+            own = results.color(condition)
             lines.append(Line(condition, own, epochs.tolist(), scale * values, look="thin" if again else "line"))
         if lines:
             marks = sorted({epoch for line in lines for epoch in line.x})
@@ -103,7 +97,7 @@ def training_charts(results: Results) -> Iterator[Chart]:
 
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     """(file name without its ending, figure) of everything that these results have something for."""
-    legend = [(name, color(results, name)) for name in results.conditions]
+    legend = [(name, results.color(name)) for name in results.conditions]
     for metric in results.metrics:
         regions = results.regions_of(metric)
         panels = [curve_chart(results, metric, region) for region in regions]
@@ -125,9 +119,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         yield "training", Figure(panels=panels, columns=2, legend=shown)
     if len(results.seeds) > 1:
         plain = [metric for metric in results.metrics if results.regions_of(metric) == (None,)]
-        pairs = [
-            (f"{condition} − {against}", color(results, condition)) for condition, against in results.comparisons()
-        ]
+        pairs = [(f"{condition} − {against}", results.color(condition)) for condition, against in results.comparisons()]
         note = f"One line per training run ({len(results.seeds)} seeds); mean over heads and images"
         panels = [seed_chart(results, metric, None) for metric in plain]
         panels = [replace(c, y_label=f"difference ({c.unit or '1'})") for c in panels]
@@ -187,7 +179,7 @@ def _accuracy(results: Results) -> Figure:
             if runs > 1
             else []
         )
-        own = color(results, condition)
+        own = results.color(condition)
         columns.append(Column(own, x, test, f"{test:.1f}", points, chance))
     chart = Chart(
         title="Accuracy",

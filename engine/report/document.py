@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from engine.report.findings import Comparison, comparisons
 from engine.report.inputs import Results
-from engine.report.marks import PALETTE
 from engine.report.plots import Chart
 from engine.report.viewer import viewer_payload
 
@@ -139,8 +138,7 @@ class Study:
 
     def swatch(self, condition: str) -> Span:
         """A condition's name behind its colour and shape."""
-        conditions = self.results.conditions
-        return Span(condition, "swatch", conditions.index(condition) % len(PALETTE) if condition in conditions else 0)
+        return Span(condition, "swatch", self.results.color(condition))
 
     def legend(self) -> Bullets:
         return Bullets([self.swatch(name) for name in self.results.conditions], look="legend")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.report.findings import layer_curve
@@ -15,6 +14,21 @@ from engine.report.viewer import data_uri
 BUDGET = 1_200_000
 """Bytes of all files; what does not fit stays in the outputs folder, and the page says where."""
 
+COLUMNS = {
+    "tests": (
+        "condition against metric unit level unit_of_inference family family_size region layer site head n missing "
+        "mean_against mean_condition difference sd skewness dz gz d_av ci ci_method ci_nested nested_levels test t p "
+        "p_wilcoxon p_max_t p_holm p_bh p_floor tost_bound p_tost p_tost_holm mde_dz mde degenerate"
+    ),
+    "trends": (
+        "condition against metric unit unit_of_inference family region shallow_layers deep_layers n shallow deep "
+        "difference dz ci p p_max_t depth_rho"
+    ),
+    "clusters": "condition against metric unit unit_of_inference family direction region layers mass n p",
+    "relations": "condition against metric with_metric over region with_region layer rho n",
+}
+"""Fields of the results that stand in the tables, in their order; an interval is two columns."""
+
 Row = Mapping[str, Any]
 
 
@@ -22,9 +36,8 @@ def downloads(results: Results, summary: str) -> Iterator[tuple[str, str, str, s
     """Name, data URI ("" where it is too large for a page), size and place in the outputs folder of every file."""
     offered = [("summary.md", "text/markdown", summary.encode("utf-8"), "summary.md")]
     comparison = str(COMPARISON)
-    analyses = results.document
-    for part in ("tests", "trends", "clusters", "relations"):
-        if rows := [_entry(entry) for entry in getattr(analyses, part)]:
+    for part, columns in COLUMNS.items():
+        if rows := [_entry(entry, columns.split()) for entry in getattr(results.document, part)]:
             offered.append((f"{part}.csv", "text/csv", csv_bytes(rows), comparison))
     offered.append(("layer_curves.csv", "text/csv", csv_bytes(_curves(results)), comparison))
     offered.append((COMPARISON.name, "application/json", (results.outputs / COMPARISON).read_bytes(), comparison))
@@ -41,12 +54,12 @@ def downloads(results: Results, summary: str) -> Iterator[tuple[str, str, str, s
         yield name, data_uri(kind, content) if fits else "", shown, place
 
 
-def _entry(entry: Any) -> Row:
+def _entry(entry: Any, columns: Sequence[str]) -> Row:
     """A column per field; an interval is two columns, layers are joined by spaces."""
     row: dict[str, Any] = {}
-    for field in fields(entry):
-        name, value = field.name, getattr(entry, field.name)
-        if field.type == "Interval":
+    for name in columns:
+        value = getattr(entry, name)
+        if name in ("ci", "ci_nested"):
             row[f"{name}_low"], row[f"{name}_high"] = value or (None, None)
         else:
             row[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value

@@ -92,40 +92,30 @@ def training_runs(results: Results, condition: str) -> int:
 class Change:
     """How one metric (in one region) differs between two conditions.
 
-    Args:
-        cells: layer × head tests; defined: those with a difference; risen, fallen: those that changed (they survive
-            max-T and are not shown to lie within the bound), by sign; negligible: those that survive and lie within it;
-            identical: every defined difference is exactly 0.
-        layers: layer-level tests in depth order; layers_changed, layers_negligible: how many of them are so.
-        shown: what row, sentence and headline speak of, the greatest |difference| of the layers that changed, or
-            else of those that are negligible, or else of all (head-level where no layer test exists).
-        equivalent: layers whose difference is shown to lie within `bound`; None where no bound was set.
-        detectable: the layer-level tests' largest minimum detectable effect, in the metric's unit; None where no p can
-            fall to α.
-        classes: class-level tests, and how many of the surviving layers survive there too, or None without classes.
-        trend: the deep half against the shallow half; None below two layers.
-        clusters: the runs of neighbouring layers that survive.
+    What changed survives max-T and is not shown to lie within the bound; what is negligible survives and lies within.
     """
 
     metric: str
     region: str | None
     unit: str
-    cells: int
-    defined: int
-    risen: int
+    cells: int  # layer × head tests
+    defined: int  # of these, with a difference
+    risen: int  # of these, changed and higher; fallen: lower
     fallen: int
     negligible: int
-    identical: bool
-    layers: tuple[PairedTest, ...]
+    identical: bool  # every defined difference is exactly 0
+    layers: tuple[PairedTest, ...]  # layer-level tests in depth order
     layers_changed: int
     layers_negligible: int
+    # What row, sentence and headline speak of: the greatest |difference| of the layers that changed, or else of those
+    # that are negligible, or else of all (head-level where no layer test exists).
     shown: PairedTest | None
     bound: float | None
-    equivalent: int | None
-    detectable: float | None
+    equivalent: int | None  # layers whose difference is shown to lie within the bound; None where none was set
+    detectable: float | None  # the layers' largest minimum detectable effect; None where no p can fall to α
     classes: tuple[PairedTest, ...]
-    trend: Trend | None
-    clusters: tuple[Cluster, ...]
+    trend: Trend | None  # None below two layers
+    clusters: tuple[Cluster, ...]  # those that survive
 
     @property
     def name(self) -> str:
@@ -245,7 +235,7 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
                 equivalent=sum(test.equivalent(results.alpha) for test in layers) if bounds else None,
                 detectable=max(detectable, default=None),
                 classes=results.select("class", **where),
-                trend=next(iter(results.trends(**where)), None),
+                trend=next((trend for trend in results.document.trends if matches(trend, where)), None),
                 clusters=results.clusters(**where),
             )
         )

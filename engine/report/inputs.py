@@ -5,10 +5,12 @@ Nothing here needs the model, the images or a deep-learning package: the report 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +18,8 @@ import xarray as xr
 
 from engine.capture import SampleMaps
 from engine.measure import read_table
-from engine.report.kept import GradcamSample, load_gradcam, load_samples
-from engine.report.reading import brief, load_json
-from engine.statistics import Cluster, Comparison, PairedTest, Trend, parse_comparison
+from engine.report.marks import PALETTE
+from engine.statistics import Cluster, Comparison, PairedTest, parse_comparison
 from kernels import METRICS
 from train.errors import InputError
 
@@ -44,50 +45,45 @@ class Record(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """A study's stored results.
+class GradcamSample:
+    """One Grad-CAM picture; `role` says what the target class is to the image: "true", "other" or "predicted"."""
 
-    Args:
-        outputs: the folder.
-        table: dims (condition, seed, image, layer, head[, region]), one variable a metric.
-        conditions, metrics, seeds, regions, num_images: of the table.
-        layers, heads: numbers of those that were measured; a layer with fewer heads holds no value there.
-        document: what `attention_comparison.json` holds; its `layers` are the module names of the layers.
-        against: the condition that the others are compared with.
-        alpha, power, confidence: level below which an adjusted p-value counts as surviving, power of the minimum
-            detectable effects, coverage of the intervals, as the results were made with.
-        record: what the stages recorded of their files.
-        training: `training.json`, or None where nothing was trained.
-        samples: None where no maps were kept.
-        gradcam: pictures, in the order of their table.
-        study: `study.toml` parsed, to be shown; study_text: as written ("" if there is none).
-        failed: stage -> reason of the stages that failed and left nothing.
-        stage_seconds: stage -> seconds of its last completed run, the report's own left out: a page that
-            held it could not be rebuilt with the same bytes.
+    file: Path
+    image: str
+    condition: str
+    target: str
+    role: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """A study's stored results: the table [condition, seed, image, layer, head(, region)], what was made of it and
+    what was kept to be looked at.
     """
 
     outputs: Path
-    table: xr.Dataset
+    table: xr.Dataset  # one variable per metric
     conditions: tuple[str, ...]
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # numbers of those measured, as `heads`; a layer with fewer heads holds no value there
     heads: tuple[int, ...]
     regions: tuple[str, ...]
     num_images: int
-    document: Comparison
-    against: str
-    alpha: float
+    document: Comparison  # its `layers` are the module names of the layers
+    against: str  # the condition that the others are compared with
+    alpha: float  # as the results were made with, like `power` and `confidence`
     power: float
     confidence: float
     record: Record
-    training: Mapping[str, Any] | None = None
-    samples: SampleMaps | None = None
-    gradcam: tuple[GradcamSample, ...] = ()
-    study: Mapping[str, Any] = field(default_factory=dict)
-    study_text: str = ""
-    failed: Mapping[str, str] = field(default_factory=dict)
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, Any] | None  # None where nothing was trained
+    samples: SampleMaps | None  # None where no maps were kept
+    gradcam: tuple[GradcamSample, ...]
+    study: Mapping[str, Any]  # `study.toml` parsed, to be shown
+    study_text: str  # as written, "" if there is none
+    failed: Mapping[str, str]  # stage -> reason, of the stages that failed and left nothing
+    stage_seconds: Mapping[str, float]  # without the report's own, or the page could not be built with the same bytes
 
     @property
     def later_settings(self) -> Mapping[str, tuple[Any, Any]]:
@@ -135,12 +131,13 @@ class Results:
         """Tests of a level whose fields equal `where`."""
         return tuple(test for test in self.document.tests if test.level == level and matches(test, where))
 
-    def trends(self, **where: Any) -> tuple[Trend, ...]:
-        return tuple(trend for trend in self.document.trends if matches(trend, where))
-
     def clusters(self, **where: Any) -> tuple[Cluster, ...]:
         """Clusters that survive, whose fields equal `where`."""
         return tuple(c for c in self.document.clusters if c.survives(self.alpha) and matches(c, where))
+
+    def color(self, condition: str) -> int:
+        """A condition's colour: the same in every chart."""
+        return self.conditions.index(condition) % len(PALETTE) if condition in self.conditions else 0
 
     def regions_of(self, metric: str) -> tuple[str | None, ...]:
         """The regions that a metric was taken in; (None,) of one without regions."""
@@ -201,8 +198,8 @@ def load_results(outputs: Path, record: Record) -> Results:
         confidence=comparison.settings.confidence,
         record=record,
         training=training,
-        samples=load_samples(outputs / SAMPLES, table, record.usable),
-        gradcam=tuple(load_gradcam(outputs / GRADCAM)) if record.usable(outputs / GRADCAM) else (),
+        samples=_load_samples(outputs / SAMPLES, table, record),
+        gradcam=tuple(_load_gradcam(outputs / GRADCAM)) if record.usable(outputs / GRADCAM) else (),
         study=study,
         study_text=study_text,
         failed=record.failed(),
@@ -212,7 +209,6 @@ def load_results(outputs: Path, record: Record) -> Results:
 
 def _check_names(analyses: Comparison, table: xr.Dataset, path: Path) -> None:
     conditions = {str(name) for name in table["condition"].values}
-    metrics = {str(name) for name in table.data_vars}
     known = {axis: [int(value) for value in table[axis].values] for axis in ("layer", "head")}
     for part in ("tests", "trends", "clusters", "relations"):
         for index, entry in enumerate(getattr(analyses, part)):
@@ -220,7 +216,7 @@ def _check_names(analyses: Comparison, table: xr.Dataset, path: Path) -> None:
             for name in (entry.condition, entry.against):
                 if name not in conditions:
                     raise InputError(f"{where} names condition {name!r}, which {METRICS_TABLE} has not")
-            if entry.metric not in metrics:
+            if entry.metric not in table.data_vars:
                 raise InputError(f"{where} names metric {entry.metric!r}, which {METRICS_TABLE} has not")
             for axis, values in known.items():
                 value = getattr(entry, axis, None)
@@ -234,3 +230,53 @@ def _load_study(path: Path) -> tuple[dict[str, Any], str]:
         return tomllib.loads(text), text
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot be read as TOML ({brief(error)})") from error
+
+
+def _load_samples(path: Path, table: xr.Dataset, record: Record) -> SampleMaps | None:
+    """The kept maps of the table's runs; maps are recorded, too, of seeds that the study had once."""
+    if not (record.usable(path / "zarr.json") and record.usable(path / "images")):
+        return None
+    names = [f"{condition}_seed{seed}" for condition in table["condition"].values for seed in table["seed"].values]
+    runs = [name for name in names if record.usable(path / name)]
+    return SampleMaps.open(path, runs) if runs else None  # none: images of a study that keeps no maps any more
+
+
+def _load_gradcam(folder: Path) -> Iterator[GradcamSample]:
+    table = folder / "gradcam_samples.csv"
+    if not table.exists():
+        return
+    columns = ("image", "condition", "target", "role")
+    try:
+        rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"), newline=""), restval="", strict=True)
+        missing = {"file", "probability", *columns} - set(rows.fieldnames or ())
+        entries = [] if missing else [(row, float(row["probability"])) for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read ({brief(error)}); run the relevance stage again") from error
+    if missing:
+        raise InputError(f"{table}: has no column {min(missing)}; run the relevance stage again")
+    for row, probability in entries:
+        file = folder / row["file"]
+        if file.resolve().parent != folder.resolve():
+            raise InputError(f"{table}: names {row['file']!r}, which does not lie beside it")
+        if not file.is_file():
+            raise InputError(f"{file}: not found, though {table.name} lists it; run the relevance stage again")
+        yield GradcamSample(file=file, probability=probability, **{name: row[name] for name in columns})
+
+
+def load_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON object; `hint` says in the error of a file that is missing or torn where it comes from."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; it is {hint}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({brief(error)}); it is {hint}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error's text, short enough for one sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 from engine.report import text
 from engine.report.findings import Comparison
 from engine.report.inputs import Results
+from engine.report.viewer import deflated
 from engine.statistics import PairedTest, defined_mean
 
 HISTOGRAM_BINS = 24
@@ -32,20 +31,14 @@ def maps_payload(results: Results, comparisons: Sequence[Comparison]) -> list[di
         for comparison in comparisons:
             cells = _cells(results, comparison, metric, region, values)
             if any(cell for row in cells for cell in row):
-                grids.append(
-                    {
-                        "condition": results.conditions.index(comparison.condition),
-                        "against": results.conditions.index(comparison.against),
-                        "cells": cells,
-                    }
-                )
+                pair = (results.conditions.index(name) for name in (comparison.condition, comparison.against))
+                grids.append(dict(zip(("condition", "against", "cells"), (*pair, cells), strict=True)))
         if grids:
-            label = results.title(metric) + ("" if region is None else f": {region}")
             entries.append(
                 {
                     "metric": metric,
                     "region": region,
-                    "label": label,
+                    "label": results.heading(metric, region),
                     "unit": results.unit(metric),
                     "grids": grids,
                     "pairs": _packed(values[:, shown]),
@@ -139,7 +132,7 @@ def _packed(values: np.ndarray) -> str:
     fractions = (np.where(known, values, low) - low) / spread
     steps = np.where(known, np.rint((LEVELS - 1) * fractions), LEVELS).astype(np.uint8)
     content = low.astype("<f4").tobytes() + high.astype("<f4").tobytes() + steps.transpose(2, 3, 0, 1).tobytes()
-    return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
+    return deflated(content)
 
 
 def _round(value: float | None, digits: int = 6) -> float | None:

@@ -1,4 +1,4 @@
-"""What charts are drawn with: marks in CSS pixels, and the writers that make SVG, PNG or PDF of them.
+"""What charts are drawn with: marks in CSS pixels, and the writers that make SVG or PNG of them.
 
 Each mark has a role, and `ROLES` says how a role looks: the page takes it from there as a style sheet (so that charts
 follow light and dark), a file as colours.
@@ -148,7 +148,7 @@ def _outline(mark: Mark) -> Sequence[Point]:
     return [(x + a, y + b) for a, b in shape]
 
 
-def image(marks: Sequence[Mark], width: float, height: float, kind: Literal["png", "pdf"], dpi: int) -> bytes:
+def png(marks: Sequence[Mark], width: float, height: float) -> bytes:
     import matplotlib
     from matplotlib.artist import Artist
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,7 +159,7 @@ def image(marks: Sequence[Mark], width: float, height: float, kind: Literal["png
     from matplotlib.transforms import Affine2D
 
     pixel, points = 1 / 96, 0.75  # a CSS pixel in inches and in typographic points
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "pdf.fonttype": 42}):
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
         canvas = Canvas(figsize=(width * pixel, height * pixel), facecolor="white")
         FigureCanvasAgg(canvas)
         place = Affine2D().scale(pixel, -pixel).translate(0, height * pixel) + canvas.dpi_scale_trans
@@ -199,7 +199,5 @@ def image(marks: Sequence[Mark], width: float, height: float, kind: Literal["png
             artist.set(transform=place, zorder=order)
             canvas.add_artist(artist)
         buffer = io.BytesIO()
-        canvas.savefig(
-            buffer, format=kind, dpi=dpi, metadata={"Software": None} if kind == "png" else {"CreationDate": None}
-        )
+        canvas.savefig(buffer, format="png", dpi=300, metadata={"Software": None})
     return buffer.getvalue()

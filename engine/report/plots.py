@@ -1,4 +1,4 @@
-"""One plotter: a chart, described once, is drawn as SVG for the page and as SVG, PNG or PDF files."""
+"""One plotter: a chart, described once, is drawn as SVG for the page and as SVG or PNG files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from markupsafe import Markup, escape
 
-from engine.report.marks import LIGHT, PALETTE, PAPER, ROUND, Mark, Point, image, shade, style_sheet, svg
+from engine.report.marks import LIGHT, PALETTE, PAPER, ROUND, Mark, Point, png, shade, style_sheet, svg
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,9 +121,9 @@ class Figure:
         attributes = f'xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" class="chart"'
         return f"{head}{svg(marks, width, height, attributes, style + ground)}\n".encode()
 
-    def image(self, kind: Literal["png", "pdf"], dpi: int = 300) -> bytes:
-        """The same marks as PNG or PDF, with matplotlib's own font: the same bytes on every machine."""
-        return image(*_figure(self), kind, dpi)
+    def png(self) -> bytes:
+        """The same marks with matplotlib's own font: the same bytes on every machine."""
+        return png(*_figure(self))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -49,7 +49,7 @@ def curves_png(history: Sequence[Mapping[str, Any]], what: str, title: str) -> b
         for color, (name, key) in enumerate((("train", train), ("validation", f"validation_{what}")))
     ]
     chart = Chart(title=title, lines=lines, x_label="epoch", y_label=f"{what} ({unit})", x_ticks=epochs)
-    return File(panels=[chart], title=title, legend=[("train", 0), ("validation", 1)]).image("png")
+    return File(panels=[chart], title=title, legend=[("train", 0), ("validation", 1)]).png()
 
 
 def history_html(result: RankResult, title: str) -> str:

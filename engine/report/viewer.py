@@ -75,7 +75,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
     }
 
 
-def png_data_uri(pixels: np.ndarray) -> str:
+def _png_data_uri(pixels: np.ndarray) -> str:
     """uint8 [row, col, channel] as a PNG data URI (one or three channels)."""
     from PIL import Image
 
@@ -86,6 +86,11 @@ def png_data_uri(pixels: np.ndarray) -> str:
 
 def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def deflated(content: bytes) -> str:
+    """What a script of the page unpacks."""
+    return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
 
 
 def _first_runs(results: Results, samples: SampleMaps) -> list[tuple[str, int]]:
@@ -122,13 +127,9 @@ def _encode(runs: Sequence[SampleRun], depth: int, stride: int, image: int) -> I
             weights = rows[..., prefix:]
             greatest = weights.max(-1)
             fractions = weights / np.maximum(greatest, np.finfo(np.float32).tiny)[..., None]
-            quantised = np.rint(255 * fractions).astype(np.uint8)
-            content = (
-                greatest.astype("<f4").tobytes()
-                + rows[..., :prefix].sum(-1).astype("<f4").tobytes()
-                + quantised.tobytes()
-            )
-            yield f"{image}/{r}/{number}", base64.b64encode(zlib.compress(content, 6)).decode("ascii")
+            mass = rows[..., :prefix].sum(-1)
+            parts = (greatest.astype("<f4"), mass.astype("<f4"), np.rint(255 * fractions).astype(np.uint8))
+            yield f"{image}/{r}/{number}", deflated(b"".join(part.tobytes() for part in parts))
 
 
 def _queries(layer: SampleLayer, stride: int) -> np.ndarray:
@@ -154,7 +155,7 @@ def _image(samples: SampleMaps, index: int) -> dict[str, Any]:
         "label": samples.classes[label] if 0 <= label < len(samples.classes) else str(label),
         "height": int(pixels.shape[0]),
         "width": int(pixels.shape[1]),
-        "src": png_data_uri(pixels),
+        "src": _png_data_uri(pixels),
         "boxes": boxes,
     }
 

@@ -90,4 +90,4 @@ def render_figures(results: Results) -> Iterator[tuple[str, bytes]]:
     """(file name, bytes) of every figure that these results have something for, SVG and PNG."""
     for stem, figure in figures(results):
         yield f"{stem}.svg", figure.svg()
-        yield f"{stem}.png", figure.image("png")
+        yield f"{stem}.png", figure.png()

@@ -1,12 +1,14 @@
-"""Relevance maps: how faithful they are, where they point, and pictures of a few."""
+"""Relevance maps: how faithful they are, where they point, in charts, tables and words, and pictures of a few."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engine.relevance import CONTROL, ILLUSTRATIVE, MapMean, MapTest, RelevanceResults, parse_relevance
 from engine.report import text
 from engine.report.document import (
     Block,
@@ -22,13 +24,12 @@ from engine.report.document import (
     Text,
     section,
 )
-from engine.report.inputs import Results
-from engine.report.kept import GradcamSample
+from engine.report.inputs import GradcamSample, Results, load_json
 from engine.report.marks import PALETTE
 from engine.report.plots import Chart, Line
-from engine.report.relevance import Relevance, estimate, load_relevance, relevance_sentences, rollout_cautions
 from engine.report.viewer import data_uri
 
+RELEVANCE = Path("metrics/relevance.json")
 PANELS = Path("visualizations/relevance")
 PANEL_BUDGET = 800_000
 GRADCAM_BUDGET = 1_300_000
@@ -49,14 +50,37 @@ TARGETS = {
     "own": "the class of each that the condition's own model predicts",
 }
 BASELINES = {"blur": "the blurred image", "mean": "the data set's mean"}
+NOTHING = "No map was measured: relevance.measured is 0."
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """The document of the relevance stage, looked up by what a sentence needs."""
+
+    document: RelevanceResults
+
+    @property
+    def conditions(self) -> list[str]:
+        return list(dict.fromkeys(entry.condition for entry in self.document.means))
+
+    def methods(self, condition: str | None = None) -> list[str]:
+        """Methods that were measured, in one condition or in any."""
+        return list(dict.fromkeys(e.method for e in self.document.means if condition in (None, e.condition)))
+
+    def mean(self, condition: str, method: str, measure: str) -> MapMean | None:
+        """The mean of a measure with its interval; None where there is none."""
+        where = (condition, method, measure)
+        return next(
+            (e for e in self.document.means if (e.condition, e.method, e.measure) == where and e.mean is not None), None
+        )
 
 
 @section("Relevance maps", page=50, anchor="relevance", name="Relevance")
 def relevance(study: Study) -> list[Block]:
     measured = load_relevance(study.results)
-    sentences = relevance_sentences(study.results, measured) if measured is not None else {}
-    if measured is None or not sentences:
+    if measured is None:
         return []
+    sentences = relevance_sentences(study.results, measured)
     cautions = list(rollout_cautions(measured))
     panels = list(_panels(study.results, measured.document.target))
     methods = measured.methods()
@@ -181,7 +205,161 @@ def gradcam(study: Study) -> list[Block]:
 
 def _picture(study: Study, sample: GradcamSample, content: bytes) -> Picture:
     aim = f"{sample.role} class {sample.target}"
-    probability = "" if sample.probability is None else f", p\u00a0=\u00a0{sample.probability:.2f}"
+    probability = "" if np.isnan(sample.probability) else f", p\u00a0=\u00a0{sample.probability:.2f}"
     caption = (study.swatch(sample.condition), Span(f"{aim}{probability}", "break"))
     shows = f"Grad-CAM of {sample.image} in {sample.condition} for {aim}"
     return Picture(data_uri("image/png", content), shows, caption)
+
+
+# ------------------------------------------------------------------------------------------------------- in words
+
+
+def load_relevance(results: Results) -> Relevance | None:
+    """What the relevance stage left; None where there was none."""
+    path = results.outputs / RELEVANCE
+    if not results.record.usable(path):
+        return None
+    return Relevance(parse_relevance(load_json(path, "written by the relevance stage"), path))
+
+
+def relevance_sentences(results: Results, measured: Relevance) -> dict[str, list[str]]:
+    """Heading -> sentences, in order; headings without a sentence are left out."""
+    parts = {
+        "Faithfulness": list(_faithfulness(results, measured)),
+        "Where maps point": list(_places(results, measured)),
+        "Where rollout points": list(rollout_cautions(measured)),
+        "How much maps depend on the class": list(_classes(results, measured)),
+        "Attention and the prediction": list(_link(results, measured)),
+        "Not computed": [
+            *(measured.document.left_out or ([] if measured.document.images else [NOTHING])),
+            *(f"{entry.method} of {entry.condition}: {entry.reason}." for entry in measured.document.refused),
+        ],
+    }
+    return {heading: sentences for heading, sentences in parts.items() if sentences}
+
+
+def estimate(entry: MapMean | None) -> str:
+    """A mean with its interval."""
+    if entry is None:
+        return "undefined"
+    return text.number(entry.mean, 2) + (f" ({text.interval(entry.ci)})" if entry.ci else "")
+
+
+def _faithfulness(results: Results, measured: Relevance) -> Iterator[str]:
+    """Each condition's order of methods, and which of the expected steps hold."""
+    measures = (  # name, whether more or less is better, in words
+        ("deletion_auc", -1, "deletion", "deletion (least first)"),
+        ("insertion_auc", 1, "insertion", "insertion (greatest first)"),
+        ("faithfulness", 1, "the area", "the area between them (greatest first)"),
+    )
+    for condition in measured.conditions:
+        ranked = []
+        for measure, sign, _, name in measures:
+            means = {method: measured.mean(condition, method, measure) for method in measured.methods(condition)}
+            known = sorted((-sign * e.mean, m) for m, e in means.items() if e and e.mean is not None)
+            order = ", ".join(f"{method} {text.number(-sign * value, 2)}" for value, method in known)
+            ranked.append(f"by {name}: {order}")
+        yield f"{condition}, areas under the curves, {'; '.join(ranked)}."
+        against = [test for test in measured.document.methods if test.condition == condition]
+        for than in dict.fromkeys(test.than for test in against):
+            left_out = () if than == CONTROL else ILLUSTRATIVE  # these are not held against another method
+            tests = [test for test in against if test.than == than and test.method not in left_out]
+            verdicts = []
+            for measure, sign, label, _ in measures:
+                groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+                for test in tests:
+                    if test.measure == measure:
+                        groups[_verdict(test, sign, results.alpha)].append(test.method)
+                if words := [f"{text.listing(names)} {what}" for what, names in groups.items() if names]:
+                    verdicts.append(f"by {label} {', '.join(words)}")
+            if verdicts:
+                base = "a random order" if than == CONTROL else than
+                yield f"{condition}, against {base} (max-T at {results.alpha:g}): {'; '.join(verdicts)}."
+
+
+def _verdict(test: MapTest, sign: int, alpha: float) -> str:
+    if test.difference is None or not test.survives(alpha):
+        return "not told apart"
+    return "better" if sign * test.difference > 0 else "worse"
+
+
+def _places(results: Results, measured: Relevance) -> Iterator[str]:
+    for region in results.regions:
+        for method in measured.methods():
+            parts = [
+                f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit.mean, 2)} %"
+                for condition in measured.conditions
+                if (share := measured.mean(condition, method, f"region_share[{region}]")) is not None
+                and (hit := measured.mean(condition, method, f"region_hit[{region}]")) is not None
+                and hit.mean is not None
+            ]
+            if parts:
+                yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
+
+
+def rollout_cautions(measured: Relevance) -> Iterator[str]:
+    """A caution for each condition in which rollout's peak is a patch that dominates a head."""
+    for entry in measured.document.rollout_peaks:
+        if entry.share is not None:
+            yield (
+                f"{entry.condition}: in {text.share(entry.at_dominant, entry.images)} images shown, rollout's "
+                "peak is the patch that receives most of the attention of one head, up to "
+                f"{text.number(100 * entry.share)} % of it (layer {entry.layer}, head {entry.head}). A peak "
+                "there says where attention collects, for every class alike, not what the prediction rests on."
+            )
+
+
+def _classes(results: Results, measured: Relevance) -> Iterator[str]:
+    for method in measured.methods():
+        for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
+            means = {c: measured.mean(c, method, measure) for c in measured.conditions}
+            if any(means.values()):
+                listed = text.listing([f"{estimate(entry)} in {condition}" for condition, entry in means.items()])
+                yield (
+                    f"{method}, {name} of an image's maps of its own and another class: {listed}."
+                    f"{_differences(results, measured, method, measure)}"
+                )
+        for condition in measured.conditions:
+            for test in measured.document.classes:
+                ours = (test.condition, test.method, test.measure) == (condition, method, "total_variation")
+                if ours and test.difference is not None and test.survives(results.alpha):
+                    more = "noisier" if test.difference > 0 else "smoother"
+                    yield (
+                        f"{method}, {condition}: maps of another class are {more} than those of the image's own (total "
+                        f"variation {text.change(test.difference)}, max-T p {text.p_value(test.p_max_t)})."
+                    )
+
+
+def _differences(results: Results, measured: Relevance, method: str, measure: str) -> str:
+    parts = []
+    for test in measured.document.conditions:
+        if (test.method, test.measure) == (method, measure):
+            claimed = "" if test.survives(results.alpha) else ", so no difference is claimed"
+            change = f"{text.change(test.difference)} (max-T p {text.p_value(test.p_max_t)})"
+            parts.append(f"{test.condition} {change}{claimed}")
+    return f" Against {measured.document.against}: {'; '.join(parts)}." if parts else ""
+
+
+def _link(results: Results, measured: Relevance) -> Iterator[str]:
+    words = {"logit": "the true class's logit", "correct": "being right"}
+    for entry in measured.document.link:
+        tests = entry.tests
+        what = f"{entry.condition} against {entry.against}: the change of {words[entry.outcome]}"
+        if not tests:
+            yield (
+                f"{what} cannot be tested: of {text.count(entry.images, 'image')} fewer than 4 have both "
+                "changes, or one of the two is the same in all of them."
+            )
+            continue
+        sure = [test for test in tests if test.survives(results.alpha)]
+        cells = f"{text.share(len(sure), len(tests))} metric × layer × head cells"
+        how = f"Spearman over {entry.images:,} images, max-|ρ| over {entry.permutations:,} permutations"
+        lead = f"{what} goes with the change of a head's metric in {cells} ({how})"
+        if not sure:
+            yield f"{lead}."
+            continue
+        best = max(sure, key=lambda test: abs(test.rho or 0))
+        yield (
+            f"{lead}; most in {best.metric}, layer {best.layer}, head {best.head}: ρ = "
+            f"{text.change(best.rho)}, p {text.p_value(best.p_max_r)}."
+        )
