@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from synthetic_study import build_study, payload, results_of, small, texts
 
 from engine.report import text
-from engine.report.findings import comparisons
+from engine.report.document import Content, Study
 from engine.report.inputs import Results
 from engine.report.sections.overview import verdicts
 from engine.report.write import render_figures
@@ -25,21 +25,32 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str, str]:
     return results_of(outputs), *texts(outputs)
 
 
+def rows_of(results: Results, condition: str = "finetuned") -> dict[str, tuple[str, Sequence[Content]]]:
+    """The overview's row of each metric: its look and its cells."""
+    study = Study(results)
+    table = verdicts(study, next(pair for pair in study.comparisons if pair.condition == condition))
+    return {str(cells[0]): (look, cells) for look, cells in zip(table.looks, table.rows, strict=True)}
+
+
 def test_every_metric_has_a_verdict(told: tuple[Results, str, str]) -> None:
     """Which layers changed, by how much, is it certain: read off the first screen."""
     results, _, page = told
-    for comparison in comparisons(results):
-        rows = verdicts(results, comparison)
+    for comparison in Study(results).comparisons:
+        rows = rows_of(results, comparison.condition)
         assert len(rows) == 4  # distance, entropy, and two regions
-        for row in rows:
-            where = {"condition": comparison.condition, "metric": row.metric, "region": row.region or None}
+        for change in comparison.changes:
+            look, (_, _, largest, difference, verdict, *_) = rows[results.heading(change.metric, change.region)]
+            where = {"condition": comparison.condition, "metric": change.metric, "region": change.region}
             tests = results.select("layer", **where)
             found = [test for test in tests if test.survives(0.05)]  # no bounds are set: what survives changed
-            assert row.certain == bool(found)
+            assert look == ("sure" if found else "")
             shown = max(found or tests, key=lambda test: abs(test.difference or 0))
-            assert row.layer == shown.layer
-            assert row.verdict.startswith("yes, p" if found else "not shown, p")
-            assert row.difference in page
+            assert isinstance(largest, str)
+            assert largest.startswith(f"layer {shown.layer}: ")
+            assert isinstance(verdict, str)
+            assert verdict.startswith("yes, p" if found else "not shown, p")
+            assert text.change(shown.difference) in str(difference)
+            assert text.change(shown.difference) in page
     first = page.index('class="verdicts"')
     assert first < page.index('id="maps"')
 
@@ -255,11 +266,10 @@ def test_the_clearest_change_is_the_largest_and_its_row_says_the_same(tmp_path: 
     assert first.startswith("The clearest change is in morans_i, layer 1 (blocks.1.attn): from")
     assert "2.4 standard deviations between images" in first
     assert first.split(" (")[0] in page
-    rows = {row.metric: row for row in verdicts(results, comparisons(results)[0])}
-    assert rows["morans_i"].layer == 1
-    assert rows["morans_i"].change.startswith("layer 1: ")
-    assert rows["morans_i"].layers == "layers 1–2 (2 of 4)"
-    assert rows["entropy"].layer == 3
+    rows = {name: (layers, str(largest)) for name, (_, (_, layers, largest, *_)) in rows_of(results).items()}
+    assert rows["Moran's I"][0] == "layers 1–2 (2 of 4)"
+    assert rows["Moran's I"][1].startswith("layer 1: ")
+    assert rows["Entropy"][1].startswith("layer 3: ")
     assert "morans_i: largest difference that survives from" in summary
     assert "in layer 1 (blocks.1.attn); difference −0.120" in summary
 
@@ -284,8 +294,8 @@ def test_one_layer_that_changed_does_not_read_as_a_number_of_layers(tmp_path: Pa
     outputs = two_metrics(tmp_path, metrics=("entropy",))
     change_tests(outputs, lambda test: {"p_max_t": 0.001 if test["layer"] == 3 else 0.9})
     results = results_of(outputs)
-    (row,) = verdicts(results, comparisons(results)[0])
-    assert row.layers == "layer 3 (1 of 4)"
+    ((_, cells),) = rows_of(results).values()
+    assert cells[1] == "layer 3 (1 of 4)"
 
 
 def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_path: Path) -> None:
@@ -294,13 +304,14 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     changed = {"difference": 0.1, "dz": 1.0, "d_av": 1.0, "p_max_t": 0.001}
     change_tests(outputs, lambda test: inside if test["metric"] == "entropy" else changed)
     results = results_of(outputs)
-    (comparison,) = comparisons(results)
+    (comparison,) = Study(results).comparisons
     assert (comparison.changed, comparison.negligible) == (16, 16)
     assert (comparison.layers_changed, comparison.layers_negligible) == (4, 4)
-    entropy, morans = sorted(verdicts(results, comparison), key=lambda row: row.metric)
-    assert (entropy.certain, entropy.negligible, morans.certain, morans.negligible) == (False, True, True, False)
-    assert entropy.layers == "none of 4"
-    assert entropy.verdict == "real but negligible, p 0.001; within ±0.500 in all 4"
+    rows = rows_of(results)
+    assert {name: look for name, (look, _) in rows.items()} == {"Moran's I": "sure", "Entropy": "negligible"}
+    _, entropy = rows["Entropy"]
+    assert entropy[1] == "none of 4"
+    assert entropy[4] == "real but negligible, p 0.001; within ±0.500 in all 4"
     summary, page = texts(outputs)
     assert summary.splitlines()[2].startswith("The clearest change is in morans_i"), (
         "however large the sizes of entropy"
@@ -322,9 +333,9 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     alone = {"p_tost_holm": 0.9, "p_max_t": 0.9}
     change_tests(outputs, lambda test: alone if test["metric"] == "entropy" and test["layer"] != 2 else None)
     results = results_of(outputs)
-    row = next(row for row in verdicts(results, comparisons(results)[0]) if row.metric == "entropy")
-    assert row.verdict == "real but negligible in layer 2, p 0.001; within ±0.500 in 1 of 4"
-    assert not row.negligible
+    look, cells = rows_of(results)["Entropy"]
+    assert cells[4] == "real but negligible in layer 2, p 0.001; within ±0.500 in 1 of 4"
+    assert look == ""
 
 
 def test_settings_are_those_of_the_results(tmp_path: Path) -> None:

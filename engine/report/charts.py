@@ -103,7 +103,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         panels = [curve_chart(results, metric, region) for region in regions]
         if metric in METRICS and (label := METRICS[metric].axis_label):
             panels = [replace(chart, y_label=label) for chart in panels]
-        name, note = metric if regions != (None,) else f"layers_{metric}", _interval_note(results, metric)
+        name, note = metric if results.has_regions(metric) else f"layers_{metric}", _interval_note(results, metric)
         yield name, Figure(panels=panels, columns=3, title=results.title(metric), legend=legend, note=note)
         if results.select("head", metric=metric):
             yield f"difference_{metric}", _difference_maps(results, metric, regions)
@@ -118,10 +118,9 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         shown = [entry for entry in legend if entry[0] in trained]
         yield "training", Figure(panels=panels, columns=2, legend=shown)
     if len(results.seeds) > 1:
-        plain = [metric for metric in results.metrics if results.regions_of(metric) == (None,)]
         pairs = [(f"{condition} − {against}", results.color(condition)) for condition, against in results.comparisons()]
         note = f"One line per training run ({len(results.seeds)} seeds); mean over heads and images"
-        panels = [seed_chart(results, metric, None) for metric in plain]
+        panels = [seed_chart(results, metric, None) for metric in results.metrics if not results.has_regions(metric)]
         panels = [replace(c, y_label=f"difference ({c.unit or '1'})") for c in panels]
         yield "seeds", Figure(panels=panels, columns=3, legend=pairs, note=note)
 

@@ -7,7 +7,7 @@ anything, and the renderers escape them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -145,7 +145,7 @@ class Study:
 
 
 Place = Literal["page", "summary"]
-Make = Callable[[Study], Sequence[Block]]
+Make = Callable[[Study], Iterable[Block]]
 SECTIONS: dict[Place, dict[int, tuple[Section, Make]]] = {"page": {}, "summary": {}}
 
 
@@ -166,5 +166,5 @@ def section(
 
 def sections(study: Study, place: Place) -> list[Section]:
     """The sections of the page or the summary, in their order, without those that have nothing to say."""
-    made = [replace(empty, blocks=make(study)) for _, (empty, make) in sorted(SECTIONS[place].items())]
+    made = [replace(empty, blocks=tuple(make(study))) for _, (empty, make) in sorted(SECTIONS[place].items())]
     return [section for section in made if section.blocks]

@@ -139,9 +139,12 @@ class Results:
         """A condition's colour: the same in every chart."""
         return self.conditions.index(condition) % len(PALETTE) if condition in self.conditions else 0
 
+    def has_regions(self, metric: str) -> bool:
+        return "region" in self.table[metric].dims
+
     def regions_of(self, metric: str) -> tuple[str | None, ...]:
         """The regions that a metric was taken in; (None,) of one without regions."""
-        return self.regions if "region" in self.table[metric].dims else (None,)
+        return self.regions if self.has_regions(metric) else (None,)
 
     def series(self) -> Iterator[tuple[str, str | None]]:
         """(metric, region): one entry per metric, or one per region for metrics that have regions."""

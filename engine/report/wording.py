@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from engine.report import text
 from engine.report.findings import Change, Comparison, layer_curve, seeds_needed
@@ -373,47 +373,23 @@ def accuracies(results: Results) -> list[tuple[str, float, float | None, int]]:
     return rows
 
 
-def accuracy_sentence(results: Results) -> str:
-    """Accuracy on the images measured, mean over runs; "" where nothing was classified."""
-    parts = []
-    for condition, test, chance, runs in accuracies(results):
-        parts.append((f"{condition} {test:.1f} %" + (f" (mean of {runs} runs)" if runs > 1 else ""), chance))
-    chances = {chance for _, chance in parts}
-    if not parts:
-        return ""
+def accuracy_sentences(results: Results) -> Iterator[str]:
+    """Accuracy on the images measured, mean over runs; none where nothing was classified."""
+    rows = accuracies(results)
+    if not rows:
+        return
+    means = {name: f"{name} {test:.1f} %" + (f" (mean of {n} runs)" if n > 1 else "") for name, test, _, n in rows}
+    chances = {chance for _, _, chance, _ in rows}
     if len(chances) > 1:  # heads of different sizes
-        each = [f"{part}, chance {chance:.1f} %" for part, chance in parts if chance is not None]
-        found = f"{accuracy_title(results)}: {'; '.join(each)}."
+        said = "; ".join(f"{means[name]}, chance {chance:.1f} %" for name, _, chance, _ in rows if chance is not None)
     else:
         (chance,) = chances
-        tail = f"; chance is {chance:.1f} %." if chance is not None else "."
-        found = f"{accuracy_title(results)}: {text.listing([part for part, _ in parts])}{tail}"
-    return found if results.training is not None else f"{found} {HELD_OUT_UNKNOWN}"
+        said = text.listing(list(means.values())) + ("" if chance is None else f"; chance is {chance:.1f} %")
+    unknown = "" if results.training is not None else f" {HELD_OUT_UNKNOWN}"
+    yield f"{accuracy_title(results)}: {said}.{unknown}"
 
 
 def classifier_sentences(results: Results) -> list[str]:
     """What a reader must know of the models' classes, by condition; nothing of heads that were trained here."""
     notes = (str(results.document.classifiers.get(condition, {}).get("note") or "") for condition in results.conditions)
     return [note for note in notes if note]
-
-
-def leaks_sentence(results: Results) -> str:
-    """Images whose bytes stand in more than one split; "" where there are none."""
-    leaks = results.document.data.get("same_file_in_several_splits") or ()
-    if not leaks:
-        return ""
-    first = ", ".join(str(name) for name in leaks[0])
-    return (
-        f"{text.count(len(leaks), 'image')} with the same bytes in several splits, so test accuracy is flattered "
-        f"(the first: {first})."
-    )
-
-
-def undefined_sentences(results: Results) -> list[str]:
-    """Rows that hold no value, by metric and condition; without a full stop."""
-    return [
-        f"{metric} in {condition}: {text.count(int(rows), 'row')} without a value, left out of the means"
-        for metric, by_condition in results.document.undefined.items()
-        for condition, rows in by_condition.items()
-        if rows
-    ]

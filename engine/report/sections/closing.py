@@ -15,10 +15,17 @@ from engine.statistics import SKEWED
 
 
 @section("Negative controls", summary=80)
-def controls(study: Study) -> list[Block]:
-    held = study.results.document.controls
-    if not held:
-        return [Text("No negative control was recorded, so nothing here vouches for the pipeline.")]
+def controls(study: Study) -> Iterator[Block]:
+    recorded = study.results.document.controls
+    if not recorded:
+        yield Text("No negative control was recorded, so nothing here vouches for the pipeline.")
+        return
+    failed = [str(control.get("title", control.get("name"))) for control in recorded if not control.get("held")]
+    if failed:
+        which = f"FAILED ({'; '.join(failed)})"
+        yield Text(f"{len(failed)} of {len(recorded)} negative controls {which}: {wording.DISTRUST}")
+    else:
+        yield Text(f"{len(recorded)} of {len(recorded)} negative controls held.")
     rows = [
         [
             str(control.get("title") or control.get("name")),
@@ -27,41 +34,47 @@ def controls(study: Study) -> list[Block]:
             "yes" if control.get("held") else Span("NO", "alarm"),
             str(control.get("detail") or ""),
         ]
-        for control in held
+        for control in recorded
     ]
-    failed = [str(control.get("title", control.get("name"))) for control in held if not control.get("held")]
-    verdict = f"{len(held)} of {len(held)} negative controls held."
-    if failed:
-        which = f"FAILED ({'; '.join(failed)})"
-        verdict = f"{len(failed)} of {len(held)} negative controls {which}: {wording.DISTRUST}"
     header = ["control", "expected", "found", "held", "detail"]
-    return [Text(verdict), Table(header, rows, "What must come out as nothing, and whether it did")]
+    yield Table(header, rows, "What must come out as nothing, and whether it did")
 
 
 @section("Data", summary=90)
-def data(study: Study) -> list[Block]:
+def data(study: Study) -> Iterator[Block]:
     results, known = study.results, study.results.document.data
     facts = f"{text.count(results.num_images, 'image')} measured"
     if known.get("classes") is not None:
         facts += f"; {known['classes']} classes"
     if splits := known.get("splits"):
         facts += "; splits: " + ", ".join(f"{name} {text.plain(size)}" for name, size in splits.items())
-    blocks: list[Block] = [Text(f"{facts}.")]
+    yield Text(f"{facts}.")
     if dropped := known.get("dropped") or []:
-        lead = f"{text.count(len(dropped), 'file')} could not be used and left out of every condition:"
-        blocks += [Text(lead), Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:20]])]
+        yield Text(f"{text.count(len(dropped), 'file')} could not be used and left out of every condition:")
+        yield Bullets([f"{entry.get('id')}: {entry.get('status')}" for entry in dropped[:20]])
         if len(dropped) > 20:
-            blocks.append(Text(f"… and {len(dropped) - 20} more, listed in metrics/attention_comparison.json."))
+            yield Text(f"… and {len(dropped) - 20} more, listed in metrics/attention_comparison.json.")
     else:
-        blocks.append(Text("No file had to be left out."))
-    if undefined := wording.undefined_sentences(results):
-        blocks.append(Bullets(undefined))
-    said = (wording.leaks_sentence(results), results.document.prefix_mass_warning)
-    return [*blocks, *(Text(sentence) for sentence in said if sentence)]
+        yield Text("No file had to be left out.")
+    undefined = [
+        f"{metric} in {condition}: {text.count(int(rows), 'row')} without a value, left out of the means"
+        for metric, by_condition in results.document.undefined.items()
+        for condition, rows in by_condition.items()
+        if rows
+    ]
+    if undefined:
+        yield Bullets(undefined)
+    if leaks := known.get("same_file_in_several_splits"):
+        yield Text(
+            f"{text.count(len(leaks), 'image')} with the same bytes in several splits, so test accuracy is flattered "
+            f"(the first: {', '.join(map(str, leaks[0]))})."
+        )
+    if results.document.prefix_mass_warning:
+        yield Text(results.document.prefix_mass_warning)
 
 
 @section("Limits", summary=110)
-def limits(study: Study) -> list[Block]:
+def limits(study: Study) -> Iterator[Block]:
     """The limits of this very study."""
     results = study.results
     runs = max((training_runs(results, condition) for condition in results.conditions), default=1)
@@ -83,7 +96,7 @@ def limits(study: Study) -> list[Block]:
             f"Each condition is tested against {results.against} in a family of its own: the family-wise "
             "level holds within a comparison, not over all of them."
         )
-    return [Bullets(scope)]
+    yield Bullets(scope)
 
 
 def _skewed(results: Results) -> tuple[str, ...]:
@@ -100,7 +113,7 @@ def _skewed(results: Results) -> tuple[str, ...]:
 
 
 @section("What the metrics do not measure", summary=120)
-def not_measured(study: Study) -> list[Block]:
+def not_measured(study: Study) -> Iterator[Block]:
     """What the metrics cannot show, whatever their values."""
     sentences = (
         "Understanding. A compact or coherent map says where weight lies, not that a model recognises what lies there; "
@@ -115,11 +128,11 @@ def not_measured(study: Study) -> list[Block]:
         "Grad-CAM pictures show where a class score responds to features, for a few images picked by seed. They "
         "illustrate; no claim of this report rests on them.",
     )
-    return [Bullets(sentences)]
+    yield Bullets(sentences)
 
 
 @section("How to read the numbers", summary=130)
-def how_to_read(study: Study) -> list[Block]:
+def how_to_read(study: Study) -> Iterator[Block]:
     sentences = (
         "Read sizes before p-values: with many images the smallest difference is “significant”. The "
         "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
@@ -135,21 +148,21 @@ def how_to_read(study: Study) -> list[Block]:
         "Moran's I is not 0 under no association but −1/(N−1) for N patches.",
         "Check the negative controls first: if one failed, none of the other numbers can be trusted.",
     )
-    return [Bullets(sentences)]
+    yield Bullets(sentences)
 
 
 @section("What this does and does not mean", page=90, anchor="limits", name="Limits")
-def meaning(study: Study) -> list[Block]:
-    parts = {
-        "Limits of this study": limits(study),
-        "What the metrics do not measure": not_measured(study),
-        "How to read the numbers": how_to_read(study),
-    }
-    return [Group("columns", [Group("column", blocks, title) for title, blocks in parts.items()])]
+def meaning(study: Study) -> Iterator[Block]:
+    columns = (
+        Group("column", list(limits(study)), "Limits of this study"),
+        Group("column", list(not_measured(study)), "What the metrics do not measure"),
+        Group("column", list(how_to_read(study)), "How to read the numbers"),
+    )
+    yield Group("columns", columns)
 
 
 @section("Provenance and tables", page=100, anchor="provenance", name="Provenance")
-def provenance(study: Study) -> list[Block]:
+def provenance(study: Study) -> Iterator[Block]:
     results = study.results
     files: list[Content] = []
     for name, link, size, place in downloads(results, study.summary):
@@ -158,10 +171,11 @@ def provenance(study: Study) -> list[Block]:
         else:
             more = f"{size}, too large for a page: {place} in the outputs folder"
             files.append((f"{name} ", Span(more, "small")))
+    yield Bullets(files, "files")
     whole = "The whole table of every image, layer and head is metrics/attention_metrics.zarr in the outputs folder."
+    yield Text(whole, "scope")
     table = Table(["what", "value"], list(_origins(results)), "As recorded by the study", "long")
-    blocks: list[Block] = [Bullets(files, "files"), Text(whole, "scope")]
-    blocks.append(Group("details", [table], "Where the numbers come from"))
+    yield Group("details", [table], "Where the numbers come from")
     if results.study_text:
         later = results.later_settings
         inner: list[Block] = []
@@ -169,8 +183,7 @@ def provenance(study: Study) -> list[Block]:
             now = ", ".join(f"{key} {value} (the tests: {before})" for key, (value, before) in later.items())
             inner.append(Text(f"It was written after the tests were made, and says now: {now}.", "scope"))
         inner.append(Text(results.study_text, "verbatim"))
-        blocks.append(Group("details", inner, "study.toml" if later else "study.toml as run"))
-    return blocks
+        yield Group("details", inner, "study.toml" if later else "study.toml as run")
 
 
 def _origins(results: Results) -> Iterator[Sequence[Content]]:

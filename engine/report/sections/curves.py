@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from engine.report import text, wording
 from engine.report.charts import curve_chart, seed_chart, training_charts
 from engine.report.document import Block, Content, Figure, Group, Span, Study, Table, Text, Widget, section
@@ -10,10 +12,10 @@ from engine.report.maps import maps_payload
 
 
 @section("Which layers and heads changed", page=10, anchor="maps", name="Layers and heads")
-def maps(study: Study) -> list[Block]:
+def maps(study: Study) -> Iterator[Block]:
     results = study.results
     if not study.comparisons:
-        return []
+        return
     marked = (
         f" survives the max-T test of its comparison at α\u00a0=\u00a0{results.alpha:g}, over all layers, heads and "
         "metrics (the mean over heads: over all layers and metrics); a faded cell does not survive, which does not "
@@ -29,19 +31,20 @@ def maps(study: Study) -> list[Block]:
             "negligible."
         )
     said.append(" Press a cell, or move with the arrow keys, for its numbers, its images and its attention.")
+    yield Text(tuple(said))
+    yield Widget("maps", maps_payload(results, study.comparisons))
     without = (
         "The interactive maps need JavaScript; the same maps lie beside this page in visualizations/figures, and every "
         "test is among the ",
         Span("tables", "link", "#provenance"),
         ".",
     )
-    return [Text(tuple(said)), Widget("maps", maps_payload(results, study.comparisons)), Text(without, "noscript")]
+    yield Text(without, "noscript")
 
 
 @section("Layer curves", page=20, anchor="curves")
-def curves(study: Study) -> list[Block]:
+def curves(study: Study) -> Iterator[Block]:
     results = study.results
-    plain = [metric for metric in results.metrics if results.regions_of(metric) == (None,)]
     said = (
         f"Means over heads and images. Bands: {text.percent(results.confidence)} t interval over images, n = "
         f"{text.count(results.num_images, 'image')}, given the checkpoints"
@@ -52,7 +55,9 @@ def curves(study: Study) -> list[Block]:
             " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
             f"{results.against} as a run (cluster permutation, α = {results.alpha:g})."
         )
-    return [Text(said), study.legend(), Group("charts", [curve(study, name, None) for name in plain])]
+    yield Text(said)
+    yield study.legend()
+    yield Group("charts", [curve(study, metric, None) for metric in results.metrics if not results.has_regions(metric)])
 
 
 def curve(study: Study, metric: str, region: str | None) -> Figure:
@@ -75,62 +80,57 @@ def curve(study: Study, metric: str, region: str | None) -> Figure:
 
 
 @section("Training runs", page=30, anchor="seeds", name="Runs")
-def seeds(study: Study) -> list[Block]:
+def seeds(study: Study) -> Iterator[Block]:
     results = study.results
     if len(results.seeds) < 2:
-        return []
+        return
     scope = " ".join(wording.scope_sentences(results, study.comparisons))
-    said = (
+    yield Text(
         f"Each line is one training run's difference from {results.against} (mean over heads and images): "
         f"the spread that a claim about training has to beat. {scope}"
     )
-    charts = [Figure(seed_chart(results, metric, region)) for metric, region in results.series()]
-    return [Text(said), study.legend(), Group("charts", charts)]
+    yield study.legend()
+    yield Group("charts", [Figure(seed_chart(results, metric, region)) for metric, region in results.series()])
 
 
 @section("The attention itself", page=40, anchor="attention", name="Attention")
-def attention(study: Study) -> list[Block]:
+def attention(study: Study) -> Iterator[Block]:
     viewer = study.viewer
     if viewer is None:
-        return []
+        return
     said = f"8-bit pictures of {len(viewer['images'])} of the {viewer['kept']} sample images kept in samples.zarr"
     if (stride := viewer["stride"]) > 1:
         nth = {2: "2nd", 3: "3rd"}.get(stride, f"{stride}th")
         said += f"; to keep this page small, queries are every {nth} row and column of patches"
     if len(study.results.seeds) > 1:
         said += "; of each condition its first training run, while the numbers above are means over runs"
-    return [
-        Text(
-            "Point at or tap a patch of the image to see where it attends (or focus the image and use the arrow keys). "
-            "Maps show each patch's share of the attention that falls on patches; point at one to read a share. Where "
-            "attention goes is not why the model decides."
-        ),
-        Widget("viewer", viewer),
-        Text(f"{said}. Measurements were made on the full-precision maps.", "scope"),
-        Text("The viewer needs JavaScript.", "noscript"),
-    ]
+    yield Text(
+        "Point at or tap a patch of the image to see where it attends (or focus the image and use the arrow keys). "
+        "Maps show each patch's share of the attention that falls on patches; point at one to read a share. Where "
+        "attention goes is not why the model decides."
+    )
+    yield Widget("viewer", viewer)
+    yield Text(f"{said}. Measurements were made on the full-precision maps.", "scope")
+    yield Text("The viewer needs JavaScript.", "noscript")
 
 
 @section("Training", page=70, anchor="training")
-def training(study: Study) -> list[Block]:
+def training(study: Study) -> Iterator[Block]:
     results = study.results
     if not results.training:
-        return []
-    blocks: list[Block] = []
+        return
     if charts := [Figure(chart) for chart in training_charts(results)]:
-        blocks += [study.legend(), Group("charts", charts)]
+        yield study.legend()
+        yield Group("charts", charts)
         drawn = {condition for condition, _, _ in histories(results, "loss")}
         if without := [condition for condition in results.training if condition not in drawn]:
-            said = f"{text.listing(without)}: fitted without epochs, so without a curve."
-            blocks.append(Text(said, "scope"))
+            yield Text(f"{text.listing(without)}: fitted without epochs, so without a curve.", "scope")
     rows: list[list[Content]] = []
     for condition, entry in results.training.items():
         for seed, run in (entry.get("seeds") or {}).items():
-            size = run.get("trainable_parameters")
             shares = [run.get("validation_accuracy"), run.get("test_accuracy")]
             accuracies = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
-            recipe = str(entry.get("recipe", ""))
-            parameters = "" if size is None else f"{size:,}"
-            rows.append([study.swatch(condition), recipe, str(seed), parameters, *accuracies])
+            parameters = text.plain(run.get("trainable_parameters"))
+            rows.append([study.swatch(condition), str(entry.get("recipe", "")), str(seed), parameters, *accuracies])
     header = ["condition", "recipe", "seed", "trained parameters", "validation", "test"]
-    return [*blocks, Table(header, rows, "Training runs and the accuracy of the checkpoints they kept")]
+    yield Table(header, rows, "Training runs and the accuracy of the checkpoints they kept")

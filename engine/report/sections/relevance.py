@@ -76,33 +76,38 @@ class Relevance:
 
 
 @section("Relevance maps", page=50, anchor="relevance", name="Relevance")
-def relevance(study: Study) -> list[Block]:
+def relevance(study: Study) -> Iterator[Block]:
     measured = load_relevance(study.results)
     if measured is None:
-        return []
+        return
     sentences = relevance_sentences(study.results, measured)
-    cautions = list(rollout_cautions(measured))
-    panels = list(_panels(study.results, measured.document.target))
+    cautions = [Text(line, "scope") for line in rollout_cautions(measured)]
+    panels = _panels(study.results, measured.document.target)
     methods = measured.methods()
     if not methods:
         said = [line for title, lines in sentences.items() if title != "Where rollout points" for line in lines]
-        return [*map(Text, said), *(Text(line, "scope") for line in cautions), *panels]
-    blocks: list[Block] = [Text(_introduction(measured))]
+        yield from (*map(Text, said), *cautions)
+        yield from panels
+        return
+    yield Text(_introduction(measured))
     if charts := list(_charts(measured, methods)):
         legend: list[Content] = [Span(name, "swatch", n % len(PALETTE)) for n, name in enumerate(methods)]
-        blocks += [Bullets(legend, "legend"), Group("charts", charts)]
+        yield Bullets(legend, "legend")
+        yield Group("charts", charts)
     rows: list[list[Content]] = [
         [study.swatch(condition), method, *(_cell(measured, condition, method, measure) for measure in COLUMNS)]
         for condition in measured.conditions
         for method in measured.methods(condition)
     ]
-    blocks.append(Table(["condition", "method", *COLUMNS.values()], rows, "Means with intervals over images"))
-    blocks.append(Group("details", _in_words(sentences), "In words, with the tests"))
+    yield Table(["condition", "method", *COLUMNS.values()], rows, "Means with intervals over images")
+    yield Group("details", _in_words(sentences), "In words, with the tests")
+    yield from cautions
+    yield from panels
     last = (
         "Other images lie in visualizations/relevance; every image's numbers in metrics/relevance.csv. That a map is "
         "faithful says which patches the prediction hangs on, not that the model is right to use them."
     )
-    return [*blocks, *(Text(line, "scope") for line in cautions), *panels, Text(last, "scope")]
+    yield Text(last, "scope")
 
 
 @section("Relevance maps", summary=70)
@@ -177,7 +182,7 @@ def _panels(results: Results, target: str) -> Iterator[Picture]:
 
 
 @section("Grad-CAM, for illustration", page=60, anchor="gradcam", name="Grad-CAM")
-def gradcam(study: Study) -> list[Block]:
+def gradcam(study: Study) -> Iterator[Block]:
     """Pictures of as many images as fit the budget whole: half an image's conditions compare with nothing."""
     results = study.results
     order = {name: index for index, name in enumerate(results.conditions)}
@@ -194,13 +199,14 @@ def gradcam(study: Study) -> list[Block]:
         rows = [[_picture(study, *pair) for pair in pictures if pair[0].role == role] for role in roles]
         groups.append(Group("group", [Group("pictures", row) for row in rows], image))
     if not groups:
-        return []
-    said = (
+        return
+    yield Text(
         "Where a class score responds to features, for a few images picked by seed. These pictures illustrate; no "
         "claim of this report rests on them."
     )
-    more = [Text(f"{left} more lie in visualizations/gradcam_samples.", "scope")] if left else []
-    return [Text(said), Group("gallery", groups), *more]
+    yield Group("gallery", groups)
+    if left:
+        yield Text(f"{left} more lie in visualizations/gradcam_samples.", "scope")
 
 
 def _picture(study: Study, sample: GradcamSample, content: bytes) -> Picture:

@@ -13,18 +13,18 @@ from engine.statistics import PairedTest
 
 
 @section("Tests, controls and data", page=80, anchor="tests", name="Tests")
-def tests(study: Study) -> list[Block]:
-    blocks: list[Block] = []
+def tests(study: Study) -> Iterator[Block]:
     for comparison in study.comparisons:
-        blocks += [
-            Heading((study.swatch(comparison.condition), f" against {comparison.against}")),
-            Text(wording.comparison_sentence(study.results, comparison)),
-            _changes(study.results, comparison),
-            *_details(study.results, comparison),
-        ]
+        yield Heading((study.swatch(comparison.condition), f" against {comparison.against}"))
+        yield Text(wording.comparison_sentence(study.results, comparison))
+        yield _changes(study.results, comparison)
+        yield from _details(study.results, comparison)
     if not study.comparisons:
-        blocks.append(Text("One condition was measured, so nothing was tested."))
-    return [*blocks, Heading("Negative controls", "controls"), *controls(study), Heading("Data", "data"), *data(study)]
+        yield Text("One condition was measured, so nothing was tested.")
+    yield Heading("Negative controls", "controls")
+    yield from controls(study)
+    yield Heading("Data", "data")
+    yield from data(study)
 
 
 def _details(results: Results, comparison: Comparison) -> Iterator[Group]:
@@ -153,33 +153,35 @@ def _layer_table(results: Results, comparison: Comparison, bounded: bool) -> Tab
 
 
 @section("Observed patterns", summary=20)
-def observed(study: Study) -> list[Block]:
-    pairs = [(Heading(pair.pair), _changes(study.results, pair)) for pair in study.comparisons]
-    return [block for pair in pairs for block in pair]
+def observed(study: Study) -> Iterator[Block]:
+    for comparison in study.comparisons:
+        yield Heading(comparison.pair)
+        yield _changes(study.results, comparison)
 
 
 @section("Tests", summary=30)
-def tests_in_words(study: Study) -> list[Block]:
-    blocks: list[Block] = []
+def tests_in_words(study: Study) -> Iterator[Block]:
     for comparison in study.comparisons:
-        blocks.append(Text(wording.comparison_sentence(study.results, comparison)))
+        yield Text(wording.comparison_sentence(study.results, comparison))
         table = _layer_table(study.results, comparison, bounded=False)
         if table.rows:
-            blocks += [Text(f"{table.caption}:"), table]
+            yield Text(f"{table.caption}:")
+            yield table
         if over_runs := wording.seed_sentence(study.results, comparison):
-            blocks.append(Text(over_runs))
-    return blocks
+            yield Text(over_runs)
 
 
 @section("Along the layers", summary=40)
-def along_the_layers(study: Study) -> list[Block]:
-    parts = [make(study.results, pair) for pair in study.comparisons for make in (_clusters, _halves)]
-    return [block for blocks in parts for block in blocks]
+def along_the_layers(study: Study) -> Iterator[Block]:
+    for comparison in study.comparisons:
+        yield from _clusters(study.results, comparison)
+        yield from _halves(study.results, comparison)
 
 
 @section("Between metrics", summary=50)
-def between_metrics(study: Study) -> list[Block]:
-    return [block for comparison in study.comparisons for block in _relations(comparison)]
+def between_metrics(study: Study) -> Iterator[Block]:
+    for comparison in study.comparisons:
+        yield from _relations(comparison)
 
 
 @section("Classes", summary=60)
