@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.report import text
-from engine.report.findings import Comparison, head_maps, histories, layer_curve
+from engine.report.findings import Comparison, histories, layer_curve
 from engine.report.inputs import Results
 from engine.report.plots import Cells, Chart, Column, Figure, Line, Stretch
 from engine.report.wording import accuracies, accuracy_title
@@ -138,16 +138,15 @@ def _interval_note(results: Results, metric: str) -> str:
 def _difference_maps(results: Results, metric: str, regions: Sequence[str | None]) -> Figure:
     """Layer × head maps of the difference, one panel per comparison (and region), on one symmetric scale."""
     pairs = results.comparisons()
-    places = [(pair, region) for region in regions for pair in pairs]
-    maps = [head_maps(results, *pair, metric, region) for pair, region in places]
-    known = np.concatenate([np.abs(found["difference"]).ravel() for found in maps])
+    maps = [(pair, region, *_differences(results, *pair, metric, region)) for region in regions for pair in pairs]
+    known = np.concatenate([np.abs(values).ravel() for _, _, values, _ in maps])
     greatest = float(known[np.isfinite(known)].max(initial=0.0))
     cell = 38 if len(results.heads) <= 6 else 23
     panels = [
         Chart(
             title=results.heading(metric, region),
             heading=f"{condition} − {against}" + ("" if region is None else f"\non {region}"),
-            cells=Cells(found["difference"], found["p_max_t"] <= results.alpha, greatest or 1.0),
+            cells=Cells(values, sure, greatest or 1.0),
             x_names=[str(head) for head in results.heads],
             y_names=[str(layer) for layer in results.layers],
             x_label="head",
@@ -155,7 +154,7 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
             width=50 + cell * len(results.heads),
             height=52 + cell * len(results.layers),
         )
-        for ((condition, against), region), found in zip(places, maps, strict=True)
+        for (condition, against), region, values, sure in maps
     ]
     hatched = "" if np.isfinite(known).all() else ", hatched: undefined"
     n = max((test.n or 0 for test in results.select("head", metric=metric)), default=0)
@@ -169,17 +168,26 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
     )
 
 
+def _differences(
+    results: Results, condition: str, against: str, metric: str, region: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Difference (NaN where there is none) and whether it survives, as [layer, head]."""
+    shape = (len(results.layers), len(results.heads))
+    values, sure = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
+        if test.layer is not None and test.head is not None and test.difference is not None:
+            place = results.layers.index(test.layer), results.heads.index(test.head)
+            values[place], sure[place] = test.difference, test.survives(results.alpha)
+    return values, sure
+
+
 def _accuracy(results: Results) -> Figure:
     rows = accuracies(results)
     columns = []
     for x, (condition, test, chance, runs) in enumerate(rows):
-        points = (
-            [100 * (run.get("test") or 0.0) for run in results.document.accuracy[condition].values()]
-            if runs > 1
-            else []
-        )
-        own = results.color(condition)
-        columns.append(Column(own, x, test, f"{test:.1f}", points, chance))
+        each = [100 * (run.get("test") or 0.0) for run in results.document.accuracy[condition].values()]
+        points = each if runs > 1 else []
+        columns.append(Column(results.color(condition), x, test, f"{test:.1f}", points, chance))
     chart = Chart(
         title="Accuracy",
         columns=columns,

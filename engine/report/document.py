@@ -130,7 +130,7 @@ class Study:
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
-        return comparisons(self.results)
+        return tuple(comparisons(self.results))
 
     @cached_property
     def viewer(self) -> dict[str, Any] | None:

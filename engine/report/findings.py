@@ -53,20 +53,6 @@ def layer_curve(results: Results, metric: str, condition: str, region: str | Non
     return LayerCurve(centre, centre - half, centre + half, n, by_seed)
 
 
-def head_maps(results: Results, condition: str, against: str, metric: str, region: str | None) -> dict[str, np.ndarray]:
-    """`difference`, `p_max_t` and `p_tost_holm` as [layer, head]; NaN where there is no test or no value."""
-    shape = (len(results.layers), len(results.heads))
-    maps = {name: np.full(shape, np.nan) for name in ("difference", "p_max_t", "p_tost_holm")}
-    for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
-        if test.layer is None or test.head is None:
-            continue
-        row = results.layers.index(test.layer)
-        for name, array in maps.items():
-            value = getattr(test, name)
-            array[row, results.heads.index(test.head)] = np.nan if value is None else value
-    return maps
-
-
 def histories(results: Results, key: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(condition, epochs, values) of every training run that recorded `key` by epoch.
 
@@ -165,39 +151,34 @@ class Comparison:
         return self.runs >= self.runs_needed and bool(self.seed_tests)
 
 
-def comparisons(results: Results) -> tuple[Comparison, ...]:
+def comparisons(results: Results) -> Iterator[Comparison]:
     """Every tested pair of conditions."""
-    compared = []
     for condition, against in results.comparisons():
         pair = {"condition": condition, "against": against}
         tests = results.select("head", **pair) or results.select("layer", **pair)
-        differing = changes(results, condition, against)
-        cells = sum(change.defined for change in differing)
-        compared.append(
-            Comparison(
-                condition=condition,
-                against=against,
-                runs=max(training_runs(results, condition), training_runs(results, against)),
-                runs_needed=seeds_needed(results.alpha),
-                n=max((test.n or 0 for test in tests), default=0),
-                cells=cells,
-                changed=sum(change.changed for change in differing),
-                negligible=sum(change.negligible for change in differing),
-                layers_changed=sum(change.layers_changed for change in differing),
-                layers_negligible=sum(change.layers_negligible for change in differing),
-                identical=cells > 0 and all(change.identical for change in differing if change.defined),
-                changes=differing,
-                seed_tests=results.select("seed", **pair),
-                layer_means=results.select("layer_means", **pair),
-                relations=tuple(r for r in results.document.relations if matches(r, pair)),
-            )
+        changes = tuple(_changes(results, condition, against))
+        cells = sum(change.defined for change in changes)
+        yield Comparison(
+            condition=condition,
+            against=against,
+            runs=max(training_runs(results, condition), training_runs(results, against)),
+            runs_needed=seeds_needed(results.alpha),
+            n=max((test.n or 0 for test in tests), default=0),
+            cells=cells,
+            changed=sum(change.changed for change in changes),
+            negligible=sum(change.negligible for change in changes),
+            layers_changed=sum(change.layers_changed for change in changes),
+            layers_negligible=sum(change.layers_negligible for change in changes),
+            identical=cells > 0 and all(change.identical for change in changes if change.defined),
+            changes=changes,
+            seed_tests=results.select("seed", **pair),
+            layer_means=results.select("layer_means", **pair),
+            relations=tuple(r for r in results.document.relations if matches(r, pair)),
         )
-    return tuple(compared)
 
 
-def changes(results: Results, condition: str, against: str) -> tuple[Change, ...]:
+def _changes(results: Results, condition: str, against: str) -> Iterator[Change]:
     """One `Change` per metric, or per region, in the table's order; metrics without a test are left out."""
-    differing = []
     for metric, region in results.series():
         where = {"condition": condition, "against": against, "metric": metric, "region": region}
         heads = results.select("head", **where)
@@ -205,41 +186,38 @@ def changes(results: Results, condition: str, against: str) -> tuple[Change, ...
         if not heads and not layers:
             continue
         defined = [test for test in heads if test.difference is not None]
-        changed = [test for test in defined if test.changed(results.alpha)]
+        signs = [(test.difference or 0.0) > 0 for test in defined if test.changed(results.alpha)]
         layers_changed = [test for test in layers if test.changed(results.alpha)]
         layers_negligible = [test for test in layers if test.negligible(results.alpha)]
         sized = [test for test in layers or heads if test.difference is not None]
         every = [test.difference for test in (*heads, *layers) if test.difference is not None]
-        bounds = [test.tost_bound for test in layers if test.tost_bound is not None]
-        detectable = [test.mde for test in layers if test.mde is not None]
-        differing.append(
-            Change(
-                metric=metric,
-                region=region,
-                unit=results.unit(metric),
-                cells=len(heads),
-                defined=len(defined),
-                risen=sum((test.difference or 0.0) > 0 for test in changed),
-                fallen=sum((test.difference or 0.0) < 0 for test in changed),
-                negligible=sum(test.negligible(results.alpha) for test in defined),
-                identical=bool(every) and not any(every),
-                layers=layers,
-                layers_changed=len(layers_changed),
-                layers_negligible=len(layers_negligible),
-                shown=max(
-                    layers_changed or layers_negligible or sized,
-                    key=lambda test: abs(test.difference or 0.0),
-                    default=None,
-                ),
-                bound=bounds[0] if bounds else None,
-                equivalent=sum(test.equivalent(results.alpha) for test in layers) if bounds else None,
-                detectable=max(detectable, default=None),
-                classes=results.select("class", **where),
-                trend=next((trend for trend in results.document.trends if matches(trend, where)), None),
-                clusters=results.clusters(**where),
-            )
+        bound = next((test.tost_bound for test in layers if test.tost_bound is not None), None)
+        yield Change(
+            metric=metric,
+            region=region,
+            unit=results.unit(metric),
+            cells=len(heads),
+            defined=len(defined),
+            risen=sum(signs),
+            fallen=len(signs) - sum(signs),
+            negligible=sum(test.negligible(results.alpha) for test in defined),
+            identical=bool(every) and not any(every),
+            layers=layers,
+            layers_changed=len(layers_changed),
+            layers_negligible=len(layers_negligible),
+            shown=max(layers_changed or layers_negligible or sized, key=by_size, default=None),
+            bound=bound,
+            equivalent=None if bound is None else sum(test.equivalent(results.alpha) for test in layers),
+            detectable=max((test.mde for test in layers if test.mde is not None), default=None),
+            classes=results.select("class", **where),
+            trend=next((trend for trend in results.document.trends if matches(trend, where)), None),
+            clusters=results.clusters(**where),
         )
-    return tuple(differing)
+
+
+def by_size(test: PairedTest) -> float:
+    """By which tests of one metric are ranked."""
+    return abs(test.difference or 0.0)
 
 
 def cell_relations(comparison: Comparison) -> Iterator[tuple[Relation, tuple[Relation, ...]]]:

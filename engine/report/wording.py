@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from engine.report import text
-from engine.report.findings import Change, Comparison, layer_curve, seeds_needed
+from engine.report.findings import Change, Comparison, by_size, layer_curve
 from engine.report.inputs import Results
 from engine.statistics import PairedTest, Relation
 
 DISTRUST = "do not trust the other numbers before this is explained."
 HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these images is not known."
-
-
 _SMALL = 0.01  # standard deviations between images: a copy with 1e-6 of noise in its weights stays below
 
 
@@ -53,11 +51,10 @@ def headline(results: Results, comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _means(test: PairedTest, unit: str) -> tuple[str, str]:
+def _means(test: PairedTest, unit: str) -> list[str]:
     """Both means, with the decimals that their difference takes."""
     shown = text.decimals(test.difference)
-    before, after = (text.quantity(mean, unit, decimals=shown) for mean in (test.mean_against, test.mean_condition))
-    return before, after
+    return [text.quantity(mean, unit, decimals=shown) for mean in (test.mean_against, test.mean_condition)]
 
 
 def _region_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
@@ -69,19 +66,14 @@ def _region_headline(results: Results, comparisons: Sequence[Comparison]) -> str
         for test in change.layers
         if change.region is not None and test.changed(results.alpha)
     ]
-    if not candidates:
-        return ""
-    best = max(candidates, key=lambda test: abs(test.difference or 0.0))
-    if best.layer is None:
+    best = max(candidates, key=by_size, default=None)
+    if best is None or best.layer is None:
         return ""
     row, shown, title = results.layers.index(best.layer), text.decimals(best.difference), results.title(best.metric)
     parts = []
     for region in results.regions:
-        shares = {
-            condition: float(layer_curve(results, best.metric, condition, region).mean[row])
-            for condition in results.conditions
-        }
-        each = text.listing([f"{text.number(share, 2, shown)} in {name}" for name, share in shares.items()])
+        means = [(layer_curve(results, best.metric, name, region).mean[row], name) for name in results.conditions]
+        each = text.listing([f"{text.number(float(mean), 2, shown)} in {name}" for mean, name in means])
         parts.append(f"on {region}, {each}")
     return (
         f"Attention on the annotated regions differs most in {text.where(best)}. {title[:1].upper()}{title[1:]}: "
@@ -125,9 +117,9 @@ def _null_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
 
 def _power_clause(results: Results, comparison: Comparison) -> str:
     """How large an effect on a layer would have been found, so that finding none has a meaning."""
-    needed = seeds_needed(results.alpha)
-    if 0 < comparison.n < needed:
-        return f"; nothing can, over {text.count(comparison.n, 'image')}: exact sign flips need {needed}"
+    if 0 < comparison.n < comparison.runs_needed:
+        images = text.count(comparison.n, "image")
+        return f"; nothing can, over {images}: exact sign flips need {comparison.runs_needed}"
     effects = [test.mde_dz for change in comparison.changes for test in change.layers if test.mde_dz is not None]
     if not effects:
         return ""
@@ -215,12 +207,8 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
 
 def _negligible(counted: Comparison | Change) -> str:
     """How much survives and is shown to lie within the bounds; "" where nothing does."""
-    parts = [
-        text.count(n, noun)
-        for n, noun in ((counted.negligible, "layer × head cell"), (counted.layers_negligible, "layer mean"))
-        if n
-    ]
-    return text.listing(parts)
+    counts = ((counted.negligible, "layer × head cell"), (counted.layers_negligible, "layer mean"))
+    return text.listing([text.count(n, noun) for n, noun in counts if n])
 
 
 def _equivalence(change: Change) -> str:
@@ -268,33 +256,31 @@ def class_sentence(results: Results, change: Change) -> str:
     same = [test for test in surviving if (test.difference or 0.0) * (over_classes[test.layer].difference or 0.0) > 0]
     also = [test for test in surviving if over_classes[test.layer].survives(results.alpha)]
     classes = max(over_classes[test.layer].n or 0 for test in surviving)
+    of = f"{text.count(len(surviving), 'layer')} that differ{_s(surviving)} over images"
     sentence = (
-        f"{change.name}: of {text.count(len(surviving), 'layer')} that differ{'s' if len(surviving) == 1 else ''} over "
-        "images, "
-        f"{len(same)} keep{'s' if len(same) == 1 else ''} the sign when each of {classes} classes counts alike"
+        f"{change.name}: of {of}, {len(same)} keep{_s(same)} the sign when each of {classes} classes counts alike"
     )
     floor = over_classes[surviving[0].layer].p_floor
     if floor is not None and floor > results.alpha:
         return f"{sentence}; {classes} classes are too few for a test (its least p is {text.p_value(floor)})."
-    return f"{sentence}, and {len(also)} survive{'s' if len(also) == 1 else ''} max-T over classes."
+    return f"{sentence}, and {len(also)} survive{_s(also)} max-T over classes."
+
+
+def _s(subjects: Sequence[PairedTest]) -> str:
+    """The end of a verb."""
+    return "s" if len(subjects) == 1 else ""
 
 
 def relation_sentence(relation: Relation, by_layer: Sequence[Relation]) -> str:
-    """Two metrics' differences over the cells, in words that fit the coefficient; "" where it is undefined.
-
-    Args:
-        relation: over the layer × head cells.
-        by_layer: the same two metrics' relations over images, one per layer.
-    """
+    """Two metrics' differences over the cells, and over images `by_layer`; "" where the coefficient is undefined."""
     if relation.rho is None:
         return ""
-    size = abs(relation.rho)
-    if size < 0.3:
+    strength = abs(relation.rho)
+    verdict = "rise and fall together" if relation.rho > 0 else "move in opposite directions"
+    if strength < 0.3:
         verdict = "change largely apart from each other"
-    elif relation.rho > 0:
-        verdict = "tend to rise and fall together" if size < 0.7 else "rise and fall together"
-    else:
-        verdict = "tend to move in opposite directions" if size < 0.7 else "move in opposite directions"
+    elif strength < 0.7:
+        verdict = f"tend to {verdict}"
     over_images = [other.rho for other in by_layer if other.rho is not None]
     within = f"; over images within a layer {_rho(min(over_images))} to {_rho(max(over_images))}" if over_images else ""
     return (
@@ -313,11 +299,10 @@ def seed_sentence(results: Results, comparison: Comparison) -> str:
     if not tests:
         return ""
     runs = max((test.n or 0 for test in tests), default=0)
-    survived = sum(test.survives(results.alpha) for test in tests)
+    survived = [test for test in tests if test.survives(results.alpha)]
     sentence = (
-        f"Over {text.count(runs, 'training run')}, {text.share(survived, len(tests))} seed-level tests of "
-        f"{comparison.pair} survive{'s' if survived == 1 else ''} at α = "
-        f"{results.alpha:g}."
+        f"Over {text.count(runs, 'training run')}, {text.share(len(survived), len(tests))} seed-level tests of "
+        f"{comparison.pair} survive{_s(survived)} at α = {results.alpha:g}."
     )
     if not comparison.speaks_of_runs:
         floor = max((test.p_floor for test in tests if test.p_floor is not None), default=None)
