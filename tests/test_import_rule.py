@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -73,12 +74,14 @@ def breaks_rooms(module: str, imported: str, name: str, named: frozenset[str]) -
 
 
 def named_by(room: str) -> frozenset[str]:
-    """Names in `__all__` of a room's `__init__`; of a room that is one file, all in it."""
+    """`__all__` of a room's `__init__`, or what it imports of the room; of a room that is one file, all in it."""
     path = ROOT / room.replace(".", "/")
     text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
             return frozenset(ast.literal_eval(node.value))
+    if path.is_dir():
+        return frozenset(name for module, name in imports_of(path / "__init__.py") if module.startswith(f"{room}."))
     return frozenset(
         getattr(node, "name", getattr(getattr(node, "targets", [None])[0], "id", "")) for node in ast.parse(text).body
     )
@@ -106,6 +109,13 @@ def test_rooms_import_only_from_rooms_before_them_and_what_their_init_names() ->
             if there and breaks_rooms(module, imported, name, named_by(there)):
                 wrong.append(f"{path.relative_to(ROOT)}: from {imported} import {name}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", ["engine.capture", "engine.measure", "engine.study"])
+def test_what_a_room_names_is_there_when_it_is_used(room: str) -> None:
+    assert named_by(room)
+    for name in named_by(room):
+        assert getattr(importlib.import_module(room), name) is not None
 
 
 def test_the_rule_is_able_to_fail() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engine import imported_when_used
 
 if TYPE_CHECKING:
     from engine.study.arguments import check_arguments
@@ -14,33 +15,15 @@ if TYPE_CHECKING:
     from engine.study.stages import run_study
     from engine.study.sweep import run_sweep
 
-# module of this room -> what it gives to others
-_NAMES = {
-    "arguments": "check_arguments",
-    "hdf5": "export_hdf5 import_hdf5",
-    "journal": "Journal",
-    "one_capture": "capture_folder",
-    "outputs": "keep_edited require_apart written_study",
-    "stages": "run_study",
-    "sweep": "run_sweep",
-}
-_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-__all__ = [
-    "Journal",
-    "capture_folder",
-    "check_arguments",
-    "export_hdf5",
-    "import_hdf5",
-    "keep_edited",
-    "require_apart",
-    "run_study",
-    "run_sweep",
-    "written_study",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"engine.study.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = imported_when_used(
+    __name__,
+    {
+        "arguments": "check_arguments",
+        "hdf5": "export_hdf5 import_hdf5",
+        "journal": "Journal",
+        "one_capture": "capture_folder",
+        "outputs": "keep_edited require_apart written_study",
+        "stages": "run_study",
+        "sweep": "run_sweep",
+    },
+)
