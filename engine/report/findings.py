@@ -84,7 +84,7 @@ class Change:
     metric: str
     region: str | None
     unit: str
-    cells: int  # layer × head tests
+    heads: tuple[PairedTest, ...]  # layer × head tests
     defined: int  # of these, with a difference
     risen: int  # of these, changed and higher; fallen: lower
     fallen: int
@@ -196,7 +196,7 @@ def _changes(results: Results, condition: str, against: str) -> Iterator[Change]
             metric=metric,
             region=region,
             unit=results.unit(metric),
-            cells=len(heads),
+            heads=heads,
             defined=len(defined),
             risen=sum(signs),
             fallen=len(signs) - sum(signs),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from engine.report import text
-from engine.report.findings import Comparison
+from engine.report.findings import Change, Comparison
 from engine.report.inputs import Results
 from engine.report.viewer import deflated
 from engine.statistics import PairedTest, defined_mean
@@ -21,30 +21,27 @@ LEVELS = 255
 """Values of a cell are kept as 0 to 254 of its range; 255 is missing."""
 
 
-def maps_payload(results: Results, comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+def maps_payload(results: Results, comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
     """One entry per metric (and region), with a grid of tests for every comparison and the values behind the cells."""
     shown = scatter_images(results)
-    entries = []
     for metric, region in results.series():
         values = _by_cell(results, metric, region)
         grids = []
         for comparison in comparisons:
-            cells = _cells(results, comparison, metric, region, values)
-            if any(cell for row in cells for cell in row):
-                pair = (results.conditions.index(name) for name in (comparison.condition, comparison.against))
-                grids.append(dict(zip(("condition", "against", "cells"), (*pair, cells), strict=True)))
+            condition, against = (results.conditions.index(name) for name in (comparison.condition, comparison.against))
+            for change in comparison.changes:
+                if (change.metric, change.region) == (metric, region):
+                    cells = _cells(results, change, values[condition] - values[against])
+                    grids.append({"condition": condition, "against": against, "cells": cells})
         if grids:
-            entries.append(
-                {
-                    "metric": metric,
-                    "region": region,
-                    "label": results.heading(metric, region),
-                    "unit": results.unit(metric),
-                    "grids": grids,
-                    "pairs": _packed(values[:, shown]),
-                }
-            )
-    return entries
+            yield {
+                "metric": metric,
+                "region": region,
+                "label": results.heading(metric, region),
+                "unit": results.unit(metric),
+                "grids": grids,
+                "pairs": _packed(values[:, shown]),
+            }
 
 
 def scatter_images(results: Results) -> list[int]:
@@ -61,23 +58,20 @@ def scatter_images(results: Results) -> list[int]:
 
 def _by_cell(results: Results, metric: str, region: str | None) -> np.ndarray:
     """[condition, image, layer, head + 1]: means over seeds, and behind the heads their mean."""
-    values = results.table[metric] if region is None else results.table[metric].sel(region=region)
-    array = defined_mean(
-        values.transpose("condition", "seed", "image", "layer", "head").values.astype(np.float64), (1,)
-    )
-    return np.concatenate([array, defined_mean(array, (3,))[..., None]], axis=3)
+    table = results.table[metric] if region is None else results.table[metric].sel(region=region)
+    values = table.transpose("condition", "seed", "image", "layer", "head").values.astype(np.float64)
+    by_head = defined_mean(values, (1,))
+    return np.concatenate([by_head, defined_mean(by_head, (3,))[..., None]], axis=3)
 
 
-def _cells(
-    results: Results, comparison: Comparison, metric: str, region: str | None, values: np.ndarray
-) -> list[list[dict[str, Any] | None]]:
-    """[layer][head] of the head-level tests, and behind the heads one column of the layer-level ones."""
-    condition, against = (results.conditions.index(name) for name in (comparison.condition, comparison.against))
-    paired = values[condition] - values[against]
+def _cells(results: Results, change: Change, paired: np.ndarray) -> list[list[dict[str, Any] | None]]:
+    """[layer][head] of the head-level tests, and behind the heads one column of the layer-level ones.
+
+    `paired` holds the differences [image, layer, head + 1].
+    """
     heads = len(results.heads)
     cells: list[list[dict[str, Any] | None]] = [[None] * (heads + 1) for _ in results.layers]
-    where = {"condition": comparison.condition, "against": comparison.against, "metric": metric, "region": region}
-    for test in (*results.select("head", **where), *results.select("layer", **where)):
+    for test in (*change.heads, *change.layers):
         if test.layer is not None:
             row = results.layers.index(test.layer)
             column = heads if test.head is None else results.heads.index(test.head)

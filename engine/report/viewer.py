@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from engine.capture import SampleLayer, SampleMaps, SampleRun
 from engine.report.inputs import Results
@@ -30,20 +31,22 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
     samples = results.samples
     if samples is None or not samples.runs or not len(samples.ids):
         return None
-    runs = _first_runs(results, samples)
-    # Layers that not every run has cannot be shown side by side.
-    kept = [samples.runs[f"{condition}_seed{seed}"] for condition, seed in runs]
-    depth = min(len(run.layers) for run in kept)
+    kept: dict[str, tuple[int, SampleRun]] = {}
+    for condition in results.conditions:
+        for seed in results.seeds:
+            if run := samples.runs.get(f"{condition}_seed{seed}"):
+                kept.setdefault(condition, (seed, run))
+    runs = [run for _, run in kept.values()]
+    depth = min(len(run.layers) for run in runs)  # layers that not every run has cannot be shown side by side
     if depth == 0:
         return None
     for stride in STRIDES:
-        blobs = _fill(samples, kept, depth, stride)
+        blobs = _fill(samples, runs, depth, stride)
         shown = len({key.split("/")[0] for key in blobs})
         if shown >= min(2, len(samples.ids)) or (stride == STRIDES[-1] and shown):
             break
     else:
         return None
-    layers = kept[0].layers[:depth]
     return {
         "images": [_image(samples, index) for index in range(shown)],
         "regions": list(samples.regions),
@@ -53,7 +56,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
                 "seed": seed,
                 "predictions": _predictions(run.logits, results.document.classifiers.get(condition, {})),
             }
-            for (condition, seed), run in zip(runs, kept, strict=True)
+            for condition, (seed, run) in kept.items()
         ],
         "layers": [
             {
@@ -66,7 +69,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
                 "classToken": layer.layout.class_token,
                 "queries": _queries(layer, stride).tolist(),
             }
-            for layer in layers
+            for layer in runs[0].layers[:depth]
         ],
         "seeds": len(results.seeds) > 1,
         "stride": stride,
@@ -91,16 +94,6 @@ def data_uri(kind: str, content: bytes) -> str:
 def deflated(content: bytes) -> str:
     """What a script of the page unpacks."""
     return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
-
-
-def _first_runs(results: Results, samples: SampleMaps) -> list[tuple[str, int]]:
-    """(condition, seed) of each condition's first run whose maps were kept."""
-    first: dict[str, int] = {}
-    for condition in results.conditions:
-        for seed in results.seeds:
-            if f"{condition}_seed{seed}" in samples.runs:
-                first.setdefault(condition, seed)
-    return list(first.items())
 
 
 def _fill(samples: SampleMaps, runs: Sequence[SampleRun], depth: int, stride: int) -> dict[str, str]:
@@ -165,11 +158,5 @@ def _predictions(logits: np.ndarray | None, classifier: Mapping[str, Any]) -> li
     names = classifier.get("classes")
     if logits is None or not names:
         return None
-    values = np.asarray(logits, dtype=np.float64)
-    shares = np.exp(values - values.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    best = shares.argmax(-1)
-    return [
-        {"name": str(names[output]), "probability": round(float(shares[row, output]), 4)}
-        for row, output in enumerate(best)
-    ]
+    shares = special.softmax(np.asarray(logits, dtype=np.float64), axis=-1)
+    return [{"name": str(names[row.argmax()]), "probability": round(float(row.max()), 4)} for row in shares]

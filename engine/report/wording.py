@@ -188,7 +188,7 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     parts = []
     if change.layers:
         parts.append(f"{change.layers_changed} of {len(change.layers)} layers")
-    if change.cells:
+    if change.heads:
         directions = [f"{n} {way}" for n, way in ((change.risen, "higher"), (change.fallen, "lower")) if n]
         detail = f" ({text.listing(directions)})" if directions else ""
         parts.append(f"{change.changed} of {change.defined} layer × head cells{detail}")

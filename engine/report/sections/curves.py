@@ -21,10 +21,7 @@ def maps(study: Study) -> Iterator[Block]:
         "metrics (the mean over heads: over all layers and metrics); a faded cell does not survive, which does not "
         "show that nothing changed there."
     )
-    said: list[str | Span] = [
-        f"Mean paired difference, condition − {results.against}. ",
-        Span(marked, "dot"),
-    ]
+    said: list[str | Span] = [f"Mean paired difference, condition − {results.against}. ", Span(marked, "dot")]
     if any(test.tost_bound is not None for test in results.document.tests):
         said.append(
             " ≈: shown to lie within the bounds set beforehand (TOST, Holm); ◍: both, a difference that is there and "
@@ -32,7 +29,7 @@ def maps(study: Study) -> Iterator[Block]:
         )
     said.append(" Press a cell, or move with the arrow keys, for its numbers, its images and its attention.")
     yield Text(tuple(said))
-    yield Widget("maps", maps_payload(results, study.comparisons))
+    yield Widget("maps", list(maps_payload(results, study.comparisons)))
     without = (
         "The interactive maps need JavaScript; the same maps lie beside this page in visualizations/figures, and every "
         "test is among the ",
