@@ -109,8 +109,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
             yield f"difference_{metric}", _difference_maps(results, metric, regions)
     if accuracies(results):
         yield "accuracy", _accuracy(results)
-    trained = {condition for condition, _, _ in histories(results, "loss")}
-    if trained:
+    if trained := {condition for condition, _, _ in histories(results, "loss")}:
         panels = [
             replace(c, y_label="training loss (nat)") if c.y_label == "training loss" else c
             for c in training_charts(results)

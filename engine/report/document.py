@@ -23,7 +23,7 @@ class Span:
     """A part of a text with a look of its own; `value` is a link's target or a swatch's colour."""
 
     text: str
-    look: Literal["strong", "small", "code", "alarm", "hidden", "dot", "swatch", "link", "download", "break", "button"]
+    look: Literal["strong", "small", "alarm", "hidden", "dot", "swatch", "link", "download", "break", "button"]
     value: str | int = ""
     data: Mapping[str, str] | None = None
 
@@ -68,9 +68,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Shares in percent as bars: name, share, and the level marked on its bar, or None."""
+    """Shares in percent as bars: name with its colour, share, and the level marked on its bar, or None."""
 
-    rows: Sequence[tuple[Content, float, float | None]]
+    rows: Sequence[tuple[Span, float, float | None]]
 
 
 @dataclass(frozen=True, slots=True)

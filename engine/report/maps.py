@@ -103,10 +103,8 @@ def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[s
 def _histogram(differences: np.ndarray) -> dict[str, Any] | None:
     """Counts of the paired differences over images, over a range that includes 0; None where there is nothing."""
     known = differences[np.isfinite(differences)]
-    if known.size == 0:
-        return None
-    low, high = min(0.0, float(known.min())), max(0.0, float(known.max()))
-    if high <= low:
+    low, high = float(known.min(initial=0.0)), float(known.max(initial=0.0))
+    if low == high:
         return None
     counts, _ = np.histogram(known, bins=HISTOGRAM_BINS, range=(low, high))
     return {"low": _round(low), "high": _round(high), "counts": [int(count) for count in counts]}
@@ -119,8 +117,8 @@ def _packed(values: np.ndarray) -> str:
     [layer, head + 1, condition, image].
     """
     known = np.isfinite(values)
-    low = np.where(known, values, np.inf).min(axis=(0, 1))
-    high = np.where(known, values, -np.inf).max(axis=(0, 1))
+    low = values.min(axis=(0, 1), initial=np.inf, where=known)
+    high = values.max(axis=(0, 1), initial=-np.inf, where=known)
     low, high = np.where(np.isfinite(low), low, 0.0), np.where(np.isfinite(high), high, 0.0)
     spread = np.where(high > low, high - low, 1.0)
     fractions = (np.where(known, values, low) - low) / spread

@@ -164,9 +164,8 @@ def _verdict(study: Study, comparison: Comparison, change: Change) -> tuple[str,
 
 
 def _layers(changed: list[int], count: int) -> str:
-    if not changed:
-        return f"none of {count}"
-    return f"all {count}" if len(changed) == count > 1 else f"{text.span(sorted(changed))} ({len(changed)} of {count})"
+    some = 0 < len(changed) < count or len(changed) == 1
+    return f"{text.span(changed)} ({len(changed)} of {count})" if some else text.share(len(changed), count)
 
 
 def _over_runs(results: Results, comparison: Comparison, change: Change) -> str:

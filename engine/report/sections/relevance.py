@@ -90,10 +90,9 @@ def relevance(study: Study) -> Iterator[Block]:
         yield from panels
         return
     yield Text(_introduction(measured))
-    if charts := list(_charts(measured, methods)):
-        legend: list[Content] = [Span(name, "swatch", n % len(PALETTE)) for n, name in enumerate(methods)]
-        yield Bullets(legend, "legend")
-        yield Group("charts", charts)
+    legend: list[Content] = [Span(name, "swatch", n % len(PALETTE)) for n, name in enumerate(methods)]
+    yield Bullets(legend, "legend")
+    yield Group("charts", list(_charts(measured, methods)))
     rows: list[list[Content]] = [
         [study.swatch(condition), method, *(_cell(measured, condition, method, measure) for measure in COLUMNS)]
         for condition in measured.conditions
