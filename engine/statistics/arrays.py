@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,3 +20,15 @@ def defined_mean(values: Floats, axis: int | tuple[int, ...]) -> Floats:
     total = np.where(defined, values, 0).sum(axis=axis)
     result: Floats = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return result
+
+
+def sole_value(values: Floats) -> Floats:
+    """The value that all of a column's elements equal exactly, missing ones apart, [column]; NaN where they differ."""
+    least = np.fmin.reduce(values, axis=0)
+    return np.where(least == np.fmax.reduce(values, axis=0), least, np.nan)
+
+
+def count_reaching(statistics: Sequence[Floats], limits: Floats) -> NDArray[np.intp]:
+    """How many of the statistics, given in blocks, reach each limit."""
+    ranked = np.sort(np.concatenate(statistics))
+    return ranked.size - np.searchsorted(ranked, limits, side="left")

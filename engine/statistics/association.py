@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from engine.statistics.arrays import BLOCK_BYTES, Floats, defined_mean
+from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching, defined_mean
 
 # Permuted sums that equal the observed one differ by rounding, about 1e-15 of a correlation.
 _TIE = 1e-10
@@ -57,8 +57,7 @@ def correlate_over_images(
     ranks = _unit_ranks(np.where(defined, values, np.nan))
     target = _unit_ranks(y[:, None])[:, 0]
     tested = (n >= 4) & (np.abs(ranks).max(axis=0, initial=0) > 0) & bool(np.abs(target).max(initial=0) > 0)
-    shape = x.shape[1:]
-    rho, p, p_max = (np.full(values.shape[1], np.nan) for _ in range(3))
+    rho, p, p_max = np.full((3, values.shape[1]), np.nan)
     z = ranks[:, tested]
     rho[tested] = target @ z
     if tested.any():
@@ -73,14 +72,12 @@ def correlate_over_images(
             sums = np.abs(dealt @ z)
             reached += (sums >= threshold).sum(axis=0)
             greatest.append(sums.max(axis=1))
-        statistic = np.sort(np.concatenate(greatest))
         p[tested] = (reached + 1) / (permutations + 1)
-        p_max[tested] = (permutations - np.searchsorted(statistic, threshold, side="left") + 1) / (permutations + 1)
-    dims, coords = x.dims[1:], {k: v for k, v in x.coords.items() if "image" not in v.dims}
+        p_max[tested] = (count_reaching(greatest, threshold) + 1) / (permutations + 1)
     arrays = {"rho": rho, "n": n, "p": p, "p_max_r": p_max}
     return xr.Dataset(
-        {name: (dims, array.reshape(shape)) for name, array in arrays.items()},
-        coords=coords,
+        {name: (x.dims[1:], array.reshape(x.shape[1:])) for name, array in arrays.items()},
+        coords={name: coord for name, coord in x.coords.items() if "image" not in coord.dims},
         attrs={"family_size": int(tested.sum()), "permutations": permutations, "seed": seed},
     )
 

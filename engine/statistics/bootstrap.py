@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from engine.statistics.arrays import BLOCK_BYTES, Floats, defined_mean
+from engine.statistics.arrays import BLOCK_BYTES, Floats, defined_mean, sole_value
 
 _COLUMN_BYTES = 256 * 2**20
 # Resamples drawn from one generator of the nested bootstrap; fixed, so that results do not depend on memory.
@@ -47,54 +47,35 @@ def bootstrap_interval(
         Efron (1987), JASA 82:171–185; nested resampling: Davison and Hinkley (1997), Bootstrap methods, §3.8.
     """
     n_units, n_tests = differences.shape
-    low, high = np.full(n_tests, np.nan), np.full(n_tests, np.nan)
+    low, high = np.full((2, n_tests), np.nan)
     width = max(1, _COLUMN_BYTES // (8 * max(resamples, n_units)))
     rows = max(1, block_bytes // (8 * (2 * n_units + 2 * min(width, n_tests))))
     for start in range(0, n_tests, width):
         columns = slice(start, start + width)
         d = differences[:, columns]
         valid = ~np.isnan(d)
-        count = valid.sum(axis=0)
         mean = defined_mean(d, axis=0)
         centred = np.where(valid, d - mean, 0)
         scale = np.abs(centred).max(axis=0)
         scale[scale == 0] = 1
         centred /= scale
-
-        def weights() -> Iterator[Floats]:
-            if groups is None:
-                return _unit_weights(n_units, resamples, rows, seed)
-            return _nested_weights(groups, resamples, seed)
-
-        means = _resampled_means(centred, valid, weights, resamples)
         if groups is None:
-            bounds = bca_bounds(means, centred, valid, confidence)
+            weights = _unit_weights(n_units, resamples, rows, seed)
+            bounds = bca_bounds(_resampled_means(centred, valid, weights, resamples), centred, confidence)
         else:
-            tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-            bounds = _quantiles(means, np.repeat(tails[:, None], d.shape[1], axis=1))
-        bounds = mean + scale * bounds
-
-        least = np.where(valid, d, np.inf).min(axis=0)
-        constant = (count > 0) & (least == np.where(valid, d, -np.inf).max(axis=0))
-        bounds[:, constant] = least[constant]
-        bounds[:, count < 2] = np.nan
-        low[columns], high[columns] = bounds
+            means = _resampled_means(centred, valid, _nested_weights(groups, resamples, seed), resamples)
+            bounds = _quantiles(means, np.repeat(_tails(confidence), d.shape[1], axis=1))
+        sole = sole_value(d)
+        bounds = np.where(np.isnan(sole), mean + scale * bounds, sole)
+        low[columns], high[columns] = np.where(valid.sum(axis=0) < 2, np.nan, bounds)
     return low, high
 
 
-def bca_bounds(means: Floats, deviations: Floats, valid: NDArray[np.bool_], confidence: float) -> Floats:
-    """Bias-corrected and accelerated bounds from resampled means.
+def bca_bounds(means: Floats, deviations: Floats, confidence: float) -> Floats:
+    """Bias-corrected and accelerated bounds [2, test] from means [resample, test] of resampled deviations [unit, test].
 
     The jackknife means of a sample mean deviate from their average in proportion to −(d_i − d̄), so the acceleration
-    has a closed form: a = Σ(d_i − d̄)³ / (6 (Σ(d_i − d̄)²)^1.5).
-
-    Args:
-        means: means of the resampled deviations, [resample, test]; NaN where a resample held no pair.
-        deviations: differences less their mean, [unit, test], 0 where missing; the same scale as `means`.
-        valid: which pairs are there, [unit, test].
-        confidence: coverage.
-    Returns:
-        [2, test], the lower and the upper bound of the mean deviation.
+    has a closed form: a = Σ(d_i − d̄)³ / (6 (Σ(d_i − d̄)²)^1.5). Missing deviations are 0; a mean of no pair is NaN.
     """
     defined = np.maximum((~np.isnan(means)).sum(axis=0), 1)
     below = (means < -_TIE).sum(axis=0) + 0.5 * (np.abs(means) <= _TIE).sum(axis=0)
@@ -103,8 +84,7 @@ def bca_bounds(means: Floats, deviations: Floats, valid: NDArray[np.bool_], conf
     cubes = np.einsum("ij,ij,ij->j", deviations, deviations, deviations)
     acceleration = cubes / (6 * np.where(squares > 0, squares, 1) ** 1.5)
 
-    tails = ndtri(np.array([(1 - confidence) / 2, (1 + confidence) / 2]))[:, None]
-    shifted = bias + tails
+    shifted = bias + ndtri(_tails(confidence))
     # |a| ≤ 1/6, so the denominator can only vanish for resamples all on one side at a very high confidence.
     denominator = 1 - acceleration * shifted
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -112,15 +92,18 @@ def bca_bounds(means: Floats, deviations: Floats, valid: NDArray[np.bool_], conf
     return _quantiles(means, levels)
 
 
-def _resampled_means(
-    values: Floats, valid: NDArray[np.bool_], weights: Callable[[], Iterator[Floats]], resamples: int
-) -> Floats:
+def _tails(confidence: float) -> Floats:
+    """Levels [2, 1] of the lower and the upper bound."""
+    return np.array([[(1 - confidence) / 2], [(1 + confidence) / 2]])
+
+
+def _resampled_means(values: Floats, valid: NDArray[np.bool_], weights: Iterator[Floats], resamples: int) -> Floats:
     """Weighted means [resample, test] of the pairs that are there; NaN where the weights leave none."""
     complete = bool(valid.all())
     present = valid.astype(np.float64)
     means = np.empty((resamples, values.shape[1]))
     row = 0
-    for block in weights():
+    for block in weights:
         total = block.sum(axis=1, keepdims=True) if complete else block @ present
         with np.errstate(divide="ignore", invalid="ignore"):
             means[row : row + len(block)] = (block @ values) / total

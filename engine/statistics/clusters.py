@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import xarray as xr
 from scipy import stats
 
-from engine.statistics.arrays import BLOCK_BYTES, Floats
+from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
 from engine.statistics.pairing import paired_conditions
-from engine.statistics.permutation import normalised, sign_patterns, t_squared
+from engine.statistics.permutation import Patterns, normalised, t_squared
 from engine.statistics.results import DEFAULTS, IMAGES, Cluster, Settings, finite
 
 # As in `sign_flip`: masses that differ by rounding only count as equal.
@@ -20,22 +21,14 @@ _TIE = 1e-9
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring layers of one line whose |t| passes the threshold with the same sign.
-
-    Attributes:
-        line: position of the line.
-        first, last: positions of its first and last layer.
-        mass: Σ t over its layers; its sign is the direction.
-        p: share of sign patterns in which the family's greatest |mass| reaches this one's.
-        floor: least p attainable.
-    """
+    """Neighbouring layers of one line whose |t| passes the threshold with the same sign."""
 
     line: int
     first: int
     last: int
-    mass: float
-    p: float
-    floor: float
+    mass: float  # Σ t over its layers; its sign is the direction
+    p: float  # share of sign patterns in which the family's greatest |mass| reaches this one's
+    floor: float  # least p attainable
 
 
 def cluster_sign_flip(
@@ -46,25 +39,19 @@ def cluster_sign_flip(
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
 ) -> list[Stretch]:
-    """Sign-flip test of clusters along the last axis, family-wise over all clusters of all lines.
+    """Sign-flip test of clusters along the last axis of [unit, line, layer], family-wise over all clusters.
 
-    The threshold only decides what is called a cluster; the level is held whatever it is. The p-value is of the cluster
-    as a whole: it does not say which of its layers changed, nor where exactly the change begins and ends.
+    The threshold, the critical value of a two-sided t-test at `cluster_alpha`, only decides what is called a cluster;
+    the level is held whatever it is. The p-value is of the cluster as a whole: it does not say which of its layers
+    changed, nor where exactly the change begins and ends. Lines (metrics, or heads) have no neighbours; a layer with
+    fewer than 2 pairs in a line (NaN is a missing pair) ends its clusters.
 
-    Args:
-        differences: float64 [unit, line, layer]; NaN marks a missing pair. Lines (metrics, or heads) have no
-            neighbours; a layer without a t in a line, with fewer than 2 pairs, ends its clusters.
-        cluster_alpha: two-sided level of the t-test whose critical value is the threshold.
-        permutations, seed, block_bytes: as in `sign_flip`.
-    Returns:
-        The clusters, line by line, in depth order.
     Source:
         Maris and Oostenveld (2007), Journal of Neuroscience Methods 164:177–190.
     """
     n_units, n_lines, n_layers = differences.shape
     flat = differences.reshape(n_units, -1)
-    valid = ~np.isnan(flat)
-    counts = valid.sum(axis=0)
+    counts = (~np.isnan(flat)).sum(axis=0)
     flat = np.where(counts >= 2, flat, np.nan)
     units = (~np.isnan(flat)).any(axis=1)
     if not units.any():
@@ -86,28 +73,19 @@ def cluster_sign_flip(
     ]
     if not stretches:
         return []
-    observed = np.abs([mass for *_, mass in stretches])
-    limit = observed * (1 - _TIE)
+    limit = np.abs([mass for *_, mass in stretches]) * (1 - _TIE)
 
-    patterns = sign_patterns(int(units.sum()), permutations, seed)
+    patterns = Patterns(int(units.sum()), permutations, seed)
     rows = max(1, block_bytes // (8 * (z.shape[0] + 4 * z.shape[1])))
-    greatest = np.sort(np.concatenate([_greatest_mass(signed_t(signs @ z)) for signs in patterns.blocks(rows)]))
-    p = patterns.p(greatest.size - np.searchsorted(greatest, limit, side="left"))
+    greatest = [_greatest_mass(signed_t(signs @ z)) for signs in patterns.blocks(rows)]
+    p = patterns.p(count_reaching(greatest, limit))
     return [Stretch(*stretch, float(value), patterns.floor) for stretch, value in zip(stretches, p, strict=True)]
 
 
 def _stretches(t: Floats) -> list[tuple[int, int]]:
     """First and last position of every run of nonzero elements of one sign."""
-    runs: list[tuple[int, int]] = []
-    signs = np.sign(t)
-    for position, sign in enumerate(signs):
-        if sign == 0:
-            continue
-        if runs and runs[-1][1] == position - 1 and signs[position - 1] == sign:
-            runs[-1] = runs[-1][0], position
-        else:
-            runs.append((position, position))
-    return runs
+    runs = [(sign, list(run)) for sign, run in groupby(range(t.size), key=lambda layer: np.sign(t[layer]))]
+    return [(run[0], run[-1]) for sign, run in runs if sign]
 
 
 def _greatest_mass(t: Floats) -> Floats:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from engine.statistics.arrays import Floats, defined_mean
+from engine.statistics.arrays import Floats, defined_mean, sole_value
 from engine.statistics.bootstrap import bootstrap_interval
-from engine.statistics.equivalence import tost
 from engine.statistics.multiplicity import benjamini_hochberg, holm
 from engine.statistics.permutation import sign_flip
-
-_VARIABLES = (
-    *("difference", "ci_low", "ci_high", "sd", "skewness", "dz", "gz", "t", "n", "missing"),
-    *("p_t", "p_wilcoxon", "p_sign_flip", "p_max_t", "p_holm", "p_bh", "p_tost", "p_tost_holm"),
-)
 
 
 def compare_paired(
@@ -73,8 +66,13 @@ def compare_paired(
     Source:
         dz, Hedges' J: Hedges (1981), doi:10.3102/10769986006002107; resampling: see `sign_flip`, `bootstrap_interval`.
     """
-    _check_parameters(permutations, confidence, bootstrap)
-    first, second, frame = _aligned(a, b)
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1; found {permutations}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, for example 0.95; found {confidence}")
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap must be a number of resamples, or 0 for no interval; found {bootstrap}")
+    first, second, dims, coords = _aligned(a, b)
     if first.shape[0] < 2:
         raise ValueError(f"a paired comparison needs at least 2 pairs; found {first.shape[0]}: give more images")
     codes = None if groups is None else _group_codes(groups, first.shape[0])
@@ -82,32 +80,29 @@ def compare_paired(
     with np.errstate(invalid="ignore", over="ignore"):  # inf − inf is a missing pair, not an accident
         d = (second - first).reshape(first.shape[0], -1)
     d[~np.isfinite(d)] = np.nan
-    result: dict[str, Floats | NDArray[np.int64]] = dict(_summary(d))
+    shape = first.shape[1:]
+    bounds = _equivalence_bounds(equivalence, shape)
     flip_seed, bootstrap_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2, np.uint64))
     flips = sign_flip(d, permutations=permutations, seed=flip_seed)
-    result["ci_low"], result["ci_high"] = np.full((2, d.shape[1]), np.nan)
+    low, high = np.full((2, d.shape[1]), np.nan)
     interval = "none"
     if bootstrap:
         interval = "BCa bootstrap" if codes is None else "nested percentile bootstrap"
-        result["ci_low"], result["ci_high"] = bootstrap_interval(
-            d, resamples=bootstrap, confidence=confidence, seed=bootstrap_seed, groups=codes
-        )
-    result["p_wilcoxon"] = _wilcoxon(d)
-    result["p_sign_flip"], result["p_max_t"] = flips.p, flips.p_max_t
-    result["p_holm"], result["p_bh"] = holm(result["p_t"]), benjamini_hochberg(result["p_t"])
-    shape = first.shape[1:]
-    bound = _equivalence_bounds(equivalence, shape)
-    result["p_tost"] = tost(result["difference"], result["sd"], result["n"], bound)
+        low, high = bootstrap_interval(d, resamples=bootstrap, confidence=confidence, seed=bootstrap_seed, groups=codes)
+    result = _summary(d) | {"ci_low": low, "ci_high": high}
+    result |= {"p_wilcoxon": _wilcoxon(d), "p_sign_flip": flips.p, "p_max_t": flips.p_max_t}
+    result |= {"p_holm": holm(result["p_t"]), "p_bh": benjamini_hochberg(result["p_t"])}
+    result["p_tost"] = tost(result["difference"], result["sd"], result["n"], bounds)
     result["p_tost_holm"] = holm(result["p_tost"])
 
     return xr.Dataset(
-        {name: (frame.dims, result[name].reshape(shape)) for name in _VARIABLES},
-        coords=frame.coords,
+        {name: (dims, values.reshape(shape)) for name, values in result.items()},
+        coords=coords,
         attrs={
             "family_size": int(np.isfinite(flips.p_max_t).sum()),
-            "sign_patterns": flips.patterns,
-            "sign_flip": "exact" if flips.exact else "random",
-            "p_floor": flips.floor,
+            "sign_patterns": flips.patterns.count,
+            "sign_flip": "exact" if flips.patterns.exact else "random",
+            "p_floor": flips.patterns.floor,
             "interval": interval,
             "confidence": confidence,
             "bootstrap": bootstrap,
@@ -140,15 +135,6 @@ def _why_degenerate(n: int, t: float, dz: float, gz: float) -> str | None:
     return "2 pairs: gz is not defined" if np.isnan(gz) else None
 
 
-def _check_parameters(permutations: int, confidence: float, bootstrap: int) -> None:
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1; found {permutations}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, for example 0.95; found {confidence}")
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap must be a number of resamples, or 0 for no interval; found {bootstrap}")
-
-
 def _equivalence_bounds(equivalence: Any, shape: tuple[int, ...]) -> Floats:
     """One bound per test, [test]; NaN for none."""
     bounds = np.asarray(np.nan if equivalence is None else equivalence, dtype=np.float64)
@@ -159,16 +145,8 @@ def _equivalence_bounds(equivalence: Any, shape: tuple[int, ...]) -> Floats:
     return np.broadcast_to(bounds, shape).reshape(-1)
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """Names and coordinates of the trailing axes."""
-
-    dims: tuple[Hashable, ...]
-    coords: dict[Hashable, Any]
-
-
-def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
-    """Both inputs as float64 with the pairs leading, and what the trailing axes are called."""
+def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, tuple[Hashable, ...], dict[Hashable, Any]]:
+    """Both inputs as float64 with the pairs leading, and names and coordinates of the trailing axes."""
     if isinstance(a, xr.DataArray) and isinstance(b, xr.DataArray):
         if set(a.dims) != set(b.dims):
             raise ValueError(f"a has the dimensions {a.dims} and b has {b.dims}; expected the same")
@@ -189,7 +167,7 @@ def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
     if first.ndim == 0:
         raise ValueError("a and b are single numbers; expected arrays [image, ...]")
     if labelled is None:
-        return first, second, _Frame(tuple(f"axis_{i}" for i in range(1, first.ndim)), {})
+        return first, second, tuple(f"axis_{i}" for i in range(1, first.ndim)), {}
     template = labelled.transpose(pairs, ...)
     # A label that differs, such as the condition's name, is true of one side only: it cannot label the difference.
     others = [x.coords for x in (a, b) if isinstance(x, xr.DataArray)]
@@ -199,7 +177,7 @@ def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, _Frame]:
         if pairs not in coord.dims
         and all(name in coords and coords[name].variable.equals(coord.variable) for coords in others)
     }
-    return first, second, _Frame(template.dims[1:], kept)
+    return first, second, template.dims[1:], kept
 
 
 def _group_codes(groups: Any, n_images: int) -> NDArray[np.int64]:
@@ -214,16 +192,15 @@ def _group_codes(groups: Any, n_images: int) -> NDArray[np.int64]:
     return np.stack(codes, axis=1).astype(np.int64)
 
 
-def _summary(d: Floats) -> dict[str, Any]:
+def _summary(d: Floats) -> dict[str, NDArray[Any]]:
     """Mean, effect sizes and the t-test of every column of d [image, test]."""
     valid = ~np.isnan(d)
     n = valid.sum(axis=0)
     enough = n >= 2
-    least = np.where(valid, d, np.inf).min(axis=0)
-    constant = (n > 0) & (least == np.where(valid, d, -np.inf).max(axis=0))
+    sole = sole_value(d)
+    constant = ~np.isnan(sole)
 
-    mean = defined_mean(d, axis=0)
-    mean[constant] = least[constant]  # a mean of equal numbers can round off them
+    mean = np.where(constant, sole, defined_mean(d, axis=0))  # a mean of equal numbers can round off them
     deviation = np.where(valid, d - mean, 0)
     greatest = np.abs(deviation).max(axis=0)
     deviation /= np.where(greatest > 0, greatest, 1)  # squares of small numbers vanish, and a vanished sd is no zero
@@ -246,6 +223,24 @@ def _summary(d: Floats) -> dict[str, Any]:
         "missing": (len(d) - n).astype(np.int64),
         "p_t": p_t,
     }
+
+
+def tost(mean: Floats, sd: Floats, n: NDArray[np.int64], bound: Floats) -> Floats:
+    """p-values of two one-sided paired t-tests (TOST) of |mean difference| ≥ bound: the greater of the two.
+
+    p ≤ α shows, at level α, that the mean difference lies within ±bound; it is the same as the 1 − 2α t interval lying
+    within. A large p shows nothing, least of all a difference. NaN without a bound (NaN) or below 2 pairs. Differences
+    that are all equal leave no doubt: 0 within the bound, 1 beyond it, 0.5 exactly on it.
+
+    Source:
+        Schuirmann (1987), Journal of Pharmacokinetics and Biopharmaceutics 15:657–680.
+    """
+    error = sd / np.sqrt(np.maximum(n, 1))
+    nearest = bound - np.abs(mean)  # of the two bounds the nearer one decides
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(nearest == 0, 0.0, nearest / error)
+    p = stats.t.sf(t, np.maximum(n - 1, 1))
+    return np.where((n >= 2) & np.isfinite(bound), p, np.nan)
 
 
 def _hedges_correction(n: NDArray[np.int64]) -> Floats:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.statistics.arrays import BLOCK_BYTES, Floats
+from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
 
 # A flipped sum that equals the observed one is rounded differently by the matrix product (about 1e-15 of a
 # statistic scaled to variance 1). Statistics closer than this count as equal, as they do in exact arithmetic.
@@ -17,19 +17,21 @@ _TIE = 1e-10
 
 @dataclass(frozen=True)
 class Patterns:
-    """The sign patterns that units are flipped by.
-
-    Attributes:
-        units: number of units.
-        exact: whether all 2^n patterns are enumerated; else they are drawn.
-        count: patterns behind a p-value, the observed one included.
-        seed: of drawn patterns.
-    """
+    """The sign patterns that units are flipped by: all 2^n when these are no more than B + 1, else B random ones."""
 
     units: int
-    exact: bool
-    count: int
+    permutations: int
     seed: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether all 2^n patterns are enumerated."""
+        return self.units < 63 and 2**self.units <= self.permutations + 1
+
+    @property
+    def count(self) -> int:
+        """Patterns behind a p-value, the observed one included."""
+        return 2**self.units if self.exact else self.permutations + 1
 
     @property
     def floor(self) -> float:
@@ -38,47 +40,45 @@ class Patterns:
 
     def blocks(self, rows: int) -> Iterator[Floats]:
         """±1 [pattern, unit], at most `rows` patterns at a time; the patterns do not depend on `rows`."""
-        if self.exact:
-            return _all_signs(self.units, rows)
-        return _random_signs(self.units, self.count - 1, rows, self.seed)
+        return self._all_signs(rows) if self.exact else self._random_signs(rows)
 
-    def p(self, reached: NDArray[np.int64]) -> Floats:
+    def p(self, reached: NDArray[np.intp]) -> Floats:
         """p-values from how many of the patterns in `blocks` reach the observed statistic."""
         observed = 0 if self.exact else 1  # an enumeration holds the observed pattern already
         result: Floats = (reached + observed) / self.count
         return result
 
+    def _all_signs(self, rows: int) -> Iterator[Floats]:
+        for start in range(0, self.count, rows):
+            codes = np.arange(start, min(start + rows, self.count))
+            yield np.where((codes[:, None] >> np.arange(self.units)) & 1, -1.0, 1.0)
 
-def sign_patterns(units: int, permutations: int, seed: int) -> Patterns:
-    """All 2^n patterns when these are no more than B + 1, so that p = (number reaching the observed)/2^n;
-    else B random ones, p = (b + 1)/(B + 1)."""
-    exact = units < 63 and 2**units <= permutations + 1
-    return Patterns(units, exact, 2**units if exact else permutations + 1, seed)
+    def _random_signs(self, rows: int) -> Iterator[Floats]:
+        generator = np.random.default_rng(self.seed)
+        words = -(-self.units // 64)
+        for start in range(0, self.permutations, rows):
+            size = (min(rows, self.permutations - start), words)
+            # Whole 64-bit draws, so that a pattern starts on a draw of its own; little-endian, so that machines agree.
+            drawn = generator.integers(0, 2**64, size=size, dtype=np.uint64).astype("<u8")
+            signs = np.unpackbits(drawn.view(np.uint8), axis=1, count=self.units).astype(np.float64)
+            signs *= 2  # in place: ten times as fast as a choice between 1 and −1, and a tenth of the whole test
+            signs -= 1
+            yield signs
 
 
 @dataclass(frozen=True)
 class SignFlip:
-    """Result of `sign_flip`.
-
-    Attributes:
-        p: p-value of each test by itself, [test].
-        p_max_t: p-value adjusted over the family, [test].
-        exact: whether all 2^n sign patterns were enumerated.
-        patterns: sign patterns behind the p-values, the observed one included.
-        floor: least p-value attainable.
-    """
+    """p-values [test], of each test by itself and adjusted over the family, and the patterns behind them."""
 
     p: Floats
     p_max_t: Floats
-    exact: bool
-    patterns: int
-    floor: float
+    patterns: Patterns
 
 
 def sign_flip(
     differences: Floats, *, permutations: int = 9999, seed: int = 0, block_bytes: int = BLOCK_BYTES
 ) -> SignFlip:
-    """Two-sided sign-flip test of every column, with max-T over all columns.
+    """Two-sided sign-flip test of every column of [unit, test], with max-T over all columns; NaN is a missing pair.
 
     Under the null hypothesis a unit's differences could as well have had the opposite sign, all of them together:
     a flip multiplies a whole row by −1, which keeps the dependence between the tests. A pattern's statistic is the
@@ -91,13 +91,8 @@ def sign_flip(
     of signs and normalised differences gives every statistic of a block of flips. r is bounded by √n, also where t
     is infinite, hence comparisons are made on r with equal counts and tied values count as equal.
 
-    Args:
-        differences: float64 [unit, test]; NaN marks a missing pair.
-        permutations: random patterns drawn (B); all 2^n for the n units with any value when that is not more.
-        seed: of the random patterns, which do not depend on `block_bytes`.
-        block_bytes: working memory of one block of patterns.
-    Returns:
-        p-values; NaN for tests with fewer than 2 pairs, which take no part in the family.
+    Tests with fewer than 2 pairs have no p-value and take no part in the family; units without any value are none.
+
     Source:
         Westfall and Young (1993), Resampling-based multiple testing; Nichols and Holmes (2002), Human Brain Mapping
         15:1–25; (b + 1)/(B + 1): Phipson and Smyth (2010), doi:10.2202/1544-6115.1585.
@@ -106,10 +101,10 @@ def sign_flip(
     valid = ~np.isnan(differences)
     tested = valid.sum(axis=0) >= 2
     units = valid[:, tested].any(axis=1)
-    p, p_max_t = np.full(n_tests, np.nan), np.full(n_tests, np.nan)
-    patterns = sign_patterns(int(units.sum()), permutations, seed)
+    p, p_max_t = np.full((2, n_tests), np.nan)
+    patterns = Patterns(int(units.sum()), permutations, seed)
     if not tested.any():
-        return SignFlip(p, p_max_t, patterns.exact, patterns.count, patterns.floor)
+        return SignFlip(p, p_max_t, patterns)
 
     z = normalised(differences[np.ix_(units, tested)])
     counts = valid[:, tested].sum(axis=0)
@@ -118,19 +113,16 @@ def sign_flip(
     threshold = np.maximum(observed - _TIE * (1 + observed), 0)
 
     rows = max(1, block_bytes // (8 * (z.shape[0] + 2 * z.shape[1])))
-    reached = np.zeros(z.shape[1], dtype=np.int64)
+    reached = np.zeros(z.shape[1], dtype=np.intp)
     greatest = []
     for signs in patterns.blocks(rows):
         r = np.abs(signs @ z)
         reached += (r >= threshold).sum(axis=0)
         # With equal n, t grows with r: the greatest r is the greatest t and no division is needed.
         greatest.append((r if balanced else t_squared(r, counts)).max(axis=1))
-    statistic = np.sort(np.concatenate(greatest))
     limit = threshold if balanced else t_squared(threshold, counts)
-    reached_by_greatest = statistic.size - np.searchsorted(statistic, limit, side="left")
-
-    p[tested], p_max_t[tested] = patterns.p(reached), patterns.p(reached_by_greatest)
-    return SignFlip(p, p_max_t, patterns.exact, patterns.count, patterns.floor)
+    p[tested], p_max_t[tested] = patterns.p(reached), patterns.p(count_reaching(greatest, limit))
+    return SignFlip(p, p_max_t, patterns)
 
 
 def normalised(differences: Floats) -> Floats:
@@ -149,25 +141,3 @@ def t_squared(r: Floats, counts: NDArray[np.int64]) -> Floats:
     with np.errstate(divide="ignore"):
         result: Floats = (counts - 1) * r2 / np.maximum(counts - r2, 0)
     return result
-
-
-def _random_signs(n_units: int, permutations: int, rows: int, seed: int) -> Iterator[Floats]:
-    """±1 [pattern, unit] in blocks of `rows`; the stream of patterns does not depend on the blocks."""
-    generator = np.random.default_rng(seed)
-    words = -(-n_units // 64)
-    for start in range(0, permutations, rows):
-        size = (min(rows, permutations - start), words)
-        # Whole 64-bit draws, so that a pattern starts on a draw of its own; little-endian, so that machines agree.
-        drawn = generator.integers(0, 2**64, size=size, dtype=np.uint64).astype("<u8")
-        bits = np.unpackbits(drawn.view(np.uint8), axis=1, count=n_units)
-        signs = bits.astype(np.float64)
-        signs *= 2  # in place: ten times as fast as a choice between 1 and −1, and a tenth of the whole test
-        signs -= 1
-        yield signs
-
-
-def _all_signs(n_units: int, rows: int) -> Iterator[Floats]:
-    """All 2^n patterns of ±1, [pattern, unit], in blocks of `rows`."""
-    for start in range(0, 2**n_units, rows):
-        codes = np.arange(start, min(start + rows, 2**n_units))
-        yield np.where((codes[:, None] >> np.arange(n_units)) & 1, -1.0, 1.0)
