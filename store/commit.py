@@ -33,10 +33,6 @@ class Writer:
     `_put` starts a file: its chunks are encoded in parallel and written as they become ready, one sequential write and
     one fsync per file. `_commit` follows when the files it names are on disk. Both return at once, unless as much is
     under way as memory may hold: that is the back-pressure. What fails in the background is raised by the next call.
-
-    Attributes:
-        path: the store, or its URL.
-        schema: its schema.
     """
 
     def __init__(self, storage: Storage, schema: StoreSchema, ledger: Ledger) -> None:
@@ -195,28 +191,27 @@ def sound_batches(
     """
     sizes = None if root.near else root.sizes()
 
-    def problem(file: str, entry: FileEntry) -> str:
-        return file_problem(root, file, entry) if sizes is None else size_problem(sizes.get(file), entry)
+    def first_problem(files: Mapping[str, FileEntry]) -> str:
+        for file, entry in sorted(files.items()):
+            if what := file_problem(root, file, entry) if sizes is None else size_problem(sizes.get(file), entry):
+                return f"{file} {what}"
+        return ""
 
     sound: set[int] = set()
     problems: dict[str, str] = {}
     names = {folder + batch_name(batch): batch for batch in range(batches)}
     for name, record in ledger.read_all(list(names)).items():
+        batch = names[name]
         if isinstance(record, LedgerError):
             problems[name] = str(record)
-            continue
-        files = record["files"]
-        if set(files) != {array.file(names[name]) for array in arrays}:
+        elif set(record["files"]) != {array.file(batch) for array in arrays}:
             problems[name] = "does not name the files of this batch"
-            continue
-        if sources is not None and record["sources"] != list(sources.get(names[name], record["sources"])):
+        elif sources is not None and record["sources"] != list(sources.get(batch, record["sources"])):
             problems[name] = STALE
-            continue
-        found = ((file, problem(file, entry)) for file, entry in sorted(files.items()))
-        if wrong := next((f"{file} {what}" for file, what in found if what), ""):
+        elif wrong := first_problem(record["files"]):
             problems[name] = wrong
         else:
-            sound.add(names[name])
+            sound.add(batch)
     return sound, problems
 
 

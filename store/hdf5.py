@@ -35,13 +35,10 @@ SCHEMA = f"{_TABLE}2"
 def write_table(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
     """Write a dataset as one HDF5 (netCDF-4) file, for MATLAB, R or Julia: coordinates are its dimension scales.
 
-    The file appears under its name only when it is whole, and has the same bytes whenever it is written. Chunks are
-    gzipped and carry a Fletcher-32 checksum, which every reader checks; the block before it holds the sha256 of
-    everything behind it, which `read_table` checks.
-
-    Args:
-        dataset: numbers, booleans and strings; attributes are numbers and strings.
-        path: the file; a table that is there is replaced.
+    Variables are numbers, booleans and strings, attributes numbers and strings. The file appears under its name, in
+    place of an earlier table, only when it is whole, and has the same bytes whenever it is written. Chunks are gzipped
+    and carry a Fletcher-32 checksum, which every reader checks; the block before it holds the sha256 of everything
+    behind it, which `read_table` checks.
 
     Raises:
         DiskError: the file cannot be written.

@@ -22,9 +22,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+from obstore.store import from_url
 
 from store.precisions import Array
 from store.redaction import redacted
@@ -32,9 +35,6 @@ from store.removal import UNFINISHED, is_unfinished, remove
 from store.schema import NetworkError, StoreError
 from store.storage import Item, Lock, Result, Storage, StoreUrl, Write
 from store.system import is_running
-
-if TYPE_CHECKING:
-    from obstore.store import ClientConfig
 
 _AT_ONCE = 16  # requests under way
 _held: set[str] = set()  # ledgers that this process has locked
@@ -53,19 +53,13 @@ class ObjectStorage(Storage):
 
     @classmethod
     def open(cls, location: StoreUrl) -> ObjectStorage:
-        """The object store of a URL; StoreError if obstore is not installed, or takes no such URL."""
-        try:
-            from obstore.exceptions import BaseError
-            from obstore.store import from_url
-        except ImportError as error:
-            raise StoreError(
-                f"{location} lies in an object store; install what reads it: pip install 'vit-attention-engine[cloud]'"
-            ) from error
+        """The object store of a URL; StoreError if obstore takes no such URL."""
         folder = location.rpartition("/")[0]
-        options: ClientConfig | None = {"allow_http": True} if location.startswith("http://") else None
         try:
             objects = from_url(
-                folder, client_options=options, retry_config={"max_retries": 5, "retry_timeout": _PATIENCE}
+                folder,
+                client_options={"allow_http": True} if location.startswith("http://") else None,
+                retry_config={"max_retries": 5, "retry_timeout": _PATIENCE},
             )
             return cls(objects, location)
         except (BaseError, ValueError) as error:
@@ -87,8 +81,6 @@ class ObjectStorage(Storage):
     def sizes(self, folder: str = "") -> dict[str, int]:
         prefix = f"{self.name}/"
         with self._named(folder):
-            import obstore
-
             listed = [entry for page in obstore.list(self._objects, f"{prefix}{folder}".rstrip("/")) for entry in page]
         return dict(sorted((entry["path"].removeprefix(prefix), int(entry["size"])) for entry in listed))
 
@@ -171,8 +163,6 @@ class ObjectStorage(Storage):
 
     def put_over(self, file: str, content: bytes, version: Any = None) -> bool:
         """Put an object in the place of one version of it, None: of none; whether that is what was there."""
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
         try:
             self._call("put", file, content, mode="create" if version is None else version)
         except FileNotFoundError:
@@ -191,15 +181,11 @@ class ObjectStorage(Storage):
 
     def _call(self, function: str, file: str, *args: Any, **kwargs: Any) -> Any:
         with self._named(file):
-            import obstore
-
             return getattr(obstore, function)(self._objects, f"{self.name}/{file}", *args, **kwargs)
 
     @contextlib.contextmanager
     def _named(self, file: str) -> Iterator[None]:
         """Errors inside become those of a disk, with the URL and a sentence."""
-        from obstore.exceptions import BaseError, NotFoundError
-
         try:
             yield
         except (FileNotFoundError, NotFoundError):

@@ -18,8 +18,12 @@ def storage_at(given: str | os.PathLike[str] | Storage) -> Storage:
     location = location_of(given)
     if isinstance(location, Path):
         return LocalStorage(location)
-    from store.objects import ObjectStorage
-
+    try:
+        from store.objects import ObjectStorage
+    except ImportError as error:
+        raise StoreError(
+            f"{location} lies in an object store; install what reads it: pip install 'vit-attention-engine[cloud]'"
+        ) from error
     return ObjectStorage.open(location)
 
 

@@ -23,7 +23,6 @@ FILL: dict[str, float] = {
     "float16": float("nan"),
     "bfloat16": 0x7FC0,
     "float32": float("nan"),
-    "float64": float("nan"),
     "int32": -1,
     "bool": 0,
 }

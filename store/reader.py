@@ -83,7 +83,7 @@ class AttentionStore:
         Raises:
             UnfinishedStoreError: an import that was not finished.
             MissingStoreError: no such store.
-        StoreError: not a store, another schema version, or damaged metadata (named).
+            StoreError: not a store, another schema version, or damaged metadata (named).
         """
         root = storage_at(path)
         try:
@@ -352,15 +352,14 @@ def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str
     """A store's ledger, its metadata files' entries there and root attributes, every file checked against its hash."""
     ledger = Ledger(root)
     require_store(root, ledger)
-    if not ledger.exists("metadata"):
+    record = ledger.read_if_there("metadata")
+    if record is None:
         raise StoreError(
             f"{root} has no ledger at {ledger}; a store that is moved or renamed takes its ledger along, as "
             f"{ledger_name(root.name)} beside it: put it there, or delete the store and capture again"
         )
-    try:
-        record = ledger.read("metadata")
-    except LedgerError as error:
-        raise StoreError(f"{error}; {CAPTURE_AGAIN}") from error
+    if isinstance(record, LedgerError):
+        raise StoreError(f"{record}; {CAPTURE_AGAIN}") from record
     found_schema = record["attrs"].get("schema")
     if found_schema != SCHEMA:
         raise StoreError(f"{root}: schema is {found_schema!r}; this version reads {SCHEMA!r}")

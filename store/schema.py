@@ -246,15 +246,11 @@ class StoreSchema:
     @classmethod
     def from_attrs(cls, attrs: Mapping[str, Any], image_ids: Sequence[str]) -> StoreSchema:
         """The schema back from a store's root attributes and its `images/id`; StoreError if they describe none."""
-        found = attrs.get("schema")
-        if found != SCHEMA:
-            raise StoreError(f"the store's schema is {found!r}; this version reads {SCHEMA!r}")
         values = {key: attrs[key] for key in cls.__dataclass_fields__ if key in attrs}
         try:
             values["layers"] = tuple(LayerSchema.from_attrs(layer) for layer in values["layers"])
-            values["regions"] = tuple(values["regions"])
-            values["region_metrics"] = tuple(values["region_metrics"])
-            values["head_ids"] = tuple(values["head_ids"])
+            for key in ("regions", "region_metrics", "head_ids"):
+                values[key] = tuple(values[key])
             return cls(**values, image_ids=tuple(image_ids))
         except (KeyError, TypeError) as error:
             raise StoreError(f"the store's root attributes do not describe a {SCHEMA!r} store: {error}") from error

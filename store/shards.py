@@ -103,7 +103,9 @@ def begin_chunks(
     *,
     compare: bool,
 ) -> Callable[[], None]:
-    """Begin to read chunks of a file of `size` bytes; what it gives waits for them, and raises ShardError or OSError.
+    """Begin to read chunks of a file of `size` bytes.
+
+    What it gives waits for them, and raises ShardError or OSError; only then may they be used.
 
     Args:
         threads: that read and decode; None: the calling one does it, now.

@@ -203,6 +203,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         AttentionStore.open("ftp://host/run.zarr")
     for module in ("obstore", "obstore.exceptions", "obstore.store"):
         monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "store.objects")
     assert main(["info", "s3://bucket/run.zarr"]) == 1
     assert "pip install 'vit-attention-engine[cloud]'" in capsys.readouterr().err
 
