@@ -26,7 +26,7 @@ _TO_FLOAT32 = np.float32(2.0**112)  # exponent bias 15 -> 127
 
 @njit(**_OPTIONS)
 def float32_to_float16(values: Any, bits: Any, out: Any) -> None:
-    """out[i] = values[i] as float16; `bits` is the memory of `values` (contiguous float32) as uint32, `out` is uint16."""
+    """out[i] = values[i] as float16: contiguous float32, whose memory as uint32 is `bits`; `out` is uint16."""
     for i in range(values.size):
         magnitude = bits[i] & _MAGNITUDE
         odd = (magnitude >> np.uint32(13)) & np.uint32(1)
