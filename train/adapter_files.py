@@ -19,7 +19,7 @@ from torch import nn
 
 from train.errors import InputError
 from train.files import require_file, what_lies_at
-from train.weight_files import say_once, shown
+from train.weight_files import first_line, say_once, shown
 from train.weights import read_state_dict
 
 CONFIG = "adapter_config.json"
@@ -71,17 +71,11 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters of one model, and what else was trained with them.
+    """Adapters of one model, and what else was trained with them."""
 
-    Args:
-        path: of the file, for messages.
-        settings: peft's, as far as they are followed.
-        tensors: under the names of the model's modules, as peft saves them.
-    """
-
-    path: Path
-    settings: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    path: Path  # of the file, for messages
+    settings: dict[str, Any]  # peft's, as far as they are followed
+    tensors: dict[str, torch.Tensor]  # under the names of the model's modules, as peft saves them
 
     def classes(self, classifier: str) -> int | None:
         """Outputs of the classifier that was trained with them; None where none was."""
@@ -90,10 +84,7 @@ class Adapters:
 
     @torch.no_grad()
     def merged_into(self, model: nn.Module, name: str) -> nn.Module:
-        """The model, changed in place, with the adapters in its weights, in evaluation mode; `name` is the model's.
-
-        Raises InputError: they are of another model, or of no values that weights can have.
-        """
+        """The model, changed in place, with the adapters in its weights, in evaluation mode; `name` is the model's."""
         import peft
 
         try:
@@ -106,7 +97,7 @@ class Adapters:
                 merged = cast(nn.Module, cast(Any, adapted).merge_and_unload())
         except Exception as error:  # settings of any kind meet peft here: what it raises then cannot be known
             raise InputError(
-                f"{self.path}: the adapters do not fit model {name} ({_first_line(error)}); give the model that they "
+                f"{self.path}: the adapters do not fit model {name} ({first_line(error)}); give the model that they "
                 "were trained on"
             ) from error
         odd = [*found.unexpected_keys, *sorted(missing)]
@@ -153,11 +144,7 @@ def _alone(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def adapter_files(path: Path) -> list[Path]:
-    """The file of adapters at a path or in a folder, and its configuration.
-
-    Raises:
-        InputError: one of them is not there.
-    """
+    """The file of adapters at a path or in a folder, and its configuration; InputError: one of them is not there."""
     path = _adapter_file(path)
     config = path.parent / CONFIG
     if not config.is_file():
@@ -176,10 +163,7 @@ def _adapter_file(path: Path) -> Path:
 
 
 def read_adapters(path: Path) -> Adapters:
-    """Adapters alone, of a file or a folder that peft's `save_pretrained` wrote.
-
-    Raises InputError: no such file, no configuration, adapters of a kind or with settings that are not followed here.
-    """
+    """Adapters alone, of a file or a folder that peft's `save_pretrained` wrote."""
     tensors = read_state_dict(file := _adapter_file(path))
     if not _alone(tensors):
         raise InputError(
@@ -191,10 +175,7 @@ def read_adapters(path: Path) -> Adapters:
 
 
 def split_adapters(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], Adapters]:
-    """A model's weights without the adapters in it, and these, with the configuration beside the file.
-
-    Raises InputError: no configuration beside it, adapters of a kind or with settings that are not followed here.
-    """
+    """A model's weights without the adapters in it, and these, with the configuration beside the file."""
     refuse_adapters_alone(path, tensors)
     plain: dict[str, torch.Tensor] = {}
     parts: dict[str, torch.Tensor] = {}
@@ -227,7 +208,7 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         said = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({_first_line(error)}); save the adapters again") from error
+        raise InputError(f"{path} is not readable JSON ({first_line(error)}); save the adapters again") from error
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         kind = shown(said.get("peft_type")) if isinstance(said, dict) else "no table"
         raise InputError(
@@ -249,7 +230,3 @@ def _settings(path: Path) -> dict[str, Any]:
         )
     followed = {key: said[key] for key in _FOLLOWED if said.get(key) is not None}
     return followed | {"init_lora_weights": initial if initial in _CHANGING else True, "lora_dropout": 0.0}
-
-
-def _first_line(error: Exception) -> str:
-    return shown(" ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))

@@ -45,17 +45,10 @@ def add_adapters(
 
     On timm's fused `qkv`, A is shared by q, k and v, B has its own rows for each; DoRA has a magnitude per output row.
 
-    Args:
-        dora: whether each row's magnitude is trained too.
-        rank, alpha: updates have this rank and are scaled by alpha / rank.
-        targets: a name of `train.settings.TARGETS`, or a regular expression that matches whole module names, as a bare
-            "proj" would take the patch embedding's convolution too.
-        seed: of A's initial values where they are random.
-        init: see `INITS`; whichever it is, the adapted model begins as the function that `model` is.
-        batches: eva: training images, float32 [image, channel, row, col] each.
-
-    Raises:
-        InputError: as of `check_adapters`; an unknown init, too few images for eva.
+    Updates are scaled by alpha / rank. With any init (see `INITS`) the adapted model begins as the function of `model`.
+    `targets` is a name of `train.settings.TARGETS`, or a regular expression that matches whole module names, as a bare
+    "proj" would take the patch embedding's convolution too. `seed` is of A where that is random; `batches` are eva's:
+    training images, float32 [image, channel, row, col] each.
     """
     import peft
 
@@ -83,11 +76,7 @@ def add_adapters(
 
 
 def check_adapters(model: nn.Module, *, rank: int, targets: str) -> None:
-    """Whether adapters of this rank fit the layers that are meant; see `add_adapters`.
-
-    Raises:
-        InputError: nothing matches, or something that is not linear, or a layer has no such rank.
-    """
+    """Raise InputError where nothing matches, or something that is not linear, or a layer has no such rank."""
     targets = target_pattern(targets)
     try:
         pattern = re.compile(targets)
@@ -142,9 +131,6 @@ def merge_adapters(adapted: nn.Module, images: torch.Tensor) -> tuple[nn.Module,
 
     Merged and compared in float64, then rounded to the weights' own type: the difference is what merging changed (about
     1e-6), not the rounding of two float32 forward passes (3e-5 on logits of 10). `adapted` is left as it is.
-
-    Raises:
-        MergeError: a logit differs by 1e-4 or more.
     """
     dtype = next(adapted.parameters()).dtype
     exact = copy.deepcopy(adapted).double().eval()

@@ -18,27 +18,17 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Horizontal flip, small rotation and colour jitter.
+    """Horizontal flip, small rotation and colour jitter."""
 
-    Args:
-        flip: mirror half of the images.
-        rotation_degrees: rotate by up to this much either way; what turns in from outside is reflected.
-        color_jitter: scale brightness, contrast and saturation by 1 ± up to this.
-    """
-
-    flip: bool = False
-    rotation_degrees: float = 0.0
-    color_jitter: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        return self.flip or self.rotation_degrees > 0 or self.color_jitter > 0
+    flip: bool = False  # of half of the images
+    rotation_degrees: float = 0.0  # up to this much either way; what turns in from outside is reflected
+    color_jitter: float = 0.0  # brightness, contrast and saturation are scaled by 1 ± up to this
 
     def apply(
         self, scaled: torch.Tensor, *, seed: int, epoch: int, indices: Sequence[int] | np.ndarray
     ) -> torch.Tensor:
         """Augment pixels in 0..1, float32 [image, channel, row, col]; `indices` are the images' places in the split."""
-        if not self.active:
+        if not (self.flip or self.rotation_degrees > 0 or self.color_jitter > 0):
             return scaled
         # One generator per image, so that the draw does not depend on the batch it lies in.
         draws = np.stack([np.random.default_rng([seed, epoch, int(i), 1]).random(5) for i in indices])

@@ -29,19 +29,12 @@ _MARKS = (b"vit-checkpoint/", b'"checksum": "')
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Verified weights and what is known of them.
-
-    Args:
-        path: the `.safetensors` file.
-        sha256: of its bytes, as written in the sidecar and found in the file.
-        metadata: model, num_classes, recipe, seed, accuracies, preprocessing, … as they were saved.
-        tensors: the state dict, on the CPU.
-    """
+    """Verified weights and what is known of them."""
 
     path: Path
     sha256: str
-    metadata: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any]  # model, num_classes, recipe, seed, accuracies, preprocessing, … as they were saved
+    tensors: dict[str, torch.Tensor]  # the state dict, on the CPU
 
 
 def sidecar_path(path: Path) -> Path:
@@ -66,17 +59,9 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
 
     The sidecar is the commit: it is removed before the weights are replaced and written after them, so
     a killed save leaves a file without a sidecar and never a sidecar that describes other weights.
-    The bytes depend on `state` and `metadata` alone.
+    The bytes depend on `state`, tensors on any device, and `metadata`, JSON values, alone.
 
-    Args:
-        path: ends in `.safetensors`.
-        state: tensors on any device.
-        metadata: JSON values.
-
-    Raises:
-        ValueError: another suffix.
-        DiskError: not writable, or the disk is full.
-        StoreError: a JSON file that is no sidecar of ours lies beside it.
+    Raises DiskError, and StoreError: a JSON file that is no sidecar of ours lies beside it.
     """
     from safetensors.torch import save
 
@@ -104,9 +89,7 @@ def has_sidecar(path: Path) -> bool:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The sidecar of a checkpoint, `sha256` included, checked against its own checksum; the weights are not read.
 
-    Raises:
-        InputError: no sidecar.
-        DamagedFileError: it is not as it was written.
+    Raises InputError without a sidecar, DamagedFileError if it is not as it was written.
     """
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
@@ -131,9 +114,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read weights that `save_checkpoint` wrote, after checking every byte against the sidecar.
 
-    Raises:
-        InputError: no such file, or no sidecar.
-        DamagedFileError: the bytes are not the ones that were saved; the message names the file.
+    Raises InputError: no such file, or no sidecar; DamagedFileError: the bytes are not the ones that were saved.
     """
     from safetensors.torch import load
 
@@ -171,11 +152,7 @@ def write_history(checkpoint: Path, history: Sequence[Mapping[str, Any]]) -> Non
 
 
 def tensorboard_writer(folder: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
-    """A function that takes the history so far and writes its new epochs as scalars to `folder`.
-
-    Raises:
-        InputError: tensorboard is not installed.
-    """
+    """A function that takes the history so far and writes its new epochs as scalars to `folder`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

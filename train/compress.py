@@ -21,15 +21,9 @@ def compress(model: nn.Module, compression: Compression, *, sparsity: float, kee
     `int1`: every weight becomes ±s, s the mean magnitude of its output row or channel, which is the closest such
     matrix in the squared error (Rastegari et al. 2016, XNOR-Net, eq. 6). `plain`: nothing. The first layer reads
     pixels, and as in those papers stays as it is. Values stay floating-point numbers: what is measured is the
-    accuracy of such a model, not its speed.
+    accuracy of such a model, not its speed. Layers to `keep`, such as a head that is trained whole, stay, too.
 
-    Args:
-        model: changed.
-        sparsity: of `sparse`, 0..1.
-        keep: names of layers to leave as they are, such as a head that is trained whole.
-
-    Returns:
-        The share of the model's numbers that were compressed.
+    Returns the share of the model's numbers that were compressed.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     chosen = [layer for name, layer in layers[1:] if name not in keep] if compression != "plain" else []

@@ -35,9 +35,7 @@ def evaluate(
 ) -> Evaluation:
     """Look at every image once, in evaluation mode, in order and without augmentation.
 
-    Args:
-        label_smoothing: of the loss, so that it compares with a training loss; the accuracy does not know it.
-        workers: each takes every n-th batch; all get the same answer.
+    Each worker takes every n-th batch; all get the same answer. The loss is smoothed to compare with a training loss.
     """
     training = model.training
     model.eval()

@@ -70,15 +70,9 @@ def what_lies_at(path: Path) -> str:
 
 
 def require_file(path: Path, what: str, expected: str) -> None:
-    """Check that a file can be read, before it is: a pipe or a device might never end.
+    """Raise InputError where a file cannot be read, before it is: a pipe or a device might never end.
 
-    Args:
-        path: of the file.
-        what: what it is called in the sentence, such as "checkpoint".
-        expected: what to give, as the end of the sentence.
-
-    Raises:
-        InputError: it does not exist, is a folder, a named pipe, a socket or a device, or may not be read.
+    The sentence calls it `what`, such as "checkpoint", and ends with what is `expected`.
     """
     reason = what_lies_at(path)
     if not reason:

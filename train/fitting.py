@@ -35,9 +35,6 @@ def load_weights(
     """Load all weights of a file or none; position embeddings of another grid are resized by timm, which the log says.
 
     `found` are the weights under the model's names, `file` what was read, `source` what the model was built from.
-
-    Raises:
-        InputError: a weight is missing, not the model's, of another shape or kind of numbers, NaN or infinite.
     """
     expected = model.state_dict()
     state, sources = dict(found.tensors), found.sources

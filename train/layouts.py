@@ -35,25 +35,15 @@ _PRETRAINING = ("decoder", "mask_token", "predictor", "projector", "pooler", "lo
 
 @dataclass(frozen=True)
 class Fit:
-    """A file's weights under a model's names, as far as they fit.
+    """A file's weights under a model's names, as far as they fit."""
 
-    Args:
-        tensors: own name -> tensor; names that the model does not have are of the backbone's part of the file.
-        sources: own name -> names in the file that it comes from; none: it is not of the file (zeros of a bias).
-        left_out: names in the file from which no weight comes.
-        problems: number of backbone weights that are missing, of another shape, or not the model's.
-        start: what the names began with; "" for nothing.
-        other_starts: where all weights of the backbone are there as well.
-        layout: whose names they were, as the end of "names of …"; "" for the model's own.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    sources: dict[str, tuple[str, ...]]
-    left_out: tuple[str, ...]
-    problems: int
-    start: str = ""
-    other_starts: tuple[str, ...] = ()
-    layout: str = ""
+    tensors: dict[str, torch.Tensor]  # by own names; those that the model lacks are of the backbone's part of the file
+    sources: dict[str, tuple[str, ...]]  # own name -> names in the file that it comes from; none: zeros of a bias
+    left_out: tuple[str, ...]  # names in the file from which no weight comes
+    problems: int  # number of backbone weights that are missing, of another shape, or not the model's
+    start: str = ""  # what the names began with
+    other_starts: tuple[str, ...] = ()  # where all weights of the backbone are there as well
+    layout: str = ""  # whose names they were, as the end of "names of …"; "" for the model's own
 
     def with_new(self, tensors: Tensors) -> Fit:
         """With weights that are not of the file in place of the file's."""
@@ -64,14 +54,7 @@ class Fit:
 def fit(state: Tensors, model: nn.Module, classifiers: Sequence[str], path: Path) -> Fit:
     """Find the layout of a file by which all weights of a model's backbone appear, or the one that comes closest.
 
-    Args:
-        state: as `read_state_dict` gives it.
-        model: names and shapes alone are read, so it may be on torch's device meta.
-        classifiers: names of the model's classifying layers, whose weights a file may lack.
-        path: of the file, for messages.
-
-    Raises:
-        InputError: all weights are there more than once, and nothing says which are meant.
+    A file may lack the weights of `classifiers`. Of `model`, names and shapes alone are read: it may be on device meta.
     """
     whole = _Model(model.state_dict(), tuple(classifiers))
     followed: Tensors = {name: _Followed.of(name, tensor) for name, tensor in state.items()}

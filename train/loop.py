@@ -85,17 +85,12 @@ def fit(
     Args:
         module: all that is trained; its parameters without gradients are taken to be as at the start.
         optimizer: groups may have `lr_scale`.
-        objective: of `module`.
-        train: the images.
         run: how long and how fast, its precision decided.
         on_epoch: gets the history so far, after each epoch and when a run goes on; what it raises ends the run.
         workers: the processes that share each step's images.
 
-    Returns:
-        One dict per epoch: epoch, loss, train_accuracy, validation_loss, validation_accuracy, lr (the last step's).
-
-    Raises:
-        TrainingDivergedError: a loss or gradient that is NaN or infinite, with its step.
+    Returns one dict per epoch: epoch, loss, train_accuracy, validation_loss, validation_accuracy, lr (the last step's).
+    Raises TrainingDivergedError: a loss or gradient that is NaN or infinite, with its step.
     """
     shared = run.shared
     steps_per_epoch = math.ceil(len(train) / shared.batch_size)

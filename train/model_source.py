@@ -61,23 +61,23 @@ def _factory_arguments() -> frozenset[str]:
     return frozenset({*_FACTORY, *(name for factory in factories for name in inspect.signature(factory).parameters)})
 
 
+def creation_keys(arguments: Mapping[str, Argument], num_classes: int | None, img_size: int) -> dict[str, Any]:
+    """What `timm.create_model` takes: arguments, and what else is not as the model has it by itself."""
+    keys: dict[str, Any] = dict(arguments)
+    if num_classes is not None:
+        keys["num_classes"] = num_classes
+    return keys | ({"img_size": img_size} if img_size else {})
+
+
 def build_timm_model(
     name: str, arguments: Mapping[str, Argument], *, num_classes: int | None = None, img_size: int = 0
 ) -> nn.Module:
-    """A timm model with random weights; `num_classes` None: as the model has it.
-
-    Raises:
-        InputError: arguments that the model does not take, values or a size that it cannot be built with, another
-            number of channels than pictures have.
-    """
+    """A timm model with random weights; `num_classes` None: as the model has it. InputError where there is none."""
     import timm
 
-    keys: dict[str, Any] = {**arguments, **({} if num_classes is None else {"num_classes": num_classes})}
-    if img_size:
-        keys["img_size"] = img_size
     size = f"{img_size}×{img_size} px images"
     try:
-        model = timm.create_model(name, **keys)
+        model = timm.create_model(name, **creation_keys(arguments, num_classes, img_size))
     except Exception as error:  # any class of any family gets any value: what it raises then cannot be known
         if arguments:
             raise _refusal(name, arguments, f" for {size}" if img_size else "", error) from error
@@ -176,28 +176,20 @@ _HUB = re.compile(r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?huggingface\.co/)?timm
 class ModelSource:
     """All that a model is built from, but for the number of its classes.
 
-    Args:
-        name: a timm model name, or `digits_vit`; one that timm has given up, or of the Hugging Face Hub
-            (`hf-hub:timm/NAME`), becomes timm's present one.
-        arguments: what timm builds the model with besides, such as {"global_pool": "avg"}.
-        img_size: input size in pixels; 0: what the checkpoint was trained at, else the model's own.
-        weights: a file of safetensors or of torch.save, whatever its name; empty: timm's or random weights.
-        adapter: peft's adapters, a file or the folder it saved, that are merged into these weights.
-        state: which weights of that file, where it holds several; see `train.weights.read_state_dict`.
-        pretrained: let timm fetch or find its weights where no file is named.
-
-    Raises:
-        InputError: timm has no model of that name, or an argument has a key of its own.
+    Raises InputError: timm has no model of that name, or an argument has a key of its own.
     """
 
+    # A timm model name, or `digits_vit`; one that timm has given up, or of the Hugging Face Hub (`hf-hub:timm/NAME`),
+    # becomes timm's present one.
     name: str
     _: dataclasses.KW_ONLY
+    # What timm builds the model with besides, such as {"global_pool": "avg"}.
     arguments: Mapping[str, Argument] = field(default_factory=dict, hash=False)
-    img_size: int = 0
-    weights: str | Path = ""
-    adapter: str | Path = ""
-    state: str = ""
-    pretrained: bool = False
+    img_size: int = 0  # in pixels; 0: what the checkpoint was trained at, else the model's own
+    weights: str | Path = ""  # a file of safetensors or of torch.save, whatever its name; empty: timm's or random ones
+    adapter: str | Path = ""  # peft's adapters, a file or the folder it saved, that are merged into these weights
+    state: str = ""  # which weights of the file, where it holds several; see `train.weights.read_state_dict`
+    pretrained: bool = False  # let timm fetch or find its weights where no file is named
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", _present_name(self.name))
@@ -205,11 +197,7 @@ class ModelSource:
 
     @property
     def files(self) -> list[Path]:
-        """Every file that the model is made from.
-
-        Raises:
-            InputError: an adapter's file or its configuration is not there.
-        """
+        """Every file that the model is made from; InputError: an adapter's file or its configuration is not there."""
         return [*([self.file] if self.file else []), *(adapter_files(Path(self.adapter)) if self.adapter else [])]
 
     @property
@@ -218,11 +206,7 @@ class ModelSource:
         return Path(self.weights) if self.weights else None
 
     def completed(self) -> ModelSource:
-        """With what a checkpoint of ours says of itself, where the source leaves it open.
-
-        Raises:
-            DamagedFileError: its sidecar is not as it was written.
-        """
+        """With what a checkpoint of ours says of itself, where the source leaves it open."""
         if self.file is None:
             return self
         said = checkpoint_facts(self.file)

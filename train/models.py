@@ -23,7 +23,15 @@ from train.data import Preprocessing
 from train.errors import InputError
 from train.fitting import load_weights
 from train.layouts import Fit, fit
-from train.model_source import ModelSource, as_flag, build_timm_model, classifier_names, pretrained_cfg, source_of
+from train.model_source import (
+    ModelSource,
+    as_flag,
+    build_timm_model,
+    classifier_names,
+    creation_keys,
+    pretrained_cfg,
+    source_of,
+)
 from train.weight_files import say_once
 from train.weights import read_state_dict
 
@@ -42,11 +50,8 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
         model: what it is built from; a name alone stands for a model with random weights.
         num_classes: size of the head; None: as the model was made, or as many as `weights` holds, in evaluation mode.
 
-    Raises:
-        InputError: an image size that the model refuses, a file that is missing, no checkpoint or holds pickled
-            objects, weights of another shape, with NaN or of a kind that would be cast, a checkpoint of another model,
-            no weights to be had.
-        DamagedFileError: a file whose bytes are not the ones that were saved.
+    Raises InputError: an image size that the model refuses, a file that is no sound checkpoint of it, no weights to be
+    had; DamagedFileError: a file whose bytes are not the ones that were saved.
     """
     source = source_of(model)
     if source.adapter:
@@ -153,11 +158,7 @@ def _prepare_as_said(model: nn.Module, said: Mapping[str, Any], img_size: int, p
 
 
 def head_size(source: ModelSource) -> int | None:
-    """Classes of the trained head that the start of `build_model` comes with; None where no head is trained.
-
-    Raises:
-        InputError: a bad file.
-    """
+    """Classes of the trained head that the start of `build_model` comes with; None where no head is trained."""
     if source.adapter and (classes := read_adapters(Path(source.adapter)).classes(classifier_names(source.name)[0])):
         return classes
     if source.file is not None:
@@ -168,11 +169,7 @@ def head_size(source: ModelSource) -> int | None:
 
 
 def classifier_name(model: nn.Module) -> str:
-    """The module that maps the readout to classes (timm's `default_cfg["classifier"]`).
-
-    Raises:
-        InputError: the model has none, or several, or it is not one linear layer.
-    """
+    """The one linear layer that maps the readout to classes (timm's `default_cfg["classifier"]`), or InputError."""
     classifier = cast(Any, model).default_cfg["classifier"] or ()
     names: tuple[str, ...] = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     head = model.get_submodule(names[0]) if len(names) == 1 else None
@@ -221,19 +218,17 @@ def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
     """The model without the weights of a file: random, or timm's where the source asks for them and names no file."""
     import timm
 
-    name, arguments, img_size = source.name, source.arguments, source.img_size
-    if source.weights or not source.pretrained:
-        return build_timm_model(name, arguments, num_classes=num_classes, img_size=img_size)
-    if arguments:  # wrong ones are found before anything is downloaded
-        build_timm_model(name, arguments, num_classes=num_classes, img_size=img_size)
-    keys: dict[str, Any] = {**arguments, **({} if num_classes is None else {"num_classes": num_classes})}
-    if img_size:
-        keys["img_size"] = img_size
+    name, arguments, downloads = source.name, source.arguments, source.pretrained and not source.weights
+    if arguments or not downloads:  # wrong arguments are found before anything is downloaded
+        built = build_timm_model(name, arguments, num_classes=num_classes, img_size=source.img_size)
+        if not downloads:
+            return built
     advice = "give a file with --model.weights FILE, or start from random weights with --model.pretrained false"
     if source.adapter:
         advice = f"give those that adapters {source.adapter} were trained on with --model.weights FILE"
     try:
         with _offline_if_unreachable():
+            keys = creation_keys(arguments, num_classes, source.img_size)
             return timm.create_model(name, pretrained=True, **keys)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

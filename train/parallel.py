@@ -35,16 +35,11 @@ _PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that work together.
-
-    Args:
-        rank: its place, from 0; the first one writes what is not divided.
-        count: how many there are.
-        store: where they keep what all of them see; None for a single process.
-    """
+    """This process among those that work together; the first one writes what is not divided."""
 
     rank: int = 0
     count: int = 1
+    # Where they keep what all of them see; None for a single process.
     store: Store | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -124,12 +119,7 @@ class Workers:
 
 
 class Tally:
-    """A number that all workers add to.
-
-    Args:
-        workers: who adds.
-        name: the same in all of them, and no other tally's.
-    """
+    """A number that all workers add to, by a `name` that is the same in all of them, and no other tally's."""
 
     def __init__(self, workers: Workers, name: str) -> None:
         self._store = workers.store
@@ -146,15 +136,8 @@ class Tally:
 def joined(device: str) -> Iterator[Workers]:
     """The workers that torchrun started, their group joined for the length of a `with` block.
 
-    A process that was started alone is alone. Of several that fail inside, the first one says it
-    (`train.processes.speaks`).
-
-    Args:
-        device: "cpu", or "cuda": each process takes the GPU of its local rank.
-
-    Raises:
-        InputError: there are more processes on this machine than GPUs.
-        WorkerLostError: from what is done inside, when another process has ended.
+    A process that was started alone is alone. On "cuda" each process takes the GPU of its local rank. Of several that
+    fail inside, the first one says it (`train.processes.speaks`); WorkerLostError: another process has ended.
     """
     if not several_processes():
         yield SINGLE

@@ -110,9 +110,6 @@ def pretrain_digits(
     either size, its centre lies on, or background) through a head that is thrown away: with the class
     loss alone nothing is learned in the study's time. So the patch tokens know both digits, while the
     class token, which every condition reads out from, was only asked for the large one.
-
-    Raises:
-        TrainingDivergedError: NaN or Inf in the loss, with the step.
     """
     path, where, seed = Path(checkpoint), torch.device(device), pretrain.seed
     shared = TrainConfig(

@@ -21,27 +21,17 @@ _EVA_BATCHES = 4  # of training images whose activations make EVA's directions
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One way of training.
+    """One way of training."""
 
-    Args:
-        help: what is trained, in a few words.
-        reads: keys of `[conditions.NAME]` that it makes use of; where others are set, that is refused.
-        train: trains a model; None: the condition is a checkpoint that somebody trained.
-        ignores: keys of `[train]` that its result does not depend on.
-        depends_on: the only keys that it does depend on; empty: all that it reads, and all of `[train]` but `ignores`.
-        seed_invariant: no seed can change its result, as its backbone is frozen.
-        adapters: it trains low-rank updates of frozen weights, and these may be compressed.
-        whole: it trains all weights, so its state takes as much as several models.
-    """
-
-    help: str
-    reads: tuple[str, ...]
-    train: Callable[[nn.Module, Task], Trained] | None = None
-    ignores: tuple[str, ...] = ()
+    help: str  # what is trained, in a few words
+    reads: tuple[str, ...]  # keys of `[conditions.NAME]` that it makes use of; where others are set, that is refused
+    train: Callable[[nn.Module, Task], Trained] | None = None  # None: a checkpoint that somebody trained
+    ignores: tuple[str, ...] = ()  # keys of `[train]` that its result does not depend on
+    # The only keys that it does depend on; empty: all that it reads, and all of `[train]` but `ignores`.
     depends_on: tuple[str, ...] = ()
-    seed_invariant: bool = False
-    adapters: bool = False
-    whole: bool = False
+    seed_invariant: bool = False  # no seed can change its result, as its backbone is frozen
+    adapters: bool = False  # it trains low-rank updates of frozen weights, and these may be compressed
+    whole: bool = False  # it trains all weights, so its state takes as much as several models
 
 
 def _train_probe(model: nn.Module, task: Task) -> Trained:

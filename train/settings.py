@@ -145,22 +145,14 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """One training run: all that decides its result, but for the weights it starts from and the images.
+    """One training run: all that decides its result, but for the weights it starts from and the images."""
 
-    Args:
-        condition: its recipe, and what is set for this condition alone.
-        shared: what all conditions share. `seeds` and `tensorboard` have no part in a run.
-        seed: of data order, augmentation, dropout and new weights.
-        compression, sparsity: of the frozen weights below adapters; see `train.compress`.
-        own_head: begin with the head that the weights came with; otherwise a probe's is fitted, or taken.
-    """
-
-    condition: ConditionConfig
-    shared: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 42
-    compression: Compression = "plain"
+    condition: ConditionConfig  # its recipe, and what is set for this condition alone
+    shared: TrainConfig = field(default_factory=TrainConfig)  # `seeds` and `tensorboard` have no part in a run
+    seed: int = 42  # of data order, augmentation, dropout and new weights
+    compression: Compression = "plain"  # of the frozen weights below adapters; see `train.compress`
     sparsity: float = 0.5
-    own_head: bool = False
+    own_head: bool = False  # begin with the head that the weights came with; otherwise a probe's is fitted, or taken
 
     @property
     def epochs(self) -> int:

@@ -76,10 +76,7 @@ def settings_key(**settings: Any) -> str:
 class StateFile:
     """A training state on disk: safetensors whose header holds key, progress and a digest of it all.
 
-    Args:
-        path: of the last state; the one before it is `previous` beside it.
-        key: of everything the result depends on; a state of another key is left aside.
-        writes: whether this process is the one that writes.
+    A state of another `key` (of everything the result depends on) is left aside; only the process that `writes` writes.
     """
 
     def __init__(self, path: Path, key: str, *, writes: bool = True) -> None:
@@ -98,11 +95,7 @@ class StateFile:
         return self.writes and time.monotonic() - self._last >= wait
 
     def save(self, state: TrainingState) -> None:
-        """Write the state; the last one becomes the one before.
-
-        Raises:
-            DiskError: the disk is full or the folder is not writable; the state before is still there.
-        """
+        """Write the state; the last one becomes the one before, which is still there after a DiskError."""
         from safetensors.torch import save
 
         if not self.writes:

@@ -48,11 +48,7 @@ class TrialsFile(BaseJournalBackend):
     One JSON object per line: `study` (a backbone and rank), `log` (Optuna's own entry), `previous` (the checksum of the
     study's line before, "" for its first) and `checksum`. A study's log is the chain of lines that follow one another:
     a line that is damaged, lost or out of place ends the chain, so that trials from there on are run again, with the
-    same outcome, and those of other studies stay.
-
-    Args:
-        path: of the file; made with the first line. Damaged lines are named and taken out.
-        study: whose lines are meant.
+    same outcome, and those of other studies stay. Damaged lines are named and taken out.
     """
 
     def __init__(self, path: Path, study: str) -> None:
@@ -110,25 +106,15 @@ _FAILED = "diverged"  # mark of a trial that ended in NaN or Inf; one without it
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """What is the same for every backbone and rank.
+    """What is the same for every backbone and rank."""
 
-    Args:
-        model: the pretrained one as saved here, its head of the data's classes.
-        probe: a probe of it, whose head every trial begins with; None: the head that came with the weights.
-        run: of every trial; lr, alpha, label_smoothing, rank and compression are the sweep's.
-        lr_range: that learning rates are drawn from, on a log scale.
-        trials: per backbone and rank.
-        device: "cpu" or "cuda".
-        folder: of all files.
-    """
-
-    model: ModelSource
-    probe: Path | None
-    run: TrainingRun
-    lr_range: tuple[float, float]
-    trials: int
+    model: ModelSource  # the pretrained one as saved here, its head of the data's classes
+    probe: Path | None  # a probe of it, whose head every trial begins with; None: the head that came with the weights
+    run: TrainingRun  # of every trial; lr, alpha, label_smoothing, rank and compression are the sweep's
+    lr_range: tuple[float, float]  # that learning rates are drawn from, on a log scale
+    trials: int  # per backbone and rank
     device: str
-    folder: Path
+    folder: Path  # of all files
 
 
 @dataclass(frozen=True)
@@ -144,38 +130,24 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """The best trial of a backbone and rank.
-
-    Args:
-        base: the compression of the backbone.
-        rank: of the adapters.
-        checkpoint: the model with its adapters merged; its name holds the test accuracy.
-        params: chosen by Optuna.
-        validation_accuracy, test_accuracy: of the best trial; test had no part in choosing it.
-        without_adapters: test accuracy of the same backbone and head with no adapter and no training.
-        trainable_parameters: of the best trial.
-        history: of the best trial, one dict per epoch.
-        trials: all of them, in order.
-    """
+    """The best trial of a backbone and rank."""
 
     base: Compression
     rank: int
-    checkpoint: Path
-    params: Mapping[str, Any]
+    checkpoint: Path  # the model with its adapters merged; its name holds the test accuracy
+    params: Mapping[str, Any]  # chosen by Optuna
     validation_accuracy: float
-    test_accuracy: float
-    without_adapters: float
+    test_accuracy: float  # had no part in choosing the trial
+    without_adapters: float  # test accuracy of the same backbone and head with no adapter and no training
     trainable_parameters: int
-    history: Sequence[Mapping[str, Any]]
-    trials: Sequence[TrialRecord] = field(repr=False)
+    history: Sequence[Mapping[str, Any]]  # one dict per epoch
+    trials: Sequence[TrialRecord] = field(repr=False)  # all of them, in order
 
 
 def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) -> RankResult:
     """Run the trials of one backbone and rank that are not done yet, and keep the best.
 
-    Raises:
-        InputError: adapters that do not fit the model, see `train.adapters.add_adapters`.
-        TrainingDivergedError: every trial ended in NaN or Inf.
+    Raises InputError as `train.adapters.add_adapters`; TrainingDivergedError: every trial ended in NaN or Inf.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return _RankSweep(plan, base, rank, data).result()
@@ -241,18 +213,15 @@ class _RankSweep:
 
     def _finished(self) -> list[FrozenTrial]:
         """Trials with an outcome, in order; one that was interrupted has none and is run again."""
-
         done = (TrialState.COMPLETE, TrialState.PRUNED)
         return [trial for trial in self.study.trials if trial.state in done or trial.user_attrs.get(_FAILED)]
 
     def _best(self, finished: Sequence[FrozenTrial]) -> int | None:
         """The place of the best trial that was trained to its end, the first of several; None where there is none."""
-
         values = {n: trial.value or 0.0 for n, trial in enumerate(finished) if trial.state == TrialState.COMPLETE}
         return max(values, key=lambda place: values[place], default=None)
 
     def _run_trial(self, position: int) -> None:
-
         for interrupted in self.study.get_trials(states=(TrialState.RUNNING,)):
             # Its process is gone: the outputs folder is locked.
             self.study.tell(interrupted.number, state=TrialState.FAIL)

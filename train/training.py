@@ -50,30 +50,17 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a recipe is given to train a model with.
+    """What a recipe is given to train a model with."""
 
-    Args:
-        run: its precision decided.
-        data: the images.
-        device: where the model is.
-        state_file: of the run, while it lasts.
-        label: of the run, in progress bars and messages.
-        backbone: digest of all weights but the classifier's.
-        probe: a finished probe of the same backbone and data, whose head is taken; None: one is fitted.
-        history_of: the checkpoint beside which the history is written; None: it is not.
-        on_epoch: gets the history so far after each epoch.
-        workers: the processes that train together.
-    """
-
-    run: TrainingRun
+    run: TrainingRun  # its precision decided
     data: DataSplits
-    device: torch.device
+    device: torch.device  # where the model is
     state_file: StateFile
-    label: str
-    backbone: str = ""
-    probe: Path | None = None
-    history_of: Path | None = None
-    on_epoch: OnEpoch | None = None
+    label: str  # in progress bars and messages
+    backbone: str = ""  # digest of all weights but the classifier's
+    probe: Path | None = None  # a finished probe of the same backbone and data, whose head is taken; None: fit one
+    history_of: Path | None = None  # the checkpoint beside which the history is written; None: it is not
+    on_epoch: OnEpoch | None = None  # gets the history so far after each epoch
     workers: Workers = SINGLE
 
     def fit_head(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -107,12 +94,9 @@ class Task:
         return [self.data.train.batch(part).to(self.device) for part in np.array_split(order, -(-len(order) // size))]
 
     def fit(self, module: nn.Module, groups: Any, objective: Objective | None = None) -> Trained:
-        """Train the parameters that have gradients, to the best epoch.
+        """Train the parameters that have gradients, to the best epoch; by default on the classes of the images.
 
-        Args:
-            module: all that is trained.
-            groups: of AdamW, with `lr_scale` where a rate is not the schedule's.
-            objective: None: the classes of the images.
+        `groups` are AdamW's, with `lr_scale` where a rate is not the schedule's.
         """
         # The rate of every step is set by the loop. β₂ .98: runs of a few hundred steps have no time for .999.
         optimizer = torch.optim.AdamW(groups, lr=self.run.condition.lr, betas=(0.9, 0.98), fused=True)
@@ -173,7 +157,7 @@ def train_to_file(
 ) -> dict[str, Any]:
     """Train a model on the task's device, look at it, save it, and remove the state of the run; returns the sidecar.
 
-    `key` is the hash of all that the result depends on, `train` a recipe's, `facts` what is known for the sidecar.
+    `key` is the hash of all that the result depends on, `train` a recipe's, `facts` go to the sidecar.
     """
     model.to(task.device)
     shared, threads = task.run.shared, TRAINING_THREADS.get(facts["model"], 0)
@@ -220,28 +204,17 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a training run came to.
+    """What a training run came to."""
 
-    Args:
-        checkpoint: the saved weights, a plain timm model (adapters merged).
-        sha256: of that file.
-        validation_accuracy, test_accuracy: of the saved model in float32; test was looked at once.
-        history: one dict per epoch; for the probe one per penalty.
-        reused: nothing was trained, the checkpoint was there.
-        trainable_parameters: how many numbers were trained.
-        merge_difference: largest logit difference that merging made; None without adapters.
-        seed_invariant: no seed can change it.
-    """
-
-    checkpoint: Path
-    sha256: str
-    validation_accuracy: float
-    test_accuracy: float
-    history: list[dict[str, Any]]
-    reused: bool
+    checkpoint: Path  # the saved weights, a plain timm model (adapters merged)
+    sha256: str  # of that file
+    validation_accuracy: float  # of the saved model in float32
+    test_accuracy: float  # looked at once
+    history: list[dict[str, Any]]  # one dict per epoch; for the probe one per penalty
+    reused: bool  # nothing was trained, the checkpoint was there
     trainable_parameters: int = 0
-    merge_difference: float | None = None
-    seed_invariant: bool = False
+    merge_difference: float | None = None  # largest logit difference that merging made; None without adapters
+    seed_invariant: bool = False  # no seed can change it
 
     @classmethod
     def of_sidecar(cls, checkpoint: Path, metadata: dict[str, Any], *, reused: bool) -> TrainResult:
@@ -271,19 +244,16 @@ def train_condition(
     Args:
         run: the recipe, its numbers and the seed.
         model: the start, as for `train.models.build_model`.
-        data: train, validation and test images; the best epoch is chosen on validation.
+        data: the best epoch is chosen on validation.
         checkpoint: the `.safetensors` file to write; a `.json` sidecar and, while it runs, a
             `.state.safetensors` lie beside it, and `.history.jsonl` with a line per epoch.
         probe_checkpoint: a finished probe of the same backbone and data, so that it is not fitted again.
-        device: "cpu" or "cuda".
         on_epoch: gets the history so far after each epoch; what it raises ends the run, which can go on later.
         name: the condition's name in progress bars; the recipe when empty.
         workers: the processes that train together; the first one writes.
 
-    Raises:
-        InputError: unknown recipe, a split without images, a probe of another backbone, bad weights.
-        TrainingDivergedError: NaN or Inf in the loss, with the step.
-        MergeError: merging the adapters changed the logits.
+    Raises InputError; TrainingDivergedError: NaN or Inf in the loss, with the step; MergeError: merging the adapters
+    changed the logits.
     """
     check_run(run, data)
     path, where = Path(checkpoint), torch.device(device)

@@ -56,12 +56,7 @@ _SUFFIXES = {
 
 
 def read_content(path: Path) -> Any:
-    """The objects in a checkpoint file: the tensors by name, or what was saved with them around.
-
-    Raises:
-        InputError: no such file, unreadable, a file of another kind, cut short, pickled objects.
-        DamagedFileError: a checksum does not match: of the sidecar, of the file as the sidecar has it, or of a record.
-    """
+    """The objects in a checkpoint file: the tensors by name, or what was saved with them around."""
     head = _head(path)
     if has_sidecar(path):
         return read_checkpoint(path).tensors
@@ -134,7 +129,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except Exception as error:  # a foreign decoder: its classes of errors (of types, sizes, names) are not declared
         raise InputError(
-            f"checkpoint {path} is not a readable safetensors file ({_first_line(error)}): it is cut short or damaged; "
+            f"checkpoint {path} is not a readable safetensors file ({first_line(error)}): it is cut short or damaged; "
             "copy or download it again"
         ) from error
 
@@ -182,12 +177,13 @@ def _read_torch(path: Path) -> Any:
             ) from error
         raise InputError(
             f"checkpoint {path} is not a file that torch.save wrote, or it is cut short or damaged "
-            f"({_first_line(error)}); save or copy it again"
+            f"({first_line(error)}); save or copy it again"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return shown(" ".join([type(error).__name__, *str(error).splitlines()[:1]]))
+def first_line(error: Exception) -> str:
+    """The class of an error and the beginning of what it says, for a sentence."""
+    return shown(" ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
 
 
 def _check_archive(path: Path) -> None:
@@ -197,7 +193,7 @@ def _check_archive(path: Path) -> None:
     except _ZIP_ERRORS as error:
         raise InputError(
             f"checkpoint {path} is not a file that torch.save wrote, or it is cut short: its list of records cannot be "
-            f"read ({_first_line(error)}); copy or download it again"
+            f"read ({first_line(error)}); copy or download it again"
         ) from error
     with archive:
         records = archive.infolist()
@@ -219,7 +215,7 @@ def _check_archive(path: Path) -> None:
             except _ZIP_ERRORS as error:
                 raise DamagedFileError(
                     f"checkpoint {path} is damaged: its record {shown(record.filename)} is not as it was saved "
-                    f"({_first_line(error)}); copy or download the file again"
+                    f"({first_line(error)}); copy or download the file again"
                 ) from error
 
 

@@ -48,17 +48,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def read_state_dict(path: Path, state: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file under the names that they have there, less what wrappers of torch put into them.
 
-    Args:
-        path: a file of safetensors or of torch.save, whatever its name.
-        state: the weights to take: a key of the file, such as `model_ema`, keys of dicts within each other
-            (`model.teacher`), or the beginning of names (`student.backbone`); empty: the first of `WRAPPERS` that is
-            there, which the log says where there are several.
-
-    Raises:
-        InputError: no such file, another kind of file, unreadable, pickled objects, no weights inside or none under
-            `state`, tensors that are sparse, quantised, complex, of 8-bit floats, without values, or larger than the
-            file.
-        DamagedFileError: a checksum does not match: of the sidecar, of the file as the sidecar has it, or of a record.
+    `state` is a key of the file, such as `model_ema`, keys of dicts within each other (`model.teacher`), or the
+    beginning of names (`student.backbone`); empty: the first of `WRAPPERS` that is there, which the log says where
+    there are several. Raises InputError for a file that holds no such weights, or numbers of a kind that no model has;
+    DamagedFileError: a checksum does not match: of the sidecar, of the file as the sidecar has it, or of a record.
     """
     content = read_content(path)
     size = path.stat().st_size
@@ -80,8 +73,7 @@ def read_state_dict(path: Path, state: str = "") -> dict[str, torch.Tensor]:
 def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path) -> None:
     """Look at every value once: raise InputError, naming file and tensor, for what would be cast or is not finite.
 
-    `own` is the state of the model as it was built. Infinity may stand where its own buffer holds the same (bounds of a
-    clamp that does nothing).
+    Infinity may stand where the model's `own` buffer, as it was built, holds the same (bounds of an idle clamp).
     """
     kinds = {torch.float32: "real numbers", torch.bool: "true and false"}
     for name, tensor in tensors.items():

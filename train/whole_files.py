@@ -22,11 +22,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, and a machine that loses power, sees all of it or none.
 
     Temporary file beside it, fsync, rename, fsync of the folder. The temporary name is always the same,
-    so what a killed write leaves is overwritten by the next; a file has one writer.
-
-    Raises:
-        DiskError: the folder is not writable or the disk is full; nothing is left behind.
-        StoreError: no file lies there, but a folder or a device.
+    so what a killed write leaves is overwritten by the next; a file has one writer. Raises DiskError, with nothing left
+    behind, and StoreError: no file lies there, but a folder or a device.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +45,7 @@ def checked_json(document: Mapping[str, Any]) -> bytes:
 def parse_checked_json(content: bytes, schema: str = "") -> dict[str, Any]:
     """The object that `checked_json` wrote, without the checksum; any changed bit is found, and another schema.
 
-    Raises:
-        ValueError: it is not what `checked_json` wrote; the message says how, as the end of a sentence.
+    Raises ValueError otherwise; the message says how, as the end of a sentence.
     """
     try:
         document = json.loads(content)
@@ -83,11 +79,8 @@ def write_json(path: Path, value: Any) -> None:
 def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
     """Write files into a folder, each whole, and remove those that the last call left there and this one does not.
 
-    The folder keeps a list of them, `.written.json`; what is not in it stays.
-
-    Raises:
-        StoreError: a file that this program did not write has the name of one of them; nothing is written then.
-        DiskError: the folder is not writable, or the disk is full.
+    The folder keeps a list of them, `.written.json`; what is not in it stays. Raises DiskError, and StoreError: a file
+    that this program did not write has the name of one of them; nothing is written then.
     """
     new = dict(files)
     record = folder / _WRITTEN

@@ -57,11 +57,7 @@ class ImageCache:
         return np.array([self._row[record.sha256] for record in images.records], dtype=np.int64)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Pictures, uint8 [image, channel, row, col]; a row is checked when it is first read, and decoded again if bad.
-
-        Raises:
-            InputError: the disk has no room for the cache, or a file changed since the manifest was built.
-        """
+        """Pictures, uint8 [image, channel, row, col]; each is checked when it is first read, decoded again if bad."""
         pixels, checksums, sound = self._opened
         for row in rows[~sound[rows]]:
             if not sound[row] and zlib.crc32(pixels[row]) != checksums[row]:
@@ -169,7 +165,6 @@ class CachedImages(ImageSet):
         self._rows = cache.rows(images)
 
     def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """See `ImageSet.pixels`; errors as of `ImageCache.read`."""
         return self._cache.read(self._rows[np.asarray(indices, dtype=np.int64)])
 
 

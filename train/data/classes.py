@@ -29,17 +29,11 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class HeadClasses:
-    """The classes of one head.
+    """The classes of one head."""
 
-    Args:
-        outputs: how many the head has; 0 without a head, when what the model puts out is features and no classes.
-        names: the class name of each output; empty where they are not known.
-        source: where the names come from, or why they are not known, as part of a sentence; "" for a head that was
-            trained here, on the data set's own labels.
-    """
-
-    outputs: int
-    names: tuple[str, ...] = ()
+    outputs: int  # 0 without a head, when what the model puts out is features and no classes
+    names: tuple[str, ...] = ()  # the class name of each output; empty where they are not known
+    # Where the names come from, or why they are not known, as part of a sentence; "": trained here on the data set.
     source: str = ""
 
     @property
@@ -52,12 +46,7 @@ class HeadClasses:
         return self.names[output] if self.known else f"number {output}"
 
     def outputs_of(self, labels: Sequence[int] | NDArray[np.int64], class_names: Sequence[str]) -> NDArray[np.int64]:
-        """The output that stands for each image's class, [image]; −1 where the head has no such class.
-
-        Args:
-            labels: index into `class_names` of each image.
-            class_names: the data set's.
-        """
+        """The output that stands for each label of the data set's, [image]; −1 where the head has no such class."""
         place = {name: output for output, name in enumerate(self.names)}
         of_class: NDArray[np.int64] = np.array([place.get(name, -1) for name in class_names], dtype=np.int64)
         return np.asarray(of_class[np.asarray(labels)])
@@ -71,11 +60,7 @@ class HeadClasses:
         return f"The classes of {whose}'s head are {self.source}." if self.source else ""
 
     def consequences(self, images: int, without: int) -> str:
-        """What is left out because of what is not known of the head, in a sentence; "" for nothing.
-
-        Args:
-            images: how many are measured; without: how many of them are of a class that the head does not have.
-        """
+        """What is left out of measuring `images`, `without` of which are of no class of the head; "" for nothing."""
         link = "the correlation of attention with the prediction"
         if not self.known:
             maps = "relevance by true and by other class" if self.outputs else "relevance maps"
@@ -89,17 +74,10 @@ class HeadClasses:
 
 
 def named_classes(outputs: int, *, condition: str, checkpoint: Path | None, file: str) -> HeadClasses | None:
-    """The classes of a head that has none, or that a file or the checkpoint's own sidecar names; None where none does.
+    """The classes of a head that has none, or that `file` or the checkpoint's own sidecar names; None where none does.
 
-    Args:
-        outputs: of the head; 0 without one.
-        condition: whose, for the messages; "" for a model alone.
-        checkpoint: the weights' file, if there is one.
-        file: the user's file of class names; "" for none.
-
-    Raises:
-        InputError: a file that is not class names, or of another number than the head has outputs.
-        DamagedFileError: a sidecar whose class names cannot be those of the head.
+    `condition` is whose head it is, for the messages; "" for a model alone. Raises InputError for a file that is not
+    class names, or of another number than the head has outputs; DamagedFileError for such a sidecar.
     """
     owner = f"condition {condition}" if condition else "the model"
     if file:
@@ -131,9 +109,6 @@ def check_shared_names(head: HeadClasses, class_names: Sequence[str], file: str)
     """Refuse names that a user gave to a head of the data set's size and of which none is a class of the data set.
 
     Where some are, the log names the first class that is not among them, for it may be a slip of the pen.
-
-    Raises:
-        InputError: none of them is.
     """
     missing = sorted(set(class_names) - set(head.names)) if file else []
     if missing and len(missing) < len(class_names):
@@ -150,13 +125,8 @@ def folder_classes(outputs: int, class_names: Sequence[str], order: str, key: st
     """The classes of a head that nothing names: the class folders in their order, where there is just one reading.
 
     timm's folder reader has 1, 2, …, 10; torchvision's, as this program, has 1, 10, 2. Where the two are one order, or
-    `order` says which it is, a head of as many outputs is taken to be of the folders in that order.
-
-    Args:
-        outputs: of the head, at least 1.
-        class_names: the class folders, in the order of strings.
-        order: "auto", "string" or "natural".
-        key: of the file of class names, for the messages.
+    `order` ("auto", "string" or "natural") says which it is, a head of as many outputs is taken to be of the folders in
+    that order. `class_names` are in the order of strings; `key` is that of a file of class names, for the messages.
     """
     string, natural = tuple(class_names), _natural_order(class_names)
     unknown = ""
@@ -196,11 +166,7 @@ def _natural_order(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The class names of a file, in the order of a head's outputs.
-
-    Raises:
-        InputError: no such file, not text, an empty or a repeated name, an index that is missing or twice there.
-    """
+    """The class names of a file, in the order of a head's outputs; InputError where it holds no such names."""
     require_file(path, "file of class names", _FORMS)
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -61,17 +61,11 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A layout on disk.
+    """A layout on disk."""
 
-    Args:
-        read: root, rule, whether links are followed → what is there.
-        rules: the ways it can be split; the first is its own.
-        advice: where to get it and how to lay it out.
-    """
-
-    read: Callable[[Path, str, bool], _Source]
-    rules: tuple[SplitRule, ...]
-    advice: str
+    read: Callable[[Path, str, bool], _Source]  # root, rule, whether links are followed → what is there
+    rules: tuple[SplitRule, ...]  # the ways it can be split; the first is its own
+    advice: str  # where to get it and how to lay it out
 
 
 def build_manifest(
@@ -83,7 +77,7 @@ def build_manifest(
     follow_links: bool = False,
     workers: int = 0,
 ) -> Manifest:
-    """Read a data set, decoding every file once: what `list_files` finds, `decoded`.
+    """Read a data set, decoding every file once.
 
     Unreadable files keep their record, with the reason as status; nothing is put in their place. Files with the
     same bytes go to the same split, where the split is drawn here.
@@ -110,23 +104,15 @@ def build_manifest(
 
 @dataclass(frozen=True)
 class Listing:
-    """The files that a data set names, none of them opened.
-
-    Args:
-        kind: the layout; rule: how it is split; seed: of a split that is drawn.
-    """
+    """The files that a data set names, none of them opened."""
 
     source: _Source
     kind: str
-    rule: str
-    seed: int
+    rule: str  # how it is split
+    seed: int  # of a split that is drawn
 
     def undecoded(self) -> Manifest:
-        """The manifest if every file were a readable picture of its own, which takes seconds.
-
-        Raises:
-            InputError: a class too small to split.
-        """
+        """The manifest if every file were a readable picture of its own; InputError: a class too small to split."""
         return self._manifest([Status("ok", entry.id) for entry in self.source.entries])
 
     def decoded(self, workers: int = 0) -> Manifest:
@@ -325,11 +311,7 @@ def _log(manifest: Manifest) -> None:
 
 
 def prepare_folder(manifest: Manifest, *, preprocessing: Preprocessing, cache: str | Path | None = None) -> DataSplits:
-    """The images of a data set in three splits.
-
-    Args:
-        cache: a folder for the decoded pictures, see `train.data.cache`; None: decode whenever they are asked for.
-    """
+    """Three splits; `cache`: a folder for decoded pictures (`train.data.cache`), None: decoded whenever asked for."""
     base = Path(manifest.root)
 
     def pictures(records: Sequence[Record]) -> FolderImages:

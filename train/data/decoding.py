@@ -225,14 +225,11 @@ _room_for_files, _room_for_pictures = _Room(_FILE_BYTES), _Room(_DECODED_BYTES)
 
 @contextmanager
 def picture_bytes(path: Path) -> Iterator[bytes]:
-    """The content of a picture file, while there is room for it beside those of other threads.
-
-    Raises OSError, and UndecodableError for a pipe, a device, or more than 1 GiB, which no sound picture is.
-    """
+    """The content of a picture file, while there is room for it beside those of other threads; or OSError."""
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):  # it might never end
         raise UndecodableError("not a file")
-    if state.st_size > _LARGEST_FILE:
+    if state.st_size > _LARGEST_FILE:  # no sound picture
         raise UndecodableError("file of more than 1 GiB")
     with _room_for_files.taken(state.st_size):
         yield path.read_bytes()
@@ -246,10 +243,6 @@ def decoded_image(content: bytes) -> Iterator[Image.Image]:
     white; colour profiles not applied. Grey of more than 8 bits is scaled by its range (a plain conversion would clip
     it to white); of 16-bit colours the upper 8 bits are taken. Metadata that cannot be read change nothing.
     All threads of the process together decode as many at once as take 2 GiB; one that takes more is decoded alone.
-
-    Raises:
-        UndecodableError: empty, truncated, damaged, of none of `FORMATS`, of too many pixels, or pixels whose range is
-            not known.
     """
     if not content:
         raise UndecodableError("empty file")
@@ -357,17 +350,14 @@ def _decode(content: bytes, held: ExitStack) -> Image.Image:
 
 
 def _without_metadata(content: bytes) -> bytes:
-    """A PNG without the chunks that change no pixel: Pillow refuses the picture for damage in one, browsers show it.
-
-    Orientation (eXIf) stays where its checksum is right.
-    """
+    """A PNG without the chunks that change no pixel: Pillow refuses the picture for damage in one, browsers show it."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
     kept, place = [content[:8]], 8
     while place + 12 <= len(content):
         length, name = struct.unpack_from(">I4s", content, place)
         chunk = content[place : place + 12 + length]
-        if name == b"eXIf":
+        if name == b"eXIf":  # orientation stays where its checksum is right
             needed = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         else:
             needed = name[:1].isupper() or name in (b"tRNS", b"acTL", b"fcTL", b"fdAT")
@@ -378,11 +368,7 @@ def _without_metadata(content: bytes) -> bytes:
 
 
 def _bytes_of(opened: ImageFile.ImageFile) -> int:
-    """Memory that the picture takes until it is RGB.
-
-    Raises:
-        UndecodableError: more than a process has, or it is a small copy of the picture.
-    """
+    """Memory that the picture takes until it is RGB; refused where that is more than a process has."""
     if tag_of(opened, _KIND, 0) & 1:
         raise UndecodableError("the first picture in it is marked as a smaller copy, as in a camera's raw file")
     sizes = [opened.size, (tag_of(opened, _TILE_WIDTH, 0), tag_of(opened, _TILE_LENGTH, 0))]

@@ -125,23 +125,13 @@ def _smoothing() -> np.ndarray:
 
 
 class DigitScenes(ImageSet):
-    """Composed scenes of one task and split, kept in memory (2.3 kB a scene).
-
-    Attributes:
-        scenes: uint8 [scene, row, col].
-        boxes: int32 [scene, region, (row0, col0, row1, col1)] in pixels, half-open; regions as `region_names`.
-        both_labels: int64 [scene, region], the class in each box; `labels` is the task's column of it.
-    """
+    """Composed scenes of one task and split, kept in memory (2.3 kB a scene)."""
 
     region_names = REGION_NAMES
     boxes: np.ndarray
 
     def __init__(self, *, task: str, split: str, count: int, seed: int, preprocessing: Preprocessing) -> None:
-        """Compose `count` scenes; the first of a longer set are those of a shorter one.
-
-        Raises:
-            InputError: no scenes asked for, or a model with another input than 48×48 grey.
-        """
+        """Compose `count` scenes; the first of a longer set are those of a shorter one."""
         if count < 1:
             raise InputError(f"{count} {split} scenes were asked for, expected at least 1")
         takes = (preprocessing.channels, preprocessing.height_px, preprocessing.width_px)
@@ -154,8 +144,9 @@ class DigitScenes(ImageSet):
         indices = tqdm(range(count), desc=f"composing {name}", unit=" scenes", disable=None, delay=1)
         composed = [compose_scene(seed, task, split, index) for index in indices]
         self.task, self.split = task, split
-        self.scenes = np.stack([scene.pixels for scene in composed])
+        self.scenes = np.stack([scene.pixels for scene in composed])  # uint8 [scene, row, col]
         self.boxes = np.stack([scene.boxes for scene in composed])
+        # The class in each box, [scene, region]; `labels` is the task's column of it.
         self.both_labels = np.array([scene.classes for scene in composed], dtype=np.int64)
         self.ids = tuple(f"{name}/{index:05d}" for index in range(count))
         self.labels = self.both_labels[:, TASKS.index(task)].copy()
@@ -166,7 +157,6 @@ class DigitScenes(ImageSet):
         return np.asarray(self.scenes[np.asarray(indices)][:, None])
 
     def regions(self, layout: TokenLayout) -> np.ndarray:
-        """See `ImageSet.regions`."""
         return region_coverage(self.boxes, layout)
 
     def records(self) -> tuple[Record, ...]:
@@ -182,13 +172,7 @@ class DigitScenes(ImageSet):
 
 
 def region_coverage(boxes: np.ndarray, layout: TokenLayout) -> np.ndarray:
-    """Share of each patch's area that each box covers, float32 [scene, region, patch] in 0..1.
-
-    `boxes` are [scene, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open.
-
-    Raises:
-        ValueError: another shape, or a box that leaves the image.
-    """
+    """Share of each patch's area that each box covers, float32 [scene, region, patch]; for boxes see `ImageSet`."""
     if boxes.ndim != 3 or boxes.shape[-1] != 4:
         raise ValueError(f"boxes are {list(boxes.shape)}, expected [scene, region, 4]")
     outside = (boxes < 0).any() or (boxes[..., 2] > layout.image_height_px).any()
@@ -219,8 +203,7 @@ def prepare_digits(
 ) -> DataSplits:
     """The scenes of one task in three splits that share no source digit.
 
-    Raises:
-        InputError: an unknown task, no scenes, or a model with another input than 48×48 grey.
+    Raises InputError: an unknown task, no scenes, or a model with another input than 48×48 grey.
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r} of the digit scenes; expected one of {', '.join(TASKS)}")

@@ -31,24 +31,16 @@ _RESIZED_PIXELS = 2**25  # of a picture while it is resized, before the crop
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes a model's input; read off the model by `train.models.preprocessing_of`.
-
-    Args:
-        channels, height_px, width_px: of the model's input.
-        mean, std: per channel, on pixels scaled to 0..1.
-        interpolation: of the resize, as timm names it.
-        crop_pct: the kept share of the resized picture.
-        crop_mode: timm's "center", "squash" or "border".
-    """
+    """How a picture becomes a model's input; read off the model by `train.models.preprocessing_of`."""
 
     channels: int
     height_px: int
     width_px: int
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel, on pixels scaled to 0..1
     std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
+    interpolation: str  # of the resize, as timm names it
+    crop_pct: float  # the kept share of the resized picture
+    crop_mode: str  # timm's "center", "squash" or "border"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -89,22 +81,14 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Generator[tuple[T,
 
 
 class ImageSet(ABC):
-    """Labelled images in a fixed order.
+    """Labelled images in a fixed order."""
 
-    Attributes:
-        ids: one per image; the identity under which conditions are paired.
-        labels: int64 [image].
-        class_names: in label order.
-        preprocessing: what `batch` applies.
-        region_names: of the regions' axis; empty without regions.
-        boxes: [image, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open; None without boxes.
-    """
-
-    ids: tuple[str, ...]
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    region_names: tuple[str, ...] = ()
+    ids: tuple[str, ...]  # one per image; the identity under which conditions are paired
+    labels: np.ndarray  # int64 [image]
+    class_names: tuple[str, ...]  # in label order
+    preprocessing: Preprocessing  # what `batch` applies
+    region_names: tuple[str, ...] = ()  # of the regions' axis; empty without regions
+    # [image, region, (row0, col0, row1, col1)] in pixels of the model's input, half-open; None without boxes.
     boxes: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -205,14 +189,11 @@ class FolderImages(ImageSet):
         )
 
     def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """See `ImageSet.pixels`.
-
-        Raises:
-            InputError: a file vanished, changed or can no longer be decoded since the manifest was built.
-        """
+        """InputError: a file vanished, changed or can no longer be decoded since the manifest was built."""
         return np.stack(list(self._pool.map(self._decode, [self.records[int(i)] for i in indices])))
 
     def _decode(self, record: Record) -> np.ndarray:
+        """At the model's size, uint8 [channel, row, col]."""
         path = self.root / path_of(record.id)
         try:
             with picture_bytes(path) as content:
@@ -222,7 +203,8 @@ class FolderImages(ImageSet):
                         "outputs to begin with a new manifest"
                     )
                 with decoded_image(content) as picture:
-                    return self._fitted(picture)
+                    colors = picture if picture.mode == self._mode else picture.convert(self._mode)
+                    return np.asarray(self._transform(_resizable(colors, self.preprocessing)))
         except OSError as error:
             raise InputError(
                 f"{path} was readable when the manifest was built and no longer is ({error.strerror}); put it back, "
@@ -233,11 +215,6 @@ class FolderImages(ImageSet):
                 f"{path} was decoded when the manifest was built and no longer is ({error}); delete the outputs to "
                 "begin with a new manifest"
             ) from error
-
-    def _fitted(self, picture: Image.Image) -> np.ndarray:
-        """At the model's size, uint8 [channel, row, col]."""
-        colors = picture if picture.mode == self._mode else picture.convert(self._mode)
-        return np.asarray(self._transform(_resizable(colors, self.preprocessing)))
 
 
 def _resizable(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:

@@ -71,10 +71,7 @@ class Aside:
 
 
 def split_folders(root: Path, *, follow_links: bool = False) -> list[tuple[Path, str]]:
-    """(folder, split) of train, val (valid, validation) and test under `root`, as far as they are there.
-
-    Raises InputError: two names of one split, a folder that cannot be read, or a link that leaves `root` unfollowed.
-    """
+    """(folder, split) of train, val (valid, validation) and test under `root`, as far as they are there."""
     aside = Aside()
     named = [entry for entry in _entries(root) if entry.name.lower() in SPLIT_FOLDERS]
     folders = _folders_in(root, named, root, follow_links, aside)
@@ -92,8 +89,6 @@ def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool =
 
     Hidden folders and those of the system, at any depth, are neither classes nor parts of one; the log counts them.
     With `follow_links` links may lead out of `root`, and links in class folders are followed.
-
-    Raises InputError: `base` is empty or holds no folder, a folder cannot be read, or a link leaves `root` unfollowed.
     """
     entries = _entries(base)
     if not entries:
@@ -124,16 +119,10 @@ def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool =
 
 
 def files_below(folder: Path, *, follow_links: bool = False, aside: Aside | None = None) -> Iterator[Path]:
-    """Every file below `folder`, but for hidden folders and those of the system, which go into `aside`.
+    """Every file below `folder`, which may be a link, but for hidden folders and those of the system: see `aside`.
 
-    Args:
-        folder: may be a link itself.
-        follow_links: whether links to folders are followed; each folder is read once, under its own name where that
-            lies below `folder`, and no link leads back to a folder around it.
-        aside: takes what is left out.
-
-    Raises:
-        InputError: a folder cannot be read.
+    With `follow_links`, each folder is read once, under its own name where that lies below `folder`, and no link leads
+    back to a folder around it. Raises InputError: a folder cannot be read.
     """
     aside = aside or Aside()
     seen: set[tuple[int, int]] = set()
@@ -230,7 +219,7 @@ def _reason_of_file(name: str) -> str:
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Refuse names that differ only by Unicode's normal form ("é" as one character or as two), as copies over another
+    """Refuse names that differ by Unicode's normal form alone ("é" as one character or two), as copies over another
     system leave them; names that differ only by case are said in the log.
     """
     forms: dict[str, list[str]] = defaultdict(list)
@@ -251,11 +240,7 @@ def check_class_names(names: Iterable[str]) -> None:
 
 
 def inside(path: Path, root: Path, *, follow_links: bool = False) -> Path:
-    """`path` itself, unless it is a link that leaves `root` and links are not to be followed.
-
-    Raises:
-        InputError: it is.
-    """
+    """`path` itself; InputError for a link that leaves `root` where links are not to be followed."""
     if not follow_links and path.is_symlink():
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(root):
@@ -267,10 +252,7 @@ def inside(path: Path, root: Path, *, follow_links: bool = False) -> Path:
 
 
 def list_lines(path: Path, content: bytes) -> list[str]:
-    """The relative paths that a split list names, one per line; with or without a final newline, LF or CRLF.
-
-    Raises InputError: not UTF-8, no path, or one that is absolute, has `..` or a backslash, or no class folder.
-    """
+    """The relative paths that a split list names, one per line; with or without a final newline, LF or CRLF."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -304,25 +286,19 @@ def examine(entries: Sequence[Entry], workers: int = 0) -> list[Status]:
 
 
 def _examine(entry: Entry) -> Status:
+    *folders, name = PurePosixPath(entry.id).parts
+    reason = next(filter(None, [*map(_reason_of_folder, folders), _reason_of_file(name)]), "")
+    sha256 = ""
     try:
         with picture_bytes(entry.path) as content:
-            return _status(entry, content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            if reason:
+                return Status(reason, sha256)
+            with decoded_image(content):
+                return Status("ok", sha256)
     except FileNotFoundError:
         return Status("missing", "")
     except OSError as error:
         return Status(f"unreadable ({error.strerror})", "")
-    except UndecodableError as error:
-        return Status(str(error), "")
-
-
-def _status(entry: Entry, content: bytes) -> Status:
-    sha256 = hashlib.sha256(content).hexdigest()
-    *folders, name = PurePosixPath(entry.id).parts
-    reason = next(filter(None, [*map(_reason_of_folder, folders), _reason_of_file(name)]), "")
-    if reason:
-        return Status(reason, sha256)
-    try:
-        with decoded_image(content):
-            return Status("ok", sha256)
     except UndecodableError as error:
         return Status(str(error), sha256)

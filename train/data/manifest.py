@@ -43,10 +43,8 @@ def stratified_split(
 ) -> dict[str, str]:
     """id → "train", "validation" or "test"; each class (name → ids of its readable images) is split by the same shares.
 
-    A class's split depends on its own name and members and on the seed, not on the other classes.
-
-    Raises:
-        InputError: a class has fewer than three images.
+    A class's split depends on its own name and members and on the seed, not on the other classes. Raises InputError: a
+    class has fewer than three images.
     """
     result: dict[str, str] = {}
     for name in sorted(classes):
@@ -69,42 +67,26 @@ SCHEMA = "vit-manifest/2"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One file.
+    """One file."""
 
-    Args:
-        id: path relative to the root, as `train.files.id_of` writes it down (digits: task/split/index).
-        label: index into the manifest's class names.
-        split: "train", "validation" or "test"; "" for a dropped file of a split that is drawn.
-        status: "ok", or why the file is left out of every condition.
-        sha256: of the file's bytes; "" where there are none to read.
-    """
-
-    id: str
-    label: int
+    id: str  # path relative to the root, as `train.files.id_of` writes it down (digits: task/split/index)
+    label: int  # index into the manifest's class names
     class_name: str
-    split: str
-    status: str
-    sha256: str
+    split: str  # "train", "validation" or "test"; "" for a dropped file of a split that is drawn
+    status: str  # "ok", or why the file is left out of every condition
+    sha256: str  # of the file's bytes; "" where there are none to read
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The records of a data set in the order of their ids.
+    """The records of a data set in the order of their ids."""
 
-    Args:
-        kind: "folder", "indoor67", "sports100" or "digits".
-        root: the folder that ids are relative to; "" for composed scenes.
-        class_names: in label order.
-        rule: what decided the splits: "stratified", "official", "folders", "all"; "source digits 66/17/17" for scenes.
-        lists: name of each split list that was read → sha256 of its bytes.
-    """
-
-    kind: str
-    root: str
-    class_names: tuple[str, ...]
+    kind: str  # "folder", "indoor67", "sports100" or "digits"
+    root: str  # the folder that ids are relative to; "" for composed scenes
+    class_names: tuple[str, ...]  # in label order
     records: tuple[Record, ...]
-    rule: str
-    lists: Mapping[str, str] = field(default_factory=dict)
+    rule: str  # what decided the splits: "stratified", "official", "folders", "all"; or "source digits 66/17/17"
+    lists: Mapping[str, str] = field(default_factory=dict)  # name of each split list that was read → its sha256
 
     @cached_property
     def sha256(self) -> str:
@@ -158,22 +140,12 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file.
-            DamagedFileError: it is not as it was written.
-        """
+        """Read what `save` wrote; InputError without a file, DamagedFileError if it is not as it was written."""
         require_file(path, "manifest", "expected the one that a study left there")
         try:
             document = parse_checked_json(path.read_bytes(), SCHEMA)
         except ValueError as error:
             raise DamagedFileError(f"manifest {path} {error}; delete it to have it built again") from error
-        return cls(
-            kind=document["kind"],
-            root=document["root"],
-            class_names=tuple(document["class_names"]),
-            records=tuple(Record(**record) for record in document["records"]),
-            rule=document["rule"],
-            lists=document["lists"],
-        )
+        records = tuple(Record(**record) for record in document["records"])
+        fields = {name: document[name] for name in ("kind", "root", "rule", "lists")}
+        return cls(**fields, class_names=tuple(document["class_names"]), records=records)
