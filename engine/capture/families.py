@@ -30,29 +30,17 @@ class LayoutError(CaptureError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How models of one kind call their parts; () where it is not known.
-
-    Args:
-        name: for messages.
-        stems: of the module or convolution that cuts the image into patches.
-        class_tokens: of the parameters that hold a class token.
-        other_tokens: of those that hold other prefix tokens: distillation, registers.
-        num_heads: of an attention module's number of heads.
-        first_norms: of the norm before a block's attention.
-        blocks: of the model's row of blocks.
-        after_map: of the parts of a block that come after its map: what they change is seen from the next block on.
-        readout: how names of weights behind the last block begin.
-    """
+    """How models of one kind call their parts; () where it is not known."""
 
     name: str
-    stems: tuple[str, ...]
-    class_tokens: tuple[str, ...]
-    other_tokens: tuple[str, ...]
-    num_heads: tuple[str, ...]
-    first_norms: tuple[str, ...]
-    blocks: tuple[str, ...] = ()
-    after_map: tuple[str, ...] = ()
-    readout: tuple[str, ...] = ()
+    stems: tuple[str, ...]  # modules or convolutions that cut the image into patches
+    class_tokens: tuple[str, ...]  # parameters that hold a class token
+    other_tokens: tuple[str, ...]  # those that hold other prefix tokens: distillation, registers
+    num_heads: tuple[str, ...]  # an attention module's number of heads
+    first_norms: tuple[str, ...]  # the norm before a block's attention
+    blocks: tuple[str, ...] = ()  # the model's row of blocks
+    after_map: tuple[str, ...] = ()  # parts of a block after its map: what they change is seen from the next block on
+    readout: tuple[str, ...] = ()  # how names of weights behind the last block begin
 
 
 FAMILIES = (
@@ -149,11 +137,9 @@ def token_layout(
     Raises:
         LayoutError: patches of images whose grids differ, padded, or not in row-major order.
     """
-    stem: Any = _timm_stem(vision)
-    if stem is None:
-        convolution = _convolution(vision)
-        assert convolution is not None, "not a vision_module"
-        height, width = (int(size) for size in convolution.stride)
+    stem: Any = patch_stem(vision)
+    if isinstance(stem, torch.nn.Conv2d):
+        height, width = (int(size) for size in stem.stride)
         rows, cols = image_shape[-2] // height, image_shape[-1] // width
         prefix = _count(vision, (*_CLASS_TOKENS, *_OTHER_TOKENS))
     else:
@@ -245,7 +231,7 @@ def _convolution(module: torch.nn.Module) -> torch.nn.Conv2d | None:
     return None
 
 
-def _count(holder: torch.nn.Module | None, names: Sequence[str]) -> int:
+def _count(holder: torch.nn.Module, names: Sequence[str]) -> int:
     """Tokens held by parameters of these names: [dim] is one token, [..., token, dim] as many as it says."""
     parameters = [getattr(holder, name, None) for name in names]
     return sum(1 if p.ndim == 1 else p.shape[-2] for p in parameters if isinstance(p, torch.Tensor))

@@ -29,29 +29,23 @@ _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(slots=True)
 class BatchResults:
-    """What a batch gives beside the attention that was written.
+    """What a batch gives beside the attention that was written; layers with fewer heads than the widest are filled."""
 
-    Args:
-        logits: what the model puts out, [image, class].
-        values: metric -> [image, layer, head(, region)]; layers with fewer heads than the widest are filled with NaN.
-        undefined: metric -> rows that have no part in its value, [image, layer, head], filled with −1.
-        prefix_mass: (layer, head) -> the mean mass that it gives to prefix tokens, of the layers whose maps were kept.
-    """
-
-    logits: np.ndarray
+    logits: np.ndarray  # what the model puts out, [image, class]
+    # Metric -> [image, layer, head(, region)], filled with NaN.
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    # Metric -> rows that have no part in its value, [image, layer, head], filled with −1.
     undefined: dict[str, np.ndarray] = field(default_factory=dict)
+    # (layer, head) -> the mean mass that it gives to prefix tokens, of the layers whose maps were kept.
     prefix_mass: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
 class Sink(Protocol):
     """Takes one batch's attention, site by site."""
 
-    def take(self, attention: SiteAttention) -> None:
-        """Begin with a site, while the model runs."""
-
-    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
-        """Rows of the site taken last that are no attention, bool [image, head, query] on its device."""
+    def take(self, attention: SiteAttention) -> torch.Tensor:
+        """Begin with a site, while the model runs; its rows that are no attention, bool [image, head, query] there."""
+        ...
 
     def launched(self) -> None:
         """The forward pass is launched: bring to the host what is still on the device, without waiting."""
@@ -68,18 +62,14 @@ class MetricsSink:
     """
 
     def __init__(
-        self,
-        metrics: Sequence[MetricSpec],
-        backend: str,
-        regions: Mapping[int, np.ndarray | None],
-        copies: HostCopies,
+        self, metrics: Sequence[MetricSpec], backend: str, regions: Mapping[int, np.ndarray | None], copies: HostCopies
     ) -> None:
         self._metrics, self._backend, self._regions, self._copies = metrics, backend, regions, copies
         self._measured: list[Measurement] = []
         self._invalid_patches: list[torch.Tensor] = []  # patch queries of each map that are no attention, [image, head]
         self._arriving: dict[str, tuple[HostCopy, HostCopy]] = {}
 
-    def take(self, attention: SiteAttention) -> None:
+    def take(self, attention: SiteAttention) -> torch.Tensor:
         site = attention.site
         measured = measure_qk(
             attention.query,
@@ -93,10 +83,8 @@ class MetricsSink:
             regions=self._regions[site.layer],
         )
         self._measured.append(measured)
-        self._invalid_patches.append((~measured.valid)[..., site.layout.num_prefix_tokens :].sum(dim=-1))
-
-    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
-        invalid: torch.Tensor = ~self._measured[-1].valid
+        invalid: torch.Tensor = ~measured.valid
+        self._invalid_patches.append(invalid[..., site.layout.num_prefix_tokens :].sum(dim=-1))
         return invalid
 
     def launched(self) -> None:
@@ -127,13 +115,7 @@ class ArrivingFactors:
 
 
 class StoreSink:
-    """Brings each site's attention to the writer, in depth order.
-
-    Args:
-        writer: of the store.
-        batch: its number.
-        copies: to the host, from the device the model runs on; a layer is waited for when `copies.depth` follow it.
-    """
+    """Brings each site's attention to the writer, in depth order; a layer is waited for when `copies.depth` follow."""
 
     def __init__(self, writer: AttentionWriter, batch: int, copies: HostCopies) -> None:
         self._writer, self._batch, self._copies = writer, batch, copies
@@ -167,17 +149,13 @@ class MapsSink(StoreSink):
     def __init__(self, writer: AttentionWriter, batch: int, copies: HostCopies, encoding: str) -> None:
         super().__init__(writer, batch, copies)
         self._precision = _PRECISION[encoding]
-        self._invalid = torch.empty(0)
         self._prefix_mass: dict[int, torch.Tensor] = {}
 
-    def take(self, attention: SiteAttention) -> None:
+    def take(self, attention: SiteAttention) -> torch.Tensor:
         site, maps = attention.site, attention.maps()
-        self._invalid = maps[..., 0].isnan()  # a softmax with a NaN in it is NaN throughout
         self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).nanmean(dim=(0, 2))
         self.put(site.layer, self._copies.start(maps, self._precision))
-
-    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
-        return self._invalid
+        return maps[..., 0].isnan()  # a softmax with a NaN in it is NaN throughout
 
     def finish(self, results: BatchResults) -> None:
         super().finish(results)
@@ -194,18 +172,16 @@ class FactorsSink(StoreSink):
         self._precision = {layer: getattr(torch, factor.precision) for layer, factor in found.factors.items()}
         self._biases = found.biases
 
-    def take(self, attention: SiteAttention) -> None:
+    def take(self, attention: SiteAttention) -> torch.Tensor:
         layer, start, bias = attention.site.layer, self._copies.start, attention.bias
+        precision = self._precision[layer]
         arriving = ArrivingFactors(
-            query=start(attention.query, self._precision[layer], shared=True),
-            key=start(attention.key, self._precision[layer], shared=True),
+            query=start(attention.query, precision, shared=True),
+            key=start(attention.key, precision, shared=True),
             scale=attention.scale,
             bias=None if bias is None else start(bias, shared=True),
         )
         self.put(layer, arriving)
-
-    def invalid_rows(self, attention: SiteAttention) -> torch.Tensor:
-        precision = self._precision[attention.site.layer]
         return unusable_rows(attention.query.to(precision), attention.key.to(precision))
 
     def check(self, layer: int, attention: Any) -> None:

@@ -218,9 +218,8 @@ class BatchPass:
     ) -> None:
         """What the tap calls at each site."""
         attention = SiteAttention(site, query, key, scale, bias)
-        for sink in self._sinks:
-            sink.take(attention)
-        self._invalid.append((site.layer, self._sinks[0].invalid_rows(attention)))
+        invalid = [sink.take(attention) for sink in self._sinks]
+        self._invalid.append((site.layer, invalid[0]))
 
     def launched(self, logits: torch.Tensor) -> None:
         """The forward pass is launched: its results start on their way to the host."""
@@ -274,7 +273,7 @@ class CaptureRun:
         """Capture the missing batches; when it returns, all processes have committed theirs."""
         schema = self._schema
         image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-        done = schema.num_images - sum(self._size(batch) for batch in missing)
+        done = schema.num_images - sum(len(self._rows(batch)) for batch in missing)
         batches = self.workers.deal(missing)
         with (
             ThreadPoolExecutor(1, "decode", initializer=_use_device, initargs=(self._device,)) as decoder,
@@ -300,13 +299,12 @@ class CaptureRun:
         _warn_of_prefix_mass(sorted(entry for masses, _ in by_worker for entry in masses), schema, self.label)
         _warn_of_invalid_rows(sorted(entry for _, invalid in by_worker for entry in invalid), schema, self.label)
 
-    def _size(self, batch: int) -> int:
+    def _rows(self, batch: int) -> range:
         rows = self._schema.batch_rows(batch)
-        return len(range(rows.start, rows.stop))
+        return range(rows.start, rows.stop)
 
     def _decode(self, batch: int) -> torch.Tensor:
-        rows = self._schema.batch_rows(batch)
-        return self.images.batch(list(range(rows.start, rows.stop)), self._device)
+        return self.images.batch(list(self._rows(batch)), self._device)
 
     def _sinks(self, batch: int) -> list[Sink]:
         sinks: list[Sink] = []
@@ -314,11 +312,10 @@ class CaptureRun:
             rows = self._schema.batch_rows(batch)
             regions = {layer: None if all_ is None else all_[rows] for layer, all_ in self.regions.items()}
             sinks.append(MetricsSink(self.specs, self.backend, regions, self._copies))
-        if self._schema.encoding:
-            if self.capture.keeps_factors:
-                sinks.append(FactorsSink(self.writer, batch, self._copies, self.found))
-            else:
-                sinks.append(MapsSink(self.writer, batch, self._copies, self._schema.encoding))
+        if self.capture.keeps_factors:
+            sinks.append(FactorsSink(self.writer, batch, self._copies, self.found))
+        elif self._schema.encoding:
+            sinks.append(MapsSink(self.writer, batch, self._copies, self._schema.encoding))
         return sinks
 
     def _launch(self, batch: int, pixels: torch.Tensor) -> BatchPass:
@@ -343,7 +340,7 @@ class CaptureRun:
             batch, results.values, results.undefined, results.logits if self._schema.num_classes else None
         )
         self._prefix_mass.extend((*head, batch, mass) for head, mass in results.prefix_mass.items())
-        progress.reach(self._captured.add(self._size(batch)))
+        progress.reach(self._captured.add(len(self._rows(batch))))
         _return_freed_memory()
 
 

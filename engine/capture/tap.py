@@ -23,14 +23,7 @@ from engine.capture.attention_call import (
     read_attention_call,
     unmeasurable,
 )
-from engine.capture.families import (
-    CaptureError,
-    LayoutError,
-    num_heads,
-    patch_stem,
-    token_layout,
-    vision_module,
-)
+from engine.capture.families import CaptureError, LayoutError, num_heads, patch_stem, token_layout, vision_module
 from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
 from kernels import TokenLayout
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
 from engine.capture import stack_layers
-from kernels import BACKENDS, MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk
+from kernels import BACKENDS, Measurement, MetricSpec, TokenLayout, measure_attention, measure_pair, measure_qk
 from kernels.cpu.threads import num_threads, one_thread
 from store import AttentionStore, Factors
 from store.arrays import layer_arrays
@@ -26,18 +26,13 @@ UNIT_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class BatchValues:
-    """What was measured of a batch, or of a unit of it (without the axis `layer` then).
+    """What was measured of a batch, or of a unit of it (without the axis `layer` then)."""
 
-    Args:
-        values: metric name -> [image, layer, head(, region)].
-        undefined: metric name -> rows of each map that have no part in its value, [image, layer, head]: those without
-            one, and those that are no post-softmax attention.
-        masked: rows of the latter kind, each once; with a pair metric, those of either store.
-    """
-
-    values: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]  # metric name -> [image, layer, head(, region)]
+    # Metric name -> rows of each map that have no part in its value, [image, layer, head]: those without one, and those
+    # that are no post-softmax attention.
     undefined: dict[str, np.ndarray]
-    masked: int
+    masked: int  # rows of the latter kind, each once; with a pair metric, those of either store
 
 
 class BatchMeasurer(Protocol):
@@ -57,28 +52,18 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class StoredMeasurement:
-    """What is to be measured of which stores; values do not depend on how its batches are shared out.
-
-    Args:
-        store: that is measured.
-        other: the second condition's, for pair metrics.
-        metrics: name -> metric.
-        backend: of `kernels.BACKENDS`.
-    """
+    """What is to be measured of which stores; values do not depend on how its batches are shared out."""
 
     store: AttentionStore
-    other: AttentionStore | None
+    other: AttentionStore | None  # the second condition's, for pair metrics
     metrics: Mapping[str, MetricSpec]
-    backend: str
+    backend: str  # of `kernels.BACKENDS`
 
     def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
         """Measure batches in as many threads as `kernels.cpu.threads` has set, in order.
 
         A thread decodes a unit and measures it; no thread waits for another's decoding, so all CPUs are busy whatever
         the ratio of the two, and no more than a unit a thread is in memory.
-
-        Args:
-            names: batch -> the metrics to measure.
 
         Raises:
             StoreError: a shard is missing or damaged.
@@ -127,21 +112,39 @@ class StoredMeasurement:
         return sum(array.row_bytes for array in layer_arrays(self.store.schema, described).values())
 
     def _measure(self, unit: Unit, names: Sequence[str], alone: bool) -> BatchValues:
-        """Measure a unit on its layer's own grid; with `alone`, other threads measure beside this one."""
-        store, other, rows = self.store, self.other, unit.rows
-        attention = Stored(store.read_here(unit.layer, rows, "ours"), store.precision(unit.layer))
-        compared = None
-        if other is not None:
-            compared = Stored(other.read_here(unit.layer, rows, "theirs"), other.precision(unit.layer))
-        layout = TokenLayout.from_dict(store.layout(unit.layer))
-        regions = None if store.regions is None else store.regions[rows]  # the format has one grid of them
+        """Measure a unit on its layer's own grid; with `alone`, other threads measure beside this one.
+
+        Rows that are no attention are left out and counted.
+        """
+        store, other, backend = self.store, self.other, self.backend
         specs = [self.metrics[name] for name in names]
+        single = [spec for spec in specs if spec.inputs != "pair"]
+        pairs = [spec for spec in specs if spec.inputs == "pair"]
+        layout = TokenLayout.from_dict(store.layout(unit.layer))
+        regions = None if store.regions is None else store.regions[unit.rows]  # the format has one grid of them
+        measurements = []
+        ours = Stored.read(store, unit, "ours")
+        theirs = None if other is None else Stored.read(other, unit, "theirs")
         with one_thread() if alone else contextlib.nullcontext():
-            return _measure_layer(attention, compared, layout, specs, self.backend, regions)
+            if single:
+                measurements.append(ours.measure(layout, single, backend, regions))
+            if pairs:
+                assert theirs is not None  # `measure_store` refuses pair metrics without a second store
+                maps = _in_one_precision(ours.maps(), theirs.maps())
+                measurements.append(measure_pair(*maps, layout, pairs, backend, invalid="mask"))
+        values, undefined = {}, {}
+        masked: np.ndarray = np.zeros((), bool)
+        for measured in measurements:
+            invalid = ~np.asarray(measured.valid)
+            masked = masked | invalid
+            of_map = invalid[..., layout.num_prefix_tokens :].sum(axis=-1) if invalid.any() else 0
+            for name in measured:
+                values[name] = np.asarray(measured[name])
+                undefined[name] = np.asarray(measured.undefined_rows[name]) + of_map
+        return BatchValues(values, undefined, int(masked.sum()))
 
     def _join(self, names: Sequence[str], parts: Sequence[tuple[Unit, BatchValues]]) -> BatchValues:
         """A batch's values of those of its units."""
-
         layers: dict[int, list[BatchValues]] = {}
         for unit, measured in parts:
             layers.setdefault(unit.layer, []).append(measured)
@@ -155,15 +158,28 @@ class StoredMeasurement:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One layer of some images as a store keeps it.
-
-    Args:
-        attention: maps [image, head, query, key], or their factors.
-        precision: of either, see `store.precisions`.
-    """
+    """One layer of some images as a store keeps it: maps [image, head, query, key], or their factors."""
 
     attention: np.ndarray | Factors
-    precision: str
+    precision: str  # see `store.precisions`
+
+    @classmethod
+    def read(cls, store: AttentionStore, unit: Unit, place: str) -> Self:
+        """Read and decode a unit in the calling thread; `place` as in `AttentionStore.read_here`."""
+        return cls(store.read_here(unit.layer, unit.rows, place), store.precision(unit.layer))
+
+    def measure(
+        self, layout: TokenLayout, specs: Sequence[MetricSpec], backend: str, regions: np.ndarray | None
+    ) -> Measurement:
+        stored = self.attention
+        if not isinstance(stored, Factors):
+            maps = _kernel_array(stored, self.precision)
+            return measure_attention(maps, layout, specs, backend, invalid="mask", regions=regions)
+        query, key = (_kernel_array(part, self.precision) for part in (stored.query, stored.key))
+        bias: Any = stored.bias
+        if bias is not None and isinstance(query, torch.Tensor):
+            bias = torch.from_numpy(bias)
+        return measure_qk(query, key, layout, specs, stored.scale, bias, backend, invalid="mask", regions=regions)
 
     def maps(self) -> tuple[Any, str]:
         """Maps as kernels take them, and their precision: as stored, or float32 computed from query and key."""
@@ -173,46 +189,6 @@ class Stored:
         out = np.empty((images, heads, tokens, tokens), np.float32)
         softmax_maps(self.attention, self.precision, out)
         return out, "float32"
-
-
-def _measure_layer(
-    attention: Stored,
-    other: Stored | None,
-    layout: TokenLayout,
-    specs: Sequence[MetricSpec],
-    backend: str,
-    regions: np.ndarray | None,
-) -> BatchValues:
-    """What was measured of one layer; rows that are no attention are left out and counted."""
-    measurements = []
-    if single := [spec for spec in specs if spec.inputs != "pair"]:
-        stored = attention.attention
-        if isinstance(stored, Factors):
-            query, key = (_kernel_array(part, attention.precision) for part in (stored.query, stored.key))
-            bias: Any = stored.bias
-            if bias is not None and isinstance(query, torch.Tensor):
-                bias = torch.from_numpy(bias)
-            measured = measure_qk(
-                query, key, layout, single, stored.scale, bias, backend, invalid="mask", regions=regions
-            )
-        else:
-            maps = _kernel_array(stored, attention.precision)
-            measured = measure_attention(maps, layout, single, backend, invalid="mask", regions=regions)
-        measurements.append(measured)
-    if pairs := [spec for spec in specs if spec.inputs == "pair"]:
-        assert other is not None  # `measure_store` refuses pair metrics without one
-        ours, theirs = _in_one_precision(attention.maps(), other.maps())
-        measurements.append(measure_pair(ours, theirs, layout, pairs, backend, invalid="mask"))
-    values, undefined = {}, {}
-    masked: np.ndarray = np.zeros((), bool)
-    for measured in measurements:
-        invalid = ~np.asarray(measured.valid)
-        masked = masked | invalid
-        of_map = invalid[..., layout.num_prefix_tokens :].sum(axis=-1) if invalid.any() else 0
-        for name in measured:
-            values[name] = np.asarray(measured[name])
-            undefined[name] = np.asarray(measured.undefined_rows[name]) + of_map
-    return BatchValues(values, undefined, int(masked.sum()))
 
 
 def _in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:
