@@ -26,9 +26,8 @@ _LEVELS = {
     "layer_means": (LAYERS, "metric"),
     "seed": (RUNS, "layer × metric"),
 }
-
-
-_Place = tuple[int | None, int | None]  # positions of a layer and a head; None: over all of them
+# Positions of a layer and a head; None: over all of them.
+_Place = tuple[int | None, int | None]
 
 
 def compare_conditions(
@@ -77,16 +76,14 @@ def compare_conditions(
     tests: list[PairedTest] = []
     for paired in paired_conditions(table, settings.against, metrics):
         for level, compared, values, places in _families(paired):
-            if compared and places:
-                tests += _test_family(paired, level, compared, np.concatenate(values, axis=2), places, settings)
+            tests += _test_family(paired, level, compared, np.concatenate(values, axis=2), places, settings)
     return tests
 
 
 def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]) -> None:
-    """Whether bounds can be used; a study asks before it trains anything.
+    """Raises InputError for a bound of a metric that is not compared, or that is not positive.
 
-    Raises:
-        InputError: a bound of a metric that is not compared, or that is not positive.
+    A study asks before it trains anything.
     """
     for metric, bound in (equivalence or {}).items():
         if metric not in metrics:
@@ -97,9 +94,7 @@ def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]
             raise InputError(f"statistics.equivalence: {metric} is {bound}; expected a positive number in its unit")
 
 
-def _families(
-    paired: ConditionPairs,
-) -> Iterator[tuple[str, Sequence[MetricPairs], list[Floats], list[_Place]]]:
+def _families(paired: ConditionPairs) -> Iterator[tuple[str, Sequence[MetricPairs], list[Floats], list[_Place]]]:
     """Level, metrics, their values [side, unit, place] and the places; none where there are too few units."""
     metrics, layers = paired.metrics, paired.layers
     by_layer: list[_Place] = [(int(layer), None) for layer in layers]
@@ -113,10 +108,12 @@ def _families(
         yield "class", metrics, [metric.over_classes(paired.classes)[:, :, layers] for metric in metrics], by_layer
 
     means = [defined_mean(values, axis=1)[:, layers, None] for values in by_image]
-    yield "layer_means", metrics, means, [(None, None)] if layers.size >= 2 else []
+    if layers.size >= 2:
+        yield "layer_means", metrics, means, [(None, None)]
 
     by_run = [metric for metric in metrics if metric.changing and len(metric.seeds) >= 2]
-    yield "seed", by_run, [metric.over_images()[:, :, layers] for metric in by_run], by_layer
+    if by_run:
+        yield "seed", by_run, [metric.over_images()[:, :, layers] for metric in by_run], by_layer
 
 
 def _test_family(
@@ -148,11 +145,10 @@ def _test_family(
     resampling = settings.resampling() | ({} if unit == IMAGES else {"bootstrap": 0})
     result = compare_paired(a, b, **resampling, equivalence=tost_bound)
     columns = paired_columns(result)
-    ci_method, test, nested_levels = "Student's t", "paired t-test", None
-    if unit == IMAGES:
-        ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
-    else:
-        columns["ci"] = _student_interval(b - a, settings.confidence)
+    ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
+    if unit != IMAGES:
+        ci_method, columns["ci"] = "Student's t", _student_interval(b - a, settings.confidence)
+    test, nested_levels = "paired t-test", None
     if level == "seed":
         columns["p"] = columns["p_sign_flip"]
         columns["p_holm"], columns["p_bh"] = holm(columns["p"]), benjamini_hochberg(columns["p"])
@@ -161,11 +157,10 @@ def _test_family(
         columns["ci_nested"], nested_levels = _nested_intervals(paired, settings)
 
     size, floor = result.attrs["family_size"], result.attrs["p_floor"]
-    if floor <= settings.alpha:
-        power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(size, 1)}
-        columns["mde_dz"] = np.array([minimum_detectable_effect(int(n), **power) for n in columns["n"]])
-    else:  # no p can fall to alpha
-        columns["mde_dz"] = np.full(len(rows), np.nan)
+    power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(size, 1)}
+    columns["mde_dz"] = np.full(len(rows), np.nan)
+    if floor <= settings.alpha:  # else no p can fall to alpha
+        columns["mde_dz"][:] = [minimum_detectable_effect(int(n), **power) for n in columns["n"]]
     complete = np.isfinite(b - a)
     a, b = np.where(complete, a, np.nan), np.where(complete, b, np.nan)
     columns |= {
@@ -226,11 +221,9 @@ def _student_interval(d: Floats, confidence: float) -> Floats:
     bounds = np.full((d.shape[1], 2), np.nan)
     for column in range(d.shape[1]):
         values = d[np.isfinite(d[:, column]), column]
-        if values.size < 2:
-            continue
-        if values.min() == values.max():  # exactly, where the rounded mean could be off it
-            bounds[column] = values[0]
-            continue
-        half = stats.t.ppf((1 + confidence) / 2, values.size - 1) * stats.sem(values)
-        bounds[column] = values.mean() - half, values.mean() + half
+        if values.size >= 2 and values.min() == values.max():
+            bounds[column] = values[0]  # exactly, where the rounded mean could be off it
+        elif values.size >= 2:
+            half = stats.t.ppf((1 + confidence) / 2, values.size - 1) * stats.sem(values)
+            bounds[column] = values.mean() - half, values.mean() + half
     return bounds

@@ -37,12 +37,7 @@ def write_document(path: Path, document: Any, *, indent: int) -> None:
 
 
 def parse(kind: type[_Document], document: Mapping[str, Any], path: Path, stage: str) -> _Document:
-    """The dataclass that a JSON object holds; keys that it does not declare are left out.
-
-    Args:
-        kind: the dataclass.
-        document: what was read from `path`.
-        stage: which writes it.
+    """The dataclass that a JSON object, read from `path` and written by `stage`, holds; undeclared keys are left out.
 
     Raises:
         InputError: another schema, or a value that is missing or not as `kind` declares it; the sentence says which.

@@ -71,10 +71,8 @@ def morans_inference(
     degree[:, :-1] += 1
     degree[:, 1:] += 1
     s0 = float(degree.sum())
-    s1, s2 = (
-        2 * s0,
-        4 * float((degree**2).sum()),
-    )  # binary symmetric weights: (w_ij + w_ji)² is 4, (w_i. + w_.i)² 4·deg²
+    # Binary symmetric weights: (w_ij + w_ji)² is 4, (w_i. + w_.i)² 4·deg².
+    s1, s2 = 2 * s0, 4 * float((degree**2).sum())
     expectation = -1 / (n - 1)
     variance = (n**2 * s1 - n * s2 + 3 * s0**2) / ((n**2 - 1) * s0**2) - expectation**2
 

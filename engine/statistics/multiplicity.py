@@ -1,4 +1,4 @@
-"""p-values adjusted for the number of tests in a family."""
+"""p-values adjusted for the number of tests in a family, of any shape; NaN is a test that was not made."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from engine.statistics.arrays import Floats
 def holm(p: Any) -> Floats:
     """Holm's step-down adjustment: controls the chance of any false positive, whatever the dependence.
 
-    Args:
-        p: p-values of one family, any shape; NaN marks a test that could not be made and does not count.
-    Returns:
-        Adjusted p-values of the same shape, at most 1, NaN where `p` is.
     Source:
         Holm (1979), Scandinavian Journal of Statistics 6:65–70.
     """
@@ -25,10 +21,6 @@ def holm(p: Any) -> Floats:
 def benjamini_hochberg(p: Any) -> Floats:
     """Benjamini and Hochberg's step-up adjustment: controls the false discovery rate.
 
-    Args:
-        p: p-values of one family, any shape; NaN marks a test that could not be made and does not count.
-    Returns:
-        Adjusted p-values of the same shape, at most 1, NaN where `p` is.
     Source:
         Benjamini and Hochberg (1995), Journal of the Royal Statistical Society B 57:289–300.
     """

@@ -18,21 +18,12 @@ _AXES = ("seed", "image", "layer", "head")
 
 @dataclass(frozen=True)
 class MetricPairs:
-    """One metric (of one region) in two conditions, pair by pair.
+    """One metric (of one region) in two conditions, pair by pair."""
 
-    Attributes:
-        identity: fields of `Compared`: the conditions' names and what was measured.
-        seeds: the runs paired, in the table's order. A condition that no seed changes is paired with every run of the
-            other; else only seeds that both have.
-        sides: [side, seed, image, layer, head], against first, then condition; NaN in both where either has no finite
-            value.
-        changing: whether a seed changes either condition, so that runs are units of their own.
-    """
-
-    identity: Mapping[str, Any]
-    seeds: tuple[Any, ...]
-    sides: Floats
-    changing: bool
+    identity: Mapping[str, Any]  # fields of `Compared`
+    seeds: tuple[Any, ...]  # of the runs paired, in the table's order
+    sides: Floats  # [side, seed, image, layer, head], against, then condition; NaN in both where either is not finite
+    changing: bool  # whether a seed changes either condition, so that runs are units of their own
 
     def over_seeds(self) -> Floats:
         """Means over seeds, [side, image, layer, head]: NaN where a run has no value, so that all share their runs."""
@@ -47,36 +38,25 @@ class MetricPairs:
         return defined_mean(defined_mean(self.sides, axis=4), axis=2)
 
     def over_classes(self, classes: NDArray[np.int64]) -> Floats:
-        """Means over seeds, heads, then over the images of each class that have a pair, [side, class, layer].
-
-        Args:
-            classes: class of each image, from 0 without gaps, [image].
-        """
+        """Means over seeds, heads, then over the images of each class that have a pair, [side, class, layer]."""
         members = [np.flatnonzero(classes == code) for code in range(int(classes.max()) + 1)]
         return np.stack([[defined_mean(side[rows], axis=0) for rows in members] for side in self.over_heads()])
 
     def image_differences(self) -> Floats:
         """Condition − against, seeds and heads averaged, [image, layer]."""
-        against, condition = self.over_heads()
-        return np.asarray(condition - against)
+        return np.asarray(np.diff(self.over_heads(), axis=0)[0])
 
     def run_differences(self) -> Floats:
         """Condition − against of every run and image, heads averaged, [seed, image, layer]."""
-        against, condition = defined_mean(self.sides, axis=4)
-        return np.asarray(condition - against)
+        return np.asarray(np.diff(defined_mean(self.sides, axis=4), axis=0)[0])
 
     def cell_differences(self) -> Floats:
         """Condition − against, seeds and images averaged, [layer, head]."""
-        against, condition = self.over_seeds()
-        return defined_mean(condition - against, axis=0)
+        return defined_mean(np.diff(self.over_seeds(), axis=0)[0], axis=0)
 
 
 def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) -> list[str]:
-    """The metrics to compare, all of the table's when None.
-
-    Raises:
-        InputError: the table lacks a dimension, coordinate or unit, or holds no condition `against` or no such metric.
-    """
+    """The metrics to compare, all of the table's when None. Raises InputError where the table cannot be used."""
     for name in ("condition", *_AXES):
         if name not in table.dims:
             raise InputError(f"the table has no dimension {name!r}; expected condition, {', '.join(_AXES)}")
@@ -88,13 +68,12 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
             f"no condition is called {against!r}{nearest(against, present)} (there are {', '.join(present)})"
         )
     held = [str(name) for name in table.data_vars]
-    for metric in metrics or ():
+    names = list(metrics) if metrics is not None else held
+    for metric in names:
         if metric not in held:
             raise InputError(
                 f"the table holds no metric {metric!r}{nearest(metric, held)} (it holds {', '.join(held)})"
             )
-    names = list(metrics) if metrics is not None else held
-    for metric in names:
         if not isinstance(table[metric].attrs.get("units"), str):
             raise InputError(
                 f"metric {metric!r} of the table has no attribute 'units'; expected its unit, such as 'nat'"
@@ -104,24 +83,16 @@ def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) 
 
 @dataclass(frozen=True)
 class ConditionPairs:
-    """A condition paired with the one that it is compared with.
-
-    Attributes:
-        condition, against: their names.
-        metrics: each metric, and each region of a metric with regions.
-        layer_ids, sites, head_ids: of the axes `layer` and `head`; a site is a module's name.
-        heads: [layer, head], which cells any metric of the table has a value in.
-        classes: class of each image as a number from 0, [image]; None where classes have no names or are fewer than 3.
-    """
+    """A condition paired with the one that it is compared with."""
 
     condition: str
     against: str
-    metrics: Sequence[MetricPairs]
+    metrics: Sequence[MetricPairs]  # each metric, and each region of a metric with regions
     layer_ids: Sequence[int]
-    sites: Sequence[str]
+    sites: Sequence[str]  # module of each layer
     head_ids: Sequence[int]
-    heads: NDArray[np.bool_]
-    classes: NDArray[np.int64] | None
+    heads: NDArray[np.bool_]  # [layer, head], where any metric of the table has a value: some layers have fewer heads
+    classes: NDArray[np.int64] | None  # [image], from 0 without gaps; None: no names, or fewer than 3 classes
 
     @property
     def layers(self) -> NDArray[np.intp]:
@@ -136,8 +107,7 @@ class ConditionPairs:
 def paired_conditions(table: xr.Dataset, against: str, metrics: Sequence[str] | None) -> Iterator[ConditionPairs]:
     """Every other condition of a table paired with `against`, in the table's order.
 
-    Raises:
-        InputError: as `check_table`, or two conditions have no run in common.
+    Raises InputError as `check_table`, and where two conditions have no run in common.
     """
     names = check_table(table, against, metrics)
     table = table[names]
@@ -149,19 +119,9 @@ def paired_conditions(table: xr.Dataset, against: str, metrics: Sequence[str] | 
             layer_ids=[int(layer) for layer in table["layer"].values],
             sites=[str(site) for site in table["site"].values],
             head_ids=[int(head) for head in table["head"].values],
-            heads=_existing_heads(table),
+            heads=_has_values(table, "layer", "head"),
             classes=_classes(table),
         )
-
-
-def _existing_heads(table: xr.Dataset) -> NDArray[np.bool_]:
-    """Which cells [layer, head] any metric has a value in: layers with fewer heads are padded with NaN."""
-    exists = np.zeros((table.sizes["layer"], table.sizes["head"]), dtype=bool)
-    for variable in table.data_vars.values():
-        over = [dim for dim in variable.dims if dim not in ("layer", "head")]
-        finite = xr.apply_ufunc(np.isfinite, variable).any(over)
-        exists |= finite.transpose("layer", "head").values
-    return exists
 
 
 def _classes(table: xr.Dataset) -> NDArray[np.int64] | None:
@@ -183,58 +143,47 @@ def metric_series(table: xr.Dataset) -> Iterator[tuple[str, str | None, xr.DataA
 
 
 def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator[MetricPairs]:
-    runs_against, runs_condition, seeds = _paired_runs(table, condition, against)
-    changing = not (_seed_invariant(table, condition) and _seed_invariant(table, against))
+    """Runs of one seed are paired; the only run of a condition that no seed changes, with every run of the other."""
+    names = (against, condition)
+    runs = [_runs(table, name) for name in names]
+    changing = [not _seed_invariant(table, name) for name in names]
+    first, second = (own if changes else own[:1] for own, changes in zip(runs, changing, strict=True))
+    pairs = [(a, b) for a in first for b in second if a == b or not all(changing)]
+    seeds = table["seed"].values if "seed" in table.coords else np.arange(table.sizes["seed"])
+    if not pairs:
+        of_against, of_condition = (", ".join(str(seeds[run]) for run in own) for own in runs)
+        raise InputError(
+            f"{condition!r} has runs of the seeds {of_condition} and {against!r} of {of_against}: train a common seed"
+        )
     for metric, region, values in metric_series(table):
         sides = np.stack(
             [
-                values.sel(condition=name).isel(seed=runs).transpose(*_AXES).values.astype(np.float64)
-                for name, runs in ((against, runs_against), (condition, runs_condition))
+                values.sel(condition=name).isel(seed=list(own)).transpose(*_AXES).values.astype(np.float64)
+                for name, own in zip(names, zip(*pairs, strict=True), strict=True)
             ]
         )
         unit = table[metric].attrs["units"]
         yield MetricPairs(
             identity={"condition": condition, "against": against, "metric": metric, "unit": unit, "region": region},
-            seeds=seeds,
+            seeds=tuple(seeds[a if changing[0] else b].item() for a, b in pairs),
             sides=np.where(np.isfinite(sides).all(axis=0), sides, np.nan),
-            changing=changing,
+            changing=any(changing),
         )
-
-
-def _paired_runs(table: xr.Dataset, condition: str, against: str) -> tuple[list[int], list[int], tuple[Any, ...]]:
-    """Positions along `seed` of the runs of `against` and of `condition`, pair by pair, and their seeds."""
-    present = {name: _runs(table, name) for name in (against, condition)}
-    for name, runs in present.items():
-        if not runs:
-            raise InputError(f"condition {name!r} holds no finite value of any metric; measure it first")
-    first, second = present[against], present[condition]
-    fixed_first, fixed_second = _seed_invariant(table, against), _seed_invariant(table, condition)
-    if fixed_first and fixed_second:
-        pairs = [(first[0], second[0])]
-    elif fixed_first:
-        pairs = [(first[0], run) for run in second]
-    elif fixed_second:
-        pairs = [(run, second[0]) for run in first]
-    else:
-        pairs = [(run, run) for run in first if run in second]
-    seeds = table["seed"].values if "seed" in table.coords else np.arange(table.sizes["seed"])
-    if not pairs:
-        listed = {name: ", ".join(str(seeds[run]) for run in runs) for name, runs in present.items()}
-        raise InputError(
-            f"{condition!r} has runs of the seeds {listed[condition]} and {against!r} of {listed[against]}: "
-            "train a common seed"
-        )
-    chosen = [second_run if fixed_first else first_run for first_run, second_run in pairs]
-    return [a for a, _ in pairs], [b for _, b in pairs], tuple(seeds[run].item() for run in chosen)
 
 
 def _runs(table: xr.Dataset, condition: str) -> list[int]:
     """Positions along `seed` where the condition has any value."""
-    measured = np.zeros(table.sizes["seed"], dtype=bool)
-    for variable in table.data_vars.values():
-        finite = xr.apply_ufunc(np.isfinite, variable.sel(condition=condition))
-        measured |= finite.any([dim for dim in finite.dims if dim != "seed"]).values
-    return [int(run) for run in np.flatnonzero(measured)]
+    runs = np.flatnonzero(_has_values(table.sel(condition=condition), "seed"))
+    if not runs.size:
+        raise InputError(f"condition {condition!r} holds no finite value of any metric; measure it first")
+    return [int(run) for run in runs]
+
+
+def _has_values(table: xr.Dataset, *dims: str) -> NDArray[np.bool_]:
+    """Where along these dimensions any metric has a finite value."""
+    finite = (xr.apply_ufunc(np.isfinite, metric) for metric in table.data_vars.values())
+    found = [metric.any([dim for dim in metric.dims if dim not in dims]).transpose(*dims) for metric in finite]
+    return np.asarray(np.logical_or.reduce([metric.values for metric in found]))
 
 
 def _seed_invariant(table: xr.Dataset, condition: str) -> bool:

@@ -38,9 +38,8 @@ def layer_trend(table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Seque
         if not half:
             continue
         differences = [metric.image_differences() for metric in paired.metrics]  # [image, layer]
-        a, b = (
-            np.stack([d[:, part].mean(axis=1) for d in differences], axis=1) for part in (layers[:half], layers[-half:])
-        )
+        shallow, deep = layers[:half], layers[-half:]
+        a, b = (np.stack([d[:, part].mean(axis=1) for d in differences], axis=1) for part in (shallow, deep))
         result = compare_paired(a, b, **settings.resampling())
         complete = np.isfinite(b - a)
         by_layer = [defined_mean(d, axis=0)[layers] for d in differences]
@@ -56,8 +55,8 @@ def layer_trend(table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Seque
             unit_of_inference=IMAGES,
             family=paired.family("deep against shallow layers: metric"),
             family_size=result.attrs["family_size"],
-            shallow_layers=tuple(paired.layer_ids[i] for i in layers[:half]),
-            deep_layers=tuple(paired.layer_ids[i] for i in layers[-half:]),
+            shallow_layers=tuple(paired.layer_ids[i] for i in shallow),
+            deep_layers=tuple(paired.layer_ids[i] for i in deep),
         )
     return trends
 

@@ -28,14 +28,13 @@ def minimum_detectable_effect(n: int, *, alpha: float = 0.05, power: float = 0.8
     Source:
         The noncentral t distribution; Cohen (1988), Statistical power analysis, §2.
     """
-    level = alpha / max(family_size, 1)
     if not (0 < alpha < 1 and 0.5 <= power < 1):
         raise ValueError(f"expected alpha between 0 and 1, power from 0.5 to below 1; found {alpha} and {power}")
     if family_size < 1:
         raise ValueError(f"a family has at least 1 test; found {family_size}")
     if n < 2:
         return math.nan
-    critical = float(stats.t.isf(level / 2, n - 1))
+    critical = float(stats.t.isf(alpha / family_size / 2, n - 1))
 
     def excess(dz: float) -> float:
         # At a power of .5 or more the other tail is below 1e-8, and scipy's value of it is NaN in places.

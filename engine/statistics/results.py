@@ -251,10 +251,7 @@ class Comparison:
 
 
 def parse_comparison(document: Mapping[str, Any], path: Path) -> Comparison:
-    """The comparison that a JSON document holds.
-
-    Args:
-        document: what was read from `path`.
+    """The comparison that a JSON document, read from `path`, holds.
 
     Raises:
         InputError: another schema, no settings, or a part that is not as `Comparison` declares it.
@@ -281,14 +278,10 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 def build(
     kind: type[_Result], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], **same: Any
 ) -> list[_Result]:
-    """One result per row.
+    """One result per row, a dataclass: of its own fields, of `columns`, and of the fields that are the same for all.
 
-    Args:
-        kind: a dataclass of results.
-        rows: fields of each row by itself.
-        columns: field -> one value per row: a list, an array [row], or of an interval [row, 2]; NaN and infinity, which
-            JSON does not have, become None. Columns that are no field of `kind` are left out.
-        same: fields that are the same in every row.
+    `columns` maps a field to one value per row: a list, an array [row], or of an interval [row, 2]; NaN and infinity,
+    which JSON does not have, become None. Columns that are no field of `kind` are left out.
     """
     chosen = {entry.name: _values(columns[entry.name]) for entry in fields(kind) if entry.name in columns}
     return [
