@@ -132,6 +132,11 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
     other = store_of(tmp_path / "other.zarr", image_ids=tuple(f"{row}.png" for row in range(11)))
     with pytest.raises(InputError, match="captured over other images than"):
         measured(one, ["js_divergence"], against=other)
+    chosen, others = (
+        store_of(tmp_path / f"{first}.zarr", head_ids=tuple(range(first, first + max(case.HEADS)))) for first in (0, 4)
+    )
+    with pytest.raises(InputError, match=r"4\.zarr has other layers, heads or tokens than \S+0\.zarr"):
+        measured(chosen, ["js_divergence"], against=others)
     plain = store_of(tmp_path / "plain.zarr", encoding="")
     with pytest.raises(InputError, match=r"plain\.zarr holds no attention maps, so js_divergence"):
         measured(one, ["js_divergence"], against=plain)

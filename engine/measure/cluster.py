@@ -44,36 +44,22 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A measurement as it travels: names and paths, which a worker looks up on its own side.
+    """A measurement as it travels: names and paths, which a worker looks up on its own side."""
 
-    Args:
-        id: of this run; a worker opens the stores again for another.
-        code_version: of this package, which workers must have.
-        store, other: absolute paths or URLs; other is "" without pair metrics.
-        captures: digests of the two.
-        metrics: of each its name, how the user named it, and its `definition`.
-        backend: of `kernels.BACKENDS`.
-    """
-
-    id: str
-    code_version: str
-    store: str
-    other: str
-    captures: tuple[str, ...]
-    metrics: tuple[tuple[str, str, str], ...]
-    backend: str
+    id: str  # of this run; a worker opens the stores again for another
+    code_version: str  # of this package, which workers must have
+    stores: tuple[tuple[str, str], ...]  # absolute path or URL, and digest: of the store, and of the other for pairs
+    metrics: tuple[tuple[str, str, str], ...]  # of each its name, how the user named it, and its `definition`
+    backend: str  # of `kernels.BACKENDS`
 
     @classmethod
     def describe(cls, measurement: StoredMeasurement, named: Mapping[str, str]) -> Job:
         """The same measurement, for workers; `named` is how the user named each metric."""
         stores = [store for store in (measurement.store, measurement.other) if store is not None]
-        paths = [str(store.path) for store in stores]
         return cls(
             id=uuid.uuid4().hex,
             code_version=__version__,
-            store=paths[0],
-            other=paths[1] if len(paths) > 1 else "",
-            captures=tuple(store.digest for store in stores),
+            stores=tuple((str(store.path), store.digest) for store in stores),
             metrics=tuple((name, named[name], spec.definition()) for name, spec in measurement.metrics.items()),
             backend=measurement.backend,
         )
@@ -81,12 +67,7 @@ class Job:
 
 @contextlib.contextmanager
 def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str, str]) -> Iterator[Cluster]:
-    """A cluster whose workers have been asked whether they can do it.
-
-    Args:
-        scheduler: its address, tcp://HOST:PORT.
-        measurement: what is to be measured.
-        named: metric name -> how the user named it.
+    """A cluster whose workers have been asked whether they can do it; `named` is how the user named each metric.
 
     Raises:
         InputError: Dask is not installed here, the scheduler cannot be reached or has no workers, or a worker has
@@ -244,8 +225,8 @@ def _opened(job: Job) -> StoredMeasurement:
         specs[name] = load_metrics([named])[0]
         if specs[name].definition() != expected:
             raise InputError(f"the module that defines metric {named!r} is another there; copy it from here")
-    stores = [AttentionStore.open(path) for path in (job.store, job.other) if path]
-    for store, digest in zip(stores, job.captures, strict=True):
+    stores = [AttentionStore.open(path) for path, _ in job.stores]
+    for store, (_, digest) in zip(stores, job.stores, strict=True):
         if store.digest != digest:
             raise InputError(f"{store.path} is another capture there; expected a file system that both sides share")
     return StoredMeasurement(stores[0], stores[1] if len(stores) > 1 else None, specs, job.backend)

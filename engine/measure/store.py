@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from engine.capture import metric_parameters, stored_parameters
 from engine.config import load_metrics
 from engine.measure.cluster import connected
+from engine.measure.table import same_architecture
 from engine.measure.units import BatchMeasurer, StoredMeasurement
 from engine.progress import ImageProgress, say
 from kernels import MetricSpec, TokenLayout, check_metrics, resolve
@@ -46,11 +46,16 @@ def measure_store(
         ClusterError: the cluster failed; see `engine.measure.cluster`.
     """
     chosen = resolve(backend, "cpu").name
-    missing = missing_metrics(store, metrics, against)
+    if not metrics:
+        raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
+    specs = load_metrics(metrics)
+    _check_second_store(store, specs, against)
+    missing = {spec.name: spec for spec in specs if not _is_measured(store, spec, against)}
     if not missing:
         return ()
-    other = against if any(spec.inputs == "pair" for spec in missing.values()) else None
-    _require_maps(store, missing)
+    pairs = [name for name, spec in missing.items() if spec.inputs == "pair"]
+    other = against if pairs else None
+    _require_maps(store, missing.values())
     layouts = [TokenLayout.from_dict(layer.layout) for layer in store.schema.layers]
     check_metrics(list(missing.values()), layouts, len(store.schema.regions), chosen)
     images = store.committed_images
@@ -75,7 +80,7 @@ def measure_store(
         if scheduler:
             named = {load_metrics([name])[0].name: name for name in metrics}
             measurer = resources.enter_context(connected(scheduler, measurement, named))
-        against_of = {name: other for name, spec in missing.items() if spec.inputs == "pair" and other is not None}
+        against_of = {} if other is None else dict.fromkeys(pairs, other)
         writer = resources.enter_context(
             MetricWriter.open(store, parameters, region_metrics=needing, against=against_of)
         )
@@ -99,45 +104,31 @@ def measure_store(
     return tuple(missing)
 
 
-def missing_metrics(
-    store: AttentionStore, metrics: Sequence[str], against: AttentionStore | None = None
-) -> dict[str, MetricSpec]:
-    """The metrics that this version of the code has not left in the store, by name.
+def _is_measured(store: AttentionStore, spec: MetricSpec, against: AttentionStore | None) -> bool:
+    """Whether this version of the code has left all of a metric's values in the store.
 
-    Raises:
-        InputError: no metric, no such metric, or a pair metric without a second store that fits.
-        StoreError: a store is damaged.
+    A measurement that was killed has left its parameters and some of its batches.
     """
-    if not metrics:
-        raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
-    missing: dict[str, MetricSpec] = {}
-    specs = load_metrics(metrics)
-    _check_second_store(store, {spec.name: spec for spec in specs}, against)
-    for spec in specs:
-        parameters = stored_parameters(store, spec, against)
-        # A measurement that was killed has left its parameters and some of its batches.
-        compared = against if spec.inputs == "pair" else None
-        if parameters is None or not has_metric(store, spec.name, parameters, compared):
-            missing[spec.name] = spec
-    return missing
+    parameters = stored_parameters(store, spec, against)
+    compared = against if spec.inputs == "pair" else None
+    return parameters is not None and has_metric(store, spec.name, parameters, compared)
 
 
-def _check_second_store(store: AttentionStore, specs: Mapping[str, MetricSpec], other: AttentionStore | None) -> None:
+def _check_second_store(store: AttentionStore, specs: Sequence[MetricSpec], other: AttentionStore | None) -> None:
     """Raises InputError unless there is a second store, and one that fits, exactly where a metric compares two."""
-    pairs = [name for name, spec in specs.items() if spec.inputs == "pair"]
+    pairs = [spec.name for spec in specs if spec.inputs == "pair"]
     if other is None:
         if pairs:
             raise InputError(f"{pairs[0]} compares two captures; name the other one with --against OTHER.zarr")
         return
     if not pairs:
-        raise InputError(f"--against {other.path} is given, but none of {', '.join(specs)} compares two captures")
+        names = ", ".join(spec.name for spec in specs)
+        raise InputError(f"--against {other.path} is given, but none of {names} compares two captures")
     if other.image_ids != store.image_ids:
         raise InputError(
             f"{other.path} was captured over other images than {store.path}; a pair metric compares the same images"
         )
-    if [dataclasses.replace(layer, factors=None) for layer in other.schema.layers] != [
-        dataclasses.replace(layer, factors=None) for layer in store.schema.layers
-    ]:
+    if not same_architecture(store, other):
         raise InputError(
             f"{other.path} has other layers, heads or tokens than {store.path}; a pair metric compares models of one "
             "architecture at one input size"
@@ -158,9 +149,9 @@ def _pictures(store: AttentionStore) -> dict[str, str]:
     return {record["id"]: record["sha256"] for record in records if record["sha256"]}
 
 
-def _require_maps(store: AttentionStore, specs: Iterable[str]) -> None:
+def _require_maps(store: AttentionStore, specs: Iterable[MetricSpec]) -> None:
     if not store.schema.encoding:
-        names = ", ".join(specs)
+        names = ", ".join(spec.name for spec in specs)
         raise InputError(
             f"{store.path} holds no attention maps, so {names} cannot be computed from it; capture again with "
             f"capture.sinks store, or with {names} in measure.metrics"

@@ -114,15 +114,19 @@ def _names(names: Iterable[str]) -> np.ndarray:
 def _require_same(first: AttentionStore, store: AttentionStore, key: tuple[str, int]) -> None:
     if store.image_ids != first.image_ids:
         raise InputError(f"{key[0]} seed {key[1]} was captured over other images than {first.path.name}; capture again")
-    measured, expected = (
-        [s.schema.head_ids, *(dataclasses.replace(layer, factors=None) for layer in s.schema.layers)]
-        for s in (store, first)
-    )
-    if measured != expected:
+    if not same_architecture(store, first):
         raise InputError(
             f"{key[0]} seed {key[1]} has other layers, heads or tokens than {first.path.name}; "
             "only models of one architecture at one input size can be compared"
         )
+
+
+def same_architecture(one: AttentionStore, other: AttentionStore) -> bool:
+    """Whether captures have the same layers, heads and tokens, however their attention is kept."""
+    schemas = (one.schema, other.schema)
+    heads = [schema.head_ids or tuple(range(schema.max_heads)) for schema in schemas]
+    layers = [[dataclasses.replace(layer, factors=None) for layer in schema.layers] for schema in schemas]
+    return heads[0] == heads[1] and layers[0] == layers[1]
 
 
 def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
