@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,11 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def library(array: Any) -> Any:
+    """torch or NumPy, whose functions of the same names and arguments the array takes."""
+    return sys.modules["torch"] if is_torch(array) else np
+
+
 def wants_grad(array: Any) -> bool:
     """Whether autograd would record operations on it."""
     return is_torch(array) and bool(array.requires_grad) and bool(sys.modules["torch"].is_grad_enabled())
@@ -55,11 +62,9 @@ def host_view(array: Any) -> np.ndarray:
     return np.asarray(array.numpy())
 
 
-def from_host(values: np.ndarray, like: Any) -> Any:
-    """A host array as the kind of array `like` is, on its device."""
-    if not is_torch(like):
-        return values
-    return sys.modules["torch"].as_tensor(values, device=like.device)
+def as_kind(values: Any, like: Any) -> Any:
+    """Values as the kind of array that `like` is, on its device; only a host array may become another kind."""
+    return sys.modules["torch"].as_tensor(values, device=like.device) if is_torch(like) else np.asarray(values)
 
 
 def to_float64(array: Any) -> np.ndarray:
@@ -71,17 +76,22 @@ def to_float64(array: Any) -> np.ndarray:
 
 def mean_of_rows(values: Any, valid: Any) -> tuple[Any, Any]:
     """(mean of the values that are not NaN, in float64, how many valid ones are NaN) over the last axis."""
-    if not is_torch(values):
-        defined = ~np.isnan(values)
-        count = defined.sum(axis=-1)
-        total = np.where(defined, values, 0.0).sum(axis=-1, dtype=np.float64)
-        mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-        return mean, np.asarray((~defined & valid).sum(axis=-1), dtype=np.int64)
-    torch = sys.modules["torch"]
-    defined = ~values.isnan()
-    count = defined.sum(dim=-1)
-    total = torch.where(defined, values, 0.0).sum(dim=-1, dtype=torch.float64)
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan), (~defined & valid).sum(dim=-1)
+    of = library(values)
+    defined = ~of.isnan(values)
+    count = defined.sum(-1)
+    total = of.where(defined, values, 0.0).sum(-1, dtype=of.float64)
+    return of.where(count > 0, total / count.clip(1), of.nan), (~defined & valid).sum(-1)
+
+
+def map_starts(leading: tuple[int, ...], steps: Sequence[int]) -> np.ndarray:
+    """Where each map begins, counted over the leading axes in C order, with a step in memory on each; int64 [map]."""
+    along_axes = (np.arange(size, dtype=np.int64) * step for size, step in zip(leading, steps, strict=True))
+    return functools.reduce(np.add.outer, along_axes, np.zeros((), np.int64)).reshape(-1)
+
+
+def spans(maps: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of at most `most` maps each. No maps still make one span: it fixes the shapes of the results."""
+    return ((start, min(start + most, maps)) for start in range(0, max(maps, 1), most))
 
 
 def flat_index(leading: tuple[int, ...], start: int, stop: int) -> tuple[Any, ...]:

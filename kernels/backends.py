@@ -114,16 +114,22 @@ class Backend(Protocol):
 
     def values(self, result: Any, valid: Any, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
         """The metrics of what a pass gave, and which rows are valid, in the input's shape and kind."""
-        values = {}
-        for spec in specs:
-            code = self.implementation(spec)
-            assert code is not None  # `specs` holds those this backend has code for
-            flat = code(result)
-            values[spec.name] = flat.reshape((*given.leading, *flat.shape[1:]))
-        valid = valid.reshape((*given.leading, given.layout.num_tokens))
-        if is_torch(valid) and not is_torch(given.like):
-            return Values({name: value.numpy() for name, value in values.items()}, valid.numpy())
-        return Values(values, valid)
+        return shaped({spec.name: self.compute(spec, result) for spec in specs}, valid, given)
+
+    def compute(self, spec: MetricSpec, result: Any) -> Any:
+        """What this backend's code for a metric makes of a pass."""
+        code = self.implementation(spec)
+        assert code is not None  # metrics that it has no code for are never asked of it
+        return code(result)
+
+
+def shaped(values: dict[str, Any], valid: Any, given: Maps | Factors) -> Values:
+    """Values of flattened maps with the leading axes of the input, and of its kind where that is NumPy."""
+    values = {name: flat.reshape((*given.leading, *flat.shape[1:])) for name, flat in values.items()}
+    valid = valid.reshape((*given.leading, given.layout.num_tokens))
+    if is_torch(valid) and not is_torch(given.like):
+        return Values({name: value.numpy() for name, value in values.items()}, valid.numpy())
+    return Values(values, valid)
 
 
 @dataclass(frozen=True, slots=True)

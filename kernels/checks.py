@@ -14,11 +14,7 @@ ROW_SUM_TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4, "float6
 
 
 def float_array(array: Any, name: str) -> Any:
-    """The array, which is one of `FLOAT_DTYPES`.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """The array, which is one of `FLOAT_DTYPES`; else TypeError."""
     if not (isinstance(array, np.ndarray) or is_torch(array)):
         raise TypeError(f"{name} is a {type(array).__name__}; expected a NumPy array or a torch tensor")
     if dtype_name(array) not in FLOAT_DTYPES:
@@ -27,11 +23,7 @@ def float_array(array: Any, name: str) -> Any:
 
 
 def attention_array(array: Any, name: str, layout: TokenLayout) -> Any:
-    """The array, which is [..., query, key] of the layout's tokens.
-
-    Raises:
-        TypeError, ValueError: it is not.
-    """
+    """The array, which is [..., query, key] of the layout's tokens; else TypeError or ValueError."""
     array, tokens = float_array(array, name), layout.num_tokens
     if array.ndim < 2 or tuple(array.shape[-2:]) != (tokens, tokens):
         raise ValueError(f"{name} has shape {tuple(array.shape)}; expected [..., {tokens}, {tokens}] for {layout}")
@@ -39,11 +31,7 @@ def attention_array(array: Any, name: str, layout: TokenLayout) -> Any:
 
 
 def check_alike(name: str, one: Any, other_name: str, other: Any) -> None:
-    """Two arrays are of one kind and dtype, and on one device.
-
-    Raises:
-        TypeError, ValueError: they are not.
-    """
+    """TypeError or ValueError unless two arrays are of one kind and dtype, and on one device."""
     if is_torch(one) != is_torch(other) or one.dtype != other.dtype:
         one_kind, other_kind = (f"{'torch' if is_torch(a) else 'NumPy'} {dtype_name(a)}" for a in (one, other))
         raise TypeError(f"{name} is {one_kind} and {other_name} is {other_kind}; expected one kind and dtype")
@@ -52,11 +40,7 @@ def check_alike(name: str, one: Any, other_name: str, other: Any) -> None:
 
 
 def bias_array(bias: Any, leading: tuple[int, ...], layout: TokenLayout, like: Any) -> Any:
-    """bias broadcast (a view) to [*leading, query, key]; None stays None.
-
-    Raises:
-        TypeError, ValueError: it is not of a kind or shape for that.
-    """
+    """bias broadcast (a view) to [*leading, query, key], else TypeError or ValueError; None stays None."""
     if bias is None:
         return None
     if not (isinstance(bias, np.ndarray) or is_torch(bias)) or is_torch(bias) != is_torch(like):
@@ -73,11 +57,7 @@ def bias_array(bias: Any, leading: tuple[int, ...], layout: TokenLayout, like: A
 
 
 def regions_array(regions: Any, leading: tuple[int, ...], layout: TokenLayout) -> np.ndarray | None:
-    """regions as float64 NumPy, broadcast (a view) to [*leading, region, patch].
-
-    Raises:
-        ValueError: values that are no shares, or a shape that does not fit.
-    """
+    """regions as float64 NumPy, broadcast (a view) to [*leading, region, patch], else ValueError; None stays None."""
     if regions is None:
         return None
     coverage = to_float64(regions)
@@ -105,12 +85,8 @@ def regions_array(regions: Any, leading: tuple[int, ...], layout: TokenLayout) -
 def rounded_to(precision: str | None, *attentions: Any) -> str:
     """The precision that decides how far sums of rows may be off 1: the coarsest that values were rounded to.
 
-    Args:
-        precision: as a user gave it; None: what an array says itself by an attribute `precision` (as those that
-            `store.AttentionStore.read` gives do), else its dtype.
-
-    Raises:
-        ValueError: no such precision.
+    That is what a user gave (ValueError if there is none of that name), else what an array says itself by an attribute
+    `precision` (as those that `store.AttentionStore.read` gives do), else its dtype.
     """
     if precision is not None and precision not in ROW_SUM_TOLERANCE:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(ROW_SUM_TOLERANCE)}")

@@ -12,10 +12,13 @@ from kernels.arrays import Values, dtype_name, host_view, to_float64
 from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
 from kernels.errors import InvalidAttentionError
 from kernels.layout import TokenLayout
+from kernels.reference import softmax_rows
 
 if TYPE_CHECKING:
     from kernels.backends import Backend
     from kernels.metrics import MetricSpec
+
+Index = tuple[Any, ...]  # of some maps, over the leading axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,11 @@ class Maps:
     @property
     def tolerance(self) -> float:
         return ROW_SUM_TOLERANCE[self.precision]
+
+    def rows(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
+        """(float64 rows [map, query, key] of some maps, which of them are valid)."""
+        rows = to_float64(self.attention[index])
+        return rows, valid_rows(rows, self.tolerance)
 
     def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
         return backend.measure_attention(self, specs)
@@ -76,6 +84,13 @@ class Factors:
     def leading(self) -> tuple[int, ...]:
         return tuple(self.query.shape[:-2])
 
+    def rows(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
+        bias = None if self.bias is None else to_float64(self.bias[index])
+        if bias is not None and dtype_name(self.bias) == "bool":  # True = attend
+            bias = np.where(bias > 0, 0.0, -np.inf)
+        rows = softmax_rows(to_float64(self.query[index]), to_float64(self.key[index]), self.scale, bias)
+        return rows, ~np.isnan(rows).any(axis=-1)
+
     def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
         return backend.measure_qk(self, specs)
 
@@ -100,6 +115,11 @@ class MapPair(Maps):
     """The same maps in two conditions; a row is valid if it is in both."""
 
     other: Any
+
+    def rows(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
+        """(float64 rows [condition, map, query, key], which are valid in both conditions)."""
+        rows = np.stack([to_float64(array[index]) for array in (self.attention, self.other)])
+        return rows, np.asarray(valid_rows(rows, self.tolerance).all(axis=0))
 
     def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
         return backend.measure_pair(self, specs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ Invalid = Literal["raise", "mask"]
 Reduce = Literal["mean", "none"]
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Measurement(Mapping[str, Any]):
     """Metric name -> values, with what is needed to trust them.
 
@@ -41,20 +43,11 @@ class Measurement(Mapping[str, Any]):
         from_reference: names of the metrics this backend computed from their `reference` alone.
     """
 
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        *,
-        backend: str,
-        undefined_rows: Mapping[str, Any],
-        valid: Any,
-        from_reference: tuple[str, ...] = (),
-    ) -> None:
-        self._values = dict(values)
-        self.backend = backend
-        self.undefined_rows = dict(undefined_rows)
-        self.valid = valid
-        self.from_reference = from_reference
+    _values: dict[str, Any]
+    backend: str
+    undefined_rows: dict[str, Any]
+    valid: Any
+    from_reference: tuple[str, ...]
 
     @property
     def undefined(self) -> dict[str, int]:
@@ -117,8 +110,7 @@ def measure_attention(
         TypeError: not an array of one of the four dtypes.
         BackendUnavailableError: the backend asked for cannot run on this input.
     """
-    specs = _specs_of_one(metrics, regions)
-    _check_options(invalid, reduce)
+    specs = _specs(metrics, regions)
     attention = checks.attention_array(attention, "attention", layout)
     chosen = _choose(backend, attention)
     regions = checks.regions_array(regions, tuple(attention.shape[:-2]), layout)
@@ -156,8 +148,7 @@ def measure_qk(
             invalid="mask".
         ValueError, TypeError, BackendUnavailableError: as `measure_attention`.
     """
-    specs = _specs_of_one(metrics, regions)
-    _check_options(invalid, reduce)
+    specs = _specs(metrics, regions)
     query, key = checks.float_array(query, "query"), checks.float_array(key, "key")
     checks.check_alike("query", query, "key", key)
     if query.ndim < 2 or query.shape != key.shape or query.shape[-2] != layout.num_tokens or query.shape[-1] < 1:
@@ -204,11 +195,7 @@ def measure_pair(
         TypeError: not two arrays of one kind and one of the four dtypes.
         BackendUnavailableError: the backend asked for cannot run on this input.
     """
-    specs = _specs(metrics)
-    for spec in specs:
-        if spec.inputs != "pair":
-            raise ValueError(f"metric {spec.name!r} is of one attention, not of a pair; use measure_attention")
-    _check_options(invalid, reduce)
+    specs = _specs(metrics, pair=True)
     attention = checks.attention_array(attention, "attention", layout)
     other = checks.attention_array(other, "other", layout)
     checks.check_alike("attention", attention, "other", other)
@@ -225,21 +212,20 @@ def _run(
     chosen: BackendSpec, specs: Sequence[MetricSpec], given: Maps | Factors, invalid: Invalid, reduce: Reduce
 ) -> Measurement:
     """One pass of the backend for the metrics it has code for, one over tiles for the others; then the means."""
+    if invalid not in ("raise", "mask"):
+        raise ValueError(f'invalid is {invalid!r}; expected "raise" or "mask"')
+    if reduce not in ("mean", "none"):
+        raise ValueError(f'reduce is {reduce!r}; expected "mean" or "none"')
     backend = chosen.load()
     own = [spec for spec in specs if backend.implementation(spec) is not None]
     others = [spec for spec in specs if spec not in own]
     values: dict[str, Any] = {}
     valid: Any = None
-    if own:
-        result = given.measure(backend, own)
-        values, valid = dict(result.values), result.valid
-    if others:
-        result = given.measure(REFERENCE, others)
-        on_host = valid is None or not arrays.is_torch(valid)
-        for name, tile in result.values.items():
-            values[name] = tile if on_host else arrays.from_host(tile, given.like)
-        if valid is None:
-            valid = result.valid
+    for runner, part in ((backend, own), (REFERENCE, others)):
+        if part:
+            result = given.measure(runner, part)
+            valid = result.valid if valid is None else valid
+            values |= {name: arrays.as_kind(found, valid) for name, found in result.values.items()}
     # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.
     if invalid == "raise" and not bool(valid.all()):
         raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
@@ -248,41 +234,33 @@ def _run(
     reduced: dict[str, Any] = {}
     undefined: dict[str, Any] = {}
     for spec in specs:
-        found = values[spec.name]
-        if spec.inputs == "regions" or found.ndim != valid.ndim:  # of a whole map
-            value, count = _values_of_maps(found, patches_valid)
+        value = values[spec.name]
+        if spec.inputs == "regions" or value.ndim != valid.ndim:  # of a whole map
+            value, count = _values_of_maps(value, patches_valid)
         elif reduce == "none":
-            value, count = found, (_is_nan(found) & patches_valid).sum(-1)
+            count = (arrays.library(value).isnan(value) & patches_valid).sum(-1)
         else:
-            value, count = (backend if spec in own else REFERENCE).mean_of_rows(found, patches_valid)
-        reduced[spec.name] = value if arrays.is_torch(value) else arrays.from_host(value, given.like)
-        if not arrays.is_torch(count):
-            count = arrays.from_host(np.asarray(count, dtype=np.int64), given.like)
-        undefined[spec.name] = count
-    return Measurement(
-        reduced,
-        backend=chosen.name,
-        undefined_rows=undefined,
-        valid=valid if arrays.is_torch(valid) else arrays.from_host(valid, given.like),
-        from_reference=tuple(spec.name for spec in others),
-    )
-
-
-def _is_nan(values: Any) -> Any:
-    return values.isnan() if arrays.is_torch(values) else np.isnan(values)
+            value, count = (backend if spec in own else REFERENCE).mean_of_rows(value, patches_valid)
+        reduced[spec.name] = arrays.as_kind(value, given.like)
+        undefined[spec.name] = arrays.as_kind(count, given.like)
+    from_reference = tuple(spec.name for spec in others)
+    return Measurement(reduced, chosen.name, undefined, arrays.as_kind(valid, given.like), from_reference)
 
 
 def _values_of_maps(values: Any, valid: Any) -> tuple[Any, Any]:
     """(float64 values [*leading] or [*leading, region], how many of a map's are missing though it has a valid row)."""
-    missing = _is_nan(values)
+    library = arrays.library(values)
+    missing = library.isnan(values)
     if missing.ndim == valid.ndim:
         missing = missing.sum(-1)
-    if arrays.is_torch(values):
-        return values.double(), missing.long() * valid.any(dim=-1)
-    return np.asarray(values, dtype=np.float64), missing * valid.any(axis=-1)
+    doubles = values.double() if arrays.is_torch(values) else np.asarray(values, dtype=np.float64)
+    return doubles, library.where(valid.any(-1), missing, 0)
 
 
-def _specs(metrics: str | MetricSpec | Sequence[str | MetricSpec]) -> list[MetricSpec]:
+def _specs(
+    metrics: str | MetricSpec | Sequence[str | MetricSpec], regions: Any = None, pair: bool = False
+) -> list[MetricSpec]:
+    """The metrics of these names, each one that one attention and these regions, or a pair of attentions, can give."""
     if isinstance(metrics, str | MetricSpec):
         metrics = (metrics,)
     specs = load_metrics(metrics)
@@ -290,26 +268,16 @@ def _specs(metrics: str | MetricSpec | Sequence[str | MetricSpec]) -> list[Metri
         raise ValueError("metrics is empty; name at least one metric")
     if len(specs) < len(metrics):
         raise ValueError(f"metrics name one metric twice: {', '.join(map(str, metrics))}")
-    return specs
-
-
-def _specs_of_one(metrics: Sequence[str | MetricSpec], regions: Any) -> list[MetricSpec]:
-    specs = _specs(metrics)
     for spec in specs:
-        if spec.inputs == "pair":
+        if pair and spec.inputs != "pair":
+            raise ValueError(f"metric {spec.name!r} is of one attention, not of a pair; use measure_attention")
+        if spec.inputs == "pair" and not pair:
             raise ValueError(
                 f"metric {spec.name!r} compares two conditions; one attention cannot give it: use measure_pair"
             )
         if spec.inputs == "regions" and regions is None:
             raise ValueError(f"metric {spec.name!r} needs regions [..., region, patch]; none were given")
     return specs
-
-
-def _check_options(invalid: str, reduce: str) -> None:
-    if invalid not in ("raise", "mask"):
-        raise ValueError(f'invalid is {invalid!r}; expected "raise" or "mask"')
-    if reduce not in ("mean", "none"):
-        raise ValueError(f'reduce is {reduce!r}; expected "mean" or "none"')
 
 
 def _choose(backend: str, *inputs: Any) -> BackendSpec:

@@ -5,22 +5,19 @@ This is the `reference` backend, and what every other backend does with a metric
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from kernels import reference
-from kernels.arrays import Values, dtype_name, flat_index, to_float64
-from kernels.backends import Backend
-from kernels.checks import valid_rows
+from kernels.arrays import Values, flat_index, spans, to_float64
+from kernels.backends import Backend, shaped
 from kernels.errors import MetricError
 from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
-
-Index = tuple[Any, ...]  # of some maps, over the leading axes
 
 TILE_BYTES = 32 * 2**20  # of float64 rows; the definitions make a handful of temporaries of that size
 
@@ -36,63 +33,31 @@ class ReferenceBackend(Backend):
         return spec.reference
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
-        def rows(index: Index) -> tuple[np.ndarray, np.ndarray]:
-            tile = to_float64(maps.attention[index])
-            return tile, valid_rows(tile, maps.tolerance)
-
-        return _measure(rows, maps, specs)
+        return _measure(maps, specs)
 
     def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
-        def rows(index: Index) -> tuple[np.ndarray, np.ndarray]:
-            both = np.stack([to_float64(array[index]) for array in (pair.attention, pair.other)])
-            return both, np.asarray(valid_rows(both, pair.tolerance).all(axis=0))
-
-        return _measure(rows, pair, specs)
+        return _measure(pair, specs)
 
     def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
-        def rows(index: Index) -> tuple[np.ndarray, np.ndarray]:
-            added = None if factors.bias is None else _additive(factors.bias[index])
-            query, key = to_float64(factors.query[index]), to_float64(factors.key[index])
-            tile = reference.softmax_rows(query, key, factors.scale, added)
-            return tile, ~np.isnan(tile).any(axis=-1)
-
-        return _measure(rows, factors, specs)
+        return _measure(factors, specs)
 
 
-def _additive(bias: Any) -> np.ndarray:
-    """A boolean mask (True = attend) as 0 and −inf; an additive bias as it is."""
-    if dtype_name(bias) == "bool":
-        return np.where(to_float64(bias) > 0, 0.0, -np.inf)
-    return to_float64(bias)
-
-
-def _measure(
-    rows: Callable[[Index], tuple[np.ndarray, np.ndarray]],
-    given: Maps | Factors,
-    specs: Sequence[MetricSpec],
-) -> Values:
-    """Every metric of every tile; `rows` gives the float64 rows of some maps, and which of them are valid."""
-    layout, leading, regions, tokens = given.layout, given.leading, given.regions, given.layout.num_tokens
-    maps = int(np.prod(leading, dtype=np.int64))
-    step = max(1, TILE_BYTES // (8 * tokens * tokens))
+def _measure(given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
+    """Every metric of every tile."""
+    regions, tokens, maps = given.regions, given.layout.num_tokens, math.prod(given.leading)
     valid = np.empty((maps, tokens), dtype=bool)
     values: dict[str, np.ndarray] = {}
-    # An empty batch still takes one (empty) tile: it fixes the shapes of the results.
-    for start in range(0, max(maps, 1), step):
-        stop = min(start + step, maps)
-        index = flat_index(leading, start, stop)
-        p, valid[start:stop] = rows(index)
+    for start, stop in spans(maps, max(1, TILE_BYTES // (8 * tokens * tokens))):
+        index = flat_index(given.leading, start, stop)
+        p, valid[start:stop] = given.rows(index)
         p = np.where(valid[start:stop, :, np.newaxis], p, np.nan)  # a copy: p may be the caller's own memory
         p.flags.writeable = False  # one metric may not change what the next one sees
         for spec in specs:
-            tile = _call(spec, p, layout, None if regions is None else to_float64(regions[index]))
+            tile = _call(spec, p, given.layout, None if regions is None else to_float64(regions[index]))
             if spec.name not in values:
                 values[spec.name] = np.empty((maps, *tile.shape[1:]))
             values[spec.name][start:stop] = tile
-    return Values(
-        values={name: array.reshape((*leading, *array.shape[1:])) for name, array in values.items()},
-        valid=valid.reshape((*leading, tokens)),
-    )
+    return shaped(values, valid, given)
 
 
 def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndarray | None) -> np.ndarray:

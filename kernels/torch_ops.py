@@ -7,7 +7,7 @@ Arithmetic is float32, float64 for float64 input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.arrays import Values, flat_index
-from kernels.backends import Backend
+from kernels.arrays import Values, flat_index, spans
+from kernels.backends import Backend, shaped
 from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
@@ -25,7 +25,6 @@ from kernels.reference import RECEIVED_SPREAD, SEED1_LEAST_SUM_SQ, SEED1_LOG_OFF
 
 # Bytes of one temporary, a chunk of rows in the arithmetic's dtype: in the CPU's cache, or enough to fill a GPU.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-
 
 T = TypeVar("T")
 
@@ -328,28 +327,21 @@ class TorchBackend(Backend):
 
     def _chunked(self, chunk: _Chunk, flat: Tensor, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
         """Every metric of every chunk of maps, put together again."""
-        layout, leading = given.layout, given.leading
         dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
         parts: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
         valid_parts: list[Tensor] = []
-        for start, stop in _ranges(flat.shape[0], layout, dtype, flat.device):
+        size = CHUNK_BYTES.get(flat.device.type, CHUNK_BYTES["cpu"])
+        for start, stop in spans(len(flat), max(1, size // (given.layout.num_tokens**2 * dtype.itemsize))):
             coverage = None
             if given.regions is not None:
-                tile = torch.from_numpy(np.array(given.regions[flat_index(leading, start, stop)])).to(dtype)
+                tile = torch.from_numpy(np.array(given.regions[flat_index(given.leading, start, stop)])).to(dtype)
                 # From ordinary memory a copy to a GPU would wait for all that runs there.
                 coverage = tile.pin_memory().to(flat.device, non_blocking=True) if flat.is_cuda else tile
             rows, valid = chunk(start, stop, coverage)
             valid_parts.append(valid)
             for spec in specs:
-                compute = self.implementation(spec)
-                assert compute is not None  # `specs` holds those this backend has code for
-                parts[spec.name].append(compute(rows))
-        values = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        values = {name: tensor.reshape((*leading, *tensor.shape[1:])) for name, tensor in values.items()}
-        valid = torch.cat(valid_parts).reshape((*leading, layout.num_tokens))
-        if not isinstance(given.like, Tensor):
-            return Values(values={name: tensor.numpy() for name, tensor in values.items()}, valid=valid.numpy())
-        return Values(values=values, valid=valid)
+                parts[spec.name].append(self.compute(spec, rows))
+        return shaped({name: torch.cat(tensors) for name, tensors in parts.items()}, torch.cat(valid_parts), given)
 
 
 def _maps(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -361,13 +353,6 @@ def _maps(tensor: Tensor, start: int, stop: int) -> Tensor:
         index.insert(0, place % max(size, 1))
         place = place // max(size, 1)
     return tensor[tuple(index)] if leading else tensor.unsqueeze(0)
-
-
-def _ranges(maps: int, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
-    one = layout.num_tokens**2 * dtype.itemsize
-    step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // one)
-    # An empty batch still takes one (empty) chunk: it fixes the shapes of the results.
-    return ((start, min(start + step, maps)) for start in range(0, max(maps, 1), step))
 
 
 def _tensor(array: Tensor | np.ndarray) -> Tensor:

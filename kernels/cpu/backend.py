@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from kernels.arrays import Values, dtype_name, host_view
+from kernels.arrays import Values, dtype_name, host_view, map_starts
 from kernels.backends import Backend, Reading
 from kernels.cpu import loops
 from kernels.cpu.lane_types import Width, widest
@@ -85,22 +86,17 @@ def _morans_i_seed1(result: PassResult) -> np.ndarray:
 
 # Name of a metric -> its reading of a pass; of a pair metric, of [map, patch query], NaN where undefined.
 IMPLEMENTATIONS: dict[str, Callable[[Any], np.ndarray]] = {
-    "distance": Reading(("distance",), lambda result: result.planes.distance),
+    **{name: Reading((name,), attrgetter(f"planes.{name}")) for name in Planes._fields[:6]},
+    "prefix_mass": Reading((), lambda result: result.planes.prefix_mass),
     "distance_seed1": Reading(("distance", "patch_mass"), _distance_seed1),
     "distance_px": Reading(
         ("distance", "patch_mass"), lambda result: _distance_seed1(result) * result.layout.diagonal_px
     ),
     "distance_walmer": Reading(("distance",), _distance_walmer),
-    "entropy": Reading(("entropy",), lambda result: result.planes.entropy),
     "entropy_normalized": Reading(
         ("entropy",), lambda result: result.planes.entropy / math.log(result.layout.num_patches)
     ),
-    "morans_i": Reading(("morans_i",), lambda result: result.planes.morans_i),
-    "gearys_c": Reading(("gearys_c",), lambda result: result.planes.gearys_c),
-    "gini": Reading(("gini",), lambda result: result.planes.gini),
-    "entropy_seed1": Reading(("entropy_seed1",), lambda result: result.planes.entropy_seed1),
     "morans_i_seed1": Reading(("patch_mass",), _morans_i_seed1),
-    "prefix_mass": Reading((), lambda result: result.planes.prefix_mass),
     "morans_i_received": Reading(("received",), _received_morans_i),
     "sink_share": Reading(("received",), lambda result: _mean_row(result.planes.received).max(axis=-1)),
     "cls_entropy": Reading(("class_row",), lambda result: _maps_entropy(_class_rows(result))),
@@ -145,7 +141,7 @@ class NumbaBackend(Backend):
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
         layout, name, count = maps.layout, dtype_name(maps.attention), math.prod(maps.leading)
-        memory = _flat(_bits(host_view(maps.attention)))
+        memory = _flat(maps.attention)
         kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
         needs = self.needs(specs, Planes._fields)
         planes = _planes(count, layout, tables[0].dtype, needs)
@@ -164,9 +160,7 @@ class NumbaBackend(Backend):
         greatest.
         """
         layout, name, count = factors.layout, dtype_name(factors.query), math.prod(factors.leading)
-        queries, keys = (
-            (*_flat(_bits(host_view(factor))), factor.shape[-1]) for factor in (factors.query, factors.key)
-        )
+        queries, keys = ((*_flat(factor), factor.shape[-1]) for factor in (factors.query, factors.key))
         kind, shape, tables = _KINDS.get(name, FLOAT), _shape(layout), _tables(layout, name == "float64")
         compute = tables[0].dtype
         if factors.bias is None:
@@ -187,7 +181,7 @@ class NumbaBackend(Backend):
 
     def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
         layout, name, count = pair.layout, dtype_name(pair.attention), math.prod(pair.leading)
-        one, two = (_flat(_bits(host_view(array))) for array in (pair.attention, pair.other))
+        one, two = _flat(pair.attention), _flat(pair.other)
         js = np.full((count, layout.num_patches), np.nan, np.float64 if name == "float64" else np.float32)
         valid = np.ones((count, layout.num_tokens), np.bool_)
         kind = _KINDS.get(name, FLOAT)
@@ -293,20 +287,18 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     return memory[skip : skip + size].reshape(shape)
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype == np.float16 else array
-
-
 def _as_typed_bits(memory: tuple[Any, ...], kind: int) -> tuple[Any, ...]:
     """Memory whose item type tells the kind of half float, as `lanes` takes it: int16 for bfloat16."""
     return (_read_only(memory[0].view(np.int16)), *memory[1:]) if kind == BFLOAT16 else memory
 
 
-def _flat(array: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _flat(given: Any) -> tuple[np.ndarray, np.ndarray, int]:
     """[*leading, row, col] of any strides as (1-D memory, start of each map, row stride), in elements.
 
-    No copy is made as long as a row is contiguous and strides are not negative.
+    Half floats come as their bits. No copy is made as long as a row is contiguous and strides are not negative.
     """
+    array = host_view(given)
+    array = array.view(np.uint16) if array.dtype == np.float16 else array
     item = array.itemsize
     strides = array.strides
     if (array.shape[-1] > 1 and strides[-1] != item) or any(s < 0 or s % item for s in strides):
@@ -318,12 +310,9 @@ def _flat(array: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         row, col = array.shape[-2:]
         return _read_only(array.reshape(-1)), np.arange(0, array.size, row * col), col
     steps = [s // item for s in strides]
-    span = 1 + sum((n - 1) * step for n, step in zip(array.shape[:-1], steps[:-1], strict=True)) + array.shape[-1] - 1
-    starts = np.zeros((), np.int64)
-    for n, step in zip(array.shape[:-2], steps[:-2], strict=True):
-        starts = np.add.outer(starts, np.arange(n, dtype=np.int64) * step)
+    span = array.shape[-1] + sum((n - 1) * step for n, step in zip(array.shape[:-1], steps[:-1], strict=True))
     buffer = np.lib.stride_tricks.as_strided(array, (span,), (item,))
-    return _read_only(buffer), starts.reshape(-1), steps[-2]
+    return _read_only(buffer), map_starts(array.shape[:-2], steps[:-2]), steps[-2]
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -25,23 +25,8 @@ from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
 from kernels.backends import Backend
-from kernels.cuda.rows import (
-    AT_DISTANCE,
-    AT_ENTROPY,
-    AT_GEARY,
-    AT_MORAN,
-    AT_PREFIX_MASS,
-    DISTANCE,
-    ENTROPY,
-    GEARY,
-    IMPLEMENTATIONS,
-    MORAN,
-    PLANES,
-    RowValues,
-    distances,
-    starts,
-    tensor_of,
-)
+from kernels.cuda import rows
+from kernels.cuda.rows import IMPLEMENTATIONS, PLANES, RowValues, distances, starts, tensor_of
 from kernels.errors import BackendUnavailableError
 from kernels.inputs import Maps
 from kernels.metrics import MetricSpec
@@ -59,22 +44,15 @@ class NumbaCudaBackend(Backend):
     implementations = IMPLEMENTATIONS
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
-        """One pass over stored maps.
-
-        Raises:
-            BackendUnavailableError: no CUDA device that numba can use, or data that is not on it.
-        """
         layout, tensor = maps.layout, tensor_of(maps.attention)
         _check_device(tensor)
-        count, tokens = math.prod(maps.leading), layout.num_tokens
         real = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        planes = torch.empty((len(PLANES), count, tokens), dtype=real, device=tensor.device)
-        valid = torch.empty((count, tokens), dtype=torch.bool, device=tensor.device)
-        if count:
+        values = RowValues.empty(maps, real, tensor.device)
+        if blocks := values.valid.numel():
             half = dtype_name(tensor) if tensor.element_size() == 2 else ""
             kernel = _row_kernel(real == torch.float64, bool(half))
             with _current_device(tensor):
-                kernel[count * tokens, THREADS, _stream(tensor), layout.num_patches * real.itemsize](
+                kernel[blocks, THREADS, _stream(tensor), layout.num_patches * real.itemsize](
                     _device_array(_memory(tensor)),
                     _device_array(starts(tensor)),
                     tensor.stride(-2),
@@ -87,10 +65,10 @@ class NumbaCudaBackend(Backend):
                     layout.grid_cols,
                     layout.num_edges,
                     self.needs(specs, PLANES),
-                    _device_array(planes.view(len(PLANES), -1)),
-                    _device_array(valid.view(-1).view(torch.int8)),
+                    _device_array(values.planes.view(len(PLANES), -1)),
+                    _device_array(values.valid.view(-1).view(torch.int8)),
                 )
-        return self.values(RowValues(planes, layout), valid, maps, specs)
+        return self.values(values, values.valid, maps, specs)
 
 
 BACKEND = NumbaCudaBackend()
@@ -225,9 +203,9 @@ def _row_kernel(double: bool, half: bool) -> Any:
         is_defined = is_valid and total > 0
         if thread == 0:
             valid[row] = 1 if is_valid else 0
-            planes[AT_PREFIX_MASS, row] = head if is_valid else real(np.nan)
+            planes[rows.AT_PREFIX_MASS, row] = head if is_valid else real(np.nan)
             if not is_defined:
-                for plane in range(AT_PREFIX_MASS):
+                for plane in range(rows.AT_PREFIX_MASS):
                     planes[plane, row] = real(np.nan)
         if not is_defined:  # of every thread of the block alike
             return
@@ -248,11 +226,11 @@ def _row_kernel(double: bool, half: bool) -> Any:
         mean = total / real(patches)
         for i in range(thread, patches, threads):
             value = x[i]
-            if needs & DISTANCE and patch >= 0:
+            if needs & rows.DISTANCE and patch >= 0:
                 down = abs(i // grid_cols - patch // grid_cols)
                 across = abs(i % grid_cols - patch % grid_cols)
                 far += value * table[down * grid_cols + across]
-            if needs & ENTROPY and value > 0:
+            if needs & rows.ENTROPY and value > 0:
                 logs += value * real(math.log2(value))
             if value != first:
                 unlike_first = real(1)
@@ -263,9 +241,9 @@ def _row_kernel(double: bool, half: bool) -> Any:
         rest = sums[2, 0] / real(patches)
         unlike_first = sums[3, 0]
         if thread == 0:
-            planes[AT_DISTANCE, row] = far / total
-            planes[AT_ENTROPY, row] = max(real(_LN_2) * (real(math.log2(total)) - logs / total), real(0))
-        if not needs & (MORAN | GEARY):
+            planes[rows.AT_DISTANCE, row] = far / total
+            planes[rows.AT_ENTROPY, row] = max(real(_LN_2) * (real(math.log2(total)) - logs / total), real(0))
+        if not needs & (rows.MORAN | rows.GEARY):
             return
 
         # Less the mean twice: the first time it is rounded at the size of x, the second time at the size of z. Rows
@@ -291,10 +269,10 @@ def _row_kernel(double: bool, half: bool) -> Any:
         apart = sums[2, 0]
         if thread == 0:
             # N/E · Σ z_i z_j / Σ z² and (N − 1)/2E · Σ (z_i − z_j)² / Σ z², each edge once
-            planes[AT_MORAN, row] = real(np.nan)
-            planes[AT_GEARY, row] = real(np.nan)
+            planes[rows.AT_MORAN, row] = real(np.nan)
+            planes[rows.AT_GEARY, row] = real(np.nan)
             if unlike_first > 0:
-                planes[AT_MORAN, row] = real(patches) / real(num_edges) * (cross / squares)
-                planes[AT_GEARY, row] = real(patches - 1) / real(2 * num_edges) * (apart / squares)
+                planes[rows.AT_MORAN, row] = real(patches) / real(num_edges) * (cross / squares)
+                planes[rows.AT_GEARY, row] = real(patches - 1) / real(2 * num_edges) * (apart / squares)
 
     return measure_rows

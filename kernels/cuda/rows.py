@@ -1,7 +1,6 @@
 """What the CUDA backends share: where rows lie in memory, the values of every row, and the metrics read off them.
 
-A kernel gives each token's row five values; a metric is a view of one of them. So the two backends differ in their
-kernels alone.
+A kernel gives each token's row five values; a metric is a view of one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.arrays import map_starts
 from kernels.backends import Reading
+from kernels.inputs import Factors, Maps
 from kernels.layout import TokenLayout
 
 # Planes of a kernel's result, and bits of what it is asked for.
@@ -31,11 +32,19 @@ class RowValues:
     Attributes:
         planes: float [5, map, query]: distance, entropy (nat), Moran's I, Geary's C, prefix mass of every token's
             row; NaN where undefined or invalid, and not written where not asked for.
-        layout: where the patches lie.
+        valid: bool [map, query].
     """
 
     planes: Tensor
+    valid: Tensor
     layout: TokenLayout
+
+    @classmethod
+    def empty(cls, given: Maps | Factors, dtype: torch.dtype, device: torch.device) -> RowValues:
+        """Memory for a kernel to write to."""
+        shape = math.prod(given.leading), given.layout.num_tokens
+        planes = torch.empty((len(PLANES), *shape), dtype=dtype, device=device)
+        return cls(planes, torch.empty(shape, dtype=torch.bool, device=device), given.layout)
 
     def patch_queries(self, name: str) -> Tensor:
         """[map, patch query] of one plane."""
@@ -75,10 +84,7 @@ def starts(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _starts(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Tensor:
-    found = np.zeros((), np.int64)
-    for size, stride in zip(shape, strides, strict=True):
-        found = np.add.outer(found, np.arange(size, dtype=np.int64) * stride)
-    return torch.from_numpy(found.reshape(-1)).to(device)
+    return torch.from_numpy(map_starts(shape, strides)).to(device)
 
 
 @lru_cache(maxsize=16)

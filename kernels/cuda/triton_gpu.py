@@ -12,8 +12,7 @@ From query and key the row is a softmax over the patch logits alone; prefix keys
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,54 +42,47 @@ class TritonBackend(Backend):
     implementations = IMPLEMENTATIONS
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
-        """One pass over stored maps.
-
-        Raises:
-            BackendUnavailableError: float64, or a tensor that no Triton program can read here.
-        """
         layout, tensor = maps.layout, _readable(maps.attention)
+        values = RowValues.empty(maps, torch.float32, tensor.device)
+        count, tokens = values.valid.shape
         # bfloat16 is read as its bits: the upper half of a float32.
         stored = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-        def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
-            count, tokens = valid.shape
-            again = torch.empty_like(valid)
-            given = (
-                *(stored, starts(tensor), planes, valid, again, count),
-                *(*tensor.stride()[-2:], maps.tolerance, *_steps(layout)),
-            )
-            constants = _geometry(layout) | {"NEEDS": needs, "IS_BFLOAT16": tensor.dtype == torch.bfloat16}
-            constants["BLOCK_P"] = triton.next_power_of_2(layout.num_prefix_tokens)
-            pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
-            block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
-            triton_maps.attention_rows[triton.cdiv(count, MAPS), triton.cdiv(tokens, block_q)](
-                *given,
-                **constants,
-                BLOCK_M=MAPS,
-                BLOCK_Q=block_q,
-                PAIRS=pairs,
-                UNROLL=_unrolled(layout.grid_rows),
-                FAST=not _is_interpreted(),
-                num_warps=MAPS_WARPS,
-            )
-            triton_maps.exact_rows[(count,)](
-                *given,
-                **constants,
-                BLOCK_K=triton.next_power_of_2(layout.num_patches),
-                BLOCK_T=triton.next_power_of_2(tokens),
-                num_warps=4,
-            )
-
-        return self._measure(launch, tensor, maps, specs)
+        given = (
+            *(stored, starts(tensor), values.planes, values.valid.view(torch.int8)),
+            *(torch.empty_like(values.valid, dtype=torch.int8), count),
+            *(*tensor.stride()[-2:], maps.tolerance, *_steps(layout)),
+        )
+        constants = _geometry(layout) | {
+            "NEEDS": self.needs(specs, PLANES),
+            "IS_BFLOAT16": tensor.dtype == torch.bfloat16,
+            "BLOCK_P": triton.next_power_of_2(layout.num_prefix_tokens),
+        }
+        pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
+        block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
+        if count:
+            with _current_device(tensor):
+                triton_maps.attention_rows[triton.cdiv(count, MAPS), triton.cdiv(tokens, block_q)](
+                    *given,
+                    **constants,
+                    BLOCK_M=MAPS,
+                    BLOCK_Q=block_q,
+                    PAIRS=pairs,
+                    UNROLL=_unrolled(layout.grid_rows),
+                    FAST=not _is_interpreted(),
+                    num_warps=MAPS_WARPS,
+                )
+                triton_maps.exact_rows[(count,)](
+                    *given,
+                    **constants,
+                    BLOCK_K=triton.next_power_of_2(layout.num_patches),
+                    BLOCK_T=triton.next_power_of_2(tokens),
+                    num_warps=4,
+                )
+        return self.values(values, values.valid, maps, specs)
 
     def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
-        """One pass from query and key.
-
-        Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
+        """Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
         factors through ordinary arithmetic (TF32 would cost 1e-3 of a logit).
-
-        Raises:
-            BackendUnavailableError: as `measure_attention`.
         """
         layout, bias = factors.layout, factors.bias
         q, k = _readable(factors.query), _readable(factors.key)
@@ -101,31 +93,32 @@ class TritonBackend(Backend):
         head_dim = q.shape[-1]
         columns = max(16, triton.next_power_of_2(layout.grid_cols))
         queries, warps = _qk_tile(columns, q.element_size())
-
-        def launch(planes: Tensor, valid: Tensor, needs: int) -> None:
-            maps, tokens = valid.shape
-            triton_qk.qk_rows[maps, triton.cdiv(tokens, queries)](
-                *(q, k, added, starts(q), starts(k), starts(added), planes, valid, maps),
-                *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
-                *(factors.scale * triton_rows.LOG2_E.value, *_steps(layout)),
-                **_geometry(layout),
-                NEEDS=needs,
-                BLOCK_Q=queries,
-                # A dimension of a matrix product is at least 16.
-                BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
-                BLOCK_C=columns,
-                HEAD_DIM=head_dim,
-                BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-                HAS_BIAS=bias is not None,
-                IS_MASK=bias is not None and dtype_name(bias) == "bool",
-                # Triton's interpreter multiplies the bits of bfloat16 as integers; widened, products are the same.
-                WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
-                FAST=not _is_interpreted(),
-                ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
-                num_warps=warps,
-            )
-
-        return self._measure(launch, q, factors, specs)
+        values = RowValues.empty(factors, torch.float32, q.device)
+        count, tokens = values.valid.shape
+        if count:
+            with _current_device(q):
+                triton_qk.qk_rows[count, triton.cdiv(tokens, queries)](
+                    *(q, k, added, starts(q), starts(k), starts(added)),
+                    *(values.planes, values.valid.view(torch.int8), count),
+                    *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
+                    *(factors.scale * triton_rows.LOG2_E.value, *_steps(layout)),
+                    **_geometry(layout),
+                    NEEDS=self.needs(specs, PLANES),
+                    BLOCK_Q=queries,
+                    # A dimension of a matrix product is at least 16.
+                    BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
+                    BLOCK_C=columns,
+                    HEAD_DIM=head_dim,
+                    BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+                    HAS_BIAS=bias is not None,
+                    IS_MASK=bias is not None and dtype_name(bias) == "bool",
+                    # Triton's interpreter multiplies the bits of bfloat16 as integers; widened, products are the same.
+                    WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
+                    FAST=not _is_interpreted(),
+                    ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
+                    num_warps=warps,
+                )
+        return self.values(values, values.valid, factors, specs)
 
     def mean_of_rows(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """One launch, where torch takes eight; the tensors are a kernel's planes and validity, or views of them."""
@@ -142,21 +135,6 @@ class TritonBackend(Backend):
                     num_warps=4,
                 )
         return means.view(leading), undefined.view(leading)
-
-    def _measure(
-        self,
-        launch: Callable[[Tensor, Tensor, int], None],
-        tensor: Tensor,
-        given: Maps | Factors,
-        specs: Sequence[MetricSpec],
-    ) -> Values:
-        maps, tokens = math.prod(given.leading), given.layout.num_tokens
-        planes = torch.empty((len(PLANES), maps, tokens), dtype=torch.float32, device=tensor.device)
-        valid = torch.empty((maps, tokens), dtype=torch.bool, device=tensor.device)
-        if maps:
-            with _current_device(tensor):
-                launch(planes, valid.view(torch.int8), self.needs(specs, PLANES))
-        return self.values(RowValues(planes, given.layout), valid, given, specs)
 
 
 BACKEND = TritonBackend()
