@@ -163,17 +163,17 @@ def test_heads_that_are_not_there_are_refused_before_anything_is_written(
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_rows_that_are_no_attention_are_left_out_counted_and_told(
+def test_rows_that_are_no_attention_are_left_out_and_counted_in_a_sentence(
     model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """NaN in one query dimension of layer 1's first head: that head has no row left, and layer 2 sees NaN alone."""
     sound = capture(model, tmp_path / "sound.zarr")
     with nan_in(model.blocks[1].attn.qkv.bias):
         broken = capture(model, tmp_path / "broken.zarr")
-    told = capsys.readouterr()
-    assert "vit: 85 rows of layer 1 (blocks.1.attn) are no post-softmax attention" in told.out + told.err
-    assert "vit: 255 rows of layer 2 (blocks.2.attn)" in told.out + told.err
-    assert "layer 0" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert "vit: 85 rows of layer 1 (blocks.1.attn) are no post-softmax attention" in printed.out + printed.err
+    assert "vit: 255 rows of layer 2 (blocks.2.attn)" in printed.out + printed.err
+    assert "layer 0" not in printed.out + printed.err
     assert broken.complete
     for name in METRICS:
         expected, values = sound.read_metric(name)[0], broken.read_metric(name)[0]
@@ -210,10 +210,10 @@ def test_a_store_alone_says_what_is_no_attention(
     if encoding != "qk":
         with nan_in(model.blocks[1].attn.qkv.bias):
             assert capture(model, tmp_path / "s.zarr", **only_store).complete
-        told = "".join(capsys.readouterr())
-        assert "vit: 85 rows of layer 1 (blocks.1.attn) are no post-softmax attention" in told
-        assert "vit: 255 rows of layer 2 (blocks.2.attn)" in told
-        assert "layer 0" not in told
+        printed = "".join(capsys.readouterr())
+        assert "vit: 85 rows of layer 1 (blocks.1.attn) are no post-softmax attention" in printed
+        assert "vit: 255 rows of layer 2 (blocks.2.attn)" in printed
+        assert "layer 0" not in printed
 
 
 def test_rows_that_factors_leave_without_a_value() -> None:

@@ -100,9 +100,9 @@ def test_a_line_that_is_no_record_is_named_and_dropped(
     path.write_bytes(line + b"\n" + path.read_bytes())
     capsys.readouterr()
     run(tmp_path, {"a": 1}, ran)
-    told = capsys.readouterr().out
-    assert "run.jsonl: line 1 is damaged" in told
-    assert "make: done already" in told
+    printed = capsys.readouterr().out
+    assert "run.jsonl: line 1 is damaged" in printed
+    assert "make: done already" in printed
     run(tmp_path, {"a": 2}, ran)
     assert [record["stage"] for record in records(path)] == ["make", "make"]
     capsys.readouterr()

@@ -238,7 +238,7 @@ def test_dot_tile(width: Width, whole: bool) -> None:
         ("haswell", "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.1,+sse4.2", 8),
     ],
 )
-def test_another_cpu_that_numba_is_told_of(cpu: str, features: str, lanes_of_it: int) -> None:
+def test_another_cpu_that_numba_has_the_name_of(cpu: str, features: str, lanes_of_it: int) -> None:
     """With NUMBA_CPU_NAME Numba makes code for another CPU: this one's registers would not compile."""
     if WIDEST is None or WIDEST.lanes < lanes_of_it:
         pytest.skip(f"this CPU has no registers of {lanes_of_it} lanes")

@@ -214,14 +214,14 @@ def test_bad_flags_are_one_sentence(
     assert "NUMBA_NUM_THREADS is 'many'; expected a positive number" in error("--metrics", "gini")
 
 
-def test_a_damaged_record_is_told_and_its_batch_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_named_and_its_batch_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = store_of(tmp_path / "run.zarr")
     record = tmp_path / "run.ledger" / "batch_000001.json"
     record.write_bytes(record.read_bytes().replace(b"batch_000001", b"batch_000002", 1))
     assert main(["measure", "--store", str(path), "--metrics", "entropy"]) == 0
-    told = "".join(capsys.readouterr())
-    assert "only 7 of 11 images are captured" in told
-    assert re.search(r"batch 1 cannot be trusted: .*batch_000001\.json is damaged", told)
+    printed = "".join(capsys.readouterr())
+    assert "only 7 of 11 images are captured" in printed
+    assert re.search(r"batch 1 cannot be trusted: .*batch_000001\.json is damaged", printed)
 
 
 def test_a_store_of_which_nothing_can_be_measured_is_refused(

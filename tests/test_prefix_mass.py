@@ -61,8 +61,8 @@ def test_a_capture_names_the_head(
         preprocessing={},
         label="vit",
     )
-    told = capsys.readouterr()
-    lines = [line for line in (told.out + told.err).splitlines() if "prefix tokens" in line]
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if "prefix tokens" in line]
     assert lines == [
         "vit: prefix tokens take more than 0.9 of the attention of 1 head: layer 0, head 1 (1.000); "
         f"{encoding} keeps the little that patches get there too coarsely for Moran's I (errors up to 0.1): use the "

@@ -19,7 +19,7 @@ from train.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str, str]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str, str]:
     """A study with effects: its results, summary and page."""
     outputs = build_study(tmp_path_factory.mktemp("study") / "outputs", metrics=("distance", "entropy", "region_mass"))
     return results_of(outputs), *texts(outputs)
@@ -32,9 +32,9 @@ def rows_of(results: Results, condition: str = "finetuned") -> dict[str, tuple[s
     return {str(cells[0]): (look, cells) for look, cells in zip(table.looks, table.rows, strict=True)}
 
 
-def test_every_metric_has_a_verdict(told: tuple[Results, str, str]) -> None:
+def test_every_metric_has_a_verdict(written: tuple[Results, str, str]) -> None:
     """Which layers changed, by how much, is it certain: read off the first screen."""
-    results, _, page = told
+    results, _, page = written
     for comparison in Study(results).comparisons:
         rows = rows_of(results, comparison.condition)
         assert len(rows) == 4  # distance, entropy, and two regions

@@ -348,8 +348,8 @@ def test_capture_measure_verify_info(
     assert main(["measure", "--store", str(store), "--metrics", "distance,entropy_normalized"]) == 0
     assert "already" in capsys.readouterr().out
     assert main(["info", str(store)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == "vit-attention/1"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == "vit-attention/1"
 
     shard = sorted((store / "attention" / "layer_03").glob("c*"))[0]
     content = bytearray(shard.read_bytes())
@@ -364,7 +364,7 @@ def test_capture_measure_verify_info(
     assert "none.zarr" in capsys.readouterr().err
 
 
-def test_a_second_run_in_the_same_folder_is_told_to_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_in_the_same_folder_has_to_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from engine.config import load_study
     from engine.study.study import Study
 

@@ -55,9 +55,9 @@ def test_out_and_in_again(tmp_path: Path, encoding: str, capsys: pytest.CaptureF
         same = whole.astype(np.float16).astype(np.float32) if encoding == "qk" else whole
         np.testing.assert_array_equal(again.read(layer), same)
     assert verify(back) == []
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert main(["measure", "--store", str(back), "--metrics", "distance,entropy"]) == 0
-    assert "rows are no post-softmax attention" not in "".join([*capsys.readouterr(), *told])
+    assert "rows are no post-softmax attention" not in "".join([*capsys.readouterr(), *printed])
     assert not AttentionStore.open(back).read_undefined("entropy")[:, :, :2].any()
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name.startswith("maps")) == ["maps.h5"]
 
@@ -158,12 +158,12 @@ def test_the_order_of_axes_comes_from_labels_scales_a_flag_or_the_names(
 
     def imported(*flags: str) -> tuple[AttentionStore, str]:
         assert main([*command, *flags]) == 0
-        store, told = AttentionStore.open(tmp_path / "own.zarr"), "".join(capsys.readouterr())
+        store, printed = AttentionStore.open(tmp_path / "own.zarr"), "".join(capsys.readouterr())
         for layer in store.layers:
             np.testing.assert_array_equal(store.read(layer), maps[layer].astype(np.float16).astype(np.float32))
         for folder in ("own.zarr", "own.ledger"):
             shutil.rmtree(tmp_path / folder)
-        return store, told
+        return store, printed
 
     assert main(command) == 2
     assert not (tmp_path / "own.zarr").exists()
@@ -182,11 +182,11 @@ def test_the_order_of_axes_comes_from_labels_scales_a_flag_or_the_names(
                 file["images/id"] = [f"{row}.png" for row in range(5)]
             if how == "labels of images":
                 file["images/label"] = np.arange(5)
-        store, told = imported(*(["--axes", "layer,image,head,query,key"] if how == "flag" else []))
-        assert "attentions is taken as [layer, image, head, query, key], " in told
-        assert "5 images, 3 layers" in told
+        store, printed = imported(*(["--axes", "layer,image,head,query,key"] if how == "flag" else []))
+        assert "attentions is taken as [layer, image, head, query, key], " in printed
+        assert "5 images, 3 layers" in printed
         assert (store.schema.num_images, len(store.layers)) == (5, 3)
-        assert "the dimension labels" not in told
+        assert "the dimension labels" not in printed
         if how == "labels":
             contrary = [str(tmp_path / "contrary.zarr") if flag.endswith("own.zarr") else flag for flag in command]
             contrary += ["--axes", "image,layer,head,query,key"]

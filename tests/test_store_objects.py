@@ -69,8 +69,8 @@ def test_the_bytes_of_a_folder(tmp_path: Path, encoding: str) -> None:
         case.check_values(storage)
         assert verify(storage) == []
     assert differing(content(there), content(here)) <= CREATED
-    told = [info(storage) | {"path": "", "created": ""} for storage in (there, here)]
-    assert told[0] == told[1]
+    printed = [info(storage) | {"path": "", "created": ""} for storage in (there, here)]
+    assert printed[0] == printed[1]
     assert info(there)["path"] == "s3://bucket/runs/run.zarr"
     assert not there.beside("run.ledger").exists("lock")
 
@@ -115,10 +115,10 @@ def test_cut_off_after_any_put(step: int) -> None:
         objects = MemoryStore()
         Failing.left = puts
         failing = Failing(objects, whole.location)
-        told = capture_and_measure(failing)
-        if not told:
+        printed = capture_and_measure(failing)
+        if not printed:
             break
-        assert "the network is gone" in told
+        assert "the network is gone" in printed
         storage = in_memory(objects)
         if storage.is_there():
             assert verify(storage) == []
@@ -281,8 +281,8 @@ def test_the_command_line_takes_urls(
     assert main(["verify", url]) == 0
     capsys.readouterr()
     assert main(["info", url]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {metric["name"] for metric in told["metrics"]} >= {"gini", "js_divergence", "distance"}
+    printed = json.loads(capsys.readouterr().out)
+    assert {metric["name"] for metric in printed["metrics"]} >= {"gini", "js_divergence", "distance"}
     assert main(["export", "--store", url, "--hdf5", str(tmp_path / "maps.h5")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     two = f"{bucket}/two/maps.zarr"

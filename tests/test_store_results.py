@@ -60,7 +60,7 @@ def test_a_measurement_goes_on_where_it_stopped(path: Path) -> None:
 
 
 def test_info_of_a_store_with_one_damaged_metric_shows_the_rest(path: Path) -> None:
-    """A capture tells by it what it wrote, and cannot mend what was measured later."""
+    """A capture tells by it what it wrote, and cannot repair what was measured later."""
     case.measure(path)
     file = next(path.glob("metrics/later_a/*/value/zarr.json"))
     file.unlink()

@@ -136,10 +136,10 @@ def test_regions_are_shares_of_the_class_tokens_attention(study: Path) -> None:
 def test_a_second_run_does_nothing_that_is_done(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {name: digest_path(study / name) for name in OUTPUTS}
     assert main(["--outputs", str(study), "--train.seeds", "1,2", *SMALL]) == 0
-    told = capsys.readouterr()
-    assert "train dora seed 2: done already" in told.out
-    assert "statistics: done already" in told.out
-    assert "report: done already" in told.out
+    printed = capsys.readouterr()
+    assert "train dora seed 2: done already" in printed.out
+    assert "statistics: done already" in printed.out
+    assert "report: done already" in printed.out
     assert {name: digest_path(study / name) for name in OUTPUTS} == before
 
 
@@ -185,9 +185,9 @@ def test_a_damaged_capture_is_made_again_alone(study: Path, capsys: pytest.Captu
     shard = next((study / "captures" / "dora_seed1.zarr" / "metrics" / "distance").rglob("c*0"))
     shard.unlink()
     assert main(["stats", "--outputs", str(study)]) == 0
-    told = capsys.readouterr().out
-    assert "capture finetuned_seed1: done already" in told
-    assert "capture dora_seed1: done already" not in told
+    printed = capsys.readouterr().out
+    assert "capture finetuned_seed1: done already" in printed
+    assert "capture dora_seed1: done already" not in printed
     assert AttentionStore.open(study / "captures" / "dora_seed1.zarr").complete
 
 

@@ -192,7 +192,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
     monkeypatch.setattr(train.loop, "learning_rate", record)
     resumed = run("cut", recipe=recipe, **drop)
-    assert begun[0] == stop, "it went on, rather than beginning anew"
+    assert begun[0] == stop, "it went on, rather than beginning again"
     assert resumed.sha256 == whole.sha256
     assert resumed.history == whole.history
     assert not state.exists()
@@ -428,4 +428,4 @@ def test_a_folder_of_photographs_trains(tmp_path: Path) -> None:
         for again in ("", "_again")
     ]
     assert [a.sha256 == b.sha256 for a, b in zip(results[::2], results[1::2], strict=True)] == [True] * 3
-    assert results[0].test_accuracy == 1.0, "three shades are told apart by a linear probe"
+    assert results[0].test_accuracy == 1.0, "a linear probe separates three shades"

@@ -117,11 +117,11 @@ def test_a_process_that_is_left_alone_says_so() -> None:
         )
         for rank in range(2)
     )
-    told = first.communicate(timeout=120)[1]
+    printed = first.communicate(timeout=120)[1]
     assert (first.returncode, second.wait(timeout=120)) == (1, -signal.SIGKILL)
-    assert told.startswith("error: another process of this run ended before its work was done")
-    assert told.count("\n") == 1
-    assert "Traceback" not in told
+    assert printed.startswith("error: another process of this run ended before its work was done")
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
     assert second.communicate()[1] == ""
 
 

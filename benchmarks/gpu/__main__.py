@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="sections, comma-separated: " + ",".join(n for n, _, _ in SECTIONS))
     given = parser.parse_args(arguments)
     chosen = given.only.split(",") if given.only else [name for name, _, _ in SECTIONS]
-    if strangers := set(chosen) - {name for name, _, _ in SECTIONS}:
-        parser.error(f"no section {', '.join(sorted(strangers))}; there are {', '.join(n for n, _, _ in SECTIONS)}")
+    if unknown := set(chosen) - {name for name, _, _ in SECTIONS}:
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(n for n, _, _ in SECTIONS)}")
     about = run(describe, given.small, {}, 60)
     if "error" in about:
         print(about["error"], file=sys.stderr)

@@ -24,7 +24,7 @@ LIGHT = {"ground": "#fbfbf9", "ink": "#1c1d1f", "soft": "#5a5d63", "rule": "#ddd
 DARK = {"ground": "#16181b", "ink": "#eceae6", "soft": "#a9adb5", "rule": "#383c43"}
 PAPER = LIGHT | {"ground": "#ffffff"}
 
-# Blue to red through near-white, told apart in every common form of colour blindness.
+# Blue to red through near-white, distinct in every common form of colour blindness.
 DIVERGING = np.array(
     [
         *([5, 48, 97], [33, 102, 172], [67, 147, 195], [146, 197, 222], [209, 229, 240], [247, 247, 247]),
