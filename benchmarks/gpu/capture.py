@@ -56,7 +56,7 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
                 logits = model(images)
             launched.launched(logits)
             if before is not None:
-                before.finish(), before.invalid_rows()
+                before.finish()
             before = launched
         if before is not None:
             before.finish()

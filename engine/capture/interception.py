@@ -14,7 +14,6 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
         self._names: dict[torch.nn.Module, str] = {}
         self._running: list[tuple[str, torch.nn.Module]] = []
         self._thread = 0
-        self._open: ExitStack | None = None
+        self._open: ExitStack | None = None  # all that is undone at the end
 
     def __enter__(self) -> ModelInterception:
         if self._open is not None:
@@ -135,13 +134,10 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
             self._open = stack.pop_all()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        stack = self._open
-        if stack is not None:
-            self._open = None
-            stack.close()
+    def __exit__(self, *error: object) -> None:
+        assert self._open is not None
+        stack, self._open = self._open, None
+        stack.close()
 
     def _entering(self, module: torch.nn.Module, args: Any) -> None:
         if threading.get_ident() == self._thread:

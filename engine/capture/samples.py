@@ -38,6 +38,8 @@ _CHUNKS = r"(?:zarr\.json|c(?:[./]\d+)*)"
 FILES = rf"zarr\.json|[^/]+/(?:zarr\.json|[^/]+/{_CHUNKS})"
 _RUN_FILES = rf"zarr\.json|(?:layer_\d+|logits)/{_CHUNKS}"
 
+is_samples = own_zarr(SCHEMA, FILES)  # whether a folder is a samples store with nothing else in it
+
 
 @dataclass(frozen=True, slots=True)
 class SampleLayer:
@@ -82,11 +84,7 @@ class SampleMaps:
 
     @classmethod
     def create(cls, path: Path, images: ImageSet, rows: Sequence[int]) -> Self:
-        """Begin a store with the images themselves; one that is there is replaced.
-
-        Args:
-            images: the data set.
-            rows: rows of the samples.
+        """Begin a store with these rows of the data set, the images themselves; one that is there is replaced.
 
         Raises:
             DiskError: it cannot be written.
@@ -165,12 +163,8 @@ class SampleMaps:
                 _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
 
     def _write_images(self, partial: Path) -> None:
-        attributes: dict[str, Any] = {
-            "schema": SCHEMA,
-            "class_names": list(self.classes),
-            "region_names": list(self.regions),
-        }
-        root = zarr.open_group(partial, mode="w-", zarr_format=3, attributes=attributes)
+        root = zarr.open_group(partial, mode="w-", zarr_format=3)
+        root.attrs.put({"schema": SCHEMA, "class_names": list(self.classes), "region_names": list(self.regions)})
         group = root.create_group("images")
         _write(group, "pixels", self.pixels, ("image", "row", "col", "channel"))
         _write(group, "label", np.array(self.labels, dtype=np.int64), ("image",))
@@ -191,11 +185,6 @@ def choose_samples(count: int, num_images: int, seed: int) -> list[int]:
     """Rows of the sample images: `count` of them without repetition, in order, the same for a seed."""
     generator = np.random.default_rng(seed)
     return sorted(int(row) for row in generator.choice(num_images, size=min(count, num_images), replace=False))
-
-
-def is_samples(path: Path) -> bool:
-    """Whether a folder is a samples store with nothing else in it."""
-    return own_zarr(SCHEMA, FILES)(path)
 
 
 def require_samples_place(place: Storage) -> None:

@@ -38,6 +38,8 @@ class BatchResults:
     undefined: dict[str, np.ndarray] = field(default_factory=dict)
     # (layer, head) -> the mean mass that it gives to prefix tokens, of the layers whose maps were kept.
     prefix_mass: dict[tuple[int, int], float] = field(default_factory=dict)
+    # Of each layer: (layer, its rows that are no attention, all its rows).
+    invalid_rows: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Sink(Protocol):

@@ -38,7 +38,6 @@ from store.encodings import resolve_encoding
 from store.schema import DamagedStoreError, OtherRunError
 from store.storage import Location
 from train.data import ImageSet
-from train.errors import InputError
 from train.parallel import Tally, Workers
 from train.transfer import HostCopies
 
@@ -65,12 +64,6 @@ class Capture:
     heads: tuple[int, ...] = ()
     backend: str = "auto"
     device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if not self.sinks:
-            raise InputError("capture.sinks is empty; expected metrics, store or both")
-        if "metrics" in self.sinks and not self.metrics:
-            raise InputError("the metrics sink was asked for without any metric; name some in measure.metrics")
 
     @property
     def stored_encoding(self) -> str:
@@ -204,14 +197,11 @@ def _open_first(path: Location, schema: StoreSchema, constants: Mapping[str, Any
 
 
 class BatchPass:
-    """One batch: its attention goes from the tap to the sinks while the model runs, and its results wait here.
-
-    What the first sink calls invalid is counted.
-    """
+    """One batch: its attention goes from the tap to the sinks while the model runs, and its results wait here."""
 
     def __init__(self, batch: int, sinks: Sequence[Sink], copies: HostCopies) -> None:
         self.batch, self._sinks, self._copies = batch, sinks, copies
-        self._invalid: list[tuple[int, torch.Tensor]] = []  # (layer, rows that are no attention)
+        self._invalid: list[tuple[int, torch.Tensor]] = []  # (layer, rows that the first sink calls no attention)
 
     def on_attention(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
@@ -234,12 +224,9 @@ class BatchPass:
         results = BatchResults(logits=self._logits.wait().numpy())
         for sink in self._sinks:
             sink.finish(results)
-        return results
-
-    def invalid_rows(self) -> list[tuple[int, int, int]]:
-        """(layer, its rows that are no attention, all its rows) of each layer; waits for them."""
         counts = self._counts.wait().tolist()
-        return [(layer, rows, total) for (layer, _), (rows, total) in zip(self._invalid, counts, strict=True)]
+        results.invalid_rows = [(layer, *rows) for (layer, _), rows in zip(self._invalid, counts, strict=True)]
+        return results
 
 
 @dataclass(kw_only=True)
@@ -327,18 +314,15 @@ class CaptureRun:
         return launched
 
     def _commit(self, launched: BatchPass, progress: ImageProgress) -> None:
-        batch = launched.batch
-        results = launched.finish()
-        rows = launched.invalid_rows()
-        if all(invalid == total for _, invalid, total in rows):
+        batch, results = launched.batch, launched.finish()
+        if all(invalid == total for _, invalid, total in results.invalid_rows):
             raise CaptureError(
                 f"no row of batch {batch} is post-softmax attention, in any layer: query and key are NaN or infinite; "
                 "look for NaN in the model's weights and in the images"
             )
-        self._invalid_rows.extend((layer, invalid) for layer, invalid, _ in rows if invalid)
-        self.writer.commit(
-            batch, results.values, results.undefined, results.logits if self._schema.num_classes else None
-        )
+        self._invalid_rows.extend((layer, invalid) for layer, invalid, _ in results.invalid_rows if invalid)
+        logits = results.logits if self._schema.num_classes else None
+        self.writer.commit(batch, results.values, results.undefined, logits)
         self._prefix_mass.extend((*head, batch, mass) for head, mass in results.prefix_mass.items())
         progress.reach(self._captured.add(len(self._rows(batch))))
         _return_freed_memory()
@@ -363,8 +347,7 @@ def _use_device(device: torch.device) -> None:
 def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, int, float]], schema: StoreSchema, label: str) -> None:
     """Say which heads leave too little on the patches for 16 bits.
 
-    Args:
-        entries: (layer, head, batch, mean mass), sorted; NaN for a batch in which the head has no sound row.
+    Entries are (layer, head, batch, mean mass), sorted; NaN for a batch in which the head has no sound row.
     """
     masses: dict[str, float] = {}
     sound = (entry for entry in entries if not np.isnan(entry[-1]))

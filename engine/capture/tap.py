@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -104,11 +103,9 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             self._open = stack.pop_all()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._open.close()
-        if exc_type is None and not self._checked:
+        if kind is None and not self._checked:
             self._check()  # a forward pass by parts, as by `forward_features`, or none
 
     def _begin_forward(self, stem: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -258,13 +255,7 @@ def observe(
     Raises:
         CaptureError: the model has no measurable attention.
     """
-
-    def on_attention(
-        site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> None:
-        look(SiteAttention(site, query, key, scale, bias))
-
-    tap = AttentionTap(model, on_attention, layers=layers, heads=heads)
+    tap = AttentionTap(model, lambda *call: look(SiteAttention(*call)), layers=layers, heads=heads)
     with evaluating(model), torch.inference_mode(), tap:
         output = model(images)
     return output, tap

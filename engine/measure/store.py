@@ -46,8 +46,6 @@ def measure_store(
         ClusterError: the cluster failed; see `engine.measure.cluster`.
     """
     chosen = resolve(backend, "cpu").name
-    if not metrics:
-        raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
     specs = load_metrics(metrics)
     _check_second_store(store, specs, against)
     missing = {spec.name: spec for spec in specs if not _is_measured(store, spec, against)}
