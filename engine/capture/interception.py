@@ -162,11 +162,7 @@ class _Mode(TorchFunctionMode):
         self._dispatch = dispatch
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is _MULTI_HEAD_ATTENTION:
             with self:

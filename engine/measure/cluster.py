@@ -52,18 +52,6 @@ class Job:
     metrics: tuple[tuple[str, str, str], ...]  # of each its name, how the user named it, and its `definition`
     backend: str  # of `kernels.BACKENDS`
 
-    @classmethod
-    def describe(cls, measurement: StoredMeasurement, named: Mapping[str, str]) -> Job:
-        """The same measurement, for workers; `named` is how the user named each metric."""
-        stores = [store for store in (measurement.store, measurement.other) if store is not None]
-        return cls(
-            id=uuid.uuid4().hex,
-            code_version=__version__,
-            stores=tuple((str(store.path), store.digest) for store in stores),
-            metrics=tuple((name, named[name], spec.definition()) for name, spec in measurement.metrics.items()),
-            backend=measurement.backend,
-        )
-
 
 @contextlib.contextmanager
 def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str, str]) -> Iterator[Cluster]:
@@ -73,7 +61,14 @@ def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str
         InputError: Dask is not installed here, the scheduler cannot be reached or has no workers, or a worker has
             another version of this package, another store at the path, or not the user's metric.
     """
-    job = Job.describe(measurement, named)
+    stores = [store for store in (measurement.store, measurement.other) if store is not None]
+    job = Job(
+        id=uuid.uuid4().hex,
+        code_version=__version__,
+        stores=tuple((str(store.path), store.digest) for store in stores),
+        metrics=tuple((name, named[name], spec.definition()) for name, spec in measurement.metrics.items()),
+        backend=measurement.backend,
+    )
     with _client(scheduler) as client:  # closed, it withdraws its tasks
         _check_workers(client, scheduler, job)
         yield Cluster(client, scheduler, job)
@@ -90,8 +85,7 @@ class Cluster:
     def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
         """Measure batches as `StoredMeasurement.batches`, but in the order in which they get ready.
 
-        Raises:
-            ClusterError: the scheduler went away, workers die again and again over one batch, or none is there.
+        ClusterError: the scheduler went away, workers die again and again over one batch, or none is there.
         """
         client, scheduler, job = self.client, self.scheduler, self.job
         distributed = _distributed()

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from engine.capture import metric_parameters, stored_parameters
 from engine.config import load_metrics
-from engine.measure.cluster import connected
+from engine.measure.cluster import Cluster, connected
 from engine.measure.table import same_architecture
-from engine.measure.units import BatchMeasurer, StoredMeasurement
+from engine.measure.units import StoredMeasurement
 from engine.progress import ImageProgress, say
 from kernels import MetricSpec, TokenLayout, check_metrics, resolve
 from store import AttentionStore, MetricWriter, StoreError, has_metric
@@ -74,9 +74,9 @@ def measure_store(
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     measurement = StoredMeasurement(store, other, missing, chosen)
     with contextlib.ExitStack() as resources:
-        measurer: BatchMeasurer = measurement
+        measurer: StoredMeasurement | Cluster = measurement
         if scheduler:
-            named = {load_metrics([name])[0].name: name for name in metrics}
+            named = {spec.name: name for spec, name in zip(specs, metrics, strict=True)}
             measurer = resources.enter_context(connected(scheduler, measurement, named))
         against_of = {} if other is None else dict.fromkeys(pairs, other)
         writer = resources.enter_context(

@@ -159,21 +159,15 @@ def _is_table(path: Path) -> bool:
 
 
 def _long_frame(table: xarray.Dataset) -> Any:
-    import pandas
-
-    columns = {}
+    columns: dict[str, Any] = {}
     for name, values in table.data_vars.items():
         if "region" in values.dims:
-            for region in table["region"].values:
-                columns[f"{name}[{region}]"] = values.sel(region=region, drop=True)
+            columns |= {f"{name}[{key}]": values.sel(region=key, drop=True) for key in table["region"].values}
         else:
             columns[str(name)] = values
-    index = pandas.MultiIndex.from_product([table[axis].values for axis in AXES], names=AXES)
-    flat = {name: values.transpose(*AXES).values.ravel() for name, values in columns.items()}
-    frame = pandas.DataFrame(flat, index=index).reset_index()
-    site = dict(zip(table["layer"].values, table["site"].values, strict=True))
-    frame.insert(AXES.index("layer") + 1, "site", frame["layer"].map(site))
-    return frame.dropna(how="all", subset=list(flat))
+    frame = table.assign(columns)[list(columns)].reset_coords(drop=True).to_dataframe(dim_order=AXES).reset_index()
+    frame.insert(AXES.index("layer") + 1, "site", frame["layer"].map(table["site"].to_series()))
+    return frame.dropna(how="all", subset=list(columns))
 
 
 def read_table(path: Path) -> xarray.Dataset:

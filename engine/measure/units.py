@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,13 +35,6 @@ class BatchValues:
     masked: int  # rows of the latter kind, each once; with a pair metric, those of either store
 
 
-class BatchMeasurer(Protocol):
-    """What measures batches: this process, or a cluster."""
-
-    def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
-        """Measure batches, given batch -> names of metrics."""
-
-
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What one thread measures at a time: some images of a batch, in one layer."""
@@ -60,7 +53,7 @@ class StoredMeasurement:
     backend: str  # of `kernels.BACKENDS`
 
     def batches(self, names: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, BatchValues]]:
-        """Measure batches in as many threads as `kernels.cpu.threads` has set, in order.
+        """Measure batches (batch -> names of metrics) in as many threads as `kernels.cpu.threads` has set, in order.
 
         A thread decodes a unit and measures it; no thread waits for another's decoding, so all CPUs are busy whatever
         the ratio of the two, and no more than a unit a thread is in memory.
