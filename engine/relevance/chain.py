@@ -30,13 +30,7 @@ from kernels import TokenLayout
 def check_call(call: AttentionCall, module: str | None, layout: TokenLayout, images: int, pooled: bool) -> bool:
     """Whether a call is attention pooling: one query over all tokens; else it is self-attention over all tokens.
 
-    Args:
-        call, module: the call, and who makes it.
-        layout, images: what the maps must be over.
-        pooled: whether the tokens were pooled before this call.
-
-    Raises:
-        CaptureError: it is neither, or the tokens were pooled already.
+    Raises CaptureError where it is neither, or the tokens were pooled already.
     """
     queries, keys = call.query.shape[-2], call.key.shape[-2]
     tokens = layout.num_tokens
@@ -72,8 +66,7 @@ def record_attention(
 ) -> tuple[torch.Tensor, list[AttentionLayer], TokenLayout]:
     """Target logits [image], every layer's attention call in depth order, and the layout, by one forward pass.
 
-    Raises:
-        CaptureError: a call that is not over all tokens, or no call.
+    Raises CaptureError for a call that is not over all tokens, and where there is none.
     """
     layout = token_layout(vision_module(model), images.shape)
     layers: list[AttentionLayer] = []
@@ -102,13 +95,8 @@ def read_tokens(gradient: torch.Tensor, module: str) -> torch.Tensor:
     """How much of the last attention's rows the prediction is read out from, [query], adding up to 1.
 
     Behind the last attention nothing mixes tokens but the readout, so exactly those of its outputs have a gradient that
-    are read: the class token's; the class and distillation tokens'; the patches' under average pooling.
-
-    Args:
-        gradient: of the target logits with respect to the last attention's output, [image, head, query, dim].
-
-    Raises:
-        CaptureError: there is no gradient.
+    are read: the class token's; the class and distillation tokens'; the patches' under average pooling. `gradient` is
+    that of the target logits, [image, head, query, dim]; CaptureError where it is 0 throughout.
     """
     read = (gradient != 0).any(dim=3).any(dim=1).any(dim=0)
     if not bool(read.any()):

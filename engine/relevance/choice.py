@@ -17,18 +17,14 @@ Outputs = NDArray[np.int64]
 class ClassChoice:
     """What maps are of, the same for every condition.
 
-    Args:
-        role: "true": the image's class; "predicted": the one that the condition compared against predicts; "own": the
-            one that each model predicts itself, where nothing says which outputs of two heads are one class.
-        rows: of the images that can be explained.
-        shared: the class names that every head has; () for "own".
-        left_out: what is not computed and why, one sentence for each.
+    `role` is "true": the image's class; "predicted": the one that the condition compared against predicts; "own": the
+    one that each model predicts itself, where nothing says which outputs of two heads are one class.
     """
 
     role: str
-    rows: tuple[int, ...]
-    shared: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    rows: tuple[int, ...]  # of the images that can be explained
+    shared: tuple[str, ...] = ()  # the class names that every head has; () for "own"
+    left_out: tuple[str, ...] = ()  # what is not computed and why, one sentence for each
 
     @property
     def same_class(self) -> bool:
@@ -38,19 +34,12 @@ class ClassChoice:
 
 @dataclass(frozen=True)
 class Targets:
-    """The classes of one model's maps.
-
-    Args:
-        head: the model's.
-        role: what `target` is to each image: "true" or "predicted".
-        target: output of the model's head, [image].
-        other: output of another class of each image, [image]; None where maps of two classes cannot be compared.
-    """
+    """The classes of one model's maps, as outputs of its head, [image]."""
 
     head: HeadClasses
-    role: str
+    role: str  # what `target` is to each image: "true" or "predicted"
     target: Outputs
-    other: Outputs | None = None
+    other: Outputs | None = None  # another class; None where maps of two classes cannot be compared
 
     def names(self, image: int) -> tuple[str, str]:
         """Target and other class of an image; "" for none."""
@@ -76,23 +65,23 @@ def choose_classes(heads: Mapping[str, HeadClasses], images: ImageSet, against: 
     every = tuple(range(len(images)))
     if not headed:
         return ClassChoice("own", (), (), ("No model has a head, and a relevance map is of a class.",))
-    unknown = [name for name, head in headed.items() if not head.known]
     alone = "Maps are of the class that each model predicts, and no measure is compared between classes or conditions"
+    unknown = " and ".join(name for name, head in headed.items() if not head.known)
     if unknown:
-        whose = " and ".join(unknown)
-        return ClassChoice("own", every, (), (f"{alone}: the classes of the head of {whose} are not known.",))
+        return ClassChoice("own", every, (), (f"{alone}: the classes of the head of {unknown} are not known.",))
     names = [set(head.names) for head in headed.values()]
-    shared = tuple(name for name in next(iter(headed.values())).names if all(name in each for each in names))
+    common = set.intersection(*names)
+    shared = tuple(name for name in next(iter(headed.values())).names if name in common)
     single = ("Maps of two classes are not compared, since the heads share one class.",) if len(shared) == 1 else ()
-    known = np.array([name in set(shared) for name in images.class_names])[np.asarray(images.labels)]
-    rows = tuple(int(row) for row in np.flatnonzero(known))
+    known = np.array([name in common for name in images.class_names])[np.asarray(images.labels)]
+    rows = tuple(np.flatnonzero(known).tolist())
     if rows:
         unexplained = len(every) - len(rows)
         sentence = (
             f"{unexplained:,} of {len(every):,} images are of a class that not every head has, and are not explained."
         )
         return ClassChoice("true", rows, shared, ((sentence,) if unexplained else ()) + single)
-    if all(each == names[0] for each in names):
+    if all(each == common for each in names):
         predictor = _predictor(headed, against)
         sentence = f"No image is of a class that the heads have: maps are of the class that {predictor} predicts."
         return ClassChoice("predicted", every, shared, (sentence, *single))
@@ -115,11 +104,7 @@ def find_targets(
 ) -> dict[str, Targets]:
     """condition → the outputs of its head that are explained, for each condition that has one.
 
-    Args:
-        choice, heads, images, against: as in and from `choose_classes`.
-        rows: of the images.
-        seed: of the other classes.
-        predict: condition → the output that is greatest, for each of `rows`.
+    `seed` is of the other classes; `predict` gives a condition's greatest output for each of `rows`.
     """
     headed = {name: head for name, head in heads.items() if head.outputs}
     if not choice.same_class:

@@ -23,14 +23,9 @@ from train.data import ImageSet
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's maps by one method over the evaluated images.
+    """One model's maps by one method over the evaluated images."""
 
-    Attributes:
-        values: measure -> [image].
-        curves: deletion and insertion.
-    """
-
-    values: Mapping[str, Floats]
+    values: Mapping[str, Floats]  # measure -> [image]
     curves: Curves
 
 
@@ -49,36 +44,26 @@ def evaluate_maps(
 ) -> tuple[dict[str, Evaluation], dict[str, str]]:
     """Every method's maps, and those of the random control, measured on the same images.
 
-    Args:
-        model: in evaluation mode, on `device`.
-        images, rows, targets: which images, and the classes of each.
-        methods: see `relevance_maps`.
-        config: the baseline and the steps of `perturbation_curves`.
-        seed: of the random control and of ties.
-        device, batch_size: where, and how many images at a time.
-        label: for the progress bar.
-
-    Returns:
-        method -> its evaluation, and method -> why it cannot be computed for this model.
+    Returns method -> its evaluation, and method -> why it cannot be computed for this model. `seed` is of the random
+    control and of ties.
     """
-    batches = [np.arange(len(rows))[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     measured: dict[str, list[tuple[dict[str, Floats], Curves]]] = {}
     refused: dict[str, str] = {}
     with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
-        for batch in batches:
-            pixels = images.batch([rows[i] for i in batch]).to(device)
+        for start in range(0, len(rows), batch_size):
+            batch = slice(start, start + batch_size)
+            pixels = images.batch(rows[batch]).to(device)
             stand_in = baseline_images(pixels, config.baseline)
             layout = token_layout(vision_module(model), pixels.shape)
-            grid = (layout.grid_rows, layout.grid_cols)
             regions = images.regions(layout)
-            coverage = None if regions is None else regions[[rows[i] for i in batch]].astype(np.float64)
+            coverage = None if regions is None else regions[list(rows[batch])].astype(np.float64)
             true = torch.from_numpy(targets.target[batch])
             for method in (*methods, CONTROL):
                 if method in refused:
                     continue
                 others = None
                 if method == CONTROL:
-                    maps = random_maps((len(batch), *grid), seed + int(batch[0]))
+                    maps = random_maps((len(pixels), layout.grid_rows, layout.grid_cols), seed + start)
                 else:
                     try:
                         maps = relevance_maps(model, pixels, true, method, batch_size=batch_size)
@@ -93,7 +78,7 @@ def evaluate_maps(
                 )
                 values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
                 measured.setdefault(method, []).append((values, curves))
-            progress.update(len(batch))
+            progress.update(len(pixels))
     return {method: _joined(parts) for method, parts in measured.items()}, refused
 
 
@@ -114,12 +99,10 @@ def _measure(
 
 
 def _joined(parts: Sequence[tuple[dict[str, Floats], Curves]]) -> Evaluation:
-    names = list(parts[0][0])
+    """The batches' parts as one."""
+    values, curves = zip(*parts, strict=True)
+    deletion, insertion = (np.concatenate([getattr(c, name) for c in curves]) for name in ("deletion", "insertion"))
     return Evaluation(
-        {name: np.concatenate([values[name] for values, _ in parts]) for name in names},
-        Curves(
-            parts[0][1].fractions,
-            np.concatenate([curves.deletion for _, curves in parts]),
-            np.concatenate([curves.insertion for _, curves in parts]),
-        ),
+        {name: np.concatenate([part[name] for part in values]) for name in values[0]},
+        Curves(curves[0].fractions, deletion, insertion),
     )

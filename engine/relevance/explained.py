@@ -33,22 +33,14 @@ _GAP_PX, _TEXT_PX, _BAR_PX = 10, 14, 14
 
 @dataclass(frozen=True)
 class Explained:
-    """One map: an image, the model and class it explains, and how probable the model finds that class.
+    """One map: an image, the model and class it explains, and how probable the model finds that class."""
 
-    Args:
-        image: row of the data set.
-        condition: the model.
-        target: class name; role: "true", "other" or "predicted".
-        probability: softmax of the model's logits at the target.
-        map: float32 [row, col] on the patch grid, not normalised.
-    """
-
-    image: int
+    image: int  # row of the data set
     condition: str
-    target: str
-    role: str
-    probability: float
-    map: np.ndarray
+    target: str  # class name
+    role: str  # "true", "other" or "predicted"
+    probability: float  # softmax of the model's logits at the target
+    map: np.ndarray  # float32 [row, col] on the patch grid, not normalised
 
 
 def samples_folder(outputs: Path, method: str) -> Path:
@@ -67,18 +59,7 @@ def explain_samples(
     *,
     device: str,
 ) -> list[Explained]:
-    """Maps of one model for the sample images.
-
-    Args:
-        model: in evaluation mode, on `device`.
-        condition: its name.
-        images, rows: the samples.
-        targets: the classes of each sample.
-        method: see `relevance_maps`.
-
-    Raises:
-        CaptureError: the method cannot be computed for this model.
-    """
+    """Maps of one model, in evaluation mode on `device`, for the sample images. Raises as `relevance_maps`."""
     pixels = images.batch(rows).to(device)
     with torch.inference_mode():
         output = model(pixels)

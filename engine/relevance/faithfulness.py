@@ -28,17 +28,11 @@ _BLUR = 0.1
 
 @dataclass(frozen=True)
 class Curves:
-    """Probability of each image's class as patches go or come, most relevant first.
+    """Probability of each image's class as patches go or come, most relevant first."""
 
-    Attributes:
-        fractions: [step] shares of patches, from 0 to 1.
-        deletion: [image, step], that share replaced by the baseline.
-        insertion: [image, step], that share on the baseline.
-    """
-
-    fractions: Floats
-    deletion: Floats
-    insertion: Floats
+    fractions: Floats  # [step], shares of patches, from 0 to 1
+    deletion: Floats  # [image, step], that share replaced by the baseline
+    insertion: Floats  # [image, step], that share on the baseline
 
     def measures(self) -> dict[str, Floats]:
         """Areas under both curves and between them, [image]: `faithfulness` is insertion − deletion, 0 for no order."""
@@ -48,15 +42,10 @@ class Curves:
 
 
 def baseline_images(images: torch.Tensor, kind: str) -> torch.Tensor:
-    """What stands in for a patch that is taken away.
+    """What stands in for a patch of normalised images [image, channel, row, col] that is taken away.
 
-    Args:
-        images: normalised, [image, channel, row, col].
-        kind: "blur": the image under a Gaussian of a tenth of its longer side; "mean": the data set's mean, which
-            normalisation puts at 0.
-
-    Raises:
-        InputError: no such kind.
+    "blur": the image under a Gaussian of a tenth of its longer side; "mean": the data set's mean, which normalisation
+    puts at 0.
     """
     if kind == "mean":
         return torch.zeros_like(images)
@@ -90,20 +79,10 @@ def perturbation_curves(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Curves:
-    """Deletion and insertion curves of one map per image.
+    """Deletion and insertion curves of one map [row, col] on the patch grid per image: softmax at `targets`.
 
-    Args:
-        model: a classifier, run in eval mode and put back as it was.
-        images, baseline: [image, channel, row, col].
-        targets: class whose probability (softmax) is followed, [image].
-        maps: [image, row, col] on the patch grid. Equal values have no order: they are taken in a seeded random one, or
-            a map of zeros would remove the image from its top left corner.
-        steps: shares between 0 and 1 that are evaluated, evenly spaced.
-        batch_size: images per forward pass.
-        seed: of the order of ties.
-
-    Raises:
-        InputError: no steps, or maps and images that do not belong together.
+    Equal values of a map have no order: they are taken in a seeded random one, or a map of zeros would remove the image
+    from its top left corner. `steps` shares between 0 and 1 are evaluated, evenly spaced.
     """
     if steps < 1:
         raise InputError(f"relevance.steps is {steps}; expected at least 1")

@@ -39,6 +39,12 @@ Evaluations = Mapping[str, Mapping[str, Evaluation]]  # condition -> method -> e
 Pair = tuple[dict[str, str], Floats, Floats]  # fields of the test, values of the other side, values; [image]
 
 
+def _each(evaluations: Evaluations) -> Iterator[tuple[str, str, Evaluation]]:
+    for condition, methods in evaluations.items():
+        for method, evaluation in methods.items():
+            yield condition, method, evaluation
+
+
 def relevance_results(
     evaluations: Evaluations,
     refused: Mapping[str, Mapping[str, str]],
@@ -60,23 +66,16 @@ def relevance_results(
     - `conditions`: does a measure differ between a condition and `against`? A family per condition: method × measure.
       Only where both explain the same class of an image.
     - `classes`: is the map of another class noisier than that of the image's class? A family per condition.
-
-    Args:
-        evaluations, refused: condition -> method -> evaluation, or the reason why there is none.
-        choice: the classes of the maps.
-        config: how faithfulness was measured.
-        settings: of the tests and intervals.
-        images: how many are measured.
-        rollout_peaks, link: what else was found.
     """
-    compared = [name for name in evaluations if name != settings.against] if choice.same_class else []
+    against = settings.against
+    compared = {name: own for name, own in evaluations.items() if choice.same_class and name != against}
     return RelevanceResults(
         images=images,
         target=choice.role,
         left_out=choice.left_out,
         baseline=config.baseline,
         steps=config.steps,
-        against=settings.against,
+        against=against,
         confidence=settings.confidence,
         refused=tuple(
             Refusal(condition=condition, method=method, reason=reason)
@@ -92,16 +91,11 @@ def relevance_results(
                 deletion=tuple(map(finite, evaluation.curves.deletion.mean(axis=0))),
                 insertion=tuple(map(finite, evaluation.curves.insertion.mean(axis=0))),
             )
-            for condition, methods in evaluations.items()
-            for method, evaluation in methods.items()
+            for condition, method, evaluation in _each(evaluations)
         ),
         methods=_tests([_between_methods(*item) for item in evaluations.items()], settings),
         conditions=_tests(
-            [
-                _between_conditions(name, evaluations[name], settings.against, evaluations[settings.against])
-                for name in compared
-            ],
-            settings,
+            [_between_conditions(*item, against, evaluations[against]) for item in compared.items()], settings
         ),
         classes=_tests([_between_classes(*item) for item in evaluations.items()], settings),
         rollout_peaks=tuple(rollout_peaks),
@@ -118,37 +112,35 @@ def write_relevance(
 ) -> None:
     """`relevance.json`, and `relevance.csv` with one row per condition, method and image; each whole or not at all."""
     write_document(folder / "relevance.json", results, indent=2)
-    names = list(dict.fromkeys(name for methods in evaluations.values() for e in methods.values() for name in e.values))
+    names = list(dict.fromkeys(name for _, _, evaluation in _each(evaluations) for name in evaluation.values))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["condition", "method", "image", "target", "other", *names])
-    for condition, methods in evaluations.items():
-        for method, evaluation in methods.items():
-            columns = [evaluation.values.get(name) for name in names]
-            for i, identity in enumerate(ids):
-                numbers = ["" if c is None or not np.isfinite(c[i]) else f"{c[i]:.7g}" for c in columns]
-                writer.writerow([condition, method, identity, *targets[condition].names(i), *numbers])
+    for condition, method, evaluation in _each(evaluations):
+        columns = [evaluation.values.get(name) for name in names]
+        for i, identity in enumerate(ids):
+            numbers = ["" if c is None or not np.isfinite(c[i]) else f"{c[i]:.7g}" for c in columns]
+            writer.writerow([condition, method, identity, *targets[condition].names(i), *numbers])
     write_atomically(folder / "relevance.csv", text.getvalue().encode())
 
 
 def _means(evaluations: Evaluations, settings: Settings) -> Iterator[MapMean]:
     """Each measure's mean with its interval over images."""
-    for condition, methods in evaluations.items():
-        for method, evaluation in methods.items():
-            values = np.stack(list(evaluation.values.values()), axis=1)
-            bounds = bootstrap_interval(
-                values, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
-            )
-            known = [column[np.isfinite(column)] for column in values.T]
-            yield from build(
-                MapMean,
-                [{"condition": condition, "method": method, "measure": measure} for measure in evaluation.values],
-                {
-                    "mean": [finite(column.mean()) if column.size else None for column in known],
-                    "ci": np.stack(bounds, axis=1),
-                    "n": [column.size for column in known],
-                },
-            )
+    for condition, method, evaluation in _each(evaluations):
+        values = np.stack(list(evaluation.values.values()), axis=1)
+        bounds = bootstrap_interval(
+            values, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
+        )
+        known = [column[np.isfinite(column)] for column in values.T]
+        yield from build(
+            MapMean,
+            [{"condition": condition, "method": method, "measure": measure} for measure in evaluation.values],
+            {
+                "mean": [finite(column.mean()) if column.size else None for column in known],
+                "ci": np.stack(bounds, axis=1),
+                "n": [column.size for column in known],
+            },
+        )
 
 
 def _tests(families: Sequence[Sequence[Pair]], settings: Settings) -> tuple[MapTest, ...]:

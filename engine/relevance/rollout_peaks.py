@@ -22,14 +22,7 @@ DOMINANT_SHARE = 0.5
 def rollout_peaks(
     condition: str, model: torch.nn.Module, pixels: torch.Tensor, maps: Sequence[np.ndarray]
 ) -> RolloutPeaks:
-    """How many maps of rollout have their peak at the patch that receives most, where that patch dominates a head.
-
-    Args:
-        condition: the model's name.
-        model: on the device of `pixels`.
-        pixels: [image, channel, row, col].
-        maps: rollout's of these images, [row, col] on the patch grid.
-    """
+    """How many maps of rollout have their peak at the patch that receives most, where that patch dominates a head."""
     shares: list[np.ndarray] = []  # per head, [image, patch]
     heads: list[tuple[int, int]] = []
 

@@ -35,18 +35,11 @@ def over(relevance: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Passes:
-    """What the two backward passes of one forward pass share.
+    """What the two backward passes of one forward pass share."""
 
-    Attributes:
-        relevance: whether backward redistributes relevance; it takes gradients before that.
-        probes: places in the graph where relevance will be summed.
-        lost: [image], relevance that constant operands took with them, out of 1.
-        stream: (module, [image]): the relevance at each probe, from the last one down, and what of 1 should be there.
-    """
-
-    relevance: bool = False
-    probes: int = 0
-    lost: torch.Tensor | float = 0.0
+    relevance: bool = False  # whether backward redistributes relevance; it takes gradients before that
+    lost: torch.Tensor | float = 0.0  # [image], relevance that constant operands took with them, out of 1
+    # Module, relevance [image] at each probe, from the last one down, and what of 1 should be there.
     stream: list[tuple[str, torch.Tensor, torch.Tensor | float]] = field(default_factory=list)
 
 
@@ -65,31 +58,38 @@ class _Node(torch.autograd.Function):
         return (None, None, *parts)
 
 
+def named_arguments(call: FunctionCall) -> dict[int | str, Any]:
+    """All arguments of a call, by position or keyword."""
+    return dict([*enumerate(call.args), *call.kwargs.items()])
+
+
+def node(passes: Passes, rule: Rule, *carriers: torch.Tensor) -> torch.Tensor:
+    """The rule's value, as a node behind the tensors of the outer graph that carry relevance to it."""
+    result: torch.Tensor = _Node.apply(passes, rule, *carriers)
+    return result
+
+
 class Rule:
     """One operation: its value, its gradient and its relevance.
 
     The default runs the operation on operands of its own, which keep a small graph, and passes relevance on unchanged:
-    the rule of activations, norms, signs, and of products and sums with a constant.
-
-    Args:
-        call: the operation as called.
-        places: where among its arguments the operands stand that carry relevance: positions, or keywords.
+    the rule of activations, norms, signs, and of products and sums with a constant. `places` says where among the
+    call's arguments the operands stand that carry relevance: positions, or keywords.
     """
 
     keeps_graph = False  # whether `redistribute` needs the small graph, too
     operands: list[torch.Tensor]
-    output: torch.Tensor | None = None
+    output: torch.Tensor
 
     def __init__(self, call: FunctionCall, places: Sequence[int | str]) -> None:
-        self._call: FunctionCall | None = call
+        self._call = call
         self._places = places
 
     def apply(self, passes: Passes) -> torch.Tensor:
         """The operation's result, as a node."""
-        assert self._call is not None
-        carriers = [self._call.args[p] if isinstance(p, int) else self._call.kwargs[p] for p in self._places]
-        result: torch.Tensor = _Node.apply(passes, self, *carriers)
-        self._call = None  # its arguments belong to the outer graph
+        arguments = named_arguments(self._call)
+        result = node(passes, self, *(arguments[place] for place in self._places))
+        del self._call  # its arguments belong to the outer graph
         return result
 
     def forward(self, *carriers: torch.Tensor) -> torch.Tensor:
@@ -99,23 +99,17 @@ class Rule:
         return self.output.detach()
 
     def evaluate(self, operands: Sequence[torch.Tensor]) -> torch.Tensor:
-        assert self._call is not None
-        args, kwargs = list(self._call.args), dict(self._call.kwargs)
-        for place, operand in zip(self._places, operands, strict=True):
-            if isinstance(place, int):
-                args[place] = operand
-            else:
-                kwargs[place] = operand
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
-        result: torch.Tensor = self._call.function(*args, **kwargs)
+        arguments = named_arguments(self._call) | dict(zip(self._places, operands, strict=True))
+        if arguments.get("inplace"):
+            arguments["inplace"] = False
+        args = [arguments[place] for place in range(len(self._call.args))]
+        result: torch.Tensor = self._call.function(*args, **{name: arguments[name] for name in self._call.kwargs})
         return result
 
     def gradient(self, upstream: torch.Tensor) -> Sequence[torch.Tensor]:
-        assert self.output is not None
         gradients = torch.autograd.grad(self.output, self.operands, upstream, retain_graph=self.keeps_graph)
         if not self.keeps_graph:
-            self.output = None
+            del self.output
         return gradients
 
     def redistribute(self, upstream: torch.Tensor, passes: Passes) -> Sequence[torch.Tensor]:
@@ -123,7 +117,7 @@ class Rule:
 
 
 class ProbeRule(Rule):
-    """No operation: a place where the relevance of each image is summed."""
+    """No operation: a place where the relevance of each image is summed into `passes.stream`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -139,33 +133,17 @@ class ProbeRule(Rule):
         return (upstream,)
 
 
-def probe(passes: Passes, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor; its relevance will be summed into `passes.stream`."""
-    passes.probes += 1
-    probed: torch.Tensor = _Node.apply(passes, ProbeRule(name), tensor)
-    return probed
-
-
 class UnitRule(Rule):
     """Several operations as one, such as a norm written out in them: relevance passes through.
 
-    Args:
-        operand: the unit's input, outside the outer graph; it requires a gradient.
-        output: what the unit made of it, by plain operations.
+    `output` is what they made of `operand`, which requires a gradient and is outside the outer graph.
     """
 
     def __init__(self, operand: torch.Tensor, output: torch.Tensor) -> None:
         self.operands, self.output = [operand], output
 
     def forward(self, *carriers: torch.Tensor) -> torch.Tensor:
-        assert self.output is not None
         return self.output.detach()
-
-
-def as_unit(passes: Passes, carrier: torch.Tensor, rule: UnitRule) -> torch.Tensor:
-    """The unit's output, as a node behind `carrier`, its input in the outer graph."""
-    result: torch.Tensor = _Node.apply(passes, rule, carrier)
-    return result
 
 
 class LinearRule(Rule):
@@ -201,10 +179,9 @@ class VjpRule(Rule):
     keeps_graph = True
 
     def redistribute(self, upstream: torch.Tensor, passes: Passes) -> Sequence[torch.Tensor]:
-        assert self.output is not None
         share = over(upstream, self.output.detach())
         parts = torch.autograd.grad(self.output, self.operands, share)
-        self.output = None
+        del self.output
         return [operand.detach() * part for operand, part in zip(self.operands, parts, strict=True)]
 
 
@@ -245,11 +222,10 @@ class AttentionRule(Rule):
     Both products are halved between their operands, and the map's own relevance is read after the first halving:
     R_A = A ⊙ ((R/O) Vᵀ) / 2. Softmax passes R_A on to the logits; the scale cancels there, and a mask or bias is a
     constant. A query that is a constant (attention pooling) takes its quarter of the relevance with it.
-
-    Attributes:
-        output_gradient: after the first pass, [image, head, query, dim].
-        weighted: after the second pass, mean over heads of (∇A ⊙ R_A)⁺, [image, query, key].
     """
+
+    output_gradient: torch.Tensor  # after the first pass, [image, head, query, dim]
+    weighted: torch.Tensor  # after the second pass, mean over heads of (∇A ⊙ R_A)⁺, [image, query, key]
 
     def __init__(self, call: FunctionCall, places: Sequence[int | str]) -> None:
         super().__init__(call, places)
@@ -257,9 +233,6 @@ class AttentionRule(Rule):
         self._factors = {name: getattr(read, name).detach() for name in ("query", "key", "value")}
         self._carrying = [("query", "key", "value")[p] if isinstance(p, int) else p for p in places]
         self._scale, self._bias = read.scale, read.bias
-        self._result: torch.Tensor | None = None
-        self.output_gradient: torch.Tensor | None = None
-        self.weighted: torch.Tensor | None = None
 
     def forward(self, *carriers: torch.Tensor) -> torch.Tensor:
         self._result = super().forward(*carriers)
@@ -279,8 +252,6 @@ class AttentionRule(Rule):
 
     def attribute(self, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sets `weighted`; returns the relevance of query, key and value."""
-        assert self._result is not None
-        assert self.output_gradient is not None
         share = over(upstream, self._result)
         parts = {name: torch.empty_like(factor) for name, factor in self._factors.items()}
         images, heads, queries, _ = self._result.shape

@@ -41,19 +41,16 @@ def explain_study(
 ) -> None:
     """Leaves visualizations/gradcam_samples/ and relevance/<method>/, metrics/relevance.json and .csv.
 
-    A method that cannot be computed for a model is left out there and named in relevance.json with the reason.
+    A method that cannot be computed for a model is left out there and named in relevance.json with the reason; so is a
+    condition without a head.
 
     Args:
         outputs: the study's folder.
         models: condition -> what loads its model, in evaluation mode on `device`.
         images: the test split; drawn, measured: its rows to draw and to measure.
-        config: the methods, and how faithfulness is measured.
-        heads: condition -> the classes of its head; one without a head is left out.
-        choice: which classes are explained.
-        settings: of the tests; the condition that the others are compared with.
-        link: results of `prediction_link`.
+        choice: of `choose_classes`, from the same `heads` (condition -> the classes of its head).
+        link: of `prediction_link`.
         seed: of the other classes, the random control and ties.
-        device: where the models run.
     """
     explained: dict[str, list[Explained]] = {method: [] for method in config.methods}
     refused: dict[str, dict[str, str]] = {condition: {} for condition in models}
@@ -98,25 +95,19 @@ def explain_study(
     for method in config.methods:
         write_samples(samples_folder(outputs, method), method, images, explained[method])
     results = relevance_results(
-        evaluations,
-        refused,
-        choice,
-        config,
-        settings,
-        images=len(measured),
-        rollout_peaks=peaks,
-        link=link,
+        evaluations, refused, choice, config, settings, images=len(measured), rollout_peaks=peaks, link=link
     )
     write_relevance(outputs / "metrics", results, evaluations, measured_targets, [images.ids[row] for row in measured])
 
 
 def _predicted(load: Loader, images: ImageSet, rows: Sequence[int], device: str) -> NDArray[np.int64]:
     """The output of the model that is greatest, [row]."""
-    predicted: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
-    model = load() if rows else None
+    predicted = np.zeros(len(rows), dtype=np.int64)
+    if not len(rows):
+        return predicted
+    model = load()
     with torch.inference_mode():
         for start in range(0, len(rows), 32):
-            assert model is not None
             output = model(images.batch(rows[start : start + 32]).to(device))
-            predicted.append(getattr(output, "logits", output).argmax(dim=-1).cpu().numpy())
-    return np.concatenate(predicted)
+            predicted[start : start + 32] = getattr(output, "logits", output).argmax(dim=-1).cpu().numpy()
+    return predicted

@@ -19,13 +19,8 @@ def class_logits(
 ) -> torch.Tensor:
     """The target class's logit of each image, [image], in a graph that holds no weights.
 
-    The forward pass runs on detached weights, so that nothing is kept for their gradients, whatever they require; the
-    model itself is not touched.
-
-    Args:
-        model, images, targets: see `relevance_maps`.
-        dtype: floating-point type of the forward pass; None: the model's own.
-        around: context of the forward pass alone.
+    The forward pass, which runs in `dtype` and inside `around`, is on detached weights, so that nothing is kept for
+    their gradients, whatever they require; the model itself is not touched.
 
     Raises:
         InputError: a target that is not a class of the model.

@@ -30,8 +30,7 @@ def correlate_over_images(
     Args:
         changes: [image, ...], the leading dimension called `image`.
         outcome: [image], without NaN.
-        permutations: random permutations of the images (B); p = (b + 1)/(B + 1).
-        seed: of the permutations.
+        permutations: random ones of the images (B); p = (b + 1)/(B + 1).
 
     Returns:
         Dataset over the trailing axes: `rho`, `n`, `p` (this test alone), `p_max_r` (over all elements). NaN where

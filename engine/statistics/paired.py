@@ -188,7 +188,7 @@ def _group_codes(groups: Any, n_images: int) -> NDArray[np.int64]:
         raise ValueError(
             f"groups has the shape {np.shape(groups)}; expected [image] or [image, level] with {n_images} images"
         )
-    codes = [np.unique(labels[:, level], return_inverse=True)[1].reshape(-1) for level in range(labels.shape[1])]
+    codes = [np.unique(level, return_inverse=True)[1].reshape(-1) for level in labels.T]
     return np.stack(codes, axis=1).astype(np.int64)
 
 

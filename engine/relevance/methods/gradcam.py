@@ -19,9 +19,6 @@ def gradcam_maps(
 
     A is the output of the last block's first norm. Later places give all-zero maps where the head reads the class
     token alone: no gradient reaches the other tokens there.
-
-    Raises:
-        CaptureError: the model's last block has no first norm.
     """
     blocks = transformer_blocks(model)
     norm = first_norm(blocks[-1][1]) if blocks else None

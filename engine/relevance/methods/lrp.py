@@ -33,13 +33,14 @@ from engine.relevance.rules import (
     AttentionRule,
     LinearRule,
     Passes,
+    ProbeRule,
     ProductRule,
     ResidualRule,
     Rule,
     UnitRule,
     VjpRule,
-    as_unit,
-    probe,
+    named_arguments,
+    node,
 )
 from engine.relevance.targets import class_logits
 from kernels import TokenLayout
@@ -64,16 +65,11 @@ _FRESH = {"empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_z
 
 
 class Propagation:
-    """One forward pass of `model` under the rules; a context manager around it, and two backward passes after it.
-
-    Attributes:
-        passes: what the backward passes note, the stream's relevance among it.
-        attention: (module, rule) of each attention call, in depth order.
-    """
+    """One forward pass of `model` under the rules; a context manager around it, and two backward passes after it."""
 
     def __init__(self, model: torch.nn.Module, layout: TokenLayout, num_images: int) -> None:
         self.passes = Passes()
-        self.attention: list[tuple[str, AttentionRule]] = []
+        self.attention: list[tuple[str, AttentionRule]] = []  # with the module that calls, in depth order
         self._model, self._layout, self._num_images = model, layout, num_images
         self._lowest: torch.Tensor | None = None
         self._pooled = False
@@ -101,23 +97,19 @@ class Propagation:
                 hook.remove()
 
     def backward(self, logits: torch.Tensor) -> None:
-        """Both passes, from relevance 1 at each image's logit down to the lowest attention call.
-
-        Raises:
-            CaptureError: relevance was lost or made on the way.
-        """
+        """Both passes, from relevance 1 at each image's logit to the lowest attention call; it must not leak."""
         if self._lowest is None:
             raise CaptureError(f"{type(self._model).__name__} made no attention call that relevance could follow")
-        if not self.passes.probes:
-            raise CaptureError(
-                f"lrp finds no blocks of {type(self._model).__name__} behind which it could check that relevance is "
-                "conserved; use method generic"
-            )
         lowest = self.attention[0][1]
         (lowest.output_gradient,) = torch.autograd.grad(logits.sum(), [self._lowest], retain_graph=True)
         self.passes.relevance = True
         (relevance,) = torch.autograd.grad(logits.sum(), [self._lowest])
         lowest.attribute(relevance)
+        if not self.passes.stream:
+            raise CaptureError(
+                f"lrp finds no blocks of {type(self._model).__name__} behind which it could check that relevance is "
+                "conserved; use method generic"
+            )
         for name, total, expected in self.passes.stream:
             off = float((total - expected).abs().max())
             if not off <= _LEAK:
@@ -139,7 +131,7 @@ class Propagation:
             tokens, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
             if not _carries(tokens):
                 return output
-            probed = probe(self.passes, name, tokens)
+            probed = node(self.passes, ProbeRule(name), tokens)
             return probed if rest is None else (probed, *rest)
 
         return after
@@ -153,7 +145,7 @@ class Propagation:
     def _leave_unit(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if self._unit is None or self._unit[0] is not module:
             return output
-        result = as_unit(self.passes, self._unit[1], UnitRule(args[0], output))
+        result = node(self.passes, UnitRule(args[0], output), self._unit[1])
         self._unit = None
         return result
 
@@ -179,11 +171,12 @@ class Propagation:
             return call.run()
         if self._replaced:
             self._check_replaced(call)
-        if not _carries((call.args, call.kwargs)):
+        if not _carries((call.args, call.kwargs)) or name in _MOVES or name in _FRESH:
             return call.run()
-        if name in _MOVES or name in _FRESH:
-            return call.run()
-        rule = self._rule(name.removesuffix("_"), call)
+        operation = name.removesuffix("_")
+        # What is done in place is done beside the tensor instead.
+        beside = call if operation == name else replace(call, function=getattr(torch, operation, call.function))
+        rule = self._rule(operation, beside)
         if rule is None:
             result = call.run()
             if _holds(result, torch.Tensor.is_floating_point):
@@ -191,28 +184,24 @@ class Propagation:
             return result
         if not torch.is_grad_enabled():
             raise self._no_rule(call, "gradients are switched off there")
-        if not name.endswith("_"):
-            return rule.apply(self.passes)
-        # Done beside the tensor and not in it; whoever goes on with the old one instead of the result is found out.
-        self._replaced.append(call.args[0])
-        call = replace(call, function=getattr(torch, name.removesuffix("_")))
-        rule = self._rule(name.removesuffix("_"), call)
-        assert rule is not None  # it was there for the same operands
+        if beside is not call:
+            self._replaced.append(call.args[0])  # whoever goes on with it instead of the result is found out
         return rule.apply(self.passes)
 
     def _rule(self, name: str, call: FunctionCall) -> Rule | None:
         """The rule of an operation on these operands; None where there is none."""
         places = _places(call)
-        if not places or len(places) != _count_carriers((call.args, call.kwargs)):
+        if len(places) != sum(tensor.requires_grad for tensor in _tensors((call.args, call.kwargs))):
             return None  # a carrier inside a list
-        operands = [call.args[p] if isinstance(p, int) else call.kwargs[p] for p in places]
+        operands = [named_arguments(call)[place] for place in places]
         first = places[0] in (0, "input")
-        if name == "linear" and first and len(places) == 1:
-            return LinearRule(call, places)
-        if name in _PASSES and first and len(places) == 1:
-            return Rule(call, places)
-        if name in _OVER_AN_AXIS and first and len(places) == 1:
-            return VjpRule(call, places)
+        if first and len(places) == 1:
+            if name == "linear":
+                return LinearRule(call, places)
+            if name in _PASSES:
+                return Rule(call, places)
+            if name in _OVER_AN_AXIS:
+                return VjpRule(call, places)
         if name in _WITH_A_CONSTANT and len(places) == 1:
             shapes = [value.shape for value in call.args if isinstance(value, torch.Tensor)]
             if operands[0].shape == torch.broadcast_shapes(*shapes) and (first or name in ("add", "mul")):
@@ -243,19 +232,15 @@ def lrp_maps(
 ) -> torch.Tensor:
     """Product over layers of I + mean_h (∇A ⊙ R_A)⁺, read where the prediction is read out, [image, row, col].
 
-    Raises:
-        CaptureError: an operation that carries relevance has no rule, or relevance is not conserved.
+    CaptureError where an operation that carries relevance has no rule, or relevance is not conserved.
     """
     _check_model(model)
     layout = token_layout(vision_module(model), images.shape)
     propagation = Propagation(model, layout, images.shape[0])
     logits = class_logits(model, images, targets, dtype, propagation.watching())
     propagation.backward(logits)
-    steps, (last, top) = [], propagation.attention[-1]
-    for _, rule in propagation.attention:
-        assert rule.weighted is not None
-        steps.append(with_identity(rule.weighted))
-    assert top.output_gradient is not None
+    steps = [with_identity(rule.weighted) for _, rule in propagation.attention]
+    last, top = propagation.attention[-1]
     return product_row(steps, read_tokens(top.output_gradient, last), layout)
 
 
@@ -280,8 +265,7 @@ def _name(call: FunctionCall) -> str:
 
 def _places(call: FunctionCall) -> list[int | str]:
     """Positions and keywords of the arguments that carry relevance."""
-    places: list[int | str] = [place for place, value in enumerate(call.args) if _carries(value)]
-    return places + [key for key, value in call.kwargs.items() if _carries(value)]
+    return [place for place, value in named_arguments(call).items() if _carries(value)]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -300,7 +284,3 @@ def _holds(value: Any, condition: Callable[[torch.Tensor], bool]) -> bool:
 
 def _carries(value: Any) -> bool:
     return _holds(value, lambda tensor: tensor.requires_grad)
-
-
-def _count_carriers(value: Any) -> int:
-    return sum(tensor.requires_grad for tensor in _tensors(value))
