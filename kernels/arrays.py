@@ -17,14 +17,11 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 class Values:
     """What a backend's pass hands back, before rows are averaged.
 
-    Attributes:
-        values: metric name -> [*leading, patch query], [*leading], or [*leading, region]; NaN where undefined
-            or invalid.
-        valid: bool [*leading, query]; False for rows that are no post-softmax attention.
+    Values are [*leading, patch query], [*leading], or [*leading, region], NaN where undefined or invalid.
     """
 
     values: dict[str, Any]
-    valid: Any
+    valid: Any  # bool [*leading, query]; False for rows that are no post-softmax attention
 
 
 def is_torch(array: Any) -> bool:

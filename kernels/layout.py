@@ -104,14 +104,18 @@ class TokenLayout:
         start = self.num_prefix_tokens
         return attention[..., start:, :start]
 
+    def require_class_token(self) -> None:
+        """ValueError for a model without a class token."""
+        if not self.class_token:
+            raise ValueError("this layout has no class token, so there is no class-token row")
+
     def class_row(self, attention: Any) -> Any:
         """The class token's row over the patches of [..., query, key] (a view), [..., patch].
 
         Raises:
             ValueError: the model has no class token.
         """
-        if not self.class_token:
-            raise ValueError("this layout has no class token, so there is no class-token row")
+        self.require_class_token()
         return attention[..., 0, self.num_prefix_tokens :]
 
     def to_dict(self) -> dict[str, int | bool]:

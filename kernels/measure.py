@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kernels import arrays, checks
+from kernels import arrays, inputs
 from kernels.backends import BACKENDS, BackendSpec, resolve
 from kernels.errors import BackendUnavailableError, MetricError
 from kernels.inputs import Factors, MapPair, Maps
@@ -111,10 +111,10 @@ def measure_attention(
         BackendUnavailableError: the backend asked for cannot run on this input.
     """
     specs = _specs(metrics, regions)
-    attention = checks.attention_array(attention, "attention", layout)
+    attention = inputs.attention_array(attention, "attention", layout)
     chosen = _choose(backend, attention)
-    regions = checks.regions_array(regions, tuple(attention.shape[:-2]), layout)
-    maps = Maps(attention, layout, regions, checks.rounded_to(precision, attention))
+    regions = inputs.regions_array(regions, tuple(attention.shape[:-2]), layout)
+    maps = Maps(attention, layout, regions, inputs.rounded_to(precision, attention))
     return _run(chosen, specs, maps, invalid, reduce)
 
 
@@ -149,8 +149,8 @@ def measure_qk(
         ValueError, TypeError, BackendUnavailableError: as `measure_attention`.
     """
     specs = _specs(metrics, regions)
-    query, key = checks.float_array(query, "query"), checks.float_array(key, "key")
-    checks.check_alike("query", query, "key", key)
+    query, key = inputs.float_array(query, "query"), inputs.float_array(key, "key")
+    inputs.check_alike("query", query, "key", key)
     if query.ndim < 2 or query.shape != key.shape or query.shape[-2] != layout.num_tokens or query.shape[-1] < 1:
         raise ValueError(
             f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected both "
@@ -160,9 +160,9 @@ def measure_qk(
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; expected a finite number")
     leading = tuple(query.shape[:-2])
-    bias = checks.bias_array(bias, leading, layout, query)
+    bias = inputs.bias_array(bias, leading, layout, query)
     chosen = _choose(backend, query, key, bias)
-    regions = checks.regions_array(regions, leading, layout)
+    regions = inputs.regions_array(regions, leading, layout)
     return _run(chosen, specs, Factors(query, key, layout, regions, scale, bias), invalid, reduce)
 
 
@@ -196,15 +196,15 @@ def measure_pair(
         BackendUnavailableError: the backend asked for cannot run on this input.
     """
     specs = _specs(metrics, pair=True)
-    attention = checks.attention_array(attention, "attention", layout)
-    other = checks.attention_array(other, "other", layout)
-    checks.check_alike("attention", attention, "other", other)
+    attention = inputs.attention_array(attention, "attention", layout)
+    other = inputs.attention_array(other, "other", layout)
+    inputs.check_alike("attention", attention, "other", other)
     if attention.shape != other.shape:
         raise ValueError(
             f"attention has shape {tuple(attention.shape)} and other {tuple(other.shape)}; expected the same maps "
             "in two conditions"
         )
-    pair = MapPair(attention, layout, None, checks.rounded_to(precision, attention, other), other)
+    pair = MapPair(attention, layout, None, inputs.rounded_to(precision, attention, other), other)
     return _run(_choose(backend, attention, other), specs, pair, invalid, reduce)
 
 

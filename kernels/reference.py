@@ -53,15 +53,9 @@ def _morans_i_null(num_patches: int) -> float:
 
 
 def softmax_rows(query: np.ndarray, key: np.ndarray, scale: float, bias: np.ndarray | None) -> np.ndarray:
-    """Post-softmax attention softmax(scale · q·kᵀ + bias).
+    """softmax(scale · q·kᵀ + bias), float64 [batch, query, key]; −inf in a bias of that shape hides a key.
 
-    Args:
-        query, key: float64 [batch, token, head_dim].
-        scale: factor of q·k.
-        bias: float64, added to the logits, [batch, query, key]; −inf hides a key.
-
-    Returns:
-        float64 [batch, query, key]; a row whose logits hold NaN or +inf, or are all −inf, is NaN.
+    A row whose logits hold NaN or +inf, or are all −inf, is NaN.
     """
     logits = scale * (query @ key.swapaxes(-1, -2))
     if bias is not None:
@@ -150,26 +144,13 @@ def distance_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     return np.asarray(distance_px(p, layout) / layout.diagonal_px)
 
 
-@metric(
-    unit="nat",
-    title="Attention entropy",
-    bounds=bounds.entropy,
-    undefined=_NO_MASS,
-    source=_SHANNON,
-    core=True,
-)
+@metric(unit="nat", title="Attention entropy", bounds=bounds.entropy, undefined=_NO_MASS, source=_SHANNON, core=True)
 def entropy(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """−Σ_k p_qk ln p_qk in nat, with 0 ln 0 = 0; [batch, patch query]."""
     return _entropy(renormalised(p, layout))
 
 
-@metric(
-    unit="1",
-    title="Normalised entropy",
-    bounds=bounds.share,
-    undefined=_NO_MASS,
-    source=_SHANNON,
-)
+@metric(unit="1", title="Normalised entropy", bounds=bounds.share, undefined=_NO_MASS, source=_SHANNON)
 def entropy_normalized(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """`entropy` / ln(R·C), so that uniform attention is 1 on every grid; [batch, patch query]."""
     return np.asarray(entropy(p, layout) / np.log(layout.num_patches))
@@ -280,12 +261,7 @@ def gini(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     return np.asarray(ordered @ rank / n)
 
 
-@metric(
-    unit="1",
-    title="Mass on prefix tokens",
-    bounds=bounds.share,
-    is_prefix_share=True,
-)
+@metric(unit="1", title="Mass on prefix tokens", bounds=bounds.share, is_prefix_share=True)
 def prefix_mass(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Σ over prefix keys of A_qk, not renormalised; [batch, patch query]."""
     invalid = np.isnan(layout.patches(p)).any(axis=-1)  # without prefix keys the sum alone would not tell
@@ -328,8 +304,7 @@ def cls_morans_i(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
 def region_mass(p: np.ndarray, layout: TokenLayout, regions: np.ndarray) -> np.ndarray:
     """Mass that the class token (without one: the mean patch query) puts in each region; [batch, region].
 
-    Args:
-        regions: coverage of each patch by each region, 0 to 1, [batch, region, patch].
+    `regions` is the coverage of each patch by each region, 0 to 1, [batch, region, patch].
     """
     row = class_row(p, layout) if layout.class_token else received_map(p, layout)
     return np.asarray(np.einsum("bk,brk->br", row, regions))

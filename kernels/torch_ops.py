@@ -104,22 +104,14 @@ class PatchMaps:
 
 @dataclass(eq=False)
 class MapRows:
-    """What every metric reads: the rows of a chunk of maps.
+    """What every metric reads: the rows of a chunk of maps."""
 
-    Args:
-        patches: [map, patch query, patch] in any scale, 0 in invalid rows.
-        class_token: its row [map, patch], or None without one.
-        prefix_mass: [map, patch query], NaN in invalid rows.
-        sum_patches: called when first needed; float64 [map, patch query], the patches' part of each row before
-            renormalising, NaN in invalid rows.
-        regions: [map, region, patch] or None.
-    """
-
-    patches: Tensor
-    class_token: Tensor | None
-    prefix_mass: Tensor
+    patches: Tensor  # [map, patch query, patch] in any scale, 0 in invalid rows
+    class_token: Tensor | None  # its row [map, patch]
+    prefix_mass: Tensor  # [map, patch query], NaN in invalid rows
+    # Called when first needed: the patches' part of each row before renormalising, float64, as prefix_mass.
     sum_patches: Callable[[], Tensor]
-    regions: Tensor | None
+    regions: Tensor | None  # [map, region, patch]
     layout: TokenLayout
 
     @once
@@ -132,8 +124,8 @@ class MapRows:
 
     @once
     def class_row(self) -> PatchMaps:
-        if self.class_token is None:
-            raise ValueError("this layout has no class token, so there is no class-token row")
+        self.layout.require_class_token()
+        assert self.class_token is not None
         return PatchMaps(self.class_token, self.layout)
 
     @once

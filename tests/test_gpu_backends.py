@@ -303,6 +303,12 @@ class TestRefusals:
         with pytest.raises(BackendUnavailableError, match="but the data is float64"):
             measure_attention(attention, OF, backend="triton")
 
+    @pytest.mark.parametrize("backend", EMULATED)
+    def test_an_emulator_reads_numpy(self, backend: str) -> None:
+        got = measure_attention(np.full((1, N, N), 1 / N, np.float32), OF, ["entropy"], backend)
+        assert isinstance(got["entropy"], np.ndarray)
+        np.testing.assert_allclose(got["entropy"], np.log(OF.num_patches), rtol=0, atol=1e-6)
+
     @pytest.mark.skipif("numba_cuda" not in RUNNABLE, reason="numba_cuda does not run in this process")
     def test_numba_cuda_measures_stored_maps_alone(self) -> None:
         query = torch.zeros(1, N, 8, device=DEVICE)

@@ -23,7 +23,7 @@ from kernels import (
     measure_attention,
     measure_qk,
 )
-from kernels.checks import ROW_SUM_TOLERANCE
+from kernels.inputs import ROW_SUM_TOLERANCE
 from tests.cases import CPU_BACKENDS, DTYPES, layout, metrics_for
 
 OF = layout(3, 4, 1)

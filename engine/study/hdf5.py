@@ -16,7 +16,7 @@ from engine.config import StudyConfig
 from engine.progress import ImageProgress, say
 from engine.study.journal import digest_path
 from kernels import TokenLayout
-from kernels.checks import ROW_SUM_TOLERANCE, valid_rows
+from kernels.inputs import ROW_SUM_TOLERANCE, valid_rows
 from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
 from store.hdf5_attention import AttentionFile, Dataset, export_attention, is_export, rehearse

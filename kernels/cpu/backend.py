@@ -56,8 +56,7 @@ def _mean_row(received: np.ndarray) -> np.ndarray:
 
 
 def _class_rows(result: PassResult) -> np.ndarray:
-    if not result.layout.class_token:
-        raise ValueError("this layout has no class token, so there is no class-token row")
+    result.layout.require_class_token()
     return np.asarray(result.planes.class_row)
 
 

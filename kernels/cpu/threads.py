@@ -28,11 +28,7 @@ _pool_lock = threading.Lock()  # held while the pool grows and while it is given
 
 
 def num_threads() -> int:
-    """Threads a measurement uses: as set, or NUMBA_NUM_THREADS, or the CPUs this process may run on.
-
-    Raises:
-        OptionError: NUMBA_NUM_THREADS is not a positive number.
-    """
+    """Threads a measurement uses: as set, or NUMBA_NUM_THREADS (else OptionError), or the CPUs this process may use."""
     if getattr(_thread, "alone", False):
         return 1
     if _wanted is not None:
@@ -46,11 +42,7 @@ def num_threads() -> int:
 
 
 def set_num_threads(count: int | None) -> None:
-    """Sets the threads that measurements use from now on; None takes the setting back.
-
-    Raises:
-        OptionError: count is below 1.
-    """
+    """Sets the threads that measurements use from now on, at least 1; None takes the setting back."""
     global _wanted
     if count is not None and count < 1:
         raise OptionError(f"{count} threads were asked for; expected at least 1, or None for the default")
@@ -72,9 +64,7 @@ def over_parts(run: Callable[[int, int], None], count: int) -> None:
     """Calls run(begin, end) for parts that make up 0 … count, side by side; returns when all have returned.
 
     Any number of threads may call it at once. They share the pool's threads: each works on its own parts in any case.
-
-    Raises:
-        Exception: what a part that failed raised; parts that had not begun by then are left out.
+    What a failed part raised is raised, and parts that had not begun by then are left out.
     """
     threads = min(num_threads(), count)
     if threads <= 1:

@@ -53,17 +53,10 @@ class NumbaCudaBackend(Backend):
             kernel = _row_kernel(real == torch.float64, bool(half))
             with _current_device(tensor):
                 kernel[blocks, THREADS, _stream(tensor), layout.num_patches * real.itemsize](
-                    _device_array(_memory(tensor)),
-                    _device_array(starts(tensor)),
-                    tensor.stride(-2),
-                    tensor.stride(-1),
+                    *(_device_array(_memory(tensor)), _device_array(starts(tensor)), *tensor.stride()[-2:]),
                     _device_array(_widening(half, tensor.device)),
                     _device_array(distances(layout, real, tensor.device)),
-                    maps.tolerance,
-                    layout.num_prefix_tokens,
-                    layout.num_patches,
-                    layout.grid_cols,
-                    layout.num_edges,
+                    *(maps.tolerance, layout.num_prefix_tokens, layout.num_patches, layout.grid_cols, layout.num_edges),
                     self.needs(specs, PLANES),
                     _device_array(values.planes.view(len(PLANES), -1)),
                     _device_array(values.valid.view(-1).view(torch.int8)),

@@ -27,16 +27,13 @@ DISTANCE, ENTROPY, MORAN, GEARY = 1, 2, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class RowValues:
-    """What a kernel hands back, maps flattened.
+    """What a kernel hands back, maps flattened: `PLANES` of every token's row, and which rows are valid.
 
-    Attributes:
-        planes: float [5, map, query]: distance, entropy (nat), Moran's I, Geary's C, prefix mass of every token's
-            row; NaN where undefined or invalid, and not written where not asked for.
-        valid: bool [map, query].
+    NaN where undefined or invalid; not written where not asked for.
     """
 
-    planes: Tensor
-    valid: Tensor
+    planes: Tensor  # float [5, map, query]
+    valid: Tensor  # bool [map, query]
     layout: TokenLayout
 
     @classmethod
@@ -52,8 +49,7 @@ class RowValues:
 
     def class_query(self, name: str) -> Tensor:
         """[map], the class token's row of one plane; ValueError without a class token."""
-        if not self.layout.class_token:
-            raise ValueError("this layout has no class token, so there is no class-token row")
+        self.layout.require_class_token()
         return self.planes[PLANES.index(name), :, 0]
 
 

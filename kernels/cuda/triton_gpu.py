@@ -123,11 +123,11 @@ class TritonBackend(Backend):
     def mean_of_rows(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """One launch, where torch takes eight; the tensors are a kernel's planes and validity, or views of them."""
         leading, queries = values.shape[:-1], values.shape[-1]
-        rows, sound = values.reshape(-1, queries), valid.reshape(-1, queries)
-        means = torch.empty(len(rows), dtype=torch.float64, device=values.device)
-        undefined = torch.empty(len(rows), dtype=torch.int64, device=values.device)
+        rows, sound = tensor_of(values).reshape(-1, queries), tensor_of(valid).reshape(-1, queries)
+        means = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+        undefined = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         if len(rows):
-            with _current_device(values):
+            with _current_device(rows):
                 triton_rows.mean_of_rows[(len(rows),)](
                     *(rows, sound.view(torch.int8), means, undefined, *rows.stride(), sound.stride(0)),
                     QUERIES=queries,
