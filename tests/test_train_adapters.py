@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from engine.capture import capture_attention
-from train.adapters import INITS, MergeError, add_adapters, merge_adapters
-from train.compress import compress
+from train.adapters import INITS, MergeError, add_adapters, compress, merge_adapters
 from train.errors import InputError
 from train.model_source import ModelSource
 from train.models import build_model

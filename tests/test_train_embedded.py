@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from kernels.layout import TokenLayout
-from train.data.digits import (
-    SCENE_SIZE,
-    DigitScenes,
-    compose_scene,
-    prepare_digits,
-    region_coverage,
-    split_digits,
-)
-from train.data.images import Preprocessing
+from train.data.digits import SCENE_SIZE, DigitScenes, compose_scene, prepare_digits, split_digits
+from train.data.images import Preprocessing, region_coverage
 from train.errors import InputError
 from train.pretrain import token_targets
 

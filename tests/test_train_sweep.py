@@ -16,8 +16,8 @@ from engine.run import main
 from tests.damage import contents, kind_of
 from tests.damage_subjects import OUTPUTS, SWEEP
 from tests.miniatures import write_sports100
+from train.adapters import compress
 from train.checkpoint import read_checkpoint
-from train.compress import compress
 from train.errors import TrainingDivergedError
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint

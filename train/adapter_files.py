@@ -27,36 +27,13 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What is followed, and what says nothing of a finished adapter. Anything else must be as peft has it by default.
 _FOLLOWED = (
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
 )
 _OF_TRAINING = (
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-    "lora_dropout",
-    "init_lora_weights",
-    "eva_config",
-    "loftq_config",
-    "corda_config",
-    "megatron_core",
-    "runtime_config",
-    "qalora_group_size",
-    "ensure_weight_tying",
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "megatron_core", "runtime_config", "ensure_weight_tying"),
+    *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "qalora_group_size"),  # initial values
 )
 # Initial values that change the weights below: peft does so again when it loads such adapters, to the same values.
 _CHANGING = ("pissa", "olora")

@@ -1,4 +1,4 @@
-"""LoRA and DoRA through peft, and the way back to a plain timm model."""
+"""LoRA and DoRA through peft and the way back to a plain timm model; and backbones made cheaper below them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from train.errors import InputError
 from train.models import classifier_name
-from train.settings import Init, target_pattern
+from train.settings import Compression, Init, target_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -143,3 +143,37 @@ def merge_adapters(adapted: nn.Module, images: torch.Tensor) -> tuple[nn.Module,
         )
     logger.info("adapters merged: largest logit difference %.1e", difference)
     return merged, difference
+
+
+@torch.no_grad()
+def compress(model: nn.Module, compression: Compression, *, sparsity: float, keep: Collection[str] = ()) -> float:
+    """Compress the weights of every linear layer and convolution but the first, in place.
+
+    `sparse`: the `sparsity` share of each layer's weights that are smallest in magnitude become 0 (Han et al. 2015).
+    `int1`: every weight becomes ±s, s the mean magnitude of its output row or channel, which is the closest such
+    matrix in the squared error (Rastegari et al. 2016, XNOR-Net, eq. 6). `plain`: nothing. The first layer reads
+    pixels, and as in those papers stays as it is. Values stay floating-point numbers: what is measured is the
+    accuracy of such a model, not its speed. Layers to `keep`, such as a head that is trained whole, stay, too. Returns
+    the share of the model's numbers that were compressed.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    chosen = [layer for name, layer in layers[1:] if name not in keep] if compression != "plain" else []
+    for layer in chosen:
+        weight = layer.weight
+        if compression == "sparse":
+            weight.copy_(_pruned(weight, sparsity))
+        else:
+            scale = weight.abs().mean(dim=tuple(range(1, weight.ndim)), keepdim=True)
+            weight.copy_(torch.where(weight < 0, -scale, scale))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(layer.weight.numel() for layer in chosen) / total
+    logger.info("backbone %s: %d layers, %.1f %% of the parameters", compression, len(chosen), 100 * share)
+    return share
+
+
+def _pruned(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The smallest weights in magnitude set to 0; among equals the first ones."""
+    count = round(sparsity * weight.numel())
+    flat = weight.flatten().clone()
+    flat[flat.abs().argsort(stable=True)[:count]] = 0
+    return flat.view_as(weight)

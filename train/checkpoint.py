@@ -11,16 +11,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors.torch
+import torch
 
 from store.removal import remove
 from train.errors import DamagedFileError, InputError
 from train.files import require_file
 from train.whole_files import checked_json, parse_checked_json, write_atomically
-
-if TYPE_CHECKING:
-    import torch
-
 
 SCHEMA = "vit-checkpoint/2"
 # A sidecar of ours has both of these texts, so one that lost one of them to damage is still known as ours.
@@ -31,8 +30,6 @@ _MARKS = (b"vit-checkpoint/", b'"checksum": "')
 class Checkpoint:
     """Verified weights and what is known of them."""
 
-    path: Path
-    sha256: str
     metadata: dict[str, Any]  # model, num_classes, recipe, seed, accuracies, preprocessing, … as they were saved
     tensors: dict[str, torch.Tensor]  # the state dict, on the CPU
 
@@ -44,8 +41,6 @@ def sidecar_path(path: Path) -> Path:
 
 def state_digest(state: Mapping[str, torch.Tensor]) -> str:
     """sha256 over names, types, shapes and bytes of a state dict, whatever order its keys are in."""
-    import torch
-
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -59,16 +54,13 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
 
     The sidecar is the commit: it is removed before the weights are replaced and written after them, so
     a killed save leaves a file without a sidecar and never a sidecar that describes other weights.
-    The bytes depend on `state`, tensors on any device, and `metadata`, JSON values, alone.
-
-    Raises DiskError, and StoreError: a JSON file that is no sidecar of ours lies beside it.
+    The bytes depend on `state`, tensors on any device, and `metadata`, JSON values, alone. Raises DiskError, and
+    StoreError: a JSON file that is no sidecar of ours lies beside it.
     """
-    from safetensors.torch import save
-
     if path.suffix != ".safetensors":
         raise ValueError(f"checkpoint {path} must end in .safetensors")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    content = save(tensors)
+    content = safetensors.torch.save(tensors)
     sha256 = hashlib.sha256(content).hexdigest()
     sidecar = checked_json({"schema": SCHEMA, "file": path.name, "sha256": sha256, **metadata})
     remove(sidecar_path(path), lambda _: has_sidecar(path))
@@ -116,8 +108,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises InputError: no such file, or no sidecar; DamagedFileError: the bytes are not the ones that were saved.
     """
-    from safetensors.torch import load
-
     require_file(path, "checkpoint", "expected a .safetensors file that was saved before")
     metadata = read_metadata(path)
     content = path.read_bytes()
@@ -132,7 +122,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"checkpoint {path} is damaged: its sha256 is {found[:12]}…, its sidecar says "
             f"{metadata['sha256'][:12]}…; delete both files and train it again"
         )
-    return Checkpoint(path=path, sha256=found, metadata=metadata, tensors=load(content))
+    return Checkpoint(metadata, safetensors.torch.load(content))
 
 
 def history_path(checkpoint: Path) -> Path:

@@ -1,9 +1,8 @@
 """`digits_vit`, the embedded study's Vision Transformer, in timm's registry.
 
-timm's own `VisionTransformer`, unmodified: patch 6 on a 48×48 grey image (8×8 patches and a class
-token), width 64, depth 4, 4 heads. The readout is the class token, for every condition.
-A plain patch projection does not learn in the study's time (19.5 % after 10,000 images); a small
-convolutional stem in its place does.
+timm's own `VisionTransformer`, unmodified: patch 6 on a 48×48 grey image (8×8 patches and a class token), width 64,
+depth 4, 4 heads. The readout is the class token, for every condition. A plain patch projection does not learn in the
+study's time (19.5 % after 10,000 images); a small convolutional stem in its place does.
 """
 
 from __future__ import annotations

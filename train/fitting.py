@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
 from train.errors import InputError
-from train.layouts import Fit, filter_of, fit, is_position
+from train.layouts import Fit, Tensors, filter_of, fit, is_position
 from train.model_source import Argument, ModelSource, as_flag, build_timm_model, classifier_names, shown_arguments
 from train.weight_files import say_once, shown
 from train.weights import refuse_unfit_values
@@ -29,9 +30,7 @@ _SIZES = {
 }
 
 
-def load_weights(
-    model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
-) -> None:
+def load_weights(model: nn.Module, found: Fit, file: Tensors, path: Path, source: ModelSource) -> None:
     """Load all weights of a file or none; position embeddings of another grid are resized by timm, which the log says.
 
     `found` are the weights under the model's names, `file` what was read, `source` what the model was built from.
@@ -55,7 +54,7 @@ def load_weights(
     model.load_state_dict(state)
 
 
-def _problems(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+def _problems(state: Tensors, expected: Tensors) -> list[str]:
     """What is wrong with each weight that does not fit, the most telling first."""
     shaped = [
         f"{key} is {_shape(state[key])}, expected {_shape(tensor)}"
@@ -86,10 +85,7 @@ def _resize_positions(model: nn.Module, state: dict[str, torch.Tensor], keys: Se
     }
 
 
-def _say(
-    found: Fit, state: Mapping[str, torch.Tensor], file: Mapping[str, torch.Tensor], path: Path, name: str
-) -> None:
-    """What was done to the file's weights, each once."""
+def _say(found: Fit, state: Tensors, file: Tensors, path: Path, name: str) -> None:
     if found.layout:
         say_once(f"{path}: its names are those of {found.layout}")
     if found.other_starts:
@@ -112,7 +108,7 @@ def _say(
             say_once(f"{path}: {key} resized from {before} to {_shape(tensor)} by timm", logging.WARNING)
 
 
-def _advice(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource) -> str:
+def _advice(model: nn.Module, found: Fit, file: Tensors, path: Path, source: ModelSource) -> str:
     """What to do about a file that does not fit, as far as its names and shapes say it."""
     if _IN_PARTS.search(path.name):
         return "the file is one part of a checkpoint in several; save that as one file"
@@ -123,8 +119,9 @@ def _advice(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path
         sizes = f"the file holds {_words(offered)}, {source.name} has {_words(wanted)}"
     if offered and (likely := _likely(offered, file, path)):
         return f"{sizes}; try --model.name {likely}" if sizes else f"it fits with --model.name {likely}"
-    if arguments := _fitting_arguments(model, found, file, path, source):
-        return arguments
+    arguments = {**source.arguments, **shown_arguments(model, found.tensors)}  # which the weights show plainly
+    if arguments != source.arguments and _fits(file, path, source.name, arguments, source.img_size):
+        return f"it fits with {as_flag(arguments)}"
     if sizes:
         return sizes
     if not found.tensors.keys() & expected.keys():
@@ -134,20 +131,7 @@ def _advice(model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path
     return f"expected every weight of {source.name} and, beside its classifier, no other{beside}"
 
 
-def _fitting_arguments(
-    model: nn.Module, found: Fit, file: Mapping[str, torch.Tensor], path: Path, source: ModelSource
-) -> str:
-    """What to do where a model of other arguments, which the weights show plainly, takes all of them; else ""."""
-    arguments = {**source.arguments, **shown_arguments(model, found.tensors)}
-    if arguments == source.arguments or not _fits(file, path, source.name, arguments, source.img_size):
-        return ""
-    return f"it fits with {as_flag(arguments)}"
-
-
-def _fits(
-    file: Mapping[str, torch.Tensor], path: Path, name: str, arguments: Mapping[str, Argument], img_size: int = 0
-) -> bool:
-    """Whether a model takes all weights of a file."""
+def _fits(file: Tensors, path: Path, name: str, arguments: Mapping[str, Argument], img_size: int = 0) -> bool:
     try:
         with torch.device("meta"):
             outline = build_timm_model(name, arguments, img_size=img_size)
@@ -156,12 +140,12 @@ def _fits(
         return False
 
 
-def _some(names: Mapping[str, torch.Tensor]) -> str:
+def _some(names: Tensors) -> str:
     weights = [name for name in names if name.endswith("weight")] or list(names)
     return ", ".join(shown(name) for name in weights[:3])
 
 
-def _size(state: Mapping[str, torch.Tensor]) -> tuple[int, int, int] | None:
+def _size(state: Tensors) -> tuple[int, int, int] | None:
     """Blocks, width and pixels of a patch's side, by names and shapes; None where they do not say it."""
     patches = [
         t for key, t in state.items() if t.ndim == 4 and ("patch" in key or "conv1" in key) and key.endswith("weight")
@@ -174,10 +158,8 @@ def _words(size: tuple[int, int, int]) -> str:
     return f"{size[0]} blocks of width {size[1]} on patches of {size[2]} px"
 
 
-def _likely(size: tuple[int, int, int], file: Mapping[str, torch.Tensor], path: Path) -> str:
+def _likely(size: tuple[int, int, int], file: Tensors, path: Path) -> str:
     """A timm model of a plain ViT's blocks, width and patches that takes the file's weights; "" where none does."""
-    import timm
-
     word = _SIZES.get((size[1], size[0]))
     names = timm.list_models(f"vit_{word}_patch{size[2]}_*") if word else []
     plain = [name for name in names if re.search(r"patch\d+_(clip_|reg4_)?(\d+|dinov2)$", name)]

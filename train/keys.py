@@ -13,11 +13,11 @@ INT64 = 2**63 - 1
 _LONGEST = 4096  # characters of a path on most systems
 
 
-class _Rule:
+@dataclass(frozen=True)
+class Rule:
     """A rule beyond the type of a value, which pydantic asks before it looks at the value itself."""
 
-    def allows(self, value: Any) -> bool:
-        raise NotImplementedError
+    allows: Callable[[Any], bool]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
@@ -30,38 +30,6 @@ class _Rule:
         return core_schema.no_info_before_validator_function(check, handler(source))
 
 
-@dataclass(frozen=True)
-class NotBoolean(_Rule):
-    """A number is not true or false, which Python takes for 1 and 0."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class OneLine(_Rule):
-    """Text that file names, TOML and a line of a terminal can hold."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, str) or not unusual(value)
-
-
-@dataclass(frozen=True)
-class Plain(_Rule):
-    """A path is written out: nobody but a shell knows what ~ stands for."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, str) or not value.startswith("~")
-
-
-@dataclass(frozen=True)
-class Two(_Rule):
-    """A list is of two sizes, or empty."""
-
-    def allows(self, value: Any) -> bool:
-        return not isinstance(value, list | tuple) or len(value) in (0, 2)
-
-
 def unusual(text: str) -> str:
     """What keeps text from being one line of UTF-8 of a usual length, as the end of "it holds …"; "" for nothing."""
     kinds = {unicodedata.category(character) for character in text}
@@ -72,17 +40,26 @@ def unusual(text: str) -> str:
     return f"{len(text):,} characters" if len(text) > _LONGEST else ""
 
 
-Whole = Annotated[int, NotBoolean(), Le(INT64)]
+# Python takes true and false for 1 and 0.
+_NUMBER = Rule(lambda value: not isinstance(value, bool))
+# Text that file names, TOML and a line of a terminal can hold.
+_ONE_LINE = Rule(lambda value: not isinstance(value, str) or not unusual(value))
+# A path is written out: nobody but a shell knows what ~ stands for.
+_WRITTEN_OUT = Rule(lambda value: not isinstance(value, str) or not value.startswith("~"))
+# A list is of two sizes, or empty.
+TWO = Rule(lambda value: not isinstance(value, list | tuple) or len(value) in (0, 2))
+
+Whole = Annotated[int, _NUMBER, Le(INT64)]
 Count = Annotated[Whole, Ge(1)]
 Natural = Annotated[Whole, Ge(0)]
 Scenes = Annotated[Count, Le(1_000_000)]
-Real = Annotated[float, NotBoolean()]
+Real = Annotated[float, _NUMBER]
 Rate = Annotated[Real, Gt(0.0)]
 NonNegative = Annotated[Real, Ge(0.0)]
 Fraction = Annotated[Real, Ge(0.0), Lt(1.0)]
-Text = Annotated[str, OneLine()]
+Text = Annotated[str, _ONE_LINE]
 Name = Annotated[Text, MinLen(1)]
-Place = Annotated[Text, Plain()]  # a file, a folder or a URL
+Place = Annotated[Text, _WRITTEN_OUT]  # a file, a folder or a URL
 
 # What pydantic refuses in every section.
 STRICT = {"extra": "forbid", "allow_inf_nan": False}

@@ -45,11 +45,6 @@ class Fit:
     other_starts: tuple[str, ...] = ()  # where all weights of the backbone are there as well
     layout: str = ""  # whose names they were, as the end of "names of …"; "" for the model's own
 
-    def with_new(self, tensors: Tensors) -> Fit:
-        """With weights that are not of the file in place of the file's."""
-        sources = {name: origins for name, origins in self.sources.items() if name not in tensors}
-        return replace(self, tensors={**self.tensors, **tensors}, sources=sources)
-
 
 def fit(state: Tensors, model: nn.Module, classifiers: Sequence[str], path: Path) -> Fit:
     """Find the layout of a file by which all weights of a model's backbone appear, or the one that comes closest.
@@ -117,20 +112,13 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 class _Model:
-    """The names and shapes that are expected."""
-
     def __init__(self, expected: Tensors, classifiers: tuple[str, ...]) -> None:
         self.expected, self.classifiers = expected, classifiers
         self.heads = {f"{name}.{part}" for name in classifiers for part in ("weight", "bias")}
         self.backbone = frozenset(expected) - self.heads
         self.depth = max((name.count(".") for name in expected), default=0) + 1  # of names
-
-    def misfits(self, name: str, tensor: torch.Tensor) -> bool:
-        return not is_position(name) and tensor.shape != self.expected[name].shape
-
-    def left_out(self, name: str) -> bool:
-        """Whether a name that is not the model's belongs to pretraining, or to a head that is no linear classifier."""
-        return name.startswith((*_PRETRAINING, *(f"{classifier}." for classifier in self.classifiers)))
+        # Names that are not the model's and begin so belong to pretraining, or to a head that is no linear classifier.
+        self.left_out = (*_PRETRAINING, *(f"{classifier}." for classifier in classifiers))
 
 
 def _candidates(state: Tensors, model: nn.Module, whole: _Model) -> Iterator[tuple[str, Tensors]]:
@@ -178,10 +166,11 @@ def _at_start(state: Tensors, whole: _Model, file: Tensors, path: Path) -> Fit:
     problems = len(whole.backbone) - counts.get(start, 0)
     for name, tensor in state.items():
         own = name.removeprefix(start)
-        if not name.startswith(start) or (own not in whole.expected and own not in whole.heads and whole.left_out(own)):
+        known = own in whole.expected or own in whole.heads
+        if not name.startswith(start) or (not known and own.startswith(whole.left_out)):
             continue
         if own in whole.backbone:
-            problems += whole.misfits(own, tensor)
+            problems += not is_position(own) and tensor.shape != whole.expected[own].shape
         elif own not in whole.heads:
             problems += 1
         origins = getattr(tensor, "sources", frozenset()) or (frozenset([name]) & frozenset(file))

@@ -82,15 +82,10 @@ def fit(
     The last batch of an epoch may be smaller. With `accumulate` the result is the same up to rounding. Early on the
     decay of a moving average is (1 + step) / (10 + step) if that is less, so that the start is forgotten.
 
-    Args:
-        module: all that is trained; its parameters without gradients are taken to be as at the start.
-        optimizer: groups may have `lr_scale`.
-        run: how long and how fast, its precision decided.
-        on_epoch: gets the history so far, after each epoch and when a run goes on; what it raises ends the run.
-        workers: the processes that share each step's images.
-
-    Returns one dict per epoch: epoch, loss, train_accuracy, validation_loss, validation_accuracy, lr (the last step's).
-    Raises TrainingDivergedError: a loss or gradient that is NaN or infinite, with its step.
+    `module` is all that is trained; its parameters without gradients are taken to be as at the start. The optimizer's
+    groups may have `lr_scale`. `on_epoch` gets the history so far, after each epoch and when a run goes on; what it
+    raises ends the run. The precision of `run` is decided. Returns one dict per epoch: epoch, loss, train_accuracy,
+    validation_loss, validation_accuracy, lr (the last step's).
     """
     shared = run.shared
     steps_per_epoch = math.ceil(len(train) / shared.batch_size)
@@ -267,8 +262,6 @@ def _copy(tensors: dict[str, torch.Tensor], module: nn.Module) -> None:
 
 def _parts(count: int, parts: int) -> list[slice]:
     """`count` images in at most `parts` slices of nearly the same length; none of none."""
-    if not count:
-        return []
     edges = np.linspace(0, count, min(parts, count) + 1).round().astype(int)
     return [slice(int(start), int(end)) for start, end in itertools.pairwise(edges)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import math
 import re
@@ -13,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
+import train.digits_vit  # noqa: F401 (puts digits_vit into timm's registry)
 from train.adapter_files import adapter_files
 from train.checkpoint import checkpoint_facts
 from train.errors import InputError, nearest
@@ -55,26 +56,20 @@ def refuse_arguments(arguments: Mapping[str, Argument]) -> None:
 
 @functools.cache
 def _factory_arguments() -> frozenset[str]:
-    import timm
-
     factories = (timm.create_model, timm.models.build_model_with_cfg)
     return frozenset({*_FACTORY, *(name for factory in factories for name in inspect.signature(factory).parameters)})
 
 
 def creation_keys(arguments: Mapping[str, Argument], num_classes: int | None, img_size: int) -> dict[str, Any]:
     """What `timm.create_model` takes: arguments, and what else is not as the model has it by itself."""
-    keys: dict[str, Any] = dict(arguments)
-    if num_classes is not None:
-        keys["num_classes"] = num_classes
-    return keys | ({"img_size": img_size} if img_size else {})
+    keys = {**arguments, "num_classes": num_classes, "img_size": img_size or None}
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 def build_timm_model(
     name: str, arguments: Mapping[str, Argument], *, num_classes: int | None = None, img_size: int = 0
 ) -> nn.Module:
     """A timm model with random weights; `num_classes` None: as the model has it. InputError where there is none."""
-    import timm
-
     size = f"{img_size}×{img_size} px images"
     try:
         model = timm.create_model(name, **creation_keys(arguments, num_classes, img_size))
@@ -135,8 +130,9 @@ def shown_arguments(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict
         shown["global_pool"] = "avg"
     elif has(r"norm\..*", state) and not has(r"fc_norm\..*", state) and has(r"fc_norm\..*", own):
         shown["global_pool"] = "token"
-    patches, own_patches = (where.get("patch_embed.proj.weight") for where in (state, own))
-    if patches is not None and own_patches is not None and patches.ndim == own_patches.ndim == 4:
+    nothing = torch.empty(0)
+    patches, own_patches = (where.get("patch_embed.proj.weight", nothing) for where in (state, own))
+    if patches.ndim == own_patches.ndim == 4:
         if patches.shape[1] != own_patches.shape[1]:
             shown["in_chans"] = patches.shape[1]
         if patches.shape[2:] != own_patches.shape[2:] and patches.shape[2] == patches.shape[3]:
@@ -147,16 +143,14 @@ def shown_arguments(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict
     norms = r"blocks\.\d+\.attn\.q_norm\.weight"
     if has(norms, state) != has(norms, own):
         shown["qk_norm"] = has(norms, state)
-    registers, own_registers = (where.get("reg_token") for where in (state, own))
-    count, own_count = (
-        0 if tokens is None or tokens.ndim != 3 else tokens.shape[1] for tokens in (registers, own_registers)
-    )
+    registers = (where.get("reg_token", nothing) for where in (state, own))
+    count, own_count = (tokens.shape[1] if tokens.ndim == 3 else 0 for tokens in registers)
     if count != own_count:
         shown["reg_tokens"] = shown["num_reg_tokens"] = count  # one of them is the family's
     if ("cls_token" in state) != ("cls_token" in own):
         shown["class_token"] = "cls_token" in state
-    positions, own_positions = (where.get("pos_embed") for where in (state, own))
-    if positions is not None and own_positions is not None and positions.ndim == own_positions.ndim == 3:
+    positions, own_positions = (where.get("pos_embed", nothing) for where in (state, own))
+    if positions.ndim == own_positions.ndim == 3:
         tokens, prefix = positions.shape[1], count + ("cls_token" in state)
         if prefix and tokens != own_positions.shape[1] and _is_square(tokens) and not _is_square(tokens - prefix):
             shown["no_embed_class"] = True
@@ -229,8 +223,6 @@ def source_of(model: ModelSource | str) -> ModelSource:
 
 def pretrained_cfg(name: str) -> Any:
     """What timm knows of a model by its present name: classifier, input size, classes, …."""
-    import timm
-
     return timm.get_pretrained_cfg(name, allow_unregistered=False)
 
 
@@ -246,9 +238,6 @@ def classifier_names(name: str) -> tuple[str, ...]:
 
 def _present_name(asked_for: str) -> str:
     """timm's name of today for one of the past, or for one as the Hugging Face Hub has it; the log says a change."""
-    import timm
-
-    importlib.import_module("train.digits_vit")  # puts digits_vit into timm's registry
     plain = _HUB.sub("", asked_for).rstrip("/") if _HUB.match(asked_for) else asked_for
     name = timm.models.get_deprecated_models().get(plain) or plain
     meant = f" (which {asked_for!r} stands for)" if name != asked_for else ""

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from store.disk import disk_error
@@ -78,8 +80,9 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
         if (before := _rows(found.tensors.get(keys[0]))) != num_classes:
             left_out = f"its head for {before} classes is left out" if before else "it has no head"
             say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
-            own = built.state_dict()
-            found = found.with_new({key: own[key] for key in keys if key in own})
+            new = {key: tensor for key, tensor in built.state_dict().items() if key in keys}
+            of_file = {key: origins for key, origins in found.sources.items() if key not in new}
+            found = replace(found, tensors={**found.tensors, **new}, sources=of_file)
     load_weights(built, found, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
     merged = adapters.merged_into(built, name) if adapters else built
@@ -192,8 +195,6 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
     Of a model that was loaded from a checkpoint of ours: as that was trained.
     """
-    from timm.data.config import resolve_model_data_config
-
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     colours, channels = channels, getattr(model, "in_chans", channels)
@@ -216,8 +217,6 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
     """The model without the weights of a file: random, or timm's where the source asks for them and names no file."""
-    import timm
-
     name, arguments, downloads = source.name, source.arguments, source.pretrained and not source.weights
     if arguments or not downloads:  # wrong arguments are found before anything is downloaded
         built = build_timm_model(name, arguments, num_classes=num_classes, img_size=source.img_size)

@@ -42,11 +42,10 @@ def training_mode(
 ) -> Iterator[None]:
     """What holds during training alone and is put back after it.
 
-    In bf16 on a CPU attention runs in separate operations: forward and backward are 2.4 times as fast as
-    with the fused kernel at 65 tokens and 1.4 times at 197 (ViT-S/16); in fp32 the two are alike. Everywhere:
-    deterministic algorithms on request, `threads` of torch's (0: as many as it has), and the caller's random
-    state untouched. (Flushing denormal numbers
-    to zero made no difference to the speed, and would depend on which threads exist when it is set.)
+    In bf16 on a CPU attention runs in separate operations: forward and backward are 2.4 times as fast as with the fused
+    kernel at 65 tokens and 1.4 times at 197 (ViT-S/16); in fp32 the two are alike. Everywhere: deterministic algorithms
+    on request, `threads` of torch's (0: as many as it has), and the caller's random state untouched. (Flushing denormal
+    numbers to zero made no difference to the speed, and would depend on which threads exist when it is set.)
     """
     separate = device.type == "cpu" and precision == "bf16"
     fused = [module for module in model.modules() if separate and getattr(module, "fused_attn", False) is True]

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 from torch.nn import functional
 
@@ -71,15 +72,9 @@ class _SceneTask:
 def _train(module: nn.Module, task: Task) -> Trained:
     """All weights, with weight decay on matrices alone, as timm does it."""
     module = cast(_TwoHeads, module)
-    kept_out = cast(Any, module.model).no_weight_decay()
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        exempt = parameter.ndim <= 1 or name.removeprefix("model.") in kept_out
-        (plain if exempt else decayed).append(parameter)
-    decay = task.run.shared.weight_decay
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-    return Trained(module.model, task.fit(module, groups, _SceneTask(module, task)).history)
+    kept_out = [f"model.{name}" for name in cast(Any, module.model).no_weight_decay()]
+    plain, decayed = param_groups_weight_decay(module, task.run.shared.weight_decay, no_weight_decay_list=kept_out)
+    return Trained(module.model, task.fit(module, [decayed, plain], _SceneTask(module, task)).history)
 
 
 def token_targets(scenes: DigitScenes, grid: Sequence[int], patch_px: int) -> np.ndarray:

@@ -38,12 +38,7 @@ def cached_features(model: nn.Module, images: ImageSet, device: torch.device, *,
 
 
 def fit_probe(
-    model: nn.Module,
-    train: ImageSet,
-    validation: ImageSet,
-    *,
-    label_smoothing: float,
-    device: torch.device,
+    model: nn.Module, train: ImageSet, validation: ImageSet, *, label_smoothing: float, device: torch.device
 ) -> list[dict[str, Any]]:
     """Fit the classifier of `model`; no other tensor of it changes by a bit. One dict per penalty, with its accuracies.
 

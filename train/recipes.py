@@ -36,17 +36,17 @@ class Recipe:
 
 def _train_probe(model: nn.Module, task: Task) -> Trained:
     """The classifier alone, on features of a frozen backbone."""
-    from train.training import Trained, backbone_digest, head_of
+    from train.models import classifier_name
+    from train.training import Trained, backbone_digest
 
     history = task.fit_head(model)
     if backbone_digest(model) != task.backbone:
         raise RuntimeError(f"{task.label}: the frozen backbone changed while the probe was fitted")
-    count = sum(parameter.numel() for parameter in head_of(model).parameters())
+    count = sum(parameter.numel() for parameter in model.get_submodule(classifier_name(model)).parameters())
     return Trained(model, history, {"trainable_parameters": count, "merge_difference": None})
 
 
 def _train_full(model: nn.Module, task: Task) -> Trained:
-    """All weights."""
     task.begin_with_head(model)
     return task.fit(model, layerwise_groups(model, task.run))
 
@@ -65,18 +65,9 @@ def layerwise_groups(model: nn.Module, run: TrainingRun) -> list[dict[str, Any]]
     return groups
 
 
-def _train_lora(model: nn.Module, task: Task) -> Trained:
-    return _train_adapters(model, task, dora=False)
-
-
-def _train_dora(model: nn.Module, task: Task) -> Trained:
-    return _train_adapters(model, task, dora=True)
-
-
-def _train_adapters(model: nn.Module, task: Task, *, dora: bool) -> Trained:
+def _train_adapters(model: nn.Module, task: Task) -> Trained:
     """Low-rank updates of frozen weights, merged into them at the end; the classifier whole, unless it is a target."""
-    from train.adapters import add_adapters, merge_adapters, whole_classifier
-    from train.compress import compress
+    from train.adapters import add_adapters, compress, merge_adapters, whole_classifier
 
     task.begin_with_head(model)
     run, condition = task.run, task.run.condition
@@ -85,7 +76,7 @@ def _train_adapters(model: nn.Module, task: Task, *, dora: bool) -> Trained:
     heads = [model.get_submodule(name) for name in whole]
     adapted = add_adapters(
         model,
-        dora=dora,
+        dora=condition.recipe == "dora",
         rank=condition.rank,
         alpha=condition.alpha,
         targets=condition.targets,
@@ -103,7 +94,13 @@ def _train_adapters(model: nn.Module, task: Task, *, dora: bool) -> Trained:
 
 
 _TRAINED = ("lr", "epochs")
-_ADAPTERS = (*_TRAINED, "rank", "alpha", "targets", "init")
+_LOW_RANK = Recipe(
+    help="adapters",
+    reads=(*_TRAINED, "rank", "alpha", "targets", "init"),
+    train=_train_adapters,
+    ignores=("weight_decay",),
+    adapters=True,
+)
 
 RECIPES: dict[str, Recipe] = {
     "probe": Recipe(
@@ -116,8 +113,8 @@ RECIPES: dict[str, Recipe] = {
     "full": Recipe(
         help="all weights, layer-wise rates", reads=(*_TRAINED, "layer_decay"), train=_train_full, whole=True
     ),
-    "lora": Recipe(help="adapters", reads=_ADAPTERS, train=_train_lora, ignores=("weight_decay",), adapters=True),
-    "dora": Recipe(help="adapters", reads=_ADAPTERS, train=_train_dora, ignores=("weight_decay",), adapters=True),
+    "lora": _LOW_RANK,
+    "dora": _LOW_RANK,
     "checkpoint": Recipe(help="no training", reads=("checkpoint", "state", "classes")),
 }
 HEAD_RECIPE = "probe"  # whose classifier the others begin with

@@ -38,7 +38,6 @@ TARGETS = {
 
 
 def target_pattern(targets: str) -> str:
-    """The regular expression of a placement of adapters."""
     return TARGETS.get(targets, targets)
 
 
@@ -150,7 +149,7 @@ class TrainingRun:
     condition: ConditionConfig  # its recipe, and what is set for this condition alone
     shared: TrainConfig = field(default_factory=TrainConfig)  # `seeds` and `tensorboard` have no part in a run
     seed: int = 42  # of data order, augmentation, dropout and new weights
-    compression: Compression = "plain"  # of the frozen weights below adapters; see `train.compress`
+    compression: Compression = "plain"  # of the frozen weights below adapters; see `train.adapters.compress`
     sparsity: float = 0.5
     own_head: bool = False  # begin with the head that the weights came with; otherwise a probe's is fitted, or taken
 
@@ -167,15 +166,12 @@ class TrainingRun:
 
     def values(self) -> dict[str, Any]:
         """Every number of the run by its name, as JSON values; `seed` and `deterministic` apart."""
-        shared, condition = asdict(self.shared), asdict(self.condition)
-        for other in ("seeds", "deterministic", "tensorboard"):
-            shared.pop(other)
-        for other in ("recipe", "checkpoint", "state", "classes"):
-            condition.pop(other)
-        augmentation = {name: shared.pop(name) for name in ("flip", "rotation_degrees", "color_jitter")}
+        numbers = asdict(self.shared) | asdict(self.condition)
+        for other in ("seeds", "deterministic", "tensorboard", "recipe", "checkpoint", "state", "classes"):
+            numbers.pop(other)
+        augmentation = {name: numbers.pop(name) for name in ("flip", "rotation_degrees", "color_jitter")}
         return {
-            **shared,
-            **condition,
+            **numbers,
             "epochs": self.epochs,
             "augmentation": augmentation,
             "compression": self.compression,

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from store.removal import named, put, remove
@@ -82,7 +84,6 @@ class StateFile:
     def __init__(self, path: Path, key: str, *, writes: bool = True) -> None:
         self.path, self.key, self.writes = path, key, writes
         self._last = time.monotonic()
-        self._wait = SAVE_SECONDS
         self._cost = 0.0  # seconds of the last save
 
     @property
@@ -91,30 +92,28 @@ class StateFile:
 
     def due(self, *, epoch_ends: bool = False) -> bool:
         """Whether it is time for another save, so that saving takes 2 % of the time at most, 10 % at ends of epochs."""
-        wait = min(self._wait, self._cost / EPOCH_SAVE_SHARE) if epoch_ends else self._wait
+        wait = max(SAVE_SECONDS, self._cost / SAVE_SHARE)
+        if epoch_ends:
+            wait = min(wait, self._cost / EPOCH_SAVE_SHARE)
         return self.writes and time.monotonic() - self._last >= wait
 
     def save(self, state: TrainingState) -> None:
         """Write the state; the last one becomes the one before, which is still there after a DiskError."""
-        from safetensors.torch import save
-
         if not self.writes:
             return
         start = time.monotonic()
-        tensors = {f"module/{name}": tensor for name, tensor in trained_tensors(state.module).items()}
-        tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
-        tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
+        parts = {"module": trained_tensors(state.module), "best": state.best, "average": state.average}
+        tensors = {f"{part}/{name}": tensor for part, inside in parts.items() for name, tensor in inside.items()}
         for index, moments in state.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(tensor) for name, tensor in moments.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"key": self.key, "progress": json.dumps(asdict(state.progress))}
-        content = save(tensors, metadata=header | {"digest": _digest(header, tensors)})
+        content = safetensors.torch.save(tensors, metadata=header | {"digest": _digest(header, tensors)})
         if self.path.is_file():
             put(self.path, self.previous, _IS_STATE)
         write_atomically(self.path, content)
         self._last = time.monotonic()
         self._cost = self._last - start
-        self._wait = max(SAVE_SECONDS, self._cost / SAVE_SHARE)
 
     def restore(self, state: TrainingState) -> None:
         """Put the last sound state of this key into `state`; without one, leave it as it is, at the beginning."""
@@ -133,15 +132,12 @@ class StateFile:
             return
 
     def remove(self) -> None:
-        """Once the result is saved."""
         if self.writes:
             remove(self.path, _IS_STATE)
             remove(self.previous, _IS_STATE)
 
 
 def _read(path: Path) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

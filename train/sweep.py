@@ -26,9 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from store.disk import writing
 from store.removal import named, remove
-from train.adapters import whole_classifier
+from train.adapters import compress, whole_classifier
 from train.checkpoint import history_path, read_checkpoint, read_metadata, save_checkpoint, sidecar_path
-from train.compress import compress
 from train.data import DataSplits
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import evaluate
@@ -67,11 +66,9 @@ class TrialsFile(BaseJournalBackend):
                 self._last = entry["checksum"]
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        """Optuna's entries from the given number on."""
         return self._logs[log_number_from:]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write entries of Optuna's, durably."""
         with writing(self.path), open(self.path, "ab") as file:
             for log in logs:
                 line = _line(self.study, self._last, log)
@@ -154,8 +151,6 @@ def sweep_rank(plan: SweepPlan, base: Compression, rank: int, data: DataSplits) 
 
 
 class _RankSweep:
-    """The trials of one backbone and rank."""
-
     def __init__(self, plan: SweepPlan, base: Compression, rank: int, data: DataSplits) -> None:
         self.plan, self.base, self.rank, self.data = plan, base, rank, data
         self.name = f"quant={base}_r={rank}"
@@ -186,7 +181,6 @@ class _RankSweep:
         )
 
     def result(self) -> RankResult:
-        """Of the best trial, when all are done."""
         while (position := len(self._finished())) < self.plan.trials:
             self._run_trial(position)
         finished = self._finished()
@@ -198,17 +192,15 @@ class _RankSweep:
             )
         params = finished[best].params
         path, metadata = self._keep(params, best)
+        trials = [_record(place, trial) for place, trial in enumerate(finished)]
+        kept = ("validation_accuracy", "test_accuracy", "without_adapters", "trainable_parameters", "history")
         return RankResult(
             base=self.base,
             rank=self.rank,
             checkpoint=path,
             params=params,
-            validation_accuracy=metadata["validation_accuracy"],
-            test_accuracy=metadata["test_accuracy"],
-            without_adapters=metadata["without_adapters"],
-            trainable_parameters=metadata["trainable_parameters"],
-            history=metadata["history"],
-            trials=[_record(place, trial) for place, trial in enumerate(finished)],
+            trials=trials,
+            **{name: metadata[name] for name in kept},
         )
 
     def _finished(self) -> list[FrozenTrial]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 from torch.nn import functional
@@ -84,7 +85,7 @@ class Task:
             )
         prefix = classifier_name(model) + "."
         with torch.no_grad():
-            for name, parameter in head_of(model).named_parameters():
+            for name, parameter in model.get_submodule(classifier_name(model)).named_parameters():
                 parameter.copy_(probe.tensors[prefix + name])
 
     def first_batches(self, count: int) -> list[torch.Tensor]:
@@ -94,10 +95,7 @@ class Task:
         return [self.data.train.batch(part).to(self.device) for part in np.array_split(order, -(-len(order) // size))]
 
     def fit(self, module: nn.Module, groups: Any, objective: Objective | None = None) -> Trained:
-        """Train the parameters that have gradients, to the best epoch; by default on the classes of the images.
-
-        `groups` are AdamW's, with `lr_scale` where a rate is not the schedule's.
-        """
+        """Train the parameters of AdamW's `groups` to the best epoch; by default on the classes of the images."""
         # The rate of every step is set by the loop. β₂ .98: runs of a few hundred steps have no time for .999.
         optimizer = torch.optim.AdamW(groups, lr=self.run.condition.lr, betas=(0.9, 0.98), fused=True)
         history = fit(
@@ -184,11 +182,6 @@ def train_to_file(
     return read_metadata(path)
 
 
-def head_of(model: nn.Module) -> nn.Module:
-    """The classifier."""
-    return model.get_submodule(classifier_name(model))
-
-
 def backbone_digest(model: nn.Module) -> str:
     """sha256 of every tensor but the classifier's."""
     prefix = classifier_name(model) + "."
@@ -197,8 +190,6 @@ def backbone_digest(model: nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     """Of what decides the weights' bits."""
-    import timm
-
     return {"torch": torch.__version__, "timm": timm.__version__}
 
 
@@ -279,12 +270,11 @@ def train_condition(
         seed=None if recipe.seed_invariant else run.seed,
         deterministic=run.shared.deterministic,
         device=where.type,
-        **({"head": state_digest(head_of(built).state_dict())} if run.own_head else {}),
+        **({"head": state_digest(built.get_submodule(classifier_name(built)).state_dict())} if run.own_head else {}),
     )
     metadata = finished_metadata(path, key)
-    if reused := metadata is not None:
-        result = metadata
-    else:
+    reused = metadata is not None
+    if metadata is None:
         task = Task(
             run=run,
             data=data,
@@ -306,10 +296,10 @@ def train_condition(
             "seed_invariant": recipe.seed_invariant,
             "dataset": {"kind": data.manifest.kind, "sha256": data.manifest.sha256},
         }
-        result = train_to_file(path, key, recipe.train, built, task, facts)
+        metadata = train_to_file(path, key, recipe.train, built, task, facts)
     if workers.first:
-        write_history(path, result["history"])
-    return TrainResult.of_sidecar(path, result, reused=reused)
+        write_history(path, metadata["history"])
+    return TrainResult.of_sidecar(path, metadata, reused=reused)
 
 
 def check_run(run: TrainingRun, data: DataSplits) -> None:

@@ -60,41 +60,21 @@ def _copied(values: torch.Tensor) -> HostCopy:
 class HostCopies:
     """Copies from one device to the host, on a stream of their own.
 
-    A copy waits for the work that makes its tensor and for nothing else, and the forward pass does not wait for it.
-
-        copies = HostCopies(device)
-        arriving = copies.start(maps, torch.float16)    # returns at once
-        ...                                             # the next layer is launched
-        maps_on_host = arriving.wait()                # waits for this copy alone
-
-    A tensor that is being copied may be dropped: its memory is given back when the copy has run, not before.
-
-    Args:
-        device: where the tensors are.
-
-    Attributes:
-        depth: how many tensors of one kind are worth keeping on their way; 0 on a CPU, where each has arrived at once.
+    A copy waits for the work that makes its tensor and for nothing else, and the forward pass does not wait for it. A
+    tensor that is being copied may be dropped: its memory is given back when the copy has run, not before.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # Tensors of one kind that are worth keeping on their way; on a CPU each has arrived at once.
         self.depth = 0 if self._stream is None else _DEPTH
 
     def start(self, values: torch.Tensor, precision: torch.dtype | None = None, *, shared: bool = False) -> HostCopy:
-        """Start to bring `values` to the host.
+        """Start to bring `values` of any strides, which nobody may write to afterwards, to the host; contiguous there.
 
-        Args:
-            values: any strides; its own thread must not write to it afterwards.
-            precision: type on the host, narrowed on the device; None: as it is. On a CPU values keep their own, since
-                whoever stores them narrows them chunk by chunk.
-            shared: the memory belongs to the model. On a CPU it is copied then, lest a view keep the whole of it.
-
-        Returns:
-            What waits for this copy and gives the contiguous tensor on the host.
-
-        Raises:
-            ValueError: the tensor is on another kind of device.
+        On a GPU they are narrowed to `precision`; on a CPU they keep their own, since whoever stores them narrows them
+        chunk by chunk. Memory that is `shared` with the model is copied on a CPU, lest a view keep the whole of it.
         """
         if values.device.type != self.device.type:
             raise ValueError(f"values are on {values.device}, expected {self.device}")

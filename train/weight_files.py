@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from train.checkpoint import has_sidecar, read_checkpoint
@@ -123,10 +124,8 @@ def _kind(head: bytes, path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
+        return safetensors.torch.load_file(path)
     except Exception as error:  # a foreign decoder: its classes of errors (of types, sizes, names) are not declared
         raise InputError(
             f"checkpoint {path} is not a readable safetensors file ({first_line(error)}): it is cut short or damaged; "
@@ -146,17 +145,9 @@ class _Inert:
 _HARMLESS = (
     "argparse.Namespace",
     "types.SimpleNamespace",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.Path",
-    "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath",
-    "datetime.datetime",
-    "datetime.date",
-    "datetime.timedelta",
-    "numpy.dtype",
-    "numpy.ndarray",
+    *(f"pathlib{local}.{name}" for local in ("", "._local") for name in ("Path", "PosixPath", "WindowsPath")),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta"),
+    *("numpy.dtype", "numpy.ndarray"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 )
 

@@ -14,26 +14,9 @@ from train.weight_files import read_content, say_once, shown
 # Where training scripts put the weights in what they save, as keys or at the beginning of names. The first that is
 # there is taken unless another is chosen: the model itself before averages of it, a teacher before its student.
 WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
-    "teacher",
-    "encoder",
-    "base_encoder",
-    "backbone",
-    "target_encoder",
-    "student",
-    "momentum_encoder",
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-    "ema_state_dict",
-    "params_ema",
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights"),
+    *("teacher", "encoder", "base_encoder", "backbone", "target_encoder", "student", "momentum_encoder"),
+    *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema"),  # averages
 )
 
 # What wrappers of torch put into names: torch.compile, FullyShardedDataParallel, activation checkpointing.
@@ -75,16 +58,14 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, t
 
     Infinity may stand where the model's `own` buffer, as it was built, holds the same (bounds of an idle clamp).
     """
-    kinds = {torch.float32: "real numbers", torch.bool: "true and false"}
     for name, tensor in tensors.items():
         if name not in own:
             continue
         expected = own[name]
         if _kind(tensor) != _kind(expected):
             raise InputError(
-                f"checkpoint {path}: {shown(name)} is {_name(tensor.dtype)}, expected "
-                f"{kinds.get(expected.dtype, 'integers')} ({_name(expected.dtype)}); weights are not converted here: "
-                f"save them as {_name(expected.dtype)}"
+                f"checkpoint {path}: {shown(name)} is {_name(tensor.dtype)}, expected {_kind(expected)} "
+                f"({_name(expected.dtype)}); weights are not converted here: save them as {_name(expected.dtype)}"
             )
         if not tensor.is_floating_point():
             continue
@@ -107,8 +88,8 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, t
 
 def _kind(tensor: torch.Tensor) -> str:
     if tensor.is_floating_point():
-        return "float"
-    return "bool" if tensor.dtype == torch.bool else "integer"
+        return "real numbers"
+    return "true and false" if tensor.dtype == torch.bool else "integers"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -129,7 +110,6 @@ def _unusual(tensor: torch.Tensor) -> str:
 
 
 def _chosen(content: Any, path: Path, state: str) -> Mapping[str, torch.Tensor]:
-    """The weights that are asked for, or the first that there are."""
     if not state:
         return _unwrap(content, path)
     within = content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,10 +87,8 @@ def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path
     record = folder / _WRITTEN
     before: list[str] | None = None
     if record.is_file():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: nothing is known of what lies there
             before = list(parse_checked_json(record.read_bytes())["files"])
-        except (ValueError, KeyError, TypeError):  # damaged: nothing is known of what lies there
-            before = None
     for name in new:
         if before is not None and name not in before and os.path.lexists(folder / name):
             raise StoreError(f"{folder / name} is there, and this program did not write it; move it away")

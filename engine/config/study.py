@@ -20,7 +20,7 @@ from engine.config.toml_file import read_toml
 from engine.config.values import described, plain_value, shortened, validated
 from store.redaction import redacted
 from train.errors import InputError
-from train.keys import STRICT, Count, Name, Natural, Place, Rate, Real, Scenes, Text, Two, Whole, key
+from train.keys import STRICT, TWO, Count, Name, Natural, Place, Rate, Real, Scenes, Text, Whole, key
 from train.settings import ConditionConfig, PretrainConfig, SweepConfig, TrainConfig
 
 EMBEDDED_STUDY = Path(__file__).with_name("digits.toml")
@@ -157,7 +157,7 @@ class Hdf5Config:
     axes: tuple[Literal["image", "layer", "head", "query", "key"], ...] = key(
         (), "import: what the axes of its datasets are, in order, as in layer,image,head,query,key; empty: as it says"
     )
-    grid: Annotated[tuple[Count, ...], Two()] = key(
+    grid: Annotated[tuple[Count, ...], TWO] = key(
         (), "import: rows and columns of patches, where the file does not say it"
     )
     prefix_tokens: Natural = key(1, "import: class and register tokens before the patches")

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 from annotated_types import Ge, Gt, Le, Lt
 
 from train.errors import InputError, nearest
-from train.keys import INT64, Two, unusual
+from train.keys import INT64, TWO, unusual
 
 _Config = TypeVar("_Config")
 
@@ -80,7 +80,7 @@ def expected(hint: Any, default: Any = None) -> Expected:
 
 
 def _list_words(items: tuple[Any, ...], limits: Iterable[Any]) -> str:
-    if items[-1] is not Ellipsis or any(isinstance(limit, Two) for limit in limits):
+    if items[-1] is not Ellipsis or TWO in limits:
         return "a list of 2"
     return "a list"
 

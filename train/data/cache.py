@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from tqdm import tqdm
 
 from store.disk import making, writing
@@ -45,16 +46,12 @@ class ImageCache:
         first = {record.sha256: index for index, record in reversed(list(enumerate(pictures.records)))}
         self._sources = [first[sha256] for sha256 in sorted(first)]
         self._pictures = pictures
-        self._row = {sha256: row for row, sha256 in enumerate(sorted(first))}
+        self.rows = {sha256: row for row, sha256 in enumerate(sorted(first))}
         preprocessing = pictures.preprocessing
         self._shape = (len(first), preprocessing.channels, preprocessing.height_px, preprocessing.width_px)
         self._transform = _transform_of(pictures)
         content = json.dumps([SCHEMA, self._transform, sorted(first)], sort_keys=True)
         self.path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
-
-    def rows(self, images: FolderImages) -> np.ndarray:
-        """Where the pictures of a split lie, int64 [image]."""
-        return np.array([self._row[record.sha256] for record in images.records], dtype=np.int64)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Pictures, uint8 [image, channel, row, col]; each is checked when it is first read, decoded again if bad."""
@@ -112,7 +109,7 @@ class ImageCache:
             header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(self._sources), _BLOCK):
-                block = self._decoded(self._sources[start : start + _BLOCK])
+                block = self._pictures.pixels(self._sources[start : start + _BLOCK]).numpy()
                 checksums += [zlib.crc32(picture) for picture in block]
                 file.write(block.data)
                 bar.update(len(block))
@@ -126,7 +123,7 @@ class ImageCache:
         source = self._sources[row]
         logger.warning("image cache %s: %s is damaged and decoded again", self.path, self._pictures.ids[source])
         pixels, checksums, _ = self._opened
-        content = self._decoded([source])[0]
+        content = self._pictures.pixels([source]).numpy()[0]
         with writing(self.path), open(self.path, "r+b") as file:
             file.seek(self.path.stat().st_size - pixels.nbytes + row * content.nbytes)
             file.write(content.tobytes())
@@ -137,9 +134,6 @@ class ImageCache:
     def _sidecar(self, checksums: Sequence[int]) -> bytes:
         document = {"schema": SCHEMA, "transform": self._transform, "crc32": list(checksums)}
         return json.dumps(document).encode()
-
-    def _decoded(self, sources: Sequence[int]) -> np.ndarray:
-        return self._pictures.pixels(sources).numpy()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -162,7 +156,7 @@ class CachedImages(ImageSet):
         self.ids, self.labels, self.class_names = images.ids, images.labels, images.class_names
         self.preprocessing = images.preprocessing
         self._cache = cache
-        self._rows = cache.rows(images)
+        self._rows = np.array([cache.rows[record.sha256] for record in images.records], dtype=np.int64)
 
     def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._cache.read(self._rows[np.asarray(indices, dtype=np.int64)])
@@ -170,7 +164,6 @@ class CachedImages(ImageSet):
 
 def _transform_of(pictures: FolderImages) -> dict[str, Any]:
     """All that decides the pixels but the file: normalisation comes later and is no part of it."""
-    import PIL
     import torchvision
 
     transform = pictures.preprocessing.to_dict()

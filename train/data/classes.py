@@ -38,7 +38,6 @@ class HeadClasses:
 
     @property
     def known(self) -> bool:
-        """Whether every output has a name."""
         return bool(self.names)
 
     def name(self, output: int) -> str:

@@ -32,7 +32,6 @@ from train.files import id_of, require_file, what_lies_at
 
 logger = logging.getLogger(__name__)
 
-
 DataKind = Literal["folder", "indoor67", "sports100"]
 SplitRule = Literal["auto", "stratified", "official", "folders", "all"]
 
@@ -80,12 +79,13 @@ def build_manifest(
     """Read a data set, decoding every file once.
 
     Unreadable files keep their record, with the reason as status; nothing is put in their place. Files with the
-    same bytes go to the same split, where the split is drawn here.
+    same bytes go to the same split, where the split is drawn here. Raises InputError: no such folder, another layout, a
+    rule that the layout does not have, no readable image, a class too small to split, a link that leaves the folder and
+    is not to be followed, a list that is empty, leaves the folder or names an image twice.
 
     Args:
         root: `folder`: class folders, or train, val (valid, validation) and test folders with class folders in each;
             `indoor67`: Images/ with class folders, TrainImages.txt, TestImages.txt; `sports100`: train, valid, test.
-        kind: the layout.
         split: `stratified`: 70/15/15 within each class; `official`: Indoor-67's lists, 15 % of each class of the
             training list as validation; `folders`: as they lie; `all`: everything into test; `auto`: the first of
             the layout's own (folder and indoor67 stratified, sports100 folders).
@@ -93,11 +93,6 @@ def build_manifest(
         follow_links: take what links lead to, wherever it lies; without, a link may not leave the folder. The folder
             itself may be a link. Links to a folder that they lie in are never followed.
         workers: decoding threads; 0: one per processor, at most 16.
-
-    Raises:
-        InputError: no such folder, a file instead of one, a folder that cannot be read, another layout, a rule that
-            the layout does not have, no readable image, a class too small to split, a link that leaves the folder and
-            is not to be followed, a list that is empty, leaves the folder or names an image twice.
     """
     return list_files(root, kind=kind, split=split, seed=seed, follow_links=follow_links).decoded(workers)
 
@@ -116,7 +111,6 @@ class Listing:
         return self._manifest([Status("ok", entry.id) for entry in self.source.entries])
 
     def decoded(self, workers: int = 0) -> Manifest:
-        """The manifest; see `build_manifest`."""
         manifest = self._manifest(examine(self.source.entries, workers))
         _log(manifest)
         return manifest
@@ -208,7 +202,6 @@ def _read_folder(root: Path, rule: str, follow_links: bool) -> _Source:
 
 
 def _split_files(root: Path, folders: Sequence[tuple[Path, str]], follow_links: bool) -> list[Entry]:
-    """The files of every (folder, split)."""
     files = (class_files(base, root, split, follow_links=follow_links) for base, split in folders)
     return [entry for entries in files for entry in entries]
 

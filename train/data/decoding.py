@@ -16,13 +16,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageFile
-
+from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 
 # TIFF: BitsPerSample, PhotometricInterpretation, MaxSampleValue, PlanarConfiguration, SampleFormat.
 _BITS, _PHOTOMETRIC, _GREATEST, _PLANES, _SAMPLE_FORMAT = 258, 262, 281, 284, 339
@@ -35,8 +32,6 @@ class UndecodableError(ValueError):
 
 def rgb_of(opened: Image.Image, bits: int, stated: int) -> Image.Image:
     """Loaded pixels as 8-bit RGB, rows by rows, so that no step holds a second whole picture."""
-    from PIL import Image
-
     deep = opened.mode in ("I", "F") or opened.mode.startswith("I;16")
     clear = opened.has_transparency_data
     if deep:
@@ -265,8 +260,6 @@ def _decode_or_say_why(content: bytes, held: ExitStack) -> Image.Image:
 
 def _reason_of(error: Exception, content: bytes) -> str:
     """Why a file is no picture, as one short line that every terminal can show."""
-    from PIL import Image, UnidentifiedImageError
-
     if isinstance(error, UnidentifiedImageError):
         return _kind_of(content)
     if isinstance(error, Image.DecompressionBombError):
@@ -280,8 +273,6 @@ def _reason_of(error: Exception, content: bytes) -> str:
 
 def _prepare_pillow() -> None:
     """Set what other libraries may have set otherwise."""
-    from PIL import ImageFile
-
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # or half an image would pass as a whole one
     # Pillow warns of odd metadata and many pixels, a line per file; what is wrong with a file is its reason. Off for
     # the whole process: `warnings.catch_warnings` in several threads can leave all warnings off for good.
@@ -293,8 +284,6 @@ def _prepare_pillow() -> None:
 @functools.cache
 def _prepare_libraries() -> None:
     """Settings of the C code, once a process."""
-    from PIL import _imaging
-
     # Blocks of above 32 MB go back to the system when they are freed; of Pillow's own 16 MB every thread keeps a
     # gigabyte after a large picture.
     _imaging.set_block_size(max(_BLOCK_BYTES, _imaging.get_block_size()))
@@ -310,16 +299,12 @@ def _prepare_libraries() -> None:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow has: AVIF came with 11.3."""
-    from PIL import Image
-
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _kind_of(content: bytes) -> str:
     """The reason for a file that Pillow opens as none of `FORMATS`."""
-    from PIL import Image
-
     for name in _formats():
         accept = Image.OPEN[name][1]
         if accept is not None and accept(content[:16]) is True:
@@ -332,8 +317,6 @@ def _kind_of(content: bytes) -> str:
 
 def _decode(content: bytes, held: ExitStack) -> Image.Image:
     """The picture; `held` gets the room that it takes and closes it before that is given back."""
-    from PIL import Image
-
     opened = Image.open(io.BytesIO(_without_metadata(content)), formats=_formats())
     held.enter_context(_room_for_pictures.taken(_bytes_of(opened)))
     held.callback(opened.close)
@@ -383,8 +366,6 @@ def _bytes_of(opened: ImageFile.ImageFile) -> int:
 
 def _turn(opened: Image.Image) -> Image.Transpose | None:
     """How a picture has to be turned or mirrored to be upright, by its EXIF data or TIFF tag."""
-    from PIL import Image
-
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,

@@ -1,10 +1,9 @@
 """Data that ships with a dependency: scenes composed of scikit-learn's 1,797 handwritten digits.
 
-A scene holds one large bright digit, one small dim digit, a dim fragment of a third, a smooth
-background and noise. The source task is to name the large digit, the target task the small one, so
-that fine-tuning has to move attention from one place to another, and both places are known: every
-scene keeps the boxes of its two digits. Digits are split into train, validation and test before
-anything is composed of them.
+A scene holds one large bright digit, one small dim digit, a dim fragment of a third, a smooth background and noise. The
+source task is to name the large digit, the target task the small one, so that fine-tuning has to move attention from
+one place to another, and both places are known: every scene keeps the boxes of its two digits. Digits are split into
+train, validation and test before anything is composed of them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from kernels.layout import TokenLayout
 from train.data.images import DataSplits, ImageSet, Preprocessing
 from train.data.manifest import SPLITS, Manifest, Record
 from train.errors import InputError
@@ -156,9 +154,6 @@ class DigitScenes(ImageSet):
     def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.asarray(self.scenes[np.asarray(indices)][:, None])
 
-    def regions(self, layout: TokenLayout) -> np.ndarray:
-        return region_coverage(self.boxes, layout)
-
     def records(self) -> tuple[Record, ...]:
         """One a scene; the hash is of pixels, boxes and classes."""
         hashes = [
@@ -169,27 +164,6 @@ class DigitScenes(ImageSet):
             Record(identity, int(label), CLASS_NAMES[label], self.split, "ok", sha256)
             for identity, label, sha256 in zip(self.ids, self.labels, hashes, strict=True)
         )
-
-
-def region_coverage(boxes: np.ndarray, layout: TokenLayout) -> np.ndarray:
-    """Share of each patch's area that each box covers, float32 [scene, region, patch]; for boxes see `ImageSet`."""
-    if boxes.ndim != 3 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes are {list(boxes.shape)}, expected [scene, region, 4]")
-    outside = (boxes < 0).any() or (boxes[..., 2] > layout.image_height_px).any()
-    if outside or (boxes[..., 3] > layout.image_width_px).any():
-        raise ValueError(f"a box leaves the {layout.image_height_px}×{layout.image_width_px} px image of this layout")
-    rows = _overlap(boxes[..., 0], boxes[..., 2], layout.grid_rows, layout.patch_height_px)
-    cols = _overlap(boxes[..., 1], boxes[..., 3], layout.grid_cols, layout.patch_width_px)
-    coverage = (rows[..., :, None] * cols[..., None, :]).astype(np.float32)
-    return np.reshape(coverage, (*boxes.shape[:2], layout.num_patches))
-
-
-def _overlap(start: np.ndarray, end: np.ndarray, patches: int, patch_px: int) -> np.ndarray:
-    """Share of each patch's side within [start, end), [..., patch]."""
-    edges = np.arange(patches + 1) * patch_px
-    low = np.maximum(start[..., None], edges[:-1])
-    high = np.minimum(end[..., None], edges[1:])
-    return np.asarray((high - low).clip(0) / patch_px)
 
 
 def prepare_digits(
@@ -213,6 +187,5 @@ def prepare_digits(
         for split, count in zip(SPLITS, counts, strict=True)
     ]
     records = sorted((record for scenes in sets for record in scenes.records()), key=lambda record: record.id)
-    return DataSplits(
-        train, validation, test, Manifest("digits", "", CLASS_NAMES, tuple(records), "source digits 66/17/17")
-    )
+    manifest = Manifest("digits", "", CLASS_NAMES, tuple(records), "source digits 66/17/17")
+    return DataSplits(train, validation, test, manifest)

@@ -10,19 +10,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from PIL import Image
 
 from kernels.layout import TokenLayout
 from train.data.decoding import UndecodableError, decoded_image, picture_bytes
 from train.data.manifest import Manifest, Record
 from train.errors import InputError
 from train.files import path_of
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
+from train.transfer import uploaded
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,8 +60,6 @@ class Preprocessing:
 @lru_cache(maxsize=32)
 def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """[1, channel, 1, 1] on the device; kept there, since every copy to a GPU would wait for it."""
-    import torch
-
     with torch.inference_mode(False):  # a tensor made in that mode is of no use outside it
         return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
@@ -104,24 +101,18 @@ class ImageSet(ABC):
         They lie in memory in that order, whatever they were read from: convolutions and sums round by the strides of
         their input, so equal pixels in two layouts would train two models.
         """
-        import torch
-
         values = np.ascontiguousarray(self._read(indices))
         # Over one axis: the stride of an axis of length 1 is free, and torch takes a layout from it.
         return torch.from_numpy(values.reshape(-1)).view(values.shape)
 
     def batch(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """The model's input, float32 [image, channel, row, col], made on the device from its bytes."""
-        from train.transfer import uploaded
-
         return self.preprocessing.normalize(uploaded(self.pixels(indices), device).float().div_(255))
 
     def batches(
         self, parts: Iterable[np.ndarray], device: torch.device | str = "cpu"
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """(indices, `batch` of them) of each part, in order; the next part is read while one is used."""
-        import torch
-
         device = torch.empty(0, device=device).device  # with its number: another thread has another current GPU
         return read_ahead(lambda part: self.batch(part, device), parts)
 
@@ -137,7 +128,28 @@ class ImageSet(ABC):
 
     def regions(self, layout: TokenLayout) -> np.ndarray | None:
         """Share of each patch that each annotated region covers, float32 [image, region, patch]; None without any."""
-        return None
+        return None if self.boxes is None else region_coverage(self.boxes, layout)
+
+
+def region_coverage(boxes: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Share of each patch's area that each box covers, float32 [scene, region, patch]; for boxes see `ImageSet`."""
+    if boxes.ndim != 3 or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes are {list(boxes.shape)}, expected [scene, region, 4]")
+    outside = (boxes < 0).any() or (boxes[..., 2] > layout.image_height_px).any()
+    if outside or (boxes[..., 3] > layout.image_width_px).any():
+        raise ValueError(f"a box leaves the {layout.image_height_px}×{layout.image_width_px} px image of this layout")
+    rows = _overlap(boxes[..., 0], boxes[..., 2], layout.grid_rows, layout.patch_height_px)
+    cols = _overlap(boxes[..., 1], boxes[..., 3], layout.grid_cols, layout.patch_width_px)
+    coverage = (rows[..., :, None] * cols[..., None, :]).astype(np.float32)
+    return np.reshape(coverage, (*boxes.shape[:2], layout.num_patches))
+
+
+def _overlap(start: np.ndarray, end: np.ndarray, patches: int, patch_px: int) -> np.ndarray:
+    """Share of each patch's side within [start, end), [..., patch]."""
+    edges = np.arange(patches + 1) * patch_px
+    low = np.maximum(start[..., None], edges[:-1])
+    high = np.minimum(end[..., None], edges[1:])
+    return np.asarray((high - low).clip(0) / patch_px)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,18 @@ class Aside:
     circles: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)
 
+    def takes(self, folder: os.DirEntry[str], *around: Path) -> bool:
+        """Whether a folder is hidden or of the system, or a link to one `around` it, and is taken note of here."""
+        path = Path(folder)
+        if _reason_of_folder(folder.name):
+            self.hidden.append(path)
+        elif folder.is_symlink() and any(_is_around(path, place) for place in around):
+            self.circles.append(path)
+        else:
+            return False
+        return True
+
     def log(self, root: Path) -> None:
-        """Say what was left out below `root`."""
         for paths, number, what in (
             (self.hidden, sum(map(_count, self.hidden)), "file(s) in hidden folders and folders of the system are"),
             (self.circles, len(self.circles), "link(s) to a folder that they lie in themselves are"),
@@ -73,8 +83,8 @@ class Aside:
 def split_folders(root: Path, *, follow_links: bool = False) -> list[tuple[Path, str]]:
     """(folder, split) of train, val (valid, validation) and test under `root`, as far as they are there."""
     aside = Aside()
-    named = [entry for entry in _entries(root) if entry.name.lower() in SPLIT_FOLDERS]
-    folders = _folders_in(root, named, root, follow_links, aside)
+    named = [entry for entry in _entries(root) if entry.name.lower() in SPLIT_FOLDERS and _is_folder(entry)]
+    folders = [inside(Path(entry), root, follow_links=follow_links) for entry in named if not aside.takes(entry, root)]
     aside.log(root)
     found = [(folder, SPLIT_FOLDERS[folder.name.lower()]) for folder in folders]
     twice = [name for name, number in Counter(name for _, name in found).items() if number > 1]
@@ -94,7 +104,8 @@ def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool =
     if not entries:
         raise InputError(f"folder {base} is empty; {CLASS_FOLDERS}")
     aside = Aside()
-    folders = _folders_in(base, entries, root, follow_links, aside)
+    kept = [entry for entry in entries if _is_folder(entry) and not aside.takes(entry, base)]
+    folders = [inside(Path(entry), root, follow_links=follow_links) for entry in kept]
     leaves = [entry for entry in entries if not _is_folder(entry)]
     lost = [entry for entry in leaves if entry.is_symlink() and not os.path.exists(entry)]
     if lost:
@@ -107,11 +118,10 @@ def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool =
         raise InputError(f"folder {base} holds {len(leaves)} file(s){links} but no class folders; {CLASS_FOLDERS}")
     files = []
     for folder in folders:
-        found = [
+        found = list(files_below(folder, follow_links=follow_links, aside=aside))
+        for file in found:
             inside(file, root, follow_links=follow_links)
-            for file in files_below(folder, follow_links=follow_links, aside=aside)
-        ]
-        files += [Entry(file, id_of(file.relative_to(root)), id_of(folder.name), split) for file in found]
+            files.append(Entry(file, id_of(file.relative_to(root)), id_of(folder.name), split))
         if not found:
             logger.warning("class folder %s is empty and is left out", folder)
     aside.log(root)
@@ -139,31 +149,13 @@ def files_below(folder: Path, *, follow_links: bool = False, aside: Aside | None
             path = Path(entry)
             if not _is_folder(entry):
                 yield path
-            elif _reason_of_folder(entry.name):
-                aside.hidden.append(path)
+            elif aside.takes(entry, here, folder):
+                continue
             elif not entry.is_symlink():
                 below.append(path)
-            elif _is_around(path, here) or _is_around(path, folder):
-                aside.circles.append(path)
             else:
                 (links if follow_links else aside.links).append(path)
         waiting += reversed(below)
-
-
-def _folders_in(
-    base: Path, entries: Sequence[os.DirEntry[str]], root: Path, follow_links: bool, aside: Aside
-) -> list[Path]:
-    """The folders among what `base` holds, but for those that go into `aside`."""
-    folders = []
-    for entry in filter(_is_folder, entries):
-        path = Path(entry)
-        if _reason_of_folder(entry.name):
-            aside.hidden.append(path)
-        elif entry.is_symlink() and _is_around(path, base):
-            aside.circles.append(path)
-        else:
-            folders.append(inside(path, root, follow_links=follow_links))
-    return folders
 
 
 def _is_around(link: Path, folder: Path) -> bool:
@@ -193,17 +185,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _count(folder: Path) -> int:
-    """Number of files below a folder that is left out, as far as it can be read; a link is left out with no file."""
-    number, waiting = 0, [] if folder.is_symlink() else [str(folder)]
-    while waiting:
-        try:
-            entries = list(os.scandir(waiting.pop()))
-        except OSError:
-            continue
-        folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-        number += len(entries) - len(folders)
-        waiting += folders
-    return number
+    """Number of files below a folder that is left out, as far as it can be read; links to folders hold none."""
+    return 0 if folder.is_symlink() else sum(len(files) for _, _, files in os.walk(folder))
 
 
 def _reason_of_folder(name: str) -> str:
