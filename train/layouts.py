@@ -48,7 +48,6 @@ class Fit:
 
 def fit(state: Tensors, model: nn.Module, classifiers: Sequence[str], path: Path) -> Fit:
     """Find the layout of a file by which all weights of a model's backbone appear, or the one that comes closest.
-
     A file may lack the weights of `classifiers`. Of `model`, names and shapes alone are read: it may be on device meta.
     """
     whole = _Model(model.state_dict(), tuple(classifiers))

@@ -46,11 +46,9 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
     with the model's own names or those of another code (`train.layouts`). A head for another number of classes than
     `weights` holds is a new one, and position embeddings of another grid are resized by timm's own function for the
     family; the log says both. What a checkpoint of ours says of itself is followed: the input size it was trained at,
-    unless the source names another, and how its images were prepared, which `preprocessing_of` the model gives.
-
-    Args:
-        model: what it is built from; a name alone stands for a model with random weights.
-        num_classes: size of the head; None: as the model was made, or as many as `weights` holds, in evaluation mode.
+    unless the source names another, and how its images were prepared, which `preprocessing_of` the model gives. A name
+    alone stands for a model with random weights. With `num_classes` None the head is as the model was made, or as
+    `weights` holds it, and the model in evaluation mode.
 
     Raises InputError: an image size that the model refuses, a file that is no sound checkpoint of it, no weights to be
     had; DamagedFileError: a file whose bytes are not the ones that were saved.

@@ -153,10 +153,7 @@ def train_to_file(
     task: Task,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Train a model on the task's device, look at it, save it, and remove the state of the run; returns the sidecar.
-
-    `key` is the hash of all that the result depends on, `train` a recipe's, `facts` go to the sidecar.
-    """
+    """Train a model on the task's device, look at it, save it with `facts`, remove the run's state; the sidecar."""
     model.to(task.device)
     shared, threads = task.run.shared, TRAINING_THREADS.get(facts["model"], 0)
     with training_mode(

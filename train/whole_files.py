@@ -44,9 +44,9 @@ def checked_json(document: Mapping[str, Any]) -> bytes:
 
 
 def parse_checked_json(content: bytes, schema: str = "") -> dict[str, Any]:
-    """The object that `checked_json` wrote, without the checksum; any changed bit is found, and another schema.
+    """The object that `checked_json` wrote, without the checksum.
 
-    Raises ValueError otherwise; the message says how, as the end of a sentence.
+    Any changed bit is a ValueError, and another schema; the message says how, as the end of a sentence.
     """
     try:
         document = json.loads(content)

@@ -175,10 +175,7 @@ def prepare_digits(
     validation_scenes: int = 1024,
     test_scenes: int = 1024,
 ) -> DataSplits:
-    """The scenes of one task in three splits that share no source digit.
-
-    Raises InputError: an unknown task, no scenes, or a model with another input than 48×48 grey.
-    """
+    """The scenes of one task in three splits that share no source digit; for a model that takes 48×48 grey alone."""
     if task not in TASKS:
         raise InputError(f"unknown task {task!r} of the digit scenes; expected one of {', '.join(TASKS)}")
     counts = (train_scenes, validation_scenes, test_scenes)

@@ -185,8 +185,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _count(folder: Path) -> int:
-    """Number of files below a folder that is left out, as far as it can be read; links to folders hold none."""
-    return 0 if folder.is_symlink() else sum(len(files) for _, _, files in os.walk(folder))
+    """Number of files below a folder that is left out, as far as it can be read; a link is left out with no file."""
+    number, waiting = 0, [] if folder.is_symlink() else [str(folder)]
+    while waiting:  # os.walk of Python 3.11 calls itself, which folders in each other may be too many for
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except OSError:
+            continue
+        folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        number += len(entries) - len(folders)
+        waiting += folders
+    return number
 
 
 def _reason_of_folder(name: str) -> str:
@@ -206,17 +215,17 @@ def check_class_names(names: Iterable[str]) -> None:
     system leave them; names that differ only by case are said in the log.
     """
     forms: dict[str, list[str]] = defaultdict(list)
+    cases: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(names)):
-        forms[unicodedata.normalize("NFC", name)].append(name)
+        form = unicodedata.normalize("NFC", name)
+        forms[form].append(name)
+        cases[form.casefold()].append(form)
     for form, same in forms.items():
         if len(same) > 1:
             spelled = " and ".join(ascii(name) for name in same)
             raise InputError(
                 f"class folders {spelled} are both shown as {form}: one name in two Unicode forms; give them one name"
             )
-    cases: dict[str, list[str]] = defaultdict(list)
-    for form in forms:
-        cases[form.casefold()].append(form)
     for same in cases.values():
         if len(same) > 1:
             logger.warning("classes %s differ only by case; they are taken for different classes", " and ".join(same))
