@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from engine.capture import metric_parameters, stored_parameters
 from engine.config import load_metrics
 from engine.measure.cluster import Cluster, connected
@@ -56,10 +58,9 @@ def measure_store(
     _require_maps(store, missing.values())
     layouts = [TokenLayout.from_dict(layer.layout) for layer in store.schema.layers]
     check_metrics(list(missing.values()), layouts, len(store.schema.regions), chosen)
-    images = store.committed_images
-    if other is not None:
-        images = images & other.committed_images
-    damages = [*store.damaged_batches, *(() if other is None else other.damaged_batches)]
+    stores = [store] if other is None else [store, other]
+    images = np.logical_and.reduce([each.committed_images for each in stores])
+    damages = [damage for each in stores for damage in each.damaged_batches]
     if not images.any():
         first = f" ({damages[0]})" if damages else ""
         raise StoreError(f"{store.path} holds no batch that can be measured{first}; capture it first")
@@ -94,7 +95,7 @@ def measure_store(
                 masked += found.masked
             writer.flush()
     if masked:
-        names = " or ".join(each.path.name for each in (store, other) if each is not None)
+        names = " or ".join(each.path.name for each in stores)
         say(
             f"{names}: {masked:,} rows are no post-softmax attention (NaN, infinite, negative or off sum 1); they are "
             "left out of every value and counted with the rows that have none"
