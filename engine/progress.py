@@ -7,9 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ def say(sentence: str) -> None:
         tqdm.write(printable(sentence))
 
 
-class ImageProgress:
+class ImageProgress(AbstractContextManager["ImageProgress"]):
     """A progress bar with images/s, and GB/s of attention before compression; off when not in a terminal.
 
     Of several processes, the first one has it.
@@ -62,12 +62,7 @@ class ImageProgress:
         """Show how many images are done by now, those of other processes among them."""
         self.update(images - self._images)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
 
@@ -98,9 +93,7 @@ def exit_code(error: Exception) -> int | None:
 def foreseen(error: Exception, batch_keys: Sequence[str] = ()) -> Exception:
     """An error of the disk or of memory, wherever it came from, as the one that says so; any other as it is.
 
-    Args:
-        error: what ended a command.
-        batch_keys: the keys that decide how much memory the command takes.
+    `batch_keys` are those that decide how much memory the command takes.
     """
     if exit_code(error) is not None and not isinstance(error, OSError):
         return error

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config import StudyConfig, config_keys, load_study, parse_value, shortened
-from engine.progress import PROGRAM, exit_code, foreseen
+from engine.progress import exit_code, foreseen
 from engine.run.commands import COMMANDS, TRAINING, Command
 from engine.run.flags import DASHES, FlagParser
 from engine.run.process import find_modules_here, open_streams, reader_left
@@ -116,23 +116,14 @@ def _run(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         raise InputError("the folder that this was started in is gone; change to one that is there") from error
     keys = dict(config_keys(_conditions(name, arguments)))
-    parser = FlagParser(
-        name,
-        PROGRAM,
-        command.help,
-        "".join(f"  {other:<10} {c.help}\n" for other, c in COMMANDS.items()),
-        command.positional,
-        command.flags,
-        [(key, declared) for key, declared in keys.items() if command.reads(key)],
-        command.required,
-    )
+    parser = FlagParser(name, keys)
     parsed, unknown = parser.read(arguments)
     if unknown:
         raise InputError(_unknown(name, unknown[0].split("=")[0], parser, keys))
     config = _configuration(name, command, parser, parsed)
-    if not (command.shared or first_process()):
-        return 0
-    return command.run(config, parsed)
+    if command.shared or first_process():
+        return command.run(config, parsed) or 0
+    return 0
 
 
 def _conditions(name: str, arguments: Sequence[str]) -> list[str]:
@@ -157,11 +148,7 @@ def _unknown(name: str, flag: str, parser: FlagParser, keys: dict[str, Any]) -> 
 
 
 def _configuration(name: str, command: Command, parser: FlagParser, parsed: argparse.Namespace) -> StudyConfig:
-    """The configuration of a command: its file, its flags, and what it has where there is no file.
-
-    Raises:
-        InputError: something is missing or mistaken, or what is written would lie where it does not belong.
-    """
+    """The configuration of a command: its file, its flags, and what it has where there is no file."""
     given = {key: value for key in parser.keys.values() if (value := getattr(parsed, key)) is not None}
     path = Path(parsed.config) if parsed.config is not None else None
     if path is None and command.continues:

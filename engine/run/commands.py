@@ -23,9 +23,8 @@ _OF_ONE_STORE = ("capture.store", "measure.store", "measure.against")
 class Command:
     """One command.
 
-    Args:
-        help: what it does.
-        run: does it, and returns the exit code.
+    Attributes:
+        run: does it, and returns the exit code where that may be another than 0.
         uses: sections and keys of the configuration that it reads; a flag of another is refused, not ignored.
         flags: short flag -> configuration key.
         positional: the file it may name.
@@ -37,7 +36,7 @@ class Command:
     """
 
     help: str
-    run: Callable[[StudyConfig, argparse.Namespace], int]
+    run: Callable[[StudyConfig, argparse.Namespace], int | None]
     uses: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
     positional: str = ""
@@ -48,30 +47,26 @@ class Command:
     continues: bool = False
 
     def reads(self, key: str) -> bool:
-        """Whether a key of the configuration changes anything that it does; where outputs go, and on which device, does
-        everywhere.
-        """
+        """Whether a key changes anything that it does; where outputs go, and on which device, does everywhere."""
         named = (*self.uses, *self.flags.values(), "outputs", "device")
         return key in named or (key not in _OF_ONE_STORE and key.partition(".")[0] in named)
 
 
-def _stages(config: StudyConfig, arguments: argparse.Namespace, last: str) -> int:
+def _stages(config: StudyConfig, arguments: argparse.Namespace, last: str) -> None:
     from engine.study import run_study
 
     run_study(config, last=last)
-    return 0
 
 
-def _report(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _report(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.report import write_report
     from engine.study import Journal
 
     for path in write_report(config.outputs, Journal(Path(config.outputs) / "run.jsonl")):
         print(path)
-    return 0
 
 
-def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _capture(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.study import capture_folder
 
     capture_folder(config)
@@ -82,10 +77,9 @@ def _capture(config: StudyConfig, arguments: argparse.Namespace) -> int:
         layers, attention = store["layers"], store["attention"]["bytes"]
         kept = f"{attention / 1e6:,.1f} MB of attention" if attention else "metrics, and no attention"
         print(f"{store['path']}: {store['images']:,} images, {len(layers)} layers, {kept}")
-    return 0
 
 
-def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _measure(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from store import AttentionStore
 
     keys = config.measure
@@ -99,29 +93,25 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> int:
         print(f"{store.path}: measured {', '.join(measured)}")
     else:
         print(f"{store.path} holds {', '.join(keys.metrics)} already")
-    return 0
 
 
-def _sweep(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _sweep(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.study import run_sweep
 
     run_sweep(config)
-    return 0
 
 
-def _export(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _export(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.study import export_hdf5
 
     print(export_hdf5(config))
-    return 0
 
 
-def _import(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _import(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.study import import_hdf5
 
     store = import_hdf5(config)
     print(f"{store.path}: {len(store.image_ids)} images, {len(store.layers)} layers")
-    return 0
 
 
 def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
@@ -136,12 +126,11 @@ def _verify(config: StudyConfig, arguments: argparse.Namespace) -> int:
     return 1 if damages else 0
 
 
-def _info(config: StudyConfig, arguments: argparse.Namespace) -> int:
+def _info(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from store.verify import info
 
     unicode = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     print(json.dumps(info(arguments.store), indent=2, ensure_ascii=not unicode))
-    return 0
 
 
 TRAINING = ("model", "data", "pretrain", "train", "conditions")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from engine.config import described, unusual
+from engine.progress import PROGRAM
+from engine.run.commands import COMMANDS
 from train.errors import InputError
 
 # What word processors and web pages make of - and --, and what looks like them.
@@ -19,54 +21,39 @@ _NO_VALUE = re.compile(r"--|-h$")
 class FlagParser(argparse.ArgumentParser):
     """argparse's parser of a command, whose mistakes are sentences like all others.
 
-    Args:
-        name: of the command.
-        program: what the user types before it.
-        help: what the command does; commands: every command with what it does, a line each.
-        positional: the file that the command may name; "" for none.
-        short: flag -> configuration key, for the flags that stand for another key than their name.
-        keys: the other flags: configuration keys, each with its help.
-        needed: flags that the usage shows.
-
-    Attributes:
-        keys: flag -> configuration key.
+    The flags are `--config`, the command's own and, of the configuration keys in `keys`, those that it reads; the
+    attribute `keys` holds the configuration key of each.
     """
 
-    def __init__(
-        self,
-        name: str,
-        program: str,
-        help: str,
-        commands: str,
-        positional: str,
-        short: Mapping[str, str],
-        keys: Iterable[tuple[str, dataclasses.Field[Any]]],
-        needed: Sequence[str],
-    ) -> None:
-        usage = f"{program} {name}" + (f" {positional.upper()}" if positional else "")
-        usage += "".join(f" {flag} {flag.rpartition('.')[2].lstrip('-').upper()}" for flag in needed)
+    def __init__(self, name: str, keys: Mapping[str, dataclasses.Field[Any]]) -> None:
+        command = COMMANDS[name]
+        usage = f"{PROGRAM} {name}" + (f" {command.positional.upper()}" if command.positional else "")
+        usage += "".join(f" {flag} {flag.rpartition('.')[2].lstrip('-').upper()}" for flag in command.required)
+        commands = "".join(f"  {other:<10} {c.help}\n" for other, c in COMMANDS.items())
         super().__init__(
-            prog=f"{program} {name}",
+            prog=f"{PROGRAM} {name}",
             usage=f"{usage} [--config study.toml] [--section.key value ...]",
-            description=f"{name}: {help}",
+            description=f"{name}: {command.help}",
             epilog=f"commands:\n{commands}\nLists are written a,b,c. Every key is also a key of study.toml.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         self.keys: dict[str, str] = {}
         self._name = name
-        self._positional = positional
+        self._positional = command.positional
         self.add_argument(
             "--config", action=_Once, metavar="study.toml", help="the configuration; a flag wins over its key"
         )
-        if positional:
-            self.add_argument(positional, nargs="?", default="")
-        for flag, key in short.items():
+        if command.positional:
+            self.add_argument(command.positional, nargs="?", default="")
+        for flag, key in command.flags.items():
             metavar = key.rpartition(".")[2].upper()
             self.add_argument(flag, action=_Once, dest=key, metavar=metavar, help=f"the key {key}")
             self.keys[flag] = key
         groups: dict[str, argparse._ArgumentGroup] = {}
-        for key, declared in keys:
+        for key, declared in keys.items():
+            if not command.reads(key):
+                continue
             section = key.rpartition(".")[0] or "study"
             group = groups.setdefault(section, self.add_argument_group(section))
             text = declared.metadata.get("help", "").replace("%", "%%")
@@ -74,11 +61,7 @@ class FlagParser(argparse.ArgumentParser):
             self.keys[f"--{key}"] = key
 
     def read(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The flags' values by configuration key, and `config` and the positional; what is no flag of the command.
-
-        Raises:
-            InputError: a flag without a value or given twice, a value that is no line of text, no positional.
-        """
+        """The flags' values by configuration key, and `config` and the positional; what is no flag of the command."""
         parsed, unknown = self.parse_known_args(self._joined(arguments))
         for key, text in vars(parsed).items():
             if text is not None and (found := unusual(text)):
