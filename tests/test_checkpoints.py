@@ -281,9 +281,8 @@ def test_each_condition_may_choose_its_weights(tmp_path: Path, photos: Path, mod
     given = {"data.kind": "folder", "data.split": "all", "data.root": str(photos), "model.name": TINY}
     config = load_study(None, given | {"conditions": conditions})
     journal = Journal(tmp_path / "run.jsonl")
-    runs = train_runs(
-        config, prepare_data(Start(config, tmp_path, journal), device="cpu"), journal, tmp_path, device="cpu"
-    )
+    begun = Start(config, tmp_path, journal)
+    runs = train_runs(begun, prepare_data(begun, device="cpu"), device="cpu")
     assert [run.model.state for run in runs] == ["", "model_ema"]
     assert runs[0].digest != runs[1].digest, "one file, two models"
     with pytest.raises(InputError, match=r"data\.prepare_as is for given checkpoints"):
@@ -325,7 +324,7 @@ def test_training_from_a_checkpoint_of_ours_keeps_its_facts(tmp_path: Path, phot
     start = tmp_path / "checkpoints" / "pretrained.safetensors"
     facts = read_metadata(start)
     assert (facts["img_size"], facts["preprocessing"]) == (96, OTHER.to_dict())
-    assert preprocessing_of(data.pretrained_model()) == OTHER
+    assert preprocessing_of(build_model(ModelSource(TINY, weights=str(start)), num_classes=None)) == OTHER
     assert ModelSource(TINY, weights=start).completed().img_size == 96
     assert ModelSource(TINY, weights=start, img_size=80).completed().img_size == 80
     sidecar = sidecar_path(start).read_bytes()

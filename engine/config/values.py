@@ -27,12 +27,7 @@ _Config = TypeVar("_Config")
 
 @dataclass(frozen=True)
 class Expected:
-    """What a key holds.
-
-    Args:
-        words: as the end of "expected …".
-        example: in TOML.
-    """
+    """What a key holds: `words` as the end of "expected …", and an example in TOML."""
 
     words: str
     example: str
@@ -46,16 +41,8 @@ class Expected:
 
 
 def expected(hint: Any, default: Any = None) -> Expected:
-    """What a key of this type holds.
-
-    Args:
-        hint: the type, `Annotated` with its bounds.
-        default: of the key; it serves as the example where it is one.
-    """
-    limits: tuple[Any, ...] = ()
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, *bounds = typing.get_args(hint)
-        limits = tuple(bounds)
+    """What a key of this type holds, `Annotated` with its bounds; its default is the example where there is one."""
+    hint, limits = _bounded(hint)
     items = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return Expected("a table of keys", "")
@@ -72,23 +59,26 @@ def expected(hint: Any, default: Any = None) -> Expected:
     if origin in (typing.Union, types.UnionType):
         return Expected(" or ".join(dict.fromkeys(expected(item).words for item in items)), expected(items[0]).example)
     if origin is tuple:
-        return Expected(_list_words(items, limits), _list_example(items, default))
-    item = expected(items[1])
+        of_two = items[-1] is not Ellipsis or TWO in limits
+        return Expected("a list of 2" if of_two else "a list", _list_example(items[0], default))
     if dataclasses.is_dataclass(items[1]):
         return Expected("a table of tables", "")
+    item = expected(items[1])
     return Expected("a table of names and values", f"{{name = {item.example}}}" if item.example else "")
 
 
-def _list_words(items: tuple[Any, ...], limits: Iterable[Any]) -> str:
-    if items[-1] is not Ellipsis or TWO in limits:
-        return "a list of 2"
-    return "a list"
+def _bounded(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without its bounds, and the bounds."""
+    if typing.get_origin(hint) is not typing.Annotated:
+        return hint, []
+    bare, *limits = typing.get_args(hint)
+    return bare, limits
 
 
-def _list_example(items: tuple[Any, ...], default: Any) -> str:
+def _list_example(item: Any, default: Any) -> str:
     if default and len(default) > 1:
         return _toml(default[:2])
-    of, *limits = typing.get_args(items[0]) if typing.get_origin(items[0]) is typing.Annotated else items[:1]
+    of, limits = _bounded(item)
     if of is int:
         low: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), 0)
         return _toml([low, low + 1])
@@ -149,11 +139,9 @@ def plain_value(text: str) -> str | int | float | bool:
 
 
 def validated(cls: type[_Config], values: Mapping[str, Any], name: Callable[[str], str]) -> _Config:
-    """A dataclass of keys and tables, made of plain values.
+    """A dataclass of keys and tables, made of plain values: texts are taken for numbers, true and false where they are.
 
-    Args:
-        values: key -> value, nested as the dataclass is; texts are taken for numbers, true and false where they are.
-        name: dotted key -> what the sentence calls it, such as "study.toml: train.epochs" or "--train.epochs".
+    `name` gives for a dotted key what the sentence calls it: "study.toml: train.epochs" or "--train.epochs".
 
     Raises:
         InputError: an unknown key, or a value of another type, out of bounds, or more than once in a list.
@@ -184,8 +172,7 @@ def _mistake(cls: type[Any], values: Mapping[str, Any], error: Any, name: Callab
         return f"{name(shortened(dotted))} is not a key of the configuration{_place(cls, values, dotted)}"
     hint, default, within = cls, None, ""
     for part in error["loc"][: -1 if error["type"] == "missing" else None]:  # of two sizes, one
-        if typing.get_origin(hint) is typing.Annotated:
-            hint = typing.get_args(hint)[0]
+        hint = _bounded(hint)[0]
         if dataclasses.is_dataclass(hint) and isinstance(part, str):
             field = next(field for field in dataclasses.fields(hint) if field.name == part)
             default = field.default if field.default is not dataclasses.MISSING else None

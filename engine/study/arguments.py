@@ -11,11 +11,7 @@ from train.files import what_lies_at
 
 
 def check_arguments(config: StudyConfig, reads: Callable[[str], bool]) -> None:
-    """Check the names of metrics, and that the files and folders are there.
-
-    Args:
-        config: of the command.
-        reads: whether the command reads a key.
+    """Check the names of metrics, and that the files and folders are there, of the keys that the command `reads`.
 
     Raises:
         InputError: no such metric, file or folder.

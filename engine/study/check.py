@@ -14,14 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.capture import (
-    CaptureError,
-    Discovery,
-    SiteAttention,
-    discover,
-    has_classes,
-    observe,
-)
+from engine.capture import CaptureError, Discovery, SiteAttention, discover, has_classes, observe
 from engine.config import StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
 from engine.study.model import given_conditions
@@ -37,18 +30,7 @@ from train.recipes import RECIPES
 
 
 def check_study(start: Start, model: torch.nn.Module, device: str, stages: Sequence[str]) -> None:
-    """Raise the sentence for what a study asks for and cannot have.
-
-    Args:
-        model: one of the study's, before any training.
-        device: where everything will run.
-        stages: those that the study will go through.
-
-    Raises:
-        InputError: as of `check_capture`, `check_targets`, `check_splits`, `require_disk`; a relevance method that does
-            not run on the model; class names that do not fit the data set.
-        MetricError, BackendUnavailableError: as of `check_capture`.
-    """
+    """Raise the sentence for what a study cannot have in its `stages`; `model` is one of its own, before training."""
     config = start.config
     given = given_conditions(config)
     trained = {name: condition for name, condition in config.conditions.items() if name not in given}
@@ -56,41 +38,32 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
         classifier_name(model)
     for name, condition in trained.items():
         if RECIPES[condition.recipe].adapters:
-            check_targets(model, condition.targets, [condition.rank], f"condition {name}: ")
+            _check_targets(model, condition.targets, [condition.rank], f"condition {name}: ")
     model.to(device)
     captured = check_capture(config, model, start.preprocessing, device) if "capture" in stages else None
     if start.listed is not None:
-        check_splits(start.listed, "file", trained=bool(trained))
-    require_disk(_needs(start, model, captured), start.outputs)
+        _check_splits(start.listed, "file", trained=bool(trained))
+    _require_disk(_needs(start, model, captured), start.outputs)
     if "relevance" in stages and (config.relevance.measured or config.capture.samples):
         _check_methods(config.relevance.methods, model, start.preprocessing, device)
     if start.listed is not None:  # all that takes seconds is sound, so the files are decoded
-        check_splits(start.manifest, "readable image", trained=bool(trained))
+        _check_splits(start.manifest, "readable image", trained=bool(trained))
         start.heads(start.manifest.class_names)
 
 
 def check_sweep(start: Start, model: torch.nn.Module, targets: str) -> None:
-    """Raise the sentence for what a sweep asks for and cannot have.
-
-    Args:
-        model: the one that is swept, before any training; targets: its adapted layers.
-
-    Raises:
-        InputError: as of `check_targets`, `check_splits`, `require_disk`.
-    """
+    """Raise the sentence for what a sweep cannot have; `targets` are the adapted layers of the model."""
     assert start.listed is not None  # a sweep is of pictures on disk
     sweep, outputs = start.config.sweep, start.outputs
-    check_targets(model, targets, sweep.ranks, "sweep.ranks: ")
-    check_splits(start.listed, "file", trained=True)
-    results = len(sweep.bases) * len(sweep.ranks)
-    weights = _bytes_of(model)
+    _check_targets(model, targets, sweep.ranks, "sweep.ranks: ")
+    _check_splits(start.listed, "file", trained=True)
+    results, weights = len(sweep.bases) * len(sweep.ranks), _bytes_of(model)
     needs = {
         "checkpoints": (outputs / "checkpoints", 2 * weights),
         "results": (outputs / "sweep", (results + 1) * weights),
-        **_cache_need(start),
     }
-    require_disk(needs, outputs)
-    check_splits(start.manifest, "readable image", trained=True)
+    _require_disk(needs | _cache_need(start), outputs)
+    _check_splits(start.manifest, "readable image", trained=True)
 
 
 def check_capture(
@@ -101,11 +74,9 @@ def check_capture(
     *,
     stored_alone: bool = False,
 ) -> Discovery:
-    """Send one image through the model: its attention, the layers and heads that are chosen, and every metric.
+    """Send one image through the model, on the device: its attention, the layers and heads chosen, and every metric.
 
-    Args:
-        model: on the device.
-        stored_alone: maps are stored and nothing will be measured, so metrics are not looked at.
+    Metrics are not looked at where maps are `stored_alone` and nothing will be measured.
 
     Raises:
         InputError: no attention to be captured, no such layer or head, a metric that it does not have.
@@ -126,12 +97,8 @@ def check_capture(
     return found
 
 
-def check_targets(model: torch.nn.Module, targets: str, ranks: Sequence[int], whose: str) -> None:
-    """Whether adapters of these ranks fit the layers that are meant; `whose` begins the sentence.
-
-    Raises:
-        InputError: as of `train.adapters.check_adapters`.
-    """
+def _check_targets(model: torch.nn.Module, targets: str, ranks: Sequence[int], whose: str) -> None:
+    """Whether adapters of these ranks fit the layers that are meant; `whose` begins the sentence."""
     for rank in ranks:
         try:
             check_adapters(model, rank=rank, targets=targets)
@@ -139,15 +106,8 @@ def check_targets(model: torch.nn.Module, targets: str, ranks: Sequence[int], wh
             raise InputError(f"{whose}{error}") from error
 
 
-def check_splits(manifest: Manifest, found: str, *, trained: bool) -> None:
-    """Whether each split has the images that it needs.
-
-    Args:
-        found: what the manifest's records are known to be: "file", or "readable image" once they are decoded.
-
-    Raises:
-        InputError: a split is empty, or too small to be compared over; one class, where a classifier is trained.
-    """
+def _check_splits(manifest: Manifest, found: str, *, trained: bool) -> None:
+    """Whether each split has the images that it needs; each is a "file", or a "readable image" once it is decoded."""
     sizes = {split: len(manifest.split(split)) for split in SPLITS}
     for split in ("train", "validation") if trained else ():
         if not sizes[split]:
@@ -168,15 +128,10 @@ def check_splits(manifest: Manifest, found: str, *, trained: bool) -> None:
         )
 
 
-def require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
+def _require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
     """Whether the disks have room for what will be written; what is there of an earlier run counts as written.
 
-    Args:
-        needs: what it is → the folder or file that it goes to, and its bytes.
-        outputs: for the advice.
-
-    Raises:
-        InputError: with the bytes needed and the bytes free.
+    `needs`: what it is → the folder or file that it goes to, and its bytes.
     """
     disks: dict[int, dict[str, tuple[Path, int]]] = {}
     for what, (path, needed) in needs.items():

@@ -22,16 +22,7 @@ from train.data import ImageSet
 
 @dataclass(frozen=True)
 class Control:
-    """One control and whether it held.
-
-    Args:
-        name: short name, e.g. "frozen_backbone".
-        title: heading in the report.
-        expectation: what must come out, in words.
-        value: the largest absolute difference found where zero is expected.
-        held: whether the expectation came true.
-        detail: numbers behind it.
-    """
+    """One control: `value` is the largest absolute difference found where zero is expected, `detail` in words."""
 
     name: str
     title: str
@@ -43,19 +34,12 @@ class Control:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """Largest differences of one layer between two models over all images.
+    """Largest differences of one layer between two models over all images."""
 
-    Args:
-        site: the module's name.
-        attention: max |A₂ − A₁| over the maps, in the forward pass's own precision.
-        metrics: metric name -> max |m₂ − m₁|.
-        identical: every element of every map has the same bits.
-    """
-
-    site: str
-    attention: float
-    metrics: dict[str, float]
-    identical: bool
+    site: str  # the module's name
+    attention: float  # max |A₂ − A₁| over the maps, in the forward pass's own precision
+    metrics: dict[str, float]  # metric -> max |m₂ − m₁|
+    identical: bool  # every element of every map has the same bits
 
     @property
     def largest(self) -> float:
@@ -83,19 +67,7 @@ def lockstep(
     device: str,
     label: str,
 ) -> list[LayerDifference]:
-    """Run two models over the same images and compare every map and metric, layer by layer.
-
-    Args:
-        first, second: models of one architecture.
-        images, rows: which images.
-        metrics: row metrics to compare beside the maps, by name or as `module:name` of your own.
-        batch_size: images a forward pass; both models see the same batches.
-        device: where the models run.
-        label: name in the progress bar.
-
-    Returns:
-        One entry per measurable layer, in depth order.
-    """
+    """Run two models of one architecture over the same batches; compare every map and row metric, layer by layer."""
     worst: dict[int, LayerDifference] = {}
     with tqdm(total=len(rows), desc=label, unit="image", disable=None) as progress:
         for start in range(0, len(rows), batch_size):
@@ -141,15 +113,11 @@ def same_attention_control(
     largest = max(layer.attention for layer in layers)
     metric = max((value for layer in layers for value in layer.metrics.values()), default=0.0)
     identical = all(layer.identical for layer in layers)
-    return Control(
-        name,
-        title,
-        expectation,
-        max(largest, metric),
-        identical and metric == 0.0,
+    detail = (
         f"{len(layers)} layers, {images} images: largest difference of a map {largest:g}, of a metric {metric:g}; "
-        f"bits {'identical' if identical else 'different'}",
+        f"bits {'identical' if identical else 'different'}"
     )
+    return Control(name, title, expectation, max(largest, metric), identical and metric == 0.0, detail)
 
 
 def hybrid_state(
@@ -179,18 +147,14 @@ def hybrid_control(
     attention differ somewhere above, which shows that the control is able to fail.
     """
     # The first changed block's own q and k are made by changed weights, so its map differs already.
-    below, above = _divided(layers, first_block)
-    return _divided_control(
-        f"hybrid_{condition}",
-        f"Hybrid of {against} and {condition}",
+    same, changed, largest, detail = _divided(layers, first_block, images)
+    expectation = (
         f"blocks below {first_block} from {against}, from there on from {condition}: exactly 0 in every layer below "
-        f"block {first_block}, and not 0 above it",
-        below,
-        above,
-        first_block,
-        images,
-        must_differ=differs or not above,
+        f"block {first_block}, and not 0 above it"
     )
+    held = same and changed is not None and (changed > 0.0 or not differs)
+    title = f"Hybrid of {against} and {condition}"
+    return Control(f"hybrid_{condition}", title, expectation, largest, held, detail)
 
 
 def first_reached_block(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> int:
@@ -211,44 +175,31 @@ def untouched_control(
 
     `first_block` is what `first_reached_block` says of the two conditions.
     """
-    below, above = _divided(layers, first_block)
-    return _divided_control(
-        f"untouched_{condition}",
-        f"Blocks that {condition} could not change",
+    same, changed, largest, detail = _divided(layers, first_block, images)
+    expectation = (
         f"no weight that differs from {against} reaches the attention of blocks 0 to {first_block - 1}: exactly 0 there"
-        + (", and not 0 above" if above else ""),
-        below,
-        above,
-        first_block,
-        images,
-        must_differ=bool(above),
     )
+    if changed is not None:
+        expectation += ", and not 0 above"
+    held = same and (changed is None or changed > 0.0)
+    title = f"Blocks that {condition} could not change"
+    return Control(f"untouched_{condition}", title, expectation, largest, held, detail)
 
 
-def _divided_control(
-    name: str,
-    title: str,
-    expectation: str,
-    below: Sequence[LayerDifference],
-    above: Sequence[LayerDifference],
-    first_block: int,
-    images: int,
-    *,
-    must_differ: bool,
-) -> Control:
-    """Two models that must be the same below a block, and may or must differ from there on."""
+def _divided(layers: Sequence[LayerDifference], first_block: int, images: int) -> tuple[bool, float | None, float, str]:
+    """Whether the layers below a block are the same, the largest difference of a map above (None: no layer is there),
+    the largest of all below, and both in words. A site outside of the blocks counts as in block 0.
+    """
+    below = [layer for layer in layers if (block_of(layer.site) or 0) < first_block]
+    above = [layer.attention for layer in layers if (block_of(layer.site) or 0) >= first_block]
     largest = max((layer.largest for layer in below), default=0.0)
-    changed = max((layer.attention for layer in above), default=0.0)
+    changed = max(above, default=None)
     same = bool(below) and all(layer.identical for layer in below) and largest == 0.0
-    return Control(
-        name,
-        title,
-        expectation,
-        largest,
-        same and (changed > 0.0 or not must_differ),
+    detail = (
         f"{images} images: largest difference {largest:g} in the {len(below)} layers below block {first_block}, "
-        f"{changed:g} in the {len(above)} from there on",
+        f"{changed or 0.0:g} in the {len(above)} from there on"
     )
+    return same, changed, largest, detail
 
 
 def negative_controls(
@@ -266,12 +217,8 @@ def negative_controls(
     """Every control a study can make: frozen backbones, each condition against itself, hybrids with `against`, and
     the blocks that a condition could not change.
 
-    Args:
-        models: condition -> what loads its model, in evaluation mode on the device.
-        frozen: the conditions whose backbone was never trained.
-        against: the condition that the others are compared with; alone, it is compared with itself.
-        pretrained: builds the model that frozen backbones must equal; called only for those.
-        images, rows, metrics, batch_size, device: see `lockstep`.
+    `models` loads each condition's model, in evaluation mode on the device; `pretrained` builds the one that the
+    backbones of the conditions in `frozen` must equal. Alone, `against` is compared with itself.
     """
 
     def pair(first: torch.nn.Module, second: torch.nn.Module, what: str) -> list[LayerDifference]:
@@ -281,19 +228,16 @@ def negative_controls(
 
     count, controls = len(rows), []
     for name in (name for name in models if name in frozen):
-        title, expectation = (
-            f"{name}'s backbone is the pretrained one",
-            "a frozen backbone attends exactly as the pretrained model, bit for bit",
-        )
+        title = f"{name}'s backbone is the pretrained one"
+        expectation = "a frozen backbone attends exactly as the pretrained model, bit for bit"
         layers = pair(pretrained(), models[name](), f"{name} frozen")
         controls.append(same_attention_control(f"frozen_{name}", title, expectation, layers, count))
     for name, load in models.items():
         if name == against and len(models) > 1:
             continue
         title, expectation = f"{name} against itself", "loaded twice, measured twice: exactly 0 in every layer"
-        controls.append(
-            same_attention_control(f"itself_{name}", title, expectation, pair(load(), load(), title), count)
-        )
+        layers = pair(load(), load(), title)
+        controls.append(same_attention_control(f"itself_{name}", title, expectation, layers, count))
         if name == against:
             continue
         lower, upper = models[against](), load()
@@ -321,11 +265,3 @@ def negative_controls(
 def _last_block(weights: Iterable[str]) -> int | None:
     """The greatest number of a block; None without any."""
     return max((block for name in weights if (block := block_of(name)) is not None), default=None)
-
-
-def _divided(
-    layers: Sequence[LayerDifference], first_block: int
-) -> tuple[list[LayerDifference], list[LayerDifference]]:
-    """Layers below a block, and those from there on; a site outside of the blocks counts as in block 0."""
-    below = [layer for layer in layers if (block_of(layer.site) or 0) < first_block]
-    return below, [layer for layer in layers if (block_of(layer.site) or 0) >= first_block]

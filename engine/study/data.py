@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
-from engine import __version__
 from engine.progress import say
 from engine.study.journal import digest, digest_path
-from engine.study.model import given_conditions, model_source, trained_here
+from engine.study.model import given_conditions, model_source
 from engine.study.start import Start
 from train.checkpoint import save_checkpoint, sidecar_path
-from train.data import (
-    DataSplits,
-    HeadClasses,
-    ImageSet,
-    Manifest,
-    Preprocessing,
-    prepare_digits,
-    prepare_folder,
-)
-from train.errors import InputError
+from train.data import DataSplits, HeadClasses, ImageSet, Manifest, Preprocessing, prepare_digits, prepare_folder
 from train.models import build_model
 from train.pretrain import pretrain_digits
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """The images in their splits, and the pretrained model that every condition starts from.
-
-    Args:
-        splits: train, validation and test images with their manifest.
-        preprocessing: read off the model.
-        pretrained_digest: hash of the pretrained weights; "" where only given checkpoints are compared.
-        pretrained_model: builds the pretrained model.
-        heads: condition → the classes of its head, where checkpoints were given.
-    """
+    """The images in their splits, and what is known of the models that see them."""
 
     splits: DataSplits
     preprocessing: Preprocessing
-    pretrained_digest: str
-    pretrained_model: Callable[[], torch.nn.Module]
-    heads: Mapping[str, HeadClasses] = field(default_factory=dict)
+    pretrained_digest: str  # hash of the weights that every condition starts from; "" where checkpoints are given
+    heads: Mapping[str, HeadClasses] = field(default_factory=dict)  # condition → its head, where checkpoints are given
 
     @property
     def test(self) -> ImageSet:
@@ -61,11 +41,6 @@ class StudyData:
         """The classes of a condition's head: those of the data where it is trained here."""
         names = self.splits.class_names
         return self.heads.get(condition) or HeadClasses(len(names), names)
-
-    def info(self, split: str) -> dict[str, Any]:
-        """Provenance of one split: {id, split, sha256}."""
-        manifest = self.splits.manifest
-        return {"id": manifest.kind, "split": f"{manifest.rule}/{split}", "sha256": manifest.sha256}
 
     def summary(self) -> dict[str, Any]:
         """What the report says of the data: counts, splits, and every file that was left out with its reason."""
@@ -86,29 +61,29 @@ class StudyData:
 
 
 def prepare_data(start: Start, *, device: str) -> StudyData:
-    """Images in their splits, and the pretrained weights, made or fetched once.
+    """Images in their splits, and the pretrained weights, made or fetched once, unless checkpoints are given.
 
     Raises:
         InputError: no readable image, no weights to be had.
     """
-    if given_conditions(start.config):
-        return _given_checkpoints(start)
-    splits, pretrained = _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
-    load = partial(build_model, trained_here(start.config, start.pretrained_path), num_classes=None)
-    return StudyData(splits, start.preprocessing, pretrained, load)
-
-
-def _given_checkpoints(start: Start) -> StudyData:
-    """Data for checkpoints that somebody trained; all get the same pixels."""
+    if not given_conditions(start.config):
+        splits, pretrained = _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
+        return StudyData(splits, start.preprocessing, pretrained)
     splits = _folder_splits(start)
     heads = start.heads(splits.class_names)
     for name, head in heads.items():
         say(head.origin(name))
+    return StudyData(splits, start.preprocessing, "", heads)
 
-    def no_pretrained() -> torch.nn.Module:
-        raise InputError("given checkpoints say nothing of the pretrained model that they started from")
 
-    return StudyData(splits, start.preprocessing, "", no_pretrained, heads)
+def dataset_info(manifest: Manifest) -> dict[str, str]:
+    """Provenance of the test images."""
+    return {"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256}
+
+
+def manifest_dict(manifest: Manifest) -> dict[str, Any]:
+    """Every file with its status, as plain values; without the folder's own place on this machine."""
+    return {"kind": manifest.kind, "records": [dataclasses.asdict(record) for record in manifest.records]}
 
 
 def _folder(start: Start) -> tuple[DataSplits, str]:
@@ -135,7 +110,6 @@ def _folder(start: Start) -> tuple[DataSplits, str]:
         "preprocessing": preprocessing.to_dict(),
         "weights": " ".join(map(digest_path, source.files)),
         "classes": classes,
-        "version": __version__,
     }
     return splits, start.journal.stage("pretrained", inputs, [path, sidecar_path(path)], work, workers=start.workers)
 
@@ -166,13 +140,8 @@ def _digits(start: Start, device: str) -> tuple[DataSplits, str]:
         say(f"pretrained: source task, validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}")
         return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
 
-    pretrained = start.journal.stage(
-        "pretrain",
-        dataclasses.asdict(config.pretrain) | more | {"version": __version__},
-        [path, sidecar_path(path)],
-        work,
-        workers=start.workers,
-    )
+    inputs = dataclasses.asdict(config.pretrain) | more
+    pretrained = start.journal.stage("pretrain", inputs, [path, sidecar_path(path)], work, workers=start.workers)
     splits = prepare_digits(
         preprocessing=start.preprocessing,
         seed=config.data.seed,

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -70,11 +69,9 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
         )
     path = Path(config.hdf5.file)
     require_file(path, "file", "expected an HDF5 file of attention")
-    try:
+    with _as_bad_input():
         rehearse(path, axes)
         opened = AttentionFile(path, axes)
-    except StoreError as error:
-        raise InputError(str(error)) from error
     with opened as file:
         say(f"import {path.name}: {file.order}: {file.num_images} images, {len(file.layers)} layers")
         if file.unused:
@@ -83,11 +80,10 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
                 f"import {path.name}: not used: {', '.join(file.unused[:5])}{more} (names of images are read from "
                 "images/id, their labels from images/label)"
             )
+        layouts = [_layout(path, layer, config).to_dict() for layer in file.layers]
         schema = StoreSchema(
             layers=tuple(
-                LayerSchema(
-                    layer=number, site=layer.site, heads=layer.heads, layout=_layout(path, layer, config).to_dict()
-                )
+                LayerSchema(layer=number, site=layer.site, heads=layer.heads, layout=layouts[number])
                 for number, layer in enumerate(file.layers)
             ),
             image_ids=file.image_ids,
@@ -102,73 +98,65 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
             code_version=__version__,
             extra={"whole": True},
         )
-        missing = np.zeros(len(file.layers), np.int64)  # rows without values, [layer]
-        image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-        with _removed_if_refused(_writer(config.capture.store, schema, file)) as writer:
-            rows = {batch: schema.batch_rows(batch) for batch in writer.missing}
-            done = schema.num_images - sum(part.stop - part.start for part in rows.values())
-            with ImageProgress(f"import {path.name}", schema.num_images, done, image_bytes) as progress:
-                for batch, part in rows.items():
-                    for number, layer in enumerate(file.layers):
-                        maps = _read(layer, part)
-                        missing[number] += _checked(path, layer, maps, part.start, encoding)
-                        writer.add_attention(batch, number, maps)
-                    writer.commit(batch)
-                    progress.update(part.stop - part.start)
-            writer.finish()
+        writer = _writer(config.capture.store, schema, file)
+        try:
+            with writer:
+                _copy(path, file, writer)
+        except InputError:  # it holds something else than attention; after any other failure an import goes on from it
+            AttentionWriter.discard(writer.path)
+            raise
+    return AttentionStore.open(config.capture.store)
+
+
+def _copy(path: Path, file: AttentionFile, writer: AttentionWriter) -> None:
+    """Write every batch that is not in the store yet, and say which rows hold NaN."""
+    schema = writer.schema
+    missing = np.zeros(len(file.layers), np.int64)  # rows without values, [layer]
+    image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
+    rows = {batch: schema.batch_rows(batch) for batch in writer.missing}
+    done = schema.num_images - sum(part.stop - part.start for part in rows.values())
+    with ImageProgress(f"import {path.name}", schema.num_images, done, image_bytes) as progress:
+        for batch, part in rows.items():
+            for number, layer in enumerate(file.layers):
+                with _as_bad_input():
+                    maps = layer.read(part)
+                missing[number] += _checked(path, layer, maps, part.start, schema.encoding)
+                writer.add_attention(batch, number, maps)
+            writer.commit(batch)
+            progress.update(part.stop - part.start)
+    writer.finish()
     for layer, count in zip(file.layers, missing, strict=True):
         if count:
             say(f"import {path.name}: {count:,} rows of {layer.name} hold NaN; they are left out and counted")
-    return AttentionStore.open(config.capture.store)
 
 
 def _writer(place: str, schema: StoreSchema, file: AttentionFile) -> AttentionWriter:
     """The writer of the new store; what an unfinished import of another file left is removed first."""
-
-    def opened() -> AttentionWriter:
-        return AttentionWriter.open(place, schema, labels=file.labels, class_names=file.class_names)
-
-    try:
+    with _as_bad_input():
         require_place(storage_at(place))
-    except StoreError as error:
-        raise InputError(str(error)) from error
     try:
-        return opened()
+        return AttentionWriter.open(place, schema, labels=file.labels, class_names=file.class_names)
     except OtherRunError:
         try:
             AttentionStore.open(place)
         except UnfinishedStoreError:
             AttentionWriter.discard(place)
-            return opened()
+            return AttentionWriter.open(place, schema, labels=file.labels, class_names=file.class_names)
         raise
 
 
 @contextlib.contextmanager
-def _removed_if_refused(writer: AttentionWriter) -> Iterator[AttentionWriter]:
-    """The writer, open; what it wrote is removed again when the file turns out to hold something else than attention.
-
-    After any other failure the same import goes on from it.
-    """
+def _as_bad_input() -> Iterator[None]:
+    """What is wrong with a file or place that the user named is bad input."""
     try:
-        with writer:
-            yield writer
-    except InputError:
-        AttentionWriter.discard(writer.path)
-        raise
-
-
-def _read(layer: Dataset, rows: slice) -> np.ndarray:
-    try:
-        return layer.read(rows)
+        yield
     except StoreError as error:
         raise InputError(str(error)) from error
 
 
 def _checked(path: Path, layer: Dataset, maps: np.ndarray, first: int, encoding: str) -> int:
-    """How many rows hold NaN; all others must be post-softmax attention, and stay so in the store.
-
-    Args:
-        maps: [image, head, query, key]; `first` is the number of the first image.
+    """How many rows of maps, [image, head, query, key], hold NaN; all others must be post-softmax attention, and stay
+    so in the store. `first` is the number of the first image.
     """
     precision = layer.precision or shown_precision(maps)
     tolerance, kept = ROW_SUM_TOLERANCE[precision], ROW_SUM_TOLERANCE["bfloat16" if encoding == "bf16" else "float16"]
@@ -232,7 +220,6 @@ def _layout(path: Path, layer: Dataset, config: StudyConfig) -> TokenLayout:
 def _own_layout(text: str) -> TokenLayout | None:
     """The attribute `layout` as an export writes it; None for anything else."""
     try:
-        values: Any = json.loads(text)
-        return TokenLayout.from_dict(values)
+        return TokenLayout.from_dict(json.loads(text))
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError):
         return None

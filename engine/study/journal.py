@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import __version__
 from engine.progress import PROGRAM, say
 from store.disk import writing
 from train.errors import DamagedFileError, InputError
@@ -65,13 +66,10 @@ def _file_digest(path: Path, *state: int) -> str:
 
 
 class Journal:
-    """The stages of one outputs folder.
+    """The stages of one outputs folder, recorded in `path`: made when the first stage ends, read when first asked.
 
     Of several processes that go through the stages together, the first one decides what is done already and keeps the
     journal.
-
-    Args:
-        path: the `run.jsonl`; made when the first stage ends, read when something is first asked of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +127,7 @@ class Journal:
 
         Args:
             name: of the stage, with what it is about: "train finetuned seed 42".
-            inputs: JSON values that decide the result: configuration keys, hashes of files, code version.
+            inputs: JSON values that decide the result besides the version: configuration keys, hashes of files.
             outputs: files and folders that `work` leaves.
             work: does it; what it returns is kept in the record.
             reads: what it reads of the files that other stages left: when one of them leaves something else, this
@@ -140,6 +138,7 @@ class Journal:
         Returns:
             a hash of the outputs, an input for the stages that follow.
         """
+        inputs = {**inputs, "version": __version__}
         first = workers is None or workers.first
         before = self.done(name, inputs, outputs) if first else None
         if workers is not None:
@@ -148,30 +147,16 @@ class Journal:
             say(f"{name}: done already")
             return before
         after = ""
+        if first or shared:
+            began = time.perf_counter()
+            note = work() or {}
+            seconds = time.perf_counter() - began
         if first:
-            after = self._do(name, inputs, outputs, reads, work)
-        elif shared:
-            work()
+            found = {source: self._recorded(source) for source in map(self._name, reads)}
+            sources = {source: recorded[source][0] for source, recorded in found.items() if source in recorded}
+            after = self._record("done", name, inputs, outputs, reads=sources, seconds=round(seconds, 3), **note)
+            say(f"{name}: {seconds:.1f} s")
         return after if workers is None else workers.tell(after)
-
-    def _do(
-        self,
-        name: str,
-        inputs: Mapping[str, Any],
-        outputs: Sequence[Path],
-        reads: Sequence[Path],
-        work: Callable[[], Mapping[str, Any] | None],
-    ) -> str:
-        """Run `work` and keep the record of it."""
-        began = time.perf_counter()
-        note = work()
-        seconds = time.perf_counter() - began
-        sources = {self._name(path): self._recorded(path).get(self._name(path), ("",))[0] for path in reads}
-        sources = {path: sha256 for path, sha256 in sources.items() if sha256}
-        note = {"reads": sources, "seconds": round(seconds, 3), **(note or {})}
-        digest_of_outputs = self._record("done", name, inputs, outputs, **note)
-        say(f"{name}: {seconds:.1f} s")
-        return digest_of_outputs
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file that is no stage's own, whole, and record it; nothing where it lies there so already."""
@@ -199,10 +184,6 @@ class Journal:
             say(f"{name}: {changed[0]} {_fault(found.get(changed[0]))}, so it is done again")
         return digest(found) if found == last["outputs"] and all(found.values()) else None
 
-    def seconds(self, name: str) -> float | None:
-        """How long the stage took when it was last done."""
-        return self.stage_seconds().get(name)
-
     def stage_seconds(self) -> dict[str, float]:
         """How long each stage took when it was last done, in the order in which they were first done."""
         return {record["stage"]: float(record["seconds"]) for record in self._records if record["event"] == "done"}
@@ -228,7 +209,7 @@ class Journal:
                 if os.path.lexists(file) and not (file.is_file() or file.is_dir()):  # a pipe's end may never come
                     raise InputError(f"{file} is a device or a link to nowhere; move it away")
             return path.exists()
-        recorded = self._recorded(path)
+        recorded = self._recorded(self._name(path))
         for name, (sha256, stage) in recorded.items():
             if (found := digest_path(self.path.parent / name)) != sha256:
                 raise DamagedFileError(
@@ -247,14 +228,15 @@ class Journal:
         Raises:
             InputError: also when it is not there, or no stage recorded it.
         """
-        if self.exists() and not self._recorded(path):
-            raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(self._name(path))}")
+        name = self._name(path)
+        if self.exists() and not self._recorded(name):
+            raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(name)}")
         self.usable(path)
 
     def _require_current(self, stage: str) -> None:
         """Whether what a stage read, and what that was made from, is what was there when it was done."""
         for name, sha256 in self._newest().get(stage, {}).get("reads", {}).items():
-            now, maker = self._recorded(self.path.parent / name).get(name, (sha256, stage))
+            now, maker = self._recorded(name).get(name, (sha256, stage))
             if now != sha256:
                 raise InputError(
                     f"{self.path.parent}: stage {stage} was done with another {name} than stage {maker} left since; "
@@ -263,9 +245,8 @@ class Journal:
             if maker != stage:
                 self._require_current(maker)
 
-    def _recorded(self, path: Path) -> dict[str, tuple[str, str]]:
-        """Name → (hash, stage) of what is `path` or lies in it, by the newest record of each stage."""
-        name = self._name(path)
+    def _recorded(self, name: str) -> dict[str, tuple[str, str]]:
+        """Name → (hash, stage) of what has this name or lies in it, by the newest record of each stage."""
         return {
             output: (sha256, stage)
             for stage, record in self._newest().items()

@@ -8,20 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from engine.capture import (
-    FILES,
-    Capture,
-    SampleMaps,
-    capture_to_store,
-    choose_samples,
-    require_samples_place,
-)
+from engine.capture import FILES, Capture, SampleMaps, capture_to_store, choose_samples, require_samples_place
 from engine.config import StudyConfig
 from engine.progress import say
 from engine.study.check import check_capture, one_torch_thread
+from engine.study.data import dataset_info, manifest_dict
 from engine.study.model import model_info, model_source
 from engine.study.outputs import resolve_device
-from engine.study.start import image_kind
+from engine.study.start import list_images
 from store import StoreError
 from store.places import require_place, storage_at
 from store.schema import samples_name
@@ -29,7 +23,6 @@ from store.storage import Location, location_of
 from train.data import (
     Manifest,
     Record,
-    build_manifest,
     check_shared_names,
     folder_classes,
     named_classes,
@@ -81,8 +74,8 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
         path,
         capture_settings(config, device),
         model_info=model_info(source) | ({"classes": list(head.names)} if head.known else {}),
-        dataset_info={"id": manifest.kind, "split": f"{manifest.rule}/test", "sha256": manifest.sha256},
         preprocessing=preprocessing.to_dict(),
+        dataset_info=dataset_info(manifest),
         manifest=manifest_dict(manifest),
         label=f"capture {path.name}",
         workers=workers,
@@ -129,36 +122,23 @@ def _samples_beside(store: Location) -> Iterator[Path]:
 
 def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
     """The folder's files; the first process decodes them and tells the others."""
-    built = None
-    if workers.first:
-        built = build_manifest(
-            config.data.root,
-            kind=image_kind(config),
-            split=config.data.split,
-            seed=config.data.seed,
-            follow_links=config.data.follow_links,
-        )
-        if workers.count == 1:
-            return built
-    values = workers.tell(dataclasses.asdict(built) if built is not None else {})
+    if workers.count == 1:
+        return list_images(config).decoded()
+    values = workers.tell(dataclasses.asdict(list_images(config).decoded()) if workers.first else {})
     records = tuple(Record(**record) for record in values["records"])
     return Manifest(**values | {"class_names": tuple(values["class_names"]), "records": records})
 
 
 def capture_settings(config: StudyConfig, device: str) -> Capture:
     """The capture that a configuration asks for."""
+    capture = config.capture
     return Capture(
-        sinks=config.capture.sinks,
+        sinks=capture.sinks,
         metrics=config.measure.metrics,
-        encoding=config.capture.encoding,
-        batch_size=config.capture.batch_size,
-        layers=config.capture.layers,
-        heads=config.capture.heads,
+        encoding=capture.encoding,
+        batch_size=capture.batch_size,
+        layers=capture.layers,
+        heads=capture.heads,
         backend=config.measure.backend,
         device=device,
     )
-
-
-def manifest_dict(manifest: Manifest) -> dict[str, Any]:
-    """Every file with its status, as plain values; without the folder's own place on this machine."""
-    return {"kind": manifest.kind, "records": [dataclasses.asdict(record) for record in manifest.records]}

@@ -40,12 +40,8 @@ _OURS = f"{MARK}\n".encode()  # in the file .lock: a run of this program made th
 class OutputsFolder(AbstractContextManager["OutputsFolder"]):
     """The outputs folder, made and locked; a second process has to wait. What ends before `begin` leaves nothing.
 
-    Where no run has been before, files of others under the names that a study gives are not overwritten.
-
-    Args:
-        outputs: the folder.
-        study: the configuration of this run, which becomes `study.toml`.
-        journal: of the folder; it records `study.toml`, so that a change of it by anything else is noticed.
+    Where no run has been before, files of others under the names that a study gives are not overwritten. The text
+    `study` becomes `study.toml`; the journal records it, so that a change of it by anything else is noticed.
     """
 
     def __init__(self, outputs: Path, study: str, journal: Journal) -> None:
@@ -98,11 +94,7 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
         self._journal.write(self._outputs / "study.toml", self._study.encode())
 
     def _refuse_another_study(self) -> None:
-        """A study of another model, other data or other recipes would replace what the one before left: hours of work.
-
-        Raises:
-            InputError: study.toml is of such a study.
-        """
+        """A study of another model, other data or other recipes would replace hours of work of the one before."""
         path = self._outputs / "study.toml"
         if set(self._journal.stage_seconds()) <= {"check", "data"}:
             return
@@ -132,13 +124,10 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
 
 
 def require_apart(config: StudyConfig, keys: Collection[str]) -> None:
-    """Check that nothing is written where it does not belong.
+    """Check that nothing that the dotted `keys` name is written where it does not belong.
 
     That is the root of the file system, and where the data set's classes are looked for: the next run would take it for
     one.
-
-    Args:
-        keys: of the configuration, dotted, that name what is written.
 
     Raises:
         InputError: one of them lies there.
@@ -197,11 +186,7 @@ def keep_edited(outputs: Path, given: Path | None) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" is cuda where there is one.
-
-    Raises:
-        InputError: cuda was asked for and there is none.
-    """
+    """ "auto" is cuda where there is one."""
     import torch
 
     if device == "auto":

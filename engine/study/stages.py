@@ -25,11 +25,11 @@ from engine.report import write_report
 from engine.statistics import analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
 from engine.study.controls import negative_controls
-from engine.study.data import prepare_data
+from engine.study.data import dataset_info, manifest_dict, prepare_data
 from engine.study.journal import digest_path
 from engine.study.model import checkpoint_of, given_conditions, model_info, model_source
-from engine.study.one_capture import capture_settings, manifest_dict
-from engine.study.start import Start, check_class_files
+from engine.study.one_capture import capture_settings
+from engine.study.start import Start
 from engine.study.study import Study
 from engine.study.training import Run, train_runs
 from store import AttentionStore
@@ -40,11 +40,7 @@ from train.whole_files import write_json
 
 
 def run_study(config: StudyConfig, last: str = "report") -> Path:
-    """Run the study through the stage `last`, doing only what is not done yet.
-
-    Args:
-        config: see `engine.config`.
-        last: one of `STAGES`.
+    """Run the study through the stage `last`, one of `STAGES`, doing only what is not done yet.
 
     Returns:
         The outputs folder.
@@ -53,7 +49,6 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
         InputError: whatever the configuration asks for that cannot be had, with what to do.
         Exception: what a stage ended in; of `SEPARATE_STAGES` the first, after the other stages.
     """
-    check_class_files(config)  # before anything is trained
     study = Study(config)
     stages = STAGES[: STAGES.index(last) + 1]
     errors = []
@@ -106,7 +101,6 @@ def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
             "data": study.start.data_inputs if study.start.listed is not None else {},
             "definitions": definitions(config.measure.metrics),
             "device": study.device,
-            "version": __version__,
         }
         work = partial(check_study, study.start, model, study.device, stages)
         study.journal.stage("check", inputs, [], work, workers=workers)
@@ -115,9 +109,7 @@ def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
 def train(study: Study, workers: Workers) -> None:
     """Needs: images. Leaves: checkpoints/<condition>_seed<k>.safetensors, metrics/training.json."""
     study.data = prepare_data(study.start, device=study.device)
-    study.runs = train_runs(
-        study.config, study.data, study.journal, study.outputs, device=study.device, workers=workers
-    )
+    study.runs = train_runs(study.start, study.data, device=study.device)
 
 
 def capture(study: Study, workers: Workers) -> None:
@@ -126,7 +118,7 @@ def capture(study: Study, workers: Workers) -> None:
     if study.sample_rows:
         study.journal.stage(
             "samples",
-            {"data": data.digest, "rows": study.sample_rows, "version": __version__},
+            {"data": data.digest, "rows": study.sample_rows},
             [study.samples / "zarr.json", study.samples / "images"],
             partial(_begin_samples, study),
             workers=workers,
@@ -144,7 +136,6 @@ def capture(study: Study, workers: Workers) -> None:
             "img_size": config.model.img_size,
             "samples": study.sample_rows,
             "device": study.device,
-            "version": __version__,
         }
         study.captures[run] = study.journal.stage(
             f"capture {run.name}",
@@ -169,7 +160,6 @@ def controls(study: Study) -> None:
         "metrics": study.row_metrics(),
         "batch_size": study.config.capture.batch_size,
         "device": study.device,
-        "version": __version__,
     }
     reads = [run.checkpoint for run in study.runs]
     study.journal.stage("controls", inputs, [path], partial(_make_controls, study, path), reads=reads)
@@ -186,7 +176,6 @@ def measure(study: Study) -> None:
         "metrics": config.metrics,
         "definitions": definitions(config.metrics),
         "backend": config.backend,
-        "version": __version__,
     }
     outputs = [study.table.with_suffix(suffix) for suffix in (".zarr", ".h5", ".csv")]
     reads = [study.store(run) for run in study.runs]
@@ -202,7 +191,6 @@ def statistics(study: Study) -> None:
         "controls": digest_path(controls) if controlled else "",
         "statistics": dataclasses.asdict(study.config.statistics),
         "classifiers": study.classifiers(),
-        "version": __version__,
     }
     work = partial(_compare, study, path, controls if controlled else None)
     study.journal.stage("statistics", inputs, [path], work, reads=[study.table, controls])
@@ -229,7 +217,6 @@ def relevance(study: Study) -> None:
         "against": study.against,
         "classifiers": study.classifiers(),
         "seed": seed,
-        "version": __version__,
     }
     outputs = [study.metrics / "relevance.json", study.metrics / "relevance.csv"]
     outputs += [samples_folder(study.outputs, method) for method in config.methods]
@@ -264,7 +251,6 @@ def report(study: Study) -> None:
         "relevance": digest_path(outputs / "visualizations" / "relevance"),
         "study": digest_path(outputs / "study.toml"),
         "failed": study.journal.failed(),
-        "version": __version__,
     }
     page, summary = outputs / "report.html", outputs / "summary.md"
     files = [page, summary, outputs / "visualizations" / "figures"]
@@ -302,7 +288,7 @@ def _capture_run(study: Study, run: Run, workers: Workers) -> dict[str, Any]:
         study.store(run),
         capture_settings(study.config, study.device),
         model_info=model_info(run.model),
-        dataset_info=study.data.info("test"),
+        dataset_info=dataset_info(study.data.splits.manifest),
         preprocessing=study.data.preprocessing.to_dict(),
         manifest=manifest_dict(study.data.splits.manifest),
         label=f"capture {run.name}",
@@ -322,7 +308,7 @@ def _make_controls(study: Study, path: Path) -> None:
         {name: partial(study.model, run) for name, run in runs.items()},
         [name for name, run in runs.items() if run.seed_invariant],
         study.against,
-        lambda: study.data.pretrained_model().to(study.device),
+        study.pretrained_model,
         study.data.test,
         study.control_rows,
         metrics=study.row_metrics(),
@@ -341,7 +327,7 @@ def _make_table(study: Study) -> None:
     arguments = {"arguments": model.arguments} if model.arguments else {}
     attributes = {
         "model": {"name": model.name, "img_size": model.img_size, **arguments},
-        "dataset": study.data.info("test"),
+        "dataset": dataset_info(study.data.splits.manifest),
         "preprocessing": study.data.preprocessing.to_dict(),
         "versions": versions(),
         "code_version": __version__,

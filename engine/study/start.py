@@ -39,10 +39,7 @@ from train.parallel import SINGLE, Workers
 class Start:
     """What a study starts from, looked at before anything is written: its models and the files of its data set.
 
-    Attributes:
-        config, outputs, journal, workers: of the study.
-        preprocessing: how the images are prepared for the models.
-        listed: the files of a folder, each taken for a readable picture; None for scenes, which are composed.
+    `listed` are the files of a folder, each taken for a readable picture; None for scenes, which are composed.
     """
 
     def __init__(self, config: StudyConfig, outputs: Path, journal: Journal, workers: Workers = SINGLE) -> None:
@@ -52,6 +49,7 @@ class Start:
             InputError: conditions that do not go together, an unknown model, a bad file, no such folder.
         """
         _check_conditions(config)
+        _check_class_files(config)
         self.config, self.outputs, self.journal, self.workers = config, outputs, journal, workers
         self.manifest_path = outputs / "manifest.json"
         self.pretrained_path = outputs / "checkpoints" / "pretrained.safetensors"
@@ -61,7 +59,7 @@ class Start:
         # Weights in a file are read before any picture, so that a bad file is found at once.
         given = given_conditions(config)
         prepared = self._load_given() if given else {}
-        self._listing = None if config.data.kind == "digits" else _listing(config)
+        self._listing = None if config.data.kind == "digits" else list_images(config)
         self.listed = None if self._listing is None else self._listing.undecoded()
         if given:
             self.preprocessing = _common_preprocessing(config, prepared)
@@ -147,14 +145,8 @@ class Start:
 
 
 def _check_conditions(config: StudyConfig) -> None:
-    """Whether the conditions go together, with each other and with the data.
-
-    Raises:
-        InputError: they do not.
-    """
+    """Whether the conditions go together, with each other and with the data."""
     given = given_conditions(config)
-    if not config.conditions:
-        raise InputError("the study has no conditions; name at least one, as in [conditions.baseline]")
     if given and len(given) < len(config.conditions):
         other = next(name for name in config.conditions if name not in given)
         raise InputError(
@@ -189,11 +181,7 @@ def _check_conditions(config: StudyConfig) -> None:
 
 
 def _check_use(config: StudyConfig) -> None:
-    """Whether a model that is named beside given checkpoints is part of one of them.
-
-    Raises:
-        InputError: it is not, so what it would change is left out.
-    """
+    """Whether a model that is named beside given checkpoints is part of one of them: nothing else would use it."""
     if config.model.adapter:
         raise InputError(
             f"model.adapter is {config.model.adapter}, and the conditions are given as checkpoints, which it is not "
@@ -207,15 +195,12 @@ def _check_use(config: StudyConfig) -> None:
         )
 
 
-def check_class_files(config: StudyConfig) -> None:
-    """Read every file of class names, before anything is loaded.
-
-    Raises:
-        InputError: one cannot be read, or is given for a head that is trained here.
-    """
+def _check_class_files(config: StudyConfig) -> None:
+    """Read every file of class names, before anything is loaded."""
+    given = given_conditions(config)
     for name, condition in config.conditions.items():
         file = condition.classes or config.model.classes
-        if file and name not in given_conditions(config):
+        if file and name not in given:
             raise InputError(
                 f"class names {file} are given, but condition {name} is trained here, on the class folders; leave them "
                 "out, or give a checkpoint"
@@ -225,12 +210,7 @@ def check_class_files(config: StudyConfig) -> None:
 
 
 def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocessing]) -> Preprocessing:
-    """How the images of given checkpoints are prepared: as each was trained, which must be the same for all.
-
-    Raises:
-        InputError: they were trained at different sizes and `model.img_size` names none, or on images prepared in
-            different ways and `data.prepare_as` does not choose; it names no condition.
-    """
+    """How the images of given checkpoints are prepared: as each was trained, which must be the same for all."""
     first, of_first = next(iter(prepared.items()))
     for name, other in prepared.items():
         if (other.height_px, other.width_px) != (of_first.height_px, of_first.width_px):
@@ -271,7 +251,8 @@ def image_kind(config: StudyConfig) -> DataKind:
     return config.data.kind
 
 
-def _listing(config: StudyConfig) -> Listing:
+def list_images(config: StudyConfig) -> Listing:
+    """The pictures on disk that the study names, not opened yet."""
     data = config.data
     return list_files(
         data.root, kind=image_kind(config), split=data.split, seed=data.seed, follow_links=data.follow_links

@@ -16,7 +16,7 @@ from engine.config import StudyConfig, study_toml
 from engine.statistics import Settings
 from engine.study.data import StudyData
 from engine.study.journal import Journal
-from engine.study.model import with_present_name
+from engine.study.model import trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.start import Start
 from engine.study.training import Run
@@ -30,15 +30,7 @@ CONTROL_IMAGES = 256
 
 
 class Study:
-    """One outputs folder and the configuration that fills it.
-
-    Attributes:
-        outputs: the folder; metrics: the one in it for tables and results.
-        start: what it starts from, known after `check`.
-        data: the images in their splits, known after `train`.
-        runs: every trained model, known after `train`.
-        captures: run -> hash of its capture, known after `capture`.
-    """
+    """One outputs folder and the configuration that fills it."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config = with_present_name(config)
@@ -46,10 +38,10 @@ class Study:
         self.metrics = self.outputs / "metrics"
         self.device = resolve_device(config.device)
         self.journal = Journal(self.outputs / "run.jsonl")
-        self.start: Start
-        self.data: StudyData
-        self.runs: list[Run] = []
-        self.captures: dict[Run, str] = {}
+        self.start: Start  # known after `check`
+        self.data: StudyData  # known after `train`
+        self.runs: list[Run] = []  # known after `train`
+        self.captures: dict[Run, str] = {}  # run -> hash of its capture, known after `capture`
 
     def opened(self) -> AbstractContextManager[OutputsFolder | None]:
         """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
@@ -106,6 +98,10 @@ class Study:
     def model(self, run: Run) -> torch.nn.Module:
         """A trained model, in evaluation mode on the device."""
         return build_model(run.model, num_classes=None).to(self.device).eval()
+
+    def pretrained_model(self) -> torch.nn.Module:
+        """The model that every condition trained here starts from, in evaluation mode on the device."""
+        return build_model(trained_here(self.config, self.start.pretrained_path), num_classes=None).to(self.device)
 
     def logits(self, run: Run) -> np.ndarray:
         """What a model's head says of every test image, [image, output]."""

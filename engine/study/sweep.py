@@ -43,8 +43,8 @@ def run_sweep(config: StudyConfig) -> Path:
         The folder of the results.
 
     Raises:
-        InputError: no pictures on disk are named, several processes, adapters that do not fit, a learning-rate
-            range that is none.
+        InputError: no pictures on disk are named, several processes, adapters that do not fit, a learning-rate range
+            that is none.
     """
     image_kind(config)
     config = with_present_name(config)
@@ -64,7 +64,7 @@ def run_sweep(config: StudyConfig) -> Path:
             check_sweep(start, model, targets)
         place.begin()
         data = prepare_data(start, device=device)
-        plan = _plan(config, data, targets, folder, outputs, device)
+        plan = _plan(start, data, targets, folder, device)
         results = []
         for base in sweep.bases:
             for rank in sweep.ranks:
@@ -108,26 +108,21 @@ def _targets(config: StudyConfig, model: torch.nn.Module) -> str:
     return config.sweep.targets or usual
 
 
-def _plan(config: StudyConfig, data: StudyData, targets: str, folder: Path, outputs: Path, device: str) -> SweepPlan:
+def _plan(start: Start, data: StudyData, targets: str, folder: Path, device: str) -> SweepPlan:
     """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
-    sweep = config.sweep
-    model = trained_here(config, outputs / "checkpoints" / "pretrained.safetensors")
+    config, sweep = start.config, start.config.sweep
+    model = trained_here(config, start.pretrained_path)
     probe: Path | None = None
     if not _head_is_of(data.splits.class_names, config):
-        probe = outputs / "checkpoints" / "sweep_probe.safetensors"
+        probe = start.outputs / "checkpoints" / "sweep_probe.safetensors"
         run = TrainingRun(condition=ConditionConfig(recipe=HEAD_RECIPE), shared=config.train)
         train_condition(run, model=model, data=data.splits, checkpoint=probe, device=device)
+    init, seed = SWEEP_INITS[sweep.init], config.train.seeds[0]
+    condition = ConditionConfig(recipe=sweep.recipe, epochs=sweep.epochs, targets=targets, init=init)
     return SweepPlan(
         model=model,
         probe=probe,
-        run=TrainingRun(
-            condition=ConditionConfig(
-                recipe=sweep.recipe, epochs=sweep.epochs, targets=targets, init=SWEEP_INITS[sweep.init]
-            ),
-            shared=config.train,
-            seed=config.train.seeds[0],
-            sparsity=sweep.sparsity,
-        ),
+        run=TrainingRun(condition=condition, shared=config.train, seed=seed, sparsity=sweep.sparsity),
         lr_range=(sweep.lr_low, sweep.lr_high),
         trials=sweep.trials,
         device=device,

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
-from engine.config import StudyConfig
 from engine.progress import say
 from engine.study.data import StudyData
-from engine.study.journal import Journal, digest_path
+from engine.study.journal import digest_path
 from engine.study.model import checkpoint_of, trained_here
+from engine.study.start import Start
 from train.checkpoint import history_path, read_metadata, sidecar_path, tensorboard_writer
 from train.model_source import ModelSource
-from train.parallel import SINGLE, Workers
 from train.recipes import RECIPES
 from train.settings import TrainingRun
 from train.training import train_condition
@@ -25,19 +23,14 @@ from train.training import train_condition
 class Run:
     """One trained model: a condition at a seed.
 
-    Args:
-        condition: its name in the configuration.
-        seed: of the training run; for a checkpoint that somebody trained, the first of `train.seeds`.
-        recipe: how it was trained.
-        model: what it is; its weights are the checkpoint.
-        seed_invariant: no seed can change its attention, so it is captured once.
-        validation_accuracy: of the checkpoint kept; None where nothing was trained.
+    A checkpoint that somebody trained has the first of `train.seeds`, and no `validation_accuracy`. A run that is
+    `seed_invariant`, whose attention no seed can change, is captured once.
     """
 
     condition: str
     seed: int
     recipe: str
-    model: ModelSource
+    model: ModelSource  # its weights are the checkpoint
     seed_invariant: bool = False
     validation_accuracy: float | None = None
 
@@ -56,16 +49,13 @@ class Run:
         return " ".join(filter(None, (*map(digest_path, self.model.files), self.model.state, arguments)))
 
 
-def train_runs(
-    config: StudyConfig, data: StudyData, journal: Journal, outputs: Path, *, device: str, workers: Workers = SINGLE
-) -> list[Run]:
+def train_runs(start: Start, data: StudyData, *, device: str) -> list[Run]:
     """Train every condition at every seed, or take the checkpoints that were given.
 
     Probes come first: the other conditions start from a probe's head, so that all of them begin as the same function.
-
-    Returns:
-        The runs in the order of the configuration, seeds inside conditions.
+    The runs are given in the order of the configuration, seeds inside conditions.
     """
+    config = start.config
     recipes = {name: RECIPES[condition.recipe] for name, condition in config.conditions.items()}
     if not any(recipe.train for recipe in recipes.values()):
         seed = config.train.seeds[0]
@@ -77,44 +67,35 @@ def train_runs(
     results: dict[str, dict[str, Any]] = {}
     probe: Path | None = None
     for name in sorted(recipes, key=lambda name: not recipes[name].seed_invariant):
-        recipe, invariant = config.conditions[name].recipe, recipes[name].seed_invariant
+        condition, invariant = config.conditions[name], recipes[name].seed_invariant
         for seed in config.train.seeds[:1] if invariant else config.train.seeds:
-            path = outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
-            stage = f"train {name} seed {seed}"
-            _train_run(config, data, journal, stage, name, seed, path, probe, outputs, device, workers)
+            training = TrainingRun(condition=condition, shared=config.train, seed=seed)
+            path = start.outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
+            seconds = _train_run(start, data, name, training, path, probe, device)
             sidecar = read_metadata(path)
-            runs.append(Run(name, seed, recipe, trained_here(config, path), invariant, sidecar["validation_accuracy"]))
+            model, accuracy = trained_here(config, path), sidecar["validation_accuracy"]
+            runs.append(Run(name, seed, condition.recipe, model, invariant, accuracy))
             kept = ("history", "validation_accuracy", "test_accuracy", "trainable_parameters", "merge_difference")
-            entry = results.setdefault(name, {"recipe": recipe, "seed_invariant": invariant, "seeds": {}})
-            entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {"seconds": journal.seconds(stage)}
+            entry = results.setdefault(name, {"recipe": condition.recipe, "seed_invariant": invariant, "seeds": {}})
+            entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {"seconds": seconds}
             if invariant and probe is None:
                 probe = path
     order = list(config.conditions)
-    if workers.first:
+    if start.workers.first:
         document = {name: results[name] for name in order}
         content = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        journal.write(outputs / "metrics" / "training.json", content.encode())
+        start.journal.write(start.outputs / "metrics" / "training.json", content.encode())
     return sorted(runs, key=lambda run: order.index(run.condition))
 
 
 def _train_run(
-    config: StudyConfig,
-    data: StudyData,
-    journal: Journal,
-    stage: str,
-    name: str,
-    seed: int,
-    path: Path,
-    probe: Path | None,
-    outputs: Path,
-    device: str,
-    workers: Workers,
-) -> None:
-    """One condition at one seed: `path` and its sidecar."""
-    run = TrainingRun(condition=config.conditions[name], shared=config.train, seed=seed)
+    start: Start, data: StudyData, name: str, run: TrainingRun, path: Path, probe: Path | None, device: str
+) -> float | None:
+    """One condition at one seed: `path` and its sidecar. Returns the seconds that it took when it was done."""
+    config, workers = start.config, start.workers
     inputs = {
         "recipe": run.condition.recipe,
-        "seed": seed,
+        "seed": run.seed,
         "hyperparameters": run.values(),
         "pretrained": data.pretrained_digest,
         "data": data.digest,
@@ -122,19 +103,18 @@ def _train_run(
         "arguments": config.model.arguments,
         "deterministic": config.train.deterministic,
         "device": device,
-        "version": __version__,
     }
     curves = config.train.tensorboard and workers.first
 
     def work() -> dict[str, Any]:
         result = train_condition(
             run,
-            model=trained_here(config, outputs / "checkpoints" / "pretrained.safetensors"),
+            model=trained_here(config, start.pretrained_path),
             data=data.splits,
             checkpoint=path,
             probe_checkpoint=probe,
             device=device,
-            on_epoch=tensorboard_writer(outputs / "tensorboard" / path.stem) if curves else None,
+            on_epoch=tensorboard_writer(start.outputs / "tensorboard" / path.stem) if curves else None,
             name=name,
             workers=workers,
         )
@@ -142,7 +122,10 @@ def _train_run(
             return {}
         difference = result.merge_difference
         merged = "" if difference is None else f", merging moved no logit by more than {difference:.1e}"
-        say(f"{name} seed {seed}: validation {result.validation_accuracy:.1%}, test {result.test_accuracy:.1%}{merged}")
-        return {"validation_accuracy": result.validation_accuracy, "test_accuracy": result.test_accuracy}
+        validation, test = result.validation_accuracy, result.test_accuracy
+        say(f"{name} seed {run.seed}: validation {validation:.1%}, test {test:.1%}{merged}")
+        return {"validation_accuracy": validation, "test_accuracy": test}
 
-    journal.stage(stage, inputs, [path, sidecar_path(path), history_path(path)], work, workers=workers, shared=True)
+    stage, outputs = f"train {name} seed {run.seed}", [path, sidecar_path(path), history_path(path)]
+    start.journal.stage(stage, inputs, outputs, work, workers=workers, shared=True)
+    return start.journal.stage_seconds().get(stage)
