@@ -33,14 +33,8 @@ def say(sentence: str) -> None:
 class ImageProgress(AbstractContextManager["ImageProgress"]):
     """A progress bar with images/s, and GB/s of attention before compression; off when not in a terminal.
 
-    Of several processes, the first one has it.
-
-    Args:
-        label: what is being done.
-        total: images.
-        done: of them done already, by an earlier run.
-        image_bytes: of attention per image, as stored before compression; 0: none is stored, and no GB/s shown.
-        options: of tqdm.
+    Of several processes, the first one has it. Of `total` images an earlier run has `done` some; `image_bytes` of
+    attention per image are stored before compression, or none, and no GB/s is shown. `options` are tqdm's.
     """
 
     def __init__(self, label: str, total: int, done: int, image_bytes: int, **options: Any) -> None:

@@ -14,10 +14,10 @@ from engine.config import load_study
 from engine.measure.table import read_table
 from engine.run import main
 from engine.study.controls import (
+    Lockstep,
     first_reached_block,
     hybrid_control,
     hybrid_state,
-    lockstep,
     same_attention_control,
     untouched_control,
 )
@@ -230,9 +230,8 @@ def test_controls_can_fail() -> None:
             return torch.randn(4, 1, 48, 48, generator=torch.Generator().manual_seed(0))
 
     def pair(first: torch.nn.Module, second: torch.nn.Module) -> list:  # type: ignore[type-arg]
-        return lockstep(
-            first, second, Images(), range(4), metrics=["distance", "entropy"], batch_size=4, device="cpu", label="test"
-        )
+        lockstep = Lockstep(Images(), range(4), ["distance", "entropy"], 4, "cpu")  # type: ignore[arg-type]
+        return lockstep.compare(first, second, "test")
 
     assert same_attention_control("n", "t", "e", pair(one, one), 4).held
     assert not same_attention_control("n", "t", "e", pair(one, other), 4).held
@@ -278,7 +277,7 @@ def test_controls_measure_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pyte
             return torch.zeros(2, 1, 48, 48)
 
     metrics = ["entropy", "peaks:largest"]
-    layers = lockstep(model, model, Images(), range(2), metrics=metrics, batch_size=2, device="cpu", label="test")  # type: ignore[arg-type]
+    layers = Lockstep(Images(), range(2), metrics, 2, "cpu").compare(model, model, "test")  # type: ignore[arg-type]
     assert [layer.metrics for layer in layers] == [{"entropy": 0.0, "peak": 0.0}] * 4
 
 

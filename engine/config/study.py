@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -242,11 +242,7 @@ class StudyConfig:
 
 
 def _check_recipe(name: str, condition: ConditionConfig) -> None:
-    """Whether the recipe of a condition reads what is set: a rank beside recipe full was meant for another recipe.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Whether the recipe of a condition reads what is set: a rank beside recipe full was meant for another recipe."""
     for declared in dataclasses.fields(condition):
         recipes = declared.metadata["recipes"]
         value = getattr(condition, declared.name)
@@ -257,32 +253,27 @@ def _check_recipe(name: str, condition: ConditionConfig) -> None:
             )
 
 
-def config_keys(conditions: typing.Iterable[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+def config_keys(conditions: Iterable[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Every key of the configuration with its dotted name, in order; `conditions` names the conditions to list."""
-
-    def of(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-        hints = typing.get_type_hints(cls)
-        for declared in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[declared.name]):
-                yield from of(hints[declared.name], f"{prefix}{declared.name}.")
-            elif declared.name == "conditions":
-                for name in conditions:
-                    yield from of(ConditionConfig, f"{prefix}conditions.{name}.")
-            else:
-                yield f"{prefix}{declared.name}", declared
-
-    return of(StudyConfig, "")
+    hints = typing.get_type_hints(StudyConfig)
+    for section in dataclasses.fields(StudyConfig):
+        if section.name == "conditions":
+            tables = {f"conditions.{name}": ConditionConfig for name in conditions}
+        elif dataclasses.is_dataclass(hints[section.name]):
+            tables = {section.name: hints[section.name]}
+        else:
+            tables = {}
+            yield section.name, section
+        for table, cls in tables.items():
+            yield from ((f"{table}.{declared.name}", declared) for declared in dataclasses.fields(cls))
 
 
 def parse_value(dotted: str, text: str) -> Any:
     """A flag's text as a configuration value: a list where the key holds one (`a,b,c`), or a table (`a=1,b=2`)."""
     *sections, name = _split(dotted)
     cls: Any = StudyConfig
-    for section in sections:
-        if cls is StudyConfig and section == "conditions":
-            cls = ConditionConfig
-            break
-        cls = typing.get_type_hints(cls)[section]
+    if sections:
+        cls = ConditionConfig if sections[0] == "conditions" else typing.get_type_hints(cls)[sections[0]]
     hint = typing.get_type_hints(cls)[name]
     kind = typing.get_origin(hint)
     if kind not in (tuple, dict):
@@ -340,7 +331,8 @@ def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
         """What a sentence calls a key, or, without one, what the sentence begins with."""
         return f"--{dotted}" if path in (None, EMBEDDED_STUDY) or dotted in overrides else f"{path}: {dotted}"
 
-    return validated(StudyConfig, values, called)
+    conditions = values["conditions"] if isinstance(values["conditions"], dict) else {}
+    return validated(StudyConfig, values, called, [key for key, _ in config_keys(conditions or ["NAME"])])
 
 
 def study_toml(config: StudyConfig) -> str:

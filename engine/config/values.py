@@ -13,7 +13,7 @@ import reprlib
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -138,10 +138,13 @@ def plain_value(text: str) -> str | int | float | bool:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def validated(cls: type[_Config], values: Mapping[str, Any], name: Callable[[str], str]) -> _Config:
+def validated(
+    cls: type[_Config], values: Mapping[str, Any], name: Callable[[str], str], keys: Sequence[str]
+) -> _Config:
     """A dataclass of keys and tables, made of plain values: texts are taken for numbers, true and false where they are.
 
-    `name` gives for a dotted key what the sentence calls it: "study.toml: train.epochs" or "--train.epochs".
+    `name` gives for a dotted key what the sentence calls it: "study.toml: train.epochs" or "--train.epochs"; `keys` are
+    the dotted keys that there are.
 
     Raises:
         InputError: an unknown key, or a value of another type, out of bounds, or more than once in a list.
@@ -151,7 +154,7 @@ def validated(cls: type[_Config], values: Mapping[str, Any], name: Callable[[str
     try:
         config: _Config = _adapter(cast(Any, cls)).validate_python(values)
     except ValidationError as error:
-        raise InputError(_mistake(cls, values, error.errors(include_url=False)[0], name)) from None
+        raise InputError(_mistake(cls, error.errors(include_url=False)[0], name, keys)) from None
     _refuse_doubled(config, "", name)
     return config
 
@@ -163,13 +166,13 @@ def _adapter(cls: type[Any]) -> Any:
     return TypeAdapter(cls)
 
 
-def _mistake(cls: type[Any], values: Mapping[str, Any], error: Any, name: Callable[[str], str]) -> str:
+def _mistake(cls: type[Any], error: Any, name: Callable[[str], str], keys: Sequence[str]) -> str:
     """The sentence on one of pydantic's errors."""
     dotted = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and part != "[key]")
     if isinstance(ours := error.get("ctx", {}).get("error"), InputError):
         return f"{name('')}{ours}".removeprefix("--")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{name(shortened(dotted))} is not a key of the configuration{_place(cls, values, dotted)}"
+        return f"{name(shortened(dotted))} is not a key of the configuration{_place(dotted, keys)}"
     hint, default, within = cls, None, ""
     for part in error["loc"][: -1 if error["type"] == "missing" else None]:  # of two sizes, one
         hint = _bounded(hint)[0]
@@ -214,9 +217,9 @@ def shortened(name: str) -> str:
     return name if name.isprintable() and 0 < len(name) <= 100 else described(name)
 
 
-def _place(cls: type[Any], values: Mapping[str, Any], dotted: str) -> str:
+def _place(dotted: str, keys: Sequence[str]) -> str:
     """Where an unknown key belongs, as the end of a sentence; "" where no key is near."""
-    known = list(_keys(cls, "", values))
+    known = list(dict.fromkeys(name for key in keys for name in (key.partition(".")[0], key)))
     table, _, last = dotted.rpartition(".")
     beside = [key.rpartition(".")[2] for key in known if table and key.rpartition(".")[0] == table]
     if near := difflib.get_close_matches(last, beside, n=1, cutoff=0.75):
@@ -226,19 +229,6 @@ def _place(cls: type[Any], values: Mapping[str, Any], dotted: str) -> str:
         return f"; {last} belongs at the top of the file, before the first [table]"
     tables = dict.fromkeys(f"[{re.sub('^conditions[.].*', 'conditions.NAME', home)}]" for home in homes)
     return f"; it belongs in {' or '.join(tables)}" if tables else nearest(dotted, known)
-
-
-def _keys(cls: type[Any], prefix: str, values: Mapping[str, Any]) -> Iterable[str]:
-    """Dotted names of all keys and tables."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        yield f"{prefix}{field.name}"
-        hint, given = hints[field.name], values.get(field.name)
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(cast(type[Any], hint), f"{prefix}{field.name}.", {})
-        elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(of := typing.get_args(hint)[1]):
-            for name in given if isinstance(given, dict) else ():
-                yield from _keys(cast(type[Any], of), f"{prefix}{field.name}.{name}.", {})
 
 
 def _refuse_doubled(config: Any, prefix: str, name: Callable[[str], str]) -> None:

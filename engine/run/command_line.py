@@ -17,13 +17,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.config import StudyConfig, config_keys, load_study, parse_value, shortened
+from engine.config import (
+    StudyConfig,
+    config_keys,
+    load_metrics,
+    load_study,
+    metrics_of_one_capture,
+    parse_value,
+    shortened,
+)
 from engine.progress import exit_code, foreseen
 from engine.run.commands import COMMANDS, TRAINING, Command
 from engine.run.flags import DASHES, FlagParser
 from engine.run.process import find_modules_here, open_streams, reader_left
 from train.errors import InputError, nearest
-from train.files import printable
+from train.files import printable, what_lies_at
 from train.processes import first_process, speaks
 
 _LONGEST = 1000 - len("error: ")  # characters of a sentence
@@ -167,13 +175,37 @@ def _configuration(name: str, command: Command, parser: FlagParser, parsed: argp
     config = load_study(path, overrides)
     needed = {flag: command.flags[flag] for flag in ("--store", "--hdf5") if flag in command.flags}
     _require(name, [flag for flag, key in needed.items() if not attrgetter(key)(config)], parser)
-    from engine.study import check_arguments, keep_edited, require_apart
+    from engine.study import keep_edited, require_apart
 
     if "outputs" in command.writes and first_process():
         keep_edited(Path(config.outputs), path)
     require_apart(config, command.writes)
-    check_arguments(config, command.reads)
+    _check_named(config, command)
     return config
+
+
+def _check_named(config: StudyConfig, command: Command) -> None:
+    """Check the names of metrics, and that the files and folders that the command reads are there."""
+    if command.reads("measure.against"):
+        load_metrics(config.measure.metrics)
+    elif command.reads("measure.metrics"):
+        names = [spec.name for spec in metrics_of_one_capture(config.measure.metrics)]
+        if command.reads("statistics.equivalence") and config.statistics.equivalence:
+            from engine.statistics import check_bounds
+
+            check_bounds(config.statistics.equivalence, names)
+    places = {}
+    for name, condition in config.conditions.items():
+        places[f"conditions.{name}.checkpoint"] = condition.checkpoint
+        places[f"conditions.{name}.classes"] = condition.classes
+    places["model.weights"] = config.model.weights
+    places["model.adapter"] = config.model.adapter
+    places["model.classes"] = config.model.classes
+    if config.data.kind == "folder":  # of the others it is said where to get them
+        places["data.root"] = config.data.root
+    for key, place in places.items():
+        if place and command.reads(key) and not Path(place).exists():
+            raise InputError(f"{key} is {place}, which {what_lies_at(Path(place))}; give a path that is there")
 
 
 def _require(name: str, missing: Sequence[str], parser: FlagParser) -> None:

@@ -89,10 +89,8 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.measure import measure_store
 
     measured = measure_store(store, keys.metrics, keys.backend, against, keys.scheduler)
-    if measured:
-        print(f"{store.path}: measured {', '.join(measured)}")
-    else:
-        print(f"{store.path} holds {', '.join(keys.metrics)} already")
+    already = f" holds {', '.join(keys.metrics)} already"
+    print(f"{store.path}" + (f": measured {', '.join(measured)}" if measured else already))
 
 
 def _sweep(config: StudyConfig, arguments: argparse.Namespace) -> None:

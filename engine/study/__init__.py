@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from engine import imported_when_used
 
 if TYPE_CHECKING:
-    from engine.study.arguments import check_arguments
     from engine.study.hdf5 import export_hdf5, import_hdf5
     from engine.study.journal import Journal
     from engine.study.one_capture import capture_folder
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 __getattr__ = imported_when_used(
     __name__,
     {
-        "arguments": "check_arguments",
         "hdf5": "export_hdf5 import_hdf5",
         "journal": "Journal",
         "one_capture": "capture_folder",

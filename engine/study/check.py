@@ -162,7 +162,7 @@ def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None) -> 
         needs["checkpoints"] = (outputs / "checkpoints", (1 + runs + state) * _bytes_of(model))
     if captured is not None:
         tested = config.data.test_scenes if start.listed is None else len(start.listed.split("test"))
-        needs["captures"] = (outputs / "captures", runs * _capture_bytes(config, model, captured, tested))
+        needs["captures"] = (outputs / "captures", runs * _capture_bytes(config, captured, tested))
         maps = sum(2 * site.heads * site.layout.num_tokens**2 for site in captured.sites)
         needs["sample maps"] = (outputs / "samples.zarr", runs * min(config.capture.samples, tested) * maps)
     return needs
@@ -181,10 +181,9 @@ def _bytes_of(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Discovery, images: int) -> int:
+def _capture_bytes(config: StudyConfig, captured: Discovery, images: int) -> int:
     """Most bytes that the store of one capture takes."""
     capture = config.capture
-    regions = REGION_NAMES if config.data.kind == "digits" else ()
     specs = metrics_of_one_capture(config.measure.metrics)
     schema = StoreSchema(
         layers=captured.layers,
@@ -196,9 +195,9 @@ def _capture_bytes(config: StudyConfig, model: torch.nn.Module, captured: Discov
         preprocessing={},
         dataset={},
         precision="",
-        num_classes=int(getattr(model, "num_classes", 0)),
+        num_classes=captured.num_classes,
         code_version="",
-        regions=regions,
+        regions=REGION_NAMES if config.data.kind == "digits" else (),
         region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions"),
         head_ids=captured.head_ids,
     )
@@ -216,17 +215,15 @@ def _check_methods(methods: Sequence[str], model: torch.nn.Module, preprocessing
 
 
 def _measure_once(model: torch.nn.Module, image: torch.Tensor, specs: Sequence[MetricSpec], backend: str) -> None:
-    """Measure one image's first layer by a backend that compiles for a device: what it lacks there is found now."""
+    """Measure one image by a backend that compiles for a device: what it lacks there is found now."""
     rows = [spec for spec in specs if spec.inputs == "rows"]
-    seen: list[int] = []
 
     def measure(attention: SiteAttention) -> None:
-        if rows and not seen:
-            layout, scale, bias = attention.site.layout, attention.scale, attention.bias
-            measure_qk(attention.query, attention.key, layout, rows, scale, bias, backend, invalid="mask")
-            seen.append(attention.site.layer)
+        layout, scale, bias = attention.site.layout, attention.scale, attention.bias
+        measure_qk(attention.query, attention.key, layout, rows, scale, bias, backend, invalid="mask")
 
-    observe(model, image, measure)
+    if rows:
+        observe(model, image, measure)
 
 
 def _noise(preprocessing: Preprocessing, images: int, device: str) -> torch.Tensor:

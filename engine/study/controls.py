@@ -56,34 +56,34 @@ class LayerDifference:
         )
 
 
-def lockstep(
-    first: torch.nn.Module,
-    second: torch.nn.Module,
-    images: ImageSet,
-    rows: Sequence[int],
-    *,
-    metrics: Sequence[str],
-    batch_size: int,
-    device: str,
-    label: str,
-) -> list[LayerDifference]:
-    """Run two models of one architecture over the same batches; compare every map and row metric, layer by layer."""
-    worst: dict[int, LayerDifference] = {}
-    with tqdm(total=len(rows), desc=label, unit="image", disable=None) as progress:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            pixels = images.batch(chosen).to(device)
-            ones, others = (_maps_and_metrics(model, pixels, metrics) for model in (first, second))
-            for (site, map_1, values_1), (_, map_2, values_2) in zip(ones, others, strict=True):
-                now = LayerDifference(
-                    site.name,
-                    float((map_2 - map_1).abs().max()),
-                    {name: _largest(values_2[name] - values_1[name]) for name in values_1},
-                    torch.equal(map_1, map_2),
-                )
-                worst[site.layer] = now.or_worse(worst.get(site.layer, now))
-            progress.update(len(chosen))
-    return [worst[layer] for layer in sorted(worst)]
+@dataclass(frozen=True)
+class Lockstep:
+    """Runs two models of one architecture over the same batches; compares every map and row metric, layer by layer."""
+
+    images: ImageSet
+    rows: Sequence[int]
+    metrics: Sequence[str]  # by name, or as `module:name` of your own
+    batch_size: int
+    device: str
+
+    def compare(self, first: torch.nn.Module, second: torch.nn.Module, label: str) -> list[LayerDifference]:
+        """One entry per layer, in depth order; `label` stands in the progress bar."""
+        worst: dict[int, LayerDifference] = {}
+        with tqdm(total=len(self.rows), desc=f"control: {label}", unit="image", disable=None) as progress:
+            for start in range(0, len(self.rows), self.batch_size):
+                chosen = self.rows[start : start + self.batch_size]
+                pixels = self.images.batch(chosen).to(self.device)
+                ones, others = (_maps_and_metrics(model, pixels, self.metrics) for model in (first, second))
+                for (site, map_1, values_1), (_, map_2, values_2) in zip(ones, others, strict=True):
+                    now = LayerDifference(
+                        site.name,
+                        float((map_2 - map_1).abs().max()),
+                        {name: _largest(values_2[name] - values_1[name]) for name in values_1},
+                        torch.equal(map_1, map_2),
+                    )
+                    worst[site.layer] = now.or_worse(worst.get(site.layer, now))
+                progress.update(len(chosen))
+        return [worst[layer] for layer in sorted(worst)]
 
 
 def _maps_and_metrics(
@@ -207,12 +207,7 @@ def negative_controls(
     frozen: Collection[str],
     against: str,
     pretrained: Callable[[], torch.nn.Module],
-    images: ImageSet,
-    rows: Sequence[int],
-    *,
-    metrics: Sequence[str],
-    batch_size: int,
-    device: str,
+    lockstep: Lockstep,
 ) -> list[Control]:
     """Every control a study can make: frozen backbones, each condition against itself, hybrids with `against`, and
     the blocks that a condition could not change.
@@ -220,23 +215,17 @@ def negative_controls(
     `models` loads each condition's model, in evaluation mode on the device; `pretrained` builds the one that the
     backbones of the conditions in `frozen` must equal. Alone, `against` is compared with itself.
     """
-
-    def pair(first: torch.nn.Module, second: torch.nn.Module, what: str) -> list[LayerDifference]:
-        return lockstep(
-            first, second, images, rows, metrics=metrics, batch_size=batch_size, device=device, label=f"control: {what}"
-        )
-
-    count, controls = len(rows), []
+    count, controls = len(lockstep.rows), []
     for name in (name for name in models if name in frozen):
         title = f"{name}'s backbone is the pretrained one"
         expectation = "a frozen backbone attends exactly as the pretrained model, bit for bit"
-        layers = pair(pretrained(), models[name](), f"{name} frozen")
+        layers = lockstep.compare(pretrained(), models[name](), f"{name} frozen")
         controls.append(same_attention_control(f"frozen_{name}", title, expectation, layers, count))
     for name, load in models.items():
         if name == against and len(models) > 1:
             continue
         title, expectation = f"{name} against itself", "loaded twice, measured twice: exactly 0 in every layer"
-        layers = pair(load(), load(), title)
+        layers = lockstep.compare(load(), load(), title)
         controls.append(same_attention_control(f"itself_{name}", title, expectation, layers, count))
         if name == against:
             continue
@@ -254,10 +243,10 @@ def negative_controls(
         )
         mixed = models[against]()
         mixed.load_state_dict(hybrid_state(*states, middle))
-        layers = pair(lower, mixed, f"hybrid with {name}")
+        layers = lockstep.compare(lower, mixed, f"hybrid with {name}")
         controls.append(hybrid_control(name, against, layers, middle, count, differs=differs))
         if (first := first_reached_block(*states)) > 0:
-            layers = pair(lower, upper, f"blocks that {name} could not change")
+            layers = lockstep.compare(lower, upper, f"blocks that {name} could not change")
             controls.append(untouched_control(name, against, layers, first, count))
     return controls
 

@@ -26,9 +26,7 @@ from train.whole_files import write_atomically
 if TYPE_CHECKING:
     from train.parallel import Workers  # which loads torch
 
-SEAL = "sha256"
-"""The key of a line that holds the hash of the others."""
-
+SEAL = "sha256"  # the key of a line that holds the hash of the others
 _MARKS = (b'"event": "', b'"stage": "')  # a journal that is damaged still holds these texts
 _KEYS = {"event", "stage", "key", "time", "outputs"}  # of every line
 
@@ -188,8 +186,6 @@ class Journal:
         """How long each stage took when it was last done, in the order in which they were first done."""
         return {record["stage"]: float(record["seconds"]) for record in self._records if record["event"] == "done"}
 
-    # ------------------------------------------------------------------------------------ for those who read its files
-
     def exists(self) -> bool:
         """Whether the folder was made by a study."""
         return self.path.is_file()
@@ -223,11 +219,7 @@ class Journal:
         return bool(recorded)
 
     def require(self, path: Path) -> None:
-        """As `usable`, for a file without which nothing can be said.
-
-        Raises:
-            InputError: also when it is not there, or no stage recorded it.
-        """
+        """As `usable`, for a file without which nothing can be said: it is an error too that no stage recorded it."""
         name = self._name(path)
         if self.exists() and not self._recorded(name):
             raise InputError(f"{path}: {self.path} has no record of it; {self._remedy(name)}")
@@ -262,8 +254,6 @@ class Journal:
             return f"to go on with it as it is now, give it on purpose: --config {outputs / stage}"
         command = "relevance" if stage == "relevance" else "stats"
         return f"make it again: {PROGRAM} {command} --outputs {outputs}"
-
-    # -------------------------------------------------------------------------------------------------- the records
 
     def _newest(self) -> dict[str, dict[str, Any]]:
         """Stage → its newest record, the newest last: of two stages that leave one file the later one counts."""

@@ -16,21 +16,13 @@ from train.training import versions
 
 
 def model_source(config: StudyConfig) -> ModelSource:
-    """What `[model]` says; its keys and those of a source have the same names.
-
-    Raises:
-        InputError: timm has no such model.
-    """
+    """What `[model]` says; its keys and those of a source have the same names."""
     keys = {key.name for key in dataclasses.fields(ModelSource)}
     return ModelSource(**{name: value for name, value in vars(config.model).items() if name in keys})
 
 
 def with_present_name(config: StudyConfig) -> StudyConfig:
-    """With timm's present name of the model, which is the one that everything the study writes records.
-
-    Raises:
-        InputError: timm has no such model.
-    """
+    """With timm's present name of the model, which is the one that everything the study writes records."""
     return replace(config, model=replace(config.model, name=model_source(config).name))
 
 

@@ -24,7 +24,7 @@ from engine.relevance import PredictionLink, choose_classes, explain_study, pred
 from engine.report import write_report
 from engine.statistics import analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
-from engine.study.controls import negative_controls
+from engine.study.controls import Lockstep, negative_controls
 from engine.study.data import dataset_info, manifest_dict, prepare_data
 from engine.study.journal import digest_path
 from engine.study.model import checkpoint_of, given_conditions, model_info, model_source
@@ -61,10 +61,8 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
                 if stage in SHARED_STAGES:
                     SHARED_STAGES[stage](study, workers)
         for stage in stages if first_process() else ():
-            if stage in SEPARATE_STAGES:
-                errors += attempt(study, stage)
-            elif stage in FIRST_STAGES:
-                FIRST_STAGES[stage](study)
+            if stage in FIRST_STAGES and (error := _attempt(study, stage)) is not None:
+                errors.append(error)
     if errors:
         if "report" in stages:
             errors[0].add_note(f"the report, without what failed: {study.outputs / 'report.html'}")
@@ -72,18 +70,19 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     return study.outputs
 
 
-def attempt(study: Study, stage: str) -> list[Exception]:
-    """Run a stage that the others can do without; what it ended in, if it failed, for the caller to raise."""
+def _attempt(study: Study, stage: str) -> Exception | None:
+    """Run a stage; one that the others can do without may fail, and what it ended in is returned."""
     try:
         FIRST_STAGES[stage](study)
-    except BrokenPipeError:  # the reader of what is said has left, which is no fault of the stage
-        raise
     except Exception as error:
+        # A broken pipe is no fault of the stage: the reader of what is said has left.
+        if stage not in SEPARATE_STAGES or isinstance(error, BrokenPipeError):
+            raise
         reason = reason_of(error)
         study.journal.fail(stage, reason)
         say(f"{stage} failed and is left out: {reason}")
-        return [error]
-    return []
+        return error
+    return None
 
 
 def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
@@ -309,11 +308,9 @@ def _make_controls(study: Study, path: Path) -> None:
         [name for name, run in runs.items() if run.seed_invariant],
         study.against,
         study.pretrained_model,
-        study.data.test,
-        study.control_rows,
-        metrics=study.row_metrics(),
-        batch_size=study.config.capture.batch_size,
-        device=study.device,
+        Lockstep(
+            study.data.test, study.control_rows, study.row_metrics(), study.config.capture.batch_size, study.device
+        ),
     )
     write_json(path, [dataclasses.asdict(control) for control in made])
 

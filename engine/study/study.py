@@ -35,7 +35,9 @@ class Study:
     def __init__(self, config: StudyConfig) -> None:
         self.config = with_present_name(config)
         self.outputs = Path(config.outputs)
-        self.metrics = self.outputs / "metrics"
+        self.metrics = self.outputs / "metrics"  # tables and results
+        self.table = self.metrics / "attention_metrics.zarr"  # one row per map, of all metrics
+        self.samples = self.outputs / "samples.zarr"  # whole maps of a few images
         self.device = resolve_device(config.device)
         self.journal = Journal(self.outputs / "run.jsonl")
         self.start: Start  # known after `check`
@@ -47,18 +49,6 @@ class Study:
         """Makes the outputs folder this run's own for the length of a `with` block; the first process holds it."""
         toml = study_toml(self.config)
         return OutputsFolder(self.outputs, toml, self.journal) if first_process() else nullcontext()
-
-    # ---------------------------------------------------------------------------------------------- files and rows
-
-    @property
-    def table(self) -> Path:
-        """One row per map, of all metrics."""
-        return self.metrics / "attention_metrics.zarr"
-
-    @property
-    def samples(self) -> Path:
-        """Whole maps of a few images."""
-        return self.outputs / "samples.zarr"
 
     def store(self, run: Run) -> Path:
         """The capture of a run."""
@@ -73,8 +63,6 @@ class Study:
     def control_rows(self) -> list[int]:
         """Rows of the test split that the controls look at."""
         return choose_samples(CONTROL_IMAGES, len(self.data.test), self.config.data.seed)
-
-    # ------------------------------------------------------------------------------------------ conditions and runs
 
     @property
     def against(self) -> str:
@@ -110,8 +98,6 @@ class Study:
     def row_metrics(self) -> list[str]:
         """The metrics that are taken of a map alone."""
         return [name for name in self.config.measure.metrics if load_metric(name).inputs == "rows"]
-
-    # --------------------------------------------------------------------------------------------------- classifiers
 
     def outputs_of_labels(self, condition: str) -> np.ndarray:
         """The output of a condition's head that stands for each test image's class, [image]; −1 where there is none."""

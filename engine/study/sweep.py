@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
-
 from engine.capture import num_blocks
 from engine.config import ConditionConfig, StudyConfig, study_toml
 from engine.progress import PROGRAM, say
@@ -60,7 +58,10 @@ def run_sweep(config: StudyConfig) -> Path:
     with OutputsFolder(outputs, study_toml(config), journal) as place:
         with one_torch_thread():
             start = Start(config, outputs, journal)
-            targets = _targets(config, model := start.take_model())
+            model = start.take_model()
+            # Where there is no attention: the classifier, as in the study that the sweep comes from.
+            usual = "attention" if num_blocks(model) else re.escape(classifier_name(model))
+            targets = sweep.targets or usual
             check_sweep(start, model, targets)
         place.begin()
         data = prepare_data(start, device=device)
@@ -98,14 +99,6 @@ def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
     if not head.known:
         say(f"the head of the weights is replaced by a probe's, as its classes are not known: {head.source}")
     return head.names == class_names
-
-
-def _targets(config: StudyConfig, model: torch.nn.Module) -> str:
-    """Where adapters go: a transformer's attention; in another model the classifier, as in the study that the sweep
-    comes from.
-    """
-    usual = "attention" if num_blocks(model) else re.escape(classifier_name(model))
-    return config.sweep.targets or usual
 
 
 def _plan(start: Start, data: StudyData, targets: str, folder: Path, device: str) -> SweepPlan:
