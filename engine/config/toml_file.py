@@ -20,10 +20,9 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The keys and tables of a TOML file; a byte order mark before them is passed over.
+    """The keys and tables of a TOML file in UTF-8; a byte order mark before them is passed over.
 
-    Raises:
-        InputError: no such file, or it is not TOML in UTF-8; the line is shown, and what is mistaken in it.
+    Raises InputError: no such file, or it is no TOML; the line is shown, and what is mistaken in it.
     """
     require_file(path, "configuration file", "give the path of a study.toml")
     with open(path, "rb") as file:

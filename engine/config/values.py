@@ -144,10 +144,7 @@ def validated(
     """A dataclass of keys and tables, made of plain values: texts are taken for numbers, true and false where they are.
 
     `name` gives for a dotted key what the sentence calls it: "study.toml: train.epochs" or "--train.epochs"; `keys` are
-    the dotted keys that there are.
-
-    Raises:
-        InputError: an unknown key, or a value of another type, out of bounds, or more than once in a list.
+    the dotted keys that there are. Raises InputError: an unknown key, a value of another type, out of bounds, doubled.
     """
     from pydantic import ValidationError
 

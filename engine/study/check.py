@@ -76,12 +76,7 @@ def check_capture(
 ) -> Discovery:
     """Send one image through the model, on the device: its attention, the layers and heads chosen, and every metric.
 
-    Metrics are not looked at where maps are `stored_alone` and nothing will be measured.
-
-    Raises:
-        InputError: no attention to be captured, no such layer or head, a metric that it does not have.
-        MetricError: a metric of the user's own that does not give one value per map.
-        BackendUnavailableError: the backend cannot run here.
+    Where maps are `stored_alone` nothing will be measured, so metrics are not looked at.
     """
     capture = config.capture
     keeps_factors = "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors
@@ -136,8 +131,8 @@ def _require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
     disks: dict[int, dict[str, tuple[Path, int]]] = {}
     for what, (path, needed) in needs.items():
         nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        missing = max(0, needed - _size(path))
-        disks.setdefault(os.stat(nearest).st_dev, {})[what] = (nearest, missing)
+        there = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+        disks.setdefault(os.stat(nearest).st_dev, {})[what] = (nearest, max(0, needed - there))
     for of_disk in disks.values():
         total = sum(missing for _, missing in of_disk.values())
         free = shutil.disk_usage(next(iter(of_disk.values()))[0]).free
@@ -241,12 +236,6 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a folder's files; 0 where there is none."""
-    files = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-    return sum(file.lstat().st_size for file in files)
 
 
 def _megabytes(count: int) -> str:

@@ -19,6 +19,8 @@ from engine.progress import say
 from kernels import measure_qk
 from train.data import ImageSet
 
+_Layer = tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]  # its maps, and metric -> values
+
 
 @dataclass(frozen=True)
 class Control:
@@ -86,10 +88,8 @@ class Lockstep:
         return [worst[layer] for layer in sorted(worst)]
 
 
-def _maps_and_metrics(
-    model: torch.nn.Module, pixels: torch.Tensor, metrics: Sequence[str]
-) -> list[tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]]:
-    found: list[tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]] = []
+def _maps_and_metrics(model: torch.nn.Module, pixels: torch.Tensor, metrics: Sequence[str]) -> list[_Layer]:
+    found: list[_Layer] = []
 
     def keep(attention: SiteAttention) -> None:
         site, scale, bias = attention.site, attention.scale, attention.bias
@@ -125,10 +125,8 @@ def hybrid_state(
 ) -> dict[str, torch.Tensor]:
     """Weights of `lower` below block `first_block`, of `upper` from there on, and the readout of `lower`.
 
-    No attention depends on the readout, so the two models may have heads of other sizes, or none.
-
-    Raises:
-        ValueError: the weights have no `blocks.N.` names, so "below" has no meaning.
+    No attention depends on the readout, so the two models may have heads of other sizes, or none. Raises ValueError
+    where the weights have no `blocks.N.` names, so that "below" has no meaning.
     """
     last = _last_block(lower)
     if last is None:

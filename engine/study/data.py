@@ -61,11 +61,7 @@ class StudyData:
 
 
 def prepare_data(start: Start, *, device: str) -> StudyData:
-    """Images in their splits, and the pretrained weights, made or fetched once, unless checkpoints are given.
-
-    Raises:
-        InputError: no readable image, no weights to be had.
-    """
+    """Images in their splits, and the pretrained weights, made or fetched once, unless checkpoints are given."""
     if not given_conditions(start.config):
         splits, pretrained = _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
         return StudyData(splits, start.preprocessing, pretrained)

@@ -191,7 +191,7 @@ def _layout(path: Path, layer: Dataset, config: StudyConfig) -> TokenLayout:
                 f"{path}: {layer.name} says that its grid is {layout.grid_rows}×{layout.grid_cols}, and --grid is "
                 f"{','.join(map(str, keys.grid))}; leave --grid out, or correct the attribute layout"
             )
-    elif len(keys.grid) == 2 and len(keys.patch_px) == 2:
+    elif keys.grid:
         if layer.layout:
             say(f"import {path.name}: {layer.name}'s attribute layout is not ours; --grid is taken instead")
         layout = TokenLayout(

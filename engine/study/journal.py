@@ -123,15 +123,10 @@ class Journal:
     ) -> str:
         """Run `work` unless it was done before with the same inputs and its outputs are as it left them.
 
-        Args:
-            name: of the stage, with what it is about: "train finetuned seed 42".
-            inputs: JSON values that decide the result besides the version: configuration keys, hashes of files.
-            outputs: files and folders that `work` leaves.
-            work: does it; what it returns is kept in the record.
-            reads: what it reads of the files that other stages left: when one of them leaves something else, this
-                stage's outputs are not to be used any more.
-            workers: the processes that go through the stages together; None: this one alone.
-            shared: they do the work together; otherwise the first one does it, and the others wait.
+        `inputs` are JSON values that decide the result besides the program's version: configuration keys, hashes of
+        files. `outputs` are files and folders that `work` leaves; what it returns is kept in the record. `reads` are
+        files that other stages left: when one of them leaves something else, these outputs are not to be used any more.
+        Of the workers (None: this process alone) the first one does it and the others wait; `shared`: all do it.
 
         Returns:
             a hash of the outputs, an input for the stages that follow.

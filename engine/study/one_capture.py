@@ -88,11 +88,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
 
 
 def require_places(store: Location) -> None:
-    """Check, before any work, that neither a new store nor the sample maps beside it take the place of something else.
-
-    Raises:
-        InputError: one of them would, or the store has no name that a store can have.
-    """
+    """Check, before any work, that no new store, nor sample maps beside it, take the place of something else."""
     root = storage_at(store)
     if isinstance(store, Path):
         nearest = next(folder for folder in store.absolute().parents if folder.exists())

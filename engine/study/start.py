@@ -43,11 +43,7 @@ class Start:
     """
 
     def __init__(self, config: StudyConfig, outputs: Path, journal: Journal, workers: Workers = SINGLE) -> None:
-        """List the data set's files, and load every checkpoint that is given.
-
-        Raises:
-            InputError: conditions that do not go together, an unknown model, a bad file, no such folder.
-        """
+        """List the data set's files, and load every checkpoint that is given."""
         _check_conditions(config)
         _check_class_files(config)
         self.config, self.outputs, self.journal, self.workers = config, outputs, journal, workers
@@ -104,11 +100,7 @@ class Start:
         return self._listing.decoded()
 
     def heads(self, class_names: Sequence[str]) -> dict[str, HeadClasses]:
-        """Condition → the classes of its head, where checkpoints are given.
-
-        Raises:
-            InputError: class names that a user gave to a head are none of the data set's.
-        """
+        """Condition → the classes of its head, where checkpoints are given; its names must be of the data set's."""
         order = self.config.data.class_order
         heads = {
             name: found or folder_classes(self._outputs_of[name], class_names, order, f"conditions.{name}.classes")
@@ -241,11 +233,7 @@ def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocess
 
 
 def image_kind(config: StudyConfig) -> DataKind:
-    """The layout of the pictures on disk that the study names.
-
-    Raises:
-        InputError: the study names none.
-    """
+    """The layout of the pictures on disk that the study names; raises InputError where it names none."""
     if config.data.kind == "digits":
         raise InputError("data.kind is digits, which has no pictures on disk; use --data.kind folder")
     return config.data.kind
