@@ -61,7 +61,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
                 if stage in SHARED_STAGES:
                     SHARED_STAGES[stage](study, workers)
         for stage in stages if first_process() else ():
-            if stage in FIRST_STAGES and (error := _attempt(study, stage)) is not None:
+            if stage in FIRST_STAGES and (error := attempt(study, stage)) is not None:
                 errors.append(error)
     if errors:
         if "report" in stages:
@@ -70,7 +70,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
     return study.outputs
 
 
-def _attempt(study: Study, stage: str) -> Exception | None:
+def attempt(study: Study, stage: str) -> Exception | None:
     """Run a stage; one that the others can do without may fail, and what it ended in is returned."""
     try:
         FIRST_STAGES[stage](study)
