@@ -66,12 +66,11 @@ def explain_samples(
         probabilities = getattr(output, "logits", output).float().softmax(dim=-1).cpu().numpy()
     roles = {targets.role: targets.target} | ({} if targets.other is None else {"other": targets.other})
     explained = []
-    for role, classes in roles.items():
-        maps = relevance_maps(model, pixels, [int(c) for c in classes], method).cpu().numpy()
-        for sample, (row, target) in enumerate(zip(rows, classes, strict=True)):
-            probability = float(probabilities[sample, int(target)])
-            name = targets.head.name(int(target))
-            explained.append(Explained(row, condition, name, role, probability, maps[sample]))
+    for role, outputs in roles.items():
+        classes = outputs.tolist()
+        maps = relevance_maps(model, pixels, classes, method).cpu().numpy()
+        for row, target, chances, one in zip(rows, classes, probabilities, maps, strict=True):
+            explained.append(Explained(row, condition, targets.head.name(target), role, float(chances[target]), one))
     return explained
 
 

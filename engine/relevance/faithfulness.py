@@ -10,7 +10,6 @@ Every condition sees the same images with the same baseline image; the baseline 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +89,7 @@ def perturbation_curves(
         raise InputError(f"{maps.shape[0]} maps for {images.shape[0]} images; expected one per image")
     fractions = np.linspace(0.0, 1.0, steps + 2)
     patches = maps.shape[1] * maps.shape[2]
-    counts = np.rint(fractions[1:-1] * patches).astype(int)
+    counts = np.rint(fractions[1:-1] * patches).astype(int).tolist()
     rank = _ranks(maps, seed)
     grid = tuple(maps.shape[1:])
 
@@ -105,15 +104,10 @@ def perturbation_curves(
             of_batches.append(chances.gather(1, targets[rows].to(chances.device)[:, None])[:, 0].cpu())
         return torch.cat(of_batches).numpy()
 
-    def curve(inserting: bool) -> Iterator[Floats]:
-        for count in counts:
-            kept = rank < int(count)
-            yield probabilities(kept if inserting else ~kept)
-
     with evaluating(model), torch.inference_mode():
         whole, none = probabilities(rank >= 0), probabilities(rank < 0)
-        deletion = np.stack([whole, *curve(inserting=False), none], axis=1)
-        insertion = np.stack([none, *curve(inserting=True), whole], axis=1)
+        deletion = np.stack([whole, *(probabilities(rank >= count) for count in counts), none], axis=1)
+        insertion = np.stack([none, *(probabilities(rank < count) for count in counts), whole], axis=1)
     return Curves(fractions, deletion, insertion)
 
 
@@ -122,6 +116,4 @@ def _ranks(maps: torch.Tensor, seed: int) -> torch.Tensor:
     values = maps.flatten(1).double().cpu()
     shuffled = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
     order = values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order)
-    ranks.scatter_(1, shuffled.gather(1, order), torch.arange(values.shape[1]).expand_as(order).contiguous())
-    return ranks
+    return shuffled.gather(1, order).argsort(dim=1)  # the inverse of a permutation

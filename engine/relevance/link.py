@@ -42,9 +42,10 @@ def prediction_link(
         if not len(rows):
             continue
         changes = _changes(table, condition, against).isel(image=rows)
-        for outcome, values_of in {"logit": _true_logit, "correct": _correct}.items():
-            values, before = (values_of(logits[name][rows], labels[name][rows]) for name in (condition, against))
-            result = correlate_over_images(changes, values - before, permutations=permutations, seed=seed)
+        after, before = (_outcomes(logits[name][rows], labels[name][rows]) for name in (condition, against))
+        for outcome in after:
+            change = after[outcome] - before[outcome]
+            result = correlate_over_images(changes, change, permutations=permutations, seed=seed)
             cells = result.stack(cell=("metric", "layer", "head"))
             cells = cells.isel(cell=np.isfinite(cells["rho"].values))
             tests = build(
@@ -76,9 +77,6 @@ def _changes(table: xr.Dataset, condition: str, against: str) -> xr.DataArray:
     return xr.concat(changes, dim="metric", coords="minimal", compat="override").assign_coords(metric=names)
 
 
-def _true_logit(logits: Floats, labels: NDArray[np.int64]) -> Floats:
-    return np.asarray(logits[np.arange(len(labels)), labels])
-
-
-def _correct(logits: Floats, labels: NDArray[np.int64]) -> Floats:
-    return np.asarray(logits.argmax(axis=1) == labels, dtype=np.float64)
+def _outcomes(logits: Floats, labels: NDArray[np.int64]) -> dict[str, Floats]:
+    correct = (logits.argmax(axis=1) == labels).astype(np.float64)
+    return {"logit": logits[np.arange(len(labels)), labels], "correct": correct}

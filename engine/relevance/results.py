@@ -78,14 +78,14 @@ class MapTest:
 class RolloutPeaks:
     """In how many of a condition's maps by rollout the peak is the patch that dominates a head.
 
-    `at_dominant` counts those whose peak is the patch with the greatest share of received attention in any head
-    (`kernels.reference.sink_share`), a share above `DOMINANT_SHARE`; `share`, `layer` and `head` are of the greatest.
+    That patch has the greatest share of received attention in any head (`kernels.reference.sink_share`), a share above
+    `DOMINANT_SHARE`.
     """
 
     condition: str
     images: int
     at_dominant: int
-    share: float | None = None
+    share: float | None = None  # the greatest of them, as layer and head
     layer: int | None = None
     head: int | None = None
 
@@ -124,31 +124,21 @@ class PredictionLink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelevanceResults:
-    """The whole of `relevance.json`; its keys are these names, in this order.
-
-    Args:
-        schema: of this file.
-        images: how many maps were measured on.
-        target: which class is explained; see `ClassChoice.role`.
-        left_out: what is not computed and why, a sentence each.
-        baseline, steps: see `perturbation_curves`.
-        against: the condition that the others are compared with.
-        confidence: coverage of the intervals.
-        methods, conditions, classes: tests between them; see `relevance_results`.
-    """
+    """The whole of `relevance.json`; its keys are these names, in this order."""
 
     schema: int = SCHEMA
     unit_of_inference: str = IMAGES
-    images: int
-    target: str
-    left_out: tuple[str, ...] = ()
-    baseline: str
-    steps: int
-    against: str
-    confidence: float
+    images: int  # how many maps were measured on
+    target: str  # which class is explained; see `ClassChoice.role`
+    left_out: tuple[str, ...] = ()  # what is not computed and why, a sentence each
+    baseline: str  # kind of `baseline_images`
+    steps: int  # of `perturbation_curves`
+    against: str  # the condition that the others are compared with
+    confidence: float  # of the intervals
     refused: tuple[Refusal, ...] = ()
     means: tuple[MapMean, ...] = ()
     curves: tuple[MapCurves, ...] = ()
+    # Tests between methods, conditions and classes, as `relevance_results` describes them.
     methods: tuple[MapTest, ...] = ()
     conditions: tuple[MapTest, ...] = ()
     classes: tuple[MapTest, ...] = ()
@@ -157,9 +147,5 @@ class RelevanceResults:
 
 
 def parse_relevance(document: Mapping[str, Any], path: Path) -> RelevanceResults:
-    """What a JSON document, read from `path`, holds of relevance maps.
-
-    Raises:
-        InputError: another schema, or a part that is not as `RelevanceResults` declares it.
-    """
+    """What a JSON document, read from `path`, holds of relevance maps. Raises InputError as `parse`."""
     return parse(RelevanceResults, document, path, "relevance")

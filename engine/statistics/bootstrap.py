@@ -35,7 +35,6 @@ def bootstrap_interval(
     Args:
         differences: float64 [unit, test]; NaN marks a missing pair. A resample's mean is over the pairs it holds;
             a resample that holds none of a test's pairs is left out for that test.
-        resamples: number of resamples.
         confidence: coverage, between 0 and 1.
         seed: of the resamples, which do not depend on `block_bytes`.
         groups: integer codes [unit, level], the outermost level first; codes of a level count within the level above.

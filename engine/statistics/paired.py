@@ -119,9 +119,7 @@ def paired_columns(result: xr.Dataset) -> dict[str, Any]:
     columns: dict[str, Any] = {str(name): values.values for name, values in result.data_vars.items()}
     columns["ci"] = np.stack([columns["ci_low"], columns["ci_high"]], axis=1)
     columns["p"] = columns["p_t"]
-    columns["degenerate"] = [
-        _why_degenerate(*row) for row in zip(*(columns[name] for name in ("n", "t", "dz", "gz")), strict=True)
-    ]
+    columns["degenerate"] = list(map(_why_degenerate, *(columns[name] for name in ("n", "t", "dz", "gz"))))
     return columns
 
 
@@ -156,28 +154,27 @@ def _aligned(a: Any, b: Any) -> tuple[Floats, Floats, tuple[Hashable, ...], dict
             raise ValueError(
                 f"a and b are not the same images, layers or heads: their coordinates differ ({error})"
             ) from error
-    labelled = next((array for array in (a, b) if isinstance(array, xr.DataArray)), None)
-    pairs: Hashable = "image"
-    if labelled is not None and labelled.dims:
-        pairs = pairs if pairs in labelled.dims else labelled.dims[0]
+    labelled = [x for x in (a, b) if isinstance(x, xr.DataArray)]
+    if labelled and labelled[0].dims:
+        dims = labelled[0].dims
+        pairs = "image" if "image" in dims else dims[0]
         a, b = (x.transpose(pairs, ...) if isinstance(x, xr.DataArray) else x for x in (a, b))
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a has the shape {first.shape} and b has {second.shape}; expected the same, [image, ...]")
     if first.ndim == 0:
         raise ValueError("a and b are single numbers; expected arrays [image, ...]")
-    if labelled is None:
+    if not labelled:
         return first, second, tuple(f"axis_{i}" for i in range(1, first.ndim)), {}
-    template = labelled.transpose(pairs, ...)
     # A label that differs, such as the condition's name, is true of one side only: it cannot label the difference.
-    others = [x.coords for x in (a, b) if isinstance(x, xr.DataArray)]
+    sides = [x for x in (a, b) if isinstance(x, xr.DataArray)]
     kept = {
         name: coord.variable  # without the other labels that a coordinate carries
-        for name, coord in template.coords.items()
+        for name, coord in sides[0].coords.items()
         if pairs not in coord.dims
-        and all(name in coords and coords[name].variable.equals(coord.variable) for coords in others)
+        and all(name in side.coords and side.coords[name].variable.equals(coord.variable) for side in sides)
     }
-    return first, second, template.dims[1:], kept
+    return first, second, sides[0].dims[1:], kept
 
 
 def _group_codes(groups: Any, n_images: int) -> NDArray[np.int64]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -83,26 +85,14 @@ def cross_metric_correlation(
         images = [metric.image_differences() for metric in paired.metrics]
         for first, second in combinations(range(len(paired.metrics)), 2):
             one, other = (paired.metrics[i].identity for i in (first, second))
-            correlations = [("cells", None, *_spearman(cells[first], cells[second]))]
-            correlations += [
-                ("images", paired.layer_ids[i], *_spearman(images[first][:, i], images[second][:, i]))
-                for i in paired.layers
-            ]
-            relations += [
-                Relation(
-                    condition=paired.condition,
-                    against=paired.against,
-                    metric=one["metric"],
-                    region=one["region"],
-                    with_metric=other["metric"],
-                    with_region=other["region"],
-                    over=over,
-                    layer=layer,
-                    rho=finite(rho),
-                    n=n,
-                )
-                for over, layer, rho, n in correlations
-            ]
+            which: dict[str, Any] = {"condition": paired.condition, "against": paired.against}
+            which |= {"metric": one["metric"], "region": one["region"]}
+            which |= {"with_metric": other["metric"], "with_region": other["region"]}
+            rho, n = _spearman(cells[first], cells[second])
+            relations.append(Relation(**which, over="cells", rho=finite(rho), n=n))
+            for i in paired.layers:
+                rho, n = _spearman(images[first][:, i], images[second][:, i])
+                relations.append(Relation(**which, over="images", layer=paired.layer_ids[i], rho=finite(rho), n=n))
     return relations
 
 
@@ -111,8 +101,8 @@ def _spearman(first: Floats, second: Floats) -> tuple[float, int]:
     both = np.isfinite(first) & np.isfinite(second)
     n = int(both.sum())
     if n < 3:
-        return float("nan"), n
+        return math.nan, n
     ranks = [stats.rankdata(values[both]) for values in (first, second)]
     if any(np.ptp(rank) == 0 for rank in ranks):
-        return float("nan"), n
+        return math.nan, n
     return float(np.corrcoef(*ranks)[0, 1]), n

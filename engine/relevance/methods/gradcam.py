@@ -35,11 +35,8 @@ def gradcam_maps(
         activations.append(leaf)
         return leaf
 
-    hook = norm.register_forward_hook(keep)
-    try:
+    with norm.register_forward_hook(keep):
         logits = class_logits(model, images, targets, dtype)
-    finally:
-        hook.remove()
     (tokens,) = activations
     (gradients,) = torch.autograd.grad(logits.sum(), [tokens])
     layout = token_layout(vision_module(model), images.shape)

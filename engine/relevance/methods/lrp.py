@@ -9,7 +9,7 @@ The model runs once, unmodified and with fused attention, under a function mode 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -79,22 +79,17 @@ class Propagation:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, the model's operations become nodes, from the output of its patch embedding on."""
-        hooks = [patch_stem(vision_module(self._model)).register_forward_hook(self._begin)]
-        for name, block in transformer_blocks(self._model):
-            hooks.append(block.register_forward_hook(self._probing(name)))
-        for module in self._model.modules():
-            # A norm is one operation, whether it calls one (F.layer_norm) or is written out (timm's RmsNorm).
-            if "Norm" in type(module).__name__ and not any(module.children()):
-                hooks += [
-                    module.register_forward_pre_hook(self._enter_unit),
-                    module.register_forward_hook(self._leave_unit),
-                ]
-        try:
+        with ExitStack() as hooks:
+            hooks.enter_context(patch_stem(vision_module(self._model)).register_forward_hook(self._begin))
+            for name, block in transformer_blocks(self._model):
+                hooks.enter_context(block.register_forward_hook(self._probing(name)))
+            for module in self._model.modules():
+                # A norm is one operation, whether it calls one (F.layer_norm) or is written out (timm's RmsNorm).
+                if "Norm" in type(module).__name__ and not any(module.children()):
+                    hooks.enter_context(module.register_forward_pre_hook(self._enter_unit))
+                    hooks.enter_context(module.register_forward_hook(self._leave_unit))
             with ModelInterception(self._model, {F.scaled_dot_product_attention: self._attend}, others=self._operate):
                 yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def backward(self, logits: torch.Tensor) -> None:
         """Both passes, from relevance 1 at each image's logit to the lowest attention call; it must not leak."""
