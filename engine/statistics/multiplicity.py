@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from engine.statistics.arrays import Floats
 
@@ -24,12 +25,7 @@ def benjamini_hochberg(p: Any) -> Floats:
     Source:
         Benjamini and Hochberg (1995), Journal of the Royal Statistical Society B 57:289–300.
     """
-
-    def step_up(ranked: Floats) -> Floats:
-        inflated: Floats = ranked * ranked.size / np.arange(1, ranked.size + 1)
-        return np.minimum.accumulate(inflated[::-1])[::-1]
-
-    return _adjust(p, step_up)
+    return _adjust(p, stats.false_discovery_control)
 
 
 def _adjust(p: Any, rule: Any) -> Floats:
