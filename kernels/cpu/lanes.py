@@ -184,11 +184,7 @@ def transpose(typing, width, source, begin, stride, factor, target, at):
 
 
 def _on_lanes(returns: Any = None) -> Callable[[Callable[..., Any]], Any]:
-    """An operation on lanes: `build` makes its code of the builder, their kind and values.
-
-    Args:
-        returns: the type of the result; None: lanes of the same kind.
-    """
+    """An operation on lanes that `build` makes of the builder, their kind and values; it returns lanes if not said."""
 
     def declare(build: Callable[..., Any]) -> Any:
         def operation(typing, *kinds):

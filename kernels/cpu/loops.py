@@ -14,16 +14,7 @@ import numpy as np
 from numba import njit
 
 from kernels.cpu.cache import called_from_python
-from kernels.cpu.math import (
-    LOG2_E,
-    OPTIONS,
-    apart,
-    hold,
-    lent,
-    load_row,
-    rescale,
-    sum_double,
-)
+from kernels.cpu.math import LOG2_E, OPTIONS, apart, hold, lent, load_row, rescale, sum_double
 from kernels.cpu.rows import (
     Planes,
     attention_row,

@@ -39,14 +39,7 @@ from kernels.reference import SEED1_LOG_OFFSET
 class Planes(NamedTuple):
     """What a pass fills in, maps flattened: [map, patch query] unless said otherwise; without maps where not asked for.
 
-    Attributes:
-        distance, entropy, morans_i, gearys_c, gini: of each row; NaN where undefined.
-        entropy_seed1: in that convention; NaN where invalid.
-        patch_mass: float64, the patches' part of each row; NaN where invalid.
-        received: float64 [map, patch], sum of the renormalised rows over the defined patch queries.
-        class_row: float64 [map, patch], renormalised; NaN where undefined or without a class token.
-        prefix_mass: always asked for; NaN where invalid.
-        valid: bool [map, query], always asked for.
+    NaN where undefined; `entropy_seed1`, `patch_mass` and `prefix_mass` have a value in every valid row.
     """
 
     distance: Any
@@ -55,11 +48,11 @@ class Planes(NamedTuple):
     gearys_c: Any
     gini: Any
     entropy_seed1: Any
-    patch_mass: Any
-    received: Any
-    class_row: Any
-    prefix_mass: Any
-    valid: Any
+    patch_mass: Any  # float64, the patches' part of each row
+    received: Any  # float64 [map, patch], sum of the renormalised rows over the defined patch queries
+    class_row: Any  # float64 [map, patch], renormalised; NaN where undefined or without a class token
+    prefix_mass: Any  # always asked for
+    valid: Any  # bool [map, query], always asked for
 
 
 # Bits of what a pass is asked for, in the order of `Planes`.

@@ -22,18 +22,7 @@ from numba import njit
 from kernels.cpu.cache import called_from_python
 from kernels.cpu.lane_types import Width
 from kernels.cpu.lanes import dot_tile, fma, fraction, greater, lanes_of, load, splat, store, times_power, transpose
-from kernels.cpu.math import (
-    LEAST_EXP2,
-    LN_2,
-    LOG2_E,
-    OPTIONS,
-    apart,
-    hold,
-    lent,
-    load_row,
-    log2,
-    stored_bits,
-)
+from kernels.cpu.math import LEAST_EXP2, LN_2, LOG2_E, OPTIONS, apart, hold, lent, load_row, log2, stored_bits
 from kernels.cpu.rows import (
     CLASS_ROW,
     CORE,
