@@ -60,8 +60,10 @@ def host_view(array: Any) -> np.ndarray:
 
 
 def as_kind(values: Any, like: Any) -> Any:
-    """Values as the kind of array that `like` is, on its device; only a host array may become another kind."""
-    return sys.modules["torch"].as_tensor(values, device=like.device) if is_torch(like) else np.asarray(values)
+    """Values as the kind of array that `like` is; those of the host on its device."""
+    if not is_torch(like):
+        return np.asarray(values)
+    return values if is_torch(values) else sys.modules["torch"].as_tensor(values, device=like.device)
 
 
 def to_float64(array: Any) -> np.ndarray:
