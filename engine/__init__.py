@@ -9,8 +9,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def imported_when_used(room: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A room's `__getattr__`, which imports a name when it is used: what needs no torch loads none.
+def imported_when_used(
+    room: str, names: Mapping[str, str]
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """A room's `__all__`, `__getattr__` and `__dir__`: a name is imported when it is used, as not all need torch.
 
     Args:
         room: e.g. "engine.capture".
@@ -23,4 +25,4 @@ def imported_when_used(room: str, names: Mapping[str, str]) -> Callable[[str], A
             return getattr(importlib.import_module(f"{room}.{modules[name]}"), name)
         raise AttributeError(f"module {room!r} has no attribute {name!r}")
 
-    return imported
+    return sorted(modules), imported, lambda: sorted(modules)

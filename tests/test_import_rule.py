@@ -111,11 +111,12 @@ def test_rooms_import_only_from_rooms_before_them_and_what_their_init_names() ->
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("room", ["engine.capture", "engine.measure", "engine.study"])
+@pytest.mark.parametrize("room", ["engine.capture", "engine.measure", "engine.relevance", "engine.study"])
 def test_what_a_room_names_is_there_when_it_is_used(room: str) -> None:
-    assert named_by(room)
-    for name in named_by(room):
-        assert getattr(importlib.import_module(room), name) is not None
+    module = importlib.import_module(room)
+    assert sorted(named_by(room)) == module.__all__ == dir(module)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
 
 
 def test_the_rule_is_able_to_fail() -> None:

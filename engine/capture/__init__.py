@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from engine.capture.stream import Capture, capture_to_store
     from engine.capture.tap import AttentionTap, capture_attention, evaluating, has_classes, observe
 
-__getattr__ = imported_when_used(
+__all__, __getattr__, __dir__ = imported_when_used(
     __name__,
     {
         "attention_call": "AttentionCall AttentionSite SiteAttention attention_map read_attention_call",

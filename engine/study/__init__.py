@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.study.stages import run_study
     from engine.study.sweep import run_sweep
 
-__getattr__ = imported_when_used(
+__all__, __getattr__, __dir__ = imported_when_used(
     __name__,
     {
         "hdf5": "export_hdf5 import_hdf5",
