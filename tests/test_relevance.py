@@ -12,6 +12,7 @@ import torch
 
 from engine.relevance import METHODS, relevance_maps
 from engine.relevance.choice import choose_targets
+from engine.relevance.targets import class_logits
 from train.errors import InputError
 
 FIXTURE = Path(__file__).parent / "data" / "relevance_micro.npz"
@@ -45,6 +46,16 @@ def test_a_batch_equals_single_images(micro, method: str) -> None:  # type: igno
     single = torch.cat([relevance_maps(model, images[i : i + 1], targets[i : i + 1], method) for i in range(3)])
     assert batch.shape == (3, 4, 4)
     torch.testing.assert_close(batch, single, atol=1e-6 * float(batch.abs().max()), rtol=0)
+
+
+def test_a_method_may_take_the_gradient_of_the_images(micro) -> None:  # type: ignore[no-untyped-def]
+    model, arrays = micro
+    images, targets = torch.from_numpy(arrays["x"]).requires_grad_(), torch.from_numpy(arrays["cls"])
+    for dtype in (None, torch.float32):
+        logits = class_logits(model, images.double() if dtype is None else images, targets, dtype)
+        (gradient,) = torch.autograd.grad(logits.sum(), [images])
+        assert gradient.shape == images.shape
+        assert bool((gradient.flatten(1).abs().amax(dim=1) > 0).all())
 
 
 def test_gradcam_follows_its_formula(micro) -> None:  # type: ignore[no-untyped-def]

@@ -56,7 +56,7 @@ def relevance_maps(
             left as they were.
         images: what the model takes, [image, channel, row, col].
         targets: one class index per image, [image]. A class-free method does not depend on it.
-        method: a name of `METHODS`: "gradcam", "rollout", "generic", "lrp".
+        method: a name of `METHODS`, as "generic".
         return_stability: also return how reproducible each map is.
         dtype: floating-point type of the computation. None: the method's: float64 for `lrp`, whose quotients are so
             ill-conditioned that its float32 maps are not reproducible; the model's own for the others.

@@ -17,7 +17,7 @@ def class_logits(
     dtype: torch.dtype | None = None,
     around: AbstractContextManager[Any] | None = None,
 ) -> torch.Tensor:
-    """The target class's logit of each image, [image], in a graph that holds no weights.
+    """The target class's logit of each image, [image], in a graph that holds no weights; images may be in it.
 
     The forward pass, which runs in `dtype` and inside `around`, is on detached weights, so that nothing is kept for
     their gradients, whatever they require; the model itself is not touched.
@@ -30,7 +30,7 @@ def class_logits(
         return tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
 
     weights = {name: constant(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    inputs = constant(images)
+    inputs = images if dtype is None else images.to(dtype)
     with around or nullcontext():
         output = torch.func.functional_call(model, weights, (inputs,))
     logits: torch.Tensor = getattr(output, "logits", output)  # Hugging Face's models return a record
