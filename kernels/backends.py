@@ -20,15 +20,10 @@ from kernels.metrics import MetricSpec
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A metric's code in a backend whose pass fills in named planes.
+    """A metric's code in a backend whose pass fills in named planes."""
 
-    Args:
-        planes: those that the pass must fill in for it.
-        read: what the pass gave -> the metric's values, maps flattened.
-    """
-
-    planes: tuple[str, ...]
-    read: Callable[[Any], Any]
+    planes: tuple[str, ...]  # those that the pass must fill in for it
+    read: Callable[[Any], Any]  # what the pass gave -> the metric's values, maps flattened
 
     def __call__(self, result: Any) -> Any:
         return self.read(result)

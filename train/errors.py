@@ -35,3 +35,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing when no known name is near."""
     near = difflib.get_close_matches(name[:4096], list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error's text, short enough for one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

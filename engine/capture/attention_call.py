@@ -47,20 +47,13 @@ class AttentionSite:
 
 @dataclass(frozen=True, slots=True)
 class SiteAttention:
-    """What makes a site's maps in one forward pass: the model's own tensors, which are read and not kept.
+    """What makes a site's maps in one forward pass: the model's own tensors, which are read and not kept."""
 
-    Args:
-        site: where the call is made.
-        query, key: [image, head, token, head_dim], after RoPE and q/k-norm.
-        scale: multiplies q·k.
-        bias: None, additive or boolean (True = attend), broadcastable to [image, head, query, key].
-    """
-
-    site: AttentionSite
-    query: torch.Tensor
+    site: AttentionSite  # where the call is made
+    query: torch.Tensor  # [image, head, token, head_dim], after RoPE and q/k-norm
     key: torch.Tensor
-    scale: float
-    bias: torch.Tensor | None
+    scale: float  # multiplies q·k
+    bias: torch.Tensor | None  # None, additive or boolean (True = attend), broadcastable to [image, head, query, key]
 
     def maps(self) -> torch.Tensor:
         """Post-softmax attention, see `attention_map`."""

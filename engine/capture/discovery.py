@@ -15,23 +15,14 @@ from store.encodings import factor_schema
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discovery:
-    """What a capture of a model will hold.
+    """What a capture of a model will hold."""
 
-    Args:
-        sites: in depth order.
-        skipped: (module name, reason) of the others.
-        num_classes: scored by the model; 0 without a head.
-        precision: dtype in which query meets key; under autocast, the one that it casts to.
-        factors: layer -> what is fixed about its query and key, where they are kept.
-        biases: layer -> the bias that all images share, [1, head, query, key], likewise.
-    """
-
-    sites: tuple[AttentionSite, ...]
-    skipped: tuple[tuple[str, str], ...]
-    num_classes: int
-    precision: str
-    factors: dict[int, FactorSchema]
-    biases: dict[int, torch.Tensor]
+    sites: tuple[AttentionSite, ...]  # in depth order
+    skipped: tuple[tuple[str, str], ...]  # (module name, reason) of the others
+    num_classes: int  # scored by the model; 0 without a head
+    precision: str  # dtype in which query meets key; under autocast, the one that it casts to
+    factors: dict[int, FactorSchema]  # layer -> what is fixed about its query and key, where they are kept
+    biases: dict[int, torch.Tensor]  # layer -> the bias that all images share, [1, head, query, key], likewise
 
     @property
     def head_ids(self) -> tuple[int, ...]:

@@ -26,21 +26,15 @@ _WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "base_lay
 
 @dataclass(frozen=True, slots=True)
 class FunctionCall:
-    """One call of a torch function.
+    """One call of a torch function."""
 
-    Args:
-        function: the torch function.
-        args, kwargs: as called.
-        module: name of the innermost module of the model that was running, "" at the model itself; None for a call
-            that none of its modules made. Modules without children count as the one that holds them.
-        caller: that module.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
+    function: Callable[..., Any]  # the torch function
+    args: tuple[Any, ...]  # as called
     kwargs: Mapping[str, Any]
+    # Name of the innermost module of the model that was running, "" at the model itself; None for a call that none of
+    # its modules made. Modules without children count as the one that holds them.
     module: str | None
-    caller: torch.nn.Module | None = None
+    caller: torch.nn.Module | None = None  # that module
 
     def run(self) -> Any:
         """The function's own result."""

@@ -24,7 +24,7 @@ from store.disk import making
 from store.removal import holds_only, own_zarr, schema_of
 from store.schema import MARK
 from store.storage import Storage
-from train.errors import InputError
+from train.errors import InputError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -61,26 +61,16 @@ class SampleRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleMaps:
-    """The sample images and the whole attention maps that are kept for them.
+    """The sample images and the whole attention maps that are kept for them."""
 
-    Args:
-        path: the `samples.zarr`.
-        pixels: uint8 [image, row, col, channel].
-        ids, labels: of the images.
-        boxes: float32 [image, region, 4], (row0, col0, row1, col1) in pixels, or None.
-        regions: names of the boxes.
-        classes: class names.
-        runs: those that were asked for when it was opened, by name.
-    """
-
-    path: Path
-    pixels: np.ndarray
-    ids: tuple[str, ...]
+    path: Path  # the `samples.zarr`
+    pixels: np.ndarray  # uint8 [image, row, col, channel]
+    ids: tuple[str, ...]  # of the images
     labels: tuple[int, ...]
-    boxes: np.ndarray | None
-    regions: tuple[str, ...]
-    classes: tuple[str, ...]
-    runs: Mapping[str, SampleRun] = field(default_factory=dict)
+    boxes: np.ndarray | None  # float32 [image, region, 4], (row0, col0, row1, col1) in pixels, or None
+    regions: tuple[str, ...]  # names of the boxes
+    classes: tuple[str, ...]  # class names
+    runs: Mapping[str, SampleRun] = field(default_factory=dict)  # those that were asked for when it was opened, by name
 
     @classmethod
     def create(cls, path: Path, images: ImageSet, rows: Sequence[int]) -> Self:
@@ -126,9 +116,8 @@ class SampleMaps:
                 runs={name: _read_run(root[name]) for name in runs},
             )
         except Exception as error:  # zarr and the codecs share no base class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InputError(
-                f"{path}: cannot be read as the sample maps that capture keeps ({reason}); run capture again"
+                f"{path}: cannot be read as the sample maps that capture keeps ({brief(error)}); run capture again"
             ) from error
 
     def add(

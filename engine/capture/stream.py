@@ -44,26 +44,17 @@ from train.transfer import HostCopies
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """What to capture and how; the same for every model of a study.
+    """What to capture and how; the same for every model of a study."""
 
-    Args:
-        sinks: "metrics", "store" or both.
-        metrics: what the `metrics` sink measures: names, `module:name` or MetricSpec objects.
-        encoding: how the `store` sink keeps maps.
-        batch_size: images per forward pass, and per shard.
-        layers, heads: those to capture; empty: all.
-        backend: of the `metrics` sink.
-        device: where the model runs.
-    """
-
-    sinks: tuple[str, ...] = ("metrics",)
+    sinks: tuple[str, ...] = ("metrics",)  # "metrics", "store" or both
+    # What the `metrics` sink measures: names, `module:name` or MetricSpec objects.
     metrics: tuple[str | MetricSpec, ...] = CORE_METRICS
-    encoding: str = "fp16"
-    batch_size: int = 32
-    layers: tuple[int, ...] = ()
+    encoding: str = "fp16"  # how the `store` sink keeps maps
+    batch_size: int = 32  # images per forward pass, and per shard
+    layers: tuple[int, ...] = ()  # numbers of those to capture; empty: all
     heads: tuple[int, ...] = ()
-    backend: str = "auto"
-    device: str = "cpu"
+    backend: str = "auto"  # of the `metrics` sink
+    device: str = "cpu"  # where the model runs
 
     @property
     def stored_encoding(self) -> str:

@@ -16,7 +16,7 @@ from kernels import METRICS
 from store import AttentionStore
 from store.disk import making
 from store.removal import attributes_of, holds_only
-from train.errors import InputError
+from train.errors import InputError, brief
 
 if TYPE_CHECKING:
     import xarray
@@ -184,8 +184,7 @@ def read_table(path: Path) -> xarray.Dataset:
         table: xarray.Dataset = xarray.load_dataset(path, engine="zarr", consolidated=False)
         table = table[json.loads(table.attrs["metrics"])]  # a folder's listing has an order of its own
     except Exception as error:  # zarr, xarray and the codecs share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({reason})") from error
+        raise InputError(f"{path}: cannot be read as an xarray table in Zarr ({brief(error)})") from error
     wrong = [f"{name} over {values.dims}" for name, values in table.items() if values.dims[:5] != AXES]
     wrong += [
         f"no coordinate {axis}" for axis in dict.fromkeys((*AXES, *map(str, table.dims))) if axis not in table.coords

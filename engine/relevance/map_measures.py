@@ -17,15 +17,11 @@ _SSIM_TRUNCATE = 3.5
 def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
     """Whether maps fall on annotated regions, [image, region] each; NaN where a map has no positive value.
 
-    Args:
-        maps: [image, row, col] on the patch grid; what is negative counts as 0.
-        coverage: share of each patch that each region covers, [image, region, patch].
-
-    Returns:
-        `region_hit`: 1 where the map's peak lies on a patch that the region covers by half or more (the pointing game
-        of Zhang et al., doi:10.1007/s11263-017-1059-x; a peak that several patches share counts by its share);
-        `region_share`: the region's share of the map's mass, patches weighted by coverage;
-        `region_overlap`: intersection over union of those patches and as many of the map's greatest ones.
+    `region_hit`: 1 where the map's peak lies on a patch that the region covers by half or more (the pointing game of
+    Zhang et al., doi:10.1007/s11263-017-1059-x; a peak that several patches share counts by its share);
+    `region_share`: the region's share of the map's mass, patches weighted by coverage;
+    `region_overlap`: intersection over union of those patches and as many of the map's greatest ones.
+    Maps are [image, row, col], and what is negative counts as 0; coverage is [image, region, patch].
     """
     flat = np.maximum(maps.reshape(len(maps), 1, -1), 0.0)
     inside = coverage >= 0.5
@@ -47,14 +43,10 @@ def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
 
 
 def noise(maps: Floats) -> dict[str, Floats]:
-    """How noisy maps are, [image] each; what is negative counts as 0, and a map without a positive value is NaN.
+    """How noisy maps [image, row, col] are; what is negative counts as 0, and a map without a positive value is NaN.
 
-    Args:
-        maps: [image, row, col].
-
-    Returns:
-        `total_variation`: mean absolute difference of neighbouring patches, in units of the map's mean;
-        `map_entropy` (nat) and `map_morans_i` of the map as a distribution over patches: the kernels' definitions.
+    `total_variation` [image]: mean absolute difference of neighbouring patches, in units of the map's mean;
+    `map_entropy` (nat) and `map_morans_i` of the map as a distribution over patches: the kernels' definitions.
     """
     positive = np.maximum(maps, 0.0)
     mean = positive.mean(axis=(1, 2))
@@ -83,9 +75,7 @@ def structural_similarity(maps: Floats, others: Floats) -> Floats:
 
     A Gaussian window of 1.5 patches, mirrored at the edges; the mean over all patches. Maps are scaled because it is
     their shape that is compared: a less probable class has a weaker map.
-
-    Source:
-        Wang et al. (2004), doi:10.1109/TIP.2003.819861.
+    Source: Wang et al. (2004), doi:10.1109/TIP.2003.819861.
     """
     peaks = [values.max(axis=(1, 2), keepdims=True) for values in (maps, others)]
     a, b = (v / np.where(peak > 0, peak, np.nan) for v, peak in zip((maps, others), peaks, strict=True))

@@ -12,18 +12,15 @@ Maps = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.dtype | None
 
 @dataclass(frozen=True)
 class Method:
-    """A relevance method.
+    """A relevance method."""
 
-    Attributes:
-        maps: (model, images, targets, dtype) -> [image, row, col], as `relevance_maps` says; of a model in evaluation
-            mode, with gradients on. It raises CaptureError where the method cannot be computed for this model.
-        class_free: whether a map is made of attention alone: the same for every class, with its peak where attention
-            collects. Other methods are compared with it, as with a random map.
-        dtype: floating-point type of the computation where none is asked for; None: the model's own.
-    """
-
+    # (model, images, targets, dtype) -> [image, row, col], as `relevance_maps` says; of a model in evaluation mode,
+    # with gradients on. It raises CaptureError where the method cannot be computed for this model.
     maps: Maps
+    # Whether a map is made of attention alone: the same for every class, with its peak where attention collects.
+    # Other methods are compared with it, as with a random map.
     class_free: bool = False
+    # Floating-point type of the computation where none is asked for; None: the model's own.
     dtype: torch.dtype | None = None
 
 

@@ -21,7 +21,7 @@ from engine.measure import read_table
 from engine.report.marks import PALETTE
 from engine.statistics import Cluster, Comparison, PairedTest, parse_comparison
 from kernels import METRICS
-from train.errors import InputError
+from train.errors import InputError, brief
 
 METRICS_TABLE = Path("metrics/attention_metrics.zarr")
 COMPARISON = Path("metrics/attention_comparison.json")
@@ -277,9 +277,3 @@ def load_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
     return value
-
-
-def brief(error: Exception) -> str:
-    """The first line of an error's text, short enough for one sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]

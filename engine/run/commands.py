@@ -21,30 +21,18 @@ _OF_ONE_STORE = ("capture.store", "measure.store", "measure.against")
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
-
-    Attributes:
-        run: does it, and returns the exit code where that may be another than 0.
-        uses: sections and keys of the configuration that it reads; a flag of another is refused, not ignored.
-        flags: short flag -> configuration key.
-        positional: the file it may name.
-        shared: torchrun's processes divide its work; otherwise the first one does it.
-        defaults: configuration key -> value, where no file is given.
-        required: flags that must be given then.
-        writes: keys that name what it writes; it writes the study.toml of its outputs folder if that is one of them.
-        continues: without a file it goes on with the study.toml of its outputs folder.
-    """
+    """One command."""
 
     help: str
-    run: Callable[[StudyConfig, argparse.Namespace], int | None]
-    uses: tuple[str, ...] = ()
-    flags: Mapping[str, str] = field(default_factory=dict)
-    positional: str = ""
-    shared: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    required: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    continues: bool = False
+    run: Callable[[StudyConfig, argparse.Namespace], int | None]  # returns the exit code where it may be another than 0
+    uses: tuple[str, ...] = ()  # sections and keys that it reads; a flag of another is refused, not ignored
+    flags: Mapping[str, str] = field(default_factory=dict)  # short flag -> configuration key
+    positional: str = ""  # the file it may name
+    shared: bool = False  # torchrun's processes divide its work; otherwise the first one does it
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # configuration key -> value, where no file is given
+    required: tuple[str, ...] = ()  # flags that must be given then
+    writes: tuple[str, ...] = ()  # keys that name what it writes; with `outputs`, that folder's study.toml too
+    continues: bool = False  # without a file it goes on with the study.toml of its outputs folder
 
     def reads(self, key: str) -> bool:
         """Whether a key changes anything that it does; where outputs go, and on which device, does everywhere."""
