@@ -21,7 +21,7 @@ from engine.measure import units as stored
 from engine.measure.store import measure_store
 from engine.measure.table import build_table
 from engine.run import main
-from kernels import InvalidAttentionError, TokenLayout, measure_attention, measure_pair
+from kernels import BackendUnavailableError, InvalidAttentionError, TokenLayout, measure_attention, measure_pair
 from kernels.cpu.threads import set_num_threads
 from store import AttentionStore
 from store.local import LocalStorage
@@ -212,6 +212,15 @@ def test_bad_flags_are_one_sentence(
     assert "--measure.metrics is an empty list; expected a list that is not empty" in error("--metrics", "")
     monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
     assert "NUMBA_NUM_THREADS is 'many'; expected a positive number" in error("--metrics", "gini")
+
+
+def test_a_capture_that_was_measured_on_a_gpu_asks_for_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = store_of(tmp_path / "run.zarr")
+    assert measure_store(AttentionStore.open(path), ["entropy"], "reference") == ("entropy",)
+    assert measure_store(AttentionStore.open(path), ["entropy"], "triton") == ()
+    with pytest.raises(BackendUnavailableError, match="the attention is on 'cpu'"):
+        measure_store(AttentionStore.open(path), ["entropy", "gini"], "triton")
 
 
 def test_a_damaged_record_is_named_and_its_batch_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

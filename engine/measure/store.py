@@ -47,12 +47,12 @@ def measure_store(
         StoreError: a store is damaged, or nothing of it is captured.
         ClusterError: the cluster failed; see `engine.measure.cluster`.
     """
-    chosen = resolve(backend, "cpu").name
     specs = load_metrics(metrics)
     _check_second_store(store, specs, against)
     missing = {spec.name: spec for spec in specs if not _is_measured(store, spec, against)}
-    if not missing:
+    if not missing:  # by whatever backend: of a capture measured on a GPU, none needs to run here
         return ()
+    chosen = resolve(backend, "cpu").name
     pairs = [name for name, spec in missing.items() if spec.inputs == "pair"]
     other = against if pairs else None
     _require_maps(store, missing.values())
