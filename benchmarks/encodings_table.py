@@ -200,7 +200,7 @@ def tables(subjects: Sequence[Subject], found: Sequence[Found]) -> list[str]:
         lines += _item(f"{ran}; entropies of heads from {np.nanmin(entropy):.3g} to {np.nanmax(entropy):.3g} nat.")
     lines += [
         "",
-        "## Bytes an image",
+        "## Bytes per image",
         "",
         *_paragraph("All layers and heads; on disk after Blosc (lz4, bitshuffle), checksums and index included."),
         "| model | encoding | what is kept | before compression | on disk | ratio |",
