@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from synthetic_study import build_study, report_on, results_of
 
+from engine.report import html
+from engine.report.document import Section, Text
 from engine.report.write import render_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -188,6 +190,14 @@ def test_a_leaner_study_makes_a_sound_page(browser: Browser, tmp_path: Path, opt
     assert browser.problems() == []
     assert browser.run("document.documentElement.scrollWidth") <= 360
     assert browser.run("document.querySelectorAll('.heat td').length > 0") == ("conditions" not in options)
+
+
+def test_a_page_without_scripts_is_sound(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "trials.html"
+    section = Section("Trials", "Trials", "trials", [Text("Best trial: the first.")])
+    path.write_text(html.page([section], title="Trials", heading="Trials", facts=""), encoding="utf-8")
+    browser.open(path, 360)
+    assert browser.problems() == []
 
 
 def test_it_opens_where_the_change_is_largest(browser: Browser, page: Path) -> None:
