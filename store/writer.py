@@ -230,7 +230,7 @@ class AttentionWriter(Writer):
         self._commit(batch_name(batch), batch, files, lambda: self.committed.add(batch))
 
     def _images(self, batch: int) -> int:
-        """How many images a batch that may still be written has."""
+        """How many images there are in a batch that may still be written."""
         if not 0 <= batch < self.schema.num_batches:
             raise StoreError(f"batch is {batch}; this store has batches 0 to {self.schema.num_batches - 1}")
         if batch in self.committed or batch in self._submitted:

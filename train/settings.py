@@ -48,7 +48,7 @@ class PretrainConfig:
     __pydantic_config__ = STRICT
     scenes: Scenes = key(8000, "scenes in the source task's training split")
     epochs: Count = key(3, "passes over them")
-    batch_size: Count = key(32, "scenes a step")
+    batch_size: Count = key(32, "scenes per step")
     lr: Rate = key(3e-3, "peak learning rate")
     seed: Natural = key(0, "seed of initial weights and data order")
 
@@ -58,9 +58,9 @@ class TrainConfig:
     """What all conditions share."""
 
     __pydantic_config__ = STRICT
-    seeds: Annotated[tuple[Natural, ...], MinLen(1)] = key((42,), "one training run a condition and seed")
+    seeds: Annotated[tuple[Natural, ...], MinLen(1)] = key((42,), "one training run per condition and seed")
     epochs: Count = key(30, "passes over the training split")
-    batch_size: Count = key(64, "images a step")
+    batch_size: Count = key(64, "images per step")
     accumulate: Count = key(1, "forward and backward passes that a step's images are divided into, to save memory")
     weight_decay: NonNegative = key(0.05, "AdamW's decoupled weight decay")
     warmup_fraction: Fraction = key(0.1, "share of the steps in linear warm-up, cosine after it")

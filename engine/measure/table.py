@@ -132,7 +132,7 @@ def same_architecture(one: AttentionStore, other: AttentionStore) -> bool:
 def write_table(table: xarray.Dataset, folder: Path) -> list[Path]:
     """Write `attention_metrics` as .zarr, .h5 and .csv; each appears whole or not at all.
 
-    The CSV is long: one row a (condition, seed, image, layer, head), one column a metric (`metric[region]`).
+    The CSV is long: one row per (condition, seed, image, layer, head), one column per metric (`metric[region]`).
     """
     from zarr.codecs import Crc32cCodec, ZstdCodec
 

@@ -56,7 +56,7 @@ class StoredMeasurement:
         """Measure batches (batch -> names of metrics) in as many threads as `kernels.cpu.threads` has set, in order.
 
         A thread decodes a unit and measures it; no thread waits for another's decoding, so all CPUs are busy whatever
-        the ratio of the two, and no more than a unit a thread is in memory.
+        the ratio of the two, and no more than one unit per thread is in memory.
 
         Raises:
             StoreError: a shard is missing or damaged.
