@@ -410,3 +410,8 @@ def test_a_store_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert main(["measure", "--store", str(one), *flags]) == 0
         assert sorted(opened) == ["one.zarr", "two.zarr"]
         opened.clear()
+
+
+def test_no_metric_is_not_nothing_to_do(measurable: Path) -> None:
+    with pytest.raises(InputError, match="there is no metric to measure"):
+        measure_store(AttentionStore.open(measurable), [], "numba")

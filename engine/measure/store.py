@@ -47,6 +47,8 @@ def measure_store(
         StoreError: a store is damaged, or nothing of it is captured.
         ClusterError: the cluster failed; see `engine.measure.cluster`.
     """
+    if not metrics:
+        raise InputError("there is no metric to measure; name some in measure.metrics (--metrics distance,entropy)")
     specs = load_metrics(metrics)
     _check_second_store(store, specs, against)
     missing = {spec.name: spec for spec in specs if not _is_measured(store, spec, against)}

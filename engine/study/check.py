@@ -84,7 +84,8 @@ def check_capture(
     found = discover(model, noise, layers=capture.layers, heads=capture.heads, keeps_factors=keeps_factors)
     specs = [] if stored_alone else metrics_of_one_capture(config.measure.metrics)
     if specs:
-        backend = resolve(config.measure.backend, torch.device(device).type).name
+        measured_on = torch.device(device).type if "metrics" in capture.sinks else "cpu"  # stored maps
+        backend = resolve(config.measure.backend, measured_on).name
         regions = len(REGION_NAMES) if config.data.kind == "digits" else 0
         check_metrics(specs, [site.layout for site in found.sites], regions, backend)
         if BACKENDS[backend].devices != ("cpu",):
