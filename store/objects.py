@@ -37,7 +37,7 @@ from store.storage import Item, Lock, Result, Storage, StoreUrl, Write
 from store.system import is_running
 
 _AT_ONCE = 16  # requests under way
-_held: set[str] = set()  # ledgers that this process has locked
+_held: set[str] = set()  # ids of locks that this process holds, or is about to take
 _PATIENCE = timedelta(seconds=60)  # with a network that fails
 
 
@@ -146,13 +146,15 @@ class ObjectStorage(Storage):
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lock]:
         lock = _LockObject(self)
-        lock.take()
-        _held.add(self.location)
+        _held.add(lock.id)
         try:
-            yield lock
+            lock.take()
+            try:
+                yield lock
+            finally:
+                self.remove("lock")
         finally:
-            _held.discard(self.location)
-            self.remove("lock")
+            _held.discard(lock.id)
 
     @contextlib.contextmanager
     def joined(self, run: str) -> Iterator[Lock]:
@@ -199,15 +201,16 @@ class _LockObject:
 
     def __init__(self, storage: ObjectStorage) -> None:
         self._storage = storage
-        # The id: an object's e_tag may be a hash of its content, which no two locks have in common.
-        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "run": "", "id": uuid.uuid4().hex}
+        # An object's e_tag may be a hash of its content, which no two locks have in common.
+        self.id = uuid.uuid4().hex
+        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "run": "", "id": self.id}
 
     def take(self) -> None:
         """Put it, or replace one whose writer has died on this machine; StoreError if another may hold it."""
         if self._storage.put_over("lock", self._content()):
             return
         holder, version = self.read()
-        if holder.get("host") == self._mine["host"] and not self._lives(holder.get("process")):
+        if holder.get("host") == self._mine["host"] and not self._lives(holder):
             # Of several that find it so, one replaces the version that they all have read.
             if version and self._storage.put_over("lock", self._content(), version):
                 return
@@ -234,10 +237,11 @@ class _LockObject:
         except (ValueError, TypeError, RecursionError):
             return {}, version
 
-    def _lives(self, process: object) -> bool:
+    def _lives(self, holder: dict[str, Any]) -> bool:
         """Whether a process of this machine still holds the lock; a dead one may have had this one's number."""
+        process = holder.get("process")
         if process == os.getpid():
-            return self._storage.location in _held
+            return holder.get("id") in _held
         return not isinstance(process, int) or is_running(process)
 
     def _content(self) -> bytes:
