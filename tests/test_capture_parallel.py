@@ -65,7 +65,8 @@ def one_process(*command: str) -> int:
 
 
 def capture(inputs: list[str], path: Path, *more: str) -> list[str]:
-    return ["capture", *inputs, "--store", str(path), *more]
+    shared = inputs[:-2] if "--batch-size" in more else inputs  # a flag is given once
+    return ["capture", *shared, "--store", str(path), *more]
 
 
 def file_bytes(path: Path, *parts: str) -> dict[str, bytes]:
