@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -65,8 +66,9 @@ def one_process(*command: str) -> int:
 
 
 def capture(inputs: list[str], path: Path, *more: str) -> list[str]:
-    shared = inputs[:-2] if "--batch-size" in more else inputs  # a flag is given once
-    return ["capture", *shared, "--store", str(path), *more]
+    usual = [*inputs, "--store", str(path)]  # flags, each with its value
+    kept = [pair for pair in zip(usual[::2], usual[1::2], strict=True) if pair[0] not in more]  # a flag is given once
+    return ["capture", *itertools.chain.from_iterable(kept), *more]
 
 
 def file_bytes(path: Path, *parts: str) -> dict[str, bytes]:
