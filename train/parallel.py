@@ -22,7 +22,7 @@ import torch
 from torch import distributed, nn
 
 from train.errors import InputError, WorkerLostError
-from train.processes import let_speak, several_processes
+from train.processes import let_speak, several_processes, speaks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -137,7 +137,8 @@ def joined(device: str) -> Iterator[Workers]:
     """The workers that torchrun started, their group joined for the length of a `with` block.
 
     A process that was started alone is alone. On "cuda" each process takes the GPU of its local rank. Of several that
-    fail inside, the first one says it (`train.processes.speaks`); WorkerLostError: another process has ended.
+    fail inside, the first one says it (`train.processes.speaks`), and those that it leaves alone end with its code.
+    WorkerLostError: another process has ended.
     """
     if not several_processes():
         yield SINGLE
@@ -163,13 +164,18 @@ def joined(device: str) -> Iterator[Workers]:
         world_size=count,
         timeout=_PATIENCE,
     )
-    workers = Workers(rank, count, PrefixStore(f"workers {attempt}", store))
+    kept = PrefixStore(f"workers {attempt}", store)
+    workers = Workers(rank, count, kept)
     failed = Tally(workers, "failed")
     try:
         yield workers
-    except Exception:
+    except Exception as error:
         try:
             let_speak(failed.add(1) == 1)
+            if speaks():
+                kept.set("exit code", str(getattr(error, "exit_code", 1)))
+            elif isinstance(error, WorkerLostError):  # torchrun reports the process that it sees end first
+                error.exit_code = int(kept.get("exit code"))
         except RuntimeError:  # what torchrun itself keeps is gone: nobody else will say it
             let_speak(True)
         raise
