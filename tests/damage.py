@@ -134,12 +134,13 @@ def alike(name: str, found: bytes | None, sound: bytes | None) -> bool:
 
 
 def stages(journal: bytes) -> dict[str, Any]:
-    """The last record of each stage, without its times."""
+    """The last record of each stage that makes files, without its times; each command has a check of its own."""
     last = {}
     for line in journal.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
-            last[record["stage"]] = {"key": record["key"], "outputs": record["outputs"]}
+            if record["outputs"]:
+                last[record["stage"]] = {"key": record["key"], "outputs": record["outputs"]}
     return last
 
 

@@ -24,6 +24,7 @@ from tests.damage_steps import (
     telling,
     verifying,
 )
+from tests.flags import flags
 from tests.photographs import write_photographs
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
@@ -221,13 +222,14 @@ def compare(folder: Path) -> Subject:
     root, home = photographs(folder), folder / "out"
 
     def run(outputs: Path, first: Path, second: Path, *more: str) -> list[str]:
-        return [
-            *("compare", "--baseline", str(first), "--finetuned", str(second), "--model.name", "test_vit"),
-            *("--model.img_size", "64", "--data.root", str(root), "--outputs", str(outputs), *more),
+        usual = [
+            *("--baseline", str(first), "--finetuned", str(second), "--model.name", "test_vit"),
+            *("--model.img_size", "64", "--data.root", str(root), "--outputs", str(outputs)),
             *("--statistics.bootstrap", "19", "--capture.batch_size", "8", "--capture.samples", "2"),
             *("--measure.metrics", "distance", "--relevance.measured", "2", "--relevance.images", "1"),
             *("--relevance.methods", "generic", "--relevance.steps", "2", "--data.cache", "true"),
         ]
+        return ["compare", *flags(usual, more)]
 
     models = [weights(folder, name, seed) for seed, name in enumerate("abcd")]
     own = ("--statistics.permutations", "19")

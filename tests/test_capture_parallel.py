@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from engine.run import main
 from store import AttentionStore
 from store.verify import verify
+from tests.flags import flags
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -66,9 +66,7 @@ def one_process(*command: str) -> int:
 
 
 def capture(inputs: list[str], path: Path, *more: str) -> list[str]:
-    usual = [*inputs, "--store", str(path)]  # flags, each with its value
-    kept = [pair for pair in zip(usual[::2], usual[1::2], strict=True) if pair[0] not in more]  # a flag is given once
-    return ["capture", *itertools.chain.from_iterable(kept), *more]
+    return ["capture", *flags([*inputs, "--store", str(path)], more)]
 
 
 def file_bytes(path: Path, *parts: str) -> dict[str, bytes]:
@@ -199,8 +197,8 @@ def test_a_mistake_is_one_sentence_of_one_process(inputs: list[str], tmp_path: P
         (["--capture.heads", "9"], "has no head 9", 2),
         (["--store", str(other), "--batch-size", "4"], "was captured with another batch_size", 1),
     ]
-    for flags, sentence, code in cases:
-        done = torchrun(2, *capture(inputs, tmp_path / "maps.zarr", *flags))
+    for own, sentence, code in cases:
+        done = torchrun(2, *capture(inputs, tmp_path / "maps.zarr", *own))
         assert done.returncode != 0
         assert [sentence in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
         assert done.stderr.index(sentence) < done.stderr.index("ChildFailedError"), "before torchrun's own report"

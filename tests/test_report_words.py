@@ -317,8 +317,8 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
         "however large the sizes of entropy"
     )
     assert "Real but negligible: 16 layer × head cells and 4 layer means. Equivalent within ±0.500 nat" in summary
-    within = "16 layer × head cells and 4 layer means differ within their bound (real but negligible)"
-    assert f"differ, and {within}, at the family-wise level" in summary
+    within = "Different, but within the bound (real but negligible): 16 layer × head cells and 4 layer means."
+    assert f" images). {within}" in summary
     assert '<tr class="negligible"><th scope="row">Entropy</th>' in page
     assert "16 more differ within the bounds set beforehand: real but negligible" in page
 

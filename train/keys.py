@@ -65,8 +65,8 @@ Place = Annotated[Text, _WRITTEN_OUT]  # a file, a folder or a URL
 STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
-def key(default: Any, help: str, recipes: tuple[str, ...] = ()) -> Any:
-    """A key with its one-line help, and the recipes that read it; none: it has nothing to do with recipes."""
+def key(default: Any, help: str | Callable[[], str], recipes: tuple[str, ...] = ()) -> Any:
+    """A key with its one-line help, or what makes it, and the recipes that read it; none: they have no part in it."""
     metadata = {"help": help, "recipes": recipes}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)

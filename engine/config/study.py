@@ -126,6 +126,14 @@ class CaptureConfig:
     store: Place = key("", "capture: the store to write")
 
 
+def _backends() -> str:
+    from kernels import BACKENDS  # lazy: a command that needs none has none loaded
+
+    on_cpu = [name for name, backend in BACKENDS.items() if "cpu" in backend.devices]
+    on_cuda = [name for name in BACKENDS if name not in on_cpu]
+    return f"auto, {', '.join(on_cpu)}; on CUDA also {', '.join(on_cuda)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     """Metrics over captured attention."""
@@ -134,7 +142,7 @@ class MeasureConfig:
     metrics: Annotated[tuple[Name, ...], MinLen(1)] = key(
         ("distance", "entropy", "morans_i", "prefix_mass"), "metric names, or module:name of your own"
     )
-    backend: Name = key("auto", "auto, reference, numba, torch; on CUDA also triton, numba_cuda")
+    backend: Name = key("auto", _backends)
     store: Place = key("", "measure: the store to read")
     against: Place = key("", "measure: the second condition's store, which pair metrics compare with")
     scheduler: Text = key("", "tcp://HOST:PORT of a Dask scheduler whose workers measure; without: this process")

@@ -155,17 +155,15 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
     within = _negligible(comparison)
     if not changed and not comparison.layers_changed:
         tested = f"{cells} layer × head × metric cells" + (f" and {layers} layer means" if layers else "")
-        verdict = f"none of the {tested} differs"
-        if within:
-            verdict = f"of {tested}, {within} differ, each within its bound (real but negligible),"
+        verdict = f"none of the {tested} differs" + (" by more than its bound" if within else "")
     else:
         verdict = f"{changed} of {cells} layer × head × metric cells"
         verdict += (f" and {comparison.layers_changed} of {layers} layer means" if layers else "") + " differ"
-        verdict += f", and {within} differ within their bound (real but negligible)," if within else ""
     return (
         f"{comparison.pair}: {verdict} at the family-wise level α = "
         f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = "
         f"{text.count(comparison.n, 'image')})."
+        + (f" Different, but within the bound (real but negligible): {within}." if within else "")
     )
 
 

@@ -56,7 +56,8 @@ class FlagParser(argparse.ArgumentParser):
                 continue
             section = key.rpartition(".")[0] or "study"
             group = groups.setdefault(section, self.add_argument_group(section))
-            text = declared.metadata.get("help", "").replace("%", "%%")
+            text = declared.metadata.get("help", "")
+            text = (text() if callable(text) else text).replace("%", "%%")
             group.add_argument(f"--{key}", action=_Once, dest=key, metavar=declared.name.upper(), help=text)
             self.keys[f"--{key}"] = key
 

@@ -36,7 +36,7 @@ def compared(study: Study) -> Iterator[Block]:
     yield Text(
         f"Model: {model.get('name', 'not recorded')}. Data: {dataset.get('id', 'not recorded')}{split}, "
         f"{text.count(results.num_images, 'image')}. {text.count(len(results.document.layers), 'layer')}, "
-        f"{text.count(len(results.heads), 'head')} a layer. "
+        f"{text.count(len(results.heads), 'head')} per layer. "
         f"Forward pass in {results.table.attrs.get('precision', 'a precision that was not recorded')}."
     )
     rows: list[list[Content]] = []
