@@ -137,8 +137,8 @@ def test_three_processes_leave_the_bytes_of_one(inputs: list[str], tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_model_is_captured_whatever_each_process_starts_from(inputs: list[str], tmp_path: Path) -> None:
-    """Without weights the model is random, and another one in every process."""
+def test_one_random_model_is_captured(inputs: list[str], tmp_path: Path) -> None:
+    """Without weights the model is a random one, the same in every process."""
     path = tmp_path / "maps.zarr"
     without = [*inputs[:2], "--model.pretrained", "false", *inputs[4:]]
     done = torchrun(2, *capture(without, path))

@@ -23,6 +23,7 @@ from engine.progress import say
 from engine.run import main
 from engine.run.commands import COMMANDS
 from engine.study.outputs import require_apart
+from store import AttentionStore
 from train.errors import InputError
 
 TINY = "vit_tiny_patch16_224"
@@ -362,6 +363,19 @@ def test_capture_measure_verify_info(
     assert {entry.name for entry in tmp_path.iterdir()} >= {"samples.zarr", "samples.ledger", "samples.samples.zarr"}
     assert main(["verify", str(tmp_path / "none.zarr")]) == 2
     assert "none.zarr" in capsys.readouterr().err
+
+
+def test_random_weights_are_those_of_the_seed(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A capture of them that was stopped goes on with the same model, and never with another one."""
+    capture = ["capture", "--model.name", "test_vit", "--model.pretrained", "false", "--data.root", str(photos)]
+    stores = [tmp_path / f"{name}.zarr" for name in "ab"]
+    for store in stores:
+        torch.rand(())  # what the process did before has no part in it
+        assert main([*capture, "--store", str(store)]) == 0
+    first, second = (AttentionStore.open(store).read_logits() for store in stores)
+    np.testing.assert_array_equal(first, second)
+    assert main([*capture, "--store", str(stores[0]), "--data.seed", "7"]) == 1
+    assert "was captured with another model" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_has_to_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

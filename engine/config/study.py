@@ -87,7 +87,7 @@ class DataConfig:
         "stratified: 70/15/15 within each class; official: indoor67's lists; folders: train/val/test folders; "
         "all: every image is test; auto: folders for sports100, else stratified, but all in compare and capture",
     )
-    seed: Natural = key(42, "seed of the split, or of the composed scenes")
+    seed: Natural = key(42, "seed of the split or of the composed scenes, and of weights that come from no file")
     follow_links: bool = key(
         False, "take what links lead to, wherever it lies; false: a link that leaves the folder is refused"
     )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from engine.capture import FILES, Capture, SampleMaps, capture_to_store, choose_samples, require_samples_place
 from engine.config import StudyConfig
 from engine.progress import say
@@ -51,12 +53,14 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     if config.model.classes:
         read_class_names(Path(config.model.classes))  # a wrong file is found before anything is loaded
     source = model_source(config)
-    model = build_model(source, num_classes=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.data.seed)  # weights that come from no file
+        model = build_model(source, num_classes=None)
     outputs = int(cast(Any, model).num_classes)
     named = named_classes(
         outputs, condition="", checkpoint=None if source.adapter else source.file, file=config.model.classes
     )
-    workers.share_weights(model)  # whatever they start from, all processes capture one model
+    workers.share_weights(model)  # whatever each of them has read, all processes capture one model
     preprocessing = preprocessing_of(model)
     model.to(device)
     if workers.first:  # before any picture is decoded
@@ -68,12 +72,13 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     check_shared_names(head, images.class_names, config.model.classes)
     if sentence := head.origin("the model"):
         say(sentence)
+    made = {"weights_seed": config.data.seed} if source.file is None and not source.pretrained else {}
     capture_to_store(
         model.eval(),
         images,
         path,
         capture_settings(config, device),
-        model_info=model_info(source) | ({"classes": list(head.names)} if head.known else {}),
+        model_info=model_info(source) | made | ({"classes": list(head.names)} if head.known else {}),
         preprocessing=preprocessing.to_dict(),
         dataset_info=dataset_info(manifest),
         manifest=manifest_dict(manifest),

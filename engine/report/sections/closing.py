@@ -81,8 +81,8 @@ def limits(study: Study) -> Iterator[Block]:
     images = text.count(results.num_images, "image")
     scope = [
         f"One architecture, one data set, {images}, "
-        f"{'one checkpoint' if runs == 1 else f'{runs} training runs'} per condition: nothing here carries over to other "
-        "models, data or tasks without being measured there.",
+        f"{'one checkpoint' if runs == 1 else f'{runs} training runs'} per condition: nothing here carries over to "
+        "other models, data or tasks without being measured there.",
         *wording.scope_sentences(results, study.comparisons),
         "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
         "independent than that.",
