@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import timm
 import torch
 
-from engine.capture import Capture, CaptureError, capture_attention, capture_to_store
+from engine.capture import Capture, CaptureError, SampleMaps, capture_attention, capture_to_store, logits_of
 from engine.capture.sinks import unusable_rows
 from engine.measure.table import build_table
 from kernels import TokenLayout, measure_attention
@@ -241,3 +243,46 @@ def nan_in(parameter: torch.Tensor) -> Iterator[None]:
     finally:
         with torch.no_grad():
             parameter.copy_(before)
+
+
+def test_the_c_library_is_asked_to_trim_only_where_it_may_have_the_function(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library(name: str | None) -> None:
+        raise TypeError("bad argument type for built-in operation")  # what Windows says of None
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert len(capture(model, tmp_path / "s.zarr").image_ids) == len(Pictures.ids)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "ViTModel"])
+def test_a_hugging_face_model_gives_its_logits_if_it_has_any(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(image_size=64, patch_size=16, num_labels=2, **sizes)
+    model = getattr(transformers, name)(config).eval()
+    with torch.inference_mode():
+        output = model(Pictures().pixels)
+    store = capture(model, tmp_path / "s.zarr")
+    samples = SampleMaps(
+        path=tmp_path / "maps.samples.zarr",
+        pixels=np.zeros((2, 1, 1, 3)),
+        ids=("a", "b"),
+        labels=(0, 1),
+        boxes=None,
+        regions=(),
+        classes=("zero", "one"),
+    )
+    samples._write_images(samples.path)
+    samples.add("vit", model, Pictures(), [0, 1])  # type: ignore[arg-type]
+    kept = SampleMaps.open(samples.path, ["vit"]).runs["vit"].logits
+    if name == "ViTModel":
+        assert store.schema.num_classes == 0
+        assert kept is None
+        with pytest.raises(CaptureError, match="has no logits; expected scores of classes"):
+            logits_of(output)
+        return
+    assert store.schema.num_classes == 2
+    np.testing.assert_allclose(store.read_logits(), logits_of(output).numpy(), atol=1e-5)
+    np.testing.assert_allclose(kept, output.logits[:2].numpy(), atol=1e-5)

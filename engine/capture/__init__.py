@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from engine.capture.samples import FILES, SampleLayer, SampleMaps, SampleRun, choose_samples, require_samples_place
     from engine.capture.sinks import stack_layers
     from engine.capture.stream import Capture, capture_to_store
-    from engine.capture.tap import AttentionTap, capture_attention, evaluating, has_classes, observe
+    from engine.capture.tap import AttentionTap, capture_attention, evaluating, has_classes, logits_of, observe
 
 __all__, __getattr__, __dir__ = imported_when_used(
     __name__,
@@ -51,6 +51,6 @@ __all__, __getattr__, __dir__ = imported_when_used(
         "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
         "sinks": "stack_layers",
         "stream": "Capture capture_to_store",
-        "tap": "AttentionTap capture_attention evaluating has_classes observe",
+        "tap": "AttentionTap capture_attention evaluating has_classes logits_of observe",
     },
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.capture.attention_call import AttentionSite, SiteAttention
-from engine.capture.tap import has_classes, observe
+from engine.capture.tap import has_classes, logits_of, observe
 from store import Factors, FactorSchema, LayerSchema
 from store.encodings import factor_schema
 
@@ -85,7 +85,7 @@ def discover(
     return Discovery(
         sites=tuple(sites),
         skipped=tuple(tap.skipped),
-        num_classes=int(output.shape[-1]) if has_classes(model) else 0,
+        num_classes=int(logits_of(output).shape[-1]) if has_classes(model, output) else 0,
         precision=", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
         factors=factors,
         biases=biases,

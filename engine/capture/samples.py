@@ -135,21 +135,21 @@ class SampleMaps:
             DiskError: it cannot be written.
             StoreError: a group of that name holds something else.
         """
-        from engine.capture.tap import has_classes, observe
+        from engine.capture.tap import has_classes, logits_of, observe
 
         maps: list[tuple[AttentionSite, np.ndarray]] = []
 
         def keep(attention: SiteAttention) -> None:
             maps.append((attention.site, attention.maps().half().cpu().numpy()))
 
-        logits, _ = observe(model, images.batch(rows).to(device), keep)
+        output, _ = observe(model, images.batch(rows).to(device), keep)
         with making(self.path / name, holds_only(_RUN_FILES)) as partial:
             group = zarr.open_group(partial, mode="w-", zarr_format=3)
             for site, values in maps:
                 attributes = {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()}
                 _write(group, f"layer_{site.layer:02d}", values, ("image", "head", "query", "key"), attributes)
-            if has_classes(model):
-                _write(group, "logits", logits.float().cpu().numpy(), ("image", "class"))
+            if has_classes(model, output):
+                _write(group, "logits", logits_of(output).float().cpu().numpy(), ("image", "class"))
 
     def _write_images(self, partial: Path) -> None:
         root = zarr.open_group(partial, mode="w-", zarr_format=3)

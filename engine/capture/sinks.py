@@ -31,7 +31,7 @@ _PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class BatchResults:
     """What a batch gives beside the attention that was written; layers with fewer heads than the widest are filled."""
 
-    logits: np.ndarray  # what the model puts out, [image, class]
+    logits: np.ndarray | None  # [image, class]; None of a model that scores no classes
     # Metric -> [image, layer, head(, region)], filled with NaN.
     values: dict[str, np.ndarray] = field(default_factory=dict)
     # Metric -> rows that have no part in its value, [image, layer, head], filled with −1.

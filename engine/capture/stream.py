@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from engine.capture.families import CaptureError
 from engine.capture.metrics import metric_parameters
 from engine.capture.prefix_mass import heads_on_prefix
 from engine.capture.sinks import BatchResults, FactorsSink, MapsSink, MetricsSink, Sink
-from engine.capture.tap import AttentionTap, evaluating
+from engine.capture.tap import AttentionTap, evaluating, logits_of
 from engine.config import metrics_of_one_capture
 from engine.progress import ImageProgress, say
 from kernels import BACKENDS, CORE_METRICS, MetricSpec, check_metrics, resolve
@@ -103,7 +104,10 @@ def capture_to_store(
         The complete store, open for reading.
 
     Raises:
-        CaptureError: no measurable attention, or a metric this data set cannot have.
+        CaptureError: no measurable attention, or a layer or head that is not there.
+        MetricError: no such metric, or one that this data set cannot have.
+        InputError: a metric that compares two captures.
+        BackendUnavailableError: the backend cannot run here, or does not measure on the model's device.
         StoreError: the store there belongs to another run, or cannot be written.
     """
     workers = workers or Workers()
@@ -202,17 +206,17 @@ class BatchPass:
         invalid = [sink.take(attention) for sink in self._sinks]
         self._invalid.append((site.layer, invalid[0]))
 
-    def launched(self, logits: torch.Tensor) -> None:
-        """The forward pass is launched: its results start on their way to the host."""
+    def launched(self, logits: torch.Tensor | None) -> None:
+        """The forward pass is launched: its results start on their way to the host; a model may have no logits."""
         rows = [torch.stack([invalid.sum(), torch.ones_like(invalid).sum()]) for _, invalid in self._invalid]
         self._counts = self._copies.start(torch.stack(rows))
         for sink in self._sinks:
             sink.launched()
-        self._logits = self._copies.start(logits.float())
+        self._logits = None if logits is None else self._copies.start(logits.float())
 
     def finish(self) -> BatchResults:
         """Wait for the results, and for attention that has not been handed to the writer."""
-        results = BatchResults(logits=self._logits.wait().numpy())
+        results = BatchResults(None if self._logits is None else self._logits.wait().numpy())
         for sink in self._sinks:
             sink.finish(results)
         counts = self._counts.wait().tolist()
@@ -300,8 +304,8 @@ class CaptureRun:
         launched = BatchPass(batch, self._sinks(batch), self._copies)
         layers, heads = self.capture.layers or None, self.capture.heads or None
         with AttentionTap(self.model, launched.on_attention, layers=layers, heads=heads):
-            logits = self.model(pixels)
-        launched.launched(logits)
+            output = self.model(pixels)
+        launched.launched(logits_of(output) if self._schema.num_classes else None)
         return launched
 
     def _commit(self, launched: BatchPass, progress: ImageProgress) -> None:
@@ -312,8 +316,7 @@ class CaptureRun:
                 "look for NaN in the model's weights and in the images"
             )
         self._invalid_rows.extend((layer, invalid) for layer, invalid, _ in results.invalid_rows if invalid)
-        logits = results.logits if self._schema.num_classes else None
-        self.writer.commit(batch, results.values, results.undefined, logits)
+        self.writer.commit(batch, results.values, results.undefined, results.logits)
         self._prefix_mass.extend((*head, batch, mass) for head, mass in results.prefix_mass.items())
         progress.reach(self._captured.add(len(self._rows(batch))))
         _return_freed_memory()
@@ -324,8 +327,7 @@ def _return_freed_memory() -> None:
 
     Without it a capture's resident memory crept up by 10-13 % from 64 to 640 images, though nothing was held.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's alone
         trim(0)
 
 

@@ -242,7 +242,7 @@ def observe(
     *,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
-) -> tuple[torch.Tensor, AttentionTap]:
+) -> tuple[Any, AttentionTap]:
     """One forward pass in eval mode without gradients, in which `look` is called at each site.
 
     Args:
@@ -273,6 +273,23 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def has_classes(model: torch.nn.Module) -> bool:
-    """Whether the model's outputs are scores of classes; False where it says itself that it has no head."""
-    return getattr(unwrapped(model), "num_classes", None) != 0
+def has_classes(model: torch.nn.Module, output: Any = None) -> bool:
+    """Whether a model scores classes; False where it says itself that it has no head, or its `output` has no logits."""
+    bare = unwrapped(model)
+    count = getattr(bare, "num_classes", getattr(bare, "num_labels", None))  # timm's name, and Hugging Face's
+    return count != 0 and (output is None or isinstance(getattr(output, "logits", output), torch.Tensor))
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Scores [image, class] in what a model puts out: all of it, or the logits of a Hugging Face model's record.
+
+    Raises:
+        CaptureError: a record without logits.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor):
+        raise CaptureError(
+            f"the model puts out a {type(output).__name__}, which has no logits; expected scores of classes, so take a "
+            "model with a head"
+        )
+    return logits
