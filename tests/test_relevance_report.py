@@ -11,14 +11,16 @@ import pytest
 import torch
 import xarray as xr
 
+from engine.capture import CaptureError
 from engine.config import RelevanceConfig
-from engine.relevance import CONTROL, prediction_link
+from engine.relevance import CONTROL, METHODS, explain_study, parse_relevance, prediction_link
 from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.evaluation import Evaluation, evaluate_maps
 from engine.relevance.explained import Explained, write_samples
-from engine.relevance.faithfulness import Curves
+from engine.relevance.faithfulness import Curves, perturbation_curves, random_maps
 from engine.relevance.inference import relevance_results, write_relevance
 from engine.relevance.results import HeadAssociation, PredictionLink, RelevanceResults
+from engine.report.inputs import load_json
 from engine.report.sections.relevance import load_relevance, relevance_sentences
 from engine.statistics import Settings
 from tests.relevance_cases import family
@@ -193,6 +195,71 @@ def test_a_refused_method_is_named_and_the_others_are_measured() -> None:
     assert all(evaluation.curves.deletion.shape == (3, 4) for evaluation in found.values())
     assert "class_ssim" in found["generic"].values
     assert "class_ssim" not in found["rollout"].values, "rollout is the same for every class"
+
+
+@pytest.mark.parametrize("role", ["true", "other"])
+def test_a_method_refused_for_a_later_image_is_left_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    images, rows = Noise(40), list(range(40))
+    refuse = 35  # of the second block of images that is measured; the pictures are of the first
+    generic = METHODS["generic"].maps
+
+    def leaking(model: torch.nn.Module, pixels: torch.Tensor, targets: torch.Tensor, dtype: object) -> torch.Tensor:
+        (at,) = (pixels == images.batch([refuse])).flatten(1).all(dim=1).nonzero(as_tuple=True)
+        if ((targets[at] == int(images.labels[refuse])) == (role == "true")).any():
+            raise CaptureError("lrp does not fit")
+        return generic(model, pixels, targets, None)
+
+    monkeypatch.setitem(METHODS, "lrp", replace(METHODS["lrp"], maps=leaking))
+    explain_study(
+        tmp_path,
+        {"baseline": lambda: family("parallel")},
+        images,
+        [0, 1],
+        rows,
+        RelevanceConfig(methods=("lrp", "rollout"), baseline="mean", steps=1),
+        heads={"baseline": HEAD},
+        choice=ClassChoice("true", tuple(rows), HEAD.names),
+        settings=SETTINGS,
+        link=[],
+        seed=0,
+        device="cpu",
+        batch_size=16,
+    )
+    path = tmp_path / "metrics" / "relevance.json"
+    document = parse_relevance(load_json(path, ""), path)
+    assert [(entry.method, entry.reason) for entry in document.refused] == [("lrp", "lrp does not fit")]
+    assert {entry.method for entry in document.means} == {"rollout", CONTROL}
+    assert {entry.n for entry in document.means if entry.measure == "faithfulness"} == {40}
+    pictures = {method: sorted((tmp_path / "visualizations/relevance" / method).glob("*.png")) for method in METHODS}
+    assert [method for method, files in pictures.items() if files] == ["rollout"]
+
+
+def test_what_is_measured_does_not_depend_on_the_batch() -> None:
+    images, rows = Noise(40), list(range(40))
+    targets = Targets(HEAD, "true", images.labels)
+    config = RelevanceConfig(baseline="mean", steps=2)
+    sizes: list[int] = []
+    model = family("parallel")
+    model.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+
+    def curves_of(batch_size: int) -> Curves:
+        sizes.clear()
+        found, _ = evaluate_maps(model, images, rows, targets, (), config, seed=3, device="cpu", batch_size=batch_size)
+        assert max(sizes) == batch_size
+        return found[CONTROL].curves
+
+    one, other = curves_of(32), curves_of(7)
+    np.testing.assert_allclose(one.deletion, other.deletion, atol=1e-5)
+    np.testing.assert_allclose(one.insertion, other.insertion, atol=1e-5)
+    # Of images 32 to 39 the maps are those of the next seed: the numbers of studies made before.
+    pixels = images.batch(rows[32:])
+    maps = random_maps((8, 4, 4), 3 + 32)
+    before = perturbation_curves(
+        model, pixels, torch.zeros_like(pixels), torch.from_numpy(images.labels[32:]), maps, steps=2, seed=3
+    )
+    np.testing.assert_allclose(before.deletion, one.deletion[32:], atol=1e-5)
 
 
 def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:

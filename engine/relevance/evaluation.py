@@ -20,6 +20,9 @@ from engine.relevance.results import CONTROL
 from engine.statistics import Floats
 from train.data import ImageSet
 
+# Images that one seed of the random control and of ties is for: whatever the batch size, the numbers are the same.
+_BLOCK = 32
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -39,25 +42,25 @@ def evaluate_maps(
     *,
     seed: int,
     device: str,
-    batch_size: int = 32,
+    batch_size: int,
     label: str = "",
 ) -> tuple[dict[str, Evaluation], dict[str, str]]:
     """Every method's maps, and those of the random control, measured on the same images.
 
-    Returns method -> its evaluation, and method -> why it cannot be computed for this model. `seed` is of the random
-    control and of ties.
+    Returns method -> its evaluation, and method -> why it cannot be computed for this model and these images. `seed` is
+    of the random control and of ties; `batch_size` images are in memory at a time.
     """
     measured: dict[str, list[tuple[dict[str, Floats], Curves]]] = {}
     refused: dict[str, str] = {}
     with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            pixels = images.batch(rows[batch]).to(device)
+        for start in range(0, len(rows), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            pixels = images.batch(rows[block]).to(device)
             stand_in = baseline_images(pixels, config.baseline)
             layout = token_layout(vision_module(model), pixels.shape)
             regions = images.regions(layout)
-            coverage = None if regions is None else regions[list(rows[batch])].astype(np.float64)
-            true = torch.from_numpy(targets.target[batch])
+            coverage = None if regions is None else regions[list(rows[block])].astype(np.float64)
+            true = torch.from_numpy(targets.target[block])
             for method in (*methods, CONTROL):
                 if method in refused:
                     continue
@@ -67,14 +70,15 @@ def evaluate_maps(
                 else:
                     try:
                         maps = relevance_maps(model, pixels, true, method, batch_size=batch_size)
+                        if targets.other is not None and not METHODS[method].class_free:
+                            other = torch.from_numpy(targets.other[block])
+                            others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
                     except CaptureError as error:
                         refused[method] = str(error)
+                        measured.pop(method, None)
                         continue
-                    if targets.other is not None and not METHODS[method].class_free:
-                        other = torch.from_numpy(targets.other[batch])
-                        others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
                 curves = perturbation_curves(
-                    model, pixels, stand_in, true, maps, steps=config.steps, batch_size=2 * batch_size, seed=seed
+                    model, pixels, stand_in, true, maps, steps=config.steps, batch_size=batch_size, seed=seed
                 )
                 values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
                 measured.setdefault(method, []).append((values, curves))

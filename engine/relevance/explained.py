@@ -22,6 +22,7 @@ from tqdm import tqdm
 from engine.relevance.choice import Targets
 from engine.relevance.maps import relevance_maps
 from engine.relevance.results import ILLUSTRATIVE
+from engine.relevance.targets import image_logits
 from train.data import ImageSet
 from train.whole_files import replace_files
 
@@ -58,17 +59,17 @@ def explain_samples(
     method: str,
     *,
     device: str,
+    batch_size: int,
 ) -> list[Explained]:
     """Maps of one model, in evaluation mode on `device`, for the sample images. Raises as `relevance_maps`."""
     pixels = images.batch(rows).to(device)
-    with torch.inference_mode():
-        output = model(pixels)
-        probabilities = getattr(output, "logits", output).float().softmax(dim=-1).cpu().numpy()
+    logits = image_logits(model, images, rows, device=device, batch_size=batch_size)
+    probabilities = logits.float().softmax(dim=-1).cpu().numpy()
     roles = {targets.role: targets.target} | ({} if targets.other is None else {"other": targets.other})
     explained = []
     for role, outputs in roles.items():
         classes = outputs.tolist()
-        maps = relevance_maps(model, pixels, classes, method).cpu().numpy()
+        maps = relevance_maps(model, pixels, classes, method, batch_size=batch_size).cpu().numpy()
         for row, target, chances, one in zip(rows, classes, probabilities, maps, strict=True):
             explained.append(Explained(row, condition, targets.head.name(target), role, float(chances[target]), one))
     return explained

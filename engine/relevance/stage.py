@@ -18,6 +18,7 @@ from engine.relevance.inference import relevance_results, write_relevance
 from engine.relevance.methods import METHODS
 from engine.relevance.results import PredictionLink, RolloutPeaks
 from engine.relevance.rollout_peaks import rollout_peaks
+from engine.relevance.targets import image_logits
 from engine.statistics import Settings
 from train.data import HeadClasses, ImageSet
 
@@ -38,6 +39,7 @@ def explain_study(
     link: Sequence[PredictionLink],
     seed: int,
     device: str,
+    batch_size: int,
 ) -> None:
     """Leaves visualizations/gradcam_samples/ and relevance/<method>/, metrics/relevance.json and .csv.
 
@@ -51,6 +53,7 @@ def explain_study(
         choice: of `choose_classes`, from the same `heads` (condition -> the classes of its head).
         link: of `prediction_link`.
         seed: of the other classes, the random control and ties.
+        batch_size: images in memory at a time.
     """
     explained: dict[str, list[Explained]] = {method: [] for method in config.methods}
     refused: dict[str, dict[str, str]] = {condition: {} for condition in models}
@@ -59,7 +62,10 @@ def explain_study(
 
     def targets_of(rows: Sequence[int]) -> dict[str, Targets]:
         def predict(condition: str) -> NDArray[np.int64]:
-            return _predicted(models[condition], images, rows, device)
+            if not len(rows):
+                return np.zeros(0, dtype=np.int64)
+            logits = image_logits(models[condition](), images, rows, device=device, batch_size=batch_size)
+            return np.asarray(logits.argmax(dim=-1).cpu())
 
         return find_targets(choice, heads, images, rows, seed, against=settings.against, predict=predict)
 
@@ -69,17 +75,15 @@ def explain_study(
             refused[condition] = dict.fromkeys(config.methods, "it has no head, and a relevance map is of a class")
             continue
         model = load()
+        shown: dict[str, list[Explained]] = {}
         for method in config.methods if drawn else ():
             try:
-                maps = explain_samples(model, condition, images, drawn, drawn_targets[condition], method, device=device)
+                targets = drawn_targets[condition]
+                shown[method] = explain_samples(
+                    model, condition, images, drawn, targets, method, device=device, batch_size=batch_size
+                )
             except CaptureError as error:
                 refused[condition][method] = str(error)
-                continue
-            explained[method] += maps
-            if METHODS[method].class_free:
-                pixels = images.batch(list(drawn)).to(device)
-                by_row = {item.image: item.map for item in maps}
-                peaks.append(rollout_peaks(condition, model, pixels, [by_row[row] for row in drawn]))
         evaluations[condition], reasons = evaluate_maps(
             model,
             images,
@@ -89,25 +93,19 @@ def explain_study(
             config,
             seed=seed,
             device=device,
+            batch_size=batch_size,
             label=condition,
         )
         refused[condition] |= reasons
+        for method in [name for name in shown if name not in reasons]:
+            explained[method] += shown[method]
+            if METHODS[method].class_free:
+                pixels = images.batch(list(drawn)).to(device)
+                by_row = {item.image: item.map for item in shown[method]}
+                peaks.append(rollout_peaks(condition, model, pixels, [by_row[row] for row in drawn]))
     for method in config.methods:
         write_samples(samples_folder(outputs, method), method, images, explained[method])
     results = relevance_results(
         evaluations, refused, choice, config, settings, images=len(measured), rollout_peaks=peaks, link=link
     )
     write_relevance(outputs / "metrics", results, evaluations, measured_targets, [images.ids[row] for row in measured])
-
-
-def _predicted(load: Loader, images: ImageSet, rows: Sequence[int], device: str) -> NDArray[np.int64]:
-    """The output of the model that is greatest, [row]."""
-    predicted = np.zeros(len(rows), dtype=np.int64)
-    if not len(rows):
-        return predicted
-    model = load()
-    with torch.inference_mode():
-        for start in range(0, len(rows), 32):
-            output = model(images.batch(rows[start : start + 32]).to(device))
-            predicted[start : start + 32] = getattr(output, "logits", output).argmax(dim=-1).cpu().numpy()
-    return predicted

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from train.data import ImageSet
 from train.errors import InputError
 
 
@@ -40,3 +42,13 @@ def class_logits(
             f"targets run from {int(targets.min())} to {int(targets.max())}; the model has {classes} classes"
         )
     return logits.gather(1, targets[:, None])[:, 0]
+
+
+def image_logits(
+    model: torch.nn.Module, images: ImageSet, rows: Sequence[int], *, device: str, batch_size: int
+) -> torch.Tensor:
+    """Logits of a model in evaluation mode for at least one image, [row, class], on `device`."""
+    batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    with torch.inference_mode():
+        outputs = [model(images.batch(batch).to(device)) for batch in batches]
+    return torch.cat([getattr(output, "logits", output) for output in outputs])

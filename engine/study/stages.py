@@ -234,6 +234,7 @@ def relevance(study: Study) -> None:
             link=_prediction_link(study),
             seed=seed,
             device=study.device,
+            batch_size=study.config.capture.batch_size,
         )
 
     reads = [study.table, *(run.checkpoint for run in study.runs)]
