@@ -292,10 +292,14 @@ def test_a_study_of_another_model_or_other_data_does_not_replace_one(tmp_path: P
         pass
 
 
-def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path) -> None:
+def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "figures"
-    replace_files(folder, [("a.svg", b"1"), ("b.svg", b"2")])
+    folder.mkdir()
     (folder / "mine.svg").write_bytes(b"mine")
+    with pytest.raises(StoreError, match=r"mine\.svg is there, and this program did not write it"):
+        replace_files(folder, [("a.svg", b"1"), ("mine.svg", b"5")])
+    assert tree(folder) == {"mine.svg": b"mine"}
+    replace_files(folder, [("a.svg", b"1"), ("b.svg", b"2")])
     replace_files(folder, [("b.svg", b"3"), ("c.svg", b"4")])
     found = tree(folder)
     assert found.pop(".written.json")
@@ -306,6 +310,7 @@ def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path) -> Non
     (folder / ".written.json").write_bytes(b'{"files": ["mine.svg"]}')  # no list of ours
     replace_files(folder, [("b.svg", b"6")])
     assert (folder / "mine.svg").read_bytes() == b"mine"
+    assert ".written.json is damaged; files with the names of those written now are replaced" in caplog.text
 
 
 def test_a_json_file_beside_a_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,8 @@ from store import StoreError
 from store.disk import making, writing
 from store.removal import named, remove
 from store.system import sync_folder
+
+logger = logging.getLogger(__name__)
 
 _WRITTEN = ".written.json"  # in a folder of pictures: the files that this program left there
 
@@ -81,18 +83,22 @@ def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path
     """Write files into a folder, each whole, and remove those that the last call left there and this one does not.
 
     The folder keeps a list of them, `.written.json`; what is not in it stays. Raises DiskError, and StoreError: a file
-    that this program did not write has the name of one of them; nothing is written then.
+    that this program did not write has the name of one of them; nothing is written then. Where the list is damaged,
+    which is logged, files of these names are taken for ours.
     """
     new = dict(files)
     record = folder / _WRITTEN
-    before: list[str] | None = None
+    before: list[str] = []
     if record.is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: nothing is known of what lies there
+        try:
             before = list(parse_checked_json(record.read_bytes())["files"])
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged; files with the names of those written now are replaced", record)
+            before = list(new)
     for name in new:
-        if before is not None and name not in before and os.path.lexists(folder / name):
+        if name not in before and os.path.lexists(folder / name):
             raise StoreError(f"{folder / name} is there, and this program did not write it; move it away")
-    obsolete = [name for name in before or [] if name not in new and Path(name).name == name]
+    obsolete = [name for name in before if name not in new and Path(name).name == name]
     # Named before it is written: a killed call leaves nothing that the next one does not know.
     write_atomically(record, checked_json({"files": sorted([*new, *obsolete])}))
     for name, content in new.items():
