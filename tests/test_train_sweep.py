@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from engine.run import main
 from tests.damage import contents, kind_of
 from tests.damage_subjects import OUTPUTS, SWEEP
 from tests.miniatures import write_sports100
+from tests.training_runs import training_run
 from train.adapters import compress
-from train.checkpoint import read_checkpoint
+from train.checkpoint import read_checkpoint, save_checkpoint
 from train.errors import TrainingDivergedError
 from train.model_source import ModelSource
 from train.models import build_model, load_checkpoint
@@ -172,6 +174,34 @@ def test_a_vit_without_a_head_of_its_own_begins_with_a_probe(images: Path, tmp_p
     found = read_checkpoint(checkpoint)
     assert found.metadata["hyperparameters"]["targets"] == r"blocks\.\d+\.attn\.(qkv|proj)"
     assert found.metadata["hyperparameters"]["compression"] == "int1"
+
+
+def test_how_many_trials_there_were_before_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than before: the best of the first ones; more: those of a sweep that began with as many."""
+    save_checkpoint(tmp_path / "vit.safetensors", {}, {})
+    model = ModelSource("test_vit", img_size=32, weights=tmp_path / "vit.safetensors")
+    images: Any = SimpleNamespace(
+        manifest=SimpleNamespace(sha256=""), train=SimpleNamespace(preprocessing=SimpleNamespace(to_dict=dict))
+    )
+
+    def trained(self: object, params: dict[str, float], position: int, on_epoch: object = None) -> object:
+        return SimpleNamespace(validation_accuracy=params["lr"] + params["label_smoothing"])
+
+    numbers = dict.fromkeys(("validation_accuracy", "test_accuracy", "without_adapters", "trainable_parameters"), 0)
+    monkeypatch.setattr(train.sweep._RankSweep, "_train", trained)
+    monkeypatch.setattr(train.sweep._RankSweep, "_keep", lambda *_: (tmp_path, numbers | {"history": []}))
+
+    def swept(folder: str, trials: int) -> train.sweep.RankResult:
+        run = training_run("lora")
+        plan = train.sweep.SweepPlan(
+            model=model, probe=None, run=run, lr_range=(0.1, 1.0), trials=trials, device="cpu", folder=tmp_path / folder
+        )
+        return train.sweep.sweep_rank(plan, "plain", 1, images)
+
+    small, large = swept("small", 7), swept("large", 14)
+    assert [trial.params for trial in small.trials] == [trial.params for trial in large.trials[:7]]
+    assert swept("small", 14) == large
+    assert swept("large", 7) == small
 
 
 def test_trials_that_all_diverge_are_said(

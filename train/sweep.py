@@ -2,7 +2,8 @@
 
 For one backbone (plain, pruned or binarised) and one rank, Optuna proposes learning rate, alpha and label smoothing,
 every proposal is a training run, and the one that is best on validation is kept. Trials lie in a storage file. The
-sampler of the n-th trial is seeded by n, so an interrupted sweep goes on with the trials of one that was not.
+sampler of the n-th trial is seeded by n, so an interrupted sweep goes on with the trials of one that was not, and the
+first trials are the same whatever their number.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 ALPHA_RATIOS = (0.5, 1.0, 2.0, 4.0)  # alpha / rank
 MAX_LABEL_SMOOTHING = 0.2
+RANDOM_TRIALS = 6  # drawn at random before Optuna learns from those there are
 PRUNING_STARTUP = 4  # trials before the first that may be pruned
 _FAILED = "diverged"  # mark of a trial that ended in NaN or Inf; one without it was interrupted
 
@@ -204,9 +206,13 @@ class _RankSweep:
         )
 
     def _finished(self) -> list[FrozenTrial]:
-        """Trials with an outcome, in order; one that was interrupted has none and is run again."""
+        """The plan's trials with an outcome, in order; one that was interrupted has none and is run again.
+
+        Later ones, of a run with more trials, wait until there are as many again.
+        """
         done = (TrialState.COMPLETE, TrialState.PRUNED)
-        return [trial for trial in self.study.trials if trial.state in done or trial.user_attrs.get(_FAILED)]
+        finished = [trial for trial in self.study.trials if trial.state in done or trial.user_attrs.get(_FAILED)]
+        return finished[: self.plan.trials]
 
     def _best(self, finished: Sequence[FrozenTrial]) -> int | None:
         """The place of the best trial that was trained to its end, the first of several; None where there is none."""
@@ -218,8 +224,7 @@ class _RankSweep:
             # Its process is gone: the outputs folder is locked.
             self.study.tell(interrupted.number, state=TrialState.FAIL)
         seed = zlib.crc32(f"{self.plan.run.seed} {self.name} {position}".encode())
-        startup = max(2, self.plan.trials // 3)
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
         trial = self.study.ask()
         params = {
             "lr": trial.suggest_float("lr", *self.plan.lr_range, log=True),
