@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import socket
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -48,6 +48,10 @@ def test_an_id_is_text_and_leads_back_to_the_file(name: bytes, identity: str) ->
     assert len(identity.splitlines()) == 1
     assert printable(path).isprintable()
     identity.encode()
+
+
+def test_an_id_is_the_same_on_every_system() -> None:
+    assert id_of(PureWindowsPath(r"cat\.hidden\a.jpg")) == "cat/.hidden/a.jpg" == id_of(Path("cat/.hidden/a.jpg"))
 
 
 def test_pictures_of_any_name_are_used_and_paired(tmp_path: Path) -> None:

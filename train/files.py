@@ -30,7 +30,7 @@ def id_of(path: PurePath | str) -> str:
     Names are kept as they are. Only bytes that are not UTF-8, control characters, line breaks and changes of the
     direction of writing become `\xNN`, byte by byte: `caf\xe9.jpg`.
     """
-    text = os.fsencode(path).decode("utf-8", "surrogateescape")
+    text = os.fsencode(path.as_posix() if isinstance(path, PurePath) else path).decode("utf-8", "surrogateescape")
     return _ESCAPED.sub(lambda found: _bytewise(found[0].encode("utf-8", "surrogateescape")), text)
 
 
