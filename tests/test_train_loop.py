@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import train.loop
 import train.state
@@ -162,9 +164,9 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("recipe", ["full", "dora"])
 @pytest.mark.parametrize("stop", [1, 5, 7])  # 5 steps an epoch
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, recipe: str, stop: int
+    run: Callable[..., TrainResult], data: DataSplits, monkeypatch: pytest.MonkeyPatch, recipe: str, stop: int
 ) -> None:
-    drop = {"rotation_degrees": 5.0}
+    drop = {"rotation_degrees": 5.0, "batch_size": 9}
     whole = run("whole", recipe=recipe, **drop)
     monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)  # save at every step
     monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
@@ -190,9 +192,18 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         begun.append(step)
         return real(step, total, *rest)
 
+    bars: list[Any] = []
+
+    def bar(**options: Any) -> Any:
+        bars.append(tqdm(**options | {"disable": False, "file": io.StringIO()}))
+        assert bars[-1].n == stop // 5 * len(data.train) + stop % 5 * 9
+        return bars[-1]
+
     monkeypatch.setattr(train.loop, "learning_rate", record)
+    monkeypatch.setattr(train.loop, "tqdm", bar)
     resumed = run("cut", recipe=recipe, **drop)
     assert begun[0] == stop, "it went on, rather than beginning again"
+    assert bars[0].n == bars[0].total == HYPER["epochs"] * len(data.train)
     assert resumed.sha256 == whole.sha256
     assert resumed.history == whole.history
     assert not state.exists()

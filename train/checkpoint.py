@@ -150,11 +150,13 @@ def tensorboard_writer(folder: Path) -> Callable[[Sequence[Mapping[str, Any]]], 
             "train.tensorboard is true, but tensorboard is not installed; install it with "
             "pip install 'vit-attention-engine[tensorboard]', or leave the key out"
         ) from error
-    writer = SummaryWriter(str(folder))
+    writer: SummaryWriter | None = None
     written = 0
 
     def write(history: Sequence[Mapping[str, Any]]) -> None:
-        nonlocal written
+        nonlocal writer, written
+        # Purged: what the folder holds of a run that was cut, and which now goes on with its whole history.
+        writer = writer or SummaryWriter(str(folder), purge_step=0)
         for entry in history[written:]:
             for name, value in entry.items():
                 if name != "epoch":

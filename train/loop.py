@@ -124,8 +124,8 @@ def fit(
         bar.update(at.count)
 
     bar = tqdm(
-        total=steps * shared.batch_size,
-        initial=progress.step * shared.batch_size,
+        total=run.epochs * len(train),
+        initial=progress.step // steps_per_epoch * len(train) + progress.seen,
         desc=label,
         unit=" images",
         disable=None if workers.first else True,
