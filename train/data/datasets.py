@@ -92,7 +92,7 @@ def build_manifest(
         seed: of a split that is drawn.
         follow_links: take what links lead to, wherever it lies; without, a link may not leave the folder. The folder
             itself may be a link. Links to a folder that they lie in are never followed.
-        workers: decoding threads; 0: one per processor, at most 16.
+        workers: decoding threads; 0: one per CPU of this process, at most 16.
     """
     return list_files(root, kind=kind, split=split, seed=seed, follow_links=follow_links).decoded(workers)
 

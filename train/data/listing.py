@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from store.system import available_cpus
 from train.data.decoding import UndecodableError, decoded_image, picture_bytes
 from train.data.manifest import SPLIT_FOLDERS
 from train.errors import InputError
@@ -271,8 +272,8 @@ def list_lines(path: Path, content: bytes) -> list[str]:
 
 
 def examine(entries: Sequence[Entry], workers: int = 0) -> list[Status]:
-    """Decode every file once; `workers` threads (0: one per processor, at most 16)."""
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+    """Decode every file once; `workers` threads (0: one per CPU of this process, at most 16)."""
+    with ThreadPoolExecutor(workers or min(16, available_cpus())) as pool:
         results: Iterable[Status] = pool.map(_examine, entries)
         return list(tqdm(results, total=len(entries), desc="decoding", unit=" files", disable=None, delay=1))
 
