@@ -46,7 +46,7 @@ class Writer:
         self._files_pool = ThreadPoolExecutor(FILE_THREADS, "write")
         self._commits = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[None]] = deque()
-        self._failure: StoreError | None = None
+        self._failure: Exception | None = None
         self._failure_raised = False  # by some call
 
     def _put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
@@ -90,10 +90,13 @@ class Writer:
 
     @contextlib.contextmanager
     def _guarded(self, batch: int) -> Iterator[None]:
-        """A disk's failure inside, in a batch's work, becomes the sentence that ends the run."""
+        """A failure inside, in a batch's work, ends the run; a disk's becomes a sentence."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            self._failure = error
+            if not isinstance(error, OSError):
+                raise
             self._failure = disk_error(
                 f"batch {batch} of {self.storage} could not be written (the batches committed before it are intact)",
                 error,

@@ -6,8 +6,8 @@ AWS_ENDPOINT_URL, …).
 
 The lock is an object that is PUT on condition that there is none (If-None-Match). Nobody takes it away when its writer
 dies: a run on the same machine replaces it, if that process is gone, on condition that it is still the one that it read
-(If-Match), and one on another machine says whose it is. Were two runs to write one store all the same, they would PUT
-the same bytes under the same names.
+(If-Match), and one on another machine says whose it is. A run whose lock somebody deleted leaves the next alone. Two
+runs that write one store all the same PUT the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class ObjectStorage(Storage):
             try:
                 yield lock
             finally:
-                self.remove("lock")
+                lock.release()
         finally:
             _held.discard(lock.id)
 
@@ -222,9 +222,19 @@ class _LockObject:
         )
 
     def share(self) -> str:
+        holder, version = self.read()
         self._mine["run"] = uuid.uuid4().hex
-        self._storage.replace("lock", self._content())
+        if holder.get("id") != self.id or not self._storage.put_over("lock", self._content(), version):
+            raise StoreError(
+                f"{self._storage.where('lock')} was deleted or replaced while this run held it; start it again when "
+                "no other run writes this store"
+            )
         return str(self._mine["run"])
+
+    def release(self) -> None:
+        """Remove it, unless it is no longer this run's."""
+        if self.read()[0].get("id") == self.id:
+            self._storage.remove("lock")
 
     def read(self) -> tuple[dict[str, Any], Any]:
         """What the object says, nothing if there is none, or a damaged one; and its version."""

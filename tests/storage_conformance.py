@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -297,6 +298,27 @@ class ObjectStorageTests(StorageTests):
         ):  # which had this process's number: the locks are alike but for one
             leave_lock(storage, socket.gethostname(), process)
             one_takes_it(storage, starters)
+
+    def test_a_run_that_has_lost_its_lock_leaves_the_next_ones_alone(self, storage: ObjectStorage) -> None:
+        """Somebody followed the advice to delete it, and another run has put its own there, or none has."""
+        ledger = storage.beside("run.ledger")
+        with contextlib.ExitStack() as second:
+            with ledger.locked() as lock:
+                ledger.remove("lock")
+                with pytest.raises(
+                    StoreError, match=r"run\.ledger/lock was deleted or replaced while this run held it"
+                ):
+                    lock.share()
+                second_lock = second.enter_context(ledger.locked())
+                with pytest.raises(
+                    StoreError, match=r"run\.ledger/lock was deleted or replaced while this run held it"
+                ):
+                    lock.share()
+            with pytest.raises(StoreError, match="is locked: process"), ledger.locked():
+                pass
+            with ledger.joined(second_lock.share()):
+                pass
+        assert not ledger.exists("lock")
 
     @pytest.mark.parametrize(
         "content", [b"", b"\xff", b"[]", b"{", b'{"host": "' + socket.gethostname().encode() + b'"}']

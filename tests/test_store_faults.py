@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import store_cases as case
 
-from store import AttentionStore, StoreError
+from store import AttentionStore, AttentionWriter, StoreError
 from store.verify import verify
 
 SCRIPT = Path(case.__file__)
@@ -348,3 +348,26 @@ def test_a_store_swapped_with_another_is_noticed(measured: Path, unkilled: Unkil
         "run.ledger/batch_000001.json",
     ]
     assert resume(measured, unkilled) == [0, 1]
+
+
+@pytest.mark.parametrize("function", ["encode_chunk", "write_file"])
+def test_what_fails_in_the_background_is_raised_by_the_next_call(
+    tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is, nothing is committed behind it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room for a chunk")
+
+    schema = case.make_schema()
+    writer = AttentionWriter.open(tmp_path / "run.zarr", schema, **case.fixed())
+    case.write(writer, 0)
+    with monkeypatch.context() as failing:
+        failing.setattr(f"store.commit.{function}", fail)
+        writer.add_attention(1, 0, case.attention(schema, 0, schema.batch_rows(1)))
+        wait(writer._files[1][0].values())
+    with pytest.raises(MemoryError, match="no room for a chunk"):
+        case.write(writer, 2)
+    writer.close()
+    assert AttentionStore.open(tmp_path / "run.zarr").committed_batches == (0,)
+    assert verify(tmp_path / "run.zarr") == []
