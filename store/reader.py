@@ -34,7 +34,7 @@ from store.storage import Location, Storage
 class AttentionStore:
     """A captured run. Use `AttentionStore.open`.
 
-    A store is open while it is written, too: it shows the batches that were committed when it was opened. Rows
+    A store is open while it is written, too: it shows what was committed when it was first asked, until `refresh`. Rows
     (`images`, `heads`) are a slice, or numbers in any order. Every `read…` raises StoreError, which names array and
     batch: no such layer or rows, nothing of that kind stored, batches that are not committed, a file that is missing or
     damaged.
@@ -119,10 +119,11 @@ class AttentionStore:
         return self._records.damaged
 
     def refresh(self) -> None:
-        """Look again at which batches are committed; StoreError if the store was captured again since it was opened."""
+        """Look again at which batches and metrics are there; StoreError if the store was captured again since."""
         if Ledger(self.storage).capture != self.digest:
             raise StoreError(f"{self.path} was captured again since it was opened; open it again")
         self._records = Records(self.ledger, self.schema)
+        self.__dict__.pop("_later", None)
 
     @property
     def committed_images(self) -> Array:
@@ -252,13 +253,13 @@ class AttentionStore:
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Metrics whose values are in the store: the capture's own, then those computed later, complete or not."""
-        later = dict.fromkeys(name for name, _ in self._later()[0])
+        later = dict.fromkeys(name for name, _ in self._later[0])
         return tuple(dict.fromkeys([*self.schema.metrics, *later]))
 
     def metric_params(self, name: str) -> list[dict[str, Any]]:
         """Every set of parameters with which a metric is stored; the capture's own first."""
-        own = [dict(self.schema.metrics[name])] if name in self.schema.metrics else []
-        return own + [params for found, params in self._later()[0] if found == name]
+        captured = [dict(self.schema.metrics[name])] if name in self.schema.metrics else []
+        return captured + [params for metric, params in self._later[0] if metric == name]
 
     def metric_batches(self, name: str, params: Mapping[str, Any]) -> tuple[int, ...]:
         """Numbers of the batches whose values of a metric may be read, ascending."""
@@ -267,7 +268,7 @@ class AttentionStore:
     @property
     def damaged_metrics(self) -> tuple[str, ...]:
         """What is wrong with metrics computed later whose parameters cannot be read, a sentence each."""
-        return tuple(f"{error}; {MEASURE_AGAIN}" for error in self._later()[1].values())
+        return tuple(f"{error}; {MEASURE_AGAIN}" for error in self._later[1].values())
 
     def read_metric(
         self, name: str, images: Rows = slice(None), params: Mapping[str, Any] | None = None
@@ -290,6 +291,7 @@ class AttentionStore:
         if layer not in self.layouts:
             raise StoreError(f"layer is {layer!r}; {self.path} has layers {', '.join(map(str, self.layers))}")
 
+    @cached_property
     def _later(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, LedgerError]]:
         """(name, params) of every metric computed after the capture, and what is wrong with the records of others."""
         try:
@@ -301,14 +303,14 @@ class AttentionStore:
         return [(str(record["name"]), dict(record["params"])) for record in sound], damaged
 
     def _choose(self, name: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        own = self.schema.metrics.get(name)
-        if own is not None and params in (None, own):
-            return dict(own)
-        later, damaged = self._later()
-        stored = ([dict(own)] if own is not None else []) + [each for metric, each in later if metric == name]
+        captured = self.schema.metrics.get(name)
+        if captured is not None and params in (None, captured):
+            return dict(captured)
+        damaged = self._later[1]
         folder = f"metrics/{name}/" if params is None else f"{metric_path(name, params)}/"
         if wrong := next((error for record, error in damaged.items() if record.startswith(folder)), None):
             raise StoreError(f"{wrong}; {MEASURE_AGAIN}")
+        stored = self.metric_params(name)
         if not stored:
             raise StoreError(f"{self.path} has no metric {name!r}; it has {', '.join(self.metric_names) or 'none'}")
         if params is not None:
@@ -334,14 +336,14 @@ class AttentionStore:
 
 
 def require_store(root: Storage, ledger: Ledger) -> None:
-    """Raises MissingStoreError, or StoreError for what has no ledger and is none by its own word: sample maps, …"""
+    """Raises MissingStoreError, or StoreError for what has no ledger and does not say that it is one: sample maps, …"""
     if not root.is_there():
         raise MissingStoreError(f"there is no store at {root}")
     if ledger.exists("metadata"):
         return
-    found = schema_of(root.fetch(["zarr.json"])[0])
-    if found != SCHEMA:
-        what = f"its schema is {found!r}" if found else "it has no attribute `schema`"
+    schema = schema_of(root.fetch(["zarr.json"])[0])
+    if schema != SCHEMA:
+        what = f"its schema is {schema!r}" if schema else "it has no attribute `schema`"
         raise StoreError(
             f"{root} is no store of attention ({what}) and has no ledger {ledger_name(root.name)} beside it; "
             f"expected a {SCHEMA!r} store, as a capture writes it"
@@ -360,9 +362,9 @@ def open_metadata(root: Storage) -> tuple[Ledger, dict[str, FileEntry], dict[str
         )
     if isinstance(record, LedgerError):
         raise StoreError(f"{record}; {CAPTURE_AGAIN}") from record
-    found_schema = record["attrs"].get("schema")
-    if found_schema != SCHEMA:
-        raise StoreError(f"{root}: schema is {found_schema!r}; this version reads {SCHEMA!r}")
+    schema = record["attrs"].get("schema")
+    if schema != SCHEMA:
+        raise StoreError(f"{root}: schema is {schema!r}; this version reads {SCHEMA!r}")
     check_files(root, record["files"], CAPTURE_AGAIN)
     # The attributes are as the record has them, but in the order they were declared.
     return ledger, record["files"], read_attributes(root)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ import xarray
 
 from store import AttentionStore, AttentionWriter, StoreError
 from store.hdf5 import read_table, write_table
+from store.ledger import Ledger
 from store.results import MetricWriter, has_metric
 from store.verify import info, verify
 
@@ -89,6 +91,27 @@ def test_a_metric_of_the_capture_is_never_missing(path: Path) -> None:
     file = next((path / "metrics" / "entropy").rglob("c.1.0.0"))
     file.unlink()
     assert not has_metric(AttentionStore.open(path), "entropy", {"backend": "numba"})
+
+
+def test_metrics_measured_later_are_listed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an object store, each time is a LIST and a GET per metric."""
+    looked: list[Ledger] = []
+    read_later = Ledger.read_later
+
+    def counted(self: Ledger) -> Any:
+        looked.append(self)
+        return read_later(self)
+
+    store = AttentionStore.open(path)
+    assert store.metric_names == ("region_mass", "entropy")
+    case.measure(path)
+    monkeypatch.setattr(Ledger, "read_later", counted)
+    assert len(info(path)["metrics"]) == 4
+    assert len(looked) == 1
+    store.refresh()
+    assert store.metric_names == ("region_mass", "entropy", "later_a", "later_b")
+    np.testing.assert_array_equal(store.read_metric("later_b")[0], case.metric("later_b"))
+    assert len(looked) == 2
 
 
 def test_values_with_other_parameters_lie_side_by_side(path: Path) -> None:
