@@ -370,7 +370,7 @@ def test_a_bad_row_is_counted_once_a_measurement(
     assert store.read_undefined("js_divergence").clip(min=0).sum() == 3
 
 
-def test_a_table_counts_each_capture_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_counts_each_capture_once_and_lacks_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three seeds, and a condition that no seed can change: its two rows without a value are two, not six."""
     whole = case.maps
     stores = {}
@@ -391,6 +391,10 @@ def test_a_table_counts_each_capture_once(tmp_path: Path, monkeypatch: pytest.Mo
         for condition, of in (("probe", ("probe", 1)), ("full", ("full", seed))):
             values = table["distance"].sel(condition=condition, seed=seed).values
             np.testing.assert_array_equal(values, stores[of].read_metric("distance")[0])
+    del stores["full", 2], stores["full", 3]
+    stores["dora", 2] = stores["probe", 1]
+    with pytest.raises(InputError, match="full has no capture of seed 2, which another condition has; capture it too"):
+        build_table(stores, metrics, seed_invariant=["probe"], attributes={})
 
 
 def test_a_store_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def build_table(
         attributes: of the data set (model, dataset, …); `precision`, `undefined` and `metrics` come out of the stores.
 
     Raises:
-        InputError: the captures are not over the same images, layers and heads.
+        InputError: the captures are not over the same images, layers, heads and seeds.
     """
     import xarray
 
@@ -50,13 +50,13 @@ def build_table(
     for key, store in stores.items():
         _require_same(first, store, key)
     # The capture whose values stand at a condition and a seed: its own, or the one of all seeds.
-    pick = {
-        (condition, seed): (condition, seed)
-        if (condition, seed) in stores and condition not in seed_invariant
-        else next(key for key in stores if key[0] == condition)
-        for condition in conditions
-        for seed in seeds
+    pick = {(condition, seed): (condition, seed) for condition in conditions for seed in seeds}
+    pick |= {
+        key: next(captured for captured in stores if captured[0] == key[0]) for key in pick if key[0] in seed_invariant
     }
+    for key in pick.values():
+        if key not in stores:
+            raise InputError(f"{key[0]} has no capture of seed {key[1]}, which another condition has; capture it too")
     schema = first.schema
     coords: dict[str, Any] = {
         "condition": _names(conditions),
