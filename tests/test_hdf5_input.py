@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from engine.run import main
-from store import AttentionStore
+from store import AttentionStore, AttentionWriter
 from store.hdf5_input import fatality
 
 SHAPE = (3, 2, 5, 5)
@@ -204,3 +204,47 @@ def test_a_file_that_another_program_writes_is_named(tmp_path: Path, capsys: pyt
         other.stdout.readline()
         assert "is open for writing in another program; close it there" in imported(path, capsys, 2)
         other.communicate(b"\n")
+
+
+@pytest.mark.parametrize("size", ["1", "2", "3"])
+def test_an_image_of_nan_alone_is_counted_whatever_the_batch_size(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = maps()
+    values[1] = np.nan
+    path, store = tmp_path / "own.h5", tmp_path / "own.zarr"
+    with h5py.File(path, "w") as file:
+        file["attn/layer_0"] = values
+    assert main(["import", "--hdf5", str(path), "--store", str(store), *GRID, "--batch-size", size]) == 0
+    assert "10 rows of attn/layer_0 hold NaN" in capsys.readouterr().out
+    with h5py.File(path, "w") as file:
+        file["attn/layer_0"], file["attn/layer_1"] = values, np.full(SHAPE, np.nan, np.float32)
+    store = tmp_path / "none.zarr"
+    assert main(["import", "--hdf5", str(path), "--store", str(store), *GRID, "--batch-size", size]) == 2
+    assert "every row of attn/layer_1 holds NaN; expected post-softmax attention" in capsys.readouterr().err
+    assert not store.exists()
+
+
+def test_an_import_that_goes_on_counts_all_rows_of_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = maps()
+    values[0, 0, 0] = np.nan
+    path = tmp_path / "own.h5"
+    with h5py.File(path, "w") as file:
+        file["attn/layer_0"] = values
+    command = ["import", "--hdf5", str(path), "--store", str(tmp_path / "own.zarr"), *GRID, "--batch-size", "1"]
+    commit = AttentionWriter.commit
+
+    def interrupted(self: AttentionWriter, batch: int) -> None:
+        if batch:
+            raise KeyboardInterrupt
+        commit(self, batch)
+
+    monkeypatch.setattr(AttentionWriter, "commit", interrupted)
+    assert main(command) == 130
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "1 rows of attn/layer_0 hold NaN" in capsys.readouterr().out
+    read = AttentionStore.open(tmp_path / "own.zarr").read(0)
+    np.testing.assert_allclose(read, values, atol=1e-3)

@@ -18,6 +18,7 @@ from kernels import TokenLayout
 from kernels.inputs import ROW_SUM_TOLERANCE, valid_rows
 from store import AttentionStore, AttentionWriter, LayerSchema, StoreError, StoreSchema
 from store.arrays import attention_arrays
+from store.encodings import ENCODINGS, resolve_encoding
 from store.hdf5_attention import AttentionFile, Dataset, export_attention, is_export, rehearse
 from store.hdf5_values import shown_precision
 from store.places import containing_store, require_place, storage_at
@@ -60,8 +61,9 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
             written.
     """
     encoding, axes = config.capture.encoding, config.hdf5.axes
-    if encoding == "qk":
-        raise InputError("encoding qk keeps query and key, and a file of maps has none; use fp16 or bf16")
+    if resolve_encoding(encoding).keeps_factors:
+        maps = " or ".join(name for name, known in ENCODINGS.items() if not known.keeps_factors)
+        raise InputError(f"encoding {encoding} keeps query and key, and a file of maps has none; use {maps}")
     if axes and (len(axes) not in (4, 5) or len(set(axes)) < len(axes) or not {"query", "key"} <= set(axes)):
         raise InputError(
             f"--axes is {','.join(axes)}; expected four or five of image, layer, head, query, key, query and key among "
@@ -109,23 +111,28 @@ def import_hdf5(config: StudyConfig) -> AttentionStore:
 
 
 def _copy(path: Path, file: AttentionFile, writer: AttentionWriter) -> None:
-    """Write every batch that is not in the store yet, and say which rows hold NaN."""
+    """Write every batch that is not in the store yet, and say which rows of the file hold NaN."""
     schema = writer.schema
-    missing = np.zeros(len(file.layers), np.int64)  # rows without values, [layer]
+    empty = np.zeros(len(file.layers), np.int64)  # rows that hold NaN, [layer]
     image_bytes = sum(array.row_bytes for array in attention_arrays(schema))
-    rows = {batch: schema.batch_rows(batch) for batch in writer.missing}
-    done = schema.num_images - sum(part.stop - part.start for part in rows.values())
-    with ImageProgress(f"import {path.name}", schema.num_images, done, image_bytes) as progress:
-        for batch, part in rows.items():
+    missing = set(writer.missing)
+    with ImageProgress(f"import {path.name}", schema.num_images, 0, image_bytes) as progress:
+        for batch in range(schema.num_batches):
+            part = schema.batch_rows(batch)
             for number, layer in enumerate(file.layers):
                 with _as_bad_input():
                     maps = layer.read(part)
-                missing[number] += _checked(path, layer, maps, part.start, schema.encoding)
-                writer.add_attention(batch, number, maps)
-            writer.commit(batch)
+                empty[number] += _checked(path, layer, maps, part.start, schema.encoding)
+                if batch in missing:
+                    writer.add_attention(batch, number, maps)
+            if batch in missing:
+                writer.commit(batch)
             progress.update(part.stop - part.start)
+    for layer, count in zip(file.layers, empty, strict=True):
+        if count == schema.num_images * layer.heads * layer.tokens:
+            raise InputError(f"{path}: every row of {layer.name} holds NaN; expected post-softmax attention")
     writer.finish()
-    for layer, count in zip(file.layers, missing, strict=True):
+    for layer, count in zip(file.layers, empty, strict=True):
         if count:
             say(f"import {path.name}: {count:,} rows of {layer.name} hold NaN; they are left out and counted")
 
@@ -163,9 +170,9 @@ def _checked(path: Path, layer: Dataset, maps: np.ndarray, first: int, encoding:
     wide = maps.astype(np.float64 if maps.dtype == np.float64 else np.float32, copy=False)
     empty = np.isnan(wide).any(axis=-1)
     wrong = np.argwhere(~valid_rows(wide, min(tolerance, kept)) & ~empty)
-    if not empty.all() and not wrong.size:
+    if not wrong.size:
         return int(empty.sum())
-    image, head, query = (int(number) for number in (wrong[0] if wrong.size else (0, 0, 0)))
+    image, head, query = map(int, wrong[0])
     row = f"{path}: {layer.name}: the row of image {first + image}, head {head}, query {query}"
     total = wide[image, head, query].sum()
     if valid_rows(wide[image, head, query], tolerance):
