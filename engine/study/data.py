@@ -106,6 +106,7 @@ def _folder(start: Start) -> tuple[DataSplits, str]:
         "preprocessing": preprocessing.to_dict(),
         "weights": " ".join(map(digest_path, source.files)),
         "classes": classes,
+        "seed": config.data.seed,
     }
     return splits, start.journal.stage("pretrained", inputs, [path, sidecar_path(path)], work, workers=start.workers)
 

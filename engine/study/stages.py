@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,12 +151,13 @@ def controls(study: Study) -> None:
     """Needs: checkpoints, test images. Leaves: metrics/controls.json, comparisons whose true answer is zero."""
     path = study.metrics / "controls.json"
     inputs = {
-        "checkpoints": {run.name: run.digest for run in study.runs},
+        "checkpoints": [[run.name, run.digest] for run in study.runs],
         "pretrained": study.data.pretrained_digest,
         "data": study.data.digest,
         "rows": study.control_rows,
         "against": study.against,
         "metrics": study.row_metrics(),
+        "definitions": definitions(study.row_metrics()),
         "batch_size": study.config.capture.batch_size,
         "device": study.device,
     }
@@ -171,28 +172,30 @@ def measure(study: Study) -> None:
     """Needs: captures. Leaves: metrics/attention_metrics.zarr, .h5 and .csv, one row per map."""
     config = study.config.measure
     inputs = {
-        "captures": {run.name: study.captures[run] for run in study.runs},
+        "captures": [[run.name, study.captures[run]] for run in study.runs],
         "metrics": config.metrics,
         "definitions": definitions(config.metrics),
         "backend": config.backend,
     }
     outputs = [study.table.with_suffix(suffix) for suffix in (".zarr", ".h5", ".csv")]
-    reads = [study.store(run) for run in study.runs]
+    reads = list(map(study.store, study.runs))
     study.journal.stage("measure", inputs, outputs, partial(_make_table, study), reads=reads)
 
 
 def statistics(study: Study) -> None:
-    """Needs: the table, controls. Leaves: metrics/attention_comparison.json."""
+    """Needs: the table, captures, controls. Leaves: metrics/attention_comparison.json."""
     path, controls = study.metrics / "attention_comparison.json", study.metrics / "controls.json"
     controlled = study.journal.usable(controls)
+    facts = {"accuracy": study.accuracy(), "classifiers": study.classifiers(), "data": study.data.summary()}
     inputs = {
         "table": digest_path(study.table),
         "controls": digest_path(controls) if controlled else "",
-        "statistics": dataclasses.asdict(study.config.statistics),
-        "classifiers": study.classifiers(),
+        "settings": dataclasses.asdict(study.settings),
+        **facts,
     }
-    work = partial(_compare, study, path, controls if controlled else None)
-    study.journal.stage("statistics", inputs, [path], work, reads=[study.table, controls])
+    work = partial(_compare, study, path, controls if controlled else None, facts)
+    reads = [study.table, controls, *map(study.store, study.runs)]
+    study.journal.stage("statistics", inputs, [path], work, reads=reads)
 
 
 def relevance(study: Study) -> None:
@@ -206,16 +209,16 @@ def relevance(study: Study) -> None:
     drawn = [row for row in study.sample_rows if row in choice.rows][: config.images]
     measured = [choice.rows[position] for position in choose_samples(config.measured, len(choice.rows), seed)]
     inputs = {
-        "checkpoints": {run.name: run.digest for run in study.runs},
-        "captures": {run.name: study.captures[run] for run in study.runs},
+        "checkpoints": [[run.name, run.digest, study.captures[run]] for run in study.runs],
         "table": digest_path(study.table),
         "data": study.data.digest,
         "rows": [drawn, measured],
         "relevance": dataclasses.asdict(config),
-        "settings": {key: getattr(study.settings, key) for key in ("permutations", "bootstrap", "confidence", "seed")},
+        "settings": study.settings.resampling(),
         "against": study.against,
         "classifiers": study.classifiers(),
         "seed": seed,
+        "device": study.device,
     }
     outputs = [study.metrics / "relevance.json", study.metrics / "relevance.csv"]
     outputs += [samples_folder(study.outputs, method) for method in config.methods]
@@ -237,7 +240,7 @@ def relevance(study: Study) -> None:
             batch_size=study.config.capture.batch_size,
         )
 
-    reads = [study.table, *(run.checkpoint for run in study.runs)]
+    reads = [study.table, *(run.checkpoint for run in study.runs), *map(study.store, study.runs)]
     study.journal.stage("relevance", inputs, outputs, work, reads=reads)
 
 
@@ -334,15 +337,13 @@ def _make_table(study: Study) -> None:
     write_table(build_table(stores, config.metrics, seed_invariant=invariant, attributes=attributes), study.metrics)
 
 
-def _compare(study: Study, path: Path, controls: Path | None) -> None:
-    """The tests and what belongs to them; `controls` is the file of those that were made."""
+def _compare(study: Study, path: Path, controls: Path | None, facts: Mapping[str, Any]) -> None:
+    """The tests and what belongs to them: `controls`, the file of those that were made, and `facts` of the models."""
     table = read_table(study.table)
     comparison = dataclasses.replace(
         analyse(table, study.settings),
-        accuracy=study.accuracy(),
-        classifiers=study.classifiers(),
+        **facts,
         controls=tuple(json.loads(controls.read_bytes())) if controls else (),
-        data=study.data.summary(),
         undefined=json.loads(table.attrs["undefined"]),
         prefix_mass_warning=prefix_mass_warning(table),
     )

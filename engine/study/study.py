@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.capture import choose_samples
-from engine.config import StudyConfig, study_toml
+from engine.config import StudyConfig, load_metrics, study_toml
 from engine.statistics import Settings
 from engine.study.data import StudyData
 from engine.study.journal import Journal
@@ -20,7 +20,6 @@ from engine.study.model import trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.start import Start
 from engine.study.training import Run
-from kernels import load_metric
 from store import AttentionStore
 from train.models import build_model
 from train.processes import first_process
@@ -97,7 +96,8 @@ class Study:
 
     def row_metrics(self) -> list[str]:
         """The metrics that are taken of a map alone."""
-        return [name for name in self.config.measure.metrics if load_metric(name).inputs == "rows"]
+        names = self.config.measure.metrics
+        return [name for name, spec in zip(names, load_metrics(names), strict=True) if spec.inputs == "rows"]
 
     def outputs_of_labels(self, condition: str) -> np.ndarray:
         """The output of a condition's head that stands for each test image's class, [image]; −1 where there is none."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.progress import say
 from engine.study.data import StudyData
-from engine.study.journal import digest_path
+from engine.study.journal import digest, digest_path
 from engine.study.model import checkpoint_of, trained_here
 from engine.study.start import Start
 from train.checkpoint import history_path, read_metadata, sidecar_path, tensorboard_writer
@@ -44,9 +44,9 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Hash of the files, which of the weights in them are meant, and what the model is built with."""
-        arguments = json.dumps(self.model.arguments, sort_keys=True) if self.model.arguments else ""
-        return " ".join(filter(None, (*map(digest_path, self.model.files), self.model.state, arguments)))
+        """Hash of the files, which of the weights in them are meant, and what the model is built from them."""
+        model = self.model
+        return digest([model.name, *map(digest_path, model.files), model.state, dict(model.arguments)])
 
 
 def train_runs(start: Start, data: StudyData, *, device: str) -> list[Run]:
