@@ -164,6 +164,7 @@ def test_sizes_may_be_equal() -> None:
             {"recipe": "probe", "layer_decay": 0.5},
             "conditions.x.layer_decay is 0.5, and recipe probe makes no use of it",
         ),
+        ({"recipe": "probe", "lr": 0.1}, "conditions.x.lr is 0.1, and recipe probe makes no use of"),
         ({"recipe": "checkpoint", "epochs": 3}, "conditions.x.epochs is 3, and recipe checkpoint makes no use of it"),
         ({"recipe": "lora", "checkpoint": "a.pth"}, "conditions.x.checkpoint is 'a.pth', and recipe lora makes no use"),
     ],

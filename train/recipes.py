@@ -105,7 +105,7 @@ _LOW_RANK = Recipe(
 RECIPES: dict[str, Recipe] = {
     "probe": Recipe(
         help="frozen backbone",
-        reads=_TRAINED,
+        reads=(),
         train=_train_probe,
         depends_on=("label_smoothing",),
         seed_invariant=True,
