@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from store import DiskError
+from tests.test_import_rule import PACKAGES
 from train.checkpoint import read_checkpoint, save_checkpoint, sidecar_path, state_digest
 from train.errors import DamagedFileError, InputError
 from train.model_source import ModelSource
-from train.models import build_model, classifier_name, load_checkpoint, preprocessing_of, readout
+from train.models import build_model, classifier_name, load_checkpoint, preprocessing_of, readout, seeded
 from train.whole_files import write_atomically
 
 TINY = "test_vit"  # timm's own tiny ViT: 160 px, width 64
@@ -45,6 +47,23 @@ def test_save_and_read_back(tmp_path: Path, model: nn.Module) -> None:
     save_checkpoint(path, model.state_dict(), {"model": TINY, "history": [{"epoch": 0, "loss": 1.5}]})
     assert (path.read_bytes(), sidecar_path(path).read_bytes()) == before
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.json", "a.safetensors"]
+
+
+def test_weights_that_come_from_no_file_are_of_the_seed_and_leave_the_callers_randomness() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = []
+    for _ in range(2):
+        with seeded(1):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.rand(3), expected)
+    files = (path for package in PACKAGES for path in (Path(__file__).parents[1] / package).rglob("*.py"))
+    seeding = {
+        path.name for path in files if re.search(r"\b(torch\.manual_seed|random\.seed)\(", path.read_text("utf-8"))
+    }
+    assert seeding == {"models.py", "loop.py"}, "elsewhere: `seeded`; the loop seeds inside `training_mode`"
 
 
 def test_every_flipped_bit_is_detected_and_the_file_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from train.errors import InputError
-from train.models import classifier_name
+from train.models import classifier_name, seeded
 from train.settings import Compression, Init, target_pattern
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def add_adapters(
         # rho 1: every layer keeps the rank that was asked for.
         eva_config=peft.EvaConfig(rho=1.0) if init == "eva" else None,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lora with eva initialization")  # advice on very large models
             adapted = cast(nn.Module, peft.get_peft_model(cast(Any, model), config))

@@ -38,6 +38,14 @@ from train.weight_files import say_once
 from train.weights import read_state_dict
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is random on the CPU, such as weights that come from no file, is of `seed`; the caller's state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Module:
     """A timm model with a head of `num_classes`, as a start for training; or as its checkpoint has it, to be looked at.
 

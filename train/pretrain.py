@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from train.data import DigitScenes, prepare_digits
 from train.evaluation import Evaluation, evaluate
-from train.models import build_model, preprocessing_of
+from train.models import build_model, preprocessing_of, seeded
 from train.precision import resolve_precision
 from train.settings import ConditionConfig, Precision, PretrainConfig, TrainConfig, TrainingRun
 from train.state import StateFile, settings_key
@@ -130,8 +130,7 @@ def pretrain_digits(
     if (metadata := finished_metadata(path, key)) is not None:
         return TrainResult.of_sidecar(path, metadata, reused=True)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         module = _TwoHeads(build_model(MODEL_NAME, num_classes=10), 10)
     preprocessing = preprocessing_of(module.model)
     data = prepare_digits(

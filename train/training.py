@@ -23,7 +23,7 @@ from train.errors import DamagedFileError, InputError
 from train.evaluation import Evaluation, evaluate
 from train.loop import Objective, epoch_order, fit
 from train.model_source import ModelSource, source_of
-from train.models import build_model, classifier_name
+from train.models import build_model, classifier_name, seeded
 from train.parallel import SINGLE, Workers
 from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
@@ -249,8 +249,7 @@ def train_condition(
     assert recipe.train is not None  # as was checked
     run = replace(run, shared=replace(run.shared, precision=resolve_precision(run.shared.precision, where)))
     source = source_of(model).completed()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)  # weights that come from no file
+    with seeded(run.seed):
         built = build_model(source, num_classes=len(data.class_names))
     settings: dict[str, Any] = {
         "recipe": run.condition.recipe,

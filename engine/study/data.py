@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from engine.progress import say
 from engine.study.journal import digest, digest_path
 from engine.study.model import given_conditions, model_source
 from engine.study.start import Start
 from train.checkpoint import save_checkpoint, sidecar_path
 from train.data import DataSplits, HeadClasses, ImageSet, Manifest, Preprocessing, prepare_digits, prepare_folder
-from train.models import build_model
+from train.models import build_model, seeded
 from train.pretrain import pretrain_digits
 
 
@@ -90,8 +88,8 @@ def _folder(start: Start) -> tuple[DataSplits, str]:
     classes = len(splits.class_names)
 
     def work() -> None:
-        torch.manual_seed(config.data.seed)  # the head of a new task starts at random
-        built = build_model(source, num_classes=classes)
+        with seeded(config.data.seed):
+            built = build_model(source, num_classes=classes)
         facts = {
             "model": source.name,
             "arguments": dict(source.completed().arguments),

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from engine.capture import FILES, Capture, SampleMaps, capture_to_store, choose_samples, require_samples_place
 from engine.config import StudyConfig
 from engine.progress import say
@@ -32,7 +30,7 @@ from train.data import (
     read_class_names,
 )
 from train.errors import InputError
-from train.models import build_model, preprocessing_of
+from train.models import build_model, preprocessing_of, seeded
 from train.parallel import Workers, joined
 
 
@@ -53,8 +51,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     if config.model.classes:
         read_class_names(Path(config.model.classes))  # a wrong file is found before anything is loaded
     source = model_source(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.data.seed)  # weights that come from no file
+    with seeded(config.data.seed):
         model = build_model(source, num_classes=None)
     outputs = int(cast(Any, model).num_classes)
     named = named_classes(
