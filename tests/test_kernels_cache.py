@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -124,3 +125,21 @@ def test_an_index_that_names_what_could_not_be_written_does_not_stay(
     monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "_save_data", full)
     assert call(called_from_python(doubled)) == [0.0, 2.0]
     assert files(cache) == {}
+
+
+def test_whatever_compiled_code_is_made_of_is_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed source never meets machine code of the one before."""
+    kernels = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", kernels, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(numba_cache, "__file__", str(kernels / "cpu" / "cache.py"))
+    digests = {numba_cache._sources.__wrapped__()}
+    sources = [*(kernels / "cpu").glob("*.py"), kernels / "reference.py"]
+    for changed in sources:
+        changed.write_bytes(changed.read_bytes() + b"\n")
+        digests.add(numba_cache._sources.__wrapped__())
+    assert len(digests) == 1 + len(sources) > 10
+    for source in (kernels / "cpu").glob("*.py"):  # what they take from elsewhere is in it, or is not compiled
+        text = source.read_text()
+        if "njit" in text or "intrinsic" in text:
+            elsewhere = set(re.findall(r"^from (kernels\.(?!cpu\.)\w+)", text, re.MULTILINE))
+            assert elsewhere <= {"kernels.reference"}, source

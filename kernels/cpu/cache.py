@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=1)
 def _sources() -> str:
-    """Digest of the files that compiled loops are made of."""
+    """Digest of the files that compiled loops are made of: this folder's, and the definitions, for their constants."""
     folder = Path(__file__).parent
-    names = ("lane_types", "lanes", "loops", "math", "rows", "vector_maps", "vector_qk")
-    return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
+    files = [*sorted(folder.glob("*.py")), folder.parent / "reference.py"]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def called_from_python(function: Callable[..., None]) -> Any:
