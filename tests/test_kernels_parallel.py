@@ -295,3 +295,14 @@ def test_importing_kernels_stays_light() -> None:
     code = "import sys, kernels; print(sorted({'torch', 'numba', 'scipy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.bool])
+def test_a_broadcast_bias_is_converted_before_it_is_broadcast(dtype: torch.dtype) -> None:
+    """One bias for all images and heads takes the memory of one map, in any dtype."""
+    bias = (torch.arange(12).reshape(3, 4) % 5).to(dtype)
+    additive = numba_cpu._additive(bias.expand(64, 6, 3, 4), np.dtype(np.float32))
+    assert additive.shape == (64, 6, 3, 4)
+    assert additive.strides[:2] == (0, 0)
+    expected = torch.where(bias, 0.0, -torch.inf) if dtype == torch.bool else bias.float()
+    np.testing.assert_array_equal(additive[63, 5], expected.numpy())

@@ -323,14 +323,12 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 def _additive(bias: Any, dtype: np.dtype[Any]) -> np.ndarray:
     """A broadcast bias or mask as additive numbers, converted before it is broadcast, rows contiguous."""
-    if dtype_name(bias) == "bfloat16":
-        bias = bias.float()
-    view = host_view(bias)
-    compact = view[tuple(slice(1) if step == 0 else slice(None) for step in view.strides)]
-    if compact.dtype == np.bool_:
-        compact = np.where(compact, dtype.type(0), dtype.type(-np.inf))
-    compact = np.broadcast_to(compact.astype(dtype), (*compact.shape[:-1], view.shape[-1]))
-    return np.broadcast_to(np.ascontiguousarray(compact), view.shape)
+    compact = bias[tuple(slice(1) if step == 0 else slice(None) for step in host_view(bias).strides)]
+    values = host_view(compact.float() if dtype_name(bias) == "bfloat16" else compact)
+    if values.dtype == np.bool_:
+        values = np.where(values, dtype.type(0), dtype.type(-np.inf))
+    values = np.broadcast_to(values.astype(dtype), (*values.shape[:-1], bias.shape[-1]))
+    return np.broadcast_to(np.ascontiguousarray(values), bias.shape)
 
 
 BACKEND = NumbaBackend()
