@@ -75,11 +75,11 @@ def to_float64(array: Any) -> np.ndarray:
 
 def mean_of_rows(values: Any, valid: Any) -> tuple[Any, Any]:
     """(mean of the values that are not NaN, in float64, how many valid ones are NaN) over the last axis."""
-    of = library(values)
-    defined = ~of.isnan(values)
+    module = library(values)
+    defined = ~module.isnan(values)
     count = defined.sum(-1)
-    total = of.where(defined, values, 0.0).sum(-1, dtype=of.float64)
-    return of.where(count > 0, total / count.clip(1), of.nan), (~defined & valid).sum(-1)
+    total = module.where(defined, values, 0.0).sum(-1, dtype=module.float64)
+    return module.where(count > 0, total / count.clip(1), module.nan), (~defined & valid).sum(-1)
 
 
 def map_starts(leading: tuple[int, ...], steps: Sequence[int]) -> np.ndarray:

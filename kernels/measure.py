@@ -217,15 +217,15 @@ def _run(
     if reduce not in ("mean", "none"):
         raise ValueError(f'reduce is {reduce!r}; expected "mean" or "none"')
     backend = chosen.load()
-    own = [spec for spec in specs if backend.implementation(spec) is not None]
-    others = [spec for spec in specs if spec not in own]
+    coded = [spec for spec in specs if backend.implementation(spec) is not None]
+    others = [spec for spec in specs if spec not in coded]
     values: dict[str, Any] = {}
     valid: Any = None
-    for runner, part in ((backend, own), (REFERENCE, others)):
+    for runner, part in ((backend, coded), (REFERENCE, others)):
         if part:
             result = given.measure(runner, part)
             valid = result.valid if valid is None else valid
-            values |= {name: arrays.as_kind(found, valid) for name, found in result.values.items()}
+            values |= {name: arrays.as_kind(rows, valid) for name, rows in result.values.items()}
     # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.
     if invalid == "raise" and not bool(valid.all()):
         raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
@@ -240,7 +240,7 @@ def _run(
         elif reduce == "none":
             count = (arrays.library(value).isnan(value) & patches_valid).sum(-1)
         else:
-            value, count = (backend if spec in own else REFERENCE).mean_of_rows(value, patches_valid)
+            value, count = (backend if spec in coded else REFERENCE).mean_of_rows(value, patches_valid)
         reduced[spec.name] = arrays.as_kind(value, given.like)
         undefined[spec.name] = arrays.as_kind(count, given.like)
     from_reference = tuple(spec.name for spec in others)

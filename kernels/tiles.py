@@ -71,8 +71,7 @@ def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndar
     batch = p.shape[-3]
     arguments: tuple[Any, ...]
     if spec.inputs == "regions":
-        if regions is None:
-            raise ValueError(f"metric {spec.name!r} needs regions [image, region, patch]; none were given")
+        assert regions is not None  # the entry points refuse region metrics without regions
         arguments, signature = (p, layout, regions), "(p, layout, regions)"
         expected: tuple[tuple[int, ...], ...] = ((batch, regions.shape[-2]),)
     else:

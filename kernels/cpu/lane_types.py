@@ -30,7 +30,7 @@ EIGHT = Width(8, ("avx2", "fma", "f16c"))  # on 64-bit Arm two of four, which ev
 def widest() -> Width | None:
     """The widest registers that the code Numba makes in this process may use; None where it has neither.
 
-    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, with which Numba compiles for another CPU than this one, are heeded.
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, with which Numba compiles for another CPU than this one, count.
     """
     from llvmlite import binding
 

@@ -285,10 +285,10 @@ def attention_pass(width: Width) -> Any:
             _core_of_map(width, m, shape, tolerance, needs, sums, planes, into)
             for q in range(prefix + patches):  # what the sums cannot tell
                 ordinary = q >= prefix and not np.isnan(mass[m, q - prefix])
-                left = needs & ~CORE if ordinary else needs
-                if left or not ordinary:
+                rest = needs & ~CORE if ordinary else needs
+                if rest or not ordinary:
                     at = starts[m] + q * row_stride
-                    attention_row(stored, at, kind, m, q, shape, near, tolerance, left, scratch, into)
+                    attention_row(stored, at, kind, m, q, shape, near, tolerance, rest, scratch, into)
         hold(made)
 
     return attention
