@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from engine.capture import capture_attention
-from train.adapters import INITS, MergeError, add_adapters, compress, merge_adapters
+from train.adapters import MergeError, add_adapters, compress, merge_adapters
 from train.errors import InputError
 from train.model_source import ModelSource
 from train.models import build_model
+from train.settings import Init
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -69,7 +71,7 @@ def test_adapter_targets_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("init", list(INITS))
+@pytest.mark.parametrize("init", typing.get_args(Init))
 def test_every_init_begins_as_the_model_and_merges(dora: bool, init: Any) -> None:
     torch.manual_seed(0)
     model = build_model(ModelSource("test_vit", img_size=32), num_classes=5).eval()
@@ -93,8 +95,10 @@ def test_ranks_and_inits_that_do_not_exist() -> None:
     arguments: dict[str, Any] = {"dora": False, "alpha": 4, "targets": "attention", "seed": 0}
     with pytest.raises(InputError, match=r"rank 65 is more than blocks\.0\.attn\.qkv has \(192×64\)"):
         add_adapters(build_model("test_vit", num_classes=5), rank=65, **arguments)
-    with pytest.raises(InputError, match="unknown init 'svd' of adapters; expected one of paper, pissa"):
+    with pytest.raises(InputError, match="unknown init 'svd'; expected one of paper, pissa"):
         add_adapters(build_model("test_vit", num_classes=5), rank=2, init="svd", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unknown compression 'int2'; expected one of plain, sparse, int1"):
+        compress(build_model("test_vit", num_classes=5), "int2", sparsity=0.5)  # type: ignore[arg-type]
 
 
 def test_dora_on_fc1_of_block_9_leaves_the_attention_of_blocks_0_to_9() -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests.miniatures import ROOMS, SPORTS, bad_files, encoded, odd_files, picture, write_indoor67, write_sports100
-from train.data.datasets import build_manifest, prepare_folder
+from train.data.datasets import KINDS, build_manifest, prepare_folder
 from train.data.images import Preprocessing
 from train.data.listing import files_below
 from train.data.manifest import SPLITS, Manifest
 from train.errors import InputError
+from train.settings import DATA_KINDS
 
 SMALL = Preprocessing(
     channels=3,
@@ -162,6 +163,12 @@ def test_a_table_that_labels_otherwise_is_not_believed(tmp_path: Path, caplog: p
     path.write_bytes(b"\xff\xfe nonsense")
     assert build_manifest(tmp_path, kind="sports100").sha256 == manifest.sha256
     assert "cannot be read as a table" in caplog.text
+
+
+def test_every_kind_that_can_be_asked_for_is_read(tmp_path: Path) -> None:
+    assert {"digits", *KINDS} == {*DATA_KINDS}
+    with pytest.raises(InputError, match="unknown kind of data set 'foldr'; expected one of folder, indoor67, sports"):
+        build_manifest(tmp_path, kind="foldr")
 
 
 def test_what_is_not_there_says_where_to_get_it(tmp_path: Path, rooms: Path) -> None:

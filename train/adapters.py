@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import typing
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, cast
@@ -12,18 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from train.errors import InputError
+from train.errors import InputError, require_known
 from train.models import classifier_name, seeded
 from train.settings import Compression, Init, target_pattern
 
 logger = logging.getLogger(__name__)
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit; peft's merges on timm's qkv were within 1e-6
-
-# What peft calls them. paper: A Kaiming-uniform, B zero (Hu et al. 2021). pissa: the principal singular vectors of the
-# weight, which keeps the rest (Meng et al. 2024). olora: a QR decomposition of it (Büyükakyüz 2024). eva: A from the
-# singular vectors of the layer's inputs on training images, B zero (Paischer et al. 2024).
-INITS: dict[Init, bool | str] = {"paper": True, "pissa": "pissa", "olora": "olora", "eva": "eva"}
 
 
 class MergeError(RuntimeError):
@@ -45,15 +41,14 @@ def add_adapters(
 
     On timm's fused `qkv`, A is shared by q, k and v, B has its own rows for each; DoRA has a magnitude per output row.
 
-    Updates are scaled by alpha / rank. With any init (see `INITS`) the adapted model begins as the function of `model`.
+    Updates are scaled by alpha / rank. With any init (`train.settings.Init`) the adapted model begins as `model` was.
     `targets` is a name of `train.settings.TARGETS`, or a regular expression that matches whole module names, as a bare
     "proj" would take the patch embedding's convolution too. `seed` is of A where that is random; `batches` are eva's:
     training images, float32 [image, channel, row, col] each.
     """
     import peft
 
-    if init not in INITS:
-        raise InputError(f"unknown init {init!r} of adapters; expected one of {', '.join(INITS)}")
+    require_known("init", init, typing.get_args(Init))
     check_adapters(model, rank=rank, targets=targets)
     config = peft.LoraConfig(
         r=rank,
@@ -61,7 +56,7 @@ def add_adapters(
         target_modules=target_pattern(targets),
         use_dora=dora,
         lora_dropout=0.0,
-        init_lora_weights=cast(Any, INITS[init]),
+        init_lora_weights=True if init == "paper" else init,
         # rho 1: every layer keeps the rank that was asked for.
         eva_config=peft.EvaConfig(rho=1.0) if init == "eva" else None,
     )
@@ -155,6 +150,7 @@ def compress(model: nn.Module, compression: Compression, *, sparsity: float, kee
     accuracy of such a model, not its speed. Layers to `keep`, such as a head that is trained whole, stay, too. Returns
     the share of the model's numbers that were compressed.
     """
+    require_known("compression", compression, typing.get_args(Compression))
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     chosen = [layer for name, layer in layers[1:] if name not in keep] if compression != "plain" else []
     for layer in chosen:

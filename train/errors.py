@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class InputError(ValueError):
@@ -35,6 +35,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing when no known name is near."""
     near = difflib.get_close_matches(name[:4096], list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def require_known(what: str, name: str, known: Collection[str]) -> None:
+    """Raise InputError for a name that is not one of those known."""
+    if name not in known:
+        raise InputError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
 
 
 def brief(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def layerwise_groups(model: nn.Module, run: TrainingRun) -> list[dict[str, Any]]
     return groups
 
 
-def _train_adapters(model: nn.Module, task: Task) -> Trained:
+def _train_adapters(model: nn.Module, task: Task, *, dora: bool = False) -> Trained:
     """Low-rank updates of frozen weights, merged into them at the end; the classifier whole, unless it is a target."""
     from train.adapters import add_adapters, compress, merge_adapters, whole_classifier
 
@@ -76,7 +77,7 @@ def _train_adapters(model: nn.Module, task: Task) -> Trained:
     heads = [model.get_submodule(name) for name in whole]
     adapted = add_adapters(
         model,
-        dora=condition.recipe == "dora",
+        dora=dora,
         rank=condition.rank,
         alpha=condition.alpha,
         targets=condition.targets,
@@ -114,7 +115,7 @@ RECIPES: dict[str, Recipe] = {
         help="all weights, layer-wise rates", reads=(*_TRAINED, "layer_decay"), train=_train_full, whole=True
     ),
     "lora": _LOW_RANK,
-    "dora": _LOW_RANK,
+    "dora": replace(_LOW_RANK, train=partial(_train_adapters, dora=True)),
     "checkpoint": Recipe(help="no training", reads=("checkpoint", "state", "classes")),
 }
 HEAD_RECIPE = "probe"  # whose classifier the others begin with

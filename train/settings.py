@@ -14,20 +14,35 @@ from annotated_types import Gt, Le, MinLen
 from train.keys import STRICT, Count, Fraction, Name, Natural, NonNegative, Place, Rate, Real, Scenes, Text, key
 from train.recipes import RECIPES
 
+# Data sets, and what the help says of each; how those on disk are read is in `train.data.datasets.KINDS`.
+DATA_KINDS = {
+    "digits": "embedded scenes of handwritten digits",
+    "folder": "class folders under root",
+    "indoor67": "MIT Indoor-67",
+    "sports100": "100 Sports",
+}
+SplitRule = Literal["auto", "stratified", "official", "folders", "all"]
+Precision = Literal["auto", "bf16", "fp32"]
+# paper: A Kaiming-uniform, B zero (Hu et al. 2021). pissa: the principal singular vectors of the weight, which keeps
+# the rest (Meng et al. 2024). olora: a QR decomposition of it (Büyükakyüz 2024). eva: A from the singular vectors of
+# the layer's inputs on training images, B zero (Paischer et al. 2024).
+Init = Literal["paper", "pissa", "olora", "eva"]
+Compression = Literal["plain", "sparse", "int1"]
+# The names of initial values in the study that the sweep comes from.
+SWEEP_INITS: dict[str, Init] = {"paper_init": "paper", "svd_init": "pissa"}
+
 if TYPE_CHECKING:
     from train.augment import Augmentation
 
     RecipeName = str
     AdapterName = str
+    SweepInit = str
+    DataKind = str
 else:
     RecipeName = Literal[tuple(RECIPES)]
     AdapterName = Literal[tuple(name for name, recipe in RECIPES.items() if recipe.adapters)]
-
-Precision = Literal["auto", "bf16", "fp32"]
-Init = Literal["paper", "pissa", "olora", "eva"]
-Compression = Literal["plain", "sparse", "int1"]
-# The names of initial values in the study that the sweep comes from.
-SWEEP_INITS: dict[str, Init] = {"paper_init": "paper", "svd_init": "pissa"}
+    SweepInit = Literal[tuple(SWEEP_INITS)]
+    DataKind = Literal[tuple(DATA_KINDS)]
 
 # Placements of adapters by name; anything else is a regular expression.
 TARGETS = {
@@ -124,7 +139,7 @@ class SweepConfig:
     """Adapters of several ranks on compressed backbones (the command sweep)."""
 
     __pydantic_config__ = STRICT
-    init: Literal["paper_init", "svd_init"] = key(
+    init: SweepInit = key(
         "paper_init", "initial values of adapters; paper_init: Kaiming and zero; svd_init: singular vectors (PiSSA)"
     )
     recipe: AdapterName = key("lora", "kind of adapters")

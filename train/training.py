@@ -19,7 +19,7 @@ from torch.nn import functional
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest, write_history
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
-from train.errors import DamagedFileError, InputError
+from train.errors import DamagedFileError, InputError, require_known
 from train.evaluation import Evaluation, evaluate
 from train.loop import Objective, epoch_order, fit
 from train.model_source import ModelSource, source_of
@@ -302,13 +302,9 @@ def check_run(run: TrainingRun, data: DataSplits) -> None:
     """Raise InputError for what cannot be trained: unknown names, a split without images, numbers out of range."""
     name, shared = run.condition.recipe, run.shared
     trained = [known for known, recipe in RECIPES.items() if recipe.train is not None]
-    for what, value, known in (
-        ("recipe", name, trained),
-        ("init", run.condition.init, typing.get_args(Init)),
-        ("compression", run.compression, typing.get_args(Compression)),
-    ):
-        if value not in known:
-            raise InputError(f"unknown {what} {value!r}; expected one of {', '.join(known)}")
+    require_known("recipe", name, trained)
+    require_known("init", run.condition.init, typing.get_args(Init))
+    require_known("compression", run.compression, typing.get_args(Compression))
     if run.compression != "plain" and not RECIPES[name].adapters:
         raise InputError(f"compression {run.compression} is of weights below adapters; recipe {name} has none")
     for split, images in (("train", data.train), ("validation", data.validation), ("test", data.test)):

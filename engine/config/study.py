@@ -21,7 +21,7 @@ from engine.config.values import described, plain_value, shortened, validated
 from store.redaction import redacted
 from train.errors import InputError
 from train.keys import STRICT, TWO, Count, Name, Natural, Place, Rate, Real, Scenes, Text, Whole, key
-from train.settings import ConditionConfig, PretrainConfig, SweepConfig, TrainConfig
+from train.settings import DATA_KINDS, ConditionConfig, DataKind, PretrainConfig, SplitRule, SweepConfig, TrainConfig
 
 EMBEDDED_STUDY = Path(__file__).with_name("digits.toml")
 
@@ -72,17 +72,13 @@ class DataConfig:
     """Which images."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["digits", "folder", "indoor67", "sports100"] = key(
-        "digits",
-        "digits: embedded scenes of handwritten digits; folder: class folders under root; indoor67: MIT Indoor-67; "
-        "sports100: 100 Sports",
-    )
+    kind: DataKind = key("digits", "; ".join(f"{kind}: {help}" for kind, help in DATA_KINDS.items()))
     root: Place = key(
         "",
         "the folder of class folders (or of train/, val/ and test/ with class folders in each); indoor67: of Images/ "
         "and the official lists",
     )
-    split: Literal["auto", "stratified", "official", "folders", "all"] = key(
+    split: SplitRule = key(
         "auto",
         "stratified: 70/15/15 within each class; official: indoor67's lists; folders: train/val/test folders; "
         "all: every image is test; auto: folders for sports100, else stratified, but all in compare and capture",

@@ -17,7 +17,6 @@ from engine.study.journal import Journal, digest
 from engine.study.model import checkpoint_of, given_conditions, model_source
 from train.data import (
     CLASS_NAMES,
-    DataKind,
     HeadClasses,
     Listing,
     Manifest,
@@ -232,7 +231,7 @@ def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocess
     return prepared[chosen or first]
 
 
-def image_kind(config: StudyConfig) -> DataKind:
+def image_kind(config: StudyConfig) -> str:
     """The layout of the pictures on disk that the study names; raises InputError where it names none."""
     if config.data.kind == "digits":
         raise InputError("data.kind is digits, which has no pictures on disk; use --data.kind folder")

@@ -1,7 +1,7 @@
 """A data set: its files and classes, its splits, its images as a model takes them."""
 
 from train.data.classes import HeadClasses, check_shared_names, folder_classes, named_classes, read_class_names
-from train.data.datasets import DataKind, Listing, build_manifest, list_files, prepare_folder
+from train.data.datasets import Listing, build_manifest, list_files, prepare_folder
 from train.data.digits import CLASS_NAMES, REGION_NAMES, DigitScenes, prepare_digits
 from train.data.images import DataSplits, ImageSet, Preprocessing, read_ahead
 from train.data.listing import files_below
@@ -12,7 +12,6 @@ __all__ = [
     "REGION_NAMES",
     "SPLITS",
     "SPLIT_FOLDERS",
-    "DataKind",
     "DataSplits",
     "DigitScenes",
     "HeadClasses",

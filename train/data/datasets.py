@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from train.data.cache import CachedImages, ImageCache
 from train.data.images import DataSplits, FolderImages, Preprocessing
@@ -27,13 +26,11 @@ from train.data.listing import (
     split_folders,
 )
 from train.data.manifest import SPLIT_FOLDERS, SPLITS, Manifest, Record, stratified_split
-from train.errors import InputError
+from train.errors import InputError, require_known
 from train.files import id_of, require_file, what_lies_at
+from train.settings import SplitRule
 
 logger = logging.getLogger(__name__)
-
-DataKind = Literal["folder", "indoor67", "sports100"]
-SplitRule = Literal["auto", "stratified", "official", "folders", "all"]
 
 OFFICIAL_LISTS = {"TrainImages.txt": "train", "TestImages.txt": "test"}
 # Share of the official training list, class by class, on which the best epoch is chosen: the lists have no such part.
@@ -70,7 +67,7 @@ class _Kind:
 def build_manifest(
     root: str | Path,
     *,
-    kind: DataKind = "folder",
+    kind: str = "folder",
     split: SplitRule = "auto",
     seed: int = 42,
     follow_links: bool = False,
@@ -149,12 +146,13 @@ class Listing:
 def list_files(
     root: str | Path,
     *,
-    kind: DataKind = "folder",
+    kind: str = "folder",
     split: SplitRule = "auto",
     seed: int = 42,
     follow_links: bool = False,
 ) -> Listing:
     """The files of a data set; arguments and errors as of `build_manifest`, but for those of the pictures."""
+    require_known("kind of data set", kind, KINDS)
     layout = KINDS[kind]
     advice = f"; {layout.advice}"
     if not str(root):
