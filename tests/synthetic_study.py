@@ -25,7 +25,7 @@ from PIL import Image
 from engine.capture.samples import SCHEMA
 from engine.report.inputs import Results, load_results
 from engine.report.write import render_page, summary_markdown, write_report
-from engine.statistics import Settings, analyse, write_comparison
+from engine.statistics import Accuracy, Classifier, Control, Settings, analyse, write_comparison
 from engine.study.journal import Journal
 
 METRICS: Mapping[str, tuple[str, str, float, float]] = {
@@ -106,10 +106,13 @@ def _write_study(
         analyse(table, settings),
         controls=tuple(_controls(controls_hold)),
         accuracy={
-            name: {str(seed): {"validation": 0.9 - 0.05 * c, "test": 0.89 - 0.05 * c, "chance": 0.25} for seed in seeds}
+            name: {
+                str(seed): Accuracy(validation=0.9 - 0.05 * c, test=0.89 - 0.05 * c, chance=0.25, images=images)
+                for seed in seeds
+            }
             for c, name in enumerate(reversed(list(conditions)))
         },
-        classifiers={name: {"outputs": len(classes), "classes": list(classes), "note": ""} for name in conditions},
+        classifiers=dict.fromkeys(conditions, Classifier(outputs=len(classes), classes=tuple(classes), note="")),
         data={
             "images": images,
             "classes": len(classes),
@@ -248,24 +251,12 @@ def _table(
     return xr.Dataset(variables, coords, attrs)
 
 
-def _controls(held: bool) -> list[dict[str, Any]]:
+def _controls(held: bool) -> list[Control]:
+    frozen = "The frozen baseline's attention equals the pretrained model's"
+    greatest = "greatest absolute difference"
     return [
-        {
-            "name": "frozen_baseline",
-            "title": "The frozen baseline's attention equals the pretrained model's",
-            "expectation": "0 everywhere",
-            "value": 0.0,
-            "held": True,
-            "detail": "bit for bit in 4 layers",
-        },
-        {
-            "name": "self",
-            "title": "A condition against itself",
-            "expectation": "0 everywhere",
-            "value": 0.0 if held else 0.125,
-            "held": held,
-            "detail": "greatest absolute difference",
-        },
+        Control("frozen_baseline", frozen, "0 everywhere", 0.0, True, "bit for bit in 4 layers"),
+        Control("self", "A condition against itself", "0 everywhere", 0.0 if held else 0.125, held, greatest),
     ]
 
 

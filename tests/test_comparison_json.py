@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import fields, replace
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from engine.statistics import Comparison, Settings, analyse, parse_comparison, write_comparison
+from engine.statistics import Accuracy, Comparison, Control, Settings, analyse, parse_comparison, write_comparison
 from store import DiskError
 from train.errors import InputError
 
 FAST = Settings(permutations=99, bootstrap=50)
 EMPTY = Comparison(settings=FAST)
+SELF = Control("self", "Itself", "0", 0.0, True, "2 layers")
+HALF = Accuracy(validation=None, test=0.5, chance=0.25, images=8)
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def document(table: xr.Dataset, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_document_of_a_table(table: xr.Dataset, tmp_path: Path) -> None:
-    comparison = replace(analyse(table, FAST), controls=({"name": "self", "value": 0.0},))
+    comparison = replace(analyse(table, FAST), controls=(SELF,), accuracy={"baseline": {"1": HALF}})
     document = written(tmp_path / "attention_comparison.json", comparison)
 
     names = [field.name for field in fields(Comparison)]
@@ -66,7 +69,10 @@ def test_document_of_a_table(table: xr.Dataset, tmp_path: Path) -> None:
     assert document["settings"]["permutations"] == 99
     assert len(document["tests"]) == len(comparison.tests) > 0
     assert document["tests"][0]["ci"] == list(comparison.tests[0].ci or ())
-    assert document["controls"] == [{"name": "self", "value": 0.0}]
+    expected = {"name": "self", "title": "Itself", "expectation": "0", "value": 0.0, "held": True, "detail": "2 layers"}
+    assert [list(control.items()) for control in document["controls"]] == [list(expected.items())]
+    accuracy = {"validation": None, "test": 0.5, "chance": 0.25, "images": 8}
+    assert list(document["accuracy"]["baseline"]["1"].items()) == list(accuracy.items())
     baseline, finetuned = document["conditions"]["baseline"], document["conditions"]["finetuned"]
     assert list(baseline) == ["entropy", "region_mass[target_digit]", "region_mass[other_digit]"]
     np.testing.assert_allclose(baseline["entropy"], table.entropy[0, 0].mean(("image", "head")))
@@ -80,11 +86,12 @@ def test_document_of_a_table(table: xr.Dataset, tmp_path: Path) -> None:
 
 def test_what_is_read_back_is_what_was_built(table: xr.Dataset, tmp_path: Path) -> None:
     path = tmp_path / "attention_comparison.json"
-    comparison = analyse(table, FAST)
+    comparison = replace(analyse(table, FAST), controls=(SELF,), accuracy={"baseline": {"1": HALF}})
     assert any(test.p is None and test.degenerate for test in comparison.tests)
     read = parse_comparison(written(path, comparison), path)
     assert (read.tests, read.trends, read.clusters) == (comparison.tests, comparison.trends, comparison.clusters)
     assert (read.relations, read.settings) == (comparison.relations, FAST)
+    assert (read.controls, read.accuracy) == (comparison.controls, comparison.accuracy)
     first = path.read_bytes()
     write_comparison(path, read)
     assert path.read_bytes() == first
@@ -111,6 +118,33 @@ def test_a_foreign_document_is_one_sentence(
     with pytest.raises(InputError) as caught:
         parse_comparison(document, Path("a.json"))
     assert str(caught.value) == f"a.json: {says}"
+
+
+def test_a_key_that_is_missing_is_one_sentence(document: dict[str, Any]) -> None:
+    """What is always written: without it tests would be left out, or an accuracy shown as 0 %, and nothing said."""
+    document["controls"] = [dataclasses.asdict(SELF)]
+    document["accuracy"] = {"baseline": {"1": dataclasses.asdict(HALF)}}
+    places = {
+        "": document,
+        "tests[0] ": document["tests"][0],
+        "trends[0] ": document["trends"][0],
+        "relations[0] ": document["relations"][0],
+        "controls[0] ": document["controls"][0],
+        "accuracy.baseline.1 ": document["accuracy"]["baseline"]["1"],
+        "settings (": document["settings"],
+    }
+    parse_comparison(document, Path("a.json"))
+    for place, entry in places.items():
+        for name, value in list(entry.items()):
+            del entry[name]
+            with pytest.raises(InputError) as caught:
+                parse_comparison(document, Path("a.json"))
+            entry[name] = value
+            said = str(caught.value)
+            assert said.startswith("a.json: ")
+            assert name in said
+            assert place in said
+            assert "\n" not in said
 
 
 def test_parts_that_are_no_lists_are_refused(document: dict[str, Any]) -> None:

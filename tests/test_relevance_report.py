@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,9 +89,15 @@ def test_the_document_says_what_the_numbers_say() -> None:
 def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
-    strongest = HeadAssociation(metric="entropy", layer=1, head=2, rho=-0.5, p=0.01, p_max_r=0.01)
+    strongest = HeadAssociation(metric="entropy", layer=1, head=2, n=50, rho=-0.5, p=0.01, p_max_r=0.01)
     link = PredictionLink(
-        condition="finetuned", against="baseline", outcome="logit", images=50, permutations=99, tests=(strongest,)
+        condition="finetuned",
+        against="baseline",
+        outcome="logit",
+        family_size=1,
+        images=50,
+        permutations=99,
+        tests=(strongest,),
     )
     document = replace(document, link=(link,))
     write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])
@@ -113,7 +120,20 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     assert "finetuned: deletion" in page
     assert "adapters &lt;b&gt;not&lt;/b&gt; merged" in page
     assert "### Faithfulness" in (outputs / "summary.md").read_text(encoding="utf-8")
-    (outputs / "metrics" / "relevance.json").write_text('{"schema": 7}')
+    path = outputs / "metrics" / "relevance.json"
+    written = path.read_text(encoding="utf-8")
+    for part, key in (("methods", "p_max_t"), ("methods", "difference"), ("means", "mean"), ("link", "tests")):
+        damaged = json.loads(written)
+        del damaged[part][0][key]
+        path.write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(InputError, match=rf"relevance\.json: {part}\[0\] has no {key}; expected"):
+            report_on(outputs)
+    damaged = json.loads(written)
+    del damaged["classes"]
+    path.write_text(json.dumps(damaged), encoding="utf-8")
+    with pytest.raises(InputError, match="has no classes; run the relevance stage again"):
+        report_on(outputs)
+    path.write_text('{"schema": 7}')
     with pytest.raises(InputError, match="schema is 7; this version reads schema 1"):
         report_on(outputs)
 

@@ -68,7 +68,7 @@ def test_nothing_dominates_where_nothing_stands_out() -> None:
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=64, depth=2).eval()
     pixels = pictures(0.0)
     maps = relevance_maps(plain, pixels, [0] * len(BRIGHT), "rollout").numpy()
-    nothing = RolloutPeaks(condition="baseline", images=3, at_dominant=0)
+    nothing = RolloutPeaks(condition="baseline", images=3, at_dominant=0, share=None, layer=None, head=None)
     assert rollout_peaks("baseline", plain, pixels, maps) == nothing
 
 
@@ -83,7 +83,7 @@ def alone(outputs: Path, document: RelevanceResults) -> Path:
 def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count: int) -> None:
     outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
-    none = RolloutPeaks(condition="baseline", images=8, at_dominant=0)
+    none = RolloutPeaks(condition="baseline", images=8, at_dominant=0, share=None, layer=None, head=None)
     some = RolloutPeaks(condition="finetuned", images=8, at_dominant=count, share=0.8817, layer=0, head=5)
     document = replace(document, rollout_peaks=(none, some if count else replace(none, condition="finetuned")))
     write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])

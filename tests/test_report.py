@@ -18,6 +18,7 @@ from synthetic_study import build_study, payload, record_stages, report_on, resu
 from engine.report import viewer
 from engine.report.write import render_figures, render_page
 from engine.study.journal import Journal
+from engine.study.stages import STAGES
 from store import DiskError
 from train.errors import InputError
 from train.whole_files import replace_files
@@ -366,6 +367,10 @@ def _break(outputs: Path, fault: str) -> None:
             comparison.write_text(comparison.read_text(encoding="utf-8")[:500], encoding="utf-8")
         case "schema":
             comparison.write_text('{"schema": 2}', encoding="utf-8")
+        case "no tests":
+            entries = json.loads(comparison.read_text(encoding="utf-8"))
+            del entries["tests"]
+            comparison.write_text(json.dumps(entries), encoding="utf-8")
         case "trends":
             entries = json.loads(comparison.read_text(encoding="utf-8"))
             entries["trends"][1]["deep_layers"] = 3
@@ -398,6 +403,7 @@ def _break(outputs: Path, fault: str) -> None:
         ("no comparison", "attention_comparison.json", "not found"),
         ("torn comparison", "attention_comparison.json", "cannot be read as JSON"),
         ("schema", "attention_comparison.json", "schema is 2"),
+        ("no tests", "attention_comparison.json", "has no tests; run the statistics stage again"),
         ("other run", "attention_comparison.json", "lists 3 layers but"),
         ("trends", "attention_comparison.json", "trends[1].deep_layers is 3; expected whole numbers"),
         ("level", "attention_comparison.json", "tests[2].level is 'token'; expected one of head, layer"),
@@ -415,5 +421,6 @@ def test_bad_inputs_are_one_clear_sentence(tmp_path: Path, fault: str, names: st
     message = str(caught.value)
     assert names in message
     assert says in message
+    assert set(re.findall(r"(\w+) stage", message)) <= {*STAGES}
     assert "\n" not in message
     assert not (outputs / "report.html").exists()

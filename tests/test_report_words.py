@@ -155,8 +155,7 @@ def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path:
     (outputs / "study.toml").unlink()
     path = outputs / "metrics/attention_comparison.json"
     comparison = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("accuracy", "data", "undefined", "controls"):
-        del comparison[key]
+    comparison |= {"accuracy": {}, "data": {}, "undefined": {}, "controls": []}
     path.write_text(json.dumps(comparison), encoding="utf-8")
     summary, page = texts(outputs)
     for absent in ('id="training"', 'id="attention"', 'id="gradcam"', "Test accuracy", "Accuracy on"):
@@ -170,6 +169,22 @@ def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path:
         "layers_morans_i.png",
         "difference_morans_i.png",
     }
+
+
+def test_several_runs_of_any_condition_make_its_accuracy_a_mean(tmp_path: Path) -> None:
+    outputs = small(tmp_path, regions=(), metrics=("distance",), samples=False, gradcam=False)
+    said = "The stroke marks chance, 25.0 %."
+    page = texts(outputs)[1]
+    assert said in page
+    assert "Means over training runs." not in page
+    path = outputs / "metrics/attention_comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    middle = comparison["accuracy"]["finetuned"]
+    middle |= {"43": middle["42"] | {"test": 0.5}}
+    path.write_text(json.dumps(comparison), encoding="utf-8")
+    summary, page = texts(outputs)
+    assert f"{said} Means over training runs." in page
+    assert "finetuned 67.0 % (mean of 2 runs)" in summary
 
 
 def test_one_condition_is_described_and_not_compared(tmp_path: Path) -> None:
@@ -358,7 +373,7 @@ def test_settings_are_those_of_the_results(tmp_path: Path) -> None:
     assert b"90 % t interval" in drawn
     path = outputs / "metrics/attention_comparison.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    del document["settings"]
+    del document["settings"]["alpha"], document["settings"]["power"]
     path.write_text(json.dumps(document), encoding="utf-8")
-    with pytest.raises(InputError, match=r"does not say with which settings \(alpha, confidence, power\)"):
+    with pytest.raises(InputError, match=r"does not say with which settings \(alpha, power\)"):
         results_of(outputs)

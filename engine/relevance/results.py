@@ -31,8 +31,8 @@ class MapMean:
     condition: str
     method: str
     measure: str
-    mean: float | None = None
-    ci: Interval = None
+    mean: float | None
+    ci: Interval
     n: int
 
 
@@ -60,14 +60,14 @@ class MapTest:
     method: str
     than: str | None = field(default=None, metadata=UNLESS_NONE)
     measure: str
-    n: int | None = None
-    difference: float | None = None
-    dz: float | None = None
-    ci: Interval = None
-    p: float | None = None
-    p_max_t: float | None = None
-    family_size: int | None = None
-    degenerate: str | None = None
+    n: int | None
+    difference: float | None
+    dz: float | None
+    ci: Interval
+    p: float | None
+    p_max_t: float | None
+    family_size: int | None
+    degenerate: str | None
 
     def survives(self, alpha: float) -> bool:
         """Whether it survives its family's max-T test."""
@@ -85,9 +85,9 @@ class RolloutPeaks:
     condition: str
     images: int
     at_dominant: int
-    share: float | None = None  # the greatest of them, as layer and head
-    layer: int | None = None
-    head: int | None = None
+    share: float | None  # the greatest of them, as layer and head
+    layer: int | None
+    head: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +97,10 @@ class HeadAssociation:
     metric: str
     layer: int
     head: int
-    n: int | None = None
-    rho: float | None = None
-    p: float | None = None
-    p_max_r: float | None = None
+    n: int | None
+    rho: float | None
+    p: float | None
+    p_max_r: float | None
 
     def survives(self, alpha: float) -> bool:
         """Whether it survives its family's max-|ρ| test."""
@@ -116,10 +116,10 @@ class PredictionLink:
     outcome: str
     unit_of_inference: str = IMAGES
     family: str = "metric × layer × head"
-    family_size: int | None = None
+    family_size: int | None
     permutations: int
     images: int
-    tests: tuple[HeadAssociation, ...] = ()
+    tests: tuple[HeadAssociation, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,20 +130,20 @@ class RelevanceResults:
     unit_of_inference: str = IMAGES
     images: int  # how many maps were measured on
     target: str  # which class is explained; see `ClassChoice.role`
-    left_out: tuple[str, ...] = ()  # what is not computed and why, a sentence each
+    left_out: tuple[str, ...]  # what is not computed and why, a sentence each
     baseline: str  # kind of `baseline_images`
     steps: int  # of `perturbation_curves`
     against: str  # the condition that the others are compared with
     confidence: float  # of the intervals
-    refused: tuple[Refusal, ...] = ()
-    means: tuple[MapMean, ...] = ()
-    curves: tuple[MapCurves, ...] = ()
+    refused: tuple[Refusal, ...]
+    means: tuple[MapMean, ...]
+    curves: tuple[MapCurves, ...]
     # Tests between methods, conditions and classes, as `relevance_results` describes them.
-    methods: tuple[MapTest, ...] = ()
-    conditions: tuple[MapTest, ...] = ()
-    classes: tuple[MapTest, ...] = ()
-    rollout_peaks: tuple[RolloutPeaks, ...] = ()
-    link: tuple[PredictionLink, ...] = ()
+    methods: tuple[MapTest, ...]
+    conditions: tuple[MapTest, ...]
+    classes: tuple[MapTest, ...]
+    rollout_peaks: tuple[RolloutPeaks, ...]
+    link: tuple[PredictionLink, ...]
 
 
 def parse_relevance(document: Mapping[str, Any], path: Path) -> RelevanceResults:

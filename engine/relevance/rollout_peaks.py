@@ -40,10 +40,8 @@ def rollout_peaks(
         share = float(received_shares[head, image, patch])
         if share > DOMINANT_SHARE and int(one.argmax()) == patch:
             dominant.append((share, int(head)))
-    if not dominant:
-        return RolloutPeaks(condition=condition, images=len(maps), at_dominant=0)
-    share, position = max(dominant, key=lambda item: item[0])
-    layer, head = heads[position]
+    greatest, position = max(dominant, key=lambda item: item[0], default=(None, 0))
+    layer, head = heads[position] if dominant else (None, None)
     return RolloutPeaks(
-        condition=condition, images=len(maps), at_dominant=len(dominant), share=share, layer=layer, head=head
+        condition=condition, images=len(maps), at_dominant=len(dominant), share=greatest, layer=layer, head=head
     )

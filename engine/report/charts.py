@@ -184,7 +184,7 @@ def _accuracy(results: Results) -> Figure:
     rows = accuracies(results)
     columns = []
     for x, (condition, test, chance, runs) in enumerate(rows):
-        each = [100 * (run.get("test") or 0.0) for run in results.document.accuracy[condition].values()]
+        each = [100 * run.test for run in results.document.accuracy[condition].values()]
         points = each if runs > 1 else []
         columns.append(Column(results.color(condition), x, test, f"{test:.1f}", points, chance))
     chart = Chart(
@@ -197,10 +197,8 @@ def _accuracy(results: Results) -> Figure:
         width=80 + 90 * max(len(columns), 2),
     )
     most = max(runs for *_, runs in rows)
-    note = "one training run per condition" if most == 1 else f"bar: mean of {most} runs; dots: runs"
-    if any(column.level is not None for column in columns):
-        note += "; line: chance"
-    return Figure(panels=[chart], title=chart.title, note=note)
+    bars = "one training run per condition" if most == 1 else f"bar: mean of {most} runs; dots: runs"
+    return Figure(panels=[chart], title=chart.title, note=f"{bars}; line: chance")
 
 
 def _association(results: Results, metric: str) -> str:

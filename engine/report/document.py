@@ -68,9 +68,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Shares in percent as bars: name with its colour, share, and the level marked on its bar, or None."""
+    """Shares in percent as bars: name with its colour, share, and the level marked on its bar."""
 
-    rows: Sequence[tuple[Span, float, float | None]]
+    rows: Sequence[tuple[Span, float, float]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,10 +150,9 @@ def _table(table: Table) -> Markup:
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=table.caption)
 
 
-def _bar(name: Span, percent: float, mark: float | None) -> Markup:
+def _bar(name: Span, percent: float, mark: float) -> Markup:
     filled = tag("i", style=f"width:{percent:.2f}%", class_=f"c{name.value}")
-    stroke = tag("em", style=f"left:{mark:.2f}%") if mark is not None else ""
-    bar = tag("span", filled, stroke, class_="bar", aria_hidden="true")
+    bar = tag("span", filled, tag("em", style=f"left:{mark:.2f}%"), class_="bar", aria_hidden="true")
     return tag("li", tag("span", _content(name)), tag("b", f"{percent:.1f} %"), bar)
 
 

@@ -167,7 +167,7 @@ def load_results(outputs: Path, record: Record) -> Results:
     for needed in (METRICS_TABLE, COMPARISON):
         record.require(outputs / needed)
     table = read_table(outputs / METRICS_TABLE)
-    document = load_json(outputs / COMPARISON, "written by the comparison stage; run the study first")
+    document = load_json(outputs / COMPARISON, "written by the statistics stage; run the study first")
     comparison = parse_comparison(document, outputs / COMPARISON)
     # Metrics stand as in METRICS, a user's own after them.
     names = sorted(str(name) for name in table.data_vars)
@@ -175,7 +175,7 @@ def load_results(outputs: Path, record: Record) -> Results:
     if len(comparison.layers) != table.sizes["layer"]:
         raise InputError(
             f"{outputs / COMPARISON}: lists {len(comparison.layers)} layers but {METRICS_TABLE} has "
-            f"{table.sizes['layer']}; they come from different runs, so run the comparison stage again"
+            f"{table.sizes['layer']}; they come from different runs, so run the statistics stage again"
         )
     _check_names(comparison, table, outputs / COMPARISON)
     training = None

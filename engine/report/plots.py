@@ -48,8 +48,8 @@ class Column:
     x: float
     y: float
     label: str
-    points: Sequence[float] = ()
-    level: float | None = None
+    points: Sequence[float]
+    level: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,8 +227,7 @@ def _contents(chart: Chart, frame: _Frame) -> Iterator[Mark]:
         yield Mark("tick", (frame.at(x, most),), text=column.label, anchor="middle").moved(
             0, -9 if column.points else -5
         )
-        if column.level is not None:
-            yield Mark("level", (frame.at(x - 0.5, column.level), frame.at(x + 0.5, column.level)))
+        yield Mark("level", (frame.at(x - 0.5, column.level), frame.at(x + 0.5, column.level)))
     if chart.cells is not None:
         for (row, col), value in np.ndenumerate(chart.cells.values):
             yield from _cell(chart.cells, frame, row, col, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy import special
 
 from engine.capture import SampleLayer, SampleMaps, SampleRun
 from engine.report.inputs import Results
+from engine.statistics import Classifier
 
 BUDGET = 4_800_000
 """Bytes of base64 text for all maps: with everything else the page stays below 10 MB."""
@@ -54,7 +55,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
             {
                 "condition": results.conditions.index(condition),
                 "seed": seed,
-                "predictions": _predictions(run.logits, results.document.classifiers.get(condition, {})),
+                "predictions": _predictions(run.logits, results.document.classifiers.get(condition)),
             }
             for condition, (seed, run) in kept.items()
         ],
@@ -153,10 +154,9 @@ def _image(samples: SampleMaps, index: int) -> dict[str, Any]:
     }
 
 
-def _predictions(logits: np.ndarray | None, classifier: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _predictions(logits: np.ndarray | None, classifier: Classifier | None) -> list[dict[str, Any]] | None:
     """Each image's likeliest class with its probability; None where it is not known what the outputs stand for."""
-    names = classifier.get("classes")
-    if logits is None or not names:
+    if logits is None or classifier is None or not classifier.classes:
         return None
     shares = special.softmax(np.asarray(logits, dtype=np.float64), axis=-1)
-    return [{"name": str(names[row.argmax()]), "probability": round(float(row.max()), 4)} for row in shares]
+    return [{"name": classifier.classes[row.argmax()], "probability": round(float(row.max()), 4)} for row in shares]

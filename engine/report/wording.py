@@ -345,14 +345,12 @@ def accuracy_title(results: Results) -> str:
     return "Test accuracy" if results.training is not None else "Accuracy on these images"
 
 
-def accuracies(results: Results) -> list[tuple[str, float, float | None, int]]:
+def accuracies(results: Results) -> list[tuple[str, float, float, int]]:
     """(condition, accuracy and chance in percent, training runs) of what was classified; means over runs."""
     rows = []
     for condition in results.conditions:
-        runs = [run for run in (results.document.accuracy.get(condition) or {}).values() if run.get("test") is not None]
-        if runs:
-            chance = next((100 * share for run in runs if (share := run.get("chance")) is not None), None)
-            rows.append((condition, 100 * sum(run["test"] or 0.0 for run in runs) / len(runs), chance, len(runs)))
+        if runs := list(results.document.accuracy.get(condition, {}).values()):
+            rows.append((condition, 100 * sum(run.test for run in runs) / len(runs), 100 * runs[0].chance, len(runs)))
     return rows
 
 
@@ -364,15 +362,15 @@ def accuracy_sentences(results: Results) -> Iterator[str]:
     means = {name: f"{name} {test:.1f} %" + (f" (mean of {n} runs)" if n > 1 else "") for name, test, _, n in rows}
     chances = {chance for _, _, chance, _ in rows}
     if len(chances) > 1:  # heads of different sizes
-        said = "; ".join(f"{means[name]}, chance {chance:.1f} %" for name, _, chance, _ in rows if chance is not None)
+        said = "; ".join(f"{means[name]}, chance {chance:.1f} %" for name, _, chance, _ in rows)
     else:
         (chance,) = chances
-        said = text.listing(list(means.values())) + ("" if chance is None else f"; chance is {chance:.1f} %")
+        said = f"{text.listing(list(means.values()))}; chance is {chance:.1f} %"
     unknown = "" if results.training is not None else f" {HELD_OUT_UNKNOWN}"
     yield f"{accuracy_title(results)}: {said}.{unknown}"
 
 
 def classifier_sentences(results: Results) -> list[str]:
     """What a reader must know of the models' classes, by condition; nothing of heads that were trained here."""
-    notes = (str(results.document.classifiers.get(condition, {}).get("note") or "") for condition in results.conditions)
-    return [note for note in notes if note]
+    classifiers = results.document.classifiers
+    return [classifiers[name].note for name in results.conditions if name in classifiers and classifiers[name].note]

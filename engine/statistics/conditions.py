@@ -148,13 +148,13 @@ def _test_family(
     ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
     if unit != IMAGES:
         ci_method, columns["ci"] = "Student's t", _student_interval(b - a, settings.confidence)
-    test, nested_levels = "paired t-test", None
+    test = "paired t-test"
     if level == "seed":
         columns["p"] = columns["p_sign_flip"]
         columns["p_holm"], columns["p_bh"] = holm(columns["p"]), benjamini_hochberg(columns["p"])
         test = f"sign flip over training runs ({result.attrs['sign_flip']})"
-    if level == "layer":
-        columns["ci_nested"], nested_levels = _nested_intervals(paired, settings)
+    nothing = np.full((len(rows), 2), np.nan), None
+    columns["ci_nested"], nested_levels = _nested_intervals(paired, settings) if level == "layer" else nothing
 
     size, floor = result.attrs["family_size"], result.attrs["p_floor"]
     power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(size, 1)}

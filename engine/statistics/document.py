@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from train.errors import InputError
 from train.whole_files import write_atomically
 
-_Document = TypeVar("_Document")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Document = TypeVar("_Document", bound="DataclassInstance")
 
 SCHEMA = 1
 """Of all documents."""
@@ -47,6 +50,8 @@ def parse(kind: type[_Document], document: Mapping[str, Any], path: Path, stage:
             f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
             f"run the {stage} stage again"
         )
+    if missing := [entry.name for entry in dataclasses.fields(kind) if entry.name not in document]:
+        raise InputError(f"{path}: has no {missing[0]}; run the {stage} stage again")
     try:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:
@@ -77,8 +82,9 @@ def _mistake(hint: Any, value: Any, place: tuple[int | str, ...]) -> str:
     """The sentence on what stands at a place, named down to the last field of a dataclass."""
     parent = here = ""
     for part in place:
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            hint, value = typing.get_type_hints(hint)[str(part)], value.get(str(part))
+        if isinstance(value, Mapping):
+            hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else None
+            hint, value = hints[str(part)] if hints else typing.get_args(hint)[-1], value.get(str(part))
             parent, here = here, f"{here}.{part}".lstrip(".")
         elif isinstance(part, int) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
             hint, value = typing.get_args(hint)[0], value[part]

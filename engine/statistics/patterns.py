@@ -89,7 +89,7 @@ def cross_metric_correlation(
             which |= {"metric": one["metric"], "region": one["region"]}
             which |= {"with_metric": other["metric"], "with_region": other["region"]}
             rho, n = _spearman(cells[first], cells[second])
-            relations.append(Relation(**which, over="cells", rho=finite(rho), n=n))
+            relations.append(Relation(**which, over="cells", layer=None, rho=finite(rho), n=n))
             for i in paired.layers:
                 rho, n = _spearman(images[first][:, i], images[second][:, i])
                 relations.append(Relation(**which, over="images", layer=paired.layer_ids[i], rho=finite(rho), n=n))

@@ -73,7 +73,7 @@ class Compared:
     against: str
     metric: str
     unit: str
-    region: str | None = None
+    region: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,39 +89,39 @@ class PairedTest(Compared):
     level: Literal["head", "layer", "class", "seed", "layer_means"]
     unit_of_inference: str
     family: str
-    family_size: int | None = None
-    layer: int | None = None
-    site: str | None = None
-    head: int | None = None
-    seeds: tuple[int, ...] = ()
-    n: int | None = None
-    missing: int | None = None
-    mean_against: float | None = None
-    mean_condition: float | None = None
-    difference: float | None = None
-    sd: float | None = None
-    skewness: float | None = None
-    dz: float | None = None
-    gz: float | None = None
-    d_av: float | None = None
-    ci: Interval = None
-    ci_method: str | None = None
-    ci_nested: Interval = None
-    nested_levels: str | None = None
-    test: str | None = None
-    t: float | None = None
-    p: float | None = None
-    p_wilcoxon: float | None = None
-    p_max_t: float | None = None
-    p_holm: float | None = None
-    p_bh: float | None = None
-    tost_bound: float | None = None
-    p_tost: float | None = None
-    p_tost_holm: float | None = None
-    mde_dz: float | None = None
-    mde: float | None = None
-    p_floor: float | None = None
-    degenerate: str | None = None
+    family_size: int | None
+    layer: int | None
+    site: str | None
+    head: int | None
+    seeds: tuple[int, ...]
+    n: int | None
+    missing: int | None
+    mean_against: float | None
+    mean_condition: float | None
+    difference: float | None
+    sd: float | None
+    skewness: float | None
+    dz: float | None
+    gz: float | None
+    d_av: float | None
+    ci: Interval
+    ci_method: str | None
+    ci_nested: Interval
+    nested_levels: str | None
+    test: str | None
+    t: float | None
+    p: float | None
+    p_wilcoxon: float | None
+    p_max_t: float | None
+    p_holm: float | None
+    p_bh: float | None
+    tost_bound: float | None
+    p_tost: float | None
+    p_tost_holm: float | None
+    mde_dz: float | None
+    mde: float | None
+    p_floor: float | None
+    degenerate: str | None
 
     def survives(self, alpha: float) -> bool:
         """Whether it survives its family's max-T test."""
@@ -156,24 +156,24 @@ class Trend(Compared):
 
     unit_of_inference: str
     family: str
-    family_size: int | None = None
-    shallow_layers: tuple[int, ...] = ()
-    deep_layers: tuple[int, ...] = ()
-    n: int | None = None
-    missing: int | None = None
-    shallow: float | None = None
-    deep: float | None = None
-    difference: float | None = None
-    dz: float | None = None
-    gz: float | None = None
-    ci: Interval = None
-    p: float | None = None
-    t: float | None = None
-    p_max_t: float | None = None
-    p_holm: float | None = None
-    p_bh: float | None = None
-    depth_rho: float | None = None
-    degenerate: str | None = None
+    family_size: int | None
+    shallow_layers: tuple[int, ...]
+    deep_layers: tuple[int, ...]
+    n: int | None
+    missing: int | None
+    shallow: float | None
+    deep: float | None
+    difference: float | None
+    dz: float | None
+    gz: float | None
+    ci: Interval
+    p: float | None
+    t: float | None
+    p_max_t: float | None
+    p_holm: float | None
+    p_bh: float | None
+    depth_rho: float | None
+    degenerate: str | None
 
     def survives(self, alpha: float) -> bool:
         """Whether the halves differ after the correction over the metrics."""
@@ -186,15 +186,15 @@ class Cluster(Compared):
 
     unit_of_inference: str
     family: str
-    family_size: int | None = None
-    cluster_alpha: float | None = None
-    layers: tuple[int, ...] = ()
+    family_size: int | None
+    cluster_alpha: float | None
+    layers: tuple[int, ...]
     direction: str
-    mass: float | None = None
-    n: int | None = None
-    p: float | None = None
-    p_floor: float | None = None
-    degenerate: str | None = None
+    mass: float | None
+    n: int | None
+    p: float | None
+    p_floor: float | None
+    degenerate: str | None
 
     def survives(self, alpha: float) -> bool:
         """Whether it survives the cluster permutation test."""
@@ -208,13 +208,47 @@ class Relation:
     condition: str
     against: str
     metric: str
-    region: str | None = None
+    region: str | None
     with_metric: str
-    with_region: str | None = None
+    with_region: str | None
     over: str
-    layer: int | None = None
-    rho: float | None = None
-    n: int | None = None
+    layer: int | None
+    rho: float | None
+    n: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Shares of images that one training run classified rightly, in the test split of those whose class its head has.
+
+    `validation` is None of a given checkpoint; `images` of the test split were counted.
+    """
+
+    validation: float | None
+    test: float
+    chance: float
+    images: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+    """What the outputs of a condition's head stand for (None: not known), and what a reader must know of it, or ""."""
+
+    outputs: int
+    classes: tuple[str, ...] | None
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A negative control: `value` is the largest absolute difference where zero is expected, `detail` in words."""
+
+    name: str
+    title: str
+    expectation: str
+    value: float
+    held: bool
+    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,10 +272,10 @@ class Comparison:
     units: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, Mapping[str, tuple[float | None, ...]]] = field(default_factory=dict)
     tests: tuple[PairedTest, ...] = ()
-    accuracy: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    accuracy: Mapping[str, Mapping[str, Accuracy]] = field(default_factory=dict)
+    classifiers: Mapping[str, Classifier] = field(default_factory=dict)
     clusters: tuple[Cluster, ...] = ()
-    controls: tuple[Mapping[str, Any], ...] = ()
+    controls: tuple[Control, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     prefix_mass_warning: str = ""
     relations: tuple[Relation, ...] = ()
@@ -256,12 +290,11 @@ def parse_comparison(document: Mapping[str, Any], path: Path) -> Comparison:
     Raises:
         InputError: another schema, no settings, or a part that is not as `Comparison` declares it.
     """
-    comparison = parse(Comparison, document, path, "comparison")
-    levels = ("alpha", "confidence", "power")
-    if not all(isinstance(document.get("settings", {}).get(name), float) for name in levels):
+    comparison = parse(Comparison, document, path, "statistics")
+    if missing := [entry.name for entry in fields(Settings) if entry.name not in document["settings"]]:
         raise InputError(
-            f"{path}: does not say with which settings ({', '.join(levels)}) its tests and intervals were made; "
-            "run the comparison stage again"
+            f"{path}: does not say with which settings ({', '.join(missing)}) its tests and intervals were made; "
+            "run the statistics stage again"
         )
     return comparison
 

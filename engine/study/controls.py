@@ -16,22 +16,11 @@ from tqdm import tqdm
 
 from engine.capture import AttentionSite, SiteAttention, block_of, num_blocks, observe, reached_block
 from engine.progress import say
+from engine.statistics import Control
 from kernels import measure_qk
 from train.data import ImageSet
 
 _Layer = tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]  # its maps, and metric -> values
-
-
-@dataclass(frozen=True)
-class Control:
-    """One control: `value` is the largest absolute difference found where zero is expected, `detail` in words."""
-
-    name: str
-    title: str
-    expectation: str
-    value: float
-    held: bool
-    detail: str
 
 
 @dataclass(frozen=True)

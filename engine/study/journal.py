@@ -7,6 +7,7 @@ tore or a fault changed is named and counts as not written, so its stage is done
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -32,8 +33,9 @@ _KEYS = {"event", "stage", "key", "time", "outputs"}  # of every line
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """sha256 of a JSON value, in which dataclasses are objects, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=dataclasses.asdict)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_path(path: Path) -> str:

@@ -22,7 +22,7 @@ from engine.measure import build_table, measure_store, prefix_mass_warning, read
 from engine.progress import reason_of, say
 from engine.relevance import PredictionLink, choose_classes, explain_study, prediction_link, samples_folder
 from engine.report import write_report
-from engine.statistics import analyse, write_comparison
+from engine.statistics import Control, analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
 from engine.study.controls import Lockstep, negative_controls
 from engine.study.data import dataset_info, manifest_dict, prepare_data
@@ -343,7 +343,7 @@ def _compare(study: Study, path: Path, controls: Path | None, facts: Mapping[str
     comparison = dataclasses.replace(
         analyse(table, study.settings),
         **facts,
-        controls=tuple(json.loads(controls.read_bytes())) if controls else (),
+        controls=tuple(Control(**made) for made in json.loads(controls.read_bytes())) if controls else (),
         undefined=json.loads(table.attrs["undefined"]),
         prefix_mass_warning=prefix_mass_warning(table),
     )

@@ -6,14 +6,13 @@ import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from engine.capture import choose_samples
 from engine.config import StudyConfig, load_metrics, study_toml
-from engine.statistics import Settings
+from engine.statistics import Accuracy, Classifier, Settings
 from engine.study.data import StudyData
 from engine.study.journal import Journal
 from engine.study.model import trained_here, with_present_name
@@ -103,33 +102,31 @@ class Study:
         """The output of a condition's head that stands for each test image's class, [image]; −1 where there is none."""
         return self.data.head(condition).outputs_of(self.data.test.labels, self.data.test.class_names)
 
-    def classifiers(self) -> dict[str, dict[str, Any]]:
+    def classifiers(self) -> dict[str, Classifier]:
         """condition -> what its outputs stand for, and what a reader must know of it."""
         classifiers = {}
         for condition in self.config.conditions:
             head = self.data.head(condition)
             of_labels = self.outputs_of_labels(condition)
             said = head.origin(condition), head.consequences(len(of_labels), int((of_labels < 0).sum()))
-            classifiers[condition] = {
-                "outputs": head.outputs,
-                "classes": list(head.names) if head.known else None,
-                "note": " ".join(filter(None, said)),
-            }
+            classifiers[condition] = Classifier(
+                outputs=head.outputs, classes=head.names if head.known else None, note=" ".join(filter(None, said))
+            )
         return classifiers
 
-    def accuracy(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """condition -> seed -> {validation, test, chance, images}, over the images whose class the head has."""
-        accuracy: dict[str, dict[str, dict[str, float | None]]] = {}
+    def accuracy(self) -> dict[str, dict[str, Accuracy]]:
+        """condition -> seed -> accuracy, over the images whose class the head has."""
+        accuracy: dict[str, dict[str, Accuracy]] = {}
         for run in self.runs:
             expected = self.outputs_of_labels(run.condition)
             rows = np.flatnonzero(expected >= 0)
             if not len(rows):
                 continue
             predicted = self.logits(run).argmax(axis=1)
-            accuracy.setdefault(run.condition, {})[str(run.seed)] = {
-                "validation": run.validation_accuracy,
-                "test": float((predicted[rows] == expected[rows]).mean()),
-                "chance": 1.0 / self.data.head(run.condition).outputs,
-                "images": len(rows),
-            }
+            accuracy.setdefault(run.condition, {})[str(run.seed)] = Accuracy(
+                validation=run.validation_accuracy,
+                test=float((predicted[rows] == expected[rows]).mean()),
+                chance=1.0 / self.data.head(run.condition).outputs,
+                images=len(rows),
+            )
         return accuracy

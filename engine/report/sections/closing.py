@@ -20,7 +20,7 @@ def controls(study: Study) -> Iterator[Block]:
     if not recorded:
         yield Text("No negative control was recorded, so nothing here vouches for the pipeline.")
         return
-    failed = [str(control.get("title", control.get("name"))) for control in recorded if not control.get("held")]
+    failed = [control.title for control in recorded if not control.held]
     if failed:
         which = f"FAILED ({'; '.join(failed)})"
         yield Text(f"{len(failed)} of {len(recorded)} negative controls {which}: {wording.DISTRUST}")
@@ -28,11 +28,11 @@ def controls(study: Study) -> Iterator[Block]:
         yield Text(f"{len(recorded)} of {len(recorded)} negative controls held.")
     rows = [
         [
-            str(control.get("title") or control.get("name")),
-            str(control.get("expectation", "")),
-            text.plain(control.get("value")),
-            "yes" if control.get("held") else Span("NO", "alarm"),
-            str(control.get("detail") or ""),
+            control.title,
+            control.expectation,
+            text.plain(control.value),
+            "yes" if control.held else Span("NO", "alarm"),
+            control.detail,
         ]
         for control in recorded
     ]

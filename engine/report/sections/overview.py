@@ -75,7 +75,7 @@ def overview(study: Study) -> Iterator[Block]:
 
 
 def _failed_controls(results: Results) -> int:
-    return sum(not control.get("held") for control in results.document.controls)
+    return sum(not control.held for control in results.document.controls)
 
 
 def _cards(study: Study) -> Iterator[Group]:
@@ -91,10 +91,9 @@ def _cards(study: Study) -> Iterator[Group]:
         yield Group("card", [_big(pair.changed, pair.cells), Text(said)], title)
     if accuracy := wording.accuracies(results):
         blocks: list[Block] = [Bars([(study.swatch(name), test, chance) for name, test, chance, _ in accuracy])]
-        if levels := dict.fromkeys(str(round(chance, 1)) for _, _, chance, _ in accuracy if chance is not None):
-            marks = " % and ".join(levels)
-            means = " Means over training runs." if accuracy[0][3] > 1 or accuracy[-1][3] > 1 else ""
-            blocks.append(Text(f"The stroke marks chance, {marks} %.{means}"))
+        marks = " % and ".join(dict.fromkeys(str(round(chance, 1)) for _, _, chance, _ in accuracy))
+        means = " Means over training runs." if any(runs > 1 for *_, runs in accuracy) else ""
+        blocks.append(Text(f"The stroke marks chance, {marks} %.{means}"))
         if results.training is None:
             blocks.append(Text(wording.HELD_OUT_UNKNOWN))
         yield Group("card", blocks, wording.accuracy_title(results))
