@@ -26,6 +26,7 @@ from store.schema import LayerSchema, StoreError, StoreSchema, layer_path, metri
 from store.storage import Storage
 
 CHUNK_IMAGES = 4  # images per chunk: 1-4 serve reading single images, more serve nothing
+CHUNK_BYTES = 2**31 - 17  # most that Blosc takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,18 @@ class ArraySpec:
     chunk: int  # rows per chunk
     sharded: bool = False  # a file is a shard of chunks (with an index), not a single chunk
     attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.chunk * self.row_bytes > CHUNK_BYTES:
+            advice = (
+                "capture fewer heads, smaller images, or with the encoding qk"
+                if self.sharded
+                else "give a smaller batch size"
+            )
+            raise StoreError(
+                f"{self.path} would need {self.chunk * self.row_bytes:,} bytes for {self.chunk} image(s) in one piece; "
+                f"at most {CHUNK_BYTES:,} can be compressed together: {advice}"
+            )
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -85,7 +98,9 @@ def attention_arrays(schema: StoreSchema) -> list[ArraySpec]:
 
 def layer_arrays(schema: StoreSchema, layer: LayerSchema) -> dict[str, ArraySpec]:
     """The arrays that keep one layer, by the name of the part."""
-    chunk = max(rows for rows in range(1, CHUNK_IMAGES + 1) if schema.batch_size % rows == 0)
+    parts = resolve_encoding(schema.encoding).parts(layer)
+    most = CHUNK_BYTES // max(math.prod(part.shape) * storage_dtype(part.precision).itemsize for part in parts)
+    chunk = max(rows for rows in range(1, CHUNK_IMAGES + 1) if schema.batch_size % rows == 0 and rows <= max(most, 1))
     return {
         part.name: ArraySpec(
             path=f"{layer_path(layer.layer)}/{part.name}".rstrip("/"),
@@ -97,7 +112,7 @@ def layer_arrays(schema: StoreSchema, layer: LayerSchema) -> dict[str, ArraySpec
             sharded=True,
             attributes={} if part.name else layer_attributes(layer),
         )
-        for part in resolve_encoding(schema.encoding).parts(layer)
+        for part in parts
     }
 
 
@@ -179,11 +194,12 @@ def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:
 
 def create_constant(root: Path, path: str, dims: tuple[str, ...], values: Array, attributes: dict[str, Any]) -> None:
     """Write a whole small array that never changes: an image's id, label, regions."""
+    rows = min(4096, values.shape[0], CHUNK_BYTES * len(values) // values.nbytes)
     array = zarr.create_array(
         LocalStore(root),
         name=path,
         shape=values.shape,
-        chunks=(min(4096, values.shape[0]), *values.shape[1:]),
+        chunks=(rows, *values.shape[1:]),
         dtype=str if values.dtype.kind in "OTU" else values.dtype,
         compressors=_compressors(values.dtype),
         dimension_names=dims,

@@ -19,7 +19,8 @@ import kernels
 from engine.capture import Capture, capture_attention, capture_to_store
 from engine.measure.store import measure_store
 from kernels import TokenLayout
-from store import AttentionStore, AttentionWriter, Factors, StoreError, estimate_bytes
+from store import AttentionStore, AttentionWriter, Factors, LayerSchema, StoreError, estimate_bytes
+from store.arrays import create_constant, layer_arrays
 from store.encodings import ENCODINGS, factor_schema
 from store.halves import bfloat16_to_float32, float16_to_float32, float32_to_bfloat16, float32_to_float16
 from store.verify import info, verify
@@ -221,3 +222,37 @@ def test_a_captured_model_is_kept_and_measured_alike(tmp_path: Path, encoding: s
             np.testing.assert_allclose(again.read_metric(metric)[0][:, 1], direct[metric], atol=1e-5, rtol=1e-5)
     assert verify(path) == []
     assert verify(metrics_only) == []
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(8, 2), (6, 3), (4, 2), (1, 1)])
+def test_a_chunk_holds_no_more_than_can_be_compressed_together(batch_size: int, chunk: int) -> None:
+    """A ViT-L/16 on 1024 pixels: 2.1 GB in four images."""
+    layer = LayerSchema(
+        layer=0, site="blocks.0.attn", heads=16, layout=case.LAYOUT | {"grid_rows": 64, "grid_cols": 64}
+    )
+    schema = case.make_schema(layers=(layer,), batch_size=batch_size)
+    (array,) = layer_arrays(schema, layer).values()
+    assert array.chunk == chunk
+    assert array.shard_chunks == batch_size // chunk
+    assert {array.chunk for array in layer_arrays(case.make_schema(), case.make_schema().layers[0]).values()} == {4}
+
+
+def test_an_image_that_cannot_be_compressed_in_one_piece_is_one_sentence(tmp_path: Path) -> None:
+    layer = LayerSchema(
+        layer=0, site="blocks.0.attn", heads=16, layout=case.LAYOUT | {"grid_rows": 128, "grid_cols": 64}
+    )
+    message = r"attention/layer_00 would need 2,148,532,352 bytes for 1 image\(s\) in one piece; at most 2,147,483,631"
+    with pytest.raises(StoreError, match=message):
+        AttentionWriter.open(tmp_path / "run.zarr", case.make_schema(layers=(layer,)), **case.fixed())
+    many = case.make_schema(num_classes=2**28)
+    with pytest.raises(StoreError, match=r"logits would need 4,294,967,296 bytes for 4 image.*: give a smaller batch"):
+        estimate_bytes(many)
+
+
+def test_regions_of_many_images_are_compressed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = case.fixed()["regions"]
+    monkeypatch.setattr("store.arrays.CHUNK_BYTES", 3 * regions[0].nbytes)
+    create_constant(tmp_path, "images/regions", ("image", "region", "patch"), regions, {})
+    array: Any = zarr.open_array(tmp_path, path="images/regions", mode="r")
+    assert array.chunks == (3, *regions.shape[1:])
+    np.testing.assert_array_equal(array[...], regions)
