@@ -10,6 +10,7 @@ from pathlib import Path
 
 from store.removal import Mark, is_unfinished, put, remove, unfinished
 from store.schema import StoreError
+from store.system import HAS_FLOCK, lock_file
 
 _AGAIN = "run the same command again"
 _ELSEWHERE = "give another place"
@@ -58,6 +59,24 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(f"{os.fspath(path)} cannot be written", error) from error
+
+
+@contextlib.contextmanager
+def making_alone(path: Path) -> Iterator[None]:
+    """Keep other processes from making the same file during the `with` block; StoreError if one is making it."""
+    lock = unfinished(path.with_name(f"{path.name}.lock"))
+    with writing(path), contextlib.ExitStack() as locked:
+        file = locked.enter_context(open(lock, "ab"))
+        try:
+            lock_file(file)
+        except (BlockingIOError, FileNotFoundError):
+            raise StoreError(f"{path} is being written by another process; wait for it, or give another file") from None
+        try:
+            yield
+        finally:
+            if not HAS_FLOCK:  # Windows removes no file that is open
+                locked.close()
+            remove(lock, is_unfinished)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from store.disk import making, writing
+from store.disk import making, making_alone, writing
 from store.removal import Mark
 from store.schema import MARK, StoreError
 from store.system import sync_folder
@@ -72,9 +72,9 @@ def read_table(path: str | os.PathLike[str]) -> xarray.Dataset:
 def sealed(path: Path, schema: str, mark: Mark) -> Iterator[Path]:
     """Where to write an HDF5 file of a kind, behind a user block; sealed and on disk, it appears as `path` when whole.
 
-    `mark` and errors are those of `making`.
+    `mark` and errors are those of `making`; StoreError, too, while another process writes the same file.
     """
-    with making(path, mark) as partial:
+    with making_alone(path), making(path, mark) as partial:
         yield partial
         with open(partial, "r+b") as file:
             seal = _seal(file, schema)

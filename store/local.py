@@ -193,10 +193,8 @@ class _Flock:
                 f"{self._path} is locked: process {holder}{others} is writing this store; "
                 "wait for it to end, or write to another store"
             ) from None
-        if not (self._path / "lock").is_file() or not os.path.samestat(
-            os.fstat(self._file.fileno()), os.stat(self._path / "lock")
-        ):
-            raise StoreError(f"{self._path} has just been removed by another process; start again")
+        except FileNotFoundError:
+            raise StoreError(f"{self._path} has just been removed by another process; start again") from None
 
     def share(self) -> str:
         run = uuid.uuid4().hex

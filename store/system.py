@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from store.schema import StoreError
 
-_HAS_FLOCK = importlib.util.find_spec("fcntl") is not None
-if _HAS_FLOCK:
+HAS_FLOCK = importlib.util.find_spec("fcntl") is not None
+if HAS_FLOCK:
     import fcntl
 else:
     import msvcrt
@@ -26,10 +26,12 @@ _LOCKED_BYTE = 1 << 30  # behind all that a file holds, for nobody else can read
 def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = False) -> None:
     """Lock an open file, until it is closed: alone or `shared`; BlockingIOError if others hold it, unless we `wait`.
 
-    Raises StoreError where the system cannot share a lock.
+    Raises FileNotFoundError where who held it has removed it, and StoreError where the system cannot share a lock.
     """
-    if _HAS_FLOCK:
+    if HAS_FLOCK:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file.name)
         return
     if shared:
         raise StoreError("this system cannot share the lock of a file between processes; let one process write alone")

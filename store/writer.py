@@ -26,9 +26,10 @@ from store.metadata import Metadata
 from store.places import require_place, storage_at
 from store.precisions import Array
 from store.removal import schema_of
-from store.schema import LEDGER_FILES, SCHEMA, STORE_FILES, StoreError, StoreSchema
+from store.schema import SCHEMA, STORE_FILES, StoreError, StoreSchema
 from store.shards import FileEntry
 from store.storage import Lock, Storage
+from store.system import HAS_FLOCK
 
 
 class AttentionWriter(Writer):
@@ -122,12 +123,15 @@ class AttentionWriter(Writer):
             recorded = record["attrs"].get("schema") if isinstance(record, dict) else ""
             if SCHEMA not in (recorded, schema_of(root.fetch(["zarr.json"])[0])):
                 raise StoreError(f"{root} is not removed, for nothing says that it is a {SCHEMA!r} store")
-            with ledger.storage.locked():
+            with contextlib.ExitStack() as locked:
+                locked.enter_context(ledger.storage.locked())
                 root.own_files(STORE_FILES)
                 ledger.clear()
                 root.clear(STORE_FILES)
+                if not HAS_FLOCK:  # Windows removes no file that is open
+                    locked.close()
                 if root.near:
-                    ledger.storage.clear(LEDGER_FILES)  # the lock, too, and the folder; elsewhere it goes by itself
+                    ledger.storage.clear("lock")  # and the folder; elsewhere it goes by itself
         except OSError as error:
             raise disk_error(f"{root} cannot be removed", error) from error
 

@@ -15,7 +15,8 @@ import store_cases as case
 import xarray
 
 from store import AttentionStore, AttentionWriter, StoreError
-from store.hdf5 import read_table, write_table
+from store.disk import making_alone
+from store.hdf5 import BLOCK_BYTES, read_table, sealed, write_table
 from store.ledger import Ledger
 from store.results import MetricWriter, has_metric
 from store.verify import info, verify
@@ -217,6 +218,22 @@ def test_tables_survive_hdf5(tmp_path: Path) -> None:
             name: dataset.attrs[name] for name in ("seeds", "p", "name")
         }
     assert [file.name for file in tmp_path.iterdir()] == ["table.h5"]
+
+
+def test_a_file_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    """What two put together lies under one name."""
+    path = tmp_path / "maps.h5"
+    for content in (b"first", b"second"):
+        with sealed(path, "kind/1", Path.is_file) as partial:
+            partial.write_bytes(bytes(BLOCK_BYTES) + content)
+            for write in (sealed(path, "kind/1", Path.is_file), making_alone(path)):
+                with (
+                    pytest.raises(StoreError, match=r"maps\.h5 is being written by another process; wait for it"),
+                    write,
+                ):
+                    pass
+        assert path.read_bytes().endswith(content)
+        assert [file.name for file in tmp_path.iterdir()] == ["maps.h5"]
 
 
 def test_a_table_has_the_same_bytes_whenever_it_is_written(tmp_path: Path) -> None:

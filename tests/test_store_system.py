@@ -37,6 +37,23 @@ def no_folders(path, *arguments, **options):
     return real_open(path, *arguments, **options)
 
 
+def not_while_it_is_open(function):
+    def called(path, *arguments, **options):
+        folder = "/proc/self/fd"  # where there is none, nothing is refused
+        files = [f"{folder}/{name}" for name in os.listdir(folder)] if os.path.isdir(folder) else []
+        for target in (path, *arguments):
+            for file in files:
+                try:
+                    opened = os.path.samestat(os.stat(file), os.stat(target))
+                except OSError:
+                    continue
+                if opened and os.path.isfile(target):
+                    raise PermissionError(errno.EACCES, "open in a process", str(target))
+        return function(path, *arguments, **options)
+
+    return called
+
+
 real_open, real_fsync = os.open, os.fsync
 
 
@@ -51,6 +68,7 @@ sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
 sys.modules["fcntl"] = sys.modules["resource"] = None
 os.environ["USERNAME"] = "somebody"  # Windows always says who
 os.open, os.fsync, shutil._use_fd_functions = no_folders, written_files_alone, False
+os.unlink, os.remove, os.replace = (not_while_it_is_open(call) for call in (os.unlink, os.remove, os.replace))
 for module, names in ((os, "fork sched_getaffinity O_DIRECTORY register_at_fork killpg getuid"), (select, "poll")):
     for name in names.split():
         delattr(module, name)
@@ -86,6 +104,8 @@ for command in (["measure", "--metrics", "entropy", "--store"], ["export", "--hd
     assert main([*command, str(path)]) == 0
 assert main(["import", "--hdf5", f"{path}.h5", "--store", f"{path.parent / 'again.zarr'}"]) == 0
 assert main(["verify", str(path)]) == 0
+AttentionWriter.discard(path.parent / "again.zarr")
+print(*sorted(file.name for file in path.parent.iterdir()))
 import importlib, pkgutil
 import engine, train
 for package in (engine, train):
@@ -96,6 +116,7 @@ for package in (engine, train):
     done = run_as_on_windows(code, str(path))
     assert done.returncode == 0, done.stderr
     assert "is locked: process" in done.stdout
+    assert "\nrun.ledger run.zarr run.zarr.h5\n" in done.stdout
     assert "this system cannot share the lock of a file between processes; let one process write alone" in done.stdout
     assert AttentionStore.open(path).metric_names == ("entropy",)
     assert verify(path) == []

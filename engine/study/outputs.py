@@ -73,9 +73,7 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
             raise InputError(str(disk_error(clause, error))) from error
         try:
             lock_file(self._lock)
-            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(lock)):
-                raise FileNotFoundError(lock)  # its holder, just now, left nothing
-        except (BlockingIOError, FileNotFoundError) as error:
+        except (BlockingIOError, FileNotFoundError) as error:  # its holder, just now, left nothing
             self._lock.close()
             raise InputError(
                 f"another run is writing to {self._outputs}; wait for it or give another folder with --outputs"
