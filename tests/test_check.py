@@ -129,6 +129,29 @@ def test_what_does_not_fit_on_the_disk_is_refused_with_both_numbers(
     assert int(found[2]) == pytest.approx((maps + 2 * 2**20) / 1e6, abs=0.6)
 
 
+def test_what_lies_there_counts_as_written_where_it_is_the_studys_own_and_sample_maps_are_of_all_heads(
+    comparison: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000))
+
+    def needed(*flags: str) -> dict[str, int]:
+        sentence = refused([*comparison, *flags], capsys, tmp_path)
+        return {what: int(size) for what, size in re.findall(r"(sample maps|captures) (\d+) MB", sentence)}
+
+    flags = ["--capture.layers", "0", "--capture.heads", "0", "--capture.samples", "4"]
+    whole = needed(*flags)
+    model = timm.create_model("test_vit", num_classes=3)
+    maps = 2 * 4 * len(model.blocks) * model.blocks[0].attn.num_heads * 101**2 * 2
+    assert whole["sample maps"] == pytest.approx(maps / 1e6, abs=0.6)
+    for name, left in (("earlier_seed0", whole["captures"]), ("baseline_seed0", whole["captures"] - 2)):
+        file = tmp_path / "made" / "outputs" / "captures" / f"{name}.zarr" / "maps"
+        file.parent.mkdir(parents=True)
+        with open(file, "wb") as sparse:
+            sparse.truncate(2_000_000)
+        assert needed(*flags)["captures"] == left
+
+
 def study(photos: Path, tmp_path: Path, *flags: str, name: str = "test_vit") -> list[str]:
     return [
         *("study", "--model.name", name, "--model.pretrained", "false", "--data.kind", "folder"),

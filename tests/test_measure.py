@@ -17,6 +17,7 @@ import pytest
 import store_cases as case
 import torch
 
+from engine.config import TABLE_COORDINATES
 from engine.measure import units as stored
 from engine.measure.store import measure_store
 from engine.measure.table import build_table
@@ -387,6 +388,7 @@ def test_a_table_counts_each_capture_once_and_lacks_none(tmp_path: Path, monkeyp
     assert json.loads(table.attrs["undefined"]) == {"distance": expected, "gini": expected}
     assert json.loads(table.attrs["metrics"]) == ["distance", "gini"]
     assert table.attrs["precision"] == "bfloat16"
+    assert set(table.coords) <= TABLE_COORDINATES, "no metric may have one of their names"
     for seed in (1, 2, 3):
         for condition, of in (("probe", ("probe", 1)), ("full", ("full", seed))):
             values = table["distance"].sel(condition=condition, seed=seed).values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import linecache
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from engine.config import load_study
+from engine.capture import Capture
+from engine.config import StudyConfig, load_study
 from engine.measure import read_table
+from engine.statistics import Settings
 from engine.study import stages
+from engine.study.model import capture_settings
 from engine.study.study import Study
 from engine.study.training import Run
 from tests.synthetic_study import small
@@ -96,3 +100,12 @@ def test_a_checkpoint_read_as_another_model_is_another_one(tmp_path: Path) -> No
     names = ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224")
     one, other = (Run("a", 0, "checkpoint", ModelSource(name, weights=str(file))).digest for name in names)
     assert one != other
+
+
+def test_what_stands_in_two_places_of_the_configuration_is_the_same() -> None:
+    config = StudyConfig()
+    assert Settings(**dataclasses.asdict(config.statistics)) == Settings()
+    assert capture_settings(config, "cpu") == Capture()
+    assert [key.name for key in dataclasses.fields(config.statistics)] == [
+        key.name for key in dataclasses.fields(Settings)
+    ][1:]

@@ -181,10 +181,10 @@ def _fused(model: torch.nn.Module) -> Iterator[None]:
     hugging_face = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
     with ExitStack() as stack:
         for module in model.modules():
-            own = vars(module)
-            if own.get("fused_attn") is False:
-                own["fused_attn"] = True  # timm's own flag, a plain bool beside tensors and modules
-                stack.callback(own.__setitem__, "fused_attn", False)
+            attributes = vars(module)
+            if attributes.get("fused_attn") is False:
+                attributes["fused_attn"] = True  # timm's own flag, a plain bool beside tensors and modules
+                stack.callback(attributes.__setitem__, "fused_attn", False)
             if isinstance(module, hugging_face):
                 config = module.config
                 before = config._attn_implementation

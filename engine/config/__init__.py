@@ -1,6 +1,7 @@
 """The study as dataclasses and TOML: every key is a key of `study.toml` and a flag of the command line."""
 
-from engine.config.metrics import load_metrics, metrics_of_one_capture
+from engine.config.metrics import TABLE_AXES, TABLE_COORDINATES, load_metrics, metrics_of_one_capture
+from engine.config.outputs import COMPARISON, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
 from engine.config.study import (
     RELEVANCE_METHODS,
     RelevanceConfig,
@@ -15,7 +16,14 @@ from train.keys import unusual
 from train.settings import ConditionConfig
 
 __all__ = [
+    "COMPARISON",
+    "METRICS_TABLE",
     "RELEVANCE_METHODS",
+    "SAMPLES",
+    "STUDY",
+    "TABLE_AXES",
+    "TABLE_COORDINATES",
+    "TRAINING",
     "ConditionConfig",
     "RelevanceConfig",
     "StudyConfig",
@@ -25,6 +33,7 @@ __all__ = [
     "load_study",
     "metrics_of_one_capture",
     "parse_value",
+    "run_name",
     "shortened",
     "study_toml",
     "unusual",

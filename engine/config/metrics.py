@@ -10,11 +10,9 @@ from train.errors import InputError
 if TYPE_CHECKING:
     from kernels import MetricSpec
 
-# What a table of metrics has besides metrics; see `engine.measure.table`.
-_COORDINATES = {
-    *("condition", "seed", "image", "layer", "head", "region"),
-    *("site", "label", "class_name", "seed_invariant"),
-}
+TABLE_AXES = ("condition", "seed", "image", "layer", "head")  # of every metric in a table; `region` comes after them
+# What a table has besides metrics.
+TABLE_COORDINATES = {*TABLE_AXES, "region", "site", "label", "class_name", "seed_invariant"}
 
 
 def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
@@ -25,7 +23,7 @@ def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     """
     import kernels  # lazy: `--help` needs none
 
-    return kernels.load_metrics(metrics, _COORDINATES)
+    return kernels.load_metrics(metrics, TABLE_COORDINATES)
 
 
 def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:

@@ -115,7 +115,7 @@ class CaptureConfig:
     encoding: Literal["fp16", "bf16", "qk"] = key(
         "fp16", "how attention is stored: fp16 or bf16: its maps; qk: the query and key they are made of"
     )
-    batch_size: Annotated[Count, Le(65_536)] = key(32, "images a forward pass, and a shard of the store")
+    batch_size: Annotated[Count, Le(65_536)] = key(32, "images per forward pass, and per shard of the store")
     layers: tuple[Natural, ...] = key((), "layers to capture, in depth order from 0; empty: all")
     heads: tuple[Natural, ...] = key((), "heads of each layer to capture, from 0; empty: all")
     samples: Natural = key(8, "seeded images whose whole maps are kept for the report")

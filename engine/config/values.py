@@ -78,11 +78,11 @@ def _bounded(hint: Any) -> tuple[Any, list[Any]]:
 def _list_example(item: Any, default: Any) -> str:
     if default and len(default) > 1:
         return _toml(default[:2])
-    of, limits = _bounded(item)
-    if of is int:
+    kind, limits = _bounded(item)
+    if kind is int:
         low: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), 0)
         return _toml([low, low + 1])
-    return _toml(typing.get_args(of)[:2]) if typing.get_origin(of) is Literal else '["a", "b"]'
+    return _toml(typing.get_args(kind)[:2]) if typing.get_origin(kind) is Literal else '["a", "b"]'
 
 
 def _toml(items: Iterable[Any]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.capture import heads_on_prefix, stored_parameters
+from engine.config import TABLE_AXES as AXES
 from engine.config import load_metrics
 from kernels import METRICS
 from store import AttentionStore
@@ -21,8 +22,6 @@ from train.errors import InputError, brief
 if TYPE_CHECKING:
     import xarray
 
-AXES = ("condition", "seed", "image", "layer", "head")  # of every metric; `region` comes after them
-
 
 def build_table(
     stores: Mapping[tuple[str, int], AttentionStore],
@@ -31,7 +30,7 @@ def build_table(
     seed_invariant: Sequence[str],
     attributes: Mapping[str, Any],
 ) -> xarray.Dataset:
-    """One variable a metric over (condition, seed, image, layer, head[, region]).
+    """One variable per metric over (condition, seed, image, layer, head[, region]).
 
     Args:
         stores: (condition, seed) -> its capture, all over the same images.

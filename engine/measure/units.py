@@ -104,8 +104,8 @@ class StoredMeasurement:
             return 4 * described.heads * described.tokens**2
         return sum(array.row_bytes for array in layer_arrays(self.store.schema, described).values())
 
-    def _measure(self, unit: Unit, names: Sequence[str], alone: bool) -> BatchValues:
-        """Measure a unit on its layer's own grid; with `alone`, other threads measure beside this one.
+    def _measure(self, unit: Unit, names: Sequence[str], one_of_several: bool) -> BatchValues:
+        """Measure a unit on its layer's own grid; where it is `one_of_several`, other threads measure too.
 
         Rows that are no attention are left out and counted.
         """
@@ -118,7 +118,7 @@ class StoredMeasurement:
         measurements = []
         ours = Stored.read(store, unit, "ours")
         theirs = None if other is None else Stored.read(other, unit, "theirs")
-        with one_thread() if alone else contextlib.nullcontext():
+        with one_thread() if one_of_several else contextlib.nullcontext():
             if single:
                 measurements.append(ours.measure(layout, single, backend, regions))
             if pairs:

@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from engine.config import COMPARISON
 from engine.report.findings import layer_curve
-from engine.report.inputs import COMPARISON, Results
+from engine.report.inputs import Results
 from engine.report.viewer import data_uri
 
 BUDGET = 1_200_000

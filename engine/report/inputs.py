@@ -17,18 +17,14 @@ from typing import Any, Protocol
 import xarray as xr
 
 from engine.capture import SampleMaps
+from engine.config import COMPARISON, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
 from engine.measure import read_table
 from engine.report.marks import PALETTE
 from engine.statistics import Cluster, Comparison, PairedTest, parse_comparison
 from kernels import METRICS
 from train.errors import InputError, brief
 
-METRICS_TABLE = Path("metrics/attention_metrics.zarr")
-COMPARISON = Path("metrics/attention_comparison.json")
-TRAINING = Path("metrics/training.json")
-SAMPLES = Path("samples.zarr")
 GRADCAM = Path("visualizations/gradcam_samples")
-STUDY = Path("study.toml")
 
 
 class Record(Protocol):
@@ -239,7 +235,7 @@ def _load_samples(path: Path, table: xr.Dataset, record: Record) -> SampleMaps |
     """The kept maps of the table's runs; maps are recorded, too, of seeds that the study had once."""
     if not (record.usable(path / "zarr.json") and record.usable(path / "images")):
         return None
-    names = [f"{condition}_seed{seed}" for condition in table["condition"].values for seed in table["seed"].values]
+    names = [run_name(condition, seed) for condition in table["condition"].values for seed in table["seed"].values]
     runs = [name for name in names if record.usable(path / name)]
     return SampleMaps.open(path, runs) if runs else None  # none: images of a study that keeps no maps any more
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import special
 
 from engine.capture import SampleLayer, SampleMaps, SampleRun
+from engine.config import run_name
 from engine.report.inputs import Results
 from engine.statistics import Classifier
 
@@ -35,7 +36,7 @@ def viewer_payload(results: Results) -> dict[str, Any] | None:
     kept: dict[str, tuple[int, SampleRun]] = {}
     for condition in results.conditions:
         for seed in results.seeds:
-            if run := samples.runs.get(f"{condition}_seed{seed}"):
+            if run := samples.runs.get(run_name(condition, seed)):
                 kept.setdefault(condition, (seed, run))
     runs = [run for _, run in kept.values()]
     depth = min(len(run.layers) for run in runs)  # layers that not every run has cannot be shown side by side

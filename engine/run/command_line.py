@@ -137,7 +137,7 @@ def _run(arguments: list[str]) -> int:
 def _conditions(name: str, arguments: Sequence[str]) -> list[str]:
     """Names of the conditions whose keys are flags: the usual ones, and those that flags name."""
     flags = (_CONDITION_FLAG.fullmatch(argument) for argument in arguments)
-    usual = ["baseline", "finetuned"] if name == "compare" else ["baseline", "finetuned", "dora"]
+    usual = [*COMMANDS[name].defaults.get("conditions", StudyConfig().conditions)]
     return list(dict.fromkeys([*usual[:2], *(flag[1] for flag in flags if flag), *usual[2:]]))
 
 

@@ -50,7 +50,7 @@ def _report(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.report import write_report
     from engine.study import Journal
 
-    for path in write_report(config.outputs, Journal(Path(config.outputs) / "run.jsonl")):
+    for path in write_report(config.outputs, Journal.in_folder(Path(config.outputs))):
         print(path)
 
 

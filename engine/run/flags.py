@@ -55,7 +55,7 @@ class FlagParser(argparse.ArgumentParser):
             if not command.reads(key):
                 continue
             section = key.rpartition(".")[0] or "study"
-            group = groups.setdefault(section, self.add_argument_group(section))
+            group = groups[section] = groups.get(section) or self.add_argument_group(section)
             text = declared.metadata.get("help", "")
             text = (text() if callable(text) else text).replace("%", "%%")
             group.add_argument(f"--{key}", action=_Once, dest=key, metavar=declared.name.upper(), help=text)

@@ -10,10 +10,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from engine.config import TABLE_AXES
 from engine.statistics.arrays import Floats, defined_mean
 from train.errors import InputError, nearest
 
-_AXES = ("seed", "image", "layer", "head")
+_AXES = TABLE_AXES[1:]
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from engine.capture import CaptureError, Discovery, SiteAttention, discover, has_classes, observe
-from engine.config import StudyConfig, metrics_of_one_capture
+from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture
 from engine.relevance import relevance_maps
-from engine.study.model import given_conditions
+from engine.study.model import capture_settings, given_conditions, run_names
 from engine.study.start import Start
 from kernels import BACKENDS, MetricSpec, check_metrics, measure_qk, resolve
 from store import StoreSchema, estimate_bytes
-from store.encodings import resolve_encoding
 from train.adapters import check_adapters
 from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
 from train.errors import InputError
 from train.models import classifier_name
 from train.recipes import RECIPES
+
+SWEEP_PROBE = Path("checkpoints/sweep_probe.safetensors")  # in the outputs folder
+
+# What it is → the files and folders that it goes to, and at most how many bytes they take.
+_Needs = dict[str, tuple[list[Path], int]]
 
 
 def check_study(start: Start, model: torch.nn.Module, device: str, stages: Sequence[str]) -> None:
@@ -43,7 +47,7 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
     captured = check_capture(config, model, start.preprocessing, device) if "capture" in stages else None
     if start.listed is not None:
         _check_splits(start.listed, "file", trained=bool(trained))
-    _require_disk(_needs(start, model, captured), start.outputs)
+    _require_disk(_needs(start, model, captured, device), start.outputs)
     if "relevance" in stages and (config.relevance.measured or config.capture.samples):
         _check_methods(config.relevance.methods, model, start.preprocessing, device)
     if start.listed is not None:  # all that takes seconds is sound, so the files are decoded
@@ -59,8 +63,8 @@ def check_sweep(start: Start, model: torch.nn.Module, targets: str) -> None:
     _check_splits(start.listed, "file", trained=True)
     results, weights = len(sweep.bases) * len(sweep.ranks), _bytes_of(model)
     needs = {
-        "checkpoints": (outputs / "checkpoints", 2 * weights),
-        "results": (outputs / "sweep", (results + 1) * weights),
+        "checkpoints": ([start.pretrained_path, outputs / SWEEP_PROBE], 2 * weights),
+        "results": ([outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"], (results + 1) * weights),
     }
     _require_disk(needs | _cache_need(start), outputs)
     _check_splits(start.manifest, "readable image", trained=True)
@@ -78,10 +82,9 @@ def check_capture(
 
     Where maps are `stored_alone` nothing will be measured, so metrics are not looked at.
     """
-    capture = config.capture
-    keeps_factors = "store" in capture.sinks and resolve_encoding(capture.encoding).keeps_factors
-    noise = _noise(preprocessing, 2 if keeps_factors else 1, device)
-    found = discover(model, noise, layers=capture.layers, heads=capture.heads, keeps_factors=keeps_factors)
+    capture = capture_settings(config, device)
+    noise = _noise(preprocessing, 2 if capture.keeps_factors else 1, device)
+    found = discover(model, noise, layers=capture.layers, heads=capture.heads, keeps_factors=capture.keeps_factors)
     specs = [] if stored_alone else metrics_of_one_capture(config.measure.metrics)
     if specs:
         measured_on = torch.device(device).type if "metrics" in capture.sinks else "cpu"  # stored maps
@@ -124,15 +127,12 @@ def _check_splits(manifest: Manifest, found: str, *, trained: bool) -> None:
         )
 
 
-def _require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
-    """Whether the disks have room for what will be written; what is there of an earlier run counts as written.
-
-    `needs`: what it is → the folder or file that it goes to, and its bytes.
-    """
+def _require_disk(needs: _Needs, outputs: Path) -> None:
+    """Whether the disks have room for what will be written; what is there of an earlier run counts as written."""
     disks: dict[int, dict[str, tuple[Path, int]]] = {}
-    for what, (path, needed) in needs.items():
-        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        there = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+    for what, (paths, needed) in needs.items():
+        nearest = next(folder for folder in (paths[0], *paths[0].absolute().parents) if folder.exists())
+        there = sum(f.lstat().st_size for path in paths for f in (path, *path.rglob("*")) if f.is_file())
         disks.setdefault(os.stat(nearest).st_dev, {})[what] = (nearest, max(0, needed - there))
     for of_disk in disks.values():
         total = sum(missing for _, missing in of_disk.values())
@@ -145,32 +145,37 @@ def _require_disk(needs: Mapping[str, tuple[Path, int]], outputs: Path) -> None:
             )
 
 
-def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None) -> dict[str, tuple[Path, int]]:
-    """What a study writes of more than a few megabytes: what it is → where, and at most how many bytes."""
-    config, outputs = start.config, start.outputs
+def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None, device: str) -> _Needs:
+    """What a study writes of more than a few megabytes."""
+    config, outputs, runs = start.config, start.outputs, run_names(start.config)
     recipes = [RECIPES[condition.recipe] for condition in config.conditions.values()]
-    runs = sum(len(config.train.seeds) if recipe.train and not recipe.seed_invariant else 1 for recipe in recipes)
     needs = _cache_need(start)
     if all(recipe.train for recipe in recipes):
         # While all weights are trained: they, the best ones, two moments of each, a moving average if one is kept, and
         # the same of the state before.
         state = 2 * (5 if config.train.ema_decay else 4) if any(recipe.whole for recipe in recipes) else 0
-        needs["checkpoints"] = (outputs / "checkpoints", (1 + runs + state) * _bytes_of(model))
+        ends = (".safetensors", ".state.safetensors")
+        files = [outputs / "checkpoints" / f"{run}{end}" for run in runs for end in ends]
+        needs["checkpoints"] = ([start.pretrained_path, *files], (1 + len(runs) + state) * _bytes_of(model))
     if captured is not None:
         tested = config.data.test_scenes if start.listed is None else len(start.listed.split("test"))
-        needs["captures"] = (outputs / "captures", runs * _capture_bytes(config, captured, tested))
-        maps = sum(2 * site.heads * site.layout.num_tokens**2 for site in captured.sites)
-        needs["sample maps"] = (outputs / "samples.zarr", runs * min(config.capture.samples, tested) * maps)
+        stores = [outputs / "captures" / f"{run}{end}" for run in runs for end in (".zarr", ".ledger")]
+        needs["captures"] = (stores, len(runs) * _capture_bytes(config, captured, tested))
+        chosen = config.capture.layers or config.capture.heads  # of sample maps all are kept
+        whole = discover(model, _noise(start.preprocessing, 1, device)) if chosen else captured
+        maps = sum(2 * site.heads * site.layout.num_tokens**2 for site in whole.sites)
+        groups = [outputs / SAMPLES / name for name in ("images", *runs)]
+        needs["sample maps"] = (groups, len(runs) * min(config.capture.samples, tested) * maps)
     return needs
 
 
-def _cache_need(start: Start) -> dict[str, tuple[Path, int]]:
+def _cache_need(start: Start) -> _Needs:
     """The image cache as an entry of `_needs`; none where there is none."""
     if start.listed is None or start.cache_folder is None:
         return {}
     size = start.preprocessing
     images = sum(len(start.listed.split(split)) for split in SPLITS)
-    return {"image cache": (start.cache_folder, images * size.channels * size.height_px * size.width_px)}
+    return {"image cache": ([start.cache_folder], images * size.channels * size.height_px * size.width_px)}
 
 
 def _bytes_of(model: torch.nn.Module) -> int:
@@ -179,13 +184,13 @@ def _bytes_of(model: torch.nn.Module) -> int:
 
 def _capture_bytes(config: StudyConfig, captured: Discovery, images: int) -> int:
     """Most bytes that the store of one capture takes."""
-    capture = config.capture
-    specs = metrics_of_one_capture(config.measure.metrics)
+    capture = capture_settings(config, "cpu")
+    specs = metrics_of_one_capture(capture.metrics)
     schema = StoreSchema(
         layers=captured.layers,
         image_ids=tuple(map(str, range(images))),
         batch_size=capture.batch_size,
-        encoding=capture.encoding if "store" in capture.sinks else "",
+        encoding=capture.stored_encoding,
         metrics={spec.name: {} for spec in specs},
         model={},
         preprocessing={},

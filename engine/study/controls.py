@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from engine.progress import say
 from engine.statistics import Control
 from kernels import measure_qk
 from train.data import ImageSet
+
+CONTROLS = Path("metrics/controls.json")  # in the outputs folder
 
 _Layer = tuple[AttentionSite, torch.Tensor, Mapping[str, np.ndarray]]  # its maps, and metric -> values
 

@@ -1,7 +1,7 @@
 """`run.jsonl`: what was done, from which inputs, with which result; a stage whose inputs did not change is skipped.
 
 It is also the one record of what each stage left: whoever reads another stage's files asks it whether they are still
-what that stage wrote. One JSON object a line, appended and synced, each with a checksum of itself: a line that a kill
+what that stage wrote. One JSON object per line, appended and synced, each with a checksum of itself: a line that a kill
 tore or a fault changed is named and counts as not written, so its stage is done again.
 """
 
@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from engine import __version__
+from engine.config import STUDY
 from engine.progress import PROGRAM, say
 from store.disk import writing
 from train.errors import DamagedFileError, InputError
@@ -27,6 +28,7 @@ from train.whole_files import write_atomically
 if TYPE_CHECKING:
     from train.parallel import Workers  # which loads torch
 
+JOURNAL = "run.jsonl"
 SEAL = "sha256"  # the key of a line that holds the hash of the others
 _MARKS = (b'"event": "', b'"stage": "')  # a journal that is damaged still holds these texts
 _KEYS = {"event", "stage", "key", "time", "outputs"}  # of every line
@@ -76,6 +78,11 @@ class Journal:
         self.path = path
         self._whole = True  # whether the file holds sound lines only
         self._left_out: set[Path] = set()
+
+    @classmethod
+    def in_folder(cls, outputs: Path) -> Self:
+        """That of an outputs folder."""
+        return cls(outputs / JOURNAL)
 
     @functools.cached_property
     def _records(self) -> list[dict[str, Any]]:
@@ -245,7 +252,7 @@ class Journal:
 
     def _remedy(self, stage: str) -> str:
         outputs = self.path.parent
-        if stage == "study.toml":
+        if stage == STUDY.name:
             if not (outputs / stage).is_file():
                 return "run the study again with its configuration: --config FILE"
             return f"to go on with it as it is now, give it on purpose: --config {outputs / stage}"

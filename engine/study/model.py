@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import StudyConfig
+from engine.capture import Capture
+from engine.config import StudyConfig, run_name
 from engine.study.journal import digest, digest_path
 from train.adapter_files import adapter_files, holds_adapters_alone
+from train.data import HeadClasses, named_classes
 from train.model_source import ModelSource
 from train.recipes import RECIPES
 from train.training import versions
@@ -42,6 +44,28 @@ def checkpoint_of(config: StudyConfig, condition: str) -> ModelSource:
 def trained_here(config: StudyConfig, path: Path) -> ModelSource:
     """A model that this study saved: the pretrained one, or a condition's."""
     return replace(model_source(config), weights=str(path), adapter="", state="")
+
+
+def run_names(config: StudyConfig) -> list[str]:
+    """Of every condition at every seed that it is trained with, or at the first one; see `run_name`."""
+    every = {name: RECIPES[condition.recipe] for name, condition in config.conditions.items()}
+    seeds = config.train.seeds
+    once = [name for name, recipe in every.items() if recipe.train is None or recipe.seed_invariant]
+    return [run_name(name, seed) for name in every for seed in (seeds[:1] if name in once else seeds)]
+
+
+def named_head(config: StudyConfig, outputs: int) -> HeadClasses | None:
+    """The classes of the head that `[model]` comes with, where they are named; see `named_classes`."""
+    source = model_source(config)
+    file = None if source.adapter else source.file
+    return named_classes(outputs, condition="", checkpoint=file, file=config.model.classes)
+
+
+def capture_settings(config: StudyConfig, device: str) -> Capture:
+    """The capture that a configuration asks for; its keys and those of `Capture` have the same names."""
+    keys = vars(config.capture) | vars(config.measure)
+    names = {declared.name for declared in dataclasses.fields(Capture)} & keys.keys()
+    return Capture(**{name: keys[name] for name in names}, device=device)
 
 
 def model_info(source: ModelSource) -> dict[str, Any]:

@@ -8,27 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from engine.capture import FILES, Capture, SampleMaps, capture_to_store, choose_samples, require_samples_place
+from engine.capture import FILES, SampleMaps, capture_to_store, choose_samples, require_samples_place
 from engine.config import StudyConfig
 from engine.progress import say
 from engine.study.check import check_capture, one_torch_thread
 from engine.study.data import dataset_info, manifest_dict
-from engine.study.model import model_info, model_source
+from engine.study.model import capture_settings, model_info, model_source, named_head
 from engine.study.outputs import resolve_device
 from engine.study.start import list_images
 from store import StoreError
 from store.places import require_place, storage_at
 from store.schema import samples_name
 from store.storage import Location, location_of
-from train.data import (
-    Manifest,
-    Record,
-    check_shared_names,
-    folder_classes,
-    named_classes,
-    prepare_folder,
-    read_class_names,
-)
+from train.data import Manifest, Record, check_shared_names, folder_classes, prepare_folder, read_class_names
 from train.errors import InputError
 from train.models import build_model, preprocessing_of, seeded
 from train.parallel import Workers, joined
@@ -54,9 +46,7 @@ def _capture_folder(config: StudyConfig, device: str, workers: Workers) -> None:
     with seeded(config.data.seed):
         model = build_model(source, num_classes=None)
     outputs = int(cast(Any, model).num_classes)
-    named = named_classes(
-        outputs, condition="", checkpoint=None if source.adapter else source.file, file=config.model.classes
-    )
+    named = named_head(config, outputs)
     workers.share_weights(model)  # whatever each of them has read, all processes capture one model
     preprocessing = preprocessing_of(model)
     model.to(device)
@@ -125,18 +115,3 @@ def _manifest(config: StudyConfig, workers: Workers) -> Manifest:
     values = workers.tell(dataclasses.asdict(list_images(config).decoded()) if workers.first else {})
     records = tuple(Record(**record) for record in values["records"])
     return Manifest(**values | {"class_names": tuple(values["class_names"]), "records": records})
-
-
-def capture_settings(config: StudyConfig, device: str) -> Capture:
-    """The capture that a configuration asks for."""
-    capture = config.capture
-    return Capture(
-        sinks=capture.sinks,
-        metrics=config.measure.metrics,
-        encoding=capture.encoding,
-        batch_size=capture.batch_size,
-        layers=capture.layers,
-        heads=capture.heads,
-        backend=config.measure.backend,
-        device=device,
-    )

@@ -12,8 +12,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import IO
 
-from engine.config import StudyConfig
-from engine.study.journal import Journal
+from engine.config import STUDY, StudyConfig
+from engine.study.journal import JOURNAL, Journal
 from store import StoreError
 from store.disk import disk_error, writing
 from store.removal import named, remove
@@ -23,8 +23,8 @@ from train.errors import InputError
 
 # Where a study writes under fixed names; captures and samples.zarr say themselves whose they are.
 _NAMES = (
-    "run.jsonl",
-    "study.toml",
+    JOURNAL,
+    STUDY.name,
     "summary.md",
     "report.html",
     "manifest.json",
@@ -89,11 +89,11 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
         """Leave `metrics/` and `study.toml`: what is asked for was found possible, and its stages begin."""
         self._begun = True
         (self._outputs / "metrics").mkdir(exist_ok=True)
-        self._journal.write(self._outputs / "study.toml", self._study.encode())
+        self._journal.write(self._outputs / STUDY, self._study.encode())
 
     def _refuse_another_study(self) -> None:
         """A study of another model, other data or other recipes would replace hours of work of the one before."""
-        path = self._outputs / "study.toml"
+        path = self._outputs / STUDY
         if set(self._journal.stage_seconds()) <= {"check", "data"}:
             return
         try:
@@ -164,8 +164,8 @@ def written_study(outputs: Path) -> Path | None:
     Raises:
         InputError: it is not the one that the study wrote; an edited one is given with --config.
     """
-    path = outputs / "study.toml"
-    Journal(outputs / "run.jsonl").require(path)
+    path = outputs / STUDY
+    Journal.in_folder(outputs).require(path)
     return path if path.is_file() else None
 
 
@@ -175,10 +175,10 @@ def keep_edited(outputs: Path, given: Path | None) -> None:
     Raises:
         InputError: the folder holds such a file, and it is not the configuration `given`.
     """
-    path = outputs / "study.toml"
+    path = outputs / STUDY
     if path.is_file() and not (given is not None and given.is_file() and path.samefile(given)):
         try:
-            Journal(outputs / "run.jsonl").usable(path)
+            Journal.in_folder(outputs).usable(path)
         except InputError as error:
             raise InputError(f"{error}; to go on without it, delete it") from error
 

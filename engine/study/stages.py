@@ -17,18 +17,17 @@ import numpy as np
 
 from engine import __version__
 from engine.capture import SampleMaps, capture_to_store, choose_samples, definitions
-from engine.config import StudyConfig
+from engine.config import COMPARISON, STUDY, StudyConfig
 from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
 from engine.progress import reason_of, say
 from engine.relevance import PredictionLink, choose_classes, explain_study, prediction_link, samples_folder
 from engine.report import write_report
 from engine.statistics import Control, analyse, write_comparison
 from engine.study.check import check_study, one_torch_thread
-from engine.study.controls import Lockstep, negative_controls
+from engine.study.controls import CONTROLS, Lockstep, negative_controls
 from engine.study.data import dataset_info, manifest_dict, prepare_data
 from engine.study.journal import digest_path
-from engine.study.model import checkpoint_of, given_conditions, model_info, model_source
-from engine.study.one_capture import capture_settings
+from engine.study.model import capture_settings, checkpoint_of, given_conditions, model_info, model_source
 from engine.study.start import Start
 from engine.study.study import Study
 from engine.study.training import Run, train_runs
@@ -149,7 +148,7 @@ def capture(study: Study, workers: Workers) -> None:
 
 def controls(study: Study) -> None:
     """Needs: checkpoints, test images. Leaves: metrics/controls.json, comparisons whose true answer is zero."""
-    path = study.metrics / "controls.json"
+    path = study.outputs / CONTROLS
     inputs = {
         "checkpoints": [[run.name, run.digest] for run in study.runs],
         "pretrained": study.data.pretrained_digest,
@@ -184,7 +183,7 @@ def measure(study: Study) -> None:
 
 def statistics(study: Study) -> None:
     """Needs: the table, captures, controls. Leaves: metrics/attention_comparison.json."""
-    path, controls = study.metrics / "attention_comparison.json", study.metrics / "controls.json"
+    path, controls = study.outputs / COMPARISON, study.outputs / CONTROLS
     controlled = study.journal.usable(controls)
     facts = {"accuracy": study.accuracy(), "classifiers": study.classifiers(), "data": study.data.summary()}
     inputs = {
@@ -252,7 +251,7 @@ def report(study: Study) -> None:
         "samples": digest_path(study.samples),
         "gradcam": digest_path(samples_folder(outputs, "gradcam")),
         "relevance": digest_path(outputs / "visualizations" / "relevance"),
-        "study": digest_path(outputs / "study.toml"),
+        "study": digest_path(outputs / STUDY),
         "failed": study.journal.failed(),
     }
     page, summary = outputs / "report.html", outputs / "summary.md"

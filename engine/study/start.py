@@ -218,8 +218,8 @@ def _common_preprocessing(config: StudyConfig, prepared: Mapping[str, Preprocess
     chosen = config.data.prepare_as
     if chosen == "model":
         arguments = checkpoint_of(config, first).completed().arguments
-        own = preprocessing_of(build_model(ModelSource(config.model.name, arguments=arguments), num_classes=2))
-        return replace(own, height_px=of_first.height_px, width_px=of_first.width_px)
+        usual = preprocessing_of(build_model(ModelSource(config.model.name, arguments=arguments), num_classes=2))
+        return replace(usual, height_px=of_first.height_px, width_px=of_first.width_px)
     if chosen and chosen not in prepared:
         raise InputError(f"data.prepare_as is {chosen!r}; expected model, or a condition ({', '.join(prepared)})")
     for name, other in prepared.items() if not chosen else ():

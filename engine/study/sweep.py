@@ -1,7 +1,7 @@
 """The sweep: how much accuracy adapters of each rank bring to a plain, pruned or binarised backbone.
 
 outputs/sweep/<recipe>_<init>/
-    evaluation.csv                                       one row a backbone and rank
+    evaluation.csv                                       one row for each backbone and rank
     acc_quant=<base>_r=<rank>.png  loss_quant=….png      curves of the best trial
     quant=<base>_r=<rank>_eval_acc=<accuracy>.safetensors  its weights, adapters merged, with a .json beside
     quant=<base>_r=<rank>_optimization_history.html      all trials
@@ -17,13 +17,13 @@ from engine.capture import num_blocks
 from engine.config import ConditionConfig, StudyConfig, study_toml
 from engine.progress import PROGRAM, say
 from engine.report import curves_png, evaluation_csv, history_html
-from engine.study.check import check_sweep, one_torch_thread
+from engine.study.check import SWEEP_PROBE, check_sweep, one_torch_thread
 from engine.study.data import StudyData, prepare_data
 from engine.study.journal import Journal
-from engine.study.model import model_source, trained_here, with_present_name
+from engine.study.model import model_source, named_head, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.start import Start, image_kind
-from train.data import folder_classes, named_classes
+from train.data import folder_classes
 from train.errors import InputError
 from train.models import classifier_name, head_size
 from train.processes import several_processes
@@ -54,7 +54,7 @@ def run_sweep(config: StudyConfig) -> Path:
     outputs = Path(config.outputs)
     device = resolve_device(config.device)
     folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
-    journal = Journal(outputs / "run.jsonl")
+    journal = Journal.in_folder(outputs)
     with OutputsFolder(outputs, study_toml(config), journal) as place:
         with one_torch_thread():
             start = Start(config, outputs, journal)
@@ -89,13 +89,11 @@ def run_sweep(config: StudyConfig) -> Path:
 
 def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
     """Whether the head that comes with the pretrained weights is of these classes, in this order."""
-    model, source = config.model, model_source(config)
-    outputs = head_size(source)
+    outputs = head_size(model_source(config))
     if not outputs:
         return False
-    head = named_classes(
-        outputs, condition="", checkpoint=None if source.adapter else source.file, file=model.classes
-    ) or folder_classes(outputs, class_names, config.data.class_order, "model.classes")
+    order = config.data.class_order
+    head = named_head(config, outputs) or folder_classes(outputs, class_names, order, "model.classes")
     if not head.known:
         say(f"the head of the weights is replaced by a probe's, as its classes are not known: {head.source}")
     return head.names == class_names
@@ -107,7 +105,7 @@ def _plan(start: Start, data: StudyData, targets: str, folder: Path, device: str
     model = trained_here(config, start.pretrained_path)
     probe: Path | None = None
     if not _head_is_of(data.splits.class_names, config):
-        probe = start.outputs / "checkpoints" / "sweep_probe.safetensors"
+        probe = start.outputs / SWEEP_PROBE
         run = TrainingRun(condition=ConditionConfig(recipe=HEAD_RECIPE), shared=config.train)
         train_condition(run, model=model, data=data.splits, checkpoint=probe, device=device)
     init, seed = SWEEP_INITS[sweep.init], config.train.seeds[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import TRAINING, run_name
 from engine.progress import say
 from engine.study.data import StudyData
 from engine.study.journal import digest, digest_path
@@ -36,7 +37,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.condition}_seed{self.seed}"
+        return run_name(self.condition, self.seed)
 
     @property
     def checkpoint(self) -> Path:
@@ -70,7 +71,7 @@ def train_runs(start: Start, data: StudyData, *, device: str) -> list[Run]:
         condition, invariant = config.conditions[name], recipes[name].seed_invariant
         for seed in config.train.seeds[:1] if invariant else config.train.seeds:
             training = TrainingRun(condition=condition, shared=config.train, seed=seed)
-            path = start.outputs / "checkpoints" / f"{name}_seed{seed}.safetensors"
+            path = start.outputs / "checkpoints" / f"{run_name(name, seed)}.safetensors"
             seconds = _train_run(start, data, name, training, path, probe, device)
             sidecar = read_metadata(path)
             model, accuracy = trained_here(config, path), sidecar["validation_accuracy"]
@@ -84,7 +85,7 @@ def train_runs(start: Start, data: StudyData, *, device: str) -> list[Run]:
     if start.workers.first:
         document = {name: results[name] for name in order}
         content = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        start.journal.write(start.outputs / "metrics" / "training.json", content.encode())
+        start.journal.write(start.outputs / TRAINING, content.encode())
     return sorted(runs, key=lambda run: order.index(run.condition))
 
 
