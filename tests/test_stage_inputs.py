@@ -105,7 +105,7 @@ def test_a_checkpoint_read_as_another_model_is_another_one(tmp_path: Path) -> No
 def test_what_stands_in_two_places_of_the_configuration_is_the_same() -> None:
     config = StudyConfig()
     assert Settings(**dataclasses.asdict(config.statistics)) == Settings()
-    assert capture_settings(config, "cpu") == Capture()
+    assert capture_settings(config, "cpu") == Capture(metrics=config.measure.metrics)
     assert [key.name for key in dataclasses.fields(config.statistics)] == [
         key.name for key in dataclasses.fields(Settings)
     ][1:]
