@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from tqdm import tqdm
 
 from store.disk import DiskError, disk_error, is_refusal
-from train.files import printable
+from train.errors import brief, printable
 from train.processes import first_process
 
 # What the user types: the console script, or Python's -m.
@@ -97,10 +97,9 @@ def foreseen(error: Exception, batch_keys: Sequence[str] = ()) -> Exception:
         if isinstance(cause, OSError) and is_refusal(cause):
             return disk_error(f"{cause.filename or 'a file'} cannot be read or written", cause)
     if exit_code(error) is None and (lack := next(filter(_is_of_memory, _chain(error)), None)):
-        asked = str(lack).splitlines()[0].rstrip(". ") if str(lack) else type(lack).__name__
         lower = f"lower {' or '.join(f'--{key}' for key in batch_keys)}, or " if batch_keys else ""
         return MemoryExhaustedError(
-            f"there is not enough memory ({asked}); {lower}take a machine with more, or one with less to do"
+            f"there is not enough memory ({brief(lack)}); {lower}take a machine with more, or one with less to do"
         )
     return error
 

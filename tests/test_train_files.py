@@ -16,8 +16,8 @@ from tests.test_train_datasets import SMALL, statuses
 from train.data.datasets import build_manifest, prepare_folder
 from train.data.listing import files_below
 from train.data.manifest import Manifest
-from train.errors import InputError
-from train.files import id_of, path_of, printable, require_file
+from train.errors import InputError, brief, printable
+from train.files import id_of, path_of, require_file
 
 ODD_NAMES = {
     b"caf\xe9.jpg": r"caf\xe9.jpg",
@@ -305,3 +305,17 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, kind: str, reaso
     make.get(kind, lambda: None)()
     with pytest.raises(InputError, match=rf"^list .* {reason}; expected one$"):
         require_file(path, "list", "expected one")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("No end.\nAnd more."), "No end"),
+        (RuntimeError("Error(s) in loading A:\n\tsize mismatch\n\tand more"), "Error(s) in loading A: size mismatch"),
+        (KeyError("a\x1b"), r"KeyError 'a\x1b'"),
+        (AssertionError(), "AssertionError"),
+        (OSError("\x1b[2J"), r"\x1b[2J"),
+    ],
+)
+def test_what_an_error_says_becomes_part_of_a_sentence(error: Exception, words: str) -> None:
+    assert brief(error) == words

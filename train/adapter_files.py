@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from train.errors import InputError
+from train.errors import InputError, brief
 from train.files import require_file, what_lies_at
-from train.weight_files import first_line, say_once, shown
+from train.weight_files import say_once, shown
 from train.weights import read_state_dict
 
 CONFIG = "adapter_config.json"
@@ -74,7 +74,7 @@ class Adapters:
                 merged = cast(nn.Module, cast(Any, adapted).merge_and_unload())
         except Exception as error:  # settings of any kind meet peft here: what it raises then cannot be known
             raise InputError(
-                f"{self.path}: the adapters do not fit model {name} ({first_line(error)}); give the model that they "
+                f"{self.path}: the adapters do not fit model {name} ({brief(error)}); give the model that they "
                 "were trained on"
             ) from error
         odd = [*found.unexpected_keys, *sorted(missing)]
@@ -185,7 +185,7 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         said = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({first_line(error)}); save the adapters again") from error
+        raise InputError(f"{path} is not readable JSON ({brief(error)}); save the adapters again") from error
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         kind = shown(said.get("peft_type")) if isinstance(said, dict) else "no table"
         raise InputError(

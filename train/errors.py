@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
+
+from store.redaction import redacted
 
 
 class InputError(ValueError):
@@ -43,6 +46,21 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
         raise InputError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
 
 
-def brief(error: Exception) -> str:
-    """The first line of an error's text, short enough for one sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def printable(text: object) -> str:
+    """A text, such as a path, on one line that a terminal shows as it is meant; what cannot be shown is escaped, and
+    secrets in URLs are left out.
+    """
+    return redacted("".join(c if c.isprintable() else _escape(c) for c in str(text)))
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a name that is not UTF-8
+        return f"\\x{ord(character) & 0xFF:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error's text (after a colon the next, too), for a sentence; of a bare key, its class too."""
+    line = " ".join(re.split(r"(?<!:)\n", str(error).strip())[0].split())
+    bare = not line or isinstance(error, KeyError)
+    return printable(f"{type(error).__name__} {line}".strip() if bare else line)[:200].rstrip(". ")

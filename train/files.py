@@ -7,7 +7,6 @@ import re
 import stat
 from pathlib import Path, PurePath
 
-from store.redaction import redacted
 from train.errors import InputError
 
 _KINDS = {
@@ -41,19 +40,6 @@ def path_of(identity: str) -> Path:
 
 def _bytewise(content: bytes) -> str:
     return "".join(f"\\x{byte:02x}" for byte in content)
-
-
-def printable(text: object) -> str:
-    """A text, such as a path, on one line that a terminal shows as it is meant; what cannot be shown is escaped, and
-    secrets in URLs are left out.
-    """
-    return redacted("".join(c if c.isprintable() else _escape(c) for c in str(text)))
-
-
-def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a name that is not UTF-8
-        return _bytewise(character.encode("utf-8", "surrogateescape"))
-    return character.encode("unicode_escape").decode()
 
 
 def what_lies_at(path: Path) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 import train.digits_vit  # noqa: F401 (puts digits_vit into timm's registry)
 from train.adapter_files import adapter_files
 from train.checkpoint import checkpoint_facts
-from train.errors import InputError, nearest
+from train.errors import InputError, brief, nearest
 from train.weight_files import say_once
 
 Argument = str | int | float | bool
@@ -97,9 +97,8 @@ def _refusal(name: str, arguments: Mapping[str, Argument], purpose: str, error: 
     if unknown and isinstance(error, TypeError):
         hint = nearest(unknown[0], taken)
         return InputError(f"model {name} takes no argument {unknown[0]}{hint} (it takes {', '.join(taken)})")
-    reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
     return InputError(
-        f"model {name} cannot be built{purpose} with {as_flag(arguments)} ({reason}); change or leave out"
+        f"model {name} cannot be built{purpose} with {as_flag(arguments)} ({brief(error)}); change or leave out"
     )
 
 

@@ -22,7 +22,7 @@ from store.disk import disk_error
 from train.adapter_files import Adapters, has_adapters, read_adapters, refuse_adapters_alone, split_adapters
 from train.checkpoint import checkpoint_facts
 from train.data import Preprocessing
-from train.errors import InputError
+from train.errors import InputError, brief
 from train.fitting import load_weights
 from train.layouts import Fit, fit
 from train.model_source import (
@@ -246,9 +246,8 @@ def _create(source: ModelSource, num_classes: int | None) -> nn.Module:
             raise InputError(f"timm has no pretrained weights for {name}; {advice}") from error
         if not arguments:
             raise
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"timm's pretrained weights of {name} do not fit {as_flag(arguments)} ({reason}); {advice}"
+            f"timm's pretrained weights of {name} do not fit {as_flag(arguments)} ({brief(error)}); {advice}"
         ) from error
 
 

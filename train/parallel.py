@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from train.errors import InputError, WorkerLostError
+from train.errors import InputError, WorkerLostError, brief
 from train.processes import let_speak, several_processes, speaks
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _collective() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise WorkerLostError(
-            f"another process of this run ended before its work was done ({str(error).splitlines()[0]}); run the same "
+            f"another process of this run ended before its work was done ({brief(error)}); run the same "
             "command again, it goes on from what was finished"
         ) from error
 

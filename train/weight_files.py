@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 
 from train.checkpoint import has_sidecar, read_checkpoint
-from train.errors import DamagedFileError, InputError
-from train.files import printable, require_file, what_lies_at
+from train.errors import DamagedFileError, InputError, brief, printable
+from train.files import require_file, what_lies_at
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(path)
     except Exception as error:  # a foreign decoder: its classes of errors (of types, sizes, names) are not declared
         raise InputError(
-            f"checkpoint {path} is not a readable safetensors file ({first_line(error)}): it is cut short or damaged; "
+            f"checkpoint {path} is not a readable safetensors file ({brief(error)}): it is cut short or damaged; "
             "copy or download it again"
         ) from error
 
@@ -168,13 +168,8 @@ def _read_torch(path: Path) -> Any:
             ) from error
         raise InputError(
             f"checkpoint {path} is not a file that torch.save wrote, or it is cut short or damaged "
-            f"({first_line(error)}); save or copy it again"
+            f"({brief(error)}); save or copy it again"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The class of an error and the beginning of what it says, for a sentence."""
-    return shown(" ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
 
 
 def _check_archive(path: Path) -> None:
@@ -184,7 +179,7 @@ def _check_archive(path: Path) -> None:
     except _ZIP_ERRORS as error:
         raise InputError(
             f"checkpoint {path} is not a file that torch.save wrote, or it is cut short: its list of records cannot be "
-            f"read ({first_line(error)}); copy or download it again"
+            f"read ({brief(error)}); copy or download it again"
         ) from error
     with archive:
         records = archive.infolist()
@@ -206,7 +201,7 @@ def _check_archive(path: Path) -> None:
             except _ZIP_ERRORS as error:
                 raise DamagedFileError(
                     f"checkpoint {path} is damaged: its record {shown(record.filename)} is not as it was saved "
-                    f"({first_line(error)}); copy or download the file again"
+                    f"({brief(error)}); copy or download the file again"
                 ) from error
 
 

@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from train.errors import InputError
-from train.files import printable, require_file
+from train.errors import InputError, printable
+from train.files import require_file
 
 _LARGEST = 2**20  # bytes; a study.toml has a few thousand
 

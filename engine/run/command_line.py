@@ -30,8 +30,8 @@ from engine.progress import exit_code, foreseen
 from engine.run.commands import COMMANDS, TRAINING, Command
 from engine.run.flags import DASHES, FlagParser
 from engine.run.process import find_modules_here, open_streams, reader_left
-from train.errors import InputError, nearest
-from train.files import printable, what_lies_at
+from train.errors import InputError, nearest, printable
+from train.files import what_lies_at
 from train.processes import first_process, speaks
 
 _LONGEST = 1000 - len("error: ")  # characters of a sentence

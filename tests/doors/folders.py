@@ -18,8 +18,8 @@ from tests.miniatures import encoded, picture
 from tests.test_train_datasets import SMALL
 from train.data.datasets import build_manifest, prepare_folder
 from train.data.manifest import Manifest
-from train.errors import InputError
-from train.files import path_of, printable
+from train.errors import InputError, printable
+from train.files import path_of
 
 SHARE = 60
 _WHOLE = 120  # of so many trials, one is a whole capture
