@@ -15,7 +15,7 @@ from engine.relevance import relevance_maps
 from engine.relevance.inference import write_relevance
 from engine.relevance.results import RelevanceResults, RolloutPeaks
 from engine.relevance.rollout_peaks import rollout_peaks
-from engine.report.document import Study, Text
+from engine.report.document import ReportedStudy, Text
 from engine.report.sections.relevance import load_relevance, relevance, relevance_sentences
 from engine.statistics import write_document
 from kernels import TokenLayout, measure_attention
@@ -98,7 +98,7 @@ def test_the_report_warns_beside_rollout_where_it_applies(tmp_path: Path, count:
     assert relevance_sentences(results, found).get("Where rollout points", []) == ([expected] if count else [])
     # Nothing was measured: pictures alone.
     document = replace(document, means=(), curves=(), methods=(), conditions=(), classes=(), refused=())
-    blocks = relevance(Study(replace(results, outputs=alone(tmp_path / "alone", document))))
+    blocks = relevance(ReportedStudy(replace(results, outputs=alone(tmp_path / "alone", document))))
     said = [block.content for block in blocks if isinstance(block, Text)]
     assert said == ([expected] if count else [])
     if count == 7:

@@ -11,7 +11,7 @@ import pytest
 from synthetic_study import build_study, payload, results_of, small, texts
 
 from engine.report import text
-from engine.report.document import Content, Study
+from engine.report.document import Content, ReportedStudy
 from engine.report.inputs import Results
 from engine.report.sections.overview import verdicts
 from engine.report.write import render_figures
@@ -27,7 +27,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str, str
 
 def rows_of(results: Results, condition: str = "finetuned") -> dict[str, tuple[str, Sequence[Content]]]:
     """The overview's row of each metric: its look and its cells."""
-    study = Study(results)
+    study = ReportedStudy(results)
     table = verdicts(study, next(pair for pair in study.comparisons if pair.condition == condition))
     return {str(cells[0]): (look, cells) for look, cells in zip(table.looks, table.rows, strict=True)}
 
@@ -35,7 +35,7 @@ def rows_of(results: Results, condition: str = "finetuned") -> dict[str, tuple[s
 def test_every_metric_has_a_verdict(written: tuple[Results, str, str]) -> None:
     """Which layers changed, by how much, is it certain: read off the first screen."""
     results, _, page = written
-    for comparison in Study(results).comparisons:
+    for comparison in ReportedStudy(results).comparisons:
         rows = rows_of(results, comparison.condition)
         assert len(rows) == 4  # distance, entropy, and two regions
         for change in comparison.changes:
@@ -319,7 +319,7 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     changed = {"difference": 0.1, "dz": 1.0, "d_av": 1.0, "p_max_t": 0.001}
     change_tests(outputs, lambda test: inside if test["metric"] == "entropy" else changed)
     results = results_of(outputs)
-    (comparison,) = Study(results).comparisons
+    (comparison,) = ReportedStudy(results).comparisons
     assert (comparison.changed, comparison.negligible) == (16, 16)
     assert (comparison.layers_changed, comparison.layers_negligible) == (4, 4)
     rows = rows_of(results)

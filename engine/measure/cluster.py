@@ -54,7 +54,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str, str]) -> Iterator[Cluster]:
+def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str, str]) -> Iterator[DaskCluster]:
     """A cluster whose workers have been asked whether they can do it; `named` is how the user named each metric.
 
     Raises:
@@ -71,11 +71,11 @@ def connected(scheduler: str, measurement: StoredMeasurement, named: Mapping[str
     )
     with _client(scheduler) as client:  # closed, it withdraws its tasks
         _check_workers(client, scheduler, job)
-        yield Cluster(client, scheduler, job)
+        yield DaskCluster(client, scheduler, job)
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class DaskCluster:
     """Workers that measure a job."""
 
     client: Any

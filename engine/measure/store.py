@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.capture import metric_parameters, stored_parameters
 from engine.config import load_metrics
-from engine.measure.cluster import Cluster, connected
+from engine.measure.cluster import DaskCluster, connected
 from engine.measure.table import same_architecture
 from engine.measure.units import StoredMeasurement
 from engine.progress import ImageProgress, say
@@ -77,7 +77,7 @@ def measure_store(
     needing = [name for name, spec in missing.items() if spec.inputs == "regions"]
     measurement = StoredMeasurement(store, other, missing, chosen)
     with contextlib.ExitStack() as resources:
-        measurer: StoredMeasurement | Cluster = measurement
+        measurer: StoredMeasurement | DaskCluster = measurement
         if scheduler:
             named = {spec.name: name for spec, name in zip(specs, metrics, strict=True)}
             measurer = resources.enter_context(connected(scheduler, measurement, named))

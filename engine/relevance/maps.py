@@ -14,14 +14,14 @@ from train.errors import InputError
 # Size of the input noise of the stability score, in the model's normalised input units: what rounding could do.
 _NOISE = 1e-7
 
-Targets = torch.Tensor | Sequence[int]
+TargetIndices = torch.Tensor | Sequence[int]
 
 
 @overload
 def relevance_maps(
     model: torch.nn.Module,
     images: torch.Tensor,
-    targets: Targets,
+    targets: TargetIndices,
     method: str = ...,
     return_stability: Literal[False] = ...,
     *,
@@ -32,7 +32,7 @@ def relevance_maps(
 def relevance_maps(
     model: torch.nn.Module,
     images: torch.Tensor,
-    targets: Targets,
+    targets: TargetIndices,
     method: str,
     return_stability: Literal[True],
     *,
@@ -42,7 +42,7 @@ def relevance_maps(
 def relevance_maps(
     model: torch.nn.Module,
     images: torch.Tensor,
-    targets: Targets,
+    targets: TargetIndices,
     method: str = "generic",
     return_stability: bool = False,
     *,

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from engine.report import text
-from engine.report.findings import Comparison, histories, layer_curve
+from engine.report.findings import PairFindings, histories, layer_curve
 from engine.report.inputs import Results
-from engine.report.plots import Cells, Chart, Column, Figure, Line, Stretch
+from engine.report.plots import Cells, Chart, Column, FigureFile, Line, Stretch
 from engine.report.wording import accuracies, accuracy_title
 from kernels import METRICS
 
 
-def curve_chart(results: Results, metric: str, region: str | None, comparisons: Sequence[Comparison] = ()) -> Chart:
+def curve_chart(results: Results, metric: str, region: str | None, comparisons: Sequence[PairFindings] = ()) -> Chart:
     """Every condition's metric by layer; the regions of one metric share their scale.
 
     With comparisons, the runs of layers that differ are marked at the foot.
@@ -95,7 +95,7 @@ def training_charts(results: Results) -> Iterator[Chart]:
             yield Chart(title=label, lines=lines, x_label="epoch", y_label=label, x_ticks=marks)
 
 
-def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+def figures(results: Results) -> Iterator[tuple[str, FigureFile]]:
     """(file name without its ending, figure) of everything that these results have something for."""
     legend = [(name, results.color(name)) for name in results.conditions]
     for metric in results.metrics:
@@ -104,7 +104,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         if metric in METRICS and (label := METRICS[metric].axis_label):
             panels = [replace(chart, y_label=label) for chart in panels]
         name, note = metric if results.has_regions(metric) else f"layers_{metric}", _interval_note(results, metric)
-        yield name, Figure(panels=panels, columns=3, title=results.title(metric), legend=legend, note=note)
+        yield name, FigureFile(panels=panels, columns=3, title=results.title(metric), legend=legend, note=note)
         if results.select("head", metric=metric):
             yield f"difference_{metric}", _difference_maps(results, metric, regions)
     if accuracies(results):
@@ -115,13 +115,13 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
             for c in training_charts(results)
         ]
         shown = [entry for entry in legend if entry[0] in trained]
-        yield "training", Figure(panels=panels, columns=2, legend=shown)
+        yield "training", FigureFile(panels=panels, columns=2, legend=shown)
     if len(results.seeds) > 1:
         pairs = [(f"{condition} − {against}", results.color(condition)) for condition, against in results.comparisons()]
         note = f"One line per training run ({len(results.seeds)} seeds); mean over heads and images"
         panels = [seed_chart(results, metric, None) for metric in results.metrics if not results.has_regions(metric)]
         panels = [replace(c, y_label=f"difference ({c.unit or '1'})") for c in panels]
-        yield "seeds", Figure(panels=panels, columns=3, legend=pairs, note=note)
+        yield "seeds", FigureFile(panels=panels, columns=3, legend=pairs, note=note)
 
 
 def _interval_note(results: Results, metric: str) -> str:
@@ -134,7 +134,7 @@ def _interval_note(results: Results, metric: str) -> str:
     return f"Mean over heads and images; band: {100 * results.confidence:g} % t interval over images, {n}{seeds}"
 
 
-def _difference_maps(results: Results, metric: str, regions: Sequence[str | None]) -> Figure:
+def _difference_maps(results: Results, metric: str, regions: Sequence[str | None]) -> FigureFile:
     """Layer × head maps of the difference, one panel per comparison (and region), on one symmetric scale."""
     pairs = results.comparisons()
     maps = [(pair, region, *_differences(results, *pair, metric, region)) for region in regions for pair in pairs]
@@ -158,7 +158,7 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
     hatched = "" if np.isfinite(known).all() else ", hatched: undefined"
     n = max((test.n or 0 for test in results.select("head", metric=metric)), default=0)
     unit = results.unit(metric)
-    return Figure(
+    return FigureFile(
         panels=panels,
         columns=len(pairs),
         title=results.title(metric),
@@ -180,7 +180,7 @@ def _differences(
     return values, sure
 
 
-def _accuracy(results: Results) -> Figure:
+def _accuracy(results: Results) -> FigureFile:
     rows = accuracies(results)
     columns = []
     for x, (condition, test, chance, runs) in enumerate(rows):
@@ -198,7 +198,7 @@ def _accuracy(results: Results) -> Figure:
     )
     most = max(runs for *_, runs in rows)
     bars = "one training run per condition" if most == 1 else f"bar: mean of {most} runs; dots: runs"
-    return Figure(panels=[chart], title=chart.title, note=f"{bars}; line: chance")
+    return FigureFile(panels=[chart], title=chart.title, note=f"{bars}; line: chance")
 
 
 def _association(results: Results, metric: str) -> str:

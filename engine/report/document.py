@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from engine.report.findings import Comparison, comparisons
+from engine.report.findings import PairFindings, comparisons
 from engine.report.inputs import Results
 from engine.report.plots import Chart
 from engine.report.viewer import viewer_payload
@@ -122,14 +122,14 @@ class Section:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class ReportedStudy:
     """What the sections are made from; `summary` is the summary's own text, which the page offers as a file."""
 
     results: Results
     summary: str = ""
 
     @cached_property
-    def comparisons(self) -> tuple[Comparison, ...]:
+    def comparisons(self) -> tuple[PairFindings, ...]:
         return tuple(comparisons(self.results))
 
     @cached_property
@@ -145,7 +145,7 @@ class Study:
 
 
 Place = Literal["page", "summary"]
-Make = Callable[[Study], Iterable[Block]]
+Make = Callable[[ReportedStudy], Iterable[Block]]
 SECTIONS: dict[Place, dict[int, tuple[Section, Make]]] = {"page": {}, "summary": {}}
 
 
@@ -164,7 +164,7 @@ def section(
     return declare
 
 
-def sections(study: Study, place: Place) -> list[Section]:
+def sections(study: ReportedStudy, place: Place) -> list[Section]:
     """The sections of the page or the summary, in their order, without those that have nothing to say."""
     made = [replace(empty, blocks=tuple(make(study))) for _, (empty, make) in sorted(SECTIONS[place].items())]
     return [section for section in made if section.blocks]

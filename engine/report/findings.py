@@ -118,7 +118,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class PairFindings:
     """Everything about one condition against another; the counts are those of all its changes together."""
 
     condition: str
@@ -151,14 +151,14 @@ class Comparison:
         return self.runs >= self.runs_needed and bool(self.seed_tests)
 
 
-def comparisons(results: Results) -> Iterator[Comparison]:
+def comparisons(results: Results) -> Iterator[PairFindings]:
     """Every tested pair of conditions."""
     for condition, against in results.comparisons():
         pair = {"condition": condition, "against": against}
         tests = results.select("head", **pair) or results.select("layer", **pair)
         changes = tuple(_changes(results, condition, against))
         cells = sum(change.defined for change in changes)
-        yield Comparison(
+        yield PairFindings(
             condition=condition,
             against=against,
             runs=max(training_runs(results, condition), training_runs(results, against)),
@@ -220,7 +220,7 @@ def by_size(test: PairedTest) -> float:
     return abs(test.difference or 0.0)
 
 
-def cell_relations(comparison: Comparison) -> Iterator[tuple[Relation, tuple[Relation, ...]]]:
+def cell_relations(comparison: PairFindings) -> Iterator[tuple[Relation, tuple[Relation, ...]]]:
     """Each two metrics' relation over the cells, with those over images within the layers; regions are left out."""
     plain = [relation for relation in comparison.relations if relation.region is None is relation.with_region]
     for relation in plain:

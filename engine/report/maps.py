@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.report import text
-from engine.report.findings import Change, Comparison
+from engine.report.findings import Change, PairFindings
 from engine.report.inputs import Results
 from engine.report.viewer import deflated
 from engine.statistics import PairedTest, defined_mean
@@ -21,7 +21,7 @@ LEVELS = 255
 """Values of a cell are kept as 0 to 254 of its range; 255 is missing."""
 
 
-def maps_payload(results: Results, comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
+def maps_payload(results: Results, comparisons: Sequence[PairFindings]) -> Iterator[dict[str, Any]]:
     """One entry per metric (and region), with a grid of tests for every comparison and the values behind the cells."""
     shown = scatter_images(results)
     for metric, region in results.series():

@@ -101,7 +101,7 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Figure:
+class FigureFile:
     """Panels in a grid as one file, with title, legend (name and colour of its lines) and small print."""
 
     panels: Sequence[Chart]
@@ -263,7 +263,7 @@ def _cell(cells: Cells, frame: _Frame, row: int, col: int, value: float) -> Iter
         yield Mark("shade", dot, "#ffffff" if abs(value) > 0.6 * cells.limit else "#000000")
 
 
-def _figure(figure: Figure) -> tuple[list[Mark], float, float]:
+def _figure(figure: FigureFile) -> tuple[list[Mark], float, float]:
     """Marks, width and height of the panels in their grid with everything around them."""
     cell_width, cell_height = (max(getattr(p, side) for p in figure.panels) for side in ("width", "height"))
     marks: list[Mark] = []

@@ -11,8 +11,7 @@ from engine.report import text
 from engine.report.document import Block, Content, Figure, Group, Section, Table, Text
 from engine.report.downloads import csv_bytes
 from engine.report.html import page
-from engine.report.plots import Chart, Line
-from engine.report.plots import Figure as File
+from engine.report.plots import Chart, FigureFile, Line
 
 if TYPE_CHECKING:
     from train.sweep import RankResult, TrialRecord
@@ -49,7 +48,7 @@ def curves_png(history: Sequence[Mapping[str, Any]], what: str, title: str) -> b
         for color, (name, key) in enumerate((("train", train), ("validation", f"validation_{what}")))
     ]
     chart = Chart(title=title, lines=lines, x_label="epoch", y_label=f"{what} ({unit})", x_ticks=epochs)
-    return File(panels=[chart], title=title, legend=[("train", 0), ("validation", 1)]).png()
+    return FigureFile(panels=[chart], title=title, legend=[("train", 0), ("validation", 1)]).png()
 
 
 def history_html(result: RankResult, title: str) -> str:

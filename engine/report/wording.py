@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from engine.report import text
-from engine.report.findings import Change, Comparison, by_size, layer_curve
+from engine.report.findings import Change, PairFindings, by_size, layer_curve
 from engine.report.inputs import Results
 from engine.statistics import PairedTest, Relation
 
@@ -14,7 +14,7 @@ HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these imag
 _SMALL = 0.01  # standard deviations between images: a copy with 1e-6 of noise in its weights stays below
 
 
-def headline(results: Results, comparisons: Sequence[Comparison]) -> str:
+def headline(results: Results, comparisons: Sequence[PairFindings]) -> str:
     """The study in a sentence or two, from what survives the family-wise test, or the lack of it."""
     if not comparisons:
         return "One condition was measured, so nothing is compared."
@@ -57,7 +57,7 @@ def _means(test: PairedTest, unit: str) -> list[str]:
     return [text.quantity(mean, unit, decimals=shown) for mean in (test.mean_against, test.mean_condition)]
 
 
-def _region_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
+def _region_headline(results: Results, comparisons: Sequence[PairFindings]) -> str:
     """Where attention on annotated regions moved most, in every condition; "" if no such change survives."""
     candidates = [
         test
@@ -82,7 +82,7 @@ def _region_headline(results: Results, comparisons: Sequence[Comparison]) -> str
     )
 
 
-def _null_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
+def _null_headline(results: Results, comparisons: Sequence[PairFindings]) -> str:
     sentences = []
     nothing: dict[str, list[str]] = {}  # pairs of which the same can be said share their sentence
     for comparison in comparisons:
@@ -115,7 +115,7 @@ def _null_headline(results: Results, comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _power_clause(results: Results, comparison: Comparison) -> str:
+def _power_clause(results: Results, comparison: PairFindings) -> str:
     """How large an effect on a layer would have been found, so that finding none has a meaning."""
     if 0 < comparison.n < comparison.runs_needed:
         images = text.count(comparison.n, "image")
@@ -141,7 +141,7 @@ def _effect(results: Results, test: PairedTest, unit: str) -> str:
     return ", ".join(parts)
 
 
-def comparison_sentence(results: Results, comparison: Comparison) -> str:
+def comparison_sentence(results: Results, comparison: PairFindings) -> str:
     """How many cells survive for one pair, or that none does."""
     if comparison.identical:
         return (
@@ -167,7 +167,7 @@ def comparison_sentence(results: Results, comparison: Comparison) -> str:
     )
 
 
-def change_sentence(results: Results, comparison: Comparison, change: Change) -> str:
+def change_sentence(results: Results, comparison: PairFindings, change: Change) -> str:
     """One metric in one comparison: size first, then how much of it survives."""
     name = change.name
     if change.identical:
@@ -203,7 +203,7 @@ def change_sentence(results: Results, comparison: Comparison, change: Change) ->
     return f"{size}. Nothing survives max-T ({counts}), so no change is claimed{found}.{tail}"
 
 
-def _negligible(counted: Comparison | Change) -> str:
+def _negligible(counted: PairFindings | Change) -> str:
     """How much survives and is shown to lie within the bounds; "" where nothing does."""
     counts = ((counted.negligible, "layer × head cell"), (counted.layers_negligible, "layer mean"))
     return text.listing([text.count(n, noun) for n, noun in counts if n])
@@ -291,7 +291,7 @@ def _rho(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def seed_sentence(results: Results, comparison: Comparison) -> str:
+def seed_sentence(results: Results, comparison: PairFindings) -> str:
     """What the tests over training runs say; "" where there are none."""
     tests = comparison.seed_tests
     if not tests:
@@ -308,15 +308,15 @@ def seed_sentence(results: Results, comparison: Comparison) -> str:
     return sentence
 
 
-def scope_sentences(results: Results, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+def scope_sentences(results: Results, comparisons: Sequence[PairFindings]) -> tuple[str, ...]:
     """What the tests speak of, these checkpoints or training runs: a sentence for all pairs of which the same holds."""
-    groups: dict[tuple[int, bool], list[Comparison]] = {}
+    groups: dict[tuple[int, bool], list[PairFindings]] = {}
     for comparison in comparisons:
         groups.setdefault((comparison.runs, comparison.speaks_of_runs), []).append(comparison)
     return tuple(_scope(results.alpha, *group, members) for group, members in groups.items())
 
 
-def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[Comparison]) -> str:
+def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[PairFindings]) -> str:
     needed = members[0].runs_needed
     names = text.listing([member.condition for member in members])
     pairs = "; ".join(f"{member.condition} and {member.against}" for member in members)

@@ -9,7 +9,7 @@ from pathlib import Path
 import engine.report.sections  # noqa: F401  (importing them declares them)
 from engine.report import text
 from engine.report.charts import figures
-from engine.report.document import Study, sections
+from engine.report.document import ReportedStudy, sections
 from engine.report.html import page
 from engine.report.inputs import Record, Results, load_results
 from engine.report.maps import scatter_images
@@ -50,7 +50,7 @@ def write_report(outputs: str | os.PathLike[str], record: Record) -> tuple[Path,
 
 def summary_markdown(results: Results) -> str:
     """The whole of `summary.md`; no date and no path in it, so the same results give the same bytes."""
-    return markdown(sections(Study(results), "summary"))
+    return markdown(sections(ReportedStudy(results), "summary"))
 
 
 def render_page(results: Results, summary: str) -> str:
@@ -78,7 +78,7 @@ def render_page(results: Results, summary: str) -> str:
         *([f"{len(results.seeds)} seeds"] if len(results.seeds) > 1 else []),
     ]
     return page(
-        sections(Study(results, summary), "page"),
+        sections(ReportedStudy(results, summary), "page"),
         title=f"Attention structure: {', '.join(results.conditions)}",
         heading=f"How attention differs between {text.listing(results.conditions)}",
         facts=" · ".join(facts),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engine.report import text, wording
-from engine.report.document import Block, Bullets, Content, Group, Span, Study, Table, Text, section
+from engine.report.document import Block, Bullets, Content, Group, ReportedStudy, Span, Table, Text, section
 from engine.report.downloads import downloads
 from engine.report.findings import training_runs
 from engine.report.inputs import Results
@@ -15,7 +15,7 @@ from engine.statistics import SKEWED
 
 
 @section("Negative controls", summary=80)
-def controls(study: Study) -> Iterator[Block]:
+def controls(study: ReportedStudy) -> Iterator[Block]:
     recorded = study.results.document.controls
     if not recorded:
         yield Text("No negative control was recorded, so nothing here vouches for the pipeline.")
@@ -41,7 +41,7 @@ def controls(study: Study) -> Iterator[Block]:
 
 
 @section("Data", summary=90)
-def data(study: Study) -> Iterator[Block]:
+def data(study: ReportedStudy) -> Iterator[Block]:
     results, known = study.results, study.results.document.data
     facts = f"{text.count(results.num_images, 'image')} measured"
     if known.get("classes") is not None:
@@ -74,7 +74,7 @@ def data(study: Study) -> Iterator[Block]:
 
 
 @section("Limits", summary=110)
-def limits(study: Study) -> Iterator[Block]:
+def limits(study: ReportedStudy) -> Iterator[Block]:
     """The limits of this very study."""
     results = study.results
     runs = max((training_runs(results, condition) for condition in results.conditions), default=1)
@@ -113,7 +113,7 @@ def _skewed(results: Results) -> tuple[str, ...]:
 
 
 @section("What the metrics do not measure", summary=120)
-def not_measured(study: Study) -> Iterator[Block]:
+def not_measured(study: ReportedStudy) -> Iterator[Block]:
     """What the metrics cannot show, whatever their values."""
     sentences = (
         "Understanding. A compact or coherent map says where weight lies, not that a model recognises what lies there; "
@@ -132,7 +132,7 @@ def not_measured(study: Study) -> Iterator[Block]:
 
 
 @section("How to read the numbers", summary=130)
-def how_to_read(study: Study) -> Iterator[Block]:
+def how_to_read(study: ReportedStudy) -> Iterator[Block]:
     sentences = (
         "Read sizes before p-values: with many images the smallest difference is “significant”. The "
         "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
@@ -152,7 +152,7 @@ def how_to_read(study: Study) -> Iterator[Block]:
 
 
 @section("What this does and does not mean", page=90, anchor="limits", name="Limits")
-def meaning(study: Study) -> Iterator[Block]:
+def meaning(study: ReportedStudy) -> Iterator[Block]:
     columns = (
         Group("column", list(limits(study)), "Limits of this study"),
         Group("column", list(not_measured(study)), "What the metrics do not measure"),
@@ -162,7 +162,7 @@ def meaning(study: Study) -> Iterator[Block]:
 
 
 @section("Provenance and tables", page=100, anchor="provenance", name="Provenance")
-def provenance(study: Study) -> Iterator[Block]:
+def provenance(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     files: list[Content] = []
     for name, link, size, place in downloads(results, study.summary):

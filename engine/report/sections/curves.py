@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from engine.report import text, wording
 from engine.report.charts import curve_chart, seed_chart, training_charts
-from engine.report.document import Block, Content, Figure, Group, Span, Study, Table, Text, Widget, section
+from engine.report.document import Block, Content, Figure, Group, ReportedStudy, Span, Table, Text, Widget, section
 from engine.report.findings import histories, layer_curve
 from engine.report.maps import maps_payload
 
 
 @section("Which layers and heads changed", page=10, anchor="maps", name="Layers and heads")
-def maps(study: Study) -> Iterator[Block]:
+def maps(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     if not study.comparisons:
         return
@@ -40,7 +40,7 @@ def maps(study: Study) -> Iterator[Block]:
 
 
 @section("Layer curves", page=20, anchor="curves")
-def curves(study: Study) -> Iterator[Block]:
+def curves(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     said = (
         f"Means over heads and images. Bands: {text.percent(results.confidence)} t interval over images, n = "
@@ -57,7 +57,7 @@ def curves(study: Study) -> Iterator[Block]:
     yield Group("charts", [curve(study, metric, None) for metric in results.metrics if not results.has_regions(metric)])
 
 
-def curve(study: Study, metric: str, region: str | None) -> Figure:
+def curve(study: ReportedStudy, metric: str, region: str | None) -> Figure:
     """A chart with its numbers: mean, interval and images by layer, a column per condition."""
     results = study.results
     lines = [layer_curve(results, metric, condition, region) for condition in results.conditions]
@@ -77,7 +77,7 @@ def curve(study: Study, metric: str, region: str | None) -> Figure:
 
 
 @section("Training runs", page=30, anchor="seeds", name="Runs")
-def seeds(study: Study) -> Iterator[Block]:
+def seeds(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     if len(results.seeds) < 2:
         return
@@ -91,7 +91,7 @@ def seeds(study: Study) -> Iterator[Block]:
 
 
 @section("The attention itself", page=40, anchor="attention", name="Attention")
-def attention(study: Study) -> Iterator[Block]:
+def attention(study: ReportedStudy) -> Iterator[Block]:
     viewer = study.viewer
     if viewer is None:
         return
@@ -112,7 +112,7 @@ def attention(study: Study) -> Iterator[Block]:
 
 
 @section("Training", page=70, anchor="training")
-def training(study: Study) -> Iterator[Block]:
+def training(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     if not results.training:
         return

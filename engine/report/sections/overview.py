@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.report import text, wording
-from engine.report.document import Bars, Block, Content, Group, Heading, Span, Study, Table, Text, section
-from engine.report.findings import Change, Comparison, training_runs
+from engine.report.document import Bars, Block, Content, Group, Heading, ReportedStudy, Span, Table, Text, section
+from engine.report.findings import Change, PairFindings, training_runs
 from engine.report.inputs import Results
 from engine.report.sections.curves import curve
 from engine.statistics import PairedTest
 
 
 @section("Summary", summary=0)
-def summary(study: Study) -> Iterator[Block]:
+def summary(study: ReportedStudy) -> Iterator[Block]:
     """What the reader must know before all else, and the study in a sentence."""
     results = study.results
     for stage, reason in results.failed.items():
@@ -29,7 +29,7 @@ def summary(study: Study) -> Iterator[Block]:
 
 
 @section("What was compared", summary=10)
-def compared(study: Study) -> Iterator[Block]:
+def compared(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     model, dataset = results.attribute("model"), results.attribute("dataset")
     split = f", split {dataset['split']}" if dataset.get("split") else ""
@@ -51,7 +51,7 @@ def compared(study: Study) -> Iterator[Block]:
 
 
 @section("Overview", page=0, anchor="overview")
-def overview(study: Study) -> Iterator[Block]:
+def overview(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     yield from summary(study)
     yield Group("cards", list(_cards(study)))
@@ -78,7 +78,7 @@ def _failed_controls(results: Results) -> int:
     return sum(not control.held for control in results.document.controls)
 
 
-def _cards(study: Study) -> Iterator[Group]:
+def _cards(study: ReportedStudy) -> Iterator[Group]:
     results = study.results
     for pair in study.comparisons:
         said = (
@@ -111,7 +111,7 @@ def _big(part: int, whole: int) -> Text:
     return Text((str(part), Span(f" of {whole}", "small")), "big")
 
 
-def verdicts(study: Study, comparison: Comparison) -> Table:
+def verdicts(study: ReportedStudy, comparison: PairFindings) -> Table:
     """A row per metric: which layers changed, by how much, and whether that is shown; what changed comes first."""
     results = study.results
     caption = (
@@ -132,7 +132,7 @@ def verdicts(study: Study, comparison: Comparison) -> Table:
     return Table(columns, [cells for _, cells in rows], caption, "verdicts", [look for look, _ in rows])
 
 
-def _verdict(study: Study, comparison: Comparison, change: Change) -> tuple[str, list[Content]]:
+def _verdict(study: ReportedStudy, comparison: PairFindings, change: Change) -> tuple[str, list[Content]]:
     """A row's look and its cells; its change is the metric's largest."""
     results, test = study.results, change.shown
     name = results.heading(change.metric, change.region)
@@ -167,7 +167,7 @@ def _layers(changed: list[int], count: int) -> str:
     return f"{text.span(changed)} ({len(changed)} of {count})" if some else text.share(len(changed), count)
 
 
-def _over_runs(results: Results, comparison: Comparison, change: Change) -> str:
+def _over_runs(results: Results, comparison: PairFindings, change: Change) -> str:
     tests = [t for t in comparison.seed_tests if t.metric == change.metric and t.region == change.region]
     if not tests:
         return ""

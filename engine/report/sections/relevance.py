@@ -18,8 +18,8 @@ from engine.report.document import (
     Group,
     Heading,
     Picture,
+    ReportedStudy,
     Span,
-    Study,
     Table,
     Text,
     section,
@@ -76,7 +76,7 @@ class Relevance:
 
 
 @section("Relevance maps", page=50, anchor="relevance", name="Relevance")
-def relevance(study: Study) -> Iterator[Block]:
+def relevance(study: ReportedStudy) -> Iterator[Block]:
     measured = load_relevance(study.results)
     if measured is None:
         return
@@ -110,7 +110,7 @@ def relevance(study: Study) -> Iterator[Block]:
 
 
 @section("Relevance maps", summary=70)
-def relevance_in_words(study: Study) -> list[Block]:
+def relevance_in_words(study: ReportedStudy) -> list[Block]:
     measured = load_relevance(study.results)
     return _in_words(relevance_sentences(study.results, measured)) if measured is not None else []
 
@@ -181,7 +181,7 @@ def _panels(results: Results, target: str) -> Iterator[Picture]:
 
 
 @section("Grad-CAM, for illustration", page=60, anchor="gradcam", name="Grad-CAM")
-def gradcam(study: Study) -> Iterator[Block]:
+def gradcam(study: ReportedStudy) -> Iterator[Block]:
     """Pictures of as many images as fit the budget whole: half an image's conditions compare with nothing."""
     results = study.results
     order = {name: index for index, name in enumerate(results.conditions)}
@@ -208,7 +208,7 @@ def gradcam(study: Study) -> Iterator[Block]:
         yield Text(f"{left} more lie in visualizations/gradcam_samples.", "scope")
 
 
-def _picture(study: Study, sample: GradcamSample, content: bytes) -> Picture:
+def _picture(study: ReportedStudy, sample: GradcamSample, content: bytes) -> Picture:
     aim = f"{sample.role} class {sample.target}"
     probability = "" if np.isnan(sample.probability) else f", p\u00a0=\u00a0{sample.probability:.2f}"
     caption = (study.swatch(sample.condition), Span(f"{aim}{probability}", "break"))

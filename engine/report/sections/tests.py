@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from engine.report import text, wording
-from engine.report.document import Block, Bullets, Content, Group, Heading, Span, Study, Table, Text, section
-from engine.report.findings import Comparison, cell_relations
+from engine.report.document import Block, Bullets, Content, Group, Heading, ReportedStudy, Span, Table, Text, section
+from engine.report.findings import PairFindings, cell_relations
 from engine.report.inputs import Results
 from engine.report.sections.closing import controls, data
 from engine.statistics import PairedTest
 
 
 @section("Tests, controls and data", page=80, anchor="tests", name="Tests")
-def tests(study: Study) -> Iterator[Block]:
+def tests(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield Heading((study.swatch(comparison.condition), f" against {comparison.against}"))
         yield Text(wording.comparison_sentence(study.results, comparison))
@@ -27,7 +27,7 @@ def tests(study: Study) -> Iterator[Block]:
     yield from data(study)
 
 
-def _details(results: Results, comparison: Comparison) -> Iterator[Group]:
+def _details(results: Results, comparison: PairFindings) -> Iterator[Group]:
     """What a comparison has to say beyond its cells, closed until asked for."""
     bounded = any(test.tost_bound is not None for test in results.document.tests)
     over_runs: list[Block] = []
@@ -46,7 +46,7 @@ def _details(results: Results, comparison: Comparison) -> Iterator[Group]:
             yield Group("details", blocks, title)
 
 
-def _changes(results: Results, comparison: Comparison) -> Bullets:
+def _changes(results: Results, comparison: PairFindings) -> Bullets:
     return Bullets([wording.change_sentence(results, comparison, change) for change in comparison.changes])
 
 
@@ -56,7 +56,7 @@ def _under(lead: str, sentences: Iterable[str]) -> list[Block]:
     return [Text(lead), Bullets(said)] if said else []
 
 
-def _clusters(results: Results, comparison: Comparison) -> list[Block]:
+def _clusters(results: Results, comparison: PairFindings) -> list[Block]:
     lead = (
         f"{comparison.minus}, runs of neighbouring layers that change in one direction (cluster permutation over "
         "images, heads averaged; a p speaks of the whole run and not of any one layer in it):"
@@ -64,12 +64,12 @@ def _clusters(results: Results, comparison: Comparison) -> list[Block]:
     return _under(lead, (wording.cluster_sentence(change) for change in comparison.changes))
 
 
-def _halves(results: Results, comparison: Comparison) -> list[Block]:
+def _halves(results: Results, comparison: PairFindings) -> list[Block]:
     lead = f"{comparison.minus}, lower against upper half of the layers (paired over images, max-T over metrics):"
     return _under(lead, (wording.trend_sentence(results, change) for change in comparison.changes))
 
 
-def _classes(results: Results, comparisons: Sequence[Comparison]) -> list[Block]:
+def _classes(results: Results, comparisons: Sequence[PairFindings]) -> list[Block]:
     blocks: list[Block] = []
     for comparison in comparisons:
         sentences = (wording.class_sentence(results, change) for change in comparison.changes)
@@ -78,12 +78,12 @@ def _classes(results: Results, comparisons: Sequence[Comparison]) -> list[Block]
     return [Text(lead), *blocks] if blocks else []
 
 
-def _relations(comparison: Comparison) -> list[Block]:
+def _relations(comparison: PairFindings) -> list[Block]:
     lead = f"Differences {comparison.minus}. Cells of one model are not independent, so no p-value is given:"
     return _under(lead, (wording.relation_sentence(*pair) for pair in cell_relations(comparison)))
 
 
-def _layer_means(results: Results, comparisons: Sequence[Comparison]) -> list[Block]:
+def _layer_means(results: Results, comparisons: Sequence[PairFindings]) -> list[Block]:
     said = (
         Span("Not valid inference.", "strong"),
         " Some publications test the layer means of two models with a paired t-test over "
@@ -100,7 +100,7 @@ def _layer_means(results: Results, comparisons: Sequence[Comparison]) -> list[Bl
     return [Text(said), Table(header, rows, "Paired t-test over layer means (not valid inference)")] if rows else []
 
 
-def _seed_table(results: Results, comparison: Comparison) -> Table:
+def _seed_table(results: Results, comparison: PairFindings) -> Table:
     caption = "Differences between training runs"
     if not comparison.speaks_of_runs:
         caption += f"; {comparison.runs} runs are too few to pass {results.alpha:g}"
@@ -117,7 +117,7 @@ def _named(results: Results, test: PairedTest) -> list[str]:
     return [text.what(test.metric, test.region), text.plain(test.n), difference]
 
 
-def _layer_table(results: Results, comparison: Comparison, bounded: bool) -> Table:
+def _layer_table(results: Results, comparison: PairFindings, bounded: bool) -> Table:
     """A row per metric and layer; `bounded` adds a column for equivalence."""
     layer_tests = [test for change in comparison.changes for test in change.layers]
     nested = next((test.nested_levels for test in layer_tests if test.nested_levels), "")
@@ -153,14 +153,14 @@ def _layer_table(results: Results, comparison: Comparison, bounded: bool) -> Tab
 
 
 @section("Observed patterns", summary=20)
-def observed(study: Study) -> Iterator[Block]:
+def observed(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield Heading(comparison.pair)
         yield _changes(study.results, comparison)
 
 
 @section("Tests", summary=30)
-def tests_in_words(study: Study) -> Iterator[Block]:
+def tests_in_words(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield Text(wording.comparison_sentence(study.results, comparison))
         table = _layer_table(study.results, comparison, bounded=False)
@@ -172,23 +172,23 @@ def tests_in_words(study: Study) -> Iterator[Block]:
 
 
 @section("Along the layers", summary=40)
-def along_the_layers(study: Study) -> Iterator[Block]:
+def along_the_layers(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield from _clusters(study.results, comparison)
         yield from _halves(study.results, comparison)
 
 
 @section("Between metrics", summary=50)
-def between_metrics(study: Study) -> Iterator[Block]:
+def between_metrics(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield from _relations(comparison)
 
 
 @section("Classes", summary=60)
-def classes(study: Study) -> list[Block]:
+def classes(study: ReportedStudy) -> list[Block]:
     return _classes(study.results, study.comparisons)
 
 
 @section("The t-test over layer means", summary=100)
-def layer_means(study: Study) -> list[Block]:
+def layer_means(study: ReportedStudy) -> list[Block]:
     return _layer_means(study.results, study.comparisons)
