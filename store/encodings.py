@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from store.precisions import Array, as_numbers, widen
-from store.schema import FactorSchema, LayerSchema, StoreError
+from store.schema import STORED_MAPS, FactorSchema, LayerSchema, StoreError
 
 Numbers = tuple[Array, str]  # values and their precision
 
@@ -50,9 +50,14 @@ class Encoding:
     """One way to keep post-softmax attention."""
 
     name: str  # what a user writes in `capture.encoding`
-    keeps_factors: bool  # query and key are kept, not the maps
+    precision: str  # of the maps, see `store.schema.STORED_MAPS`
     parts: Callable[[LayerSchema], tuple[Part, ...]]  # a layer's arrays that grow with the images
     split: Callable[[LayerSchema, Any], dict[str, Numbers]]  # attention as captured -> values of each part by name
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether query and key are kept, not the maps."""
+        return not self.precision
 
 
 def resolve_encoding(name: str) -> Encoding:
@@ -72,7 +77,7 @@ def _keeping_maps(name: str, precision: str) -> Encoding:
             raise StoreError(f"{what} is given as query and key; {name} keeps maps [image, head, query, key]")
         return {"": as_numbers(attention, what)}
 
-    return Encoding(name, False, parts, split)
+    return Encoding(name, precision, parts, split)
 
 
 def factor_schema(factors: Factors, heads: int) -> FactorSchema:
@@ -204,11 +209,7 @@ def softmax_maps(factors: Factors, precision: str, out: Array) -> None:
         logits /= logits.sum(axis=-1, keepdims=True)
 
 
-ENCODINGS: dict[str, Encoding] = {
-    encoding.name: encoding
-    for encoding in (
-        _keeping_maps("fp16", "float16"),
-        _keeping_maps("bf16", "bfloat16"),
-        Encoding("qk", True, _factor_parts, _split_factors),
-    )
+ENCODINGS = {
+    name: _keeping_maps(name, precision) if precision else Encoding(name, "", _factor_parts, _split_factors)
+    for name, precision in STORED_MAPS.items()
 }

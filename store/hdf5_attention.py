@@ -25,7 +25,7 @@ from store.hdf5_input import attribute, datasets, fatality, open_hdf5, require_r
 from store.hdf5_values import labelled_axes, read_class_names, read_labels, read_names, unstated_axes
 from store.precisions import FLOATS, Array
 from store.reader import AttentionStore
-from store.schema import MARK, LayerSchema, StoreError, StoreSchema, layer_path
+from store.schema import MARK, STORED_MAPS, LayerSchema, StoreError, StoreSchema, layer_path
 
 SCHEMA = f"{MARK}-hdf5/1"
 
@@ -33,8 +33,6 @@ _AXES = ("image", "head", "query", "key")
 _IDS, _LABELS = "images/id", "images/label"
 _PATIENCE = 5.0  # seconds, for reading a little of each layer beforehand
 _CELLS = "#refs#/"  # where MATLAB keeps what cells hold; they are read through what refers to them
-# What an export's values were rounded to: a float32 dataset holds bfloat16's, too.
-_PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "qk": "float32"}
 
 
 def is_export(path: Path) -> bool:
@@ -69,7 +67,7 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
         file[_IDS] = list(store.image_ids)
         file[_LABELS] = store.labels
         datasets = {layer.layer: _create(file, store.schema, layer) for layer in store.schema.layers}
-        read = store.read_stored if store.schema.encoding == "fp16" else store.read
+        read = store.read_stored if STORED_MAPS[store.schema.encoding] == "float16" else store.read
         for batch in store.committed_batches:
             rows = store.schema.batch_rows(batch)
             for layer, dataset in datasets.items():
@@ -80,10 +78,11 @@ def export_attention(store: AttentionStore, path: str | os.PathLike[str], done: 
 
 def _create(file: Any, schema: StoreSchema, layer: LayerSchema) -> Any:
     row = (layer.heads, layer.tokens, layer.tokens)
+    rounded_to = STORED_MAPS[schema.encoding] or "float32"
     dataset = file.create_dataset(
         layer_path(layer.layer),
         shape=(schema.num_images, *row),
-        dtype="float16" if schema.encoding == "fp16" else "float32",
+        dtype="float32" if rounded_to == "bfloat16" else rounded_to,  # HDF5 has no bfloat16
         chunks=(1, *row),
         compression="gzip",
         compression_opts=1,
@@ -95,7 +94,7 @@ def _create(file: Any, schema: StoreSchema, layer: LayerSchema) -> Any:
     dataset.attrs["site"] = layer.site
     dataset.attrs["layer"] = layer.layer
     dataset.attrs["layout"] = json.dumps(layer.layout)
-    dataset.attrs["precision"] = _PRECISIONS[schema.encoding]
+    dataset.attrs["precision"] = rounded_to
     return dataset
 
 

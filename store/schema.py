@@ -21,6 +21,9 @@ from typing import Any
 MARK = "vit-attention"  # the attribute `schema` of whatever this program writes begins with it
 SCHEMA = f"{MARK}/1"
 
+# Encoding -> number format in which it keeps maps; "" where it keeps query and key instead. See `store.encodings`.
+STORED_MAPS = {"fp16": "float16", "bf16": "bfloat16", "qk": ""}
+
 # Names of the files of a store and of its ledger; what has another name there is not ours.
 STORE_FILES = (
     r"zarr\.json(?:\.partial)?|(?:attention|images|metrics|logits)/(?:.+/)?(?:zarr\.json|c(?:\.\d+)*)(?:\.partial)?"
@@ -161,7 +164,7 @@ class StoreSchema:
         layers: the captured layers in depth order.
         image_ids: readable images of the manifest, in row order.
         batch_size: images a capture batch; also the length of a shard.
-        encoding: "fp16", "bf16", "qk", or "" when no attention is stored (metrics only).
+        encoding: of `STORED_MAPS`, or "" when no attention is stored (metrics only).
         metrics: metric name -> parameters (backend, code version, …) of the `metrics` sink.
         model: {name, weights_sha256, timm, torch, …}
         preprocessing: mean, std, input size, interpolation, crop of the model's own configuration.
@@ -200,7 +203,7 @@ class StoreSchema:
         numbers = [layer.layer for layer in self.layers]
         if numbers != sorted(set(numbers)):
             raise StoreError(f"layers are {numbers}; expected different numbers in depth order")
-        if any((layer.factors is None) == (self.encoding == "qk") for layer in self.layers):
+        if any((layer.factors is None) == (STORED_MAPS.get(self.encoding) == "") for layer in self.layers):
             raise StoreError(f"encoding is {self.encoding!r}; qk's layers, and no others, describe query and key")
         if self.head_ids and len(self.head_ids) != self.max_heads:
             raise StoreError(f"head_ids name {len(self.head_ids)} heads; its layers have {self.max_heads}")

@@ -22,9 +22,8 @@ from engine.capture.discovery import Discovery, one_bias
 from engine.capture.families import CaptureError
 from kernels import Measurement, MetricSpec, measure_qk
 from store import AttentionWriter, Factors
+from store.encodings import resolve_encoding
 from train.transfer import HostCopies, HostCopy
-
-_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(slots=True)
@@ -150,7 +149,7 @@ class MapsSink(StoreSink):
 
     def __init__(self, writer: AttentionWriter, batch: int, copies: HostCopies, encoding: str) -> None:
         super().__init__(writer, batch, copies)
-        self._precision = _PRECISION[encoding]
+        self._precision = getattr(torch, resolve_encoding(encoding).precision)
         self._prefix_mass: dict[int, torch.Tensor] = {}
 
     def take(self, attention: SiteAttention) -> torch.Tensor:

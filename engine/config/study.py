@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from engine.config.toml_file import read_toml
 from engine.config.values import described, plain_value, shortened, validated
 from store.redaction import redacted
+from store.schema import STORED_MAPS
 from train.errors import InputError
 from train.keys import STRICT, TWO, Count, Name, Natural, Place, Rate, Real, Scenes, Text, Whole, key
 from train.settings import DATA_KINDS, ConditionConfig, DataKind, PretrainConfig, SplitRule, SweepConfig, TrainConfig
@@ -35,8 +36,9 @@ _METHODS = Path(__file__).resolve().parents[1] / "relevance" / "methods"
 RELEVANCE_METHODS = tuple(sorted(path.stem for path in _METHODS.glob("[a-z]*.py")))
 if TYPE_CHECKING:
     MethodName = str
+    EncodingName = str
 else:
-    MethodName = Literal[RELEVANCE_METHODS]
+    MethodName, EncodingName = Literal[RELEVANCE_METHODS], Literal[tuple(STORED_MAPS)]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -112,7 +114,7 @@ class CaptureConfig:
     sinks: Annotated[tuple[Literal["metrics", "store"], ...], MinLen(1)] = key(
         ("metrics",), "metrics: measure on the spot; store: keep the maps"
     )
-    encoding: Literal["fp16", "bf16", "qk"] = key(
+    encoding: EncodingName = key(
         "fp16", "how attention is stored: fp16 or bf16: its maps; qk: the query and key they are made of"
     )
     batch_size: Annotated[Count, Le(65_536)] = key(32, "images per forward pass, and per shard of the store")

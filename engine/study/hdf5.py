@@ -166,7 +166,7 @@ def _checked(path: Path, layer: Dataset, maps: np.ndarray, first: int, encoding:
     so in the store. `first` is the number of the first image.
     """
     precision = layer.precision or shown_precision(maps)
-    tolerance, kept = ROW_SUM_TOLERANCE[precision], ROW_SUM_TOLERANCE["bfloat16" if encoding == "bf16" else "float16"]
+    tolerance, kept = (ROW_SUM_TOLERANCE[name] for name in (precision, resolve_encoding(encoding).precision))
     wide = maps.astype(np.float64 if maps.dtype == np.float64 else np.float32, copy=False)
     empty = np.isnan(wide).any(axis=-1)
     wrong = np.argwhere(~valid_rows(wide, min(tolerance, kept)) & ~empty)
