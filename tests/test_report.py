@@ -391,6 +391,9 @@ def _break(outputs: Path, fault: str) -> None:
             )
         case "samples":
             shutil.rmtree(outputs / "samples.zarr/images/pixels")
+        case "sample maps":
+            chunk = next((outputs / "samples.zarr").glob("baseline_seed*/layer_01/c/0/*/*/*"))
+            chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
         case "study":
             (outputs / "study.toml").write_text("= 3", encoding="utf-8")
 
@@ -410,6 +413,7 @@ def _break(outputs: Path, fault: str) -> None:
         ("other condition", "attention_comparison.json", "names condition 'lora'"),
         ("gradcam outside", "gradcam_samples.csv", "does not lie beside it"),
         ("samples", "samples.zarr", "run capture again"),
+        ("sample maps", "/layer_01: cannot be read as the sample maps", "run capture again"),
         ("study", "study.toml", "cannot be read as TOML"),
     ],
 )

@@ -43,12 +43,19 @@ is_samples = own_zarr(SCHEMA, FILES)  # whether a folder is a samples store with
 
 @dataclass(frozen=True, slots=True)
 class SampleLayer:
-    """The maps of one site: `attention` [image, head, query, key] is an array that is read where it is indexed."""
+    """The maps of one site; `attention` [image, head, query, key] is on disk."""
 
     layer: int
     site: str
     layout: TokenLayout
     attention: Any
+
+    def read(self, image: int) -> np.ndarray:
+        """One image's maps, float32 [head, query, key]; InputError: they cannot be read."""
+        try:
+            return np.asarray(self.attention[image], dtype=np.float32)
+        except Exception as error:
+            raise _unreadable(self.attention.store.root / self.attention.path, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +123,7 @@ class SampleMaps:
                 runs={name: _read_run(root[name]) for name in runs},
             )
         except Exception as error:  # zarr and the codecs share no base class
-            raise InputError(
-                f"{path}: cannot be read as the sample maps that capture keeps ({brief(error)}); run capture again"
-            ) from error
+            raise _unreadable(path, error) from error
 
     def add(
         self, name: str, model: torch.nn.Module, images: ImageSet, rows: Sequence[int], *, device: str = "cpu"
@@ -188,6 +193,12 @@ def require_samples_place(place: Storage) -> None:
             "another name"
         )
     place.own_files(FILES)
+
+
+def _unreadable(place: Any, error: Exception) -> InputError:
+    return InputError(
+        f"{place}: cannot be read as the sample maps that capture keeps ({brief(error)}); run capture again"
+    )
 
 
 def _read_run(group: Any) -> SampleRun:

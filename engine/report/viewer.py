@@ -116,7 +116,7 @@ def _fill(samples: SampleMaps, runs: Sequence[SampleRun], depth: int, stride: in
 def _encode(runs: Sequence[SampleRun], depth: int, stride: int, image: int) -> Iterator[tuple[str, str]]:
     for r, run in enumerate(runs):
         for number, layer in enumerate(run.layers[:depth]):
-            maps = np.nan_to_num(np.asarray(layer.attention[image], dtype=np.float32))
+            maps = np.nan_to_num(layer.read(image))
             prefix = layer.layout.num_prefix_tokens
             rows = maps[:, _queries(layer, stride)]
             weights = rows[..., prefix:]
