@@ -62,7 +62,7 @@ def test_insertion_is_negative_perturbation_read_backwards() -> None:
 def test_an_order_without_knowledge_has_no_area_on_average() -> None:
     images, targets = pictures(400), torch.ones(400, dtype=torch.long)
     baseline = baseline_images(images, "mean")
-    for maps in (random_maps((400, 4, 4), seed=1), torch.zeros(400, 4, 4)):  # ties are dealt out at random
+    for maps in (random_maps((400, 4, 4), seed=1), torch.zeros(400, 4, 4)):  # the order of ties is random
         area = perturbation_curves(BrightPatch(), images, baseline, targets, maps).measures()["faithfulness"]
         assert abs(area.mean()) < 4 * area.std() / 20
 

@@ -128,6 +128,10 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
         path.write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(InputError, match=rf"relevance\.json: {part}\[0\] has no {key}; expected"):
             report_on(outputs)
+    for key, expected in (("baseline", "blur, mean"), ("target", "true, predicted, own")):
+        path.write_text(json.dumps(json.loads(written) | {key: "x"}), encoding="utf-8")
+        with pytest.raises(InputError, match=f"{key} is 'x'; expected one of {expected}"):
+            report_on(outputs)
     damaged = json.loads(written)
     del damaged["classes"]
     path.write_text(json.dumps(damaged), encoding="utf-8")
@@ -231,6 +235,7 @@ def test_a_method_refused_for_a_later_image_is_left_out_whole(
             raise CaptureError("lrp does not fit")
         return generic(model, pixels, targets, None)
 
+    monkeypatch.setitem(METHODS, "generic", replace(METHODS["generic"], class_free=True))
     monkeypatch.setitem(METHODS, "lrp", replace(METHODS["lrp"], maps=leaking))
     explain_study(
         tmp_path,
@@ -238,7 +243,7 @@ def test_a_method_refused_for_a_later_image_is_left_out_whole(
         images,
         [0, 1],
         rows,
-        RelevanceConfig(methods=("lrp", "rollout"), baseline="mean", steps=1),
+        RelevanceConfig(methods=("lrp", "rollout", "generic"), baseline="mean", steps=1),
         heads={"baseline": HEAD},
         choice=ClassChoice("true", tuple(rows), HEAD.names),
         settings=SETTINGS,
@@ -250,10 +255,11 @@ def test_a_method_refused_for_a_later_image_is_left_out_whole(
     path = tmp_path / "metrics" / "relevance.json"
     document = parse_relevance(load_json(path, ""), path)
     assert [(entry.method, entry.reason) for entry in document.refused] == [("lrp", "lrp does not fit")]
-    assert {entry.method for entry in document.means} == {"rollout", CONTROL}
+    assert {entry.method for entry in document.means} == {"rollout", "generic", CONTROL}
+    assert len(document.rollout_peaks) == 1, "of rollout alone, though generic is class-free here"
     assert {entry.n for entry in document.means if entry.measure == "faithfulness"} == {40}
     pictures = {method: sorted((tmp_path / "visualizations/relevance" / method).glob("*.png")) for method in METHODS}
-    assert [method for method, files in pictures.items() if files] == ["rollout"]
+    assert [method for method, files in pictures.items() if files] == ["generic", "rollout"]
 
 
 def test_what_is_measured_does_not_depend_on_the_batch() -> None:

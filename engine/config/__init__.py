@@ -3,7 +3,9 @@
 from engine.config.metrics import TABLE_AXES, TABLE_COORDINATES, load_metrics, metrics_of_one_capture
 from engine.config.outputs import COMPARISON, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
 from engine.config.study import (
+    BASELINES,
     RELEVANCE_METHODS,
+    Baseline,
     RelevanceConfig,
     StudyConfig,
     config_keys,
@@ -16,6 +18,7 @@ from train.keys import unusual
 from train.settings import ConditionConfig
 
 __all__ = [
+    "BASELINES",
     "COMPARISON",
     "METRICS_TABLE",
     "RELEVANCE_METHODS",
@@ -24,6 +27,7 @@ __all__ = [
     "TABLE_AXES",
     "TABLE_COORDINATES",
     "TRAINING",
+    "Baseline",
     "ConditionConfig",
     "RelevanceConfig",
     "StudyConfig",

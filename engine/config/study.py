@@ -34,11 +34,15 @@ Argument = bool | Whole | Real | Text
 # One module per method: its file's name is the method's. They are looked up, not imported: they need torch.
 _METHODS = Path(__file__).resolve().parents[1] / "relevance" / "methods"
 RELEVANCE_METHODS = tuple(sorted(path.stem for path in _METHODS.glob("[a-z]*.py")))
+BASELINES = {"blur": "the blurred image", "mean": "the data set's mean"}
+"""What a patch that is taken away shows: name -> in words."""
 if TYPE_CHECKING:
     MethodName = str
+    Baseline = str
     EncodingName = str
 else:
-    MethodName, EncodingName = Literal[RELEVANCE_METHODS], Literal[tuple(STORED_MAPS)]
+    MethodName, Baseline = Literal[RELEVANCE_METHODS], Literal[tuple(BASELINES)]
+    EncodingName = Literal[tuple(STORED_MAPS)]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -196,9 +200,7 @@ class RelevanceConfig:
     methods: Annotated[tuple[MethodName, ...], MinLen(1)] = key(("gradcam", "generic"), ", ".join(RELEVANCE_METHODS))
     images: Count = key(8, "sample images that are drawn; no more than capture.samples")
     measured: Natural = key(48, "seeded images on which maps are measured; 0: none")
-    baseline: Literal["blur", "mean"] = key(
-        "blur", "what replaces a patch that is taken away: the blurred image, or the data set's mean"
-    )
+    baseline: Baseline = key("blur", f"what replaces a patch that is taken away: {', or '.join(BASELINES.values())}")
     steps: Annotated[Count, Le(1000)] = key(9, "shares of patches between 0 and 1 at which the model is asked again")
 
 

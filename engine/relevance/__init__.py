@@ -11,7 +11,6 @@ from engine import imported_when_used
 
 if TYPE_CHECKING:
     from engine.relevance.choice import choose_classes
-    from engine.relevance.explained import samples_folder
     from engine.relevance.link import prediction_link
     from engine.relevance.maps import relevance_maps
     from engine.relevance.methods import METHODS
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         PredictionLink,
         RelevanceResults,
         parse_relevance,
+        samples_folder,
     )
     from engine.relevance.stage import explain_study
 
@@ -30,11 +30,11 @@ __all__, __getattr__, __dir__ = imported_when_used(
     __name__,
     {
         "choice": "choose_classes",
-        "explained": "samples_folder",
         "link": "prediction_link",
         "maps": "relevance_maps",
         "methods": "METHODS",
-        "results": "CONTROL ILLUSTRATIVE MapMean MapTest PredictionLink RelevanceResults parse_relevance",
+        "results": "CONTROL ILLUSTRATIVE MapMean MapTest PredictionLink RelevanceResults "
+        "parse_relevance samples_folder",
         "stage": "explain_study",
     },
 )

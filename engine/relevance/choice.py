@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.relevance.results import Role
 from train.data import HeadClasses, ImageSet
 
 Outputs = NDArray[np.int64]
@@ -21,7 +22,7 @@ class ClassChoice:
     one that each model predicts itself, where nothing says which outputs of two heads are one class.
     """
 
-    role: str
+    role: Role
     rows: tuple[int, ...]  # of the images that can be explained
     shared: tuple[str, ...] = ()  # the class names that every head has; () for "own"
     left_out: tuple[str, ...] = ()  # what is not computed and why, one sentence for each

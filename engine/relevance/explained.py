@@ -44,12 +44,6 @@ class Explained:
     map: np.ndarray  # float32 [row, col] on the patch grid, not normalised
 
 
-def samples_folder(outputs: Path, method: str) -> Path:
-    """Where a method's pictures go."""
-    folder = f"{method}_samples" if method in ILLUSTRATIVE else f"relevance/{method}"
-    return outputs / "visualizations" / folder
-
-
 def explain_samples(
     model: torch.nn.Module,
     condition: str,

@@ -1,4 +1,4 @@
-"""Does a map point at what the prediction hangs on? Patches go in the map's order, and the model is asked again.
+"""Does a map point at what the prediction depends on? Patches go in the map's order, and the model is asked again.
 
 Deletion (positive perturbation) replaces the most relevant patches first: a good map makes the probability of the class
 fall fast. Insertion starts from the baseline image and puts the most relevant patches back first: a good map makes it
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.capture import evaluating
+from engine.capture import evaluating, logits_of
+from engine.config import BASELINES
 from engine.statistics import Floats
 from train.errors import InputError
 
-BASELINES = ("blur", "mean")
 # Standard deviation of the blur as a share of the image's longer side: on 224 px it is 22 px, and no object is left.
 _BLUR = 0.1
 
@@ -99,8 +99,8 @@ def perturbation_curves(
         for rows in torch.arange(len(images)).split(batch_size):
             mask = kept[rows].reshape(-1, 1, *grid).to(images)
             mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
-            logits = model(mask * images[rows] + (1 - mask) * baseline[rows])
-            chances = getattr(logits, "logits", logits).double().softmax(dim=-1)
+            logits = logits_of(model(mask * images[rows] + (1 - mask) * baseline[rows]))
+            chances = logits.double().softmax(dim=-1)
             of_batches.append(chances.gather(1, targets[rows].to(chances.device)[:, None])[:, 0].cpu())
         return torch.cat(of_batches).numpy()
 

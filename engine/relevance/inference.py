@@ -68,7 +68,7 @@ def relevance_results(
     - `classes`: is the map of another class noisier than that of the image's class? A family per condition.
     """
     against = settings.against
-    compared = {name: own for name, own in evaluations.items() if choice.same_class and name != against}
+    compared = {name: methods for name, methods in evaluations.items() if choice.same_class and name != against}
     return RelevanceResults(
         images=images,
         target=choice.role,

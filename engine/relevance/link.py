@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from engine.relevance.results import HeadAssociation, PredictionLink
+from engine.relevance.results import HeadAssociation, Outcome, PredictionLink
 from engine.statistics import Floats, build, correlate_over_images, metric_series
 
 
@@ -77,6 +77,6 @@ def _changes(table: xr.Dataset, condition: str, against: str) -> xr.DataArray:
     return xr.concat(changes, dim="metric", coords="minimal", compat="override").assign_coords(metric=names)
 
 
-def _outcomes(logits: Floats, labels: NDArray[np.int64]) -> dict[str, Floats]:
+def _outcomes(logits: Floats, labels: NDArray[np.int64]) -> dict[Outcome, Floats]:
     correct = (logits.argmax(axis=1) == labels).astype(np.float64)
     return {"logit": logits[np.arange(len(labels)), labels], "correct": correct}

@@ -17,8 +17,8 @@ class Method:
     # (model, images, targets, dtype) -> [image, row, col], as `relevance_maps` says; of a model in evaluation mode,
     # with gradients on. It raises CaptureError where the method cannot be computed for this model.
     maps: Maps
-    # Whether a map is made of attention alone: the same for every class, with its peak where attention collects.
-    # Other methods are compared with it, as with a random map.
+    # Whether a map is made of attention alone, the same for every class: other methods are compared with it, as with a
+    # random map.
     class_free: bool = False
     # Floating-point type of the computation where none is asked for; None: the model's own.
     dtype: torch.dtype | None = None

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from engine.config import Baseline
 from engine.statistics import IMAGES, SCHEMA, UNLESS_NONE, Interval, parse
 
 CONTROL = "random"
 """The method that knows nothing: a seeded random map."""
 ILLUSTRATIVE = ("gradcam",)
 """Methods whose maps are shown one by one, as illustrations, in a folder of their own."""
+Role = Literal["true", "predicted", "own"]
+Outcome = Literal["logit", "correct"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +112,11 @@ class HeadAssociation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionLink:
-    """Whether heads' changes go with one change in the prediction (`prediction_link`): "logit" or "correct"."""
+    """Whether heads' changes go with one change in the prediction (`prediction_link`)."""
 
     condition: str
     against: str
-    outcome: str
+    outcome: Outcome
     unit_of_inference: str = IMAGES
     family: str = "metric × layer × head"
     family_size: int | None
@@ -129,9 +132,9 @@ class RelevanceResults:
     schema: int = SCHEMA
     unit_of_inference: str = IMAGES
     images: int  # how many maps were measured on
-    target: str  # which class is explained; see `ClassChoice.role`
+    target: Role  # which class is explained; see `ClassChoice.role`
     left_out: tuple[str, ...]  # what is not computed and why, a sentence each
-    baseline: str  # kind of `baseline_images`
+    baseline: Baseline
     steps: int  # of `perturbation_curves`
     against: str  # the condition that the others are compared with
     confidence: float  # of the intervals
@@ -144,6 +147,12 @@ class RelevanceResults:
     classes: tuple[MapTest, ...]
     rollout_peaks: tuple[RolloutPeaks, ...]
     link: tuple[PredictionLink, ...]
+
+
+def samples_folder(outputs: Path, method: str) -> Path:
+    """Where a method's pictures go."""
+    folder = f"{method}_samples" if method in ILLUSTRATIVE else f"relevance/{method}"
+    return outputs / "visualizations" / folder
 
 
 def parse_relevance(document: Mapping[str, Any], path: Path) -> RelevanceResults:

@@ -13,10 +13,9 @@ from engine.capture import CaptureError
 from engine.config import RelevanceConfig
 from engine.relevance.choice import ClassChoice, Targets, find_targets
 from engine.relevance.evaluation import Evaluation, evaluate_maps
-from engine.relevance.explained import Explained, explain_samples, samples_folder, write_samples
+from engine.relevance.explained import Explained, explain_samples, write_samples
 from engine.relevance.inference import relevance_results, write_relevance
-from engine.relevance.methods import METHODS
-from engine.relevance.results import PredictionLink, RolloutPeaks
+from engine.relevance.results import PredictionLink, RolloutPeaks, samples_folder
 from engine.relevance.rollout_peaks import rollout_peaks
 from engine.relevance.targets import image_logits
 from engine.statistics import Settings
@@ -99,7 +98,7 @@ def explain_study(
         refused[condition] |= reasons
         for method in [name for name in shown if name not in reasons]:
             explained[method] += shown[method]
-            if METHODS[method].class_free:
+            if method == "rollout":
                 pixels = images.batch(list(drawn)).to(device)
                 by_row = {item.image: item.map for item in shown[method]}
                 peaks.append(rollout_peaks(condition, model, pixels, [by_row[row] for row in drawn]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from engine.capture import logits_of
 from train.data import ImageSet
 from train.errors import InputError
 
@@ -35,7 +36,7 @@ def class_logits(
     inputs = images if dtype is None else images.to(dtype)
     with around or nullcontext():
         output = torch.func.functional_call(model, weights, (inputs,))
-    logits: torch.Tensor = getattr(output, "logits", output)  # Hugging Face's models return a record
+    logits = logits_of(output)
     classes = logits.shape[-1]
     if bool(((targets < 0) | (targets >= classes)).any()):
         raise InputError(
@@ -51,4 +52,4 @@ def image_logits(
     batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
     with torch.inference_mode():
         outputs = [model(images.batch(batch).to(device)) for batch in batches]
-    return torch.cat([getattr(output, "logits", output) for output in outputs])
+    return torch.cat([logits_of(output) for output in outputs])

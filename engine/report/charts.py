@@ -22,10 +22,10 @@ def curve_chart(results: Results, metric: str, region: str | None, comparisons: 
     """
     lines = []
     for condition in results.conditions:
-        curve, own = layer_curve(results, metric, condition, region), results.color(condition)
+        curve, color = layer_curve(results, metric, condition, region), results.color(condition)
         if len(curve.by_seed) > 1:
-            lines += [Line(condition, own, results.layers, run, look="thin") for run in curve.by_seed.values()]
-        lines.append(Line(condition, own, results.layers, curve.mean, curve.low, curve.high))
+            lines += [Line(condition, color, results.layers, run, look="thin") for run in curve.by_seed.values()]
+        lines.append(Line(condition, color, results.layers, curve.mean, curve.low, curve.high))
     stretches = [
         Stretch(
             f"{cluster.direction} than {cluster.against} in {text.span(cluster.layers)}, p {text.p_value(cluster.p)}",
@@ -88,8 +88,8 @@ def training_charts(results: Results) -> Iterator[Chart]:
         lines: list[Line] = []
         for condition, epochs, values in histories(results, key):
             again = any(line.name == condition for line in lines)
-            own = results.color(condition)
-            lines.append(Line(condition, own, epochs.tolist(), scale * values, look="thin" if again else "line"))
+            color = results.color(condition)
+            lines.append(Line(condition, color, epochs.tolist(), scale * values, look="thin" if again else "line"))
         if lines:
             marks = sorted({epoch for line in lines for epoch in line.x})
             yield Chart(title=label, lines=lines, x_label="epoch", y_label=label, x_ticks=marks)
@@ -129,7 +129,7 @@ def _interval_note(results: Results, metric: str) -> str:
     fewest = min(int(curve.n.min()) for curve in curves)
     n = f"n = {results.num_images:,} images"
     if fewest < results.num_images:
-        n = f"n = {fewest:,} to {results.num_images:,} images a point"
+        n = f"n = {fewest:,} to {results.num_images:,} images per point"
     seeds = "; thin lines: single training runs" if len(results.seeds) > 1 else ""
     return f"Mean over heads and images; band: {100 * results.confidence:g} % t interval over images, {n}{seeds}"
 

@@ -46,11 +46,11 @@ def downloads(results: Results, summary: str) -> Iterator[tuple[str, str, str, s
         offered.append(("training.csv", "text/csv", csv_bytes(_history(results)), "metrics/training.json"))
     if results.study_text:
         offered.append(("study.toml", "application/toml", results.study_text.encode("utf-8"), "study.toml"))
-    left = BUDGET
+    remaining = BUDGET
     for name, kind, content, place in offered:
         size = len(content)
-        fits = size <= left
-        left -= size if fits else 0
+        fits = size <= remaining
+        remaining -= size if fits else 0
         shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
         yield name, data_uri(kind, content) if fits else "", shown, place
 

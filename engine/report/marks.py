@@ -122,7 +122,7 @@ def style_sheet(theme: Mapping[str, str] | None = None, palette: Sequence[str] =
 def svg(marks: Sequence[Mark], width: float, height: float, attributes: str, inside: str = "") -> Markup:
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" {attributes}>{inside}']
     for mark in marks:
-        own = (
+        paint = (
             f'class="{mark.role} c{mark.color}"'
             if isinstance(mark.color, int)
             else f'class="{mark.role}" color="{escape(mark.color)}"'
@@ -135,7 +135,7 @@ def svg(marks: Sequence[Mark], width: float, height: float, attributes: str, ins
         tip = f"><title>{escape(mark.text)}</title></" if mark.text else "/"
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in _outline(mark))
         tag = "polygon" if ROLES[mark.role].fill else "polyline"
-        parts.append(f'<{tag} {own} points="{points}"{tip}{tag if mark.text else ""}>')
+        parts.append(f'<{tag} {paint} points="{points}"{tip}{tag if mark.text else ""}>')
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -166,8 +166,8 @@ def png(marks: Sequence[Mark], width: float, height: float) -> bytes:
         for order, mark in enumerate(marks):
             role = ROLES[mark.role]
             artist: Artist
-            own = mark.color if isinstance(mark.color, str) else PALETTE[mark.color % len(PALETTE)]
-            paints = {"series": own, "": "none"} | PAPER
+            color = mark.color if isinstance(mark.color, str) else PALETTE[mark.color % len(PALETTE)]
+            paints = {"series": color, "": "none"} | PAPER
             if role.size:
                 ((x, y),) = mark.points
                 artist = Text(

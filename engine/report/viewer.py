@@ -103,13 +103,13 @@ def _fill(samples: SampleMaps, runs: Sequence[SampleRun], depth: int, stride: in
     blobs: dict[str, str] = {}
     used = 0
     for image in range(min(MOST_IMAGES, len(samples.ids))):
-        own: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for key, text in _encode(runs, depth, stride, image):
-            own[key] = text
+            texts[key] = text
             used += len(text)
             if used > BUDGET:
                 return blobs
-        blobs |= own
+        blobs |= texts
     return blobs
 
 

@@ -196,11 +196,11 @@ def change_sentence(results: Results, comparison: PairFindings, change: Change) 
         return f"{size}. Surviving max-T{beyond}: {counts}.{tail}"
     if within:
         return f"{size}.{tail}"
-    found = ""
+    detectable = ""
     if change.detectable is not None:
         least, power = text.quantity(change.detectable, change.unit), text.percent(results.power)
-        found = f"; a change of {least} in a layer would have been found with a power of {power}"
-    return f"{size}. Nothing survives max-T ({counts}), so no change is claimed{found}.{tail}"
+        detectable = f"; a change of {least} in a layer would have been found with a power of {power}"
+    return f"{size}. Nothing survives max-T ({counts}), so no change is claimed{detectable}.{tail}"
 
 
 def _negligible(counted: PairFindings | Change) -> str:
@@ -254,9 +254,9 @@ def class_sentence(results: Results, change: Change) -> str:
     same = [test for test in surviving if (test.difference or 0.0) * (over_classes[test.layer].difference or 0.0) > 0]
     also = [test for test in surviving if over_classes[test.layer].survives(results.alpha)]
     classes = max(over_classes[test.layer].n or 0 for test in surviving)
-    of = f"{text.count(len(surviving), 'layer')} that differ{_s(surviving)} over images"
+    layers = f"{text.count(len(surviving), 'layer')} that differ{_s(surviving)} over images"
     sentence = (
-        f"{change.name}: of {of}, {len(same)} keep{_s(same)} the sign when each of {classes} classes counts alike"
+        f"{change.name}: of {layers}, {len(same)} keep{_s(same)} the sign when each of {classes} classes counts alike"
     )
     floor = over_classes[surviving[0].layer].p_floor
     if floor is not None and floor > results.alpha:

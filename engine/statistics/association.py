@@ -20,7 +20,7 @@ def correlate_over_images(
     """Spearman's correlation over images of every trailing element of `changes` with one outcome.
 
     Under the null hypothesis that attention's change says nothing about the outcome's, the images' outcomes could as
-    well have been dealt out otherwise: whole permutations of the images, which keep the dependence between the tests.
+    well have been in another order: whole permutations of the images, which keep the dependence between the tests.
     A sign flip would not do: it keeps |x| and |y| of an image together. p_max_r is the share of permutations whose
     greatest |ρ| over all elements reaches a test's own.
 
@@ -67,8 +67,8 @@ def correlate_over_images(
         rows = max(1, BLOCK_BYTES // (8 * (z.shape[0] + z.shape[1])))
         for start in range(0, permutations, rows):
             size = min(rows, permutations - start)
-            dealt = generator.permuted(np.broadcast_to(target, (size, target.size)), axis=1)
-            sums = np.abs(dealt @ z)
+            permuted = generator.permuted(np.broadcast_to(target, (size, target.size)), axis=1)
+            sums = np.abs(permuted @ z)
             reached += (sums >= threshold).sum(axis=0)
             greatest.append(sums.max(axis=1))
         p[tested] = (reached + 1) / (permutations + 1)

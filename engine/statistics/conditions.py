@@ -45,7 +45,7 @@ def compare_conditions(
     | seed        | training run      | layer × metric        | seeds; heads, then images averaged first; ≥ 2 seeds |
 
     A metric with regions counts once per region in its family. Image-level tests speak of the checkpoints at hand; only
-    the seed level speaks of fine-tuning. The class level asks whether a finding hangs on a few large classes. A pair
+    the seed level speaks of fine-tuning. The class level asks whether a finding depends on a few large classes. A pair
     missing on either side is left out of both means.
 
     Args:

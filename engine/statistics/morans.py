@@ -22,7 +22,7 @@ class MoransInference:
         morans_i: Moran's I; NaN for a constant map or one that holds NaN, as is all that follows from it.
         expectation: E[I] = −1/(N−1) without association: 0 is not the null.
         variance_normality: Var[I] where the values are independent draws of one normal distribution.
-        variance_randomisation: Var[I] where the values at hand were dealt to the patches at random.
+        variance_randomisation: Var[I] where the values at hand are in a random order over the patches.
         p_normality, p_randomisation: two-sided, of z = (I − E) / √Var.
         p_permutation: two-sided, (b + 1)/(B + 1) with b the permutations of the values whose |I − E| reaches the
             map's own; NaN where none were asked for.

@@ -148,19 +148,19 @@ def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator
     names = (against, condition)
     runs = [_runs(table, name) for name in names]
     changing = [not _seed_invariant(table, name) for name in names]
-    first, second = (own if changes else own[:1] for own, changes in zip(runs, changing, strict=True))
+    first, second = (positions if changes else positions[:1] for positions, changes in zip(runs, changing, strict=True))
     pairs = [(a, b) for a in first for b in second if a == b or not all(changing)]
     seeds = table["seed"].values if "seed" in table.coords else np.arange(table.sizes["seed"])
     if not pairs:
-        of_against, of_condition = (", ".join(str(seeds[run]) for run in own) for own in runs)
+        of_against, of_condition = (", ".join(str(seeds[run]) for run in positions) for positions in runs)
         raise InputError(
             f"{condition!r} has runs of the seeds {of_condition} and {against!r} of {of_against}: train a common seed"
         )
     for metric, region, values in metric_series(table):
         sides = np.stack(
             [
-                values.sel(condition=name).isel(seed=list(own)).transpose(*_AXES).values.astype(np.float64)
-                for name, own in zip(names, zip(*pairs, strict=True), strict=True)
+                values.sel(condition=name).isel(seed=list(positions)).transpose(*_AXES).values.astype(np.float64)
+                for name, positions in zip(names, zip(*pairs, strict=True), strict=True)
             ]
         )
         unit = table[metric].attrs["units"]
@@ -183,8 +183,8 @@ def _runs(table: xr.Dataset, condition: str) -> list[int]:
 def _has_values(table: xr.Dataset, *dims: str) -> NDArray[np.bool_]:
     """Where along these dimensions any metric has a finite value."""
     finite = (xr.apply_ufunc(np.isfinite, metric) for metric in table.data_vars.values())
-    found = [metric.any([dim for dim in metric.dims if dim not in dims]).transpose(*dims) for metric in finite]
-    return np.asarray(np.logical_or.reduce([metric.values for metric in found]))
+    along = [metric.any([dim for dim in metric.dims if dim not in dims]).transpose(*dims) for metric in finite]
+    return np.asarray(np.logical_or.reduce([metric.values for metric in along]))
 
 
 def _seed_invariant(table: xr.Dataset, condition: str) -> bool:

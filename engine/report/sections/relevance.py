@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.config import BASELINES
 from engine.relevance import CONTROL, ILLUSTRATIVE, MapMean, MapTest, RelevanceResults, parse_relevance
 from engine.report import text
 from engine.report.document import (
@@ -49,7 +50,6 @@ TARGETS = {
     "predicted": "the class of each that one of the conditions predicts, in every condition",
     "own": "the class of each that the condition's own model predicts",
 }
-BASELINES = {"blur": "the blurred image", "mean": "the data set's mean"}
 NOTHING = "No map was measured: relevance.measured is 0."
 
 
@@ -104,7 +104,7 @@ def relevance(study: ReportedStudy) -> Iterator[Block]:
     yield from panels
     last = (
         "Other images lie in visualizations/relevance; every image's numbers in metrics/relevance.csv. That a map is "
-        "faithful says which patches the prediction hangs on, not that the model is right to use them."
+        "faithful says which patches the prediction depends on, not that the model is right to use them."
     )
     yield Text(last, "scope")
 
@@ -186,13 +186,13 @@ def gradcam(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     order = {name: index for index, name in enumerate(results.conditions)}
     groups: list[Block] = []
-    left, used = len(results.gradcam), 0
+    remaining, used = len(results.gradcam), 0
     for image in dict.fromkeys(sample.image for sample in results.gradcam):
         pictures = [(sample, sample.file.read_bytes()) for sample in results.gradcam if sample.image == image]
         used += sum(len(content) for _, content in pictures)
         if used > GRADCAM_BUDGET:
             break
-        left -= len(pictures)
+        remaining -= len(pictures)
         pictures.sort(key=lambda pair: order.get(pair[0].condition, len(order)))
         roles = dict.fromkeys(sample.role for sample in results.gradcam if sample.image == image)
         rows = [[_picture(study, *pair) for pair in pictures if pair[0].role == role] for role in roles]
@@ -204,8 +204,8 @@ def gradcam(study: ReportedStudy) -> Iterator[Block]:
         "claim of this report rests on them."
     )
     yield Group("gallery", groups)
-    if left:
-        yield Text(f"{left} more lie in visualizations/gradcam_samples.", "scope")
+    if remaining:
+        yield Text(f"{remaining} more lie in visualizations/gradcam_samples.", "scope")
 
 
 def _picture(study: ReportedStudy, sample: GradcamSample, content: bytes) -> Picture:
@@ -271,7 +271,7 @@ def _faithfulness(results: Results, measured: Relevance) -> Iterator[str]:
             tests = [test for test in against if test.than == than and test.method not in left_out]
             verdicts = []
             for measure, sign, label, _ in measures:
-                groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+                groups: dict[str, list[str]] = {"better": [], "worse": [], "not distinguished": []}
                 for test in tests:
                     if test.measure == measure:
                         groups[_verdict(test, sign, results.alpha)].append(test.method)
@@ -284,7 +284,7 @@ def _faithfulness(results: Results, measured: Relevance) -> Iterator[str]:
 
 def _verdict(test: MapTest, sign: int, alpha: float) -> str:
     if test.difference is None or not test.survives(alpha):
-        return "not told apart"
+        return "not distinguished"
     return "better" if sign * test.difference > 0 else "worse"
 
 

@@ -74,7 +74,7 @@ def _classes(results: Results, comparisons: Sequence[PairFindings]) -> list[Bloc
     for comparison in comparisons:
         sentences = (wording.class_sentence(results, change) for change in comparison.changes)
         blocks += _under(f"{comparison.minus}:", sentences)
-    lead = "Does a finding hang on a few large classes? Here every class counts alike and is one unit."
+    lead = "Does a finding depend on a few large classes? Here every class counts alike and is one unit."
     return [Text(lead), *blocks] if blocks else []
 
 
