@@ -69,6 +69,12 @@ class Backend(Protocol):
         """A sentence on why the first measurement of this process takes longer; "" if it does not."""
         return ""
 
+    def measure(self, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
+        """One pass over whatever is given."""
+        if isinstance(given, Factors):
+            return self.measure_qk(given, specs)
+        return self.measure_pair(given, specs) if isinstance(given, MapPair) else self.measure_attention(given, specs)
+
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
         """One pass over stored maps."""
         ...

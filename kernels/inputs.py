@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from kernels.arrays import FLOAT_DTYPES, Values, dtype_name, host_view, is_torch, to_float64
+from kernels.arrays import FLOAT_DTYPES, dtype_name, host_view, is_torch, to_float64
 from kernels.errors import InvalidAttentionError
 from kernels.layout import TokenLayout
 from kernels.reference import softmax_rows
-
-if TYPE_CHECKING:
-    from kernels.backends import Backend
-    from kernels.metrics import MetricSpec
 
 Index = tuple[Any, ...]  # of some maps, over the leading axes
 
@@ -56,9 +51,6 @@ class Maps:
         rows = to_float64(self.attention[index])
         return rows, valid_rows(rows, self.tolerance)
 
-    def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
-        return backend.measure_attention(self, specs)
-
     def explain(self, valid: np.ndarray) -> InvalidAttentionError:
         """The error for maps some of whose rows are invalid; valid is [*leading, query]."""
         return _explain_row(self.attention, valid, self.precision, "attention")
@@ -90,9 +82,6 @@ class Factors:
         rows = softmax_rows(to_float64(self.query[index]), to_float64(self.key[index]), self.scale, bias)
         return rows, ~np.isnan(rows).any(axis=-1)
 
-    def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
-        return backend.measure_qk(self, specs)
-
     def explain(self, valid: np.ndarray) -> InvalidAttentionError:
         """The error for factors whose softmax has rows without a value; valid is [*leading, query]."""
         where, found = _first(valid)
@@ -119,9 +108,6 @@ class MapPair(Maps):
         """(float64 rows [condition, map, query, key], which are valid in both conditions)."""
         rows = np.stack([to_float64(array[index]) for array in (self.attention, self.other)])
         return rows, np.asarray(valid_rows(rows, self.tolerance).all(axis=0))
-
-    def measure(self, backend: Backend, specs: Sequence[MetricSpec]) -> Values:
-        return backend.measure_pair(self, specs)
 
     def explain(self, valid: np.ndarray) -> InvalidAttentionError:
         """The error for a pair some of whose rows are invalid in either condition; valid is [*leading, query]."""

@@ -223,7 +223,7 @@ def _run(
     valid: Any = None
     for runner, part in ((backend, coded), (REFERENCE, others)):
         if part:
-            result = given.measure(runner, part)
+            result = runner.measure(given, part)
             valid = result.valid if valid is None else valid
             values |= {name: arrays.as_kind(rows, valid) for name, rows in result.values.items()}
     # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.

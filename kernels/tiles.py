@@ -15,7 +15,7 @@ import numpy as np
 from kernels.arrays import Values, flat_index, spans, to_float64
 from kernels.backends import Backend, shaped
 from kernels.errors import MetricError
-from kernels.inputs import Factors, MapPair, Maps
+from kernels.inputs import Factors, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 
@@ -32,32 +32,25 @@ class ReferenceBackend(Backend):
     def implementation(self, spec: MetricSpec) -> Callable[..., Any]:
         return spec.reference
 
+    def measure(self, given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
+        """Every metric of every tile."""
+        regions, tokens, maps = given.regions, given.layout.num_tokens, math.prod(given.leading)
+        valid = np.empty((maps, tokens), dtype=bool)
+        values: dict[str, np.ndarray] = {}
+        for start, stop in spans(maps, max(1, TILE_BYTES // (8 * tokens * tokens))):
+            index = flat_index(given.leading, start, stop)
+            p, valid[start:stop] = given.rows(index)
+            p = np.where(valid[start:stop, :, np.newaxis], p, np.nan)  # a copy: p may be the caller's own memory
+            p.flags.writeable = False  # one metric may not change what the next one sees
+            for spec in specs:
+                tile = _call(spec, p, given.layout, None if regions is None else to_float64(regions[index]))
+                if spec.name not in values:
+                    values[spec.name] = np.empty((maps, *tile.shape[1:]))
+                values[spec.name][start:stop] = tile
+        return shaped(values, valid, given)
+
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
-        return _measure(maps, specs)
-
-    def measure_pair(self, pair: MapPair, specs: Sequence[MetricSpec]) -> Values:
-        return _measure(pair, specs)
-
-    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
-        return _measure(factors, specs)
-
-
-def _measure(given: Maps | Factors, specs: Sequence[MetricSpec]) -> Values:
-    """Every metric of every tile."""
-    regions, tokens, maps = given.regions, given.layout.num_tokens, math.prod(given.leading)
-    valid = np.empty((maps, tokens), dtype=bool)
-    values: dict[str, np.ndarray] = {}
-    for start, stop in spans(maps, max(1, TILE_BYTES // (8 * tokens * tokens))):
-        index = flat_index(given.leading, start, stop)
-        p, valid[start:stop] = given.rows(index)
-        p = np.where(valid[start:stop, :, np.newaxis], p, np.nan)  # a copy: p may be the caller's own memory
-        p.flags.writeable = False  # one metric may not change what the next one sees
-        for spec in specs:
-            tile = _call(spec, p, given.layout, None if regions is None else to_float64(regions[index]))
-            if spec.name not in values:
-                values[spec.name] = np.empty((maps, *tile.shape[1:]))
-            values[spec.name][start:stop] = tile
-    return shaped(values, valid, given)
+        return self.measure(maps, specs)
 
 
 def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndarray | None) -> np.ndarray:
