@@ -36,14 +36,8 @@ class TokenLayout:
     class_token: bool | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            ("grid_rows", 1),
-            ("grid_cols", 1),
-            ("num_prefix_tokens", 0),
-            ("patch_height_px", 1),
-            ("patch_width_px", 1),
-        )
-        for name, least in sizes:
+        least_of = {"grid_rows": 1, "grid_cols": 1, "num_prefix_tokens": 0, "patch_height_px": 1, "patch_width_px": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"TokenLayout.{name} is {value!r}; expected a whole number ≥ {least}")

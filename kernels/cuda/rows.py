@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,13 @@ class RowValues:
 
 # Name of a metric -> its reading of a kernel's result.
 IMPLEMENTATIONS = {
-    "distance": Reading(("distance",), lambda rows: rows.patch_queries("distance")),
-    "entropy": Reading(("entropy",), lambda rows: rows.patch_queries("entropy")),
+    **{name: Reading((name,), methodcaller("patch_queries", name)) for name in PLANES[:AT_PREFIX_MASS]},
     "entropy_normalized": Reading(
         ("entropy",), lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches)
     ),
-    "morans_i": Reading(("morans_i",), lambda rows: rows.patch_queries("morans_i")),
-    "gearys_c": Reading(("gearys_c",), lambda rows: rows.patch_queries("gearys_c")),
-    "prefix_mass": Reading((), lambda rows: rows.patch_queries("prefix_mass")),
-    "cls_entropy": Reading(("entropy",), lambda rows: rows.class_query("entropy")),
-    "cls_morans_i": Reading(("morans_i",), lambda rows: rows.class_query("morans_i")),
+    "prefix_mass": Reading((), methodcaller("patch_queries", "prefix_mass")),
+    "cls_entropy": Reading(("entropy",), methodcaller("class_query", "entropy")),
+    "cls_morans_i": Reading(("morans_i",), methodcaller("class_query", "morans_i")),
 }
 
 
