@@ -30,23 +30,7 @@ _LAZY = {
     "require_free_disk": "store.arrays",
 }
 
-__all__ = [
-    "SCHEMA",
-    "AttentionStore",
-    "AttentionWriter",
-    "DiskError",
-    "FactorSchema",
-    "Factors",
-    "LayerSchema",
-    "MetricWriter",
-    "NetworkError",
-    "StoreError",
-    "StoreSchema",
-    "estimate_bytes",
-    "has_metric",
-    "info",
-    "require_free_disk",
-]
+__all__ = ["SCHEMA", "DiskError", "FactorSchema", "LayerSchema", "NetworkError", "StoreError", "StoreSchema", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -93,15 +93,15 @@ class Writer:
         """A failure inside, in a batch's work, ends the run; a disk's becomes a sentence."""
         try:
             yield
-        except Exception as error:
-            self._failure = error
-            if not isinstance(error, OSError):
-                raise
+        except OSError as error:
             self._failure = disk_error(
                 f"batch {batch} of {self.storage} could not be written (the batches committed before it are intact)",
                 error,
             )
             raise self._failure from error
+        except Exception as error:
+            self._failure = error
+            raise
 
     def _wait(self) -> None:
         try:

@@ -218,11 +218,7 @@ def info(path: str | os.PathLike[str] | Storage) -> dict[str, Any]:
         "path": str(store.path),
         "schema": SCHEMA,
         "created": attrs["created"],
-        "code_version": schema.code_version,
-        "model": schema.model,
-        "dataset": schema.dataset,
-        "precision": schema.precision,
-        "encoding": schema.encoding,
+        **{name: getattr(schema, name) for name in ("code_version", "model", "dataset", "precision", "encoding")},
         "layers": [
             {"layer": layer.layer, "site": layer.site, "heads": layer.heads, "tokens": layer.tokens}
             for layer in schema.layers
