@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from engine.capture.families import num_heads
 from engine.capture.interception import FunctionCall
-from kernels import TokenLayout
+from kernels import Measurement, MetricSpec, TokenLayout, measure_qk
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,11 @@ class SiteAttention:
     def maps(self) -> torch.Tensor:
         """Post-softmax attention, see `attention_map`."""
         return attention_map(self.query, self.key, self.scale, self.bias)
+
+    def measure(self, metrics: Sequence[MetricSpec], backend: str, regions: Any = None) -> Measurement:
+        """Metrics of the maps, which are not built; rows that are no attention are left out. See `measure_qk`."""
+        layout, scale, bias = self.site.layout, self.scale, self.bias
+        return measure_qk(self.query, self.key, layout, metrics, scale, bias, backend, invalid="mask", regions=regions)
 
 
 def read_attention_call(call: FunctionCall) -> AttentionCall:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from engine.capture.attention_call import SiteAttention
 from engine.capture.discovery import Discovery, one_bias
 from engine.capture.families import CaptureError
-from kernels import Measurement, MetricSpec, measure_qk
+from kernels import Measurement, MetricSpec
 from store import AttentionWriter, Factors
 from store.encodings import resolve_encoding
 from train.transfer import HostCopies, HostCopy
@@ -72,17 +72,7 @@ class MetricsSink:
 
     def take(self, attention: SiteAttention) -> torch.Tensor:
         site = attention.site
-        measured = measure_qk(
-            attention.query,
-            attention.key,
-            site.layout,
-            metrics=self._metrics,
-            scale=attention.scale,
-            bias=attention.bias,
-            backend=self._backend,
-            invalid="mask",
-            regions=self._regions[site.layer],
-        )
+        measured = attention.measure(self._metrics, self._backend, self._regions[site.layer])
         self._measured.append(measured)
         invalid: torch.Tensor = ~measured.valid
         self._invalid_patches.append(invalid[..., site.layout.num_prefix_tokens :].sum(dim=-1))

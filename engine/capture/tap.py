@@ -238,7 +238,7 @@ def capture_attention(
 def observe(
     model: torch.nn.Module,
     images: torch.Tensor,
-    look: Callable[[SiteAttention], None],
+    look: Callable[[SiteAttention], object],
     *,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from engine.capture import CaptureError, Discovery, SiteAttention, discover, has_classes, observe
-from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture
+from engine.capture import CaptureError, Discovery, discover, has_classes, observe
+from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture, run_name
 from engine.relevance import relevance_maps
-from engine.study.model import capture_settings, given_conditions, run_names
+from engine.study.model import capture_settings, given_conditions, seeds_of
 from engine.study.start import Start
-from kernels import BACKENDS, MetricSpec, check_metrics, measure_qk, resolve
+from kernels import BACKENDS, MetricSpec, check_metrics, resolve
 from store import StoreSchema, estimate_bytes
 from train.adapters import check_adapters
 from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
@@ -147,7 +147,8 @@ def _require_disk(needs: _Needs, outputs: Path) -> None:
 
 def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None, device: str) -> _Needs:
     """What a study writes of more than a few megabytes."""
-    config, outputs, runs = start.config, start.outputs, run_names(start.config)
+    config, outputs = start.config, start.outputs
+    runs = [run_name(name, seed) for name in config.conditions for seed in seeds_of(config, name)]
     recipes = [RECIPES[condition.recipe] for condition in config.conditions.values()]
     needs = _cache_need(start)
     if all(recipe.train for recipe in recipes):
@@ -218,13 +219,8 @@ def _check_methods(methods: Sequence[str], model: torch.nn.Module, preprocessing
 def _measure_once(model: torch.nn.Module, image: torch.Tensor, specs: Sequence[MetricSpec], backend: str) -> None:
     """Measure one image by a backend that compiles for a device: what it lacks there is found now."""
     rows = [spec for spec in specs if spec.inputs == "rows"]
-
-    def measure(attention: SiteAttention) -> None:
-        layout, scale, bias = attention.site.layout, attention.scale, attention.bias
-        measure_qk(attention.query, attention.key, layout, rows, scale, bias, backend, invalid="mask")
-
     if rows:
-        observe(model, image, measure)
+        observe(model, image, lambda attention: attention.measure(rows, backend))
 
 
 def _noise(preprocessing: Preprocessing, images: int, device: str) -> torch.Tensor:

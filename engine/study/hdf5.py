@@ -131,10 +131,9 @@ def _copy(path: Path, file: AttentionFile, writer: AttentionWriter) -> None:
     for layer, count in zip(file.layers, empty, strict=True):
         if count == schema.num_images * layer.heads * layer.tokens:
             raise InputError(f"{path}: every row of {layer.name} holds NaN; expected post-softmax attention")
-    writer.finish()
-    for layer, count in zip(file.layers, empty, strict=True):
         if count:
             say(f"import {path.name}: {count:,} rows of {layer.name} hold NaN; they are left out and counted")
+    writer.finish()
 
 
 def _writer(place: str, schema: StoreSchema, file: AttentionFile) -> AttentionWriter:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.capture import Capture
-from engine.config import StudyConfig, run_name
+from engine.config import StudyConfig
 from engine.study.journal import digest, digest_path
 from train.adapter_files import adapter_files, holds_adapters_alone
 from train.data import HeadClasses, named_classes
@@ -46,12 +46,10 @@ def trained_here(config: StudyConfig, path: Path) -> ModelSource:
     return replace(model_source(config), weights=str(path), adapter="", state="")
 
 
-def run_names(config: StudyConfig) -> list[str]:
-    """Of every condition at every seed that it is trained with, or at the first one; see `run_name`."""
-    every = {name: RECIPES[condition.recipe] for name, condition in config.conditions.items()}
-    seeds = config.train.seeds
-    once = [name for name, recipe in every.items() if recipe.train is None or recipe.seed_invariant]
-    return [run_name(name, seed) for name in every for seed in (seeds[:1] if name in once else seeds)]
+def seeds_of(config: StudyConfig, condition: str) -> tuple[int, ...]:
+    """Those at which a condition is captured: the first one where a seed changes nothing, or it is not trained here."""
+    recipe = RECIPES[config.conditions[condition].recipe]
+    return config.train.seeds if recipe.train and not recipe.seed_invariant else config.train.seeds[:1]
 
 
 def named_head(config: StudyConfig, outputs: int) -> HeadClasses | None:

@@ -11,7 +11,7 @@ from engine.config import TRAINING, run_name
 from engine.progress import say
 from engine.study.data import StudyData
 from engine.study.journal import digest, digest_path
-from engine.study.model import checkpoint_of, trained_here
+from engine.study.model import checkpoint_of, seeds_of, trained_here
 from engine.study.start import Start
 from train.checkpoint import history_path, read_metadata, sidecar_path, tensorboard_writer
 from train.model_source import ModelSource
@@ -69,7 +69,7 @@ def train_runs(start: Start, data: StudyData, *, device: str) -> list[Run]:
     probe: Path | None = None
     for name in sorted(recipes, key=lambda name: not recipes[name].seed_invariant):
         condition, invariant = config.conditions[name], recipes[name].seed_invariant
-        for seed in config.train.seeds[:1] if invariant else config.train.seeds:
+        for seed in seeds_of(config, name):
             training = TrainingRun(condition=condition, shared=config.train, seed=seed)
             path = start.outputs / "checkpoints" / f"{run_name(name, seed)}.safetensors"
             seconds = _train_run(start, data, name, training, path, probe, device)
