@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
 
-def imported_when_used(
-    room: str, names: Mapping[str, str]
-) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+def imported_when_used(room: str, file: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """A room's `__all__`, `__getattr__` and `__dir__`: a name is imported when it is used, as not all need torch.
 
     Args:
         room: e.g. "engine.capture".
-        names: module of the room -> what it gives to others, between spaces; type checkers read the room's imports.
+        file: the room's `__init__`; the names are those that it imports of the room, where type checkers read them.
     """
-    modules = {name: module for module, given in names.items() for name in given.split()}
+    imports = [node for node in ast.walk(ast.parse(Path(file).read_bytes())) if isinstance(node, ast.ImportFrom)]
+    modules = {alias.name: node.module or "" for node in imports for alias in node.names}
+    names = sorted(name for name, module in modules.items() if module.startswith(f"{room}."))
 
     def imported(name: str) -> Any:
-        if name in modules:
-            return getattr(importlib.import_module(f"{room}.{modules[name]}"), name)
+        if name in names:
+            return getattr(importlib.import_module(modules[name]), name)
         raise AttributeError(f"module {room!r} has no attribute {name!r}")
 
-    return sorted(modules), imported, lambda: sorted(modules)
+    return names, imported, names.copy

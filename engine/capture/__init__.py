@@ -38,19 +38,4 @@ if TYPE_CHECKING:
     from engine.capture.stream import Capture, capture_to_store
     from engine.capture.tap import AttentionTap, capture_attention, evaluating, has_classes, logits_of, observe
 
-__all__, __getattr__, __dir__ = imported_when_used(
-    __name__,
-    {
-        "attention_call": "AttentionCall AttentionSite SiteAttention attention_map read_attention_call",
-        "discovery": "Discovery discover",
-        "families": "FIRST_NORMS CaptureError block_of first_norm num_blocks patch_stem reached_block token_layout"
-        " transformer_blocks vision_module",
-        "interception": "FunctionCall ModelInterception named_modules unwrapped",
-        "metrics": "definitions metric_parameters stored_parameters",
-        "prefix_mass": "heads_on_prefix",
-        "samples": "FILES SampleLayer SampleMaps SampleRun choose_samples require_samples_place",
-        "sinks": "stack_layers",
-        "stream": "Capture capture_to_store",
-        "tap": "AttentionTap capture_attention evaluating has_classes logits_of observe",
-    },
-)
+__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)

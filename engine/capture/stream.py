@@ -14,7 +14,7 @@ import ctypes
 import itertools
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,32 @@ class Capture:
     def keeps_factors(self) -> bool:
         """Whether query and key are kept, in place of maps."""
         return bool(self.stored_encoding) and resolve_encoding(self.encoding).keeps_factors
+
+    def schema(
+        self,
+        found: Discovery,
+        specs: Sequence[MetricSpec],
+        backend: str,
+        ids: Iterable[str],
+        regions: Iterable[str],
+        **provenance: dict[str, Any],
+    ) -> StoreSchema:
+        """Of the store that it leaves: of what was found, metrics by a backend, images and their regions by name."""
+        return StoreSchema(
+            layers=found.layers,
+            image_ids=tuple(ids),
+            batch_size=self.batch_size,
+            encoding=self.stored_encoding,
+            metrics={spec.name: metric_parameters(spec, backend) for spec in specs},
+            precision=found.precision,
+            num_classes=found.num_classes,
+            regions=tuple(regions),
+            region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions"),
+            head_ids=found.head_ids,
+            code_version=__version__,
+            extra={"skipped": [list(item) for item in found.skipped]},
+            **provenance,
+        )
 
 
 def capture_to_store(
@@ -121,23 +147,8 @@ def capture_to_store(
     check_metrics(specs, [site.layout for site in found.sites], len(images.region_names), backend)
     if specs and (notice := BACKENDS[backend].load().notice()):
         say(notice)
-    schema = StoreSchema(
-        layers=found.layers,
-        image_ids=tuple(images.ids),
-        batch_size=capture.batch_size,
-        encoding=capture.stored_encoding,
-        metrics={spec.name: metric_parameters(spec, backend) for spec in specs},
-        model=dict(model_info),
-        preprocessing=dict(preprocessing),
-        dataset=dict(dataset_info),
-        precision=found.precision,
-        num_classes=found.num_classes,
-        regions=tuple(images.region_names),
-        region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions"),
-        head_ids=found.head_ids,
-        code_version=__version__,
-        extra={"skipped": [list(item) for item in found.skipped]},
-    )
+    provenance = {"model": dict(model_info), "preprocessing": dict(preprocessing), "dataset": dict(dataset_info)}
+    schema = capture.schema(found, specs, backend, images.ids, images.region_names, **provenance)
     regions = _regions(images, found.sites)
     constants: dict[str, Any] = {
         "labels": images.labels,

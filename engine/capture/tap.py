@@ -26,7 +26,7 @@ from engine.capture.families import CaptureError, LayoutError, num_heads, patch_
 from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
 from kernels import TokenLayout
 
-Callback = Callable[[AttentionSite, torch.Tensor, torch.Tensor, float, torch.Tensor | None], None]
+Callback = Callable[[AttentionSite, torch.Tensor, torch.Tensor, float, torch.Tensor | None], object]
 
 
 class AttentionTap(AbstractContextManager["AttentionTap"]):

@@ -1,7 +1,7 @@
 """The study as dataclasses and TOML: every key is a key of `study.toml` and a flag of the command line."""
 
 from engine.config.metrics import TABLE_AXES, TABLE_COORDINATES, load_metrics, metrics_of_one_capture
-from engine.config.outputs import COMPARISON, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
+from engine.config.outputs import COMPARISON, JOURNAL, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
 from engine.config.study import (
     BASELINES,
     RELEVANCE_METHODS,
@@ -20,6 +20,7 @@ from train.settings import ConditionConfig
 __all__ = [
     "BASELINES",
     "COMPARISON",
+    "JOURNAL",
     "METRICS_TABLE",
     "RELEVANCE_METHODS",
     "SAMPLES",

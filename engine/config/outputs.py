@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+JOURNAL = Path("run.jsonl")
 METRICS_TABLE = Path("metrics/attention_metrics.zarr")
 COMPARISON = Path("metrics/attention_comparison.json")
 TRAINING = Path("metrics/training.json")

@@ -13,6 +13,4 @@ if TYPE_CHECKING:
     from engine.measure.store import measure_store
     from engine.measure.table import build_table, prefix_mass_warning, read_table, write_table
 
-__all__, __getattr__, __dir__ = imported_when_used(
-    __name__, {"store": "measure_store", "table": "build_table prefix_mass_warning read_table write_table"}
-)
+__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)

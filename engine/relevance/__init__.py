@@ -26,15 +26,4 @@ if TYPE_CHECKING:
     )
     from engine.relevance.stage import explain_study
 
-__all__, __getattr__, __dir__ = imported_when_used(
-    __name__,
-    {
-        "choice": "choose_classes",
-        "link": "prediction_link",
-        "maps": "relevance_maps",
-        "methods": "METHODS",
-        "results": "CONTROL ILLUSTRATIVE MapMean MapTest PredictionLink RelevanceResults "
-        "parse_relevance samples_folder",
-        "stage": "explain_study",
-    },
-)
+__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)

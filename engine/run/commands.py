@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.config import StudyConfig
+from engine.config import JOURNAL, StudyConfig
 from train.processes import first_process
 
 # Keys that only a command with a flag of its own for them reads.
@@ -50,7 +50,7 @@ def _report(config: StudyConfig, arguments: argparse.Namespace) -> None:
     from engine.report import write_report
     from engine.study import Journal
 
-    for path in write_report(config.outputs, Journal.in_folder(Path(config.outputs))):
+    for path in write_report(config.outputs, Journal(Path(config.outputs) / JOURNAL)):
         print(path)
 
 

@@ -14,14 +14,4 @@ if TYPE_CHECKING:
     from engine.study.stages import run_study
     from engine.study.sweep import run_sweep
 
-__all__, __getattr__, __dir__ = imported_when_used(
-    __name__,
-    {
-        "hdf5": "export_hdf5 import_hdf5",
-        "journal": "Journal",
-        "one_capture": "capture_folder",
-        "outputs": "keep_edited require_apart written_study",
-        "stages": "run_study",
-        "sweep": "run_sweep",
-    },
-)
+__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)

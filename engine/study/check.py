@@ -19,15 +19,13 @@ from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture, run_name
 from engine.relevance import relevance_maps
 from engine.study.model import capture_settings, given_conditions, seeds_of
 from engine.study.start import Start
-from kernels import BACKENDS, MetricSpec, check_metrics, resolve
-from store import StoreSchema, estimate_bytes
+from kernels import BACKENDS, check_metrics, resolve
+from store import estimate_bytes
 from train.adapters import check_adapters
 from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
 from train.errors import InputError
 from train.models import classifier_name
 from train.recipes import RECIPES
-
-SWEEP_PROBE = Path("checkpoints/sweep_probe.safetensors")  # in the outputs folder
 
 # What it is → the files and folders that it goes to, and at most how many bytes they take.
 _Needs = dict[str, tuple[list[Path], int]]
@@ -63,7 +61,7 @@ def check_sweep(start: Start, model: torch.nn.Module, targets: str) -> None:
     _check_splits(start.listed, "file", trained=True)
     results, weights = len(sweep.bases) * len(sweep.ranks), _bytes_of(model)
     needs = {
-        "checkpoints": ([start.pretrained_path, outputs / SWEEP_PROBE], 2 * weights),
+        "checkpoints": ([start.pretrained_path, start.sweep_probe_path], 2 * weights),
         "results": ([outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"], (results + 1) * weights),
     }
     _require_disk(needs | _cache_need(start), outputs)
@@ -91,8 +89,9 @@ def check_capture(
         backend = resolve(config.measure.backend, measured_on).name
         regions = len(REGION_NAMES) if config.data.kind == "digits" else 0
         check_metrics(specs, [site.layout for site in found.sites], regions, backend)
-        if BACKENDS[backend].devices != ("cpu",):
-            _measure_once(model, _noise(preprocessing, 1, device), specs, backend)
+        rows = [spec for spec in specs if spec.inputs == "rows"]
+        if rows and BACKENDS[backend].devices != ("cpu",):  # what a backend that compiles lacks on the device
+            observe(model, _noise(preprocessing, 1, device), lambda attention: attention.measure(rows, backend))
     return found
 
 
@@ -186,23 +185,9 @@ def _bytes_of(model: torch.nn.Module) -> int:
 def _capture_bytes(config: StudyConfig, captured: Discovery, images: int) -> int:
     """Most bytes that the store of one capture takes."""
     capture = capture_settings(config, "cpu")
+    ids, regions = map(str, range(images)), REGION_NAMES if config.data.kind == "digits" else ()
     specs = metrics_of_one_capture(capture.metrics)
-    schema = StoreSchema(
-        layers=captured.layers,
-        image_ids=tuple(map(str, range(images))),
-        batch_size=capture.batch_size,
-        encoding=capture.stored_encoding,
-        metrics={spec.name: {} for spec in specs},
-        model={},
-        preprocessing={},
-        dataset={},
-        precision="",
-        num_classes=captured.num_classes,
-        code_version="",
-        regions=REGION_NAMES if config.data.kind == "digits" else (),
-        region_metrics=tuple(spec.name for spec in specs if spec.inputs == "regions"),
-        head_ids=captured.head_ids,
-    )
+    schema = capture.schema(captured, specs, "", ids, regions, model={}, preprocessing={}, dataset={})
     return estimate_bytes(schema)
 
 
@@ -214,13 +199,6 @@ def _check_methods(methods: Sequence[str], model: torch.nn.Module, preprocessing
             relevance_maps(model, _noise(preprocessing, 1, device), [0], method, dtype=torch.float32)
         except CaptureError as error:
             raise InputError(f"leave {method} out of relevance.methods, as this model has none: {error}") from error
-
-
-def _measure_once(model: torch.nn.Module, image: torch.Tensor, specs: Sequence[MetricSpec], backend: str) -> None:
-    """Measure one image by a backend that compiles for a device: what it lacks there is found now."""
-    rows = [spec for spec in specs if spec.inputs == "rows"]
-    if rows:
-        observe(model, image, lambda attention: attention.measure(rows, backend))
 
 
 def _noise(preprocessing: Preprocessing, images: int, device: str) -> torch.Tensor:

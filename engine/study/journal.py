@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from engine import __version__
 from engine.config import STUDY
@@ -28,7 +28,6 @@ from train.whole_files import write_atomically
 if TYPE_CHECKING:
     from train.parallel import Workers  # which loads torch
 
-JOURNAL = "run.jsonl"
 SEAL = "sha256"  # the key of a line that holds the hash of the others
 _MARKS = (b'"event": "', b'"stage": "')  # a journal that is damaged still holds these texts
 _KEYS = {"event", "stage", "key", "time", "outputs"}  # of every line
@@ -78,11 +77,6 @@ class Journal:
         self.path = path
         self._whole = True  # whether the file holds sound lines only
         self._left_out: set[Path] = set()
-
-    @classmethod
-    def in_folder(cls, outputs: Path) -> Self:
-        """That of an outputs folder."""
-        return cls(outputs / JOURNAL)
 
     @functools.cached_property
     def _records(self) -> list[dict[str, Any]]:

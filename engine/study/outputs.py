@@ -12,8 +12,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import IO
 
-from engine.config import STUDY, StudyConfig
-from engine.study.journal import JOURNAL, Journal
+from engine.config import JOURNAL, STUDY, StudyConfig
+from engine.study.journal import Journal
 from store import StoreError
 from store.disk import disk_error, writing
 from store.removal import named, remove
@@ -23,7 +23,7 @@ from train.errors import InputError
 
 # Where a study writes under fixed names; captures and samples.zarr say themselves whose they are.
 _NAMES = (
-    JOURNAL,
+    JOURNAL.name,
     STUDY.name,
     "summary.md",
     "report.html",
@@ -165,7 +165,7 @@ def written_study(outputs: Path) -> Path | None:
         InputError: it is not the one that the study wrote; an edited one is given with --config.
     """
     path = outputs / STUDY
-    Journal.in_folder(outputs).require(path)
+    Journal(outputs / JOURNAL).require(path)
     return path if path.is_file() else None
 
 
@@ -178,7 +178,7 @@ def keep_edited(outputs: Path, given: Path | None) -> None:
     path = outputs / STUDY
     if path.is_file() and not (given is not None and given.is_file() and path.samefile(given)):
         try:
-            Journal.in_folder(outputs).usable(path)
+            Journal(outputs / JOURNAL).usable(path)
         except InputError as error:
             raise InputError(f"{error}; to go on without it, delete it") from error
 

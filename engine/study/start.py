@@ -48,6 +48,7 @@ class Start:
         self.config, self.outputs, self.journal, self.workers = config, outputs, journal, workers
         self.manifest_path = outputs / "manifest.json"
         self.pretrained_path = outputs / "checkpoints" / "pretrained.safetensors"
+        self.sweep_probe_path = self.pretrained_path.with_name("sweep_probe.safetensors")
         self._outputs_of: dict[str, int] = {}
         self._named: dict[str, HeadClasses | None] = {}
         self._model: torch.nn.Module | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.capture import choose_samples
-from engine.config import METRICS_TABLE, SAMPLES, StudyConfig, load_metrics, study_toml
+from engine.config import JOURNAL, METRICS_TABLE, SAMPLES, StudyConfig, load_metrics, study_toml
 from engine.statistics import Accuracy, Classifier, Settings
 from engine.study.data import StudyData
 from engine.study.journal import Journal
@@ -37,7 +37,7 @@ class Study:
         self.table = self.outputs / METRICS_TABLE  # one row per map, of all metrics
         self.samples = self.outputs / SAMPLES  # whole maps of a few images
         self.device = resolve_device(config.device)
-        self.journal = Journal.in_folder(self.outputs)
+        self.journal = Journal(self.outputs / JOURNAL)
         self.start: Start  # known after `check`
         self.data: StudyData  # known after `train`
         self.runs: list[Run] = []  # known after `train`

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 
 from engine.capture import num_blocks
-from engine.config import ConditionConfig, StudyConfig, study_toml
+from engine.config import JOURNAL, ConditionConfig, StudyConfig, study_toml
 from engine.progress import PROGRAM, say
 from engine.report import curves_png, evaluation_csv, history_html
-from engine.study.check import SWEEP_PROBE, check_sweep, one_torch_thread
+from engine.study.check import check_sweep, one_torch_thread
 from engine.study.data import StudyData, prepare_data
 from engine.study.journal import Journal
 from engine.study.model import model_source, named_head, trained_here, with_present_name
@@ -54,7 +54,7 @@ def run_sweep(config: StudyConfig) -> Path:
     outputs = Path(config.outputs)
     device = resolve_device(config.device)
     folder = outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"
-    journal = Journal.in_folder(outputs)
+    journal = Journal(outputs / JOURNAL)
     with OutputsFolder(outputs, study_toml(config), journal) as place:
         with one_torch_thread():
             start = Start(config, outputs, journal)
@@ -105,7 +105,7 @@ def _plan(start: Start, data: StudyData, targets: str, folder: Path, device: str
     model = trained_here(config, start.pretrained_path)
     probe: Path | None = None
     if not _head_is_of(data.splits.class_names, config):
-        probe = start.outputs / SWEEP_PROBE
+        probe = start.sweep_probe_path
         run = TrainingRun(condition=ConditionConfig(recipe=HEAD_RECIPE), shared=config.train)
         train_condition(run, model=model, data=data.splits, checkpoint=probe, device=device)
     init, seed = SWEEP_INITS[sweep.init], config.train.seeds[0]
