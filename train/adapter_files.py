@@ -68,26 +68,26 @@ class Adapters:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice on training
                 adapted = peft.get_peft_model(cast(Any, model), peft.LoraConfig(**self.settings))
-                names = {f"base_model.model.{own}": tensor for own, tensor in self.tensors.items()}
-                missing = {own for own in peft.get_peft_model_state_dict(adapted) if own not in names}
-                found: Any = peft.set_peft_model_state_dict(adapted, names)
+                names = {f"base_model.model.{key}": tensor for key, tensor in self.tensors.items()}
+                missing = {key for key in peft.get_peft_model_state_dict(adapted) if key not in names}
+                loaded: Any = peft.set_peft_model_state_dict(adapted, names)
                 merged = cast(nn.Module, cast(Any, adapted).merge_and_unload())
         except Exception as error:  # settings of any kind meet peft here: what it raises then cannot be known
             raise InputError(
                 f"{self.path}: the adapters do not fit model {name} ({brief(error)}); give the model that they "
                 "were trained on"
             ) from error
-        odd = [*found.unexpected_keys, *sorted(missing)]
+        odd = [*loaded.unexpected_keys, *sorted(missing)]
         if odd:
-            kind = "are not in the file" if missing and not found.unexpected_keys else f"are not of model {name}"
+            kind = "are not in the file" if missing and not loaded.unexpected_keys else f"are not of model {name}"
             raise InputError(
                 f"{self.path}: adapters do not fit model {name}: {shown(_INSIDE.sub('', odd[0]))} and {len(odd) - 1} "
                 f"other(s) {kind}; give the model that they were trained on, or merge them where they were trained "
                 "(peft's merge_and_unload) and save the model"
             )
-        for own, tensor in merged.state_dict().items():
+        for key, tensor in merged.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InputError(f"{self.path}: merging makes NaN or infinity in {own}; save the adapters again")
+                raise InputError(f"{self.path}: merging makes NaN or infinity in {key}; save the adapters again")
         return merged.eval()
 
 
@@ -107,10 +107,10 @@ def refuse_adapters_alone(path: Path, tensors: Mapping[str, torch.Tensor] | None
 
 def holds_adapters_alone(path: Path) -> bool:
     """Whether a file or folder holds adapters without the weights that they were trained on."""
-    found = what_lies_at(path)
-    if found == "is a folder":
+    reason = what_lies_at(path)
+    if reason == "is a folder":
         return any((path / name).is_file() for name in (CONFIG, *_FILES))
-    if found:
+    if reason:
         return False
     return path.name in _FILES or ((path.parent / CONFIG).is_file() and _alone(read_state_dict(path)))
 

@@ -111,15 +111,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     require_file(path, "checkpoint", "expected a .safetensors file that was saved before")
     metadata = read_metadata(path)
     content = path.read_bytes()
-    found, sidecar = hashlib.sha256(content).hexdigest(), sidecar_path(path).name
-    if found != metadata["sha256"]:
+    sha256, sidecar = hashlib.sha256(content).hexdigest(), sidecar_path(path).name
+    if sha256 != metadata["sha256"]:
         if (written_for := metadata.get("file", path.name)) != path.name:
             raise DamagedFileError(
                 f"checkpoint {path}: {sidecar} beside it was written for {written_for}, with other weights; put its "
                 f"own there, or delete {sidecar} to use the weights as a file of which nothing is known"
             )
         raise DamagedFileError(
-            f"checkpoint {path} is damaged: its sha256 is {found[:12]}…, its sidecar says "
+            f"checkpoint {path} is damaged: its sha256 is {sha256[:12]}…, its sidecar says "
             f"{metadata['sha256'][:12]}…; delete both files and train it again"
         )
     return Checkpoint(metadata, safetensors.torch.load(content))

@@ -47,9 +47,7 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
 
 
 def printable(text: object) -> str:
-    """A text, such as a path, on one line that a terminal shows as it is meant; what cannot be shown is escaped, and
-    secrets in URLs are left out.
-    """
+    """A text on one line that a terminal shows as it is meant: odd characters are escaped, secrets in URLs left out."""
     return redacted("".join(c if c.isprintable() else _escape(c) for c in str(text)))
 
 

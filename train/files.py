@@ -30,12 +30,12 @@ def id_of(path: PurePath | str) -> str:
     direction of writing become `\xNN`, byte by byte: `caf\xe9.jpg`.
     """
     text = os.fsencode(path.as_posix() if isinstance(path, PurePath) else path).decode("utf-8", "surrogateescape")
-    return _ESCAPED.sub(lambda found: _bytewise(found[0].encode("utf-8", "surrogateescape")), text)
+    return _ESCAPED.sub(lambda match: _bytewise(match[0].encode("utf-8", "surrogateescape")), text)
 
 
 def path_of(identity: str) -> Path:
     """The path that `id_of` wrote down."""
-    return Path(os.fsdecode(_ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode()), identity.encode())))
+    return Path(os.fsdecode(_ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), identity.encode())))
 
 
 def _bytewise(content: bytes) -> str:

@@ -30,15 +30,15 @@ _SIZES = {
 }
 
 
-def load_weights(model: nn.Module, found: Fit, file: Tensors, path: Path, source: ModelSource) -> None:
+def load_weights(model: nn.Module, weights: Fit, file: Tensors, path: Path, source: ModelSource) -> None:
     """Load all weights of a file or none; position embeddings of another grid are resized by timm, which the log says.
 
-    `found` are the weights under the model's names, `file` what was read, `source` what the model was built from.
+    `weights` are under the model's names, `file` is what was read, `source` what the model was built from.
     """
     expected = model.state_dict()
-    state, sources = dict(found.tensors), found.sources
-    own = {name: expected[key] for key, several in sources.items() if key in expected for name in several}
-    refuse_unfit_values({name: file[name] for name in own}, own, path)
+    state, sources = dict(weights.tensors), weights.sources
+    targets = {name: expected[key] for key, several in sources.items() if key in expected for name in several}
+    refuse_unfit_values({name: file[name] for name in targets}, targets, path)
     resized = [key for key in state if key in expected and is_position(key) and state[key].shape != expected[key].shape]
     if resized:
         state = _resize_positions(model, state, resized)
@@ -46,11 +46,11 @@ def load_weights(model: nn.Module, found: Fit, file: Tensors, path: Path, source
     if problems:
         more = f", and {len(problems) - 1} more key(s)" if len(problems) > 1 else ""
         built_with = f" with {as_flag(source.arguments)}" if source.arguments else ""
-        advice = _advice(model, found, file, path, source)
+        advice = _advice(model, weights, file, path, source)
         raise InputError(
             f"checkpoint {path} does not fit model {source.name}{built_with}: {problems[0]}{more}; {advice}"
         )
-    _say(found, state, file, path, source.name)
+    _say(weights, state, file, path, source.name)
     model.load_state_dict(state)
 
 
@@ -85,22 +85,22 @@ def _resize_positions(model: nn.Module, state: dict[str, torch.Tensor], keys: Se
     }
 
 
-def _say(found: Fit, state: Tensors, file: Tensors, path: Path, name: str) -> None:
-    if found.layout:
-        say_once(f"{path}: its names are those of {found.layout}")
-    if found.other_starts:
-        others = ", ".join(shown(repr(start)) for start in found.other_starts[:4])
+def _say(weights: Fit, state: Tensors, file: Tensors, path: Path, name: str) -> None:
+    if weights.layout:
+        say_once(f"{path}: its names are those of {weights.layout}")
+    if weights.other_starts:
+        others = ", ".join(shown(repr(start)) for start in weights.other_starts[:4])
         say_once(
-            f"{path}: weights taken from names that begin with {shown(repr(found.start))}; {others} not used "
+            f"{path}: weights taken from names that begin with {shown(repr(weights.start))}; {others} not used "
             "(model.state chooses another)"
         )
-    if found.left_out:
-        several = ", ".join(shown(origin) for origin in found.left_out[:5]) + (", …" if len(found.left_out) > 5 else "")
-        say_once(f"{path}: {len(found.left_out)} of {len(file)} tensors are no part of {name} and left out: {several}")
+    if count := len(weights.left_out):
+        several = ", ".join(shown(origin) for origin in weights.left_out[:5]) + (", …" if count > 5 else "")
+        say_once(f"{path}: {count} of {len(file)} tensors are no part of {name} and left out: {several}")
     for key, tensor in state.items():
-        if key not in found.sources:
+        if key not in weights.sources:
             continue
-        origins = found.sources[key]
+        origins = weights.sources[key]
         if not origins:
             say_once(f"{path}: {key} is not in the file; timm's reader of such files makes it", logging.WARNING)
         elif len(origins) == 1 and is_position(key) and file[origins[0]].numel() != tensor.numel():
@@ -108,7 +108,7 @@ def _say(found: Fit, state: Tensors, file: Tensors, path: Path, name: str) -> No
             say_once(f"{path}: {key} resized from {before} to {_shape(tensor)} by timm", logging.WARNING)
 
 
-def _advice(model: nn.Module, found: Fit, file: Tensors, path: Path, source: ModelSource) -> str:
+def _advice(model: nn.Module, weights: Fit, file: Tensors, path: Path, source: ModelSource) -> str:
     """What to do about a file that does not fit, as far as its names and shapes say it."""
     if _IN_PARTS.search(path.name):
         return "the file is one part of a checkpoint in several; save that as one file"
@@ -119,15 +119,15 @@ def _advice(model: nn.Module, found: Fit, file: Tensors, path: Path, source: Mod
         sizes = f"the file holds {_words(offered)}, {source.name} has {_words(wanted)}"
     if offered and (likely := _likely(offered, file, path)):
         return f"{sizes}; try --model.name {likely}" if sizes else f"it fits with --model.name {likely}"
-    arguments = {**source.arguments, **shown_arguments(model, found.tensors)}  # which the weights show plainly
+    arguments = {**source.arguments, **shown_arguments(model, weights.tensors)}  # which the weights show plainly
     if arguments != source.arguments and _fits(file, path, source.name, arguments, source.img_size):
         return f"it fits with {as_flag(arguments)}"
     if sizes:
         return sizes
-    if not found.tensors.keys() & expected.keys():
+    if not weights.tensors.keys() & expected.keys():
         return f"its names are such as {_some(file)}, those of {source.name} such as {_some(expected)}"
-    more = {key: tensor for key, tensor in found.tensors.items() if key not in expected}
-    beside = f"; the file has {_some(more)} besides" if more else ""
+    more = {key: tensor for key, tensor in weights.tensors.items() if key not in expected}
+    beside = f"; the file has {_some(more)}" if more else ""
     return f"expected every weight of {source.name} and, beside its classifier, no other{beside}"
 
 

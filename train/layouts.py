@@ -54,9 +54,9 @@ def fit(state: Tensors, model: nn.Module, classifiers: Sequence[str], path: Path
     followed: Tensors = {name: _Followed.of(name, tensor) for name, tensor in state.items()}
     best: Fit | None = None
     for layout, candidate in _candidates(followed, model, whole):
-        found = replace(_at_start(candidate, whole, state, path), layout=layout)
-        if best is None or found.problems < best.problems:
-            best = found
+        fitting = replace(_at_start(candidate, whole, state, path), layout=layout)
+        if best is None or fitting.problems < best.problems:
+            best = fitting
         if not best.problems:
             break
     assert best is not None  # the names as they are come first
@@ -141,11 +141,11 @@ def _filtered(filter_fn: Callable[..., Any], state: dict[str, torch.Tensor], mod
     """What timm's filter makes of a state; {} where it is not made for such names."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some print
-            found = filter_fn(dict(state), model)
+            filtered = filter_fn(dict(state), model)
     except Exception:  # foreign code on names it may not be made for: what it stumbles over cannot be known
         return {}
     tensors = {}
-    for name, tensor in found.items():
+    for name, tensor in filtered.items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             continue
         before = state.get(name)
@@ -164,17 +164,17 @@ def _at_start(state: Tensors, whole: _Model, file: Tensors, path: Path) -> Fit:
     sources: dict[str, tuple[str, ...]] = {}
     problems = len(whole.backbone) - counts.get(start, 0)
     for name, tensor in state.items():
-        own = name.removeprefix(start)
-        known = own in whole.expected or own in whole.heads
-        if not name.startswith(start) or (not known and own.startswith(whole.left_out)):
+        key = name.removeprefix(start)
+        known = key in whole.expected or key in whole.heads
+        if not name.startswith(start) or (not known and key.startswith(whole.left_out)):
             continue
-        if own in whole.backbone:
-            problems += not is_position(own) and tensor.shape != whole.expected[own].shape
-        elif own not in whole.heads:
+        if key in whole.backbone:
+            problems += not is_position(key) and tensor.shape != whole.expected[key].shape
+        elif key not in whole.heads:
             problems += 1
         origins = getattr(tensor, "sources", frozenset()) or (frozenset([name]) & frozenset(file))
-        tensors[own] = tensor.as_subclass(torch.Tensor)
-        sources[own] = tuple(sorted(origins))
+        tensors[key] = tensor.as_subclass(torch.Tensor)
+        sources[key] = tuple(sorted(origins))
     used = {name for origins in sources.values() for name in origins}
     left_out = tuple(name for name in file if name not in used)
     others = tuple(other for other in complete if other != start)
@@ -214,11 +214,11 @@ def _starts_to_try(state: Tensors, whole: _Model) -> list[str]:
     likeliest = max(counts, key=lambda start: counts[start], default="")
     columns = zip(*(name.split(".")[:-1] for name in state), strict=False)
     common = "".join(f"{column[0]}." for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    found = [""]
+    starts = [""]
     for start in (likeliest, common):
         parts = start.split(".")[:-1][:8]
-        found += ["".join(f"{part}." for part in parts[: n + 1]) for n in range(len(parts))]
-    return list(dict.fromkeys(found))
+        starts += ["".join(f"{part}." for part in parts[: n + 1]) for n in range(len(parts))]
+    return list(dict.fromkeys(starts))
 
 
 # Names of transformers' ViT, DeiT, DINOv2 and CLIP vision models (as saved, and as in memory since its version 5),
@@ -249,7 +249,7 @@ _PATCHES = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_em
 
 def _hugging_face(state: Tensors, classifiers: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
     """Tensors under the names of transformers, under timm's; None where there is not one such model."""
-    starts = [(found[1], tensor) for name, tensor in state.items() if (found := _PATCHES.match(name))]
+    starts = [(match[1], tensor) for name, tensor in state.items() if (match := _PATCHES.match(name))]
     if len(starts) != 1 or starts[0][1].ndim != 4:
         return None
     start, width = starts[0][0], starts[0][1].shape[0]
@@ -262,11 +262,11 @@ def _hugging_face(state: Tensors, classifiers: tuple[str, ...]) -> dict[str, tor
             if weight is not None and weight.shape[-1:] == (width,) and len(classifiers) > _HEADS[head]:
                 converted[f"{classifiers[_HEADS[head]]}.{part}"] = tensor
         elif name.startswith(start):
-            own = name.removeprefix(start)
+            key = name.removeprefix(start)
             for pattern, of_timm in _HUGGING_FACE:
-                own = pattern.sub(of_timm, own)
-            tokens = own in ("cls_token", "pos_embed") and tensor.ndim
-            converted[own] = tensor.reshape(1, -1, tensor.shape[-1]) if tokens else tensor
+                key = pattern.sub(of_timm, key)
+            tokens = key in ("cls_token", "pos_embed") and tensor.ndim
+            converted[key] = tensor.reshape(1, -1, tensor.shape[-1]) if tokens else tensor
     return _joined(converted)
 
 

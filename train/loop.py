@@ -174,10 +174,10 @@ def fit(
                 look(launched.popleft())
             if ends:
                 with _averaged(state):
-                    found = objective.validate()
+                    evaluation = objective.validate()
                     _train_mode(module)
-                    _end_epoch(state, found, epoch, rate, label)
-                bar.set_postfix(validation=f"{found.accuracy:.3f}")
+                    _end_epoch(state, evaluation, epoch, rate, label)
+                bar.set_postfix(validation=f"{evaluation.accuracy:.3f}")
             if saves:
                 state_file.save(state)
             if ends and on_epoch is not None:
@@ -200,25 +200,25 @@ class _Step:
 _ADVICE = "lower the learning rate, or train with --train.precision fp32"
 
 
-def _end_epoch(state: TrainingState, found: Evaluation, epoch: int, rate: float, label: str) -> None:
+def _end_epoch(state: TrainingState, evaluation: Evaluation, epoch: int, rate: float, label: str) -> None:
     """The epoch into the history, and its weights kept when it is the best so far."""
     progress = state.progress
-    if not math.isfinite(found.loss):
+    if not math.isfinite(evaluation.loss):
         raise TrainingDivergedError(
-            f"{label}: validation loss {found.loss:g} after step {progress.step - 1} (epoch {epoch}); {_ADVICE}"
+            f"{label}: validation loss {evaluation.loss:g} after step {progress.step - 1} (epoch {epoch}); {_ADVICE}"
         )
     progress.history.append(
         {
             "epoch": epoch,
             "loss": progress.loss_sum / progress.seen,
             "train_accuracy": progress.hits / progress.seen,
-            "validation_loss": found.loss,
-            "validation_accuracy": found.accuracy,
+            "validation_loss": evaluation.loss,
+            "validation_accuracy": evaluation.accuracy,
             "lr": rate,
         }
     )
-    if found.accuracy > progress.best:
-        progress.best = found.accuracy
+    if evaluation.accuracy > progress.best:
+        progress.best = evaluation.accuracy
         state.best = {name: tensor.clone() for name, tensor in trained_tensors(state.module).items()}
     progress.loss_sum, progress.hits, progress.seen = 0.0, 0, 0
 
@@ -246,12 +246,12 @@ def _averaged(state: TrainingState) -> Iterator[None]:
     if not state.average:
         yield
         return
-    own = {name: tensor.clone() for name, tensor in trained_tensors(state.module).items()}
+    before = {name: tensor.clone() for name, tensor in trained_tensors(state.module).items()}
     try:
         _copy(state.average, state.module)
         yield
     finally:
-        _copy(own, state.module)
+        _copy(before, state.module)
 
 
 @torch.no_grad()

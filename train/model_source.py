@@ -117,41 +117,41 @@ def _taken(model_class: type) -> list[str]:
 
 def shown_arguments(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Argument]:
     """Arguments by which weights, under the model's names, plainly differ from a model that they do not fit."""
-    own = model.state_dict()
+    expected = model.state_dict()
     shown: dict[str, Argument] = {}
 
     def has(pattern: str, where: Mapping[str, torch.Tensor]) -> bool:
         return any(re.fullmatch(pattern, key) for key in where)
 
-    if has(r"attn_pool\..*", state) and not has(r"attn_pool\..*", own):
+    if has(r"attn_pool\..*", state) and not has(r"attn_pool\..*", expected):
         shown["global_pool"] = "map"
-    elif has(r"fc_norm\..*", state) and not has(r"norm\..*", state) and not has(r"fc_norm\..*", own):
+    elif has(r"fc_norm\..*", state) and not has(r"norm\..*", state) and not has(r"fc_norm\..*", expected):
         shown["global_pool"] = "avg"
-    elif has(r"norm\..*", state) and not has(r"fc_norm\..*", state) and has(r"fc_norm\..*", own):
+    elif has(r"norm\..*", state) and not has(r"fc_norm\..*", state) and has(r"fc_norm\..*", expected):
         shown["global_pool"] = "token"
     nothing = torch.empty(0)
-    patches, own_patches = (where.get("patch_embed.proj.weight", nothing) for where in (state, own))
-    if patches.ndim == own_patches.ndim == 4:
-        if patches.shape[1] != own_patches.shape[1]:
+    patches, expected_patches = (where.get("patch_embed.proj.weight", nothing) for where in (state, expected))
+    if patches.ndim == expected_patches.ndim == 4:
+        if patches.shape[1] != expected_patches.shape[1]:
             shown["in_chans"] = patches.shape[1]
-        if patches.shape[2:] != own_patches.shape[2:] and patches.shape[2] == patches.shape[3]:
+        if patches.shape[2:] != expected_patches.shape[2:] and patches.shape[2] == patches.shape[3]:
             shown["patch_size"] = patches.shape[2]
     scales = r"blocks\.\d+\.(ls1\.gamma|gamma_1)"
-    if has(scales, state) and not has(scales, own):
+    if has(scales, state) and not has(scales, expected):
         shown["init_values"] = 1e-5  # any number: the weights hold the values
     norms = r"blocks\.\d+\.attn\.q_norm\.weight"
-    if has(norms, state) != has(norms, own):
+    if has(norms, state) != has(norms, expected):
         shown["qk_norm"] = has(norms, state)
-    registers = (where.get("reg_token", nothing) for where in (state, own))
-    count, own_count = (tokens.shape[1] if tokens.ndim == 3 else 0 for tokens in registers)
-    if count != own_count:
+    registers = (where.get("reg_token", nothing) for where in (state, expected))
+    count, expected_count = (tokens.shape[1] if tokens.ndim == 3 else 0 for tokens in registers)
+    if count != expected_count:
         shown["reg_tokens"] = shown["num_reg_tokens"] = count  # one of them is the family's
-    if ("cls_token" in state) != ("cls_token" in own):
+    if ("cls_token" in state) != ("cls_token" in expected):
         shown["class_token"] = "cls_token" in state
-    positions, own_positions = (where.get("pos_embed", nothing) for where in (state, own))
-    if positions.ndim == own_positions.ndim == 3:
+    positions, expected_positions = (where.get("pos_embed", nothing) for where in (state, expected))
+    if positions.ndim == expected_positions.ndim == 3:
         tokens, prefix = positions.shape[1], count + ("cls_token" in state)
-        if prefix and tokens != own_positions.shape[1] and _is_square(tokens) and not _is_square(tokens - prefix):
+        if prefix and tokens != expected_positions.shape[1] and _is_square(tokens) and not _is_square(tokens - prefix):
             shown["no_embed_class"] = True
     taken = _taken(type(model))
     return {key: value for key, value in shown.items() if key in taken}

@@ -72,24 +72,24 @@ def build_model(model: ModelSource | str, *, num_classes: int | None) -> nn.Modu
         return _create(source, num_classes)
     path, name = source.file, source.name
     said = _said(path, name)
-    file, found, adapters = _read_fitting(source, path)
+    file, weights, adapters = _read_fitting(source, path)
     classifiers = classifier_names(name)
     classes = num_classes
     if num_classes is None:
-        head = found.tensors.get(f"{classifiers[0]}.weight")
+        head = weights.tensors.get(f"{classifiers[0]}.weight")
         if head is None:
             say_once(f"{path} has no {classifiers[0]}.weight; {name} is built without a head", logging.WARNING)
         classes = _rows(head)
     built = _create(completed := source.completed(), classes)
     for classifier in classifiers if num_classes is not None else ():
         keys = [f"{classifier}.weight", f"{classifier}.bias"]
-        if (before := _rows(found.tensors.get(keys[0]))) != num_classes:
+        if (before := _rows(weights.tensors.get(keys[0]))) != num_classes:
             left_out = f"its head for {before} classes is left out" if before else "it has no head"
             say_once(f"{path}: {left_out}; a new one for {num_classes} classes is trained")
             new = {key: tensor for key, tensor in built.state_dict().items() if key in keys}
-            of_file = {key: origins for key, origins in found.sources.items() if key not in new}
-            found = replace(found, tensors={**found.tensors, **new}, sources=of_file)
-    load_weights(built, found, file, path, completed)
+            of_file = {key: origins for key, origins in weights.sources.items() if key not in new}
+            weights = replace(weights, tensors={**weights.tensors, **new}, sources=of_file)
+    load_weights(built, weights, file, path, completed)
     _prepare_as_said(built, said, source.img_size, path)
     merged = adapters.merged_into(built, name) if adapters else built
     return merged.eval() if num_classes is None else merged
@@ -171,8 +171,8 @@ def head_size(source: ModelSource) -> int | None:
     if source.adapter and (classes := read_adapters(Path(source.adapter)).classes(classifier_names(source.name)[0])):
         return classes
     if source.file is not None:
-        _, found, _ = _read_fitting(source, source.file)
-        head = found.tensors.get(f"{classifier_names(source.name)[0]}.weight")
+        _, weights, _ = _read_fitting(source, source.file)
+        head = weights.tensors.get(f"{classifier_names(source.name)[0]}.weight")
         return None if head is None else _rows(head)
     return int(pretrained_cfg(source.name).num_classes) if source.pretrained else None
 

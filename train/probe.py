@@ -91,10 +91,10 @@ def _minimise(
         (gradient,) = torch.autograd.grad(loss, parameters)
         return loss.item(), gradient.double().flatten().numpy()
 
-    found = optimize.minimize(
+    solution = optimize.minimize(
         objective, start.double().flatten().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS}
     )
-    return torch.from_numpy(found.x).view_as(start).float(), float(found.fun)
+    return torch.from_numpy(solution.x).view_as(start).float(), float(solution.fun)
 
 
 def _score(parameters: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> float:

@@ -159,9 +159,9 @@ def _put(state: TrainingState, progress: Mapping[str, Any], tensors: Mapping[str
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
-    own = trained_tensors(state.module)
+    trained = trained_tensors(state.module)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in trained.items():
             tensor.copy_(parts["module"][name])
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
@@ -169,5 +169,5 @@ def _put(state: TrainingState, progress: Mapping[str, Any], tensors: Mapping[str
         moments.setdefault(int(index), {})[moment] = tensor
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
     state.progress = Progress(**progress)
-    state.best = {name: tensor.to(own[name].device) for name, tensor in parts["best"].items()}
-    state.average = {name: tensor.to(own[name].device) for name, tensor in parts["average"].items()}
+    state.best = {name: tensor.to(trained[name].device) for name, tensor in parts["best"].items()}
+    state.average = {name: tensor.to(trained[name].device) for name, tensor in parts["average"].items()}

@@ -166,14 +166,14 @@ def train_to_file(
             for images in (task.data.validation, task.data.test)
         )
     if task.workers.first:
-        found = {
+        results = {
             "validation_accuracy": validation.accuracy,
             "test_accuracy": test.accuracy,
             "history": trained.history,
             "versions": versions(),
             "key": key,
         }
-        save_checkpoint(path, trained.model.state_dict(), {**facts, **trained.facts, **found})
+        save_checkpoint(path, trained.model.state_dict(), {**facts, **trained.facts, **results})
         task.state_file.remove()
     task.workers.wait()
     return read_metadata(path)

@@ -74,7 +74,7 @@ class HostCopies:
         """Start to bring `values` of any strides, which nobody may write to afterwards, to the host; contiguous there.
 
         On a GPU they are narrowed to `precision`; on a CPU they keep their own, since whoever stores them narrows them
-        chunk by chunk. Memory that is `shared` with the model is copied on a CPU, lest a view keep the whole of it.
+        chunk by chunk. Memory that is `shared` with the model is copied on a CPU: a view would keep the whole of it.
         """
         if values.device.type != self.device.type:
             raise ValueError(f"values are on {values.device}, expected {self.device}")

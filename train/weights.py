@@ -53,15 +53,15 @@ def read_state_dict(path: Path, state: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path) -> None:
+def refuse_unfit_values(tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], path: Path) -> None:
     """Look at every value once: raise InputError, naming file and tensor, for what would be cast or is not finite.
 
-    Infinity may stand where the model's `own` buffer, as it was built, holds the same (bounds of an idle clamp).
+    Infinity may stand where the model's tensor in `targets`, as it was built, holds the same (bounds of an idle clamp).
     """
     for name, tensor in tensors.items():
-        if name not in own:
+        if name not in targets:
             continue
-        expected = own[name]
+        expected = targets[name]
         if _kind(tensor) != _kind(expected):
             raise InputError(
                 f"checkpoint {path}: {shown(name)} is {_name(tensor.dtype)}, expected {_kind(expected)} "

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "vit-image-cache/2"
 _BLOCK = 256  # pictures decoded between two writes
+_ADVICE = "give another folder with --data.cache_folder DIR, or decode every time with --data.cache false"
 
 
 class ImageCache:
@@ -66,13 +67,12 @@ class ImageCache:
     def _opened(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(pixels, CRC-32 per picture, whether it was checked in this process)."""
         with writing(self.path), self._locked():
-            found = self._open()
-            if found is None:
+            if (opened := self._open()) is None:
                 self._build()
-                found = self._open()
-        if found is None:
+                opened = self._open()
+        if opened is None:
             raise OSError(5, "the image cache cannot be read back after it was written", str(self.path))
-        return *found, np.zeros(len(found[0]), dtype=bool)
+        return *opened, np.zeros(len(opened[0]), dtype=bool)
 
     def _open(self) -> tuple[np.ndarray, np.ndarray] | None:
         sidecar = self.path.with_suffix(".json")
@@ -98,8 +98,7 @@ class ImageCache:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise InputError(
-                f"the image cache needs {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB left; give "
-                "another folder with --data.cache_folder DIR, or decode every time with --data.cache false"
+                f"the image cache needs {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB left; {_ADVICE}"
             )
         checksums: list[int] = []
         bar = tqdm(total=len(self._sources), desc="image cache", unit=" images", disable=None, delay=1)
@@ -140,10 +139,7 @@ class ImageCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise InputError(
-                f"the image cache cannot be made in {self.folder} ({error.strerror}); give another folder with "
-                "--data.cache_folder DIR, or decode every time with --data.cache false"
-            ) from error
+            raise InputError(f"no image cache can be made in {self.folder} ({error.strerror}); {_ADVICE}") from error
         with open(self.folder / f".{self.path.stem}.lock", "a") as lock:
             lock_file(lock, wait=True)
             yield

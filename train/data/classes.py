@@ -174,23 +174,23 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     if path.suffix.lower() != ".json":
         return _checked([line.strip() for line in text.rstrip().splitlines()], str(path))
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"file of class names {path} is not JSON ({error}); {_FORMS}") from error
-    if isinstance(found, dict):  # a config.json of Hugging Face's models, or of timm's
-        found = found.get("id2label", found.get("label_names", found))
-    return _checked(_in_order(found, path) if isinstance(found, dict) else found, str(path))
+    if isinstance(content, dict):  # a config.json of Hugging Face's models, or of timm's
+        content = content.get("id2label", content.get("label_names", content))
+    return _checked(_in_order(content, path) if isinstance(content, dict) else content, str(path))
 
 
-def _in_order(found: dict[str, Any], path: Path) -> list[Any]:
+def _in_order(table: dict[str, Any], path: Path) -> list[Any]:
     """The names of a table of name → index, or of index → name, in the order of the indices."""
-    if all(isinstance(name, str) and index.isdecimal() and len(index) < 10 for index, name in found.items()):
-        pairs = [(int(index), name) for index, name in found.items()]
+    if all(isinstance(name, str) and index.isdecimal() and len(index) < 10 for index, name in table.items()):
+        pairs = [(int(index), name) for index, name in table.items()]
     else:
-        pairs = [(index, name) for name, index in found.items() if type(index) is int]
-    if len(pairs) < len(found) or sorted(index for index, _ in pairs) != list(range(len(pairs))):
+        pairs = [(index, name) for name, index in table.items() if type(index) is int]
+    if len(pairs) < len(table) or sorted(index for index, _ in pairs) != list(range(len(pairs))):
         raise InputError(
-            f"file of class names {path} does not give each name one index from 0 to {len(found) - 1}; {_FORMS}"
+            f"file of class names {path} does not give each name one index from 0 to {len(table) - 1}; {_FORMS}"
         )
     return [name for _, name in sorted(pairs)]
 

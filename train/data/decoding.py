@@ -77,7 +77,7 @@ def bits_of(opened: ImageFile.ImageFile) -> int:
 
 
 def stated_greatest(opened: ImageFile.ImageFile) -> int:
-    """The greatest value that loaded pixels can have by the file's own word; 0: it does not say."""
+    """The greatest value that loaded pixels can have as the file says; 0: it does not."""
     if opened.format == "PPM":  # Pillow scales by the header's maximum where that is not the whole range
         return 65535 if opened.tile and isinstance(opened.tile[0].args, tuple) else 0
     stated = int(np.min(tag_of(opened, _GREATEST, 0)))
@@ -93,8 +93,8 @@ def _check_grey(opened: Image.Image, bits: int, stated: int) -> int:
         raise UndecodableError(f"{opened.format} pixels without a range")
     if np.max(tag_of(opened, _SAMPLE_FORMAT, 1)) != 1:
         raise UndecodableError(f"signed {bits}-bit pixels without a range")
-    found = max(int(_values(opened.crop(box), bits).max()) for box in _blocks(opened))
-    return _greatest(found, bits, stated)
+    brightest = max(int(_values(opened.crop(box), bits).max()) for box in _blocks(opened))
+    return _greatest(brightest, bits, stated)
 
 
 def _values(block: Image.Image, bits: int) -> np.ndarray:
@@ -112,19 +112,19 @@ def _scaled(opened: Image.Image, values: np.ndarray, greatest: int) -> np.ndarra
     return scaled
 
 
-def _greatest(found: int, bits: int, stated: int) -> int:
-    """The value that is white in a picture whose greatest value is `found`.
+def _greatest(brightest: int, bits: int, stated: int) -> int:
+    """The value that is white in a picture whose greatest value is `brightest`.
 
     Cameras and scanners of 10 to 14 bits write into 16 and often do not say so. A picture that leaves the upper three
     quarters of its range empty is taken for one of these: by 65535 it would come out nearly black, in a few shades.
     """
-    if stated >= found and stated:
+    if stated >= brightest and stated:
         return stated
     whole = (1 << bits) - 1
-    if found > whole // 4 or bits not in (16, 32):
+    if brightest > whole // 4 or bits not in (16, 32):
         return whole
     raise UndecodableError(
-        f"{bits}-bit pixels that fill {found.bit_length()} bits, in a range that the file does not say"
+        f"{bits}-bit pixels that fill {brightest.bit_length()} bits, in a range that the file does not say"
     )
 
 
@@ -132,9 +132,9 @@ def _check_colors(image: Image.Image, bits: int, stated: int) -> None:
     """Of colours Pillow hands over the upper 8 of 16 bits, which is right where they fill 16 (see `_greatest`)."""
     if stated not in (0, 65535):
         raise UndecodableError(f"colours of {stated.bit_length()} bits in {bits}")
-    found = max(int(np.max(image.getchannel(band).getextrema())) for band in image.getbands() if band not in "Aa")
-    if not stated and found < 64:
-        filled = bits - 8 + found.bit_length()
+    brightest = max(int(np.max(image.getchannel(band).getextrema())) for band in image.getbands() if band not in "Aa")
+    if not stated and brightest < 64:
+        filled = bits - 8 + brightest.bit_length()
         raise UndecodableError(f"{bits}-bit colours that fill {filled} bits, in a range that the file does not say")
 
 
@@ -251,7 +251,7 @@ def _decode_or_say_why(content: bytes, held: ExitStack) -> Image.Image:
         return _decode(content, held)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's door: a broken stream makes a decoder raise whatever its code meets first
+    except Exception as error:  # of any class: on a broken stream a decoder raises whatever its code meets first
         traceback.clear_frames(error.__traceback__)  # they hold pixels, and their room is given back
         if isinstance(error, UndecodableError):
             raise
@@ -377,5 +377,5 @@ def _turn(opened: Image.Image) -> Image.Transpose | None:
     }
     try:
         return turns.get(opened.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's door again: EXIF data that cannot be read; viewers show such a picture as it lies
+    except Exception:  # of any class: EXIF data that Pillow cannot read; viewers show such a picture as it lies
         return None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from train.data.images import DataSplits, ImageSet, Preprocessing
 from train.data.manifest import SPLITS, Manifest, Record
-from train.errors import InputError
+from train.errors import InputError, require_known
 
 SCENE_SIZE = 48  # px, square
 TASKS = ("source", "target")
@@ -176,8 +176,7 @@ def prepare_digits(
     test_scenes: int = 1024,
 ) -> DataSplits:
     """The scenes of one task in three splits that share no source digit; for a model that takes 48×48 grey alone."""
-    if task not in TASKS:
-        raise InputError(f"unknown task {task!r} of the digit scenes; expected one of {', '.join(TASKS)}")
+    require_known("task", task, TASKS)
     counts = (train_scenes, validation_scenes, test_scenes)
     train, validation, test = sets = [
         DigitScenes(task=task, split=split, count=count, seed=seed, preprocessing=preprocessing)

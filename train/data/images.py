@@ -25,6 +25,7 @@ from train.transfer import uploaded
 
 T = TypeVar("T")
 R = TypeVar("R")
+_OR = "or delete the outputs to begin with a new manifest"
 _RESIZED_PIXELS = 2**25  # of a picture while it is resized, before the crop
 
 
@@ -210,17 +211,13 @@ class FolderImages(ImageSet):
         try:
             with picture_bytes(path) as content:
                 if hashlib.sha256(content).hexdigest() != record.sha256:
-                    raise InputError(
-                        f"{path} has changed since the manifest was built; put the old file back, or delete the "
-                        "outputs to begin with a new manifest"
-                    )
+                    raise InputError(f"{path} has changed since the manifest was built; put the old file back, {_OR}")
                 with decoded_image(content) as picture:
                     colors = picture if picture.mode == self._mode else picture.convert(self._mode)
                     return np.asarray(self._transform(_resizable(colors, self.preprocessing)))
         except OSError as error:
             raise InputError(
-                f"{path} was readable when the manifest was built and no longer is ({error.strerror}); put it back, "
-                "or delete the outputs to begin with a new manifest"
+                f"{path} was readable when the manifest was built and is not now ({error.strerror}); put it back, {_OR}"
             ) from error
         except UndecodableError as error:
             raise InputError(

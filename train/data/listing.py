@@ -87,12 +87,12 @@ def split_folders(root: Path, *, follow_links: bool = False) -> list[tuple[Path,
     named = [entry for entry in _entries(root) if entry.name.lower() in SPLIT_FOLDERS and _is_folder(entry)]
     folders = [inside(Path(entry), root, follow_links=follow_links) for entry in named if not aside.takes(entry, root)]
     aside.log(root)
-    found = [(folder, SPLIT_FOLDERS[folder.name.lower()]) for folder in folders]
-    twice = [name for name, number in Counter(name for _, name in found).items() if number > 1]
+    splits = [(folder, SPLIT_FOLDERS[folder.name.lower()]) for folder in folders]
+    twice = [name for name, number in Counter(name for _, name in splits).items() if number > 1]
     if twice:
-        names = " and ".join(entry.name for entry, name in found if name == twice[0])
+        names = " and ".join(entry.name for entry, name in splits if name == twice[0])
         raise InputError(f"folder {root} holds {names}, which are both the {twice[0]} split; expected one of them")
-    return found
+    return splits
 
 
 def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool = False) -> list[Entry]:
@@ -119,11 +119,11 @@ def class_files(base: Path, root: Path, split: str = "", *, follow_links: bool =
         raise InputError(f"folder {base} holds {len(leaves)} file(s){links} but no class folders; {CLASS_FOLDERS}")
     files = []
     for folder in folders:
-        found = list(files_below(folder, follow_links=follow_links, aside=aside))
-        for file in found:
+        inner = list(files_below(folder, follow_links=follow_links, aside=aside))
+        for file in inner:
             inside(file, root, follow_links=follow_links)
             files.append(Entry(file, id_of(file.relative_to(root)), id_of(folder.name), split))
-        if not found:
+        if not inner:
             logger.warning("class folder %s is empty and is left out", folder)
     aside.log(root)
     return files

@@ -21,11 +21,8 @@ SPLITS = ("train", "validation", "test")
 
 # Folder names of a ready-made split, lower case → split.
 SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
     "test": "test",
 }
 
