@@ -23,6 +23,7 @@ from train.weight_files import say_once, shown
 from train.weights import read_state_dict
 
 CONFIG = "adapter_config.json"
+_MERGE = "merge them where they were trained (peft's merge_and_unload) and save the model"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What is followed, and what says nothing of a finished adapter. Anything else must be as peft has it by default.
@@ -82,8 +83,7 @@ class Adapters:
             kind = "are not in the file" if missing and not loaded.unexpected_keys else f"are not of model {name}"
             raise InputError(
                 f"{self.path}: adapters do not fit model {name}: {shown(_INSIDE.sub('', odd[0]))} and {len(odd) - 1} "
-                f"other(s) {kind}; give the model that they were trained on, or merge them where they were trained "
-                "(peft's merge_and_unload) and save the model"
+                f"other(s) {kind}; give the model that they were trained on, or {_MERGE}"
             )
         for key, tensor in merged.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -127,7 +127,7 @@ def adapter_files(path: Path) -> list[Path]:
     if not config.is_file():
         raise InputError(
             f"{path} holds adapters of peft, and there is no {CONFIG} beside it, which says how they are scaled; put "
-            "the one there that peft saved with them, or merge them where they were trained (merge_and_unload)"
+            f"the one there that peft saved with them, or {_MERGE}"
         )
     return [path, config]
 
@@ -187,23 +187,19 @@ def _settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({brief(error)}); save the adapters again") from error
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
-        kind = shown(said.get("peft_type")) if isinstance(said, dict) else "no table"
-        raise InputError(
-            f"{path} is of {kind}; adapters of LoRA and DoRA are merged here: merge others where they were trained "
-            "(peft's merge_and_unload) and save the model"
-        )
+        kind = f"of {shown(said.get('peft_type'))}" if isinstance(said, dict) else "no table"
+        raise InputError(f"{path} is {kind}, and adapters of LoRA and DoRA are merged here; {_MERGE}")
     usual = peft.LoraConfig().to_dict()
     for key, value in said.items():
         if key not in (*_FOLLOWED, *_OF_TRAINING) and value not in (usual.get(key), None, False, {}, []):
             raise InputError(
-                f"{path} has {shown(key)} {shown(json.dumps(value))}, which is not followed here; merge the adapters "
-                "where they were trained (peft's merge_and_unload) and save the model"
+                f"{path} has {shown(key)} {shown(json.dumps(value))}, which is not followed here; {_MERGE}"
             )
     initial = said.get("init_lora_weights")
     if initial not in (*_PLAIN, *_CHANGING):
         raise InputError(
             f"{path} has init_lora_weights {shown(json.dumps(initial))}, which changed the weights below in a way that "
-            "cannot be done again; merge the adapters where they were trained (merge_and_unload) and save the model"
+            f"cannot be done again; {_MERGE}"
         )
     followed = {key: said[key] for key in _FOLLOWED if said.get(key) is not None}
     return followed | {"init_lora_weights": initial if initial in _CHANGING else True, "lora_dropout": 0.0}

@@ -156,10 +156,8 @@ class DigitScenes(ImageSet):
 
     def records(self) -> tuple[Record, ...]:
         """One a scene; the hash is of pixels, boxes and classes."""
-        hashes = [
-            hashlib.sha256(pixels.tobytes() + boxes.tobytes() + labels.tobytes()).hexdigest()
-            for pixels, boxes, labels in zip(self.scenes, self.boxes, self.both_labels, strict=True)
-        ]
+        scenes = zip(self.scenes, self.boxes, self.both_labels, strict=True)
+        hashes = [hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() for parts in scenes]
         return tuple(
             Record(identity, int(label), CLASS_NAMES[label], self.split, "ok", sha256)
             for identity, label, sha256 in zip(self.ids, self.labels, hashes, strict=True)

@@ -113,11 +113,7 @@ class Manifest:
         for record in self.records:
             if record.status == "ok":
                 same[record.sha256].append(record)
-        return [
-            tuple(record.id for record in records)
-            for records in same.values()
-            if len({record.split for record in records}) > 1
-        ]
+        return [tuple(r.id for r in records) for records in same.values() if len({r.split for r in records}) > 1]
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
