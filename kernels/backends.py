@@ -50,19 +50,11 @@ class Backend(Protocol):
         return 0
 
     def implementation(self, spec: MetricSpec) -> Callable[..., Any] | None:
-        """This backend's code for a metric; None where it is computed from its reference.
-
-        Raises:
-            MetricError: a user's metric names one that cannot be imported.
-        """
+        """This backend's code for a metric, or None; MetricError if a user's names one that cannot be imported."""
         return self.implementations.get(spec.name) if spec.is_builtin else spec.implementation(self.name)
 
     def check(self) -> None:
-        """Looks at what measurements will depend on besides their arguments.
-
-        Raises:
-            OptionError: a setting is wrong.
-        """
+        """Look at what measurements depend on besides their arguments; OptionError if a setting is wrong."""
         return None
 
     def notice(self) -> str:
@@ -159,11 +151,7 @@ class BackendSpec:
         return (*self.devices, "cpu") if emulated else self.devices
 
     def load(self) -> Backend:
-        """Import the backend's module.
-
-        Raises:
-            BackendUnavailableError: an import it needs is missing.
-        """
+        """Import the backend's module; BackendUnavailableError if an import it needs is missing."""
         try:
             backend: Backend = importlib.import_module(self.module).BACKEND
         except ImportError as error:

@@ -104,11 +104,7 @@ class TokenLayout:
             raise ValueError("this layout has no class token, so there is no class-token row")
 
     def class_row(self, attention: Any) -> Any:
-        """The class token's row over the patches of [..., query, key] (a view), [..., patch].
-
-        Raises:
-            ValueError: the model has no class token.
-        """
+        """The class token's row over the patches of [..., query, key] (a view), [..., patch]; or ValueError."""
         self.require_class_token()
         return attention[..., 0, self.num_prefix_tokens :]
 

@@ -88,11 +88,7 @@ class MetricSpec:
         return METRICS.get(self.name) is self
 
     def implementation(self, backend: str) -> Callable[..., Any] | None:
-        """The callable that `implementations` names for this backend, or None.
-
-        Raises:
-            MetricError: one that cannot be imported.
-        """
+        """The callable that `implementations` names for this backend, or None; MetricError if it cannot be imported."""
         target = self.implementations.get(backend)
         if not isinstance(target, str):
             return target

@@ -137,6 +137,7 @@ def call(builder: Any, name: str, returns: Any, arguments: list[Any]) -> Any:
 
 
 def fused(builder: Any, kind: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once."""
     return call(builder, f"llvm.fma.v{kind.lanes}f32", vector_of(F32, kind), [a, b, c])
 
 

@@ -218,10 +218,7 @@ def either(builder, kind, a, b):
     return as_floats(builder, kind, builder.or_(bits(builder, kind, a), bits(builder, kind, b)))
 
 
-@_on_lanes()
-def fma(builder, kind, a, b, c):
-    """a · b + c, rounded once."""
-    return fused(builder, kind, a, b, c)
+fma = _on_lanes()(fused)
 
 
 @_on_lanes()
@@ -277,10 +274,7 @@ _operator(operator.sub, ir.IRBuilder.fsub)
 _operator(operator.mul, ir.IRBuilder.fmul)
 
 
-@_on_lanes()
-def keep(builder, kind, mask, value):
-    """The lanes of the mask; 0 in the others."""
-    return masked(builder, kind, mask, value)
+keep = _on_lanes()(masked)
 
 
 # --- across lanes ---------------------------------------------------------------------------------------------------
