@@ -98,9 +98,9 @@ def _create(file: Any, schema: StoreSchema, layer: LayerSchema) -> Any:
     return dataset
 
 
-def _contradiction(found: dict[str, Any], given: tuple[str, ...]) -> str:
+def _contradiction(datasets: dict[str, Any], given: tuple[str, ...]) -> str:
     """What dimension labels say, where it is not the order that was given."""
-    for name, dataset in found.items():
+    for name, dataset in datasets.items():
         with contextlib.suppress(StoreError):  # labels that are no axes' names
             stated = labelled_axes(dataset)
             if stated and stated != given:
@@ -146,15 +146,14 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         self.path = Path(path)
         self._file = open_hdf5(self.path)
         try:
-            self._found = self._datasets()
-            found = self._found
+            self._maps = self._datasets()
             ids = self._numbered(_IDS, read_names)
             labels = self._numbered(_LABELS, lambda dataset: read_labels(dataset, read_class_names(self._file)))
             self._axes, self.order = self._ordered(tuple(axes), ids, None if labels is None else labels[0])
             self._check_shapes()
             whole_images = "image" not in next(iter(self._axes.values()))
-            names = list(found) if whole_images else None
-            self.num_images = len(found) if whole_images else self._length(next(iter(found)), "image")
+            names = list(self._maps) if whole_images else None
+            self.num_images = len(self._maps) if whole_images else self._length(next(iter(self._maps)), "image")
             if whole_images and (ids is not None or labels is not None):
                 raise StoreError(
                     f"{self.path}: each dataset is an image, so {_IDS if ids else _LABELS} cannot be "
@@ -208,10 +207,9 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
 
     def _ordered(self, given: tuple[str, ...], ids: Any, labels: Any) -> tuple[dict[str, tuple[str, ...]], str]:
         """Each dataset's axes, and a sentence on them."""
-        found = self._found
-        axes = {name: given or labelled_axes(dataset) for name, dataset in found.items()}
-        reason = f"as --axes says{_contradiction(found, given)}" if given else "by its dimension labels"
-        unstated = {name: found[name].shape for name, order in axes.items() if not order}
+        axes = {name: given or labelled_axes(dataset) for name, dataset in self._maps.items()}
+        reason = f"as --axes says{_contradiction(self._maps, given)}" if given else "by its dimension labels"
+        unstated = {name: self._maps[name].shape for name, order in axes.items() if not order}
         if unstated:
             stated = next((len(entries) for entries in (ids, labels) if entries is not None), None)
             try:
@@ -228,8 +226,8 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
         return axes, f"{name} is taken as [{', '.join(order)}], {reason}"
 
     def _check_shapes(self) -> None:
-        first = next(iter(self._found))
-        for name, dataset in self._found.items():
+        first = next(iter(self._maps))
+        for name, dataset in self._maps.items():
             axes, kind = self._axes[name], dataset.dtype.name
             if len(axes) != dataset.ndim:
                 raise StoreError(
@@ -251,14 +249,14 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
 
     def _length(self, name: str, axis: str) -> int:
         axes = self._axes[name]
-        return int(self._found[name].shape[axes.index(axis)]) if axis in axes else 1
+        return int(self._maps[name].shape[axes.index(axis)]) if axis in axes else 1
 
     def _layers(self, whole_images: bool) -> Iterator[Dataset]:
         """Each layer, of one dataset that holds it for all images, or of a dataset per image."""
-        names = list(self._found)
+        names = list(self._maps)
         for sources in [names] if whole_images else [[name] for name in names]:
             first = sources[0]
-            dataset = self._found[first]
+            dataset = self._maps[first]
             precision = attribute(dataset, "precision")
             for number in range(self._length(first, "layer")):
                 name = f"{first}[{number}]" if "layer" in self._axes[first] else first
@@ -276,15 +274,15 @@ class AttentionFile(contextlib.AbstractContextManager["AttentionFile"]):
 
     def _read(self, sources: list[str], layer: int, rows: slice) -> Array:
         if "image" in self._axes[sources[0]]:
-            return self._maps(sources[0], layer, rows)
-        return np.concatenate([self._maps(name, layer, slice(None)) for name in sources[rows]])
+            return self._read_maps(sources[0], layer, rows)
+        return np.concatenate([self._read_maps(name, layer, slice(None)) for name in sources[rows]])
 
-    def _maps(self, name: str, layer: int, rows: slice) -> Array:
+    def _read_maps(self, name: str, layer: int, rows: slice) -> Array:
         """[image, head, query, key] of one layer, in the machine's byte order."""
         axes = self._axes[name]
         selected = {"image": rows, "layer": layer}
         try:
-            values = np.asarray(self._found[name][tuple(selected.get(axis, slice(None)) for axis in axes)])
+            values = np.asarray(self._maps[name][tuple(selected.get(axis, slice(None)) for axis in axes)])
         except DAMAGE as error:
             raise StoreError(f"{self.path}: {name} is damaged: {error}") from error
         kept = [axis for axis in axes if axis != "layer"]

@@ -86,7 +86,7 @@ def unstated_axes(shapes: dict[str, tuple[int, ...]], num_images: int | None) ->
         )
     axes |= dict.fromkeys(flat, ("image", "head", "query", "key"))
     if num_images is None:
-        return axes, "assumed, for nothing else is said: a dataset for each layer"
+        return axes, "assumed, as nothing else is said: a dataset for each layer"
     return axes, f"for the file names or labels {num_images} images"
 
 

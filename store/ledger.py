@@ -53,8 +53,8 @@ def file_problem(root: Storage, file: str, expected: FileEntry) -> str:
         if problem := size_problem(root.size(file), expected):
             return problem
         whole = "chunks" not in expected
-        found = describe_bytes(root.read(file))["sha256"] if whole else shard_digest(root, file, expected)
-        if found != expected["sha256"]:
+        digest = describe_bytes(root.read(file))["sha256"] if whole else shard_digest(root, file, expected)
+        if digest != expected["sha256"]:
             return "its content changed after it was committed (SHA-256 differs)"
     except FileNotFoundError:
         return "is missing"
@@ -65,8 +65,8 @@ def file_problem(root: Storage, file: str, expected: FileEntry) -> str:
 
 def file_problems(root: Storage, files: Mapping[str, FileEntry]) -> dict[str, str]:
     """What is wrong with which of some small files."""
-    found = root.at_once(lambda item: file_problem(root, *item), files.items())
-    return {file: problem for file, problem in zip(files, found, strict=True) if problem}
+    problems = root.at_once(lambda item: file_problem(root, *item), files.items())
+    return {file: problem for file, problem in zip(files, problems, strict=True) if problem}
 
 
 def size_problem(size: int | None, expected: FileEntry) -> str:

@@ -27,8 +27,8 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        found = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-        raise StoreError(f"the folder {path} cannot be made: {found} is in the way; move it away") from error
+        obstacle = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        raise StoreError(f"the folder {path} cannot be made: {obstacle} is in the way; move it away") from error
 
 
 class LocalStorage(Storage):
@@ -47,8 +47,8 @@ class LocalStorage(Storage):
         return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
 
     def version(self, file: str) -> tuple[int, Any]:
-        found = self._there(file).stat()
-        return found.st_size, (found.st_ino, found.st_mtime_ns)
+        status = self._there(file).stat()
+        return status.st_size, (status.st_ino, status.st_mtime_ns)
 
     def _there(self, file: str) -> Path:
         """A file's path; a folder, a device (whose end may never come) or a link to nowhere is no file of ours."""
@@ -58,13 +58,13 @@ class LocalStorage(Storage):
         return path
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        found = {}
+        sizes = {}
         for below, _, names in os.walk(self.path / folder):
             for file in (Path(below) / name for name in names):
                 with contextlib.suppress(FileNotFoundError):  # gone since: a writer's temporary file, or withdrawn
                     if file.is_file():
-                        found[file.relative_to(self.path).as_posix()] = file.stat().st_size
-        return dict(sorted(found.items()))
+                        sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return dict(sorted(sizes.items()))
 
     def read(self, file: str) -> bytes:
         return self._there(file).read_bytes()

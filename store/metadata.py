@@ -85,11 +85,11 @@ class Metadata:
             record: dict[str, Any] | None = ledger.read("metadata")
         except LedgerError:
             record = None
-        found = read_attributes(root) if record is None else record["attrs"]
-        self._compare_attributes(root, found)
+        attrs = read_attributes(root) if record is None else record["attrs"]
+        self._compare_attributes(root, attrs)
         damaged = {} if record is None else file_problems(root, record["files"])
         if record is None or damaged:
-            self._repair(root, ledger, record, damaged, str(found.get("created")))
+            self._repair(root, ledger, record, damaged, str(attrs.get("created")))
         self._compare_arrays(root)
         self._compare_manifest(ledger)
 
@@ -108,7 +108,7 @@ class Metadata:
             if record is None:
                 for file, problem in file_problems(root, rebuilt["files"]).items():
                     raise DamagedStoreError(
-                        f"ledger record {ledger.where('metadata')} is damaged and cannot be rebuilt, for "
+                        f"ledger record {ledger.where('metadata')} is damaged and cannot be rebuilt: "
                         f"{root.where(file)} {problem.replace('were committed', 'were expected')}; capture again into "
                         "another store"
                     )
@@ -151,13 +151,13 @@ class Metadata:
             "manifest": self.manifest is not None,
         }
 
-    def _compare_attributes(self, root: Storage, found: Mapping[str, Any]) -> None:
-        if found.get("schema") != SCHEMA:
-            raise StoreError(f"{root}: schema is {found.get('schema')!r}; this version writes {SCHEMA!r}")
+    def _compare_attributes(self, root: Storage, recorded: Mapping[str, Any]) -> None:
+        if recorded.get("schema") != SCHEMA:
+            raise StoreError(f"{root}: schema is {recorded.get('schema')!r}; this version writes {SCHEMA!r}")
         for key in ("encoding", *self.attrs):  # layers follow from it
             expected = self.attrs[key]
-            if found.get(key) != expected:
-                where, ours, theirs = _first_difference(key, expected, found.get(key))
+            if recorded.get(key) != expected:
+                where, ours, theirs = _first_difference(key, expected, recorded.get(key))
                 raise _another(root, f"{where}: found {_shown(theirs)}, expected {_shown(ours)}")
 
     def _compare_arrays(self, root: Storage) -> None:
@@ -191,8 +191,8 @@ class Metadata:
             ledger.write("manifest", {"manifest": self.manifest})
             return
         if theirs != self.manifest:
-            where, ours, found = _first_difference("manifest", self.manifest, theirs)
-            raise OtherRunError(f"{ledger.where('manifest')}: {where} is {found!r}; expected {ours!r}")
+            where, ours, other = _first_difference("manifest", self.manifest, theirs)
+            raise OtherRunError(f"{ledger.where('manifest')}: {where} is {other!r}; expected {ours!r}")
 
 
 def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:

@@ -75,8 +75,8 @@ class ObjectStorage(Storage):
         return self.exists("zarr.json")
 
     def version(self, file: str) -> tuple[int, Any]:
-        found = self._call("head", file)
-        return int(found["size"]), found["e_tag"] or found["last_modified"]
+        meta = self._call("head", file)
+        return int(meta["size"]), meta["e_tag"] or meta["last_modified"]
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         prefix = f"{self.name}/"
@@ -99,7 +99,7 @@ class ObjectStorage(Storage):
         if not ranges:
             return []
         starts, lengths = zip(*ranges, strict=True)
-        return [bytes(found) for found in self._call("get_ranges", file, starts=starts, lengths=lengths)]
+        return [bytes(part) for part in self._call("get_ranges", file, starts=starts, lengths=lengths)]
 
     def at_once(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         with ThreadPoolExecutor(_AT_ONCE, "request") as threads:
@@ -177,9 +177,9 @@ class ObjectStorage(Storage):
 
     def read_version(self, file: str) -> tuple[bytes, Any]:
         """An object's content, and what `put_over` knows this version of it by."""
-        found = self._call("get", file)
-        version = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key] is not None}
-        return bytes(found.bytes()), version
+        answer = self._call("get", file)
+        version = {key: answer.meta[key] for key in ("e_tag", "version") if answer.meta[key] is not None}
+        return bytes(answer.bytes()), version
 
     def _call(self, function: str, file: str, *args: Any, **kwargs: Any) -> Any:
         with self._named(file):

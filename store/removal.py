@@ -47,8 +47,8 @@ def holds_only(files: str) -> Mark:
     """The mark of a folder inside one that is ours, which holds files of these names, and unfinished ones."""
 
     def holds(folder: Path) -> bool:
-        found = (Path(below) / name for below, _, names in os.walk(folder) for name in names)
-        return all(UNFINISHED in str(f) or re.fullmatch(files, f.relative_to(folder).as_posix()) for f in found)
+        contents = (Path(below) / name for below, _, names in os.walk(folder) for name in names)
+        return all(UNFINISHED in str(f) or re.fullmatch(files, f.relative_to(folder).as_posix()) for f in contents)
 
     return holds
 

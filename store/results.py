@@ -163,14 +163,14 @@ class MetricWriter(Writer):
 
     def _rebuild_records(self) -> None:
         """Write damaged records of metrics again, from the parameters in groups whose names are hashes of them."""
-        for record, found in self._ledger.read_later().items():
-            group = record.removesuffix("/metadata")
-            if isinstance(found, LedgerError):
+        for name, record in self._ledger.read_later().items():
+            group = name.removesuffix("/metadata")
+            if isinstance(record, LedgerError):
                 with contextlib.suppress(StoreError, KeyError, TypeError):
                     attributes = read_attributes(self.storage, group)
-                    name, params, regions = (attributes[key] for key in ("name", "params", "regions"))
-                    if metric_path(name, params) == group:
-                        self._create(name, params, regions)
+                    metric, params, regions = (attributes[key] for key in ("name", "params", "regions"))
+                    if metric_path(metric, params) == group:
+                        self._create(metric, params, regions)
 
     def _create(self, name: str, params: Mapping[str, Any], regions: bool) -> None:
         """Write the metadata of a metric's arrays, again if they were damaged: the same bytes, so data stay valid."""
@@ -199,8 +199,8 @@ def _sources(store: AttentionStore, against: AttentionStore | None) -> dict[int,
 
 
 def _is_own(schema: StoreSchema, name: str, params: Mapping[str, Any]) -> bool:
-    own = schema.metrics.get(name)
-    return own is not None and metric_path(name, own) == metric_path(name, params)
+    captured = schema.metrics.get(name)
+    return captured is not None and metric_path(name, captured) == metric_path(name, params)
 
 
 def _sound_metadata(store: AttentionStore, folder: str) -> dict[str, Any] | None:

@@ -176,8 +176,8 @@ def _checksums(root: Storage, file: str, index: Array, without: Container[int] =
     """The stored checksums of a shard's chunks, by their numbers, in order."""
     ends = {n: int(offset) + int(length) for n, (offset, length) in enumerate(index) if offset != _EMPTY}
     numbers = [number for number in ends if number not in without]
-    found = root.read_ranges(file, [(ends[number] - _CHECKSUM, _CHECKSUM) for number in numbers])
-    return dict(zip(numbers, found, strict=True))
+    checksums = root.read_ranges(file, [(ends[number] - _CHECKSUM, _CHECKSUM) for number in numbers])
+    return dict(zip(numbers, checksums, strict=True))
 
 
 def _checked(data: Array, number: int, length: int) -> tuple[Array, bytes]:

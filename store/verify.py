@@ -97,25 +97,25 @@ class _Check:
         What is wrong is blamed if the record still stands then. One that was written again is looked at again.
         """
         while True:
-            found = self.ledger.read_if_there(name)
+            record = self.ledger.read_if_there(name)
             wrong, problem = {}, ""
-            if isinstance(found, LedgerError):
-                problem = found.what
-            elif found is not None:
-                files = found.get("files", {})
+            if isinstance(record, LedgerError):
+                problem = record.what
+            elif record is not None:
+                files = record.get("files", {})
                 wrong = {file: file_problem(self.root, file, files[file]) for file in files if file not in self.named}
-                problem = check(found) if check is not None else ""
-            if not (problem or any(wrong.values())) or str(self.ledger.read_if_there(name)) == str(found):
+                problem = check(record) if check is not None else ""
+            if not (problem or any(wrong.values())) or str(self.ledger.read_if_there(name)) == str(record):
                 break
         for file, what in wrong.items():
             if what:
                 self.blame(self.root, file, what)
         if problem:
             self.blame_record(name, problem)
-        if found is None or isinstance(found, LedgerError):
+        if record is None or isinstance(record, LedgerError):
             return None
-        self.named.update(found.get("files", {}))
-        return found
+        self.named.update(record.get("files", {}))
+        return record
 
     def batches(self, folder: str, schema: StoreSchema | None, arrays: Sequence[ArraySpec] | None) -> None:
         """Every batch record of a folder of the ledger."""

@@ -122,7 +122,7 @@ class AttentionWriter(Writer):
             record = ledger.read_if_there("metadata")
             recorded = record["attrs"].get("schema") if isinstance(record, dict) else ""
             if SCHEMA not in (recorded, schema_of(root.fetch(["zarr.json"])[0])):
-                raise StoreError(f"{root} is not removed, for nothing says that it is a {SCHEMA!r} store")
+                raise StoreError(f"{root} is not removed: nothing says that it is a {SCHEMA!r} store")
             with contextlib.ExitStack() as locked:
                 locked.enter_context(ledger.storage.locked())
                 root.own_files(STORE_FILES)
