@@ -88,11 +88,7 @@ class Backend(Protocol):
         return mean_of_rows(values, valid)
 
     def needs(self, specs: Sequence[MetricSpec], planes: Sequence[str]) -> int:
-        """Bits of the planes that the pass must fill in for these metrics, in the order of all that there are.
-
-        Raises:
-            MetricError: a user's metric has another kind of code for this backend.
-        """
+        """Bits, in the order of all planes, of those that the pass must fill in; MetricError for other code."""
         needs = 0
         for spec in specs:
             code = self.implementation(spec)

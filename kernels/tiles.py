@@ -54,13 +54,7 @@ class ReferenceBackend(Backend):
 
 
 def _call(spec: MetricSpec, p: np.ndarray, layout: TokenLayout, regions: np.ndarray | None) -> np.ndarray:
-    """The definition's values on one tile, shapes checked: a user's metric may return anything.
-
-    p is [batch, query, key], of a pair [condition, batch, query, key].
-
-    Raises:
-        MetricError: it raised something, or returned something else than finite numbers or NaN of one of the shapes.
-    """
+    """The definition's values on p [(condition,) batch, query, key]; MetricError for what else a user's may give."""
     batch = p.shape[-3]
     arguments: tuple[Any, ...]
     if spec.inputs == "regions":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -35,6 +36,8 @@ from store.removal import UNFINISHED, is_unfinished, remove
 from store.schema import NetworkError, StoreError
 from store.storage import Item, Lock, Result, Storage, StoreUrl, Write
 from store.system import is_running
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 16  # requests under way
 _held: set[str] = set()  # ids of locks that this process holds, or is about to take
@@ -232,9 +235,12 @@ class _LockObject:
         return str(self._mine["run"])
 
     def release(self) -> None:
-        """Remove it, unless it is no longer this run's."""
+        """Remove it; one that is no longer this run's stays, which is said."""
         if self.read()[0].get("id") == self.id:
             self._storage.remove("lock")
+        else:
+            lock = self._storage.where("lock")
+            logger.warning("%s was deleted or replaced while this run held it; verify the store", lock)
 
     def read(self) -> tuple[dict[str, Any], Any]:
         """What the object says, nothing if there is none, or a damaged one; and its version."""

@@ -76,10 +76,8 @@ def metric_path(name: str, params: Mapping[str, Any]) -> str:
     """Path of a metric's group inside the store: metrics/<name>/<params hash>.
 
     The hash is 16 hex digits of BLAKE2b over the parameters as canonical JSON, so that values computed with
-    other parameters, another backend or another code version never share an array.
-
-    Raises:
-        StoreError: a name that cannot be a folder on every file system, or parameters that JSON cannot hold.
+    other parameters, another backend or another code version never share an array. Raises StoreError for a name that
+    cannot be a folder on every file system, or parameters that JSON cannot hold.
     """
     if not _METRIC_NAME.fullmatch(name) or name in (".", ".."):
         raise StoreError(f"metric name {name!r} cannot be stored; expected letters, digits and . _ - only")

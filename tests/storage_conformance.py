@@ -299,7 +299,9 @@ class ObjectStorageTests(StorageTests):
             leave_lock(storage, socket.gethostname(), process)
             one_takes_it(storage, starters)
 
-    def test_a_run_that_has_lost_its_lock_leaves_the_next_ones_alone(self, storage: ObjectStorage) -> None:
+    def test_a_run_that_has_lost_its_lock_leaves_the_next_ones_alone(
+        self, storage: ObjectStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Somebody followed the advice to delete it, and another run has put its own there, or none has."""
         ledger = storage.beside("run.ledger")
         with contextlib.ExitStack() as second:
@@ -314,6 +316,8 @@ class ObjectStorageTests(StorageTests):
                     StoreError, match=r"run\.ledger/lock was deleted or replaced while this run held it"
                 ):
                     lock.share()
+            (said,) = [record.getMessage() for record in caplog.records if record.name == "store.objects"]
+            assert said == f"{ledger}/lock was deleted or replaced while this run held it; verify the store"
             with pytest.raises(StoreError, match="is locked: process"), ledger.locked():
                 pass
             with ledger.joined(second_lock.share()):
