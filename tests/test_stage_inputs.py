@@ -17,7 +17,8 @@ from engine.capture import Capture
 from engine.config import StudyConfig, load_study
 from engine.measure import read_table
 from engine.statistics import Settings
-from engine.study import stages
+from engine.study import data, stages
+from engine.study.journal import digest
 from engine.study.model import capture_settings
 from engine.study.study import Study
 from engine.study.training import Run
@@ -100,6 +101,23 @@ def test_a_checkpoint_read_as_another_model_is_another_one(tmp_path: Path) -> No
     names = ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224")
     one, other = (Run("a", 0, "checkpoint", ModelSource(name, weights=str(file))).digest for name in names)
     assert one != other
+
+
+def test_the_pretrained_model_is_made_again_for_another_seed_of_what_comes_from_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "_folder_splits", lambda start: SimpleNamespace(class_names=("a", "b")))
+    made = []
+    for seed in (0, 0, 1):
+        start = SimpleNamespace(
+            config=load_study(None, {"data.kind": "folder", "data.root": "none", "data.seed": seed}),
+            preprocessing=SimpleNamespace(to_dict=dict),
+            pretrained_path=Path("pretrained.safetensors"),
+            journal=SimpleNamespace(stage=lambda name, inputs, *more, **others: digest(inputs)),
+            workers=None,
+        )
+        made.append(data._folder(start)[1])  # type: ignore[arg-type]
+    assert made[0] == made[1] != made[2]
 
 
 def test_what_stands_in_two_places_of_the_configuration_is_the_same() -> None:
