@@ -210,7 +210,6 @@ def test_a_refused_method_is_named_and_the_others_are_measured() -> None:
         ("gradcam", "rollout", "generic"),
         RelevanceConfig(baseline="mean", steps=2),
         seed=0,
-        device="cpu",
         batch_size=2,
     )
     assert list(refused) == ["gradcam"]
@@ -249,7 +248,6 @@ def test_a_method_refused_for_a_later_image_is_left_out_whole(
         settings=SETTINGS,
         link=[],
         seed=0,
-        device="cpu",
         batch_size=16,
     )
     path = tmp_path / "metrics" / "relevance.json"
@@ -272,7 +270,7 @@ def test_what_is_measured_does_not_depend_on_the_batch() -> None:
 
     def curves_of(batch_size: int) -> Curves:
         sizes.clear()
-        found, _ = evaluate_maps(model, images, rows, targets, (), config, seed=3, device="cpu", batch_size=batch_size)
+        found, _ = evaluate_maps(model, images, rows, targets, (), config, seed=3, batch_size=batch_size)
         assert max(sizes) == batch_size
         return found[CONTROL].curves
 

@@ -17,6 +17,7 @@ from engine.relevance.map_measures import localization, noise, rank_correlation,
 from engine.relevance.maps import relevance_maps
 from engine.relevance.methods import METHODS
 from engine.relevance.results import CONTROL
+from engine.relevance.targets import device_of
 from engine.statistics import Floats
 from train.data import ImageSet
 
@@ -41,7 +42,6 @@ def evaluate_maps(
     config: RelevanceConfig,
     *,
     seed: int,
-    device: str,
     batch_size: int,
     label: str = "",
 ) -> tuple[dict[str, Evaluation], dict[str, str]]:
@@ -55,7 +55,7 @@ def evaluate_maps(
     with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
         for start in range(0, len(rows), _BLOCK):
             block = slice(start, start + _BLOCK)
-            pixels = images.batch(rows[block]).to(device)
+            pixels = images.batch(rows[block]).to(device_of(model))
             stand_in = baseline_images(pixels, config.baseline)
             layout = token_layout(vision_module(model), pixels.shape)
             regions = images.regions(layout)

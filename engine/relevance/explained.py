@@ -22,7 +22,7 @@ from tqdm import tqdm
 from engine.relevance.choice import Targets
 from engine.relevance.maps import relevance_maps
 from engine.relevance.results import ILLUSTRATIVE
-from engine.relevance.targets import image_logits
+from engine.relevance.targets import device_of, image_logits
 from train.data import ImageSet
 from train.whole_files import replace_files
 
@@ -51,13 +51,11 @@ def explain_samples(
     rows: Sequence[int],
     targets: Targets,
     method: str,
-    *,
-    device: str,
     batch_size: int,
 ) -> list[Explained]:
-    """Maps of one model, in evaluation mode on `device`, for the sample images. Raises as `relevance_maps`."""
-    pixels = images.batch(rows).to(device)
-    logits = image_logits(model, images, rows, device=device, batch_size=batch_size)
+    """Maps of one model, in evaluation mode, for the sample images. Raises as `relevance_maps`."""
+    pixels = images.batch(rows).to(device_of(model))
+    logits = image_logits(model, images, rows, batch_size)
     probabilities = logits.float().softmax(dim=-1).cpu().numpy()
     roles = {targets.role: targets.target} | ({} if targets.other is None else {"other": targets.other})
     explained = []

@@ -17,7 +17,7 @@ from engine.relevance.explained import Explained, explain_samples, write_samples
 from engine.relevance.inference import relevance_results, write_relevance
 from engine.relevance.results import PredictionLink, RolloutPeaks, samples_folder
 from engine.relevance.rollout_peaks import rollout_peaks
-from engine.relevance.targets import image_logits
+from engine.relevance.targets import device_of, image_logits
 from engine.statistics import Settings
 from train.data import HeadClasses, ImageSet
 
@@ -37,7 +37,6 @@ def explain_study(
     settings: Settings,
     link: Sequence[PredictionLink],
     seed: int,
-    device: str,
     batch_size: int,
 ) -> None:
     """Leaves visualizations/gradcam_samples/ and relevance/<method>/, metrics/relevance.json and .csv.
@@ -47,7 +46,7 @@ def explain_study(
 
     Args:
         outputs: the study's folder.
-        models: condition -> what loads its model, in evaluation mode on `device`.
+        models: condition -> what loads its model, in evaluation mode on its device.
         images: the test split; drawn, measured: its rows to draw and to measure.
         choice: of `choose_classes`, from the same `heads` (condition -> the classes of its head).
         link: of `prediction_link`.
@@ -63,7 +62,7 @@ def explain_study(
         def predict(condition: str) -> NDArray[np.int64]:
             if not len(rows):
                 return np.zeros(0, dtype=np.int64)
-            logits = image_logits(models[condition](), images, rows, device=device, batch_size=batch_size)
+            logits = image_logits(models[condition](), images, rows, batch_size)
             return np.asarray(logits.argmax(dim=-1).cpu())
 
         return find_targets(choice, heads, images, rows, seed, against=settings.against, predict=predict)
@@ -77,29 +76,21 @@ def explain_study(
         shown: dict[str, list[Explained]] = {}
         for method in config.methods if drawn else ():
             try:
-                targets = drawn_targets[condition]
                 shown[method] = explain_samples(
-                    model, condition, images, drawn, targets, method, device=device, batch_size=batch_size
+                    model, condition, images, drawn, drawn_targets[condition], method, batch_size
                 )
             except CaptureError as error:
                 refused[condition][method] = str(error)
+        targets = measured_targets[condition]
+        methods = [method for method in config.methods if method not in refused[condition]]
         evaluations[condition], reasons = evaluate_maps(
-            model,
-            images,
-            measured,
-            measured_targets[condition],
-            [method for method in config.methods if method not in refused[condition]],
-            config,
-            seed=seed,
-            device=device,
-            batch_size=batch_size,
-            label=condition,
+            model, images, measured, targets, methods, config, seed=seed, batch_size=batch_size, label=condition
         )
         refused[condition] |= reasons
         for method in [name for name in shown if name not in reasons]:
             explained[method] += shown[method]
             if method == "rollout":
-                pixels = images.batch(list(drawn)).to(device)
+                pixels = images.batch(list(drawn)).to(device_of(model))
                 by_row = {item.image: item.map for item in shown[method]}
                 peaks.append(rollout_peaks(condition, model, pixels, [by_row[row] for row in drawn]))
     for method in config.methods:

@@ -45,11 +45,14 @@ def class_logits(
     return logits.gather(1, targets[:, None])[:, 0]
 
 
-def image_logits(
-    model: torch.nn.Module, images: ImageSet, rows: Sequence[int], *, device: str, batch_size: int
-) -> torch.Tensor:
-    """Logits of a model in evaluation mode for at least one image, [row, class], on `device`."""
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.parameters()).device
+
+
+def image_logits(model: torch.nn.Module, images: ImageSet, rows: Sequence[int], batch_size: int) -> torch.Tensor:
+    """Logits of a model in evaluation mode for at least one image, [row, class], on its device."""
     batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
     with torch.inference_mode():
-        outputs = [model(images.batch(batch).to(device)) for batch in batches]
+        outputs = [model(images.batch(batch).to(device_of(model))) for batch in batches]
     return torch.cat([logits_of(output) for output in outputs])

@@ -220,13 +220,11 @@ def _contents(chart: Chart, frame: _Frame) -> Iterator[Mark]:
         end = min(frame.at(stretch.last + 0.3, frame.low)[0], frame.right)
         yield Mark("stretch", _box((start, top), (end, top + _STRETCH - 1.5)), stretch.color, stretch.name)
     for column in chart.columns:
-        x, most = column.x, max([column.y, *column.points])
+        x, most, lift = column.x, max([column.y, *column.points]), 9 if column.points else 5
         yield Mark("column", _box(frame.at(x - 0.31, column.y), frame.at(x + 0.31, 0.0)), column.color)
         for offset, value in zip(np.linspace(-0.16, 0.16, len(column.points)), column.points, strict=True):
             yield Mark("point", (frame.at(x + offset, value),), LIGHT["ink"])
-        yield Mark("tick", (frame.at(x, most),), text=column.label, anchor="middle").moved(
-            0, -9 if column.points else -5
-        )
+        yield Mark("tick", (frame.at(x, most),), text=column.label, anchor="middle").moved(0, -lift)
         yield Mark("level", (frame.at(x - 0.5, column.level), frame.at(x + 0.5, column.level)))
     if chart.cells is not None:
         for (row, col), value in np.ndenumerate(chart.cells.values):

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -17,10 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from train.errors import InputError
 from train.whole_files import write_atomically
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-_Document = TypeVar("_Document", bound="DataclassInstance")
+_Document = TypeVar("_Document")
 
 SCHEMA = 1
 """Of all documents."""
@@ -50,7 +47,7 @@ def parse(kind: type[_Document], document: Mapping[str, Any], path: Path, stage:
             f"{path}: schema is {document.get('schema')!r}; this version reads schema {SCHEMA}; "
             f"run the {stage} stage again"
         )
-    if missing := [entry.name for entry in dataclasses.fields(kind) if entry.name not in document]:
+    if missing := [name for name in typing.get_type_hints(kind) if name not in document]:
         raise InputError(f"{path}: has no {missing[0]}; run the {stage} stage again")
     try:
         return TypeAdapter(kind).validate_python(document)

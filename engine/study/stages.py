@@ -235,7 +235,6 @@ def relevance(study: Study) -> None:
             settings=study.settings,
             link=_prediction_link(study),
             seed=seed,
-            device=study.device,
             batch_size=study.config.capture.batch_size,
         )
 

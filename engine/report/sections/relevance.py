@@ -94,7 +94,7 @@ def relevance(study: ReportedStudy) -> Iterator[Block]:
     yield Bullets(legend, "legend")
     yield Group("charts", list(_charts(measured, methods)))
     rows: list[list[Content]] = [
-        [study.swatch(condition), method, *(_cell(measured, condition, method, measure) for measure in COLUMNS)]
+        [study.swatch(condition), method, *(_cell(measured.mean(condition, method, measure)) for measure in COLUMNS)]
         for condition in measured.conditions
         for method in measured.methods(condition)
     ]
@@ -135,8 +135,7 @@ def _introduction(measured: Relevance) -> str:
     )
 
 
-def _cell(measured: Relevance, condition: str, method: str, measure: str) -> str:
-    entry = measured.mean(condition, method, measure)
+def _cell(entry: MapMean | None) -> str:
     return "" if entry is None else estimate(entry)
 
 
