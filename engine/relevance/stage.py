@@ -60,10 +60,9 @@ def explain_study(
 
     def targets_of(rows: Sequence[int]) -> dict[str, Targets]:
         def predict(condition: str) -> NDArray[np.int64]:
-            if not len(rows):
+            if not rows:
                 return np.zeros(0, dtype=np.int64)
-            logits = image_logits(models[condition](), images, rows, batch_size)
-            return np.asarray(logits.argmax(dim=-1).cpu())
+            return image_logits(models[condition](), images, rows, batch_size).argmax(dim=-1).cpu().numpy()
 
         return find_targets(choice, heads, images, rows, seed, against=settings.against, predict=predict)
 

@@ -360,12 +360,9 @@ def accuracy_sentences(results: Results) -> Iterator[str]:
     if not rows:
         return
     means = {name: f"{name} {test:.1f} %" + (f" (mean of {n} runs)" if n > 1 else "") for name, test, _, n in rows}
-    chances = {chance for _, _, chance, _ in rows}
-    if len(chances) > 1:  # heads of different sizes
+    said = f"{text.listing(list(means.values()))}; chance is {rows[0][2]:.1f} %"
+    if len({chance for _, _, chance, _ in rows}) > 1:  # heads of different sizes
         said = "; ".join(f"{means[name]}, chance {chance:.1f} %" for name, _, chance, _ in rows)
-    else:
-        (chance,) = chances
-        said = f"{text.listing(list(means.values()))}; chance is {chance:.1f} %"
     unknown = "" if results.training is not None else f" {HELD_OUT_UNKNOWN}"
     yield f"{accuracy_title(results)}: {said}.{unknown}"
 

@@ -219,15 +219,12 @@ class Relation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Shares of images that one training run classified rightly, in the test split of those whose class its head has.
+    """Shares of images that one training run classifies rightly, of those whose class its head has."""
 
-    `validation` is None of a given checkpoint; `images` of the test split were counted.
-    """
-
-    validation: float | None
+    validation: float | None  # None for a given checkpoint
     test: float
     chance: float
-    images: int
+    images: int  # of the test split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
