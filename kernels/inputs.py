@@ -120,11 +120,9 @@ class MapPair(Maps):
 def _explain_row(attention: Any, valid: np.ndarray, precision: str, name: str) -> InvalidAttentionError:
     where, found = _first(valid)
     row = to_float64(attention[where])
-    broken = np.count_nonzero(~np.isfinite(row))
-    negative = np.count_nonzero(row < 0)
-    if broken:
+    if broken := np.count_nonzero(~np.isfinite(row)):
         what = f"holds {broken} value(s) that are NaN or infinite"
-    elif negative:
+    elif negative := np.count_nonzero(row < 0):
         what = f"holds {negative} negative value(s), the least {row.min():.3g}"
     else:
         what = f"sums to {row.sum():.6g}, expected 1 within {ROW_SUM_TOLERANCE[precision]:g} for {precision}"

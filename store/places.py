@@ -69,8 +69,7 @@ def containing_store(location: Location) -> str:
         return next((folder for folder in folders if folder.endswith((".zarr", ".ledger"))), "")
     for folder in location.parents:
         here = LocalStorage(folder)
-        if schema_of(here.fetch(["zarr.json"])[0]).startswith(MARK):
-            return str(folder)
-        if folder.name.endswith(".ledger") and here.exists("lock"):
+        is_ledger = folder.name.endswith(".ledger") and here.exists("lock")
+        if is_ledger or schema_of(here.fetch(["zarr.json"])[0]).startswith(MARK):
             return str(folder)
     return ""

@@ -253,8 +253,7 @@ class AttentionStore:
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Metrics whose values are in the store: the capture's own, then those computed later, complete or not."""
-        later = dict.fromkeys(name for name, _ in self._later[0])
-        return tuple(dict.fromkeys([*self.schema.metrics, *later]))
+        return tuple(dict.fromkeys([*self.schema.metrics, *(name for name, _ in self._later[0])]))
 
     def metric_params(self, name: str) -> list[dict[str, Any]]:
         """Every set of parameters with which a metric is stored; the capture's own first."""
