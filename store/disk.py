@@ -63,14 +63,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making_alone(path: Path) -> Iterator[None]:
-    """Keep other processes from making the same file during the `with` block; StoreError if one is making it."""
+    """Keep other processes from making the same during the `with` block; StoreError if one is making it."""
     lock = unfinished(path.with_name(f"{path.name}.lock"))
     with writing(path), contextlib.ExitStack() as locked:
         file = locked.enter_context(open(lock, "ab"))
         try:
             lock_file(file)
         except (BlockingIOError, FileNotFoundError):
-            raise StoreError(f"{path} is being written by another process; wait for it, or give another file") from None
+            raise StoreError(f"{path} is being written by another process; wait for it, or {_ELSEWHERE}") from None
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xarray
 from synthetic_study import build_study, record_stages, results_of, small, texts
@@ -17,6 +18,8 @@ from engine.measure.table import read_table, write_table
 from engine.report.inputs import Results
 from engine.report.sections.relevance import load_relevance
 from engine.study.journal import Journal
+from store import StoreError
+from store.disk import making_alone
 from train.errors import DamagedFileError, InputError
 
 READ = (
@@ -164,17 +167,27 @@ def read_of_others(path: Path) -> xarray.Dataset:
     return table
 
 
+class Images:
+    ids, labels, class_names, region_names, boxes = ("a.png", "b.png"), (0, 1), ("x", "y"), (), None
+
+    def picture(self, row: int) -> np.ndarray:
+        return np.full((4, 4, 3), row, dtype=np.uint8)
+
+
+def test_sample_maps_are_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    from engine.capture import SampleMaps
+
+    path = tmp_path / "samples.zarr"
+    with making_alone(path), pytest.raises(StoreError, match=r"samples\.zarr is being written by another process"):
+        SampleMaps.create(path, Images(), [0, 1])  # type: ignore[arg-type]
+    SampleMaps.create(path, Images(), [0, 1])  # type: ignore[arg-type]
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.zarr"]
+
+
 def test_every_reader_notices_damage_of_the_sample_maps(tmp_path: Path) -> None:
-    import numpy as np
     import zarr
 
     from engine.capture import SampleMaps
-
-    class Images:
-        ids, labels, class_names, region_names, boxes = ("a.png", "b.png"), (0, 1), ("x", "y"), (), None
-
-        def picture(self, row: int) -> np.ndarray:
-            return np.full((4, 4, 3), row, dtype=np.uint8)
 
     path = tmp_path / "samples.zarr"
     SampleMaps.create(path, Images(), [0, 1])  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from kernels import TokenLayout
-from store.disk import making
+from store.disk import making, making_alone
 from store.removal import holds_only, own_zarr, schema_of
 from store.schema import MARK
 from store.storage import Storage
@@ -96,7 +96,7 @@ class SampleMaps:
             regions=tuple(images.region_names),
             classes=tuple(images.class_names),
         )
-        with making(path, is_samples) as partial:
+        with making_alone(path), making(path, is_samples) as partial:
             samples._write_images(partial)
         return samples
 
@@ -148,7 +148,7 @@ class SampleMaps:
             maps.append((attention.site, attention.maps().half().cpu().numpy()))
 
         output, _ = observe(model, images.batch(rows).to(device), keep)
-        with making(self.path / name, holds_only(_RUN_FILES)) as partial:
+        with making_alone(self.path / name), making(self.path / name, holds_only(_RUN_FILES)) as partial:
             group = zarr.open_group(partial, mode="w-", zarr_format=3)
             for site, values in maps:
                 attributes = {"site": site.name, "layer": site.layer, "layout": site.layout.to_dict()}
