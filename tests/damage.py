@@ -339,6 +339,8 @@ def delete(subject: Subject, damage: Damage, said: str = "") -> None:
             shutil.rmtree(path.parent.with_suffix(".zarr"), ignore_errors=True)
         if damage.kind in ("sample metadata", "table metadata"):  # nothing else says whose the folder is
             shutil.rmtree(next(folder for folder in path.parents if folder.suffix == ".zarr"), ignore_errors=True)
+        if damage.kind == "record of a folder of pictures":
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def names(said: str, damage: Damage) -> bool:

@@ -95,9 +95,9 @@ def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is damaged; files with the names of those written now are replaced", record)
             before = list(new)
-    for name in new:
-        if name not in before and os.path.lexists(folder / name):
-            raise StoreError(f"{folder / name} is there, and this program did not write it; move it away")
+    if foreign := [name for name in new if name not in before and os.path.lexists(folder / name)]:
+        more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
+        raise StoreError(f"{folder} holds {foreign[0]}{more}, which this program did not write; move the folder away")
     obsolete = [name for name in before if name not in new and Path(name).name == name]
     # Named before it is written: a killed call leaves nothing that the next one does not know.
     write_atomically(record, checked_json({"files": sorted([*new, *obsolete])}))
