@@ -194,7 +194,7 @@ def create_arrays(root: Path, arrays: Iterable[ArraySpec]) -> None:
 
 def create_constant(root: Path, path: str, dims: tuple[str, ...], values: Array, attributes: dict[str, Any]) -> None:
     """Write a whole small array that never changes: an image's id, label, regions."""
-    rows = min(4096, values.shape[0], CHUNK_BYTES * len(values) // values.nbytes)
+    rows = min(4096, values.shape[0], CHUNK_BYTES * len(values) // max(values.nbytes, 1))
     array = zarr.create_array(
         LocalStore(root),
         name=path,
