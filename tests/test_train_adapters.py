@@ -12,10 +12,10 @@ from torch import nn
 
 from engine.capture import capture_attention
 from train.adapters import MergeError, add_adapters, compress, merge_adapters
+from train.choices import Init
 from train.errors import InputError
 from train.model_source import ModelSource
 from train.models import build_model
-from train.settings import Init
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.miniatures import ROOMS, SPORTS, bad_files, encoded, odd_files, picture, write_indoor67, write_sports100
+from train.choices import DATA_KINDS
 from train.data.datasets import KINDS, build_manifest, prepare_folder
 from train.data.images import Preprocessing
 from train.data.listing import files_below
 from train.data.manifest import SPLITS, Manifest
 from train.errors import InputError
-from train.settings import DATA_KINDS
 
 SMALL = Preprocessing(
     channels=3,

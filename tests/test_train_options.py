@@ -21,6 +21,7 @@ from tests.miniatures import write_sports100
 from tests.training_runs import Plain, training_run
 from train.adapters import add_adapters
 from train.checkpoint import history_path, read_checkpoint
+from train.choices import TARGETS
 from train.data.datasets import build_manifest, prepare_folder
 from train.data.digits import prepare_digits
 from train.data.images import DataSplits, FolderImages
@@ -29,7 +30,6 @@ from train.evaluation import Evaluation, evaluate
 from train.loop import fit
 from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
-from train.settings import TARGETS
 from train.state import StateFile
 from train.training import OnEpoch, TrainResult, train_condition
 

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from train.choices import Compression, Init, target_pattern
 from train.errors import InputError, require_known
 from train.models import classifier_name, seeded
-from train.settings import Compression, Init, target_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def add_adapters(
 
     On timm's fused `qkv`, A is shared by q, k and v, B has its own rows for each; DoRA has a magnitude per output row.
 
-    Updates are scaled by alpha / rank. With any init (`train.settings.Init`) the adapted model begins as `model` was.
-    `targets` is a name of `train.settings.TARGETS`, or a regular expression that matches whole module names, as a bare
+    Updates are scaled by alpha / rank. With any init (`train.choices.Init`) the adapted model begins as `model` was.
+    `targets` is a name of `train.choices.TARGETS`, or a regular expression that matches whole module names, as a bare
     "proj" would take the patch embedding's convolution too. `seed` is of A where that is random; `batches` are eva's:
     training images, float32 [image, channel, row, col] each.
     """

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from train.settings import Precision
+from train.choices import Precision
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:

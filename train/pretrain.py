@@ -13,11 +13,12 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 from torch.nn import functional
 
+from train.choices import Precision
 from train.data import DigitScenes, prepare_digits
 from train.evaluation import Evaluation, evaluate
 from train.models import build_model, preprocessing_of, seeded
 from train.precision import resolve_precision
-from train.settings import ConditionConfig, Precision, PretrainConfig, TrainConfig, TrainingRun
+from train.settings import ConditionConfig, PretrainConfig, TrainConfig, TrainingRun
 from train.state import StateFile, settings_key
 from train.training import Task, Trained, TrainResult, finished_metadata, train_to_file
 from train.transfer import uploaded

@@ -29,12 +29,13 @@ from store.disk import writing
 from store.removal import named, remove
 from train.adapters import compress, whole_classifier
 from train.checkpoint import history_path, read_checkpoint, read_metadata, save_checkpoint, sidecar_path
+from train.choices import Compression
 from train.data import DataSplits
 from train.errors import InputError, TrainingDivergedError
 from train.evaluation import evaluate
 from train.model_source import ModelSource
 from train.models import load_checkpoint
-from train.settings import Compression, TrainingRun
+from train.settings import TrainingRun
 from train.state import settings_key
 from train.training import OnEpoch, TrainResult, train_condition
 from train.whole_files import write_atomically

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest, write_history
+from train.choices import Compression, Init
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
 from train.errors import DamagedFileError, InputError, require_known
@@ -28,7 +29,7 @@ from train.parallel import SINGLE, Workers
 from train.precision import resolve_precision, training_mode
 from train.probe import fit_probe
 from train.recipes import RECIPES
-from train.settings import Compression, Init, TrainingRun
+from train.settings import TrainingRun
 from train.state import StateFile, settings_key
 from train.transfer import uploaded
 

@@ -20,9 +20,10 @@ from engine.config.toml_file import read_toml
 from engine.config.values import described, plain_value, shortened, validated
 from store.redaction import redacted
 from store.schema import STORED_MAPS
+from train.choices import DATA_KINDS, DataKind, SplitRule
 from train.errors import InputError
 from train.keys import STRICT, TWO, Count, Name, Natural, Place, Rate, Real, Scenes, Text, Whole, key
-from train.settings import DATA_KINDS, ConditionConfig, DataKind, PretrainConfig, SplitRule, SweepConfig, TrainConfig
+from train.settings import ConditionConfig, PretrainConfig, SweepConfig, TrainConfig
 
 EMBEDDED_STUDY = Path(__file__).with_name("digits.toml")
 

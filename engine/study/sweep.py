@@ -23,12 +23,13 @@ from engine.study.journal import Journal
 from engine.study.model import model_source, named_head, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.start import Start, image_kind
+from train.choices import SWEEP_INITS
 from train.data import folder_classes
 from train.errors import InputError
 from train.models import classifier_name, head_size
 from train.processes import several_processes
 from train.recipes import HEAD_RECIPE
-from train.settings import SWEEP_INITS, TrainingRun
+from train.settings import TrainingRun
 from train.sweep import SweepPlan, sweep_rank
 from train.training import train_condition
 from train.whole_files import write_atomically

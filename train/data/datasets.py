@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from train.choices import SplitRule
 from train.data.cache import CachedImages, ImageCache
 from train.data.images import DataSplits, FolderImages, Preprocessing
 from train.data.listing import (
@@ -28,7 +29,6 @@ from train.data.listing import (
 from train.data.manifest import SPLIT_FOLDERS, SPLITS, Manifest, Record, stratified_split
 from train.errors import InputError, require_known
 from train.files import id_of, require_file, what_lies_at
-from train.settings import SplitRule
 
 logger = logging.getLogger(__name__)
 
