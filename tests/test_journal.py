@@ -166,7 +166,7 @@ def test_only_the_newest_record_of_a_stage_counts(tmp_path: Path) -> None:
         Journal(journal.path).usable(new)
 
 
-def test_what_was_made_from_an_older_file_is_not_used(tmp_path: Path) -> None:
+def test_what_was_made_from_an_older_file_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained again, and not captured, measured and tested again: the old tests are not those of the new checkpoint."""
     journal = Journal(tmp_path / "run.jsonl")
     names = ("train", "capture", "statistics")
@@ -193,6 +193,12 @@ def test_what_was_made_from_an_older_file_is_not_used(tmp_path: Path) -> None:
         journal.usable(paths["statistics"])
     done("statistics", "tests of b", "capture")
     assert Journal(journal.path).usable(paths["statistics"])
+    done("capture", "maps of b, at another time", "train")
+    done("statistics", "tests of b", "capture")  # nothing that it names as its input changed
+    assert Journal(journal.path).usable(paths["statistics"])
+    capsys.readouterr()
+    done("statistics", "tests of b", "capture")
+    assert capsys.readouterr().out == "statistics: done already\n"
 
 
 def test_a_file_of_no_stage_is_written_when_it_is_not_there_so(tmp_path: Path) -> None:

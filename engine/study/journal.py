@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +174,10 @@ class Journal:
         last = self._newest().get(name)
         if last is None or last["key"] != digest(inputs):
             return None
+        for path, maker, same in self._sources(name):
+            if not same:
+                say(f"{name}: stage {maker} left another {path} since, so it is done again")
+                return None
         found = self._found(outputs)
         changed = [path for path, sha256 in last["outputs"].items() if found.get(path) != sha256]
         if changed:
@@ -225,15 +229,20 @@ class Journal:
 
     def _require_current(self, stage: str) -> None:
         """Whether what a stage read, and what that was made from, is what was there when it was done."""
-        for name, sha256 in self._newest().get(stage, {}).get("reads", {}).items():
-            now, maker = self._recorded(name).get(name, (sha256, stage))
-            if now != sha256:
+        for path, maker, same in self._sources(stage):
+            if not same:
                 raise InputError(
-                    f"{self.path.parent}: stage {stage} was done with another {name} than stage {maker} left since; "
+                    f"{self.path.parent}: stage {stage} was done with another {path} than stage {maker} left since; "
                     f"{self._remedy(stage)}"
                 )
             if maker != stage:
                 self._require_current(maker)
+
+    def _sources(self, stage: str) -> Iterator[tuple[str, str, bool]]:
+        """What a stage read when it was last done, which stage left it last, and whether it is the same still."""
+        for path, sha256 in self._newest().get(stage, {}).get("reads", {}).items():
+            now, maker = self._recorded(path).get(path, (sha256, stage))
+            yield path, maker, now == sha256
 
     def _recorded(self, name: str) -> dict[str, tuple[str, str]]:
         """Name → (hash, stage) of what has this name or lies in it, by the newest record of each stage."""
