@@ -207,10 +207,7 @@ class _RankSweep:
         )
 
     def _finished(self) -> list[FrozenTrial]:
-        """The plan's trials with an outcome, in order; one that was interrupted has none and is run again.
-
-        Later ones, of a run with more trials, wait until there are as many again.
-        """
+        """The plan's first trials with an outcome, in order; one that was interrupted has none and is run again."""
         done = (TrialState.COMPLETE, TrialState.PRUNED)
         finished = [trial for trial in self.study.trials if trial.state in done or trial.user_attrs.get(_FAILED)]
         return finished[: self.plan.trials]

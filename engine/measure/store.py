@@ -106,10 +106,7 @@ def measure_store(
 
 
 def _is_measured(store: AttentionStore, spec: MetricSpec, against: AttentionStore | None) -> bool:
-    """Whether this version of the code has left all of a metric's values in the store.
-
-    A measurement that was killed has left its parameters and some of its batches.
-    """
+    """Whether this version of the code has left all of a metric's values in the store; a kill leaves some of them."""
     parameters = stored_parameters(store, spec, against)
     compared = against if spec.inputs == "pair" else None
     return parameters is not None and has_metric(store, spec.name, parameters, compared)

@@ -105,10 +105,7 @@ class StoredMeasurement:
         return sum(array.row_bytes for array in layer_arrays(self.store.schema, described).values())
 
     def _measure(self, unit: Unit, names: Sequence[str], one_of_several: bool) -> BatchValues:
-        """Measure a unit on its layer's own grid; where it is `one_of_several`, other threads measure too.
-
-        Rows that are no attention are left out and counted.
-        """
+        """Measure a unit, without rows that are no attention; `one_of_several`: other threads measure at the time."""
         store, other, backend = self.store, self.other, self.backend
         specs = [self.metrics[name] for name in names]
         single = [spec for spec in specs if spec.inputs != "pair"]

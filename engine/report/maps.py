@@ -65,10 +65,7 @@ def _by_cell(results: Results, metric: str, region: str | None) -> np.ndarray:
 
 
 def _cells(results: Results, change: Change, paired: np.ndarray) -> list[list[dict[str, Any] | None]]:
-    """[layer][head] of the head-level tests, and behind the heads one column of the layer-level ones.
-
-    `paired` holds the differences [image, layer, head + 1].
-    """
+    """[layer][head] of the head-level tests, then one of layer-level ones; `paired`: [image, layer, head + 1]."""
     heads = len(results.heads)
     cells: list[list[dict[str, Any] | None]] = [[None] * (heads + 1) for _ in results.layers]
     for test in (*change.heads, *change.layers):
