@@ -296,7 +296,7 @@ def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path, caplog
     folder = tmp_path / "figures"
     folder.mkdir()
     (folder / "mine.svg").write_bytes(b"mine")
-    with pytest.raises(StoreError, match=r"holds mine\.svg, which this program did not write; move the folder away"):
+    with pytest.raises(InputError, match=r"holds mine\.svg, which this program did not write; move the folder away"):
         replace_files(folder, [("a.svg", b"1"), ("mine.svg", b"5")])
     assert tree(folder) == {"mine.svg": b"mine"}
     replace_files(folder, [("a.svg", b"1"), ("b.svg", b"2")])
@@ -304,7 +304,7 @@ def test_a_folder_of_pictures_keeps_what_others_put_there(tmp_path: Path, caplog
     found = tree(folder)
     assert found.pop(".written.json")
     assert found == {"b.svg": b"3", "c.svg": b"4", "mine.svg": b"mine"}
-    with pytest.raises(StoreError, match=r"holds mine\.svg, which this program did not write; move the folder away"):
+    with pytest.raises(InputError, match=r"holds mine\.svg, which this program did not write; move the folder away"):
         replace_files(folder, [("mine.svg", b"5")])
     assert (folder / "mine.svg").read_bytes() == b"mine"
     (folder / ".written.json").write_bytes(b'{"files": ["mine.svg"]}')  # no list of ours

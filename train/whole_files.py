@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from store import StoreError
 from store.disk import making, writing
 from store.removal import named, remove
 from store.system import sync_folder
+from train.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def write_json(path: Path, value: Any) -> None:
 def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
     """Write files into a folder, each whole, and remove those that the last call left there and this one does not.
 
-    The folder keeps a list of them, `.written.json`; what is not in it stays. Raises DiskError, and StoreError: a file
+    The folder keeps a list of them, `.written.json`; what is not in it stays. Raises DiskError, and InputError: a file
     that this program did not write has the name of one of them; nothing is written then. Where the list is damaged,
     which is logged, files of these names are taken for ours.
     """
@@ -97,7 +97,7 @@ def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path
             before = list(new)
     if foreign := [name for name in new if name not in before and os.path.lexists(folder / name)]:
         more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
-        raise StoreError(f"{folder} holds {foreign[0]}{more}, which this program did not write; move the folder away")
+        raise InputError(f"{folder} holds {foreign[0]}{more}, which this program did not write; move the folder away")
     obsolete = [name for name in before if name not in new and Path(name).name == name]
     # Named before it is written: a killed call leaves nothing that the next one does not know.
     write_atomically(record, checked_json({"files": sorted([*new, *obsolete])}))
