@@ -42,7 +42,14 @@ class DiskError(StoreError):
 
 
 def disk_error(clause: str, error: OSError) -> DiskError:
-    """The sentence for an error of the system; `clause`, its beginning, says what could not be done, with the path."""
+    """The sentence for an error of the system; `clause`, its beginning, says what could not be done, with the path.
+
+    What failed first counts: where a disk is full, tidying up while other threads still write may fail next.
+    """
+    first: BaseException | None = error
+    while first is not None and not is_refusal(first):
+        first = first.__context__
+    error = first if isinstance(first, OSError) else error
     reason, remedy = _REFUSALS.get(error.errno or 0, (error.strerror or str(error), f"see to it, and {_AGAIN}"))
     return DiskError(f"{clause}: {reason}; {remedy}")
 

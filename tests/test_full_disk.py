@@ -219,6 +219,15 @@ def test_outputs_that_can_be_no_folder(tmp_path: Path, name: str, capsys: pytest
     assert "give another place" in line
 
 
+def test_what_failed_first_is_said(tmp_path: Path) -> None:
+    """Not what failed next, while what was begun is removed."""
+    with pytest.raises(DiskError, match=r"a\.zarr cannot be written: no space left"), writing(tmp_path / "a.zarr"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            (tmp_path / "gone").unlink()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("command", full_disk.COMMANDS)

@@ -72,7 +72,8 @@ def finish_and_compare(path: Path, unkilled: Unkilled) -> None:
 
 def kill_at(path: Path, step: int, unkilled: Unkilled) -> None:
     code, said = unkilled.run(path, "--kill-at", step, "--encoding", unkilled.encoding)
-    assert code == -signal.SIGKILL, said
+    # Which of zarr's threads makes a folder first decides how many operations there are: up to four more or less.
+    assert code == -signal.SIGKILL or (code == 0 and step > unkilled.operations - 8), said
 
 
 def spread(steps: int, count: int, seed: int) -> list[int]:
