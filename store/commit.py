@@ -50,10 +50,7 @@ class Writer:
         self._failure_raised = False  # by some call
 
     def _put(self, array: ArraySpec, batch: int, values: Array, precision: str) -> Future[FileEntry]:
-        """Start the file that a batch fills; `values` are kept until it is written: do not change them.
-
-        They are cast to the array's precision chunk by chunk, while they are in cache.
-        """
+        """Start the file that a batch fills, of values that must not change until it is written; cast by chunks."""
         with contextlib.ExitStack() as slot:
             if values.nbytes >= SMALL_BYTES:
                 slot.enter_context(self._slots)

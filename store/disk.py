@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from store.removal import Mark, is_unfinished, put, remove, unfinished
+from store.removal import Mark, is_unfinished, put, remove, remove_unfinished, unfinished
 from store.schema import StoreError
 from store.system import HAS_FLOCK, lock_file
 
@@ -42,11 +42,8 @@ class DiskError(StoreError):
 
 
 def disk_error(clause: str, error: OSError) -> DiskError:
-    """The sentence for an error of the system; `clause`, its beginning, says what could not be done, with the path.
-
-    What failed first counts: where a disk is full, tidying up while other threads still write may fail next.
-    """
-    first: BaseException | None = error
+    """The sentence for an error of the system; `clause`, its beginning, says what could not be done, with the path."""
+    first: BaseException | None = error  # where a disk is full, removing what was begun may fail next
     while first is not None and not is_refusal(first):
         first = first.__context__
     error = first if isinstance(first, OSError) else error
@@ -99,5 +96,6 @@ def making(path: Path, mark: Mark) -> Iterator[Path]:
             remove(partial, is_unfinished)
             yield partial
             put(partial, path, mark)
-        finally:
-            remove(partial, is_unfinished)
+        except BaseException:
+            remove_unfinished(partial)
+            raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from store.precisions import Array, scratch
-from store.removal import is_unfinished, named, put, remove, unfinished
+from store.removal import is_unfinished, named, put, remove, remove_unfinished, unfinished
 from store.schema import StoreError
 from store.storage import PARTIAL, Lock, Storage, Write
 from store.system import lock_file, sync_folder
@@ -134,8 +134,10 @@ class LocalStorage(Storage):
         skeleton.mkdir(parents=True)
         try:
             yield skeleton
-        finally:
-            remove(skeleton, is_unfinished)
+        except BaseException:
+            remove_unfinished(skeleton)
+            raise
+        remove(skeleton, is_unfinished)
 
     def adopt(self, skeleton: Path, commit: Callable[[], None]) -> None:
         for folder, _, names in os.walk(skeleton):

@@ -7,10 +7,12 @@ or a name that is ours in a folder that is ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,17 @@ def remove(path: Path, mark: Mark) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def remove_unfinished(partial: Path) -> None:
+    """Remove what failed halfway, while threads of a library, one of which failed, may still write into it."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            remove(partial, is_unfinished)
+        time.sleep(0.01)
+        if not os.path.lexists(partial):
+            return
+    remove(partial, is_unfinished)
 
 
 def put(partial: Path, path: Path, mark: Mark) -> None:

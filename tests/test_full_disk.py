@@ -26,7 +26,7 @@ from engine.progress import MemoryExhaustedError, exit_code, foreseen
 from engine.run import main
 from engine.study.journal import Journal
 from store import AttentionStore, DiskError
-from store.disk import writing
+from store.disk import making, writing
 from store.hdf5 import new_hdf5
 from store.hdf5_attention import export_attention
 from tests import full_disk
@@ -221,11 +221,31 @@ def test_outputs_that_can_be_no_folder(tmp_path: Path, name: str, capsys: pytest
 
 def test_what_failed_first_is_said(tmp_path: Path) -> None:
     """Not what failed next, while what was begun is removed."""
-    with pytest.raises(DiskError, match=r"a\.zarr cannot be written: no space left"), writing(tmp_path / "a.zarr"):
+
+    def write() -> None:
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         finally:
             (tmp_path / "gone").unlink()
+
+    with pytest.raises(DiskError, match=r"a\.zarr cannot be written: no space left"), writing(tmp_path / "a.zarr"):
+        write()
+
+
+def test_what_another_thread_still_writes_is_removed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zarr's threads go on after one of them failed."""
+    late = iter(range(2))
+
+    def write_late(seconds: float) -> None:
+        for number in late:
+            (partial / str(number)).mkdir(parents=True)
+            return
+
+    monkeypatch.setattr("store.removal.time.sleep", write_late)
+    with pytest.raises(DiskError, match="no space left"), making(tmp_path / "a", Path.is_dir) as partial:  # noqa: PT012
+        partial.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

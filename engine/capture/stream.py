@@ -334,10 +334,7 @@ class CaptureRun:
 
 
 def _return_freed_memory() -> None:
-    """Give the system back what the C library keeps of freed blocks, which come in many sizes from many threads.
-
-    Without it a capture's resident memory crept up by 10-13 % from 64 to 640 images, though nothing was held.
-    """
+    """Give the system back what the C library keeps of freed blocks: from 64 to 640 images that grew to 10-13 %."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's alone
         trim(0)
 
@@ -349,10 +346,7 @@ def _use_device(device: torch.device) -> None:
 
 
 def _warn_of_prefix_mass(entries: Sequence[tuple[int, int, int, float]], schema: StoreSchema, label: str) -> None:
-    """Say which heads leave too little on the patches for 16 bits.
-
-    Entries are (layer, head, batch, mean mass), sorted; NaN for a batch in which the head has no sound row.
-    """
+    """Say which heads leave too little on the patches for 16 bits; entries: (layer, head, batch, mean mass), sorted."""
     masses: dict[str, float] = {}
     sound = (entry for entry in entries if not np.isnan(entry[-1]))
     for (layer, head), of_head in itertools.groupby(sound, key=lambda entry: entry[:2]):
