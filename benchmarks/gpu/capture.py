@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,37 @@ from kernels import METRICS
 from store.arrays import attention_arrays
 from train.transfer import HostCopies
 
-__all__ = ["measure_overhead", "measure_streaming"]
+__all__ = ["Passes", "backends", "measure_overhead", "measure_streaming", "passes"]
 
 CORE = ("distance", "entropy", "morans_i")
 
 
-def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
-    """ViT-B/16 in bfloat16, batch 128: batches with the metrics sink between batches without, wall time."""
-    device = device_of(small)
-    size, batch, batches = (64, 2, 2) if small else (224, 128, 12)
-    model = vit(small, 10, device).to(torch.bfloat16).eval()
-    images = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
-    regions = dict.fromkeys(site.layer for site in discover(model, images[:1]).sites)
+class Passes:
+    """Forward passes of a model over the same images, in as many batches: plain, tapped and measured."""
 
-    def plain() -> None:
-        for _ in range(batches):
-            model(images)
+    def __init__(self, model: torch.nn.Module, images: torch.Tensor, batches: int) -> None:
+        self.model, self.images, self.batches = model, images, batches
+        self.regions = dict.fromkeys(site.layer for site in discover(model, images[:1]).sites)
+        self.copies = HostCopies(images.device)
+        self.specs = [METRICS[name] for name in CORE]
 
-    def tapped() -> None:
-        for _ in range(batches):
-            with AttentionTap(model, lambda *call: None):
-                model(images)
+    def plain(self) -> None:
+        for _ in range(self.batches):
+            self.model(self.images)
 
-    copies = HostCopies(device)
-    specs = [METRICS[name] for name in CORE]
+    def tapped(self) -> None:
+        for _ in range(self.batches):
+            with AttentionTap(self.model, lambda *call: None):
+                self.model(self.images)
 
-    def measured(backend: str) -> None:
+    def measured(self, backend: str) -> None:
         """As `engine.capture.stream` does it: a batch is launched before the one before is waited for."""
         before = None
-        for number in range(batches):
-            launched = BatchPass(number, [MetricsSink(specs, backend, regions, copies)], copies)
-            with AttentionTap(model, launched.on_attention):
-                logits = model(images)
+        for number in range(self.batches):
+            sink = MetricsSink(self.specs, backend, self.regions, self.copies)
+            launched = BatchPass(number, [sink], self.copies)
+            with AttentionTap(self.model, launched.on_attention):
+                logits = self.model(self.images)
             launched.launched(logits)
             if before is not None:
                 before.finish()
@@ -61,12 +61,30 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
         if before is not None:
             before.finish()
 
-    contenders: dict[str, Callable[[], Any]] = {"tap alone": tapped}
-    for backend in ("torch",) if small else ("triton", "torch"):
-        contenders[f"metrics sink, {backend}"] = lambda backend=backend: measured(backend)  # type: ignore[misc]
+
+def passes(small: bool, batches: int) -> Passes:
+    """Of ViT-B/16 in bfloat16, batches of 128."""
+    device, (size, batch) = device_of(small), (64, 2) if small else (224, 128)
+    model = vit(small, 10, device).to(torch.bfloat16).eval()
+    images = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
+    return Passes(model, images, 2 if small else batches)
+
+
+def backends(small: bool) -> tuple[str, ...]:
+    return ("torch",) if small else ("triton", "torch")
+
+
+def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """Batches with the metrics sink between batches without, wall time."""
+    runs = passes(small, 8)
+    contenders: dict[str, Callable[[], Any]] = {
+        f"metrics sink, {backend}": partial(runs.measured, backend) for backend in backends(small)
+    }
+    contenders["tap alone"] = runs.tapped
+    batch = len(runs.images)
     with torch.inference_mode():
-        ratios, forward = _between(plain, contenders, device, 2 if small else 7)
-    rate = batch * batches / forward
+        ratios, forward = _between(runs.plain, contenders, runs.images.device, 2 if small else 5)
+    rate = batch * runs.batches / forward
     yield Row(name=f"plain forward, bf16, batch {batch}", value=rate, unit="images/s", key="forward")
     for name, ratio in ratios.items():
         yield Row(name=name, value=ratio, unit="× forward", note=f"{rate / ratio:,.0f} images/s")
@@ -119,19 +137,19 @@ def measure_streaming(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
             seconds, raw, kept = _capture(model, pictures, folder, encoding, batch, device)
         finally:
             shutil.rmtree(folder)
-        limits = {
-            "link to the host": 1e9 * ceilings["to_the_host"] / raw,
-            "codec": 1e9 * ceilings["codec"] / raw,
-            "disk": 1e9 * ceilings["disk"] / kept,
+        costs = {  # what an image takes of each, in the ceiling's unit
+            "link to the host": ("to_the_host", raw / 1e9),
+            "codec": ("codec", raw / 1e9),
+            "disk": ("disk", kept / 1e9),
+            "forward pass": ("forward", 1.0),
         }
-        if "forward" in ceilings:
-            limits["forward pass"] = ceilings["forward"]
-        binding = min(limits, key=limits.__getitem__)
+        limits = {name: ceilings[key] / cost for name, (key, cost) in costs.items() if key in ceilings}
+        binding = min(limits, key=limits.__getitem__, default="")
         yield Row(
             name=f"capture to the store, {encoding}",
             value=count / seconds,
             unit="images/s",
-            limit=limits[binding],
+            limit=limits.get(binding),
             bound_by=binding,
             note=f"{raw * count / seconds / 1e9:.2f} GB/s raw, {kept / raw:.2f} of the bytes kept",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,24 @@ from store.shards import encode_chunk
 from store.system import available_cpus
 from tests.cases import layout, trained
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_host"]
 
 
-def measure(small: bool, ceilings: dict[str, float]) -> list[Row]:
+def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """Of the device alone, in seconds."""
     device = device_of(small)
-    return [
-        _copy(device, 2**20 if small else 2**31),
-        *(_link(device, 2**20 if small else 2**30, way) for way in ("to the device", "to the host")),
-        _disk(2**22 if small else 2**31),
-        _codec(2 if small else 64),
-        *_products(device, 256 if small else 8192),
-        _exponentials(device, small),
-    ]
+    yield _copy(device, 2**20 if small else 2**31)
+    yield from _products(device, 256 if small else 8192)
+    yield _exponentials(device, small)
+
+
+def measure_host(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """Of what lies between the device and a store."""
+    device = device_of(small)
+    for way in ("to the device", "to the host"):
+        yield _link(device, 2**20 if small else 2**30, way)
+    yield _codec(2 if small else 64)
+    yield _disk(2**22 if small else 2**31)
 
 
 def _copy(device: torch.device, nbytes: int) -> Row:
@@ -90,9 +96,8 @@ def _codec(images: int) -> Row:
                note=f"{available_cpus()} CPUs, {kept:.2f} of the bytes")  # fmt: skip
 
 
-def _products(device: torch.device, size: int) -> list[Row]:
+def _products(device: torch.device, size: int) -> Iterator[Row]:
     """size × size × size, on random values: zeros run faster."""
-    rows = []
     for name, dtype, tf32 in (
         ("bf16", torch.bfloat16, False),
         ("tf32", torch.float32, True),
@@ -103,8 +108,7 @@ def _products(device: torch.device, size: int) -> list[Row]:
         seconds, note = median_seconds([lambda p=pair: torch.mm(*p) for pair in pairs], device)  # type: ignore[misc]
         torch.backends.cuda.matmul.allow_tf32 = False
         rate = 2 * size**3 / seconds / 1e12
-        rows.append(Row(name=f"matrix product {size}³, {name}", value=rate, unit="TFLOP/s", key=name, note=note))
-    return rows
+        yield Row(name=f"matrix product {size}³, {name}", value=rate, unit="TFLOP/s", key=name, note=note)
 
 
 def _exponentials(device: torch.device, small: bool) -> Row:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import copies_beyond_cache, device_of, median_seconds
@@ -21,7 +23,11 @@ __all__ = ["measure"]
 
 CORE = ("distance", "entropy", "morans_i")
 HEADS, LAYERS, HEAD_DIM = 12, 12, 64
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# (dtype, whether from query and key): first what models compute in and what is stored.
+WORKS = (
+    *((torch.bfloat16, True), (torch.float16, False), (torch.float16, True)),
+    *((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)),
+)
 INPUT_BYTES = 120e6  # of one input in 16 bits; several are used in turn
 
 
@@ -56,17 +62,16 @@ class Work:
         per_map = 2 * tokens * HEAD_DIM if self.from_qk else tokens * tokens
         return self.images * HEADS * per_map * self.dtype.itemsize
 
-    def floor(self, ceilings: dict[str, float]) -> tuple[float, str]:
-        """(seconds of the pass at the device's limits, the one that binds)."""
-        tokens = self.of.num_tokens
-        elements = self.images * HEADS * tokens * tokens
-        times = {"bandwidth": self.nbytes / (1e9 * ceilings["copy"])}
+    def floor(self, ceilings: dict[str, float]) -> tuple[float | None, str]:
+        """(seconds of the pass at the limits that were measured, the one that binds)."""
+        elements = self.images * HEADS * self.of.num_tokens**2
+        products = "fp32" if self.dtype == torch.float32 else "bf16"
+        amounts = {"copy": ("bandwidth", self.nbytes / 1e9), "exp": ("exponentials", elements / 1e12)}
         if self.from_qk:
-            products = "fp32" if self.dtype == torch.float32 else "bf16"
-            times[f"{products} products"] = 2 * HEAD_DIM * elements / (1e12 * ceilings[products])
-        times["exponentials"] = elements / (1e12 * ceilings["exp"])
-        binding = max(times, key=times.__getitem__)
-        return times[binding], binding
+            amounts[products] = (f"{products} products", 2 * HEAD_DIM * elements / 1e12)
+        times = {name: amount / ceilings[key] for key, (name, amount) in amounts.items() if key in ceilings}
+        binding = max(times, key=times.__getitem__, default="")
+        return times.get(binding), binding
 
 
 def measure(grid: tuple[int, int], small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
@@ -74,18 +79,17 @@ def measure(grid: tuple[int, int], small: bool, ceilings: dict[str, float]) -> I
     device = device_of(small)
     of = layout(2, 3, 1) if small else layout(*grid, 1)
     images = 1 if small else max(2, round(INPUT_BYTES / (2 * HEADS * of.num_tokens**2)))
-    for from_qk in (False, True):
-        for dtype in DTYPES:
-            yield from _of_work(Work(of, images, dtype, device, from_qk), ceilings, small)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for dtype, from_qk in WORKS:
+        yield from _of_work(Work(of, images, dtype, device, from_qk), ceilings, small)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Row]:
     what = "measure_qk" if work.from_qk else "measure_attention"
     dtype = str(work.dtype).removeprefix("torch.")
     backends = ("torch",) if small else ("torch", "triton") if work.from_qk else ("torch", "triton", "numba_cuda")
-    runs: dict[str, Callable[..., Any]] = {name: _public(work, name) for name in backends}
+    runs: dict[str, Callable[..., Any]] = {name: public(work, name) for name in backends}
     errors = _check(work, runs)
     # Compiling takes ten seconds a shape: for what is stored, and what models compute in, at everyday sizes.
     everyday = torch.bfloat16 if work.from_qk else torch.float16
@@ -100,6 +104,10 @@ def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Ro
             except Exception as error:  # of one backend: the others are measured all the same
                 errors[name] = f"{type(error).__name__}: {error}"
     floor, bound_by = work.floor(ceilings)
+    sdpa = None
+    if work.from_qk and work.dtype != torch.float32:
+        sdpa, row = _sdpa(work, inputs)
+        yield row
     for name, error in errors.items():
         full_name = f"{what}, {work.of.num_tokens} tokens, {dtype}, {name}"
         yield Row(name=full_name, value=0.0, unit="images/s", error=error)
@@ -108,14 +116,27 @@ def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Ro
             name=f"{what}, {work.of.num_tokens} tokens, {dtype}, {name}",
             value=work.images / LAYERS / seconds[name],
             unit="images/s",
-            limit=work.images / LAYERS / floor,
+            limit=work.images / LAYERS / floor if floor else None,
             bound_by=bound_by,
             times_compiled=seconds["torch, compiled"] / seconds[name] if "torch, compiled" in seconds else None,
+            times_sdpa=sdpa / seconds[name] if sdpa else None,
             note=notes[name],
         )
 
 
-def _public(work: Work, backend: str) -> Callable[..., Any]:
+def _sdpa(work: Work, inputs: Sequence[tuple[torch.Tensor, ...]]) -> tuple[float, Row]:
+    """(seconds, the row) of a forward pass of attention alone, by the kernel that torch chooses."""
+    given = [(query, key, torch.randn_like(key)) for query, key in inputs]
+    chosen = SDPBackend(torch._fused_sdp_choice(*given[0])).name.lower()  # type: ignore[attr-defined]
+    runs = [partial(functional.scaled_dot_product_attention, *each) for each in given]
+    seconds, note = median_seconds(runs, work.device)
+    dtype = str(work.dtype).removeprefix("torch.")
+    name = f"scaled_dot_product_attention, {work.of.num_tokens} tokens, {dtype}"
+    note = ", ".join(filter(None, (f"forward, {chosen}", note)))
+    return seconds, Row(name=name, value=work.images / LAYERS / seconds, unit="images/s", note=note)
+
+
+def public(work: Work, backend: str) -> Callable[..., Any]:
     """The public function, as the metrics sink calls it: rows that are no attention are counted, not raised."""
     if work.from_qk:
         return lambda query, key: measure_qk(query, key, work.of, CORE, backend=backend, invalid="mask")
@@ -141,7 +162,7 @@ def _check(work: Work, runs: dict[str, Callable[..., Any]]) -> dict[str, str]:
     """Each against the float64 reference on a fresh draw, in memory that held NaN before; what is wrong with which."""
     few = Work(work.of, 1, work.dtype, work.device, work.from_qk)
     given = tuple(tensor[:, :1] for tensor in few.draw())
-    reference = _public(few, "reference")(*(tensor.cpu() for tensor in given))
+    reference = public(few, "reference")(*(tensor.cpu() for tensor in given))
     errors = {}
     for name, run in runs.items():
         poison = [torch.full((2**20,), math.nan, device=work.device) for _ in range(8)]

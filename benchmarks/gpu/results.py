@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["About", "Results", "Row", "Section", "describe", "failed", "table"]
+__all__ = ["LOGS", "About", "Results", "Row", "Section", "describe", "failed", "heading", "lines", "logs"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "vit-attention-gpu-benchmark/1"
+LOGS = "GPU_BENCHMARK_LOGS"  # environment variable: the folder of --logs
 PACKAGES = ("torch", "triton", "numba", "numba-cuda", "timm", "zarr", "numpy")
 
 
@@ -32,6 +34,8 @@ class Row:
             and exponentials; None where there is none.
         bound_by: which of them that is.
         times_compiled: how many times as fast as the `torch` backend under torch.compile on the same input.
+        times_sdpa: how many times as fast as a forward pass of F.scaled_dot_product_attention on the same query and
+            key, with a value of their shape.
         note: how it was measured, where not as the others.
         error: why it could not be measured; the value is 0 then.
     """
@@ -43,6 +47,7 @@ class Row:
     limit: float | None = None
     bound_by: str = ""
     times_compiled: float | None = None
+    times_sdpa: float | None = None
     note: str = ""
     error: str = ""
 
@@ -61,7 +66,7 @@ class About:
 
 
 # (small sizes on the CPU?, ceilings by key) → rows
-Section = Callable[[bool, dict[str, float]], Sequence[Any]]
+Section = Callable[[bool, dict[str, float]], Iterable[Any]]
 
 
 def describe(small: bool, ceilings: dict[str, float]) -> list[About]:
@@ -111,6 +116,11 @@ def _commit() -> str:
     return said.stdout.strip()
 
 
+def logs(otherwise: Path) -> Path:
+    """Where whole outputs go: the folder of `--logs`, or another."""
+    return Path(os.environ.get(LOGS) or otherwise)
+
+
 def failed(section: dict[str, Any]) -> bool:
     """Whether anything of a section could not be measured."""
     return "error" in section or any(row["error"] for row in section.get("rows", ()))
@@ -151,22 +161,27 @@ class Results:
         return {row["key"]: row["value"] for row in self.rows() if row["key"]}
 
 
-def table(results: Results) -> str:
-    """Every row, a line each; what failed is said in its place."""
+def heading(results: Results) -> str:
+    """What is measured on, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in results.about["versions"].items())
-    lines = [f"\n{results.about['device']}, {results.about['date']}, {versions}"]
-    for name, section in results.sections.items():
-        lines.append(f"\n{name} ({section['seconds']:.0f} s)".ljust(61) + f"{'':>24}{'of limit':>10}{'× compiled':>12}")
-        if "error" in section:
-            lines.append(f"  FAILED: {section['error'][:400]}")
-        for row in section.get("rows", ()):
-            if row["error"]:
-                lines.append(f"  {row['name']:<58}  FAILED: {row['error'][:400]}")
-                continue
-            of_limit = f"{row['value'] / row['limit']:.0%}" if row["limit"] else ""
-            if row["limit"] and row["unit"].startswith(("s", "ms")):
-                of_limit = f"{row['limit'] / row['value']:.0%}"
-            against = f"{row['times_compiled']:.2f}" if row["times_compiled"] else ""
-            said = f"  {row['name']:<58}{row['value']:>13,.4g} {row['unit']:<11}{of_limit:>9}{against:>12}"
-            lines.append("  ".join(filter(None, (said, row["bound_by"], row["note"]))).rstrip())
-    return "\n".join(lines)
+    return f"{results.about['device']}, {results.about['date']}, {versions}"
+
+
+def lines(name: str, section: dict[str, Any]) -> Iterator[str]:
+    """Every row of a section, a line each; what failed is said in its place."""
+    columns = f"{'of limit':>10}{'× compiled':>12}{'× SDPA':>9}"
+    yield f"\n{name} ({section['seconds']:.0f} s)".ljust(61) + f"{'':>24}{columns}"
+    for row in section["rows"]:
+        if row["error"]:
+            yield f"  {row['name']:<58}  FAILED: {row['error'][:400]}"
+            continue
+        of_limit = f"{row['value'] / row['limit']:.0%}" if row["limit"] else ""
+        if row["limit"] and row["unit"].startswith(("s", "ms")):
+            of_limit = f"{row['limit'] / row['value']:.0%}"
+        ratios = (f"{ratio:.2f}" if ratio else "" for ratio in (row["times_compiled"], row["times_sdpa"]))
+        said = f"  {row['name']:<58}{row['value']:>13,.4g} {row['unit']:<11}{of_limit:>9}" + "{:>12}{:>9}".format(
+            *ratios
+        )
+        yield "  ".join(filter(None, (said, row["bound_by"], row["note"]))).rstrip()
+    if "error" in section:
+        yield f"  FAILED: {section['error'][:1500]}"
