@@ -13,6 +13,7 @@ The simpler of the two CUDA backends: `triton` is the one made for speed, and co
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -30,6 +31,13 @@ from kernels.cuda.rows import IMPLEMENTATIONS, PLANES, RowValues, distances, sta
 from kernels.errors import BackendUnavailableError
 from kernels.inputs import Maps
 from kernels.metrics import MetricSpec
+
+if not hasattr(np, "row_stack") and not config.ENABLE_CUDASIM:
+    # NumPy 2.5 has it no more, and numba-cuda 0.30.4 looks it up in a module that it imports when it first compiles.
+    setattr(np, "row_stack", np.vstack)  # noqa: B010
+    with contextlib.suppress(ModuleNotFoundError):  # numba's own CUDA target has no such module
+        importlib.import_module("numba.cuda.np.arrayobj")
+    delattr(np, "row_stack")
 
 # Threads of a block, a power of two. The simulator starts a Python thread for each.
 THREADS = 2 if config.ENABLE_CUDASIM else 128
