@@ -83,33 +83,35 @@ class TestTritonCompiles:
         options = {"num_warps": triton_gpu.MAPS_WARPS}
         return self.spilled(self.compiled(triton_maps.attention_rows, constants, types, options, ()), tmp_path)
 
-    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path) -> int:
+    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path) -> list[int]:
         from kernels.cuda import triton_gpu, triton_qk
 
-        columns = max(16, triton_gpu.triton.next_power_of_2(side))
-        queries, warps = triton_gpu._qk_tile(columns, 4 if dtype == "fp32" else 2)
-        constants = {
-            **geometry(side, needs),
-            "BLOCK_P": 16,
-            "BLOCK_Q": queries,
-            "BLOCK_C": columns,
-            "HEAD_DIM": 64,
-            "BLOCK_D": 64,
-            "HAS_BIAS": bool(bias),
-            "IS_MASK": bias == "i8",
-            "WIDEN": False,
-            "FAST": True,
-            "ALIGNED": 16,
-            "stride_qd": 1,
-            "stride_kd": 1,
-            "stride_bk": 1,
-        }
-        types = dict.fromkeys(("q_starts", "k_starts", "b_starts"), "*i64")
-        types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
-        options = {"num_warps": warps}
-        binary = self.compiled(triton_qk.qk_rows, constants, types, options, ("stride_qn", "stride_kn", "stride_bq"))
-        assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
-        return self.spilled(binary, tmp_path)
+        spilled = []
+        for _, _, tile in triton_gpu._qk_tiles(side * side + 1, side, 4 if dtype == "fp32" else 2, bool(bias)):
+            options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+            constants = {
+                **geometry(side, needs),
+                **tile,
+                "BLOCK_P": 16,
+                "HEAD_DIM": 64,
+                "BLOCK_D": 64,
+                "HAS_BIAS": bool(bias),
+                "IS_MASK": bias == "i8",
+                "NEGATE": False,
+                "WIDEN": False,
+                "FAST": True,
+                "ALIGNED": 16,
+                "stride_qd": 1,
+                "stride_kd": 1,
+                "stride_bk": 1,
+            }
+            types = dict.fromkeys(("q_starts", "k_starts", "b_starts"), "*i64")
+            types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
+            aligned = ("stride_qn", "stride_kn", "stride_bq")
+            binary = self.compiled(triton_qk.qk_rows, constants, types, options, aligned)
+            assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
+            spilled.append(self.spilled(binary, tmp_path))
+        return spilled
 
     @pytest.mark.parametrize(
         ("side", "dtype", "needs"), [(14, "fp16", 7), (24, "bf16", 7), (37, "fp32", 7), (14, "fp16", 15)]
@@ -119,14 +121,16 @@ class TestTritonCompiles:
 
     @pytest.mark.parametrize(("side", "dtype", "bias"), [(14, "bf16", ""), (24, "fp16", "i8"), (14, "fp32", "")])
     def test_from_query_and_key(self, side: int, dtype: str, bias: str, tmp_path: Path) -> None:
-        assert self.from_qk(side, dtype, bias, 7, tmp_path) == 0
+        allowed = 16 if dtype == "fp32" else 0  # constants of factors that are split in three
+        assert max(self.from_qk(side, dtype, bias, 7, tmp_path)) <= allowed
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
     @pytest.mark.parametrize("side", SIDES)
     def test_every_grid_and_type(self, side: int, dtype: str, tmp_path: Path) -> None:
         assert self.from_maps(side, dtype, 7, tmp_path) == 0
-        assert self.from_qk(side, dtype, "", 7, tmp_path) == 0
+        allowed = 768 if dtype == "fp32" else 0
+        assert max(self.from_qk(side, dtype, "", 7, tmp_path)) <= allowed
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class TritonBackend(Backend):
 
     def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
         """Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
-        factors through ordinary arithmetic (TF32 would cost 1e-3 of a logit).
+        factors as three products of their TF32 parts (one alone would cost 1e-3 of a logit).
         """
         layout, bias = factors.layout, factors.bias
         q, k = _readable(factors.query), _readable(factors.key)
@@ -91,32 +91,30 @@ class TritonBackend(Backend):
         if added.dtype == torch.bool:
             added = added.view(torch.uint8)
         head_dim = q.shape[-1]
-        columns = max(16, triton.next_power_of_2(layout.grid_cols))
-        queries, warps = _qk_tile(columns, q.element_size())
         values = RowValues.empty(factors, torch.float32, q.device)
         count, tokens = values.valid.shape
-        if count:
+        tiles = _qk_tiles(tokens, layout.grid_cols, q.element_size(), bias is not None)
+        for first, blocks, tile in tiles if count else ():
             with _current_device(q):
-                triton_qk.qk_rows[count, triton.cdiv(tokens, queries)](
+                triton_qk.qk_rows[count, blocks](
                     *(q, k, added, starts(q), starts(k), starts(added)),
                     *(values.planes, values.valid.view(torch.int8), count),
                     *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
-                    *(factors.scale * triton_rows.LOG2_E.value, *_steps(layout)),
+                    *(abs(factors.scale) * triton_rows.LOG2_E.value, *_steps(layout), first),
                     **_geometry(layout),
                     NEEDS=self.needs(specs, PLANES),
-                    BLOCK_Q=queries,
                     # A dimension of a matrix product is at least 16.
                     BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
-                    BLOCK_C=columns,
                     HEAD_DIM=head_dim,
                     BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
                     HAS_BIAS=bias is not None,
                     IS_MASK=bias is not None and dtype_name(bias) == "bool",
+                    NEGATE=factors.scale < 0,
                     # Triton's interpreter multiplies the bits of bfloat16 as integers; widened, products are the same.
                     WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
                     FAST=not _is_interpreted(),
                     ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
-                    num_warps=warps,
+                    **tile,
                 )
         return self.values(values, values.valid, factors, specs)
 
@@ -165,15 +163,31 @@ def _is_interpreted() -> bool:
     return not isinstance(triton_qk.qk_rows, triton.JITFunction)
 
 
-def _qk_tile(columns: int, itemsize: int) -> tuple[int, int]:
-    """(queries, warps) of a program whose tile has `columns` columns: without spilling, by sm_90's compiler.
+def _qk_tiles(tokens: int, grid_cols: int, itemsize: int, has_bias: bool) -> list[tuple[int, int, dict[str, int]]]:
+    """(first query, programs, constants of the kernel) of the launches of a pass.
 
-    In 16 bits, 64 queries fill the product of a group of four warps. float32 is multiplied without the matrix units,
-    and the factors take registers too.
+    64 queries fill the product of a group of four warps, which holds eight pairs of columns. Up to 32 queries that are
+    left, as the class token leaves them, get a program of their own size: 197 tokens are 208 rows of products, not 256.
+    Nothing is spilled, by sm_90's compiler, but some constants of float32 factors, which are split in three.
     """
-    if itemsize == 2:
-        return 64, min(columns // 4, 16)
-    return (32, columns // 4) if columns <= 32 else (16, 8)
+    pairs = max(8, triton.next_power_of_2((grid_cols + 1) // 2))
+    groups = min(pairs // 8, 4 if itemsize == 2 else 2)
+    if itemsize == 4:
+        block_k = 16
+    else:
+        block_k = 64 if groups == 1 and not has_bias else 32
+    unroll = 2 if block_k == 64 else 1
+
+    def tile(queries: int) -> dict[str, int]:
+        constants = {"BLOCK_Q": queries, "BLOCK_K": block_k, "PAIRS": pairs, "GROUPS": groups, "UNROLL": unroll}
+        stages = 2 if itemsize == 4 else 3  # tiles of keys in shared memory
+        return constants | {"num_warps": groups * queries // 16, "num_stages": stages}
+
+    blocks, rest = divmod(tokens, 64)
+    if itemsize == 4 or not rest or rest > 32:
+        return [(0, triton.cdiv(tokens, 64), tile(64))]
+    few = tile(16 if rest <= 16 else 32) | {"UNROLL": 1, "BLOCK_K": 32}
+    return [*([(0, blocks, tile(64))] if blocks else []), (64 * blocks, 1, few)]
 
 
 def _unrolled(grid_rows: int) -> int:

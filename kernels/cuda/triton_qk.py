@@ -1,4 +1,9 @@
-"""Device code of the `triton` backend from query and key: a softmax over the patches, a row of the grid at a time."""
+"""Device code of the `triton` backend from query and key: a softmax over the patches, a row of the grid at a time.
+
+What makes it fast. A row of the grid is one product, whose columns lie as [even | odd | next even | unused]: parts of a
+tile that are the same registers of the same threads. So neighbours to the right are products of two parts, neighbours
+below those of a part with that of the row before, and nothing is moved between threads before the end.
+"""
 
 # Triton types device code: its parameters take no annotations but tl.constexpr.
 # mypy: disable-error-code="no-untyped-def"
@@ -20,8 +25,8 @@ from kernels.cuda.triton_rows import (
     LOG2_E,
     at_ends,
     fast_exp2,
+    fast_log2,
     fast_sqrt,
-    of_edges,
     of_grid,
     store_edges,
     store_plane,
@@ -29,11 +34,10 @@ from kernels.cuda.triton_rows import (
 
 
 @triton.jit
-def logits(
-    q, key, bias, tokens, stride_kn, stride_kd, stride_bk, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASK: tl.constexpr, WIDEN: tl.constexpr,
+def products(
+    q, key, tokens, stride_kn, stride_kd, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """log2(e)·(scale·q·kᵀ + bias) of the tokens given as keys; bias points at the queries' rows."""
+    """q·kᵀ of the tokens given as keys. float32 factors go through the matrix units as sums of TF32 numbers."""
     d = tl.arange(0, BLOCK_D)
     at = key + tokens.to(tl.int64)[None, :] * stride_kn + d[:, None] * stride_kd
     if HEAD_DIM < BLOCK_D:
@@ -42,13 +46,28 @@ def logits(
         k = tl.load(at)
     if WIDEN:
         k = k.to(tl.float32)
-    found = tl.dot(q, k, input_precision="ieee") * factor
+    return tl.dot(q, k, input_precision="tf32x3")
+
+
+@triton.jit
+def with_bias(s, bias, tokens, stride_bk, IS_MASK: tl.constexpr):
+    """Logits with what is added to those of the tokens given as keys; bias points at the queries' rows."""
+    added = tl.load(bias + tokens[None, :] * stride_bk)
+    if IS_MASK:
+        return s + tl.where(added != 0, 0.0, float("-inf"))  # added: a hidden NaN is still a NaN
+    else:
+        return s + added.to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def logits(
+    q, key, bias, tokens, stride_kn, stride_kd, stride_bk, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASK: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """log2(e)·(scale·q·kᵀ + bias) of the tokens given as keys; bias points at the queries' rows."""
+    found = products(q, key, tokens, stride_kn, stride_kd, HEAD_DIM, BLOCK_D, WIDEN) * factor
     if HAS_BIAS:
-        added = tl.load(bias + tokens[None, :] * stride_bk)
-        if IS_MASK:
-            found += tl.where(added != 0, 0.0, float("-inf"))  # added: a hidden NaN is still a NaN
-        else:
-            found += added.to(tl.float32) * LOG2_E
+        found = with_bias(found, bias, tokens, stride_bk, IS_MASK)
     return found
 
 
@@ -58,24 +77,35 @@ def finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
+@triton.jit
+def in_parts(tile, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr):
+    """The three parts of a tile [query, group · part · pair], each [query, pair]: in the registers that they are in."""
+    tile = tl.permute(tl.reshape(tile, (BLOCK_Q, GROUPS, 2, 2, PAIRS // GROUPS)), (0, 1, 4, 3, 2))
+    low, high = tl.split(tl.reshape(tile, (BLOCK_Q, PAIRS, 2, 2)))
+    even, odd = tl.split(low)
+    after, _ = tl.split(high)
+    return even, odd, after
+
+
+@triton.jit(do_not_specialize=["maps", "first_query"])  # a batch of one map is no other kernel
 def qk_rows(
     query, key, bias, q_starts, k_starts, b_starts, planes, valid, maps,
-    stride_qn, stride_qd, stride_kn, stride_kd, stride_bq, stride_bk, factor, row_step, col_step,
+    stride_qn, stride_qd, stride_kn, stride_kd, stride_bq, stride_bk, factor, row_step, col_step, first_query,
     PREFIX: tl.constexpr, GRID_ROWS: tl.constexpr, GRID_COLS: tl.constexpr, NUM_EDGES: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, NEEDS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASK: tl.constexpr,
-    WIDEN: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr,
+    NEEDS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASK: tl.constexpr,
+    NEGATE: tl.constexpr, WIDEN: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """From query and key: a softmax over the patches alone, of one map and BLOCK_Q queries a program.
 
-    Twice over the keys: for the greatest logit, and for the rest. The neighbour to the right is multiplied out again,
-    as a tile has no shift along an axis. A NaN or +inf among the logits makes the sum NaN.
+    Twice over the keys: for the greatest logit, and for the rest, a row of the grid at a time. Its even columns are one
+    part of a tile, its odd ones another; an odd column's neighbour to the right is multiplied out again in a third, as
+    a tile has no shift along an axis. `factor` is at least 0. A NaN or +inf among the logits makes the sum NaN.
     """
     PATCHES: tl.constexpr = GRID_ROWS * GRID_COLS
     TOKENS: tl.constexpr = PREFIX + PATCHES
     m = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n = first_query + tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = n < TOKENS
     near_n = tl.minimum(n, TOKENS - 1)
     d = tl.arange(0, BLOCK_D)
@@ -86,69 +116,95 @@ def qk_rows(
     q = tl.load(q_at, mask=(d < HEAD_DIM)[None, :], other=0.0)
     if WIDEN:
         q = q.to(tl.float32)
+    if NEGATE:
+        q = -q
     key += k_start
     if HAS_BIAS:
         bias_rows = bias + tl.load(b_starts + m) + near_n.to(tl.int64)[:, None] * stride_bq
     else:
         bias_rows = bias
-    column = tl.arange(0, BLOCK_C)
-    here = PREFIX + tl.minimum(column, GRID_COLS - 1)
-    right = PREFIX + tl.minimum(column + 1, GRID_COLS - 1)
-    c = column[None, :]
 
-    peaks = tl.full((BLOCK_Q, BLOCK_C), float("-inf"), tl.float32)
-    for r in range(0, GRID_ROWS):
-        s = logits(q, key, bias_rows, here + r * GRID_COLS, stride_kn, stride_kd, stride_bk, factor,
-                   HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN)  # fmt: skip
+    peaks = tl.full((BLOCK_Q, BLOCK_K), float("-inf"), tl.float32)
+    for k in range(0, PATCHES, BLOCK_K):
+        tokens = PREFIX + tl.minimum(k + tl.arange(0, BLOCK_K), PATCHES - 1)
+        s = products(q, key, tokens, stride_kn, stride_kd, HEAD_DIM, BLOCK_D, WIDEN)
+        if HAS_BIAS:
+            s = with_bias(s * factor, bias_rows, tokens, stride_bk, IS_MASK)
         peaks = tl.maximum(peaks, s)
     top = tl.max(peaks, axis=1)
+    if not HAS_BIAS:
+        top *= factor
     lowered = finite(top)[:, None]
-    s = logits(q, key, bias_rows, here, stride_kn, stride_kd, stride_bk, factor,
-               HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN)  # fmt: skip
-    first = fast_exp2(s - lowered, FAST)
-    pivot = of_grid(first, c, GRID_COLS, 1)[:, None] * (1.0 / GRID_COLS)
-    first -= pivot
+
+    lane = tl.arange(0, 4 * PAIRS)
+    WIDTH: tl.constexpr = PAIRS // GROUPS
+    column = 2 * (lane // (4 * WIDTH) * WIDTH + lane % WIDTH) + tl.minimum(lane // WIDTH % 4, 2)
+    tokens = PREFIX + tl.minimum(column, GRID_COLS - 1)
+    even = 2 * tl.arange(0, PAIRS)[None, :]
+    odd = even + 1
     patch = near_n - PREFIX
-    sideways = (c - (patch % GRID_COLS)[:, None]).to(tl.float32) * col_step
-    sideways = sideways * sideways
+    side = (even - (patch % GRID_COLS)[:, None]).to(tl.float32) * col_step
+    even_side, odd_side = side * side, (side + col_step) * (side + col_step)
     upright = (patch // GRID_COLS).to(tl.float32)[:, None]
 
-    sums = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    s_z = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    s_sq = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    across = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    down = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    far = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    logs = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    apart_across = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    apart_down = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    least = tl.full((BLOCK_Q, BLOCK_C), 1.0, tl.float32)
-    above = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    for r in range(0, GRID_ROWS):
-        t = logits(q, key, bias_rows, here + r * GRID_COLS, stride_kn, stride_kd, stride_bk, factor,
+    s = logits(q, key, bias_rows, tokens, stride_kn, stride_kd, stride_bk, factor,
+               HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN)  # fmt: skip
+    even_t, odd_t, _ = in_parts(s, BLOCK_Q, GROUPS, PAIRS)
+    first_even = fast_exp2(even_t - lowered, FAST)
+    first_odd = tl.where(odd < GRID_COLS, fast_exp2(odd_t - lowered, FAST), 0.0)
+    # Of a row of equal values exactly that value: what is left of each is then exactly 0.
+    pivot = tl.div_rn(of_grid(first_even + first_odd, even, GRID_COLS, 1), 1.0 * GRID_COLS)
+    about = pivot[:, None]
+    first_even -= about
+    first_odd = tl.where(odd < GRID_COLS, first_odd - about, 0.0)
+
+    none = tl.zeros((BLOCK_Q, PAIRS), tl.float32)
+    sums, s_even, s_odd, s_sq, within, beyond, far, logs = none, none, none, none, none, none, none, none
+    apart_within, apart_beyond, even_above, odd_above = none, none, none, none
+    for r in tl.range(0, GRID_ROWS, loop_unroll_factor=UNROLL):
+        s = logits(q, key, bias_rows, tokens + r * GRID_COLS, stride_kn, stride_kd, stride_bk, factor,
                    HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN) - lowered  # fmt: skip
-        x = fast_exp2(t, FAST)
-        sums += x
+        even_t, odd_t, next_t = in_parts(s, BLOCK_Q, GROUPS, PAIRS)
+        even_x, odd_x = fast_exp2(even_t, FAST), fast_exp2(odd_t, FAST)
+        even_z, odd_z = even_x - about, odd_x - about
+        if GRID_COLS % 2:  # the last pair is half a pair
+            odd_x = tl.where(odd < GRID_COLS, odd_x, 0.0)
+            odd_z = tl.where(odd < GRID_COLS, odd_z, 0.0)
         if DISTANCE & NEEDS:
             height = (r - upright) * row_step
-            far += x * fast_sqrt(height * height + sideways, FAST)
+            height *= height
+            far += even_x * fast_sqrt(height + even_side, FAST)
+            far += odd_x * fast_sqrt(height + odd_side, FAST)
         if ENTROPY & NEEDS:
-            logs += x * tl.maximum(t, -150.0)  # 2^−150 is 0 already; 0 · −inf would be NaN
+            if HAS_BIAS:  # 2^−150 is 0 already; 0 · −inf would be NaN
+                even_t, odd_t = tl.maximum(even_t, -150.0), tl.maximum(odd_t, -150.0)
+            logs += even_x * even_t
+            logs += odd_x * odd_t
         if EDGES & NEEDS:
-            t = logits(q, key, bias_rows, right + r * GRID_COLS, stride_kn, stride_kd, stride_bk, factor,
-                       HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN) - lowered  # fmt: skip
-            least = tl.minimum(least, x)
-            z, beside = x - pivot, fast_exp2(t, FAST) - pivot
-            s_z += z
-            s_sq += z * z
-            across += z * beside
-            down += z * above
+            next_z = fast_exp2(next_t, FAST) - about
+            s_even += even_z
+            s_odd += odd_z
+            s_sq += even_z * even_z
+            s_sq += odd_z * odd_z
+            within += even_z * odd_z
+            within += even_z * even_above
+            within += odd_z * odd_above
+            beyond += odd_z * next_z
             if GEARY & NEEDS:
-                apart_across += (z - beside) * (z - beside)
-                apart_down += (z - above) * (z - above)
-            above = z
+                gap = tl.where(odd < GRID_COLS, even_z - odd_z, 0.0)
+                apart_within += gap * gap
+                apart_within += (even_z - even_above) * (even_z - even_above)
+                apart_within += (odd_z - odd_above) * (odd_z - odd_above)
+                apart_beyond += (odd_z - next_z) * (odd_z - next_z)
+            even_above, odd_above = even_z, odd_z
+        else:
+            sums += even_x
+            sums += odd_x
 
-    total = of_grid(sums, c, GRID_COLS, 1)
+    s_z = of_grid(s_even + s_odd, even, GRID_COLS, 1)
+    total = of_grid(sums, even, GRID_COLS, 1)
+    if EDGES & NEEDS:
+        total = s_z + PATCHES * pivot
     highest, mass, on_all = top, tl.zeros((BLOCK_Q,), tl.float32), total
     if PREFIX > 0:
         p = tl.arange(0, BLOCK_P)
@@ -156,8 +212,8 @@ def qk_rows(
                       HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN)  # fmt: skip
         head = tl.where((p < PREFIX)[None, :], head, float("-inf"))
         highest = tl.maximum(top, tl.max(head, axis=1))
-        on_prefix = tl.sum(tl.exp2(head - finite(highest)[:, None]), axis=1)
-        on_all = on_prefix + total * tl.exp2(top - finite(highest))
+        on_prefix = tl.sum(fast_exp2(head - finite(highest)[:, None], FAST), axis=1)
+        on_all = on_prefix + total * fast_exp2(top - finite(highest), FAST)
         mass = on_prefix / tl.where(on_all > 0, on_all, 1.0)
     is_valid = (on_all == on_all) & (highest > float("-inf"))
     rows = maps.to(tl.int64) * TOKENS
@@ -166,19 +222,22 @@ def qk_rows(
     store_plane(planes, AT_PREFIX_MASS, at, tl.where(is_valid, mass, float("nan")), inside, rows)
     defined = is_valid & (total > 0)
     divisor = tl.where(defined, total, 1.0)
+    share = 1.0 / divisor
     if DISTANCE & NEEDS:
-        distance = of_grid(far, c, GRID_COLS, 1) / divisor
+        distance = of_grid(far, even, GRID_COLS, 1) * share
         store_plane(planes, AT_DISTANCE, at, tl.where(defined, distance, float("nan")), inside, rows)
     if ENTROPY & NEEDS:
         # ln Z − Σ x·t / Z: no logarithm a key
-        nat = LN_2 * (tl.log2(divisor) - of_grid(logs, c, GRID_COLS, 1) / divisor)
+        nat = LN_2 * (fast_log2(divisor, FAST) - of_grid(logs, even, GRID_COLS, 1) * share)
         store_plane(planes, AT_ENTROPY, at, tl.where(defined, tl.maximum(nat, 0.0), float("nan")), inside, rows)
     if EDGES & NEEDS:
-        varies = tl.min(least, axis=1) < 1.0  # the greatest is 2^0
-        apart_down -= first * first  # the first row has none above it
+        squares = of_grid(s_sq, even, GRID_COLS, 1)
+        ends = at_ends(s_even, first_even, even_above, even, GRID_COLS)
+        ends += at_ends(s_odd, first_odd, odd_above, odd, GRID_COLS)
+        apart_within -= first_even * first_even + first_odd * first_odd  # the first row has none above it
+        cross = tl.where(even < GRID_COLS, within, 0.0) + tl.where(even + 2 < GRID_COLS, beyond, 0.0)
+        apart = tl.where(even < GRID_COLS, apart_within, 0.0) + tl.where(even + 2 < GRID_COLS, apart_beyond, 0.0)
         store_edges(
-            planes, at, inside, rows, defined, varies, of_grid(s_z, c, GRID_COLS, 1), of_grid(s_sq, c, GRID_COLS, 1),
-            of_edges(across, down, c, GRID_COLS, 1),
-            of_grid(at_ends(s_z, first, above, c, GRID_COLS), c, GRID_COLS, 1),
-            of_edges(apart_across, apart_down, c, GRID_COLS, 1), PATCHES, NUM_EDGES, NEEDS,
+            planes, at, inside, rows, defined, squares > 0, s_z, squares, tl.sum(cross, axis=1),
+            of_grid(ends, even, GRID_COLS, 1), tl.sum(apart, axis=1), PATCHES, NUM_EDGES, NEEDS,
         )  # fmt: skip
