@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from train.compiled import compiled_blocks
 from train.data import ImageSet, read_ahead
 from train.errors import TrainingDivergedError
 from train.evaluation import Evaluation
@@ -131,7 +132,11 @@ def fit(
         disable=None if workers.first else True,
     )
     plan = _plan(run, len(train), progress.step)
-    with bar, contextlib.closing(read_ahead(read, plan)) as batches:
+    with (
+        bar,
+        contextlib.closing(read_ahead(read, plan)) as batches,
+        compiled_blocks(module, shared.compile) as blocks,
+    ):
         while progress.step < steps and not (0 < shared.patience <= progress.epochs_since_best()):
             (step, batch), pixels = next(batches)
             count, indices = len(batch), workers.share(batch)
@@ -142,6 +147,7 @@ def fit(
             entropy = [run.seed, step, 2, *([workers.rank] if workers.rank else [])]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))  # dropout, stochastic depth
             optimizer.zero_grad(set_to_none=True)
+            blocks.use(count == shared.batch_size)
             tally = torch.zeros(2, device=device, dtype=torch.float64)  # mean loss, hits
             for place in _parts(len(indices), shared.accumulate):
                 chosen = indices[place]
@@ -173,6 +179,7 @@ def fit(
             while launched and (ends or saves):
                 look(launched.popleft())
             if ends:
+                blocks.use(False)
                 with _averaged(state):
                     evaluation = objective.validate()
                     _train_mode(module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -51,8 +50,6 @@ def training_mode(
     fused = [module for module in model.modules() if separate and getattr(module, "fused_attn", False) is True]
     before, had_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             for module in fused:

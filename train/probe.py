@@ -1,6 +1,7 @@
 """The linear probe: a linear classifier on what a frozen backbone reads out, fitted to convergence.
 
-Convex and started at zero, so no seed can change it.
+Convex and started at zero, so no seed can change it. Features and fit are in float32 whatever `train.precision` is:
+captures and accuracies, which read the fitted model out later, are in float32, too, and it takes seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ITERATIONS = 200
 
 @torch.no_grad()
 def cached_features(model: nn.Module, images: ImageSet, device: torch.device, *, batch_size: int = 256) -> torch.Tensor:
-    """The readout of every image, without augmentation, float32 [image, feature] on the CPU."""
+    """The readout of every image, without augmentation, float32 [image, feature] on the device."""
     model.eval()
     bar = tqdm(total=len(images), desc="features", unit=" images", disable=None, delay=1)
     features = []
@@ -34,7 +35,7 @@ def cached_features(model: nn.Module, images: ImageSet, device: torch.device, *,
         for indices, inputs in images.batches(images.parts(batch_size), device):
             features.append(readout(model, inputs).float())
             bar.update(len(indices))
-    return torch.cat(features).cpu()
+    return torch.cat(features)
 
 
 def fit_probe(
@@ -49,12 +50,12 @@ def fit_probe(
     mean = features.mean(dim=0)
     # A feature that is the same in every image says nothing and must not be blown up.
     spread = features.std(dim=0, correction=0)
-    spread = torch.where(spread > 1e-6 * (mean.abs() + 1e-6), spread, torch.ones(()))
+    spread = torch.where(spread > 1e-6 * (mean.abs() + 1e-6), spread, 1.0)
     features, held_out = (features - mean) / spread, (held_out - mean) / spread
-    labels, held_out_labels = torch.from_numpy(train.labels), torch.from_numpy(validation.labels)
+    labels, held_out_labels = (torch.from_numpy(images.labels).to(device) for images in (train, validation))
 
     history: list[dict[str, Any]] = []
-    start = torch.zeros(len(train.class_names), features.shape[1] + 1)
+    start = torch.zeros(len(train.class_names), features.shape[1] + 1, device=device)
     best, solution = -1.0, start
     for penalty in PENALTIES:  # from strong to weak, each from the one before
         start, loss = _minimise(features, labels, start, penalty, label_smoothing)
@@ -84,17 +85,17 @@ def _minimise(
     """Weights and bias [class, feature + 1] at the minimum, and the loss there."""
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        parameters = torch.from_numpy(flat).view_as(start).float().requires_grad_()
+        parameters = torch.from_numpy(flat).view_as(start).float().to(start.device).requires_grad_()
         logits = features @ parameters[:, :-1].T + parameters[:, -1]
         loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         loss = loss + penalty / 2 * parameters[:, :-1].square().sum()
         (gradient,) = torch.autograd.grad(loss, parameters)
-        return loss.item(), gradient.double().flatten().numpy()
+        return loss.item(), gradient.double().flatten().cpu().numpy()
 
     solution = optimize.minimize(
-        objective, start.double().flatten().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS}
+        objective, start.double().flatten().cpu().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS}
     )
-    return torch.from_numpy(solution.x).view_as(start).float(), float(solution.fun)
+    return torch.from_numpy(solution.x).view_as(start).float().to(start.device), float(solution.fun)
 
 
 def _score(parameters: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest, write_history
 from train.choices import Compression, Init
+from train.compiled import require_compiler
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
 from train.errors import DamagedFileError, InputError, require_known
@@ -249,6 +250,8 @@ def train_condition(
     recipe = RECIPES[run.condition.recipe]
     assert recipe.train is not None  # as was checked
     run = replace(run, shared=replace(run.shared, precision=resolve_precision(run.shared.precision, where)))
+    if run.used_values().get("compile"):
+        require_compiler(where)
     source = source_of(model).completed()
     with seeded(run.seed):
         built = build_model(source, num_classes=len(data.class_names))
