@@ -34,7 +34,7 @@ def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
         assert all(row["value"] > 0 and not row["error"] for row in section["rows"]), name
     assert found["about"]["small"] is True
     assert {"date", "device", "versions", "code", "commit"} <= set(found["about"])
-    traces = {f"trace_{name}.json.gz" for name in ("forward", "metrics_sink_torch", "training")}
+    traces = {f"trace_{name}.json.gz" for name in ("forward", "metrics_sink_torch", "training", "training_compiled")}
     assert {file.name for file in logs.iterdir()} == {"tests.log", *traces}
     before = path.stat()
     assert main(["--small", "--json", str(path)]) == 0
