@@ -87,6 +87,10 @@ class Backend(Protocol):
         """(mean [*leading] of the patch queries that have a value, valid ones that have none) of [*leading, query]."""
         return mean_of_rows(values, valid)
 
+    def means_of_rows(self, values: Mapping[str, Any], valid: Any) -> dict[str, tuple[Any, Any]]:
+        """Metric name -> `mean_of_rows` of its values."""
+        return {name: self.mean_of_rows(of_rows, valid) for name, of_rows in values.items()}
+
     def needs(self, specs: Sequence[MetricSpec], planes: Sequence[str]) -> int:
         """Bits, in the order of all planes, of those that the pass must fill in; MetricError for other code."""
         needs = 0

@@ -231,20 +231,23 @@ def _run(
         raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
     patches_valid = valid[..., given.layout.num_prefix_tokens :]
-    reduced: dict[str, Any] = {}
-    undefined: dict[str, Any] = {}
-    for spec in specs:
-        value = values[spec.name]
-        if spec.inputs == "regions" or value.ndim != valid.ndim:  # of a whole map
-            value, count = _values_of_maps(value, patches_valid)
-        elif reduce == "none":
-            count = (arrays.library(value).isnan(value) & patches_valid).sum(-1)
+    of_rows = [spec for spec in specs if spec.inputs != "regions" and values[spec.name].ndim == valid.ndim]
+    reduced: dict[str, tuple[Any, Any]] = {}  # value, and rows without one
+    for runner, part in ((backend, coded), (REFERENCE, others)):
+        rows = {spec.name: values[spec.name] for spec in part if spec in of_rows}
+        if reduce == "mean":
+            reduced |= runner.means_of_rows(rows, patches_valid)
         else:
-            value, count = (backend if spec in coded else REFERENCE).mean_of_rows(value, patches_valid)
-        reduced[spec.name] = arrays.as_kind(value, given.like)
-        undefined[spec.name] = arrays.as_kind(count, given.like)
+            reduced |= {name: (found, _missing(found, patches_valid).sum(-1)) for name, found in rows.items()}
+    reduced |= {spec.name: _values_of_maps(values[spec.name], patches_valid) for spec in specs if spec not in of_rows}
+    in_order = {spec.name: [arrays.as_kind(found, given.like) for found in reduced[spec.name]] for spec in specs}
+    means, undefined = ({name: pair[i] for name, pair in in_order.items()} for i in range(2))
     from_reference = tuple(spec.name for spec in others)
-    return Measurement(reduced, chosen.name, undefined, arrays.as_kind(valid, given.like), from_reference)
+    return Measurement(means, chosen.name, undefined, arrays.as_kind(valid, given.like), from_reference)
+
+
+def _missing(values: Any, valid: Any) -> Any:
+    return arrays.library(values).isnan(values) & valid
 
 
 def _values_of_maps(values: Any, valid: Any) -> tuple[Any, Any]:

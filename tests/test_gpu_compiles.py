@@ -142,8 +142,8 @@ class TestTritonCompiles:
         assert (
             self.spilled(self.compiled(triton_maps.exact_rows, constants, types, {"num_warps": 4}, ()), tmp_path) == 0
         )
-        types = {"values": "*fp32", "means": "*fp64", "undefined": "*i64"}
+        types = dict.fromkeys(("first", "second", "third", "fourth"), "*fp32")
+        types |= {"means": "*fp64", "undefined": "*i64"}
         constants = {"QUERIES": 1369, "BLOCK": 2048, "query_stride": 1}
-        assert (
-            self.spilled(self.compiled(triton_rows.mean_of_rows, constants, types, {"num_warps": 4}, ()), tmp_path) == 0
-        )
+        binary = self.compiled(triton_rows.means_of_rows, constants, types, {"num_warps": 4}, ())
+        assert self.spilled(binary, tmp_path) == 0

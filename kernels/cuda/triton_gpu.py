@@ -12,7 +12,7 @@ From query and key the row is a softmax over the patch logits alone; prefix keys
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ DTYPES = ("float16", "bfloat16", "float32")
 # Stored maps: maps of a program, and threads. Two maps at 224 px take 96 registers, four 168 for the same instructions
 # (28 an element by sm_90's compiler: half of them a row's own, for its sums over lanes and its results).
 MAPS, MAPS_WARPS = 2, 4
+# Planes whose means one launch takes.
+AT_ONCE = 4
 
 
 class TritonBackend(Backend):
@@ -118,24 +120,41 @@ class TritonBackend(Backend):
                 )
         return self.values(values, values.valid, factors, specs)
 
-    def mean_of_rows(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """One launch, where torch takes eight; the tensors are a kernel's planes and validity, or views of them."""
-        leading, queries = values.shape[:-1], values.shape[-1]
-        rows, sound = tensor_of(values).reshape(-1, queries), tensor_of(valid).reshape(-1, queries)
-        means = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        undefined = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        if len(rows):
-            with _current_device(rows):
-                triton_rows.mean_of_rows[(len(rows),)](
-                    *(rows, sound.view(torch.int8), means, undefined, *rows.stride(), sound.stride(0)),
-                    QUERIES=queries,
-                    BLOCK=triton.next_power_of_2(queries),
-                    num_warps=4,
-                )
-        return means.view(leading), undefined.view(leading)
+    def means_of_rows(self, values: Mapping[str, Tensor], valid: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """One launch for all planes of a pass, where torch takes eight for each."""
+        shape, sound = valid.shape[:-1], tensor_of(valid).reshape(-1, valid.shape[-1])
+        alike: dict[Any, dict[str, Tensor]] = {}
+        for name, of_rows in values.items():
+            rows = tensor_of(of_rows).reshape(-1, valid.shape[-1])
+            alike.setdefault((rows.dtype, rows.stride()), {})[name] = rows
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for group in alike.values():
+            for start in range(0, len(group), AT_ONCE):
+                names = list(group)[start : start + AT_ONCE]
+                means, undefined = _means_of_rows([group[name] for name in names], sound)
+                found |= {name: (means[i].view(shape), undefined[i].view(shape)) for i, name in enumerate(names)}
+        return found
 
 
 BACKEND = TritonBackend()
+
+
+def _means_of_rows(planes: list[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(means, rows without a value) [plane, map] of at most `AT_ONCE` planes [map, query] of the same strides."""
+    maps, queries = valid.shape
+    means = torch.empty(len(planes), maps, dtype=torch.float64, device=valid.device)
+    undefined = torch.empty(len(planes), maps, dtype=torch.int64, device=valid.device)
+    if maps:
+        block = triton.next_power_of_2(queries)
+        with _current_device(valid):
+            triton_rows.means_of_rows[maps, len(planes)](
+                *(*planes, *planes[:1] * (AT_ONCE - len(planes)), valid.view(torch.int8), means, undefined, maps),
+                *(*planes[0].stride(), valid.stride(0)),
+                QUERIES=queries,
+                BLOCK=block,
+                num_warps=1 if block <= 256 else 4,
+            )
+    return means, undefined
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -112,13 +112,23 @@ def at_ends(s_z, first, last, c, GRID_COLS: tl.constexpr):
     return (across + 2.0) * s_z - first - last
 
 
-@triton.jit
-def mean_of_rows(
-    values, valid, means, undefined, map_stride, query_stride, valid_stride,
+@triton.jit(do_not_specialize=["maps"])
+def means_of_rows(
+    first, second, third, fourth, valid, means, undefined, maps, map_stride, query_stride, valid_stride,
     QUERIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mean over the queries that have a value, in float64, and how many valid ones have none; one map per program."""
-    m = tl.program_id(0).to(tl.int64)
+    """Mean over the queries that have a value, in float64, and how many valid ones have none.
+
+    A program takes a map of one of up to four planes, which have the same strides.
+    """
+    m, plane = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    values = first
+    if plane == 1:
+        values = second
+    elif plane == 2:
+        values = third
+    elif plane == 3:
+        values = fourth
     n = tl.arange(0, BLOCK)
     x = tl.load(values + m * map_stride + n * query_stride, mask=n < QUERIES, other=float("nan"))
     is_valid = tl.load(valid + m * valid_stride + n, mask=n < QUERIES, other=0) != 0
@@ -126,5 +136,6 @@ def mean_of_rows(
     count = tl.sum(defined.to(tl.int32), axis=0)
     total = tl.sum(tl.where(defined, x, 0.0).to(tl.float64), axis=0)
     mean = total / tl.maximum(count, 1).to(tl.float64)
-    tl.store(means + m, tl.where(count > 0, mean, float("nan")))
-    tl.store(undefined + m, tl.sum((is_valid & (x != x)).to(tl.int32), axis=0).to(tl.int64))
+    at = plane * maps + m
+    tl.store(means + at, tl.where(count > 0, mean, float("nan")))
+    tl.store(undefined + at, tl.sum((is_valid & (x != x)).to(tl.int32), axis=0).to(tl.int64))
