@@ -67,14 +67,11 @@ class TestTritonCompiles:
     def from_maps(self, side: int, dtype: str, needs: int, tmp_path: Path) -> int:
         from kernels.cuda import triton_gpu, triton_maps
 
-        pairs = triton_gpu.triton.next_power_of_2((side + 1) // 2)
         constants = {
             **geometry(side, needs),
-            "BLOCK_P": 1,
-            "BLOCK_M": triton_gpu.MAPS,
-            "BLOCK_Q": 32 * triton_gpu.MAPS_WARPS // pairs,
-            "PAIRS": pairs,
-            "UNROLL": triton_gpu._unrolled(side),
+            **triton_gpu._maps_tile(side, side),
+            "WORDS": dtype != "fp32" and side % 2 == 0,
+            "IS_SHORT": dtype != "fp32",
             "IS_BFLOAT16": dtype == "bf16",
             "FAST": True,
             "stride_k": 1,

@@ -30,9 +30,8 @@ from kernels.metrics import MetricSpec
 
 DTYPES = ("float16", "bfloat16", "float32")
 
-# Stored maps: maps of a program, and threads. Two maps at 224 px take 96 registers, four 168 for the same instructions
-# (28 an element by sm_90's compiler: half of them a row's own, for its sums over lanes and its results).
-MAPS, MAPS_WARPS = 2, 4
+# Stored maps: maps of a thread, warps of a program, and the most columns of a thread.
+MAPS, MAPS_WARPS, MAPS_WIDTH = 2, 4, 8
 # Planes whose means one launch takes.
 AT_ONCE = 4
 
@@ -57,25 +56,24 @@ class TritonBackend(Backend):
         constants = _geometry(layout) | {
             "NEEDS": self.needs(specs, PLANES),
             "IS_BFLOAT16": tensor.dtype == torch.bfloat16,
-            "BLOCK_P": triton.next_power_of_2(layout.num_prefix_tokens),
         }
-        pairs = triton.next_power_of_2((layout.grid_cols + 1) // 2)
-        block_q = max(1, 32 * MAPS_WARPS // pairs)  # a thread has one pair of columns of one query
+        tile = _maps_tile(layout.grid_rows, layout.grid_cols)
+        is_short = tensor.element_size() == 2
         if count:
             with _current_device(tensor):
-                triton_maps.attention_rows[triton.cdiv(count, MAPS), triton.cdiv(tokens, block_q)](
+                triton_maps.attention_rows[triton.cdiv(count, MAPS * MAPS_WARPS), triton.cdiv(tokens, tile["BLOCK_Q"])](
                     *given,
                     **constants,
-                    BLOCK_M=MAPS,
-                    BLOCK_Q=block_q,
-                    PAIRS=pairs,
-                    UNROLL=_unrolled(layout.grid_rows),
+                    **tile,
+                    WORDS=is_short and tensor.stride(-1) == 1 and layout.grid_cols % 2 == 0,
+                    IS_SHORT=is_short,
                     FAST=not _is_interpreted(),
                     num_warps=MAPS_WARPS,
                 )
                 triton_maps.exact_rows[(count,)](
                     *given,
                     **constants,
+                    BLOCK_P=triton.next_power_of_2(layout.num_prefix_tokens),
                     BLOCK_K=triton.next_power_of_2(layout.num_patches),
                     BLOCK_T=triton.next_power_of_2(tokens),
                     num_warps=4,
@@ -207,6 +205,18 @@ def _qk_tiles(tokens: int, grid_cols: int, itemsize: int, has_bias: bool) -> lis
         return [(0, triton.cdiv(tokens, 64), tile(64))]
     few = tile(16 if rest <= 16 else 32) | {"UNROLL": 1, "BLOCK_K": 32}
     return [*([(0, blocks, tile(64))] if blocks else []), (64 * blocks, 1, few)]
+
+
+def _maps_tile(grid_rows: int, grid_cols: int) -> dict[str, int]:
+    """How a warp divides a map between its threads: LANES to a query, each with the same number of columns."""
+    lanes = min(32, triton.next_power_of_2(triton.cdiv(grid_cols, MAPS_WIDTH)))
+    return {
+        "MAPS": MAPS,
+        "THREADS": 32 * MAPS_WARPS,
+        "LANES": lanes,
+        "BLOCK_Q": 32 // lanes,
+        "UNROLL": _unrolled(grid_rows),
+    }
 
 
 def _unrolled(grid_rows: int) -> int:

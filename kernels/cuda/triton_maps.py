@@ -1,14 +1,18 @@
 """Device code of the `triton` backend from stored maps: rows in one pass, a row of the grid at a time.
 
-What makes it fast. A tile holds the same row of the grid of several queries, so the neighbour below is the tile of the
-step after, in the same registers; nothing is summed over lanes before the end; values are centred as they come, about
-the mean of their first grid row. That is no worse than centring about the true mean by a factor of the number of grid
-rows: where the first row's mean is off by δ, the first row differs from the others, and Σz² is at least C·δ². What is
-left of the mean is taken out of the sums at the end.
+What makes it fast. A thread holds WIDTH neighbouring columns of the same query in a few maps, whose distances it works
+out once, and walks down the grid: the neighbour above is the value of the step before, in a register, and nothing is
+summed over threads before the end. Halves are read as the aligned 32-bit words that hold them, and shifted into place.
+Values are centred as they come, about the mean of their first grid row. That is no worse than centring about the true
+mean by a factor of the number of grid rows: where the first row's mean is off by δ, the first row differs from the
+others, and Σz² is at least C·δ². Where it is clearly off, they are centred about what the row's sum of 1 leaves to a
+patch. What is left of the mean is taken out of the sums at the end.
 """
 
 # Triton types device code: its parameters take no annotations but tl.constexpr.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,var-annotated,assignment,misc"
+# Nor does it know starred tuples.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -24,10 +28,8 @@ from kernels.cuda.triton_rows import (
     ENTROPY,
     GEARY,
     LN_2,
-    at_ends,
     fast_log2,
     fast_sqrt,
-    of_grid,
     store_edges,
     store_plane,
     widened,
@@ -35,155 +37,301 @@ from kernels.cuda.triton_rows import (
 
 # Added to a value before its logarithm: below it x·log x is 0 in float32 anyway.
 NOTHING = tl.constexpr(1e-30)
-# Rows whose patches sum to less are done again, scaled: squares of their values would underflow.
-LEAST_TOTAL = tl.constexpr(1e-12)
+# Rows whose patches sum to less are done again, scaled: squares of what sets their values apart could underflow.
+LEAST_TOTAL = tl.constexpr(1e-8)
+
+
+@triton.jit
+def shifted(low, high, shift, FAST: tl.constexpr):
+    """The word that begins `shift` bits, 0 or 16, into two of them."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.where(shift == 0, low, ((low >> 16) & 0xFFFF) | (high << 16))
+
+
+@triton.jit
+def first_half(word, IS_BFLOAT16: tl.constexpr):
+    return widened((word & 0xFFFF).to(tl.int16), True) if IS_BFLOAT16 else as_half(word)
+
+
+@triton.jit
+def second_half(word, IS_BFLOAT16: tl.constexpr):
+    return (word & -65536).to(tl.float32, bitcast=True) if IS_BFLOAT16 else as_half(word >> 16)
+
+
+@triton.jit
+def as_half(word):
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def row_of_grid(
+    at, ends, i: tl.constexpr, stride_k, shift, is_full, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr, SURE: tl.constexpr, WORDS: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """float32 of a thread's columns in the i-th row of the grid from `at` on, and of the next column; then sign bits.
+
+    The first SURE loads lie in the row for every thread; the others have pointers of their own, `ends`.
+    """
+    loads: tl.constexpr = (SLOTS + 2) // 2 if WORDS else SLOTS
+    step: tl.constexpr = GRID_COLS // 2 if WORDS else GRID_COLS
+    raw = ()
+    for j in tl.static_range(loads):
+        if j < SURE:
+            raw = raw + (tl.load(at + (i * step + j) * stride_k),)
+        else:
+            raw = raw + (tl.load(ends[j - SURE] + i * step * stride_k),)
+    x = ()
+    bits = tl.zeros_like(shift)
+    if WORDS:
+        for j in tl.static_range((SLOTS + 1) // 2):
+            word = shifted(raw[j], raw[min(j + 1, loads - 1)], shift, FAST)
+            # Only a thread's own columns: the next one may lie outside the map.
+            if 2 * j + 1 < WIDTH:
+                bits |= word
+            elif 2 * j < WIDTH:
+                bits |= word & 0x8000
+            x = x + (first_half(word, IS_BFLOAT16), second_half(word, IS_BFLOAT16))
+    else:
+        for j in tl.static_range(SLOTS):
+            x = x + (widened(raw[j], IS_BFLOAT16),)
+            if j < WIDTH:
+                bits |= x[j].to(tl.int32, bitcast=True)
+    cut: tl.constexpr = GRID_COLS % WIDTH if GRID_COLS % WIDTH else WIDTH
+    there = ()
+    for j in tl.static_range(SLOTS):
+        there = there + (tl.where(is_full, x[j], 0.0) if j >= cut and j < WIDTH else x[j],)
+    return there, bits
+
+
+@triton.jit
+def add_row(
+    x, pivot, is_full, roots, state, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+    NEEDS: tl.constexpr, IS_SHORT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A row of the grid into the sums of one map."""
+    above, sums, s_z, s_begin, s_end, s_sq, within, beyond, far, logs, apart_within, apart_beyond, bits = state
+    cut: tl.constexpr = GRID_COLS % WIDTH if GRID_COLS % WIDTH else SLOTS  # one thread's columns may not be all there
+    z = ()
+    for j in tl.static_range(SLOTS):
+        z = z + (x[j] - (tl.where(is_full, pivot, 0.0) if j >= cut else pivot),)
+    for j in tl.static_range(WIDTH):
+        sums += x[j]
+        if DISTANCE & NEEDS:
+            far += x[j] * roots[j]
+        if ENTROPY & NEEDS:
+            logs += x[j] * fast_log2(x[j] + NOTHING, FAST)
+        if EDGES & NEEDS:
+            if not IS_SHORT:
+                s_z += z[j]
+            s_sq += z[j] * z[j]
+            within += z[j] * above[j]
+            if j > 0:
+                within += z[j] * z[j - 1]
+            if GEARY & NEEDS:
+                apart_within += (z[j] - above[j]) * (z[j] - above[j])
+                if j > 0:
+                    gap = z[j] - z[j - 1]
+                    if j >= cut:
+                        gap = tl.where(is_full, gap, 0.0)
+                    apart_within += gap * gap
+    if EDGES & NEEDS:
+        s_begin += z[0]
+        s_end += z[(GRID_COLS - 1) % WIDTH]
+        if SLOTS > WIDTH:
+            beyond += z[WIDTH - 1] * z[WIDTH]
+            if GEARY & NEEDS:
+                apart_beyond += (z[WIDTH - 1] - z[WIDTH]) * (z[WIDTH - 1] - z[WIDTH])
+        above = z
+    return above, sums, s_z, s_begin, s_end, s_sq, within, beyond, far, logs, apart_within, apart_beyond, bits
 
 
 @triton.jit
 def rows_of_maps(
-    even_at, odd_at, next_at, r, COUNT: tl.constexpr, stride_k, pivot, begin, even_side, odd_side, upright, row_step,
-    is_odd, state, GRID_COLS: tl.constexpr, NEEDS: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
+    ats, ends, r, COUNT: tl.constexpr, stride_k, shifts, is_full, pivots, sides, upright, row_step, states,
+    MAPS: tl.constexpr, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SURE: tl.constexpr,
+    WORDS: tl.constexpr, NEEDS: tl.constexpr, IS_SHORT: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """COUNT rows of the grid from row r on, into the sums of `state`; the pointers are those of row r."""
-    (
-        even_above, odd_above, sums, s_even, s_odd, s_sq, within, beyond, far, logs, apart_within, apart_beyond, unlike,
-    ) = state  # fmt: skip
+    """COUNT rows of the grid from row r on, into the sums of every map; the pointers are those of row r."""
     for i in tl.static_range(COUNT):
-        even = widened(tl.load(even_at + i * GRID_COLS * stride_k), IS_BFLOAT16)
-        odd = widened(tl.load(odd_at + i * GRID_COLS * stride_k), IS_BFLOAT16)
-        unlike |= even.to(tl.int32, bitcast=True) ^ begin
-        unlike |= odd.to(tl.int32, bitcast=True) ^ begin
-        even_z, odd_z = even - pivot, odd - pivot
-        if GRID_COLS % 2:  # the last pair is half a pair
-            odd = tl.where(is_odd, odd, 0.0)
-            odd_z = tl.where(is_odd, odd_z, 0.0)
-        sums += even
-        sums += odd
-        if DISTANCE & NEEDS:
-            height = (r + i - upright) * row_step
-            height *= height
-            far += even * fast_sqrt(height + even_side, FAST)
-            far += odd * fast_sqrt(height + odd_side, FAST)
-        if ENTROPY & NEEDS:
-            logs += even * fast_log2(even + NOTHING, FAST)
-            logs += odd * fast_log2(odd + NOTHING, FAST)
-        if EDGES & NEEDS:
-            next_z = widened(tl.load(next_at + i * GRID_COLS * stride_k), IS_BFLOAT16) - pivot
-            s_even += even_z
-            s_odd += odd_z
-            s_sq += even_z * even_z
-            s_sq += odd_z * odd_z
-            within += even_z * even_above
-            within += odd_z * odd_above
-            within += even_z * odd_z
-            beyond += odd_z * next_z
-            if GEARY & NEEDS:
-                gap = tl.where(is_odd, even_z - odd_z, 0.0)
-                apart_within += gap * gap
-                apart_within += (even_z - even_above) * (even_z - even_above)
-                apart_within += (odd_z - odd_above) * (odd_z - odd_above)
-                apart_beyond += (odd_z - next_z) * (odd_z - next_z)
-            even_above, odd_above = even_z, odd_z
-    return (
-        even_above, odd_above, sums, s_even, s_odd, s_sq, within, beyond, far, logs, apart_within, apart_beyond, unlike,
-    )  # fmt: skip
+        height = (r + i - upright) * row_step
+        roots = ()
+        for j in tl.static_range(WIDTH):
+            roots = roots + (fast_sqrt(height * height + sides[j], FAST),)
+        added = ()
+        for k in tl.static_range(MAPS):
+            x, signs = row_of_grid(
+                ats[k], ends[k], i, stride_k, shifts[k], is_full, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, IS_BFLOAT16,
+                FAST,
+            )  # fmt: skip
+            sums = add_row(
+                x, pivots[k], is_full, roots, states[k], GRID_COLS, WIDTH, SLOTS, NEEDS, IS_SHORT, FAST
+            )  # fmt: skip
+            added = added + (sums[:12] + (sums[12] | signs,),)
+        states = added
+    return states
 
 
 @triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
 def attention_rows(
     attention, starts, planes, valid, again, maps, stride_q, stride_k, tolerance, row_step, col_step,
     PREFIX: tl.constexpr, GRID_ROWS: tl.constexpr, GRID_COLS: tl.constexpr, NUM_EDGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr, BLOCK_P: tl.constexpr,
-    UNROLL: tl.constexpr, NEEDS: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
+    MAPS: tl.constexpr, BLOCK_Q: tl.constexpr, LANES: tl.constexpr, THREADS: tl.constexpr,
+    UNROLL: tl.constexpr, NEEDS: tl.constexpr, WORDS: tl.constexpr, IS_SHORT: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Stored maps: BLOCK_M maps by BLOCK_Q queries a program, whose distances serve every map.
+    """Stored maps: a thread has one of the LANES parts of a query's columns, in MAPS maps.
 
-    Columns go in pairs, even and odd, so that half the neighbours to the right need no load; PAIRS lanes hold a row.
+    WORDS: halves, next to each other in memory, an even number of columns: read as words of two.
+    A tile has one axis, an element a thread: of more axes, compilers disagree which one runs along the threads.
     """
     PATCHES: tl.constexpr = GRID_ROWS * GRID_COLS
     TOKENS: tl.constexpr = PREFIX + PATCHES
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = (m < maps)[:, None] & (n < TOKENS)[None, :]
-    near_m, near_n = tl.minimum(m, maps - 1), tl.minimum(n, TOKENS - 1)
-    even = 2 * tl.arange(0, PAIRS)[None, None, :]
-    odd = even + 1
-    # 64 bits: a token of a strided view can lie beyond 2³¹ elements.
-    row = attention + tl.load(starts + near_m)[:, None, None] + near_n.to(tl.int64)[None, :, None] * stride_q
-    even_at = row + (PREFIX + tl.minimum(even, GRID_COLS - 1)) * stride_k
-    odd_at = row + (PREFIX + tl.minimum(odd, GRID_COLS - 1)) * stride_k
-    next_at = row + (PREFIX + tl.minimum(even + 2, GRID_COLS - 1)) * stride_k
-
-    begin = widened(tl.load(row + PREFIX * stride_k), IS_BFLOAT16).to(tl.int32, bitcast=True)  # every row's first patch
-    first_even, first_odd = widened(tl.load(even_at), IS_BFLOAT16), widened(tl.load(odd_at), IS_BFLOAT16)
-    first_odd = tl.where(odd < GRID_COLS, first_odd, 0.0)
-    pivot = of_grid(first_even + first_odd, even, GRID_COLS, 2)[:, :, None] * (1.0 / GRID_COLS)
-    first_even -= pivot
-    first_odd = tl.where(odd < GRID_COLS, first_odd - pivot, 0.0)
+    WIDTH: tl.constexpr = (GRID_COLS + LANES - 1) // LANES
+    SLOTS: tl.constexpr = WIDTH + 1 if LANES > 1 else WIDTH
+    LOADS: tl.constexpr = (SLOTS + 2) // 2 if WORDS else SLOTS
+    LAST: tl.constexpr = min((LANES - 1) * WIDTH, GRID_COLS - 1)  # the first column of the last thread
+    SURE: tl.constexpr = min((GRID_COLS - 1 - LAST) // 2 + 1 if WORDS else GRID_COLS - LAST, LOADS)
+    STEP: tl.constexpr = GRID_COLS // 2 if WORDS else GRID_COLS
+    SIGNS: tl.constexpr = -0x7FFF8000 if WORDS else -0x80000000
+    t = tl.arange(0, THREADS)
+    lane = t % LANES
+    n = tl.program_id(1) * BLOCK_Q + t // LANES % BLOCK_Q
+    m = (tl.program_id(0) * (THREADS // (BLOCK_Q * LANES)) + t // (BLOCK_Q * LANES)) * MAPS
+    near_n = tl.minimum(n, TOKENS - 1)
+    c = tl.minimum(lane * WIDTH, GRID_COLS - 1)
+    is_full = lane < GRID_COLS // WIDTH
     patch = near_n - PREFIX
-    side = (even - (patch % GRID_COLS)[None, :, None]).to(tl.float32) * col_step
-    even_side, odd_side = side * side, (side + col_step) * (side + col_step)
-    upright = (patch // GRID_COLS).to(tl.float32)[None, :, None]
+    upright = (patch // GRID_COLS).to(tl.float32)
+    sides = ()
+    for j in tl.static_range(WIDTH):
+        side = (lane * WIDTH + j - patch % GRID_COLS).to(tl.float32) * col_step
+        sides = sides + (side * side,)
+    none = tl.zeros((THREADS,), tl.float32)
+    no_bits = tl.zeros((THREADS,), tl.int32)
+    above = ()
+    for _ in tl.static_range(SLOTS):
+        above = above + (none,)
 
-    none = tl.zeros((BLOCK_M, BLOCK_Q, PAIRS), tl.float32)
-    no_bits = tl.zeros((BLOCK_M, BLOCK_Q, PAIRS), tl.int32)
-    state = none, none, none, none, none, none, none, none, none, none, none, none, no_bits
+    ats, ends, shifts, pivots, firsts, states = (), (), (), (), (), ()
+    for k in tl.static_range(MAPS):
+        # 64 bits: a token of a strided view can lie beyond 2³¹ elements.
+        row = attention + tl.load(starts + tl.minimum(m + k, maps - 1)) + near_n.to(tl.int64) * stride_q
+        at = row + (PREFIX + c) * stride_k
+        shift = no_bits
+        near = GRID_COLS - 1 - c
+        if WORDS:
+            address = at.to(tl.int64, bitcast=True)
+            shift = (address.to(tl.int32) & 2) * 8
+            at = (address & -4).to(tl.pointer_type(tl.int32), bitcast=True)
+            near = (shift // 16 + near) // 2
+        end = ()
+        for j in tl.static_range(SURE, LOADS):
+            end = end + (at + tl.minimum(near, j) * stride_k,)
+        x, _ = row_of_grid(
+            at, end, 0, stride_k, shift, is_full, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, IS_BFLOAT16, FAST
+        )
+        # About the row's first patch, so that the mean of a constant row is exact.
+        begin = widened(tl.load(row + PREFIX * stride_k), IS_BFLOAT16)
+        rest, first, first_sq = none, none, none
+        for j in tl.static_range(WIDTH):
+            rest += tl.where(lane * WIDTH + j < GRID_COLS, x[j] - begin, 0.0)
+        pivot = begin + of_lanes(rest, LANES) * (1.0 / GRID_COLS)
+        mass = none
+        negative = no_bits
+        for p in tl.static_range(PREFIX):
+            head = widened(tl.load(row + p * stride_k), IS_BFLOAT16)
+            mass += head
+            negative |= (head < 0).to(tl.int32)
+        mean = (1.0 - mass) * (1.0 / PATCHES)  # of a row that sums to 1
+        pivot = tl.where((mass < 0.75) & (tl.abs(pivot - mean) > mean / 16), mean, pivot)
+        if IS_SHORT:  # to 13 bits, so that its multiples by numbers of patches are exact
+            pivot = ((pivot.to(tl.int32, bitcast=True) + 0x400) & -0x800).to(tl.float32, bitcast=True)
+        for j in tl.static_range(WIDTH):
+            z = tl.where(lane * WIDTH + j < GRID_COLS, x[j] - pivot, 0.0)
+            first += z
+            first_sq += z * z
+        ats, ends, shifts, pivots = ats + (at,), ends + (end,), shifts + (shift,), pivots + (pivot,)
+        firsts = firsts + ((first, first_sq, mass, negative),)
+        states = states + ((above, none, none, none, none, none, none, none, none, none, none, none, no_bits),)
+
     whole: tl.constexpr = GRID_ROWS // UNROLL * UNROLL
     for r in range(0, whole, UNROLL):
-        state = rows_of_maps(
-            even_at, odd_at, next_at, r, UNROLL, stride_k, pivot, begin, even_side, odd_side, upright, row_step,
-            odd < GRID_COLS, state, GRID_COLS, NEEDS, IS_BFLOAT16, FAST,
+        states = rows_of_maps(
+            ats, ends, r, UNROLL, stride_k, shifts, is_full, pivots, sides, upright, row_step, states,
+            MAPS, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
         )  # fmt: skip
-        even_at += UNROLL * GRID_COLS * stride_k
-        odd_at += UNROLL * GRID_COLS * stride_k
-        next_at += UNROLL * GRID_COLS * stride_k
-    state = rows_of_maps(
-        even_at, odd_at, next_at, whole, GRID_ROWS - whole, stride_k, pivot, begin, even_side, odd_side, upright,
-        row_step, odd < GRID_COLS, state, GRID_COLS, NEEDS, IS_BFLOAT16, FAST,
+        moved, moved_ends = (), ()
+        for k in tl.static_range(MAPS):
+            moved = moved + (ats[k] + UNROLL * STEP * stride_k,)
+            end = ()
+            for j in tl.static_range(LOADS - SURE):
+                end = end + (ends[k][j] + UNROLL * STEP * stride_k,)
+            moved_ends = moved_ends + (end,)
+        ats, ends = moved, moved_ends
+    states = rows_of_maps(
+        ats, ends, whole, GRID_ROWS - whole, stride_k, shifts, is_full, pivots, sides, upright, row_step, states,
+        MAPS, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
     )  # fmt: skip
-    (
-        last_even, last_odd, sums, s_even, s_odd, s_sq, within, beyond, far, logs, apart_within, apart_beyond, unlike,
-    ) = state  # fmt: skip
 
     rows = maps.to(tl.int64) * TOKENS
-    at = near_m.to(tl.int64)[:, None] * TOKENS + near_n[None, :]
-    total = of_grid(sums, even, GRID_COLS, 2)
-    # 1: a value differs from the first; 2: one has another sign. −0 has a sign too: rows with any are done again.
-    marks = tl.where(unlike < 0, 2.0, tl.where(unlike != 0, 1.0, 0.0))
-    mark = tl.max(tl.where(even < GRID_COLS, marks, 0.0), axis=2)
-    varies, signed = mark > 0, (mark > 1) | (tl.min(begin, axis=2) < 0)
-    mass = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
-    if PREFIX > 0:
-        p = tl.arange(0, BLOCK_P)[None, None, :]
-        head = widened(tl.load(row + tl.minimum(p, PREFIX - 1) * stride_k), IS_BFLOAT16)
-        mass = tl.sum(tl.where(p < PREFIX, head, 0.0), axis=2)
-        signed |= tl.min(head, axis=2) < 0
-    # A sum that is NaN or infinite fails the comparison.
-    is_valid = tl.abs(mass + total - 1.0) <= tolerance
-    tl.store(valid + at, is_valid.to(tl.int8), mask=inside)
-    redo = signed | ((tl.abs(total) < LEAST_TOTAL) & varies)
-    tl.store(again + at, redo.to(tl.int8), mask=inside)
-    store_plane(planes, AT_PREFIX_MASS, at, tl.where(is_valid, mass, float("nan")), inside, rows)
-    defined = is_valid & (total > 0)
-    divisor = tl.where(defined, total, 1.0)
-    share = 1.0 / divisor
-    if DISTANCE & NEEDS:
-        distance = of_grid(far, even, GRID_COLS, 2) * share
-        store_plane(planes, AT_DISTANCE, at, tl.where(defined, distance, float("nan")), inside, rows)
-    if ENTROPY & NEEDS:
-        nat = LN_2 * (fast_log2(divisor, FAST) - of_grid(logs, even, GRID_COLS, 2) * share)
-        store_plane(planes, AT_ENTROPY, at, tl.where(defined, tl.maximum(nat, 0.0), float("nan")), inside, rows)
-    if EDGES & NEEDS:
-        ends = at_ends(s_even, first_even, last_even, even, GRID_COLS)
-        ends += at_ends(s_odd, first_odd, last_odd, odd, GRID_COLS)
-        apart_within -= first_even * first_even + first_odd * first_odd  # the first row has none above it
-        cross = tl.where(even < GRID_COLS, within, 0.0) + tl.where(even + 2 < GRID_COLS, beyond, 0.0)
-        apart = tl.where(even < GRID_COLS, apart_within, 0.0) + tl.where(even + 2 < GRID_COLS, apart_beyond, 0.0)
-        store_edges(
-            planes, at, inside, rows, defined, varies, of_grid(s_even + s_odd, even, GRID_COLS, 2),
-            of_grid(s_sq, even, GRID_COLS, 2), tl.sum(cross, axis=2), of_grid(ends, even, GRID_COLS, 2),
-            tl.sum(apart, axis=2), PATCHES, NUM_EDGES, NEEDS,
-        )  # fmt: skip
+    has_columns = lane * WIDTH < GRID_COLS
+    has_next = (lane + 1) * WIDTH < GRID_COLS
+    for k in tl.static_range(MAPS):
+        above, sums, s_z, s_begin, s_end, s_sq, within, beyond, far, logs, apart, apart_beyond, bits = states[k]
+        first, first_sq, mass, negative = firsts[k]
+        inside = (lane == 0) & (n < TOKENS) & (m + k < maps)
+        at = (m + k).to(tl.int64) * TOKENS + n
+        total = of_lanes(tl.where(has_columns, sums, 0.0), LANES)
+        # −0 has a sign too: rows with any are done again.
+        signed = negative + of_lanes(tl.where(has_columns & (bits & SIGNS != 0), 1, 0), LANES) > 0
+        # A sum that is NaN or infinite fails the comparison.
+        is_valid = tl.abs(mass + total - 1.0) <= tolerance
+        tl.store(valid + at, is_valid.to(tl.int8), mask=inside)
+        redo = signed | ((total > 0) & (total < LEAST_TOTAL))
+        tl.store(again + at, redo.to(tl.int8), mask=inside)
+        store_plane(planes, AT_PREFIX_MASS, at, tl.where(is_valid, mass, float("nan")), inside, rows)
+        defined = is_valid & (total > 0)
+        divisor = tl.where(defined, total, 1.0)
+        share = 1.0 / divisor
+        if DISTANCE & NEEDS:
+            distance = of_lanes(tl.where(has_columns, far, 0.0), LANES) * share
+            store_plane(planes, AT_DISTANCE, at, tl.where(defined, distance, float("nan")), inside, rows)
+        if ENTROPY & NEEDS:
+            nat = LN_2 * (fast_log2(divisor, FAST) - of_lanes(tl.where(has_columns, logs, 0.0), LANES) * share)
+            store_plane(planes, AT_ENTROPY, at, tl.where(defined, tl.maximum(nat, 0.0), float("nan")), inside, rows)
+        if EDGES & NEEDS:
+            if IS_SHORT:  # exact where Σz² is small: the sums of such halves are
+                columns = tl.maximum(tl.minimum(GRID_COLS - lane * WIDTH, WIDTH), 0)
+                s_z = sums - (columns * GRID_ROWS).to(tl.float32) * pivots[k]
+            s_z = of_lanes(tl.where(has_columns, s_z, 0.0), LANES)
+            # Σ over edges of z_i + z_j: every z four times, but for those at the borders.
+            border = first
+            for j in tl.static_range(WIDTH):
+                border += tl.where(lane * WIDTH + j < GRID_COLS, above[j], 0.0)
+            border += tl.where(lane == 0, s_begin, 0.0) + tl.where(lane == (GRID_COLS - 1) // WIDTH, s_end, 0.0)
+            within += tl.where(has_next, beyond, 0.0)
+            apart += tl.where(has_next, apart_beyond, 0.0) - first_sq  # the first row has none above it
+            store_edges(
+                planes, at, inside, rows, defined, of_lanes(tl.where(has_columns, s_sq, 0.0), LANES) > 0, s_z,
+                of_lanes(tl.where(has_columns, s_sq, 0.0), LANES),
+                of_lanes(tl.where(has_columns, within, 0.0), LANES), 4.0 * s_z - of_lanes(border, LANES),
+                of_lanes(tl.where(has_columns, apart, 0.0), LANES), PATCHES, NUM_EDGES, NEEDS,
+            )  # fmt: skip
+
+
+@triton.jit
+def of_lanes(x, LANES: tl.constexpr):
+    """Sum over the threads of a query, for each of them."""
+    if LANES == 1:
+        return x
+    else:
+        by_query = tl.reshape(x, (x.shape[0] // LANES, LANES))
+        summed = tl.expand_dims(tl.sum(by_query, axis=1), 1)
+        return tl.reshape(tl.broadcast_to(summed, by_query.shape), x.shape)
 
 
 @triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
