@@ -34,7 +34,7 @@ def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
         assert all(row["value"] > 0 and not row["error"] for row in section["rows"]), name
     assert found["about"]["small"] is True
     assert {"date", "device", "versions", "code", "commit"} <= set(found["about"])
-    traces = {f"trace_{name}.json.gz" for name in ("forward", "metrics_sink_torch", "training", "training_compiled")}
+    traces = {f"trace_{name}.json.gz" for name in ("forward", "sink_torch", "training", "training_compiled")}
     assert {file.name for file in logs.iterdir()} == {"tests.log", *traces}
     before = path.stat()
     assert main(["--small", "--json", str(path)]) == 0
@@ -108,18 +108,21 @@ def test_counters_are_read_from_nsight_computes_report() -> None:
         ",".join(f'"{value}"' for value in line)
         for line in (
             ("ID", "Kernel Name", "gpu__time_duration.sum", *map(stalled.format, ("wait", "long_scoreboard")),
-             stalled.format("wait_not_issued"), "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", "other"),
+             stalled.format("wait_not_issued"), "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+             "smsp__inst_executed_op_local.sum"),
             ("", "", "ns", "inst", "inst", "inst", "%", ""),
-            ("0", "qk_rows", "1,234,567", "1.5", "3", "2", "81.25", "4"),
+            ("0", "qk_rows", "1,234,567", "1.5", "3", "2", "81.25", "0"),
             ("1", "mean_of_rows", "9,000", "n/a", "1", "2", "0", "4"),
         )
     )  # fmt: skip
     assert [(row.name, row.value, row.unit) for row in counters.rows_of(report)] == [
         ("qk_rows: gpu__time_duration.sum", 1234567, "ns"),
         ("qk_rows: sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", 81.25, "%"),
+        ("qk_rows: local memory", 0, ""),
         ("qk_rows: warps stalled, long_scoreboard", 3, "inst"),
         ("qk_rows: warps stalled, wait", 1.5, "inst"),
         ("mean_of_rows: gpu__time_duration.sum", 9000, "ns"),
+        ("mean_of_rows: local memory", 4, ""),
         ("mean_of_rows: warps stalled, long_scoreboard", 1, "inst"),
     ]
     assert list(counters.rows_of("==ERROR== no such section")) == []

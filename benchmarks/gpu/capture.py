@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.pictures import Pictures, vit
+from benchmarks.gpu.profiles import Profile
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.timing import device_of
 from engine.capture import AttentionTap, Capture, capture_to_store, discover
@@ -23,7 +24,7 @@ from kernels import METRICS
 from store.arrays import attention_arrays
 from train.transfer import HostCopies
 
-__all__ = ["Passes", "backends", "measure_overhead", "measure_streaming", "passes"]
+__all__ = ["measure_overhead", "measure_profile", "measure_streaming"]
 
 CORE = ("distance", "entropy", "morans_i")
 
@@ -62,7 +63,7 @@ class Passes:
             before.finish()
 
 
-def passes(small: bool, batches: int) -> Passes:
+def _passes(small: bool, batches: int) -> Passes:
     """Of ViT-B/16 in bfloat16, batches of 128."""
     device, (size, batch) = device_of(small), (64, 2) if small else (224, 128)
     model = vit(small, 10, device).to(torch.bfloat16).eval()
@@ -70,15 +71,15 @@ def passes(small: bool, batches: int) -> Passes:
     return Passes(model, images, 2 if small else batches)
 
 
-def backends(small: bool) -> tuple[str, ...]:
+def _backends(small: bool) -> tuple[str, ...]:
     return ("torch",) if small else ("triton", "torch")
 
 
 def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     """Batches with the metrics sink between batches without, wall time."""
-    runs = passes(small, 8)
+    runs = _passes(small, 8)
     contenders: dict[str, Callable[[], Any]] = {
-        f"metrics sink, {backend}": partial(runs.measured, backend) for backend in backends(small)
+        f"metrics sink, {backend}": partial(runs.measured, backend) for backend in _backends(small)
     }
     contenders["tap alone"] = runs.tapped
     batch = len(runs.images)
@@ -88,6 +89,21 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     yield Row(name=f"plain forward, bf16, batch {batch}", value=rate, unit="images/s", key="forward")
     for name, ratio in ratios.items():
         yield Row(name=name, value=ratio, unit="× forward", note=f"{rate / ratio:,.0f} images/s")
+
+
+def measure_profile(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
+    """Two batches, plain and with the metrics sink."""
+    runs = _passes(small, 2)
+    backend = _backends(small)[0]
+    with torch.inference_mode():
+        for what, run in (("forward", runs.plain), (f"sink {backend}", partial(runs.measured, backend))):
+            for _ in range(2):
+                run()
+            profiled = Profile(runs.images.device)
+            profiled.start()
+            run()
+            profiled.stop()
+            yield from profiled.rows(what)
 
 
 def _between(

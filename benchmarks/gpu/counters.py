@@ -29,9 +29,9 @@ SHOWN = (
     r"(l1tex|lts)__t_\w*hit_rate\.pct",
     r"sm__(warps_active|inst_issued)" + SHARE,
     r"launch__(registers_per_thread|occupancy_limit_\w+|shared_mem_per_block|block_size|grid_size|stack_size)",
-    r"\w*(local|spill)\w*\.sum",
 )
 STALL = r"smsp__average_warps?_(?:latency_)?issue_stalled_(?!\w*not_issued)(\w+?)(?:_per_\w+)?\.(?:ratio|pct)"
+LOCAL = r"\w*(local|spill)\w*\.sum"
 STALLS = 6  # reasons shown
 
 
@@ -63,15 +63,20 @@ def rows_of(report: str) -> Iterator[Row]:
     for launch in lines[2:]:
         values = {name: (text, unit) for name, text, unit in zip(lines[0], launch, lines[1], strict=False)}
         kernel = values["Kernel Name"][0].partition("(")[0]
-        stalls = []
+        stalls, local = [], []
         for name, (text, unit) in values.items():
             value = _number(text)
             if value is None:
                 continue
             if stall := re.fullmatch(STALL, name):
                 stalls.append((value, stall[1], unit))
-            elif any(re.fullmatch(pattern, name) for pattern in SHOWN) and (value or "local" in name):
+            elif re.fullmatch(LOCAL, name):
+                local.append(value)
+            elif value and any(re.fullmatch(pattern, name) for pattern in SHOWN):
                 yield Row(name=f"{kernel}: {name}", value=value, unit=unit)
+        if local:
+            note = f"all of {len(local)} counters of registers spilled to local memory"
+            yield Row(name=f"{kernel}: local memory", value=sum(local), unit="", note=note)
         for value, reason, unit in sorted(stalls, reverse=True)[:STALLS]:
             yield Row(name=f"{kernel}: warps stalled, {reason}", value=value, unit=unit)
 
