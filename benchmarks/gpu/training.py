@@ -6,12 +6,14 @@ costs. `measure_whole`: the whole model compiled, which takes a minute to begin.
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -86,8 +88,7 @@ def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     device, precision = device_of(small), _precision(small)
     yield (save := _save_row(small, device))
     size, batch, images = (64, 4, 8) if small else (224, 128, 1280)
-    pictures = Pictures(images, size, CLASSES)
-    model = vit(small, CLASSES, device)
+    pictures, model = _pictures(images, size), _model(small, device)
     evaluation = _rate(lambda: evaluate(model, pictures, device, precision=precision), images)
     yield Row(name=f"evaluation, {precision}, as after each epoch", value=evaluation, unit="images/s")
     final = _rate(lambda: evaluate(model, pictures, device), images)
@@ -148,6 +149,21 @@ def measure_whole(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     yield _row(small, ceilings, Variant(compiled="" if small else "model"))[0]
 
 
+@cache
+def _pictures(count: int, size: int) -> Pictures:
+    return Pictures(count, size, CLASSES)
+
+
+@cache
+def _weights(small: bool) -> nn.Module:
+    return vit(small, CLASSES, torch.device("cpu"))
+
+
+def _model(small: bool, device: torch.device) -> nn.Module:
+    """The same random weights each time; to draw them takes longer than a variant."""
+    return copy.deepcopy(_weights(small)).to(device)
+
+
 def _again_row(small: bool, variant: Variant, first: Timing) -> Row:
     again = _timing(small, variant)
     return Row(
@@ -189,10 +205,10 @@ def _timing(small: bool, variant: Variant, watch: Callable[[int], None] | None =
     """Of the second of two epochs; no state is saved, which has a row of its own."""
     device, precision = device_of(small), _precision(small)
     steps, batch = _sizes(small, variant)
-    pictures = Pictures(batch * steps, 64 if small else 224, CLASSES)
+    pictures = _pictures(batch * steps, 64 if small else 224)
     shared = TrainConfig(epochs=2, batch_size=batch, precision=precision, compile=variant.compiled == "blocks")
     run = TrainingRun(condition=ConditionConfig(), shared=shared)
-    model = vit(small, CLASSES, device)
+    model = _model(small, device)
     optimizer = torch.optim.AdamW(layerwise_groups(model, run), betas=(0.9, 0.98), fused=True)
     called: nn.Module = torch.compile(model) if variant.compiled == "model" else model  # type: ignore[assignment]
     labels = torch.from_numpy(pictures.labels).to(device)
@@ -240,7 +256,7 @@ def _profiled(small: bool, variant: Variant) -> Profile:
 
 def _save_row(small: bool, device: torch.device) -> Row:
     """Seconds that training waits for a save of its state, the second one: there is one to replace."""
-    model = vit(small, CLASSES, device)
+    model = _model(small, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
