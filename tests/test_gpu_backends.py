@@ -276,6 +276,16 @@ class TestQueryAndKey:
         assert got.undefined == {name: {"morans_i": 12, "gearys_c": 12, "cls_morans_i": 1}.get(name, 0) for name in OWN}
         assert got["entropy"].item() == pytest.approx(np.log(12), abs=1e-6)
 
+    @pytest.mark.parametrize(("rows", "cols"), [(3, 4), (5, 13), (4, 1)])
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_equal_keys_of_any_value_make_constant_rows(self, backend: str, rows: int, cols: int) -> None:
+        """Products of small integers are exact; by a scale that is no power of two, less the greatest, they are not."""
+        of = layout(rows, cols, 1)
+        query, key = (np.random.default_rng(4).integers(-9, 9, (1, 2, of.num_tokens, 16)) for _ in range(2))
+        key[...] = key[:, :, :1]
+        got = measure_qk(on_device(query, "float32"), on_device(key, "float32"), of, "morans_i", 0.3, backend=backend)
+        assert got.undefined == {"morans_i": 2 * rows * cols}
+
     @pytest.mark.parametrize("backend", FROM_FACTORS)
     def test_a_query_with_no_key_is_invalid(self, backend: str) -> None:
         query, key = (torch.from_numpy(a[:1, :1]).to(DEVICE) for a in vit_qk(OF, 16, np.random.default_rng(9)))

@@ -151,9 +151,13 @@ def qk_rows(
                HEAD_DIM, BLOCK_D, HAS_BIAS, IS_MASK, WIDEN)  # fmt: skip
     even_t, odd_t, _ = in_parts(s, BLOCK_Q, GROUPS, PAIRS)
     first_even = fast_exp2(even_t - lowered, FAST)
-    first_odd = tl.where(odd < GRID_COLS, fast_exp2(odd_t - lowered, FAST), 0.0)
-    # Of a row of equal values exactly that value: what is left of each is then exactly 0.
-    pivot = tl.div_rn(of_grid(first_even + first_odd, even, GRID_COLS, 1), 1.0 * GRID_COLS)
+    first_odd = fast_exp2(odd_t - lowered, FAST)
+    filled = tl.where(odd < GRID_COLS, first_odd, first_even)  # the last pair may be half a pair
+    least, greatest = tl.min(tl.minimum(first_even, filled), axis=1), tl.max(tl.maximum(first_even, filled), axis=1)
+    first_odd = tl.where(odd < GRID_COLS, first_odd, 0.0)
+    # The mean of the first row of the grid. Of equal values exactly that value: what is left of each is exactly 0.
+    pivot = of_grid(first_even + first_odd, even, GRID_COLS, 1) * (1.0 / GRID_COLS)
+    pivot = tl.where(least == greatest, greatest, pivot)
     about = pivot[:, None]
     first_even -= about
     first_odd = tl.where(odd < GRID_COLS, first_odd - about, 0.0)
