@@ -96,7 +96,7 @@ class TritonBackend(Backend):
         tiles = _qk_tiles(tokens, layout.grid_cols, q.element_size(), bias is not None)
         for first, blocks, tile in tiles if count else ():
             with _current_device(q):
-                triton_qk.qk_rows[count, blocks](
+                triton_qk.qk_rows[triton.cdiv(count, tile["BLOCK_M"]), blocks](
                     *(q, k, added, starts(q), starts(k), starts(added)),
                     *(values.planes, values.valid.view(torch.int8), count),
                     *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
@@ -196,7 +196,14 @@ def _qk_tiles(tokens: int, grid_cols: int, itemsize: int, has_bias: bool) -> lis
     unroll = 2 if block_k == 64 else 1
 
     def tile(queries: int) -> dict[str, int]:
-        constants = {"BLOCK_Q": queries, "BLOCK_K": block_k, "PAIRS": pairs, "GROUPS": groups, "UNROLL": unroll}
+        constants = {
+            "BLOCK_M": 1,
+            "BLOCK_Q": queries,
+            "BLOCK_K": block_k,
+            "PAIRS": pairs,
+            "GROUPS": groups,
+            "UNROLL": unroll,
+        }
         stages = 2 if itemsize == 4 else 3  # tiles of keys in shared memory
         return constants | {"num_warps": groups * queries // 16, "num_stages": stages}
 
