@@ -1,4 +1,4 @@
-"""The tests that need a GPU, on it: both CUDA backends against the float64 reference, copies, waits."""
+"""The tests that need a GPU, on it: both CUDA backends against the float64 reference, copies, waits, training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from benchmarks.gpu.results import ROOT, Row, logs
 __all__ = ["SECONDS", "measure"]
 
 SECONDS = 95  # until the tests that are not done yet are given up
-TESTS = ("tests/test_gpu_backends.py", "tests/test_capture_transfer.py", "tests/test_gpu_waits.py")
+TESTS = (
+    "tests/test_gpu_backends.py",
+    "tests/test_capture_transfer.py",
+    "tests/test_gpu_waits.py",
+    "tests/test_gpu_training.py",
+)
 SMALL = ("tests/test_capture_transfer.py",)
 
 
