@@ -30,7 +30,7 @@ from kernels.metrics import MetricSpec
 
 DTYPES = ("float16", "bfloat16", "float32")
 
-# Stored maps: maps of a thread, warps of a program, and the most columns of a thread.
+# Stored maps: maps of a thread, warps of a program, and the most columns of a thread: 128 registers at 224 px.
 MAPS, MAPS_WARPS, MAPS_WIDTH = 2, 4, 8
 # Planes whose means one launch takes.
 AT_ONCE = 4
@@ -222,13 +222,8 @@ def _maps_tile(grid_rows: int, grid_cols: int) -> dict[str, int]:
         "THREADS": 32 * MAPS_WARPS,
         "LANES": lanes,
         "BLOCK_Q": 32 // lanes,
-        "UNROLL": _unrolled(grid_rows),
+        "UNROLL": min(2, grid_rows),
     }
-
-
-def _unrolled(grid_rows: int) -> int:
-    """How many rows of the grid are written out one after another: up to eight, a divisor if there is one."""
-    return max((count for count in range(4, 9) if grid_rows % count == 0), default=min(6, grid_rows))
 
 
 def _is_aligned(tensor: Tensor) -> bool:

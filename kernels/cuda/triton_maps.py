@@ -68,27 +68,59 @@ def as_half(word):
 
 
 @triton.jit
-def row_of_grid(
-    at, ends, i: tl.constexpr, stride_k, shift, is_full, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr, SURE: tl.constexpr, WORDS: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
+def loaded(
+    at, ends, i: tl.constexpr, stride_k,
+    STEP: tl.constexpr, LOADS: tl.constexpr, SURE: tl.constexpr,
 ):  # fmt: skip
-    """float32 of a thread's columns in the i-th row of the grid from `at` on, and of the next column; then sign bits.
+    """What holds a thread's columns in the i-th row of the grid from `at` on, and the next column.
 
     The first SURE loads lie in the row for every thread; the others have pointers of their own, `ends`.
     """
-    loads: tl.constexpr = (SLOTS + 2) // 2 if WORDS else SLOTS
-    step: tl.constexpr = GRID_COLS // 2 if WORDS else GRID_COLS
     raw = ()
-    for j in tl.static_range(loads):
+    for j in tl.static_range(LOADS):
         if j < SURE:
-            raw = raw + (tl.load(at + (i * step + j) * stride_k),)
+            raw = raw + (tl.load(at + (i * STEP + j) * stride_k),)
         else:
-            raw = raw + (tl.load(ends[j - SURE] + i * step * stride_k),)
+            raw = raw + (tl.load(ends[j - SURE] + i * STEP * stride_k),)
+    return raw
+
+
+@triton.jit
+def loaded_rows(
+    ats, ends, COUNT: tl.constexpr, stride_k,
+    MAPS: tl.constexpr, STEP: tl.constexpr, LOADS: tl.constexpr, SURE: tl.constexpr,
+):  # fmt: skip
+    raws = ()
+    for i in tl.static_range(COUNT):
+        for k in tl.static_range(MAPS):
+            raws = raws + (loaded(ats[k], ends[k], i, stride_k, STEP, LOADS, SURE),)
+    return raws
+
+
+@triton.jit
+def moved(ats, ends, offset, MAPS: tl.constexpr, OTHERS: tl.constexpr):
+    """Pointers of every map, and those of their own."""
+    new_ats, new_ends = (), ()
+    for k in tl.static_range(MAPS):
+        new_ats = new_ats + (ats[k] + offset,)
+        end = ()
+        for j in tl.static_range(OTHERS):
+            end = end + (ends[k][j] + offset,)
+        new_ends = new_ends + (end,)
+    return new_ats, new_ends
+
+
+@triton.jit
+def columns_of(
+    raw, shift, is_full, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """float32 of a thread's columns and of the next one; then sign bits."""
     x = ()
     bits = tl.zeros_like(shift)
     if WORDS:
         for j in tl.static_range((SLOTS + 1) // 2):
-            word = shifted(raw[j], raw[min(j + 1, loads - 1)], shift, FAST)
+            word = shifted(raw[j], raw[min(j + 1, (SLOTS + 2) // 2 - 1)], shift, FAST)
             # Only a thread's own columns: the next one may lie outside the map.
             if 2 * j + 1 < WIDTH:
                 bits |= word
@@ -118,12 +150,19 @@ def add_row(
     z = ()
     for j in tl.static_range(SLOTS):
         z = z + (x[j] - (tl.where(is_full, pivot, 0.0) if j >= cut else pivot),)
+    # A row's own first: hundreds of equal numbers, one after another, would be rounded the same way every time.
+    total = x[0]
+    for j in tl.static_range(1, WIDTH):
+        total += x[j]
+    sums += total
+    if ENTROPY & NEEDS:
+        bits_of_row = x[0] * fast_log2(x[0] + NOTHING, FAST)
+        for j in tl.static_range(1, WIDTH):
+            bits_of_row += x[j] * fast_log2(x[j] + NOTHING, FAST)
+        logs += bits_of_row
     for j in tl.static_range(WIDTH):
-        sums += x[j]
         if DISTANCE & NEEDS:
             far += x[j] * roots[j]
-        if ENTROPY & NEEDS:
-            logs += x[j] * fast_log2(x[j] + NOTHING, FAST)
         if EDGES & NEEDS:
             if not IS_SHORT:
                 s_z += z[j]
@@ -150,12 +189,12 @@ def add_row(
 
 
 @triton.jit
-def rows_of_maps(
-    ats, ends, r, COUNT: tl.constexpr, stride_k, shifts, is_full, pivots, sides, upright, row_step, states,
-    MAPS: tl.constexpr, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SURE: tl.constexpr,
+def add_rows(
+    raws, r, COUNT: tl.constexpr, shifts, is_full, pivots, sides, upright, row_step, states,
+    MAPS: tl.constexpr, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, NEEDS: tl.constexpr, IS_SHORT: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """COUNT rows of the grid from row r on, into the sums of every map; the pointers are those of row r."""
+    """COUNT rows of the grid from row r on, into the sums of every map."""
     for i in tl.static_range(COUNT):
         height = (r + i - upright) * row_step
         roots = ()
@@ -163,10 +202,9 @@ def rows_of_maps(
             roots = roots + (fast_sqrt(height * height + sides[j], FAST),)
         added = ()
         for k in tl.static_range(MAPS):
-            x, signs = row_of_grid(
-                ats[k], ends[k], i, stride_k, shifts[k], is_full, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, IS_BFLOAT16,
-                FAST,
-            )  # fmt: skip
+            x, signs = columns_of(
+                raws[i * MAPS + k], shifts[k], is_full, GRID_COLS, WIDTH, SLOTS, WORDS, IS_BFLOAT16, FAST
+            )
             sums = add_row(
                 x, pivots[k], is_full, roots, states[k], GRID_COLS, WIDTH, SLOTS, NEEDS, IS_SHORT, FAST
             )  # fmt: skip
@@ -231,9 +269,8 @@ def attention_rows(
         end = ()
         for j in tl.static_range(SURE, LOADS):
             end = end + (at + tl.minimum(near, j) * stride_k,)
-        x, _ = row_of_grid(
-            at, end, 0, stride_k, shift, is_full, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, IS_BFLOAT16, FAST
-        )
+        raw = loaded(at, end, 0, stride_k, STEP, LOADS, SURE)
+        x, _ = columns_of(raw, shift, is_full, GRID_COLS, WIDTH, SLOTS, WORDS, IS_BFLOAT16, FAST)
         # About the row's first patch, so that the mean of a constant row is exact.
         begin = widened(tl.load(row + PREFIX * stride_k), IS_BFLOAT16)
         rest, first, first_sq = none, none, none
@@ -258,24 +295,24 @@ def attention_rows(
         firsts = firsts + ((first, first_sq, mass, negative),)
         states = states + ((above, none, none, none, none, none, none, none, none, none, none, none, no_bits),)
 
+    # The rows of the step after are read before those of this one are added up.
     whole: tl.constexpr = GRID_ROWS // UNROLL * UNROLL
+    raws = loaded_rows(ats, ends, UNROLL, stride_k, MAPS, STEP, LOADS, SURE)
     for r in range(0, whole, UNROLL):
-        states = rows_of_maps(
-            ats, ends, r, UNROLL, stride_k, shifts, is_full, pivots, sides, upright, row_step, states,
-            MAPS, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
+        ahead = tl.minimum(r + UNROLL, GRID_ROWS - UNROLL) - tl.minimum(r, GRID_ROWS - UNROLL)
+        ats, ends = moved(ats, ends, ahead * STEP * stride_k, MAPS, LOADS - SURE)
+        soon = loaded_rows(ats, ends, UNROLL, stride_k, MAPS, STEP, LOADS, SURE)
+        states = add_rows(
+            raws, r, UNROLL, shifts, is_full, pivots, sides, upright, row_step, states,
+            MAPS, GRID_COLS, WIDTH, SLOTS, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
         )  # fmt: skip
-        moved, moved_ends = (), ()
-        for k in tl.static_range(MAPS):
-            moved = moved + (ats[k] + UNROLL * STEP * stride_k,)
-            end = ()
-            for j in tl.static_range(LOADS - SURE):
-                end = end + (ends[k][j] + UNROLL * STEP * stride_k,)
-            moved_ends = moved_ends + (end,)
-        ats, ends = moved, moved_ends
-    states = rows_of_maps(
-        ats, ends, whole, GRID_ROWS - whole, stride_k, shifts, is_full, pivots, sides, upright, row_step, states,
-        MAPS, GRID_COLS, WIDTH, SLOTS, SURE, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
-    )  # fmt: skip
+        raws = soon
+    if whole < GRID_ROWS:  # the last rows end with what was read last
+        raws = raws[(UNROLL - GRID_ROWS + whole) * MAPS :]
+        states = add_rows(
+            raws, whole, GRID_ROWS - whole, shifts, is_full, pivots, sides, upright, row_step, states,
+            MAPS, GRID_COLS, WIDTH, SLOTS, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
+        )  # fmt: skip
 
     rows = maps.to(tl.int64) * TOKENS
     has_columns = lane * WIDTH < GRID_COLS
