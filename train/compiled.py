@@ -43,16 +43,17 @@ class CompiledBlocks:
 def compiled_blocks(module: nn.Module, wanted: bool) -> Iterator[CompiledBlocks]:
     """The blocks of `module`, or none unless `wanted`; afterwards they are as before.
 
-    Raises InputError for a model without blocks.
+    Raises InputError for a model without blocks, and where nothing can be compiled.
     """
     if not wanted:
         yield CompiledBlocks()
         return
-    import torch._dynamo.config  # takes a second
-
     found = transformer_blocks(module)
     if not found:
         raise InputError("train.compile is true, and the model has no transformer blocks to compile; set it to false")
+    require_compiler(next(module.parameters()).device)
+    import torch._dynamo.config  # takes a second
+
     blocks = CompiledBlocks(found)
     limits: dict[str, Any] = {
         "recompile_limit": _PASSES,
