@@ -7,6 +7,7 @@ costs. `measure_whole`: the whole model compiled, which takes a minute to begin.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import tempfile
 import time
@@ -183,13 +184,14 @@ def _row(small: bool, ceilings: dict[str, float], variant: Variant) -> tuple[Row
     timing = _timing(small, variant)
     steps, batch = _sizes(small, variant)
     rate = steps * batch / timing.seconds
+    products = None if small else ceilings.get("bf16")
     flops = "" if small else f"{3 * FORWARD_FLOP * rate / 1e12:.0f} TFLOP/s, "
     row = Row(
         name=f"full, {_precision(small)}, {variant}",
         value=rate,
         unit="images/s",
-        limit=None if small else 1e12 * ceilings["bf16"] / (3 * FORWARD_FLOP),
-        bound_by="" if small else "bf16 products",
+        limit=None if products is None else 1e12 * products / (3 * FORWARD_FLOP),
+        bound_by="" if products is None else "bf16 products",
         note=f"{flops}{1e3 * timing.seconds / steps:.1f} ms a step, {timing.beginning:.1f} s more to begin, "
         f"{timing.peak_bytes / 1e9:.1f} GB at most, loss {timing.loss:.6f}",
     )
@@ -228,6 +230,7 @@ def _timing(small: bool, variant: Variant, watch: Callable[[int], None] | None =
             ends.append(time.perf_counter())
             return Evaluation(len(ends) / 2, 0.0)  # the last epoch's weights are kept
 
+    gc.collect()  # the variant before
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
