@@ -34,7 +34,7 @@ def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     if not small and find_spec("xdist"):  # Triton compiles a shape in seconds
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2))), "--dist", "worksteal"]
     if not small and find_spec("pytest_timeout"):
-        command += ["--timeout", "60"]
+        command += ["--timeout", "75"]
     with tempfile.TemporaryDirectory() as folder:
         outcomes, log = Path(folder) / "outcomes", logs(Path(folder)) / "tests.log"
         outcomes.touch()
