@@ -69,7 +69,10 @@ class Backend(Protocol):
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
         """One pass over stored maps."""
-        ...
+        raise BackendUnavailableError(
+            f"backend {self.name!r} measures query and key, not stored attention; choose another one for "
+            "measure_attention"
+        )
 
     def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
         """One pass from query and key."""
@@ -167,6 +170,9 @@ BACKENDS: dict[str, BackendSpec] = {
         BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
         BackendSpec("numba", "kernels.cpu.backend", ("cpu",), "compiled CPU loops, one pass; default without a GPU"),
         BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
+        BackendSpec(
+            "sdpa", "kernels.sdpa", ("cpu", "cuda"), "torch's fused attention, from factors: entropy, prefix mass"
+        ),
         BackendSpec(
             "triton",
             "kernels.cuda.triton_gpu",

@@ -15,6 +15,7 @@ __all__ = [
     "CPU_BACKENDS",
     "DTYPES",
     "FROM_QK",
+    "QK_BACKENDS",
     "TOLERANCE",
     "Case",
     "layout",
@@ -23,8 +24,10 @@ __all__ = [
     "vit_qk",
 ]
 
-# What runs on any machine. The backends that need a GPU are held to the same cases in tests of their own.
-CPU_BACKENDS = tuple(name for name, spec in BACKENDS.items() if "cpu" in spec.devices)
+# What measures stored maps on any machine. Backends that need a GPU are held to the same cases in tests of their own.
+CPU_BACKENDS = tuple(name for name, spec in BACKENDS.items() if "cpu" in spec.devices and name != "sdpa")
+# The same from query and key without a bias.
+QK_BACKENDS = (*CPU_BACKENDS, "sdpa")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Largest absolute error against the float64 reference on the same (rounded) input, in the metric's unit.

@@ -91,6 +91,7 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str], folder: Path
         (["--measure.metrics", "tests.own_metrics:batched"], "returned shape (1,) for 2 map(s); expected"),
         (["--measure.metrics", "tests.own_metrics:missing"], "module 'tests.own_metrics' has no 'missing'"),
         (["--measure.backend", "triton"], "backend 'triton' reads data on cuda"),
+        (["--measure.backend", "sdpa", "--capture.sinks", "store"], "measures query and key, not stored attention"),
         (["--capture.layers", "0,12"], "has no layer 12; its measurable layers are 0 to"),
         (["--capture.heads", "64"], "has no head 64; its heads are 0 to"),
     ],

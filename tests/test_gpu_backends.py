@@ -295,6 +295,81 @@ class TestQueryAndKey:
             measure_qk(query, key, OF, bias=shown, backend=backend)
 
 
+@pytest.mark.skipif(bool(EMULATED), reason="no emulator has a part in it")
+class TestFusedAttention:
+    """`sdpa`, which has no kernel of its own: on a CUDA device, or without one on the CPU."""
+
+    NAMES = ("entropy", "entropy_normalized", "prefix_mass", "cls_entropy")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    @pytest.mark.parametrize(
+        ("rows", "cols", "prefix", "head_dim"),
+        [(14, 14, 1, 64), (5, 13, 1, 130), (4, 5, 0, 6), (1, 7, 5, 33), (5, 4, 2, 1)],
+    )
+    def test_agrees_with_the_reference_and_triton(
+        self, dtype: str, rows: int, cols: int, prefix: int, head_dim: int
+    ) -> None:
+        of = layout(rows, cols, prefix)
+        names = [name for name in self.NAMES if of.class_token or name != "cls_entropy"]
+        query, key = (on_device(a, dtype) for a in vit_qk(of, head_dim, np.random.default_rng(3)))
+        expected = measure_qk(query.cpu(), key.cpu(), of, names, backend="reference", reduce="none")
+        for backend in ("sdpa", "triton") if "triton" in RUNNABLE else ("sdpa",):
+            got = measure_qk(query, key, of, names, backend=backend, reduce="none")
+            assert (got.backend, got.from_reference) == (backend, ())
+            assert_close(got, expected, FROM_QK, f"{backend}, {dtype}")
+
+    @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
+    def test_whatever_products_torch_may_round(self, scale: float) -> None:
+        of = layout(14, 14, 5)
+        query, key = (on_device(a, "float32") for a in vit_qk(of, 64, np.random.default_rng(4)))
+        expected = measure_qk(query.cpu(), key.cpu(), of, self.NAMES, scale, backend="reference")
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            got = measure_qk(query, key, of, self.NAMES, scale, backend="sdpa")
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert_close(got, expected, FROM_QK, f"scale {scale}")
+
+    @pytest.mark.parametrize("how", ["fused projection", "dims first", "one query", "every second dim", "odd start"])
+    def test_any_strides(self, how: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        fused = torch.randn(2, N, 3, 3, 16, generator=generator).to(DEVICE)
+        query, key, _ = fused.permute(2, 0, 3, 1, 4).unbind(0)
+        if how == "dims first":
+            query, key = (part.mT.contiguous().mT for part in (query, key))
+        elif how == "one query":
+            query = query[:, :, :1].expand(key.shape)
+        elif how == "every second dim":
+            query, key = query[..., ::2], key[..., ::2]
+        elif how == "odd start":
+            query, key = query[..., 3:11], key[..., 3:11]
+        assert not query.is_contiguous()
+        got, expected = (
+            measure_qk(*parts, OF, self.NAMES, backend="sdpa")
+            for parts in ((query, key), (query.contiguous(), key.contiguous()))
+        )
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("token", [0, 4])
+    def test_what_is_not_finite(self, bad: float, token: int) -> None:
+        query, key = (torch.from_numpy(a[:1]).to(DEVICE) for a in vit_qk(OF, 16, np.random.default_rng(9)))
+        broken = query.clone()
+        broken[0, 1, token, 2] = bad
+        with pytest.raises(InvalidAttentionError, match=rf"^1 of .*query\[0, 1, {token}, :\] holds NaN or infinite"):
+            measure_qk(broken, key, OF, self.NAMES, backend="sdpa")
+        broken = key.clone()
+        broken[0, 1, token, 2] = bad
+        with pytest.raises(InvalidAttentionError, match=rf"^{N} of .*key\[0, 1, :, :\] holds NaN or infinite"):
+            measure_qk(query, broken, OF, self.NAMES, backend="sdpa")
+        got = measure_qk(query, broken, OF, self.NAMES, backend="sdpa", invalid="mask")
+        assert got.masked == N
+        for name in self.NAMES:
+            assert torch.nonzero(got[name].isnan()).tolist() == [[0, 1]]
+
+
 class TestRefusals:
     @pytest.mark.skipif(bool(EMULATED), reason="emulators read the CPU's memory")
     @pytest.mark.parametrize("backend", list(CUDA_BACKENDS))
@@ -312,6 +387,12 @@ class TestRefusals:
         attention = torch.full((1, N, N), 1 / N, dtype=torch.float64, device=DEVICE)
         with pytest.raises(BackendUnavailableError, match="but the data is float64"):
             measure_attention(attention, OF, backend="triton")
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has such a kernel")
+    def test_sdpa_reads_no_float64(self) -> None:
+        query = torch.zeros(1, N, 8, dtype=torch.float64, device=DEVICE)
+        with pytest.raises(BackendUnavailableError, match="but the data is float64"):
+            measure_qk(query, query, OF, "entropy", backend="sdpa")
 
     @pytest.mark.parametrize("backend", EMULATED)
     def test_an_emulator_reads_numpy(self, backend: str) -> None:

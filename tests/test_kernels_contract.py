@@ -25,7 +25,7 @@ from kernels import (
 )
 from kernels.inputs import ROW_SUM_TOLERANCE
 from kernels.torch_ops import IMPLEMENTATIONS
-from tests.cases import CPU_BACKENDS, DTYPES, layout, metrics_for
+from tests.cases import CPU_BACKENDS, DTYPES, QK_BACKENDS, layout, metrics_for
 
 OF = layout(3, 4, 1)
 N = OF.num_tokens
@@ -123,7 +123,7 @@ class TestInvalidRows:
 class TestInvalidQueryAndKey:
     query, key = np.random.default_rng(1).normal(size=(2, 2, 3, N, 8)).astype(np.float32)
 
-    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    @pytest.mark.parametrize("backend", QK_BACKENDS)
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_query(self, backend: str, value: float) -> None:
         query = self.query.copy()
@@ -132,7 +132,7 @@ class TestInvalidQueryAndKey:
             measure_qk(query, self.key, OF, backend=backend)
         assert measure_qk(query, self.key, OF, backend=backend, invalid="mask").masked == 1
 
-    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    @pytest.mark.parametrize("backend", QK_BACKENDS)
     def test_key(self, backend: str) -> None:
         key = self.key.copy()
         key[1, 0, 4, 2] = np.nan

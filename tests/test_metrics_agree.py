@@ -130,7 +130,9 @@ def test_torch_and_numpy_input_give_the_same_bits(backend: str) -> None:
         np.testing.assert_array_equal(from_torch[name].numpy(), from_numpy[name])
 
 
-@pytest.mark.parametrize(("backend", "dtype"), FAST_DTYPES, indirect=["backend"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*FAST_DTYPES, *(("sdpa", dtype) for dtype in DTYPES)], indirect=["backend"]
+)
 @pytest.mark.parametrize(
     ("rows", "cols", "prefix", "head_dim"), [(14, 14, 1, 64), (7, 11, 0, 6), (1, 13, 5, 33), (5, 4, 2, 1)]
 )

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from engine.capture import CaptureError, Discovery, discover, has_classes, observe
+from engine.capture import CaptureError, Discovery, SiteAttention, discover, has_classes, observe
 from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture, run_name
 from engine.relevance import relevance_maps
 from engine.study.model import capture_settings, given_conditions, seeds_of
 from engine.study.start import Start
-from kernels import BACKENDS, check_metrics, resolve
+from kernels import BACKENDS, check_metrics, measure_attention, resolve
 from store import estimate_bytes
 from train.adapters import check_adapters
 from train.data import REGION_NAMES, SPLITS, Manifest, Preprocessing
@@ -91,7 +91,15 @@ def check_capture(
         check_metrics(specs, [site.layout for site in found.sites], regions, backend)
         rows = [spec for spec in specs if spec.inputs == "rows"]
         if rows and BACKENDS[backend].devices != ("cpu",):  # what a backend that compiles lacks on the device
-            observe(model, _noise(preprocessing, 1, device), lambda attention: attention.measure(rows, backend))
+            of_maps = "metrics" not in capture.sinks and not capture.keeps_factors
+
+            def measure(attention: SiteAttention) -> None:
+                if of_maps:
+                    measure_attention(attention.maps().cpu(), attention.site.layout, rows, backend, "mask")
+                else:
+                    attention.measure(rows, backend)
+
+            observe(model, _noise(preprocessing, 1, device), measure)
     return found
 
 

@@ -67,8 +67,8 @@ IMPLEMENTATIONS = {
 
 
 def tensor_of(array: Any) -> Tensor:
-    """The tensor a kernel reads, in place; NumPy comes only to an emulator, and may be copied there."""
-    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    """The tensor a kernel reads, in place; NumPy, which comes on the CPU alone, may be copied."""
+    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def starts(tensor: Tensor) -> Tensor:
