@@ -15,6 +15,7 @@ import torch
 
 import train.loop
 import train.state
+from engine.capture import evaluating
 from tests.training_runs import training_run
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint
@@ -23,7 +24,7 @@ from train.data.manifest import Manifest, Record
 from train.errors import TrainingDivergedError
 from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
-from train.precision import resolve_precision
+from train.precision import float32_convolutions, resolve_precision
 from train.probe import fit_probe
 from train.training import TrainResult, train_condition
 
@@ -145,6 +146,31 @@ def test_augmentation_is_that_of_a_cpu() -> None:
 def test_divergence_is_said_of_its_step(run: Callable[..., TrainResult]) -> None:
     with pytest.raises(TrainingDivergedError, match=r"at step 1 \(epoch 0, images 0/"):
         run("a", lr=1e30, clip_norm=0.0, warmup_fraction=0.0, precision="fp32")
+
+
+def test_float32_is_float32_in_convolutions_too() -> None:
+    torch.manual_seed(0)
+    model = build_model(MODEL, num_classes=3).to(DEVICE)
+    patches, images = model.patch_embed, torch.randn(2, 3, 64, 64, device=DEVICE)
+    with torch.no_grad():
+        with evaluating(model):
+            found = patches(images).cpu().double()
+        expected = patches.to(CPU).double()(images.cpu().double())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_what_somebody_set_for_convolutions_stays() -> None:
+    """Which torch does not say in the older way."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        with float32_convolutions():
+            assert convolutions.fp32_precision == "ieee"
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_bfloat16_is_the_choice_of_a_gpu_that_has_it() -> None:

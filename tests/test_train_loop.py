@@ -350,6 +350,7 @@ def test_training_mode_puts_everything_back(precision: str) -> None:
         with training_mode(model, CPU, precision=precision, deterministic=True):
             assert all(block.attn.fused_attn == (precision == "fp32") for block in model.blocks)
             assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.backends.cudnn.allow_tf32
             torch.rand(3)
             raise Interrupted
 
@@ -357,6 +358,7 @@ def test_training_mode_puts_everything_back(precision: str) -> None:
         interrupted()
     assert all(block.attn.fused_attn for block in model.blocks)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.allow_tf32
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from train.data import ImageSet
 from train.parallel import SINGLE, Workers
-from train.precision import forward_precision
+from train.precision import float32_convolutions, forward_precision
 from train.transfer import uploaded
 
 
@@ -41,7 +41,7 @@ def evaluate(
     model.eval()
     tally = torch.zeros(2, device=device, dtype=torch.float64)  # hits, loss
     for indices, inputs in images.batches(images.parts(batch_size, workers.rank, workers.count), device):
-        with forward_precision(precision, device):
+        with float32_convolutions(), forward_precision(precision, device):
             logits = model(inputs).float()
         labels = uploaded(torch.from_numpy(images.labels[indices]), device)
         loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")

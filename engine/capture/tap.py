@@ -25,6 +25,7 @@ from engine.capture.attention_call import (
 from engine.capture.families import CaptureError, LayoutError, num_heads, patch_stem, token_layout, vision_module
 from engine.capture.interception import FunctionCall, ModelInterception, named_modules, unwrapped
 from kernels import TokenLayout
+from train.precision import float32_convolutions
 
 Callback = Callable[[AttentionSite, torch.Tensor, torch.Tensor, float, torch.Tensor | None], object]
 
@@ -263,11 +264,12 @@ def observe(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode after."""
+    """Eval mode inside, and float32 that is float32; every module's own mode after."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with float32_convolutions():
+            yield
     finally:
         for module, training in before:
             module.training = training
