@@ -47,15 +47,36 @@ def fit_probe(
     the standardisation is folded into the classifier's weight and bias.
     """
     features, held_out = cached_features(model, train, device), cached_features(model, validation, device)
+    labels, held_out_labels = (torch.from_numpy(images.labels).to(device) for images in (train, validation))
+    weight, bias, history = fit_classifier(
+        features, labels, held_out, held_out_labels, classes=len(train.class_names), label_smoothing=label_smoothing
+    )
+    head = model.get_submodule(classifier_name(model))
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return history
+
+
+def fit_classifier(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    held_out: torch.Tensor,
+    held_out_labels: torch.Tensor,
+    *,
+    classes: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
+    """Weight [class, feature] and bias [class] of `fit_probe`, on features as they are, and its history."""
     mean = features.mean(dim=0)
     # A feature that is the same in every image says nothing and must not be blown up.
     spread = features.std(dim=0, correction=0)
     spread = torch.where(spread > 1e-6 * (mean.abs() + 1e-6), spread, 1.0)
     features, held_out = (features - mean) / spread, (held_out - mean) / spread
-    labels, held_out_labels = (torch.from_numpy(images.labels).to(device) for images in (train, validation))
 
     history: list[dict[str, Any]] = []
-    start = torch.zeros(len(train.class_names), features.shape[1] + 1, device=device)
+    start = torch.zeros(classes, features.shape[1] + 1, device=features.device)
     best, solution = -1.0, start
     for penalty in PENALTIES:  # from strong to weak, each from the one before
         start, loss = _minimise(features, labels, start, penalty, label_smoothing)
@@ -71,12 +92,7 @@ def fit_probe(
         if score > best:
             best, solution = score, start
     weight = solution[:, :-1] / spread
-    head = model.get_submodule(classifier_name(model))
-    assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(solution[:, -1] - weight @ mean)
-    return history
+    return weight, solution[:, -1] - weight @ mean, history
 
 
 def _minimise(
