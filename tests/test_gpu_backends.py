@@ -155,6 +155,19 @@ class TestStoredMaps:
         for name in expected:
             assert torch.equal(got[name], expected[name]), name
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    @pytest.mark.parametrize("backend", RUNNABLE)
+    def test_halves_may_begin_anywhere(self, backend: str, dtype: str) -> None:
+        attention = on_device(CASES[0].make(OF, np.random.default_rng(2))[:1, :1], dtype)
+        expected = measure_attention(attention, OF, backend=backend)
+        for offset in range(1, 9):
+            buffer = torch.full((attention.numel() + 16,), torch.nan, dtype=attention.dtype, device=DEVICE)
+            view = buffer[offset:][: attention.numel()].view(attention.shape)
+            view.copy_(attention)
+            got = measure_attention(view, OF, backend=backend)
+            for name in expected:
+                assert torch.equal(got[name], expected[name]), (name, offset)
+
     @pytest.mark.parametrize("leading", [(), (1, 2, 1), (0, 3)])
     @pytest.mark.parametrize("backend", RUNNABLE)
     def test_any_leading_axes(self, backend: str, leading: tuple[int, ...]) -> None:

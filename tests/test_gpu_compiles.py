@@ -70,7 +70,7 @@ class TestTritonCompiles:
         constants = {
             **geometry(side, needs),
             **triton_gpu._maps_tile(side, side),
-            "WORDS": dtype != "fp32" and side % 2 == 0,
+            "WORDS": dtype != "fp32",
             "IS_SHORT": dtype != "fp32",
             "IS_BFLOAT16": dtype == "bf16",
             "FAST": True,

@@ -65,7 +65,7 @@ class TritonBackend(Backend):
                     *given,
                     **constants,
                     **tile,
-                    WORDS=is_short and tensor.stride(-1) == 1 and layout.grid_cols % 2 == 0,
+                    WORDS=is_short and tensor.stride(-1) == 1,
                     IS_SHORT=is_short,
                     FAST=not _is_interpreted(),
                     num_warps=MAPS_WARPS,

@@ -2,7 +2,7 @@
 
 What makes it fast. A thread holds WIDTH neighbouring columns of the same query in a few maps, whose distances it works
 out once, and walks down the grid: the neighbour above is the value of the step before, in a register, and nothing is
-summed over threads before the end. Halves are read as the aligned 32-bit words that hold them, and shifted into place.
+summed over threads before the end. Halves are read as the aligned 16 bytes that hold them, and shifted into place.
 Values are centred as they come, about the mean of their first grid row. That is no worse than centring about the true
 mean by a factor of the number of grid rows: where the first row's mean is off by δ, the first row differs from the
 others, and Σz² is at least C·δ². Where it is clearly off, they are centred about what the row's sum of 1 leaves to a
@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from kernels.cuda.triton_reads import columns_of, loaded, loaded_row
 from kernels.cuda.triton_rows import (
     AT_DISTANCE,
     AT_ENTROPY,
@@ -42,110 +43,13 @@ LEAST_TOTAL = tl.constexpr(1e-8)
 
 
 @triton.jit
-def shifted(low, high, shift, FAST: tl.constexpr):
-    """The word that begins `shift` bits, 0 or 16, into two of them."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.where(shift == 0, low, ((low >> 16) & 0xFFFF) | (high << 16))
-
-
-@triton.jit
-def first_half(word, IS_BFLOAT16: tl.constexpr):
-    return widened((word & 0xFFFF).to(tl.int16), True) if IS_BFLOAT16 else as_half(word)
-
-
-@triton.jit
-def second_half(word, IS_BFLOAT16: tl.constexpr):
-    return (word & -65536).to(tl.float32, bitcast=True) if IS_BFLOAT16 else as_half(word >> 16)
-
-
-@triton.jit
-def as_half(word):
-    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def loaded(
-    at, ends, i: tl.constexpr, stride_k,
-    STEP: tl.constexpr, LOADS: tl.constexpr, SURE: tl.constexpr,
-):  # fmt: skip
-    """What holds a thread's columns in the i-th row of the grid from `at` on, and the next column.
-
-    The first SURE loads lie in the row for every thread; the others have pointers of their own, `ends`.
-    """
-    raw = ()
-    for j in tl.static_range(LOADS):
-        if j < SURE:
-            raw = raw + (tl.load(at + (i * STEP + j) * stride_k),)
-        else:
-            raw = raw + (tl.load(ends[j - SURE] + i * STEP * stride_k),)
-    return raw
-
-
-@triton.jit
-def loaded_rows(
-    ats, ends, COUNT: tl.constexpr, stride_k,
-    MAPS: tl.constexpr, STEP: tl.constexpr, LOADS: tl.constexpr, SURE: tl.constexpr,
-):  # fmt: skip
-    raws = ()
-    for i in tl.static_range(COUNT):
-        for k in tl.static_range(MAPS):
-            raws = raws + (loaded(ats[k], ends[k], i, stride_k, STEP, LOADS, SURE),)
-    return raws
-
-
-@triton.jit
-def moved(ats, ends, offset, MAPS: tl.constexpr, OTHERS: tl.constexpr):
-    """Pointers of every map, and those of their own."""
-    new_ats, new_ends = (), ()
-    for k in tl.static_range(MAPS):
-        new_ats = new_ats + (ats[k] + offset,)
-        end = ()
-        for j in tl.static_range(OTHERS):
-            end = end + (ends[k][j] + offset,)
-        new_ends = new_ends + (end,)
-    return new_ats, new_ends
-
-
-@triton.jit
-def columns_of(
-    raw, shift, is_full, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """float32 of a thread's columns and of the next one; then sign bits."""
-    x = ()
-    bits = tl.zeros_like(shift)
-    if WORDS:
-        for j in tl.static_range((SLOTS + 1) // 2):
-            word = shifted(raw[j], raw[min(j + 1, (SLOTS + 2) // 2 - 1)], shift, FAST)
-            # Only a thread's own columns: the next one may lie outside the map.
-            if 2 * j + 1 < WIDTH:
-                bits |= word
-            elif 2 * j < WIDTH:
-                bits |= word & 0x8000
-            x = x + (first_half(word, IS_BFLOAT16), second_half(word, IS_BFLOAT16))
-    else:
-        for j in tl.static_range(SLOTS):
-            x = x + (widened(raw[j], IS_BFLOAT16),)
-            if j < WIDTH:
-                bits |= x[j].to(tl.int32, bitcast=True)
-    cut: tl.constexpr = GRID_COLS % WIDTH if GRID_COLS % WIDTH else WIDTH
-    there = ()
-    for j in tl.static_range(SLOTS):
-        there = there + (tl.where(is_full, x[j], 0.0) if j >= cut and j < WIDTH else x[j],)
-    return there, bits
-
-
-@triton.jit
 def add_row(
-    x, pivot, is_full, roots, state, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+    x, pivot, is_full, is_first, is_last, roots, state,
+    GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     NEEDS: tl.constexpr, IS_SHORT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A row of the grid into the sums of one map."""
-    above, sums, s_z, s_begin, s_end, s_sq, within, beyond, far, logs, apart_within, apart_beyond, bits = state
+    above, sums, s_z, border, s_sq, within, beyond, far, logs, apart_within, apart_beyond, bits = state
     cut: tl.constexpr = GRID_COLS % WIDTH if GRID_COLS % WIDTH else SLOTS  # one thread's columns may not be all there
     z = ()
     for j in tl.static_range(SLOTS):
@@ -178,39 +82,34 @@ def add_row(
                         gap = tl.where(is_full, gap, 0.0)
                     apart_within += gap * gap
     if EDGES & NEEDS:
-        s_begin += z[0]
-        s_end += z[(GRID_COLS - 1) % WIDTH]
+        border += z[0] * is_first
+        border += z[(GRID_COLS - 1) % WIDTH] * is_last
         if SLOTS > WIDTH:
             beyond += z[WIDTH - 1] * z[WIDTH]
             if GEARY & NEEDS:
                 apart_beyond += (z[WIDTH - 1] - z[WIDTH]) * (z[WIDTH - 1] - z[WIDTH])
         above = z
-    return above, sums, s_z, s_begin, s_end, s_sq, within, beyond, far, logs, apart_within, apart_beyond, bits
+    return above, sums, s_z, border, s_sq, within, beyond, far, logs, apart_within, apart_beyond, bits
 
 
 @triton.jit
-def add_rows(
-    raws, r, COUNT: tl.constexpr, shifts, is_full, pivots, sides, upright, row_step, states,
+def add_row_of_maps(
+    raws, r, is_full, is_first, is_last, pivots, sides, upright, row_step, states,
     MAPS: tl.constexpr, GRID_COLS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, NEEDS: tl.constexpr, IS_SHORT: tl.constexpr, IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """COUNT rows of the grid from row r on, into the sums of every map."""
-    for i in tl.static_range(COUNT):
-        height = (r + i - upright) * row_step
-        roots = ()
-        for j in tl.static_range(WIDTH):
-            roots = roots + (fast_sqrt(height * height + sides[j], FAST),)
-        added = ()
-        for k in tl.static_range(MAPS):
-            x, signs = columns_of(
-                raws[i * MAPS + k], shifts[k], is_full, GRID_COLS, WIDTH, SLOTS, WORDS, IS_BFLOAT16, FAST
-            )
-            sums = add_row(
-                x, pivots[k], is_full, roots, states[k], GRID_COLS, WIDTH, SLOTS, NEEDS, IS_SHORT, FAST
-            )  # fmt: skip
-            added = added + (sums[:12] + (sums[12] | signs,),)
-        states = added
-    return states
+    """Row r of the grid into the sums of every map."""
+    height = (r - upright) * row_step
+    roots, added = (), ()
+    for j in tl.static_range(WIDTH):
+        roots = roots + (fast_sqrt(height * height + sides[j], FAST),)
+    for k in tl.static_range(MAPS):
+        x, signs = columns_of(raws[k], is_full, GRID_COLS, WIDTH, SLOTS, WORDS, IS_BFLOAT16, FAST)
+        sums = add_row(
+            x, pivots[k], is_full, is_first, is_last, roots, states[k], GRID_COLS, WIDTH, SLOTS, NEEDS, IS_SHORT, FAST
+        )
+        added = added + (sums[:11] + (sums[11] | signs,),)
+    return added
 
 
 @triton.jit(do_not_specialize=["maps"])  # a batch of one map is no other kernel
@@ -223,17 +122,15 @@ def attention_rows(
 ):  # fmt: skip
     """Stored maps: a thread has one of the LANES parts of a query's columns, in MAPS maps.
 
-    WORDS: halves, next to each other in memory, an even number of columns: read as words of two.
+    WORDS: halves next to each other in memory, read eight at a time.
     A tile has one axis, an element a thread: of more axes, compilers disagree which one runs along the threads.
     """
     PATCHES: tl.constexpr = GRID_ROWS * GRID_COLS
     TOKENS: tl.constexpr = PREFIX + PATCHES
     WIDTH: tl.constexpr = (GRID_COLS + LANES - 1) // LANES
     SLOTS: tl.constexpr = WIDTH + 1 if LANES > 1 else WIDTH
-    LOADS: tl.constexpr = (SLOTS + 2) // 2 if WORDS else SLOTS
     LAST: tl.constexpr = min((LANES - 1) * WIDTH, GRID_COLS - 1)  # the first column of the last thread
-    SURE: tl.constexpr = min((GRID_COLS - 1 - LAST) // 2 + 1 if WORDS else GRID_COLS - LAST, LOADS)
-    STEP: tl.constexpr = GRID_COLS // 2 if WORDS else GRID_COLS
+    SURE: tl.constexpr = min(GRID_COLS - LAST, SLOTS)
     SIGNS: tl.constexpr = -0x7FFF8000 if WORDS else -0x80000000
     t = tl.arange(0, THREADS)
     lane = t % LANES
@@ -242,6 +139,7 @@ def attention_rows(
     near_n = tl.minimum(n, TOKENS - 1)
     c = tl.minimum(lane * WIDTH, GRID_COLS - 1)
     is_full = lane < GRID_COLS // WIDTH
+    is_first, is_last = (lane == 0).to(tl.float32), (lane == (GRID_COLS - 1) // WIDTH).to(tl.float32)
     patch = near_n - PREFIX
     upright = (patch // GRID_COLS).to(tl.float32)
     sides = ()
@@ -254,23 +152,23 @@ def attention_rows(
     for _ in tl.static_range(SLOTS):
         above = above + (none,)
 
-    ats, ends, shifts, pivots, firsts, states = (), (), (), (), (), ()
+    places, pivots, firsts, states = (), (), (), ()
     for k in tl.static_range(MAPS):
         # 64 bits: a token of a strided view can lie beyond 2³¹ elements.
         row = attention + tl.load(starts + tl.minimum(m + k, maps - 1)) + near_n.to(tl.int64) * stride_q
         at = row + (PREFIX + c) * stride_k
-        shift = no_bits
-        near = GRID_COLS - 1 - c
         if WORDS:
             address = at.to(tl.int64, bitcast=True)
-            shift = (address.to(tl.int32) & 2) * 8
-            at = (address & -4).to(tl.pointer_type(tl.int32), bitcast=True)
-            near = (shift // 16 + near) // 2
-        end = ()
-        for j in tl.static_range(SURE, LOADS):
-            end = end + (at + tl.minimum(near, j) * stride_k,)
-        raw = loaded(at, end, 0, stride_k, STEP, LOADS, SURE)
-        x, _ = columns_of(raw, shift, is_full, GRID_COLS, WIDTH, SLOTS, WORDS, IS_BFLOAT16, FAST)
+            base = address & -16
+            end = (row + TOKENS).to(tl.int64, bitcast=True)
+            place = base, (address - base).to(tl.int32), (end - base).to(tl.int32)
+        else:
+            ends = ()
+            for j in tl.static_range(SURE, SLOTS):
+                ends = ends + (at + tl.minimum(GRID_COLS - 1 - c, j) * stride_k,)
+            place = at, ends
+        raw = loaded(place, 0, stride_k, GRID_COLS, SLOTS, SURE, WORDS, FAST)
+        x, _ = columns_of(raw, is_full, GRID_COLS, WIDTH, SLOTS, WORDS, IS_BFLOAT16, FAST)
         # About the row's first patch, so that the mean of a constant row is exact.
         begin = widened(tl.load(row + PREFIX * stride_k), IS_BFLOAT16)
         rest, first, first_sq = none, none, none
@@ -291,26 +189,27 @@ def attention_rows(
             z = tl.where(lane * WIDTH + j < GRID_COLS, x[j] - pivot, 0.0)
             first += z
             first_sq += z * z
-        ats, ends, shifts, pivots = ats + (at,), ends + (end,), shifts + (shift,), pivots + (pivot,)
+        places, pivots = places + (place,), pivots + (pivot,)
         firsts = firsts + ((first, first_sq, mass, negative),)
-        states = states + ((above, none, none, none, none, none, none, none, none, none, none, none, no_bits),)
+        states = states + ((above, none, none, first, none, none, none, none, none, none, none, no_bits),)
 
-    # The rows of the step after are read before those of this one are added up.
+    # A row is read before the one above it is added up.
     whole: tl.constexpr = GRID_ROWS // UNROLL * UNROLL
-    raws = loaded_rows(ats, ends, UNROLL, stride_k, MAPS, STEP, LOADS, SURE)
-    for r in range(0, whole, UNROLL):
-        ahead = tl.minimum(r + UNROLL, GRID_ROWS - UNROLL) - tl.minimum(r, GRID_ROWS - UNROLL)
-        ats, ends = moved(ats, ends, ahead * STEP * stride_k, MAPS, LOADS - SURE)
-        soon = loaded_rows(ats, ends, UNROLL, stride_k, MAPS, STEP, LOADS, SURE)
-        states = add_rows(
-            raws, r, UNROLL, shifts, is_full, pivots, sides, upright, row_step, states,
-            MAPS, GRID_COLS, WIDTH, SLOTS, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
-        )  # fmt: skip
-        raws = soon
-    if whole < GRID_ROWS:  # the last rows end with what was read last
-        raws = raws[(UNROLL - GRID_ROWS + whole) * MAPS :]
-        states = add_rows(
-            raws, whole, GRID_ROWS - whole, shifts, is_full, pivots, sides, upright, row_step, states,
+    raws = loaded_row(places, 0, stride_k, MAPS, GRID_COLS, SLOTS, SURE, WORDS, FAST)
+    for start in range(0, whole, UNROLL):
+        for i in tl.static_range(UNROLL):
+            r = start + i
+            soon = loaded_row(
+                places, tl.minimum(r + 1, GRID_ROWS - 1), stride_k, MAPS, GRID_COLS, SLOTS, SURE, WORDS, FAST
+            )
+            states = add_row_of_maps(
+                raws, r, is_full, is_first, is_last, pivots, sides, upright, row_step, states,
+                MAPS, GRID_COLS, WIDTH, SLOTS, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
+            )  # fmt: skip
+            raws = soon
+    if whole < GRID_ROWS:
+        states = add_row_of_maps(
+            raws, whole, is_full, is_first, is_last, pivots, sides, upright, row_step, states,
             MAPS, GRID_COLS, WIDTH, SLOTS, WORDS, NEEDS, IS_SHORT, IS_BFLOAT16, FAST,
         )  # fmt: skip
 
@@ -318,7 +217,7 @@ def attention_rows(
     has_columns = lane * WIDTH < GRID_COLS
     has_next = (lane + 1) * WIDTH < GRID_COLS
     for k in tl.static_range(MAPS):
-        above, sums, s_z, s_begin, s_end, s_sq, within, beyond, far, logs, apart, apart_beyond, bits = states[k]
+        above, sums, s_z, border, s_sq, within, beyond, far, logs, apart, apart_beyond, bits = states[k]
         first, first_sq, mass, negative = firsts[k]
         inside = (lane == 0) & (n < TOKENS) & (m + k < maps)
         at = (m + k).to(tl.int64) * TOKENS + n
@@ -346,10 +245,9 @@ def attention_rows(
                 s_z = sums - (columns * GRID_ROWS).to(tl.float32) * pivots[k]
             s_z = of_lanes(tl.where(has_columns, s_z, 0.0), LANES)
             # Σ over edges of z_i + z_j: every z four times, but for those at the borders.
-            border = first
             for j in tl.static_range(WIDTH):
                 border += tl.where(lane * WIDTH + j < GRID_COLS, above[j], 0.0)
-            border += tl.where(lane == 0, s_begin, 0.0) + tl.where(lane == (GRID_COLS - 1) // WIDTH, s_end, 0.0)
+            border = tl.where(has_columns, border, 0.0)
             within += tl.where(has_next, beyond, 0.0)
             apart += tl.where(has_next, apart_beyond, 0.0) - first_sq  # the first row has none above it
             store_edges(
