@@ -61,7 +61,8 @@ class TritonBackend(Backend):
         is_short = tensor.element_size() == 2
         if count:
             with _current_device(tensor):
-                triton_maps.attention_rows[triton.cdiv(count, MAPS * MAPS_WARPS), triton.cdiv(tokens, tile["BLOCK_Q"])](
+                queries = triton.cdiv(count, MAPS) * tokens
+                triton_maps.attention_rows[(triton.cdiv(queries * tile["LANES"], tile["THREADS"]),)](
                     *given,
                     **constants,
                     **tile,
@@ -221,7 +222,6 @@ def _maps_tile(grid_rows: int, grid_cols: int) -> dict[str, int]:
         "MAPS": MAPS,
         "THREADS": 32 * MAPS_WARPS,
         "LANES": lanes,
-        "BLOCK_Q": 32 // lanes,
         "UNROLL": min(2, grid_rows),
     }
 
