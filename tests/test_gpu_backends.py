@@ -136,6 +136,12 @@ class TestStoredMaps:
         attention = near_uniform(of, np.random.default_rng(11))[:1, :1]
         agree_on(on_device(attention, "float32"), of, backend, "mean")
 
+    @pytest.mark.skipif("triton" not in RUNNABLE, reason="triton does not run in this process")
+    def test_rows_of_the_grid_longer_than_a_warp_holds(self) -> None:
+        of = layout(1, 259, 1)
+        attention = rounded(near_uniform(of, np.random.default_rng(11))[:1, :1], "float16")
+        agree_on(on_device(attention, "float16"), of, "triton", "mean")
+
     @pytest.mark.parametrize("how", ["heads last", "keys first", "every second image", "part of a larger array"])
     @pytest.mark.parametrize("backend", RUNNABLE)
     def test_are_read_in_place_whatever_their_strides(self, backend: str, how: str) -> None:

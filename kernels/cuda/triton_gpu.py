@@ -66,7 +66,7 @@ class TritonBackend(Backend):
                     *given,
                     **constants,
                     **tile,
-                    WORDS=is_short and tensor.stride(-1) == 1,
+                    WORDS=is_short and tensor.stride(-1) == 1 and layout.grid_cols <= 32 * MAPS_WIDTH,
                     IS_SHORT=is_short,
                     FAST=not _is_interpreted(),
                     num_warps=MAPS_WARPS,
