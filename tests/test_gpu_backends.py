@@ -136,12 +136,6 @@ class TestStoredMaps:
         attention = near_uniform(of, np.random.default_rng(11))[:1, :1]
         agree_on(on_device(attention, "float32"), of, backend, "mean")
 
-    @pytest.mark.skipif("triton" not in RUNNABLE, reason="triton does not run in this process")
-    def test_rows_of_the_grid_longer_than_a_warp_holds(self) -> None:
-        of = layout(1, 259, 1)
-        attention = rounded(near_uniform(of, np.random.default_rng(11))[:1, :1], "float16")
-        agree_on(on_device(attention, "float16"), of, "triton", "mean")
-
     @pytest.mark.parametrize("how", ["heads last", "keys first", "every second image", "part of a larger array"])
     @pytest.mark.parametrize("backend", RUNNABLE)
     def test_are_read_in_place_whatever_their_strides(self, backend: str, how: str) -> None:
@@ -304,6 +298,32 @@ class TestQueryAndKey:
         key[...] = key[:, :, :1]
         got = measure_qk(on_device(query, "float32"), on_device(key, "float32"), of, "morans_i", 0.3, backend=backend)
         assert got.undefined == {"morans_i": 2 * rows * cols}
+
+    @pytest.mark.parametrize("least", [5.0, 40.0, 300.0])
+    @pytest.mark.parametrize(("rows", "cols", "prefix"), [(4, 5, 1), (5, 13, 0)])
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_logits_far_above_those_of_the_first_row(
+        self, backend: str, rows: int, cols: int, prefix: int, least: float
+    ) -> None:
+        of = layout(rows, cols, prefix)
+        query, key = (array[:, :2] for array in vit_qk(of, 16, np.random.default_rng(6)))
+        query[..., 0], key[..., 0] = 4.0, 0.0
+        key[:, :, prefix + 2 * cols :, 0] = least  # logits greater by that much
+        query, key = on_device(query, "float32"), on_device(key, "float32")
+        got = measure_qk(query, key, of, names_for(of), 0.25, backend=backend)
+        expected = measure_qk(query.cpu(), key.cpu(), of, names_for(of), 0.25, backend="reference")
+        assert_close(got, expected, FROM_QK, backend)
+
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_a_mask_over_the_first_row(self, backend: str) -> None:
+        query, key = (torch.from_numpy(a[:1, :1]).to(DEVICE) for a in vit_qk(OF, 16, np.random.default_rng(9)))
+        shown = torch.ones(N, N, dtype=torch.bool, device=DEVICE)
+        OF.patches(shown)[:, : OF.grid_cols] = False
+        bias = torch.where(shown, -200.0, -torch.inf)
+        for given in (shown, bias):
+            got = measure_qk(query, key, OF, list(OWN), bias=given, backend=backend)
+            expected = measure_qk(query.cpu(), key.cpu(), OF, list(OWN), bias=given.cpu(), backend="reference")
+            assert_close(got, expected, FROM_QK, backend)
 
     @pytest.mark.parametrize("backend", FROM_FACTORS)
     def test_a_query_with_no_key_is_invalid(self, backend: str) -> None:

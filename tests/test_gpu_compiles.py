@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kernels.backends import BACKENDS
+from tests.cases import layout
 
 # Grids of ViTs with 8, 14, 24 and 37 patches a side.
 SIDES = (8, 14, 24, 37)
@@ -80,35 +81,32 @@ class TestTritonCompiles:
         options = {"num_warps": triton_gpu.MAPS_WARPS}
         return self.spilled(self.compiled(triton_maps.attention_rows, constants, types, options, ()), tmp_path)
 
-    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path) -> list[int]:
+    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path, share: int = 1) -> int:
         from kernels.cuda import triton_gpu, triton_qk
 
-        spilled = []
-        for _, _, tile in triton_gpu._qk_tiles(side * side + 1, side, 4 if dtype == "fp32" else 2, bool(bias)):
-            options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-            constants = {
-                **geometry(side, needs),
-                **tile,
-                "BLOCK_P": 16,
-                "HEAD_DIM": 64,
-                "BLOCK_D": 64,
-                "HAS_BIAS": bool(bias),
-                "IS_MASK": bias == "i8",
-                "NEGATE": False,
-                "WIDEN": False,
-                "FAST": True,
-                "ALIGNED": 16,
-                "stride_qd": 1,
-                "stride_kd": 1,
-                "stride_bk": 1,
-            }
-            types = dict.fromkeys(("q_starts", "k_starts", "b_starts"), "*i64")
-            types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
-            aligned = ("stride_qn", "stride_kn", "stride_bq")
-            binary = self.compiled(triton_qk.qk_rows, constants, types, options, aligned)
-            assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
-            spilled.append(self.spilled(binary, tmp_path))
-        return spilled
+        tile = triton_gpu._qk_tile(layout(side, side, 1), 4 if dtype == "fp32" else 2, bool(bias)) | {"SHARE": share}
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in tile}
+        constants = {
+            **geometry(side, needs),
+            **tile,
+            "BLOCK_P": 16,
+            "HEAD_DIM": 64,
+            "BLOCK_D": 64,
+            "HAS_BIAS": bool(bias),
+            "IS_MASK": bias == "i8",
+            "NEGATE": False,
+            "WIDEN": False,
+            "FAST": True,
+            "ALIGNED": 16,
+            "stride_qd": 1,
+            "stride_kd": 1,
+            "stride_bk": 1,
+        }
+        types = dict.fromkeys(("q_starts", "k_starts", "b_starts"), "*i64")
+        types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
+        binary = self.compiled(triton_qk.qk_rows, constants, types, options, ("stride_qn", "stride_kn", "stride_bq"))
+        assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
+        return self.spilled(binary, tmp_path)
 
     @pytest.mark.parametrize(
         ("side", "dtype", "needs"), [(14, "fp16", 7), (24, "bf16", 7), (37, "fp32", 7), (14, "fp16", 15)]
@@ -118,16 +116,19 @@ class TestTritonCompiles:
 
     @pytest.mark.parametrize(("side", "dtype", "bias"), [(14, "bf16", ""), (24, "fp16", "i8"), (14, "fp32", "")])
     def test_from_query_and_key(self, side: int, dtype: str, bias: str, tmp_path: Path) -> None:
-        allowed = 16 if dtype == "fp32" else 0  # constants of factors that are split in three
-        assert max(self.from_qk(side, dtype, bias, 7, tmp_path)) <= allowed
+        # Constants outside the loop over keys; float32 factors are split in three.
+        assert self.from_qk(side, dtype, bias, 7, tmp_path) <= (256 if dtype == "fp32" else 96)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
     @pytest.mark.parametrize("side", SIDES)
     def test_every_grid_and_type(self, side: int, dtype: str, tmp_path: Path) -> None:
         assert self.from_maps(side, dtype, 7, tmp_path) == 0
-        allowed = 768 if dtype == "fp32" else 0
-        assert max(self.from_qk(side, dtype, "", 7, tmp_path)) <= allowed
+        assert self.from_qk(side, dtype, "", 7, tmp_path) <= (1024 if dtype == "fp32" else 96)
+
+    def test_queries_of_several_maps_in_one_program(self, tmp_path: Path) -> None:
+        """A thirteenth of the programs at 197 tokens: they may spill, so that four of the others run at once."""
+        assert self.from_qk(14, "bf16", "", 7, tmp_path, share=4) <= 640
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:

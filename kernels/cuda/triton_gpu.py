@@ -61,12 +61,11 @@ class TritonBackend(Backend):
         is_short = tensor.element_size() == 2
         if count:
             with _current_device(tensor):
-                queries = triton.cdiv(count, MAPS) * tokens
-                triton_maps.attention_rows[(triton.cdiv(queries * tile["LANES"], tile["THREADS"]),)](
+                triton_maps.attention_rows[triton.cdiv(count, MAPS * MAPS_WARPS), triton.cdiv(tokens, tile["BLOCK_Q"])](
                     *given,
                     **constants,
                     **tile,
-                    WORDS=is_short and tensor.stride(-1) == 1 and layout.grid_cols <= 32 * MAPS_WIDTH,
+                    WORDS=is_short and tensor.stride(-1) == 1,
                     IS_SHORT=is_short,
                     FAST=not _is_interpreted(),
                     num_warps=MAPS_WARPS,
@@ -93,15 +92,16 @@ class TritonBackend(Backend):
             added = added.view(torch.uint8)
         head_dim = q.shape[-1]
         values = RowValues.empty(factors, torch.float32, q.device)
-        count, tokens = values.valid.shape
-        tiles = _qk_tiles(tokens, layout.grid_cols, q.element_size(), bias is not None)
-        for first, blocks, tile in tiles if count else ():
+        count = len(values.valid)
+        tile = _qk_tile(layout, q.element_size(), bias is not None)
+        per_group = tile["SHARE"] * tile["BLOCKS"] + (tile["SHARE"] > 1)
+        if count:
             with _current_device(q):
-                triton_qk.qk_rows[triton.cdiv(count, tile["BLOCK_M"]), blocks](
+                triton_qk.qk_rows[(triton.cdiv(count, tile["SHARE"]) * per_group,)](
                     *(q, k, added, starts(q), starts(k), starts(added)),
                     *(values.planes, values.valid.view(torch.int8), count),
                     *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
-                    *(abs(factors.scale) * triton_rows.LOG2_E.value, *_steps(layout), first),
+                    *(abs(factors.scale) * triton_rows.LOG2_E.value, *_steps(layout)),
                     **_geometry(layout),
                     NEEDS=self.needs(specs, PLANES),
                     # A dimension of a matrix product is at least 16.
@@ -181,38 +181,28 @@ def _is_interpreted() -> bool:
     return not isinstance(triton_qk.qk_rows, triton.JITFunction)
 
 
-def _qk_tiles(tokens: int, grid_cols: int, itemsize: int, has_bias: bool) -> list[tuple[int, int, dict[str, int]]]:
-    """(first query, programs, constants of the kernel) of the launches of a pass.
+def _qk_tile(layout: TokenLayout, itemsize: int, has_bias: bool) -> dict[str, int]:
+    """What a program takes, and its options.
 
-    64 queries fill the product of a group of four warps, which holds eight pairs of columns. Up to 32 queries that are
-    left, as the class token leaves them, get a program of their own size: 197 tokens are 208 rows of products, not 256.
-    Nothing is spilled, by sm_90's compiler, but some constants of float32 factors, which are split in three.
+    64 queries fill the product of a group of four warps, which holds eight pairs of columns. With 128 registers four
+    programs of a group run at once; those that maps share spill some, and those of float32, whose factors are split.
     """
-    pairs = max(8, triton.next_power_of_2((grid_cols + 1) // 2))
+    tokens, pairs = layout.num_tokens, max(8, triton.next_power_of_2((layout.grid_cols + 1) // 2))
     groups = min(pairs // 8, 4 if itemsize == 2 else 2)
-    if itemsize == 4:
-        block_k = 16
-    else:
-        block_k = 64 if groups == 1 and not has_bias else 32
-    unroll = 2 if block_k == 64 else 1
-
-    def tile(queries: int) -> dict[str, int]:
-        constants = {
-            "BLOCK_M": 1,
-            "BLOCK_Q": queries,
-            "BLOCK_K": block_k,
-            "PAIRS": pairs,
-            "GROUPS": groups,
-            "UNROLL": unroll,
-        }
-        stages = 2 if itemsize == 4 else 3  # tiles of keys in shared memory
-        return constants | {"num_warps": groups * queries // 16, "num_stages": stages}
-
+    plain = groups == 1 and itemsize == 2 and not has_bias
     blocks, rest = divmod(tokens, 64)
-    if itemsize == 4 or not rest or rest > 32:
-        return [(0, triton.cdiv(tokens, 64), tile(64))]
-    few = tile(16 if rest <= 16 else 32) | {"UNROLL": 1, "BLOCK_K": 32}
-    return [*([(0, blocks, tile(64))] if blocks else []), (64 * blocks, 1, few)]
+    share = 64 // max(16, triton.next_power_of_2(rest)) if rest and plain else 1
+    tile = {
+        "BLOCK_Q": 64,
+        "BLOCKS": blocks if share > 1 else triton.cdiv(tokens, 64),
+        "SHARE": share,
+        "PAIRS": pairs,
+        "GROUPS": groups,
+        "AT_ONCE": 2 if plain and layout.grid_rows % 2 == 0 else 1,
+        "num_warps": 4 * groups,
+        "num_stages": 3 if itemsize == 2 else 2 if groups == 1 else 1,  # tiles of keys in shared memory
+    }
+    return tile | {"maxnreg": 128} if plain else tile
 
 
 def _maps_tile(grid_rows: int, grid_cols: int) -> dict[str, int]:
@@ -222,6 +212,7 @@ def _maps_tile(grid_rows: int, grid_cols: int) -> dict[str, int]:
         "MAPS": MAPS,
         "THREADS": 32 * MAPS_WARPS,
         "LANES": lanes,
+        "BLOCK_Q": 32 // lanes,
         "UNROLL": min(2, grid_rows),
     }
 

@@ -116,7 +116,7 @@ def add_row_of_maps(
 def attention_rows(
     attention, starts, planes, valid, again, maps, stride_q, stride_k, tolerance, row_step, col_step,
     PREFIX: tl.constexpr, GRID_ROWS: tl.constexpr, GRID_COLS: tl.constexpr, NUM_EDGES: tl.constexpr,
-    MAPS: tl.constexpr, LANES: tl.constexpr, THREADS: tl.constexpr,
+    MAPS: tl.constexpr, BLOCK_Q: tl.constexpr, LANES: tl.constexpr, THREADS: tl.constexpr,
     UNROLL: tl.constexpr, NEEDS: tl.constexpr, WORDS: tl.constexpr, IS_SHORT: tl.constexpr,
     IS_BFLOAT16: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -134,12 +134,13 @@ def attention_rows(
     SIGNS: tl.constexpr = -0x7FFF8000 if WORDS else -0x80000000
     t = tl.arange(0, THREADS)
     lane = t % LANES
-    q = tl.program_id(0) * (THREADS // LANES) + t // LANES  # the queries of all maps, a few maps at once
-    m, n = q // TOKENS * MAPS, q % TOKENS
+    n = tl.program_id(1) * BLOCK_Q + t // LANES % BLOCK_Q
+    m = (tl.program_id(0) * (THREADS // (BLOCK_Q * LANES)) + t // (BLOCK_Q * LANES)) * MAPS
+    near_n = tl.minimum(n, TOKENS - 1)
     c = tl.minimum(lane * WIDTH, GRID_COLS - 1)
     is_full = lane < GRID_COLS // WIDTH
     is_first, is_last = (lane == 0).to(tl.float32), (lane == (GRID_COLS - 1) // WIDTH).to(tl.float32)
-    patch = n - PREFIX
+    patch = near_n - PREFIX
     upright = (patch // GRID_COLS).to(tl.float32)
     sides = ()
     for j in tl.static_range(WIDTH):
@@ -154,7 +155,7 @@ def attention_rows(
     places, pivots, firsts, states = (), (), (), ()
     for k in tl.static_range(MAPS):
         # 64 bits: a token of a strided view can lie beyond 2³¹ elements.
-        row = attention + tl.load(starts + tl.minimum(m + k, maps - 1)) + n.to(tl.int64) * stride_q
+        row = attention + tl.load(starts + tl.minimum(m + k, maps - 1)) + near_n.to(tl.int64) * stride_q
         at = row + (PREFIX + c) * stride_k
         if WORDS:
             address = at.to(tl.int64, bitcast=True)
@@ -218,7 +219,7 @@ def attention_rows(
     for k in tl.static_range(MAPS):
         above, sums, s_z, border, s_sq, within, beyond, far, logs, apart, apart_beyond, bits = states[k]
         first, first_sq, mass, negative = firsts[k]
-        inside = (lane == 0) & (m + k < maps)
+        inside = (lane == 0) & (n < TOKENS) & (m + k < maps)
         at = (m + k).to(tl.int64) * TOKENS + n
         total = of_lanes(tl.where(has_columns, sums, 0.0), LANES)
         # −0 has a sign too: rows with any are done again.
