@@ -307,3 +307,28 @@ def test_a_head_that_is_not_there_is_named() -> None:
     model = random_model("vit_tiny_patch16_224", img_size=64, depth=1)
     with pytest.raises(CaptureError, match=r"blocks\.0\.attn has no head 3; its heads are 0 to 2"):
         capture_attention(model, images_for(model), heads=[0, 3])
+
+
+def test_a_tap_kept_open_hands_each_forward_pass_to_whom_it_is_told() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    images = images_for(model)
+    first: list[str] = []
+    second: list[str] = []
+    plain = capture_attention(model, images)
+    with torch.inference_mode(), AttentionTap(model, lambda site, *call: first.append(site.name)) as tap:
+        model(images)
+        tap.on_attention = lambda site, *call: second.append(site.name)
+        model(images)
+        assert not any(module._forward_hooks for module in model.modules()), "nothing is noted after the first"
+    assert first == second == list(plain)
+
+
+def test_a_module_whose_forward_raised_is_not_running() -> None:
+    model = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    names: list[str] = []
+    with torch.inference_mode(), AttentionTap(model, lambda site, *call: names.append(site.name)):
+        with pytest.raises(RuntimeError):
+            model.blocks[0](torch.zeros(1))
+        torch.nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 17, 8))  # nobody's
+        model(images_for(model))
+    assert names == ["blocks.0.attn", "blocks.1.attn"]

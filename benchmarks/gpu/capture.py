@@ -38,29 +38,47 @@ class Passes:
         self.copies = HostCopies(images.device)
         self.specs = [METRICS[name] for name in CORE]
 
+    def tap(self) -> AttentionTap:
+        return AttentionTap(self.model, lambda *call: None)
+
     def plain(self) -> None:
         for _ in range(self.batches):
             self.model(self.images)
 
     def tapped(self) -> None:
-        for _ in range(self.batches):
-            with AttentionTap(self.model, lambda *call: None):
-                self.model(self.images)
+        with self.tap():
+            self.plain()
+
+    def launch(self, tap: AttentionTap, backend: str) -> BatchPass:
+        """A batch under the metrics sink, as `engine.capture.stream` does it."""
+        launched = BatchPass(0, [MetricsSink(self.specs, backend, self.regions, self.copies)], self.copies)
+        tap.on_attention = launched.on_attention
+        launched.launched(self.model(self.images))
+        return launched
 
     def measured(self, backend: str) -> None:
-        """As `engine.capture.stream` does it: a batch is launched before the one before is waited for."""
+        """A batch is launched before the one before is waited for."""
         before = None
-        for number in range(self.batches):
-            sink = MetricsSink(self.specs, backend, self.regions, self.copies)
-            launched = BatchPass(number, [sink], self.copies)
-            with AttentionTap(self.model, launched.on_attention):
-                logits = self.model(self.images)
-            launched.launched(logits)
-            if before is not None:
-                before.finish()
-            before = launched
+        with self.tap() as tap:
+            for _ in range(self.batches):
+                launched = self.launch(tap, backend)
+                if before is not None:
+                    before.finish()
+                before = launched
         if before is not None:
             before.finish()
+
+    def host_seconds(self, launch: Callable[[], Any]) -> float:
+        """From an idle device until all of a batch is launched; least of five."""
+        found = []
+        for _ in range(6):  # the first warms up
+            _synchronize(self.images.device)
+            began = time.perf_counter()
+            kept = launch()
+            found.append(time.perf_counter() - began)
+            if isinstance(kept, BatchPass):
+                kept.finish()
+        return min(found[1:])
 
 
 def _passes(small: bool, batches: int) -> Passes:
@@ -89,6 +107,18 @@ def measure_overhead(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     yield Row(name=f"plain forward, bf16, batch {batch}", value=rate, unit="images/s", key="forward")
     for name, ratio in ratios.items():
         yield Row(name=name, value=ratio, unit="× forward", note=f"{rate / ratio:,.0f} images/s")
+    for name, seconds in _host_times(runs, _backends(small)[0]).items():
+        yield Row(name=f"host's time to launch a batch, {name}", value=1e3 * seconds, unit="ms")
+
+
+def _host_times(runs: Passes, backend: str) -> dict[str, float]:
+    """What a batch takes of the host: all that must be less than the device's time."""
+    with torch.inference_mode():
+        times = {"plain forward": runs.host_seconds(partial(runs.model, runs.images))}
+        with runs.tap() as tap:
+            times["tap alone"] = runs.host_seconds(partial(runs.model, runs.images))
+            times[f"metrics sink, {backend}"] = runs.host_seconds(partial(runs.launch, tap, backend))
+    return times
 
 
 def measure_profile(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
@@ -114,8 +144,7 @@ def _between(
     def seconds(run: Callable[[], Any]) -> float:
         began = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         return time.perf_counter() - began
 
     for run in (plain, *contenders.values()):
@@ -128,6 +157,11 @@ def _between(
             plain_seconds.append(seconds(plain))
             ratios[name].append(2 * spent / (plain_seconds[-2] + plain_seconds[-1]))
     return {name: float(np.median(found)) for name, found in ratios.items()}, float(np.median(plain_seconds))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Narrow(torch.nn.Module):

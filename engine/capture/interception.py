@@ -2,14 +2,13 @@
 
 timm, Hugging Face and torchvision models compute attention in `F.scaled_dot_product_attention`. A hook on a module
 cannot see that call's arguments, but a `TorchFunctionMode` around the forward pass can, after RoPE and q/k-norm, with
-the fused kernel still running. What it cannot see by itself is which module makes the call, so forward hooks keep
-the innermost running module beside it.
+the fused kernel still running. Which module makes the call stands in the interpreter's stack: the innermost frame of
+`nn.Module.__call__`. Hooks on every module would say the same at a cost for every call of a module.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -104,27 +103,17 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
         self._handlers = dict(handlers)
         self._others = others
         self._names: dict[torch.nn.Module, str] = {}
-        self._running: list[tuple[str, torch.nn.Module]] = []
-        self._thread = 0
         self._open: ExitStack | None = None  # all that is undone at the end
 
     def __enter__(self) -> ModelInterception:
         if self._open is not None:
             raise RuntimeError("this context is open already; make another one to nest it")
-        self._thread = threading.get_ident()
+        self._names = {module: name for name, module in named_modules(self.model) if module._modules or not name}
         with ExitStack() as stack:
-            for name, module in named_modules(self.model):
-                if name and not module._modules:
-                    continue  # five modules in six, whose calls hooks would make 10 µs longer each
-                self._names[module] = name
-                stack.enter_context(module.register_forward_pre_hook(self._entering))
-                # always_call: the name must leave the stack when the forward raises, too.
-                stack.enter_context(module.register_forward_hook(self._leaving, always_call=True))
             stack.enter_context(_fused(self.model))
             if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(self._running.clear)
-            stack.enter_context(_Mode(self._dispatch))
+            stack.enter_context(_Mode(self._handlers, self._others, self._names))
             self._open = stack.pop_all()
         return self
 
@@ -133,27 +122,18 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
         stack, self._open = self._open, None
         stack.close()
 
-    def _entering(self, module: torch.nn.Module, args: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._running.append((self._names[module], module))
-
-    def _leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        # Not on top when another hook raised before `_entering` ran.
-        if threading.get_ident() == self._thread and self._running and self._running[-1][1] is module:
-            self._running.pop()
-
-    def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        handler = self._handlers.get(func, self._others)
-        if handler is None:
-            return func(*args, **kwargs)
-        name, module = self._running[-1] if self._running else (None, None)
-        return handler(FunctionCall(func, args, kwargs, name, module))
-
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, dispatch: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]) -> None:
+    """Sees every torch function, most of which it only passes on: that is all that the first lines do."""
+
+    def __init__(
+        self,
+        handlers: Mapping[Callable[..., Any], Callable[[FunctionCall], Any]],
+        others: Callable[[FunctionCall], Any] | None,
+        names: Mapping[torch.nn.Module, str],
+    ) -> None:
         super().__init__()
-        self._dispatch = dispatch
+        self._handlers, self._others, self._names = handlers, others, names
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -161,8 +141,27 @@ class _Mode(TorchFunctionMode):
         if func is _MULTI_HEAD_ATTENTION:
             with self:
                 return _multi_head_attention_body(*args, **(kwargs or {}))
-        return self._dispatch(func, args, kwargs or {})
+        handler = self._handlers.get(func, self._others)
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        caller = _innermost(self._names)
+        name = None if caller is None else self._names[caller]
+        return handler(FunctionCall(func, args, kwargs or {}, name, caller))
 
+
+def _innermost(modules: Mapping[torch.nn.Module, str]) -> torch.nn.Module | None:
+    """The innermost of these modules that is being called in this thread."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL:
+            module: torch.nn.Module = frame.f_locals["self"]
+            if module in modules:
+                return module
+        frame = frame.f_back
+    return None
+
+
+_MODULE_CALL = torch.nn.Module.__call__.__code__
 
 # A mode is handed `F.multi_head_attention_forward` whole. This is the same code without the question at its top
 # whether somebody wants it whole, so that under a mode its operations are seen one at a time.

@@ -10,6 +10,7 @@ copied to the host while the next batch runs, and then they are handed to the st
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import sys
@@ -258,6 +259,9 @@ class CaptureRun:
         # With its number: another thread has another current GPU.
         self._device = torch.empty(0, device=self.capture.device).device
         self._copies = HostCopies(self._device)
+        self._tap = AttentionTap(
+            self.model, _unseen, layers=self.capture.layers or None, heads=self.capture.heads or None
+        )
         self._captured = Tally(self.workers, f"captured of {self.writer.run}")
         self._prefix_mass: list[tuple[int, int, int, float]] = []  # layer, head, batch, mean
         self._invalid_rows: list[tuple[int, int]] = []  # layer, rows that are no attention
@@ -272,6 +276,7 @@ class CaptureRun:
             ThreadPoolExecutor(1, "decode", initializer=_use_device, initargs=(self._device,)) as decoder,
             evaluating(self.model),
             torch.inference_mode(),
+            self._tap if batches else contextlib.nullcontext(),
             ImageProgress(self.label, schema.num_images, done, image_bytes) as progress,
         ):
             decoded = deque(decoder.submit(self._decode, batch) for batch in batches[:1])
@@ -313,9 +318,8 @@ class CaptureRun:
 
     def _launch(self, batch: int, pixels: torch.Tensor) -> BatchPass:
         launched = BatchPass(batch, self._sinks(batch), self._copies)
-        layers, heads = self.capture.layers or None, self.capture.heads or None
-        with AttentionTap(self.model, launched.on_attention, layers=layers, heads=heads):
-            output = self.model(pixels)
+        self._tap.on_attention = launched.on_attention
+        output = self.model(pixels)
         launched.launched(logits_of(output) if self._schema.num_classes else None)
         return launched
 
@@ -331,6 +335,10 @@ class CaptureRun:
         self._prefix_mass.extend((*head, batch, mass) for head, mass in results.prefix_mass.items())
         progress.reach(self._captured.add(len(self._rows(batch))))
         _return_freed_memory()
+
+
+def _unseen(*call: object) -> None:
+    raise AssertionError("a forward pass of no batch")
 
 
 def _return_freed_memory() -> None:

@@ -40,6 +40,8 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
     autocast (query and key have the type that the kernel computes in); with gradient checkpointing (what is recomputed
     in the backward pass is not handed over again); wrapped by peft, by DistributedDataParallel and by `torch.compile`,
     whose graphs run uncompiled inside the context. Several taps may be open at once, on one model or on several.
+    Opening one takes as long as a few forward passes of a small model: open it around all batches, and set
+    `on_attention` from one to the next.
 
     Args:
         model: any model that computes attention by `F.scaled_dot_product_attention`, directly or in
@@ -54,6 +56,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             class-attention, attention pooling): "skip" lists it in `skipped`, "raise" raises.
 
     Attributes:
+        on_attention: may be set to another one between forward passes.
         sites: module name -> AttentionSite, in depth order, of what was seen.
         skipped: list of (module name, reason).
 
@@ -77,7 +80,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         self.model = unwrapped(model)
         self.sites: dict[str, AttentionSite] = {}
         self.skipped: list[tuple[str, str]] = []
-        self._callback = on_attention
+        self.on_attention = on_attention
         self._layers = None if layers is None else frozenset(layers)
         self._heads = () if heads is None else tuple(sorted(set(heads)))
         self._on_unmeasurable = on_unmeasurable
@@ -90,16 +93,19 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         self._ran: dict[str, None] = {}  # those that ran, in order, whether or not their call was seen
         self._checked = False
         self._open = ExitStack()
+        self._noting = ExitStack()  # hooks of the first forward pass alone
 
     def __enter__(self) -> AttentionTap:
         with ExitStack() as stack:
             stack.enter_context(
                 patch_stem(self._vision).register_forward_pre_hook(self._begin_forward, with_kwargs=True)
             )
-            for name, module in () if self._checked else _attention_modules(self.model):
-                self._attending[module] = name
-                stack.enter_context(module.register_forward_pre_hook(self._note_run))
-            stack.enter_context(self.model.register_forward_hook(self._after_forward))
+            if not self._checked:
+                stack.enter_context(self._noting)
+                for name, module in _attention_modules(self.model):
+                    self._attending[module] = name
+                    self._noting.enter_context(module.register_forward_pre_hook(self._note_run))
+                self._noting.enter_context(self.model.register_forward_hook(self._after_forward))
             stack.enter_context(self._interception)
             self._open = stack.pop_all()
         return self
@@ -124,12 +130,12 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
         self._ran[self._attending[module]] = None
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not self._checked:
-            self._check()
+        self._check()
 
     def _check(self) -> None:
         """After the first forward pass: what was measurable, and what was not seen at all."""
         self._checked = True
+        self._noting.close()
         seen = {name.partition("#")[0] for name in (*self.sites, *(name for name, _ in self.skipped))}
         for name in self._ran:
             if not any(other == name or other.startswith(f"{name}.") for other in seen):
@@ -172,7 +178,7 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             if self._heads:
                 read = of_heads(read, self._heads)
             with no_autocast(read.query):  # measuring is no part of the model
-                self._callback(site, read.query, read.key, read.scale, read.bias)
+                self.on_attention(site, read.query, read.key, read.scale, read.bias)
         return call.run()
 
     def _check_heads(self, name: str, count: int) -> int:
