@@ -1,18 +1,19 @@
 """BACKENDS: the places a metric can be computed, and how one is chosen.  <- the seam for a new backend
 
 A backend is asked for by name and then either runs or raises `BackendUnavailableError`; it is never
-substituted. `auto` chooses by the input's device, and the choice is recorded in every result.
+substituted. `auto` chooses by device, dtype and metrics, for all of a pass, and the choice is recorded in every result.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kernels.arrays import Values, is_torch, mean_of_rows
+from kernels.arrays import FLOAT_DTYPES, Values, is_torch, mean_of_rows
 from kernels.errors import BackendUnavailableError, MetricError, OptionError
 from kernels.inputs import Factors, MapPair, Maps
 from kernels.metrics import MetricSpec
@@ -35,6 +36,7 @@ class Backend(Protocol):
     Attributes:
         name: as in `BACKENDS`.
         implementations: name of one of `METRICS` -> this backend's code for it, which the backend alone calls.
+        dtypes: those of the data that it reads.
         differentiable: whether gradients flow through its results.
         side_by_side: whether calls of several threads run at once, having no threads of their own below them.
         lanes: values in the vector registers that it uses, where rounding depends on that; else 0.
@@ -42,6 +44,7 @@ class Backend(Protocol):
 
     name: str
     implementations: Mapping[str, Callable[..., Any]]
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
     differentiable: bool = False
     side_by_side: bool = False
 
@@ -169,7 +172,9 @@ BACKENDS: dict[str, BackendSpec] = {
     for spec in (
         BackendSpec("reference", "kernels.tiles", ("cpu",), "float64 NumPy, the definitions; slow"),
         BackendSpec("numba", "kernels.cpu.backend", ("cpu",), "compiled CPU loops, one pass; default without a GPU"),
-        BackendSpec("torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device"),
+        BackendSpec(
+            "torch", "kernels.torch_ops", ("cpu", "cuda"), "vectorised torch, any device; default on a GPU otherwise"
+        ),
         BackendSpec(
             "sdpa", "kernels.sdpa", ("cpu", "cuda"), "torch's fused attention, from factors: entropy, prefix mass"
         ),
@@ -177,7 +182,7 @@ BACKENDS: dict[str, BackendSpec] = {
             "triton",
             "kernels.cuda.triton_gpu",
             ("cuda",),
-            "fused CUDA kernels, from maps or factors",
+            "fused CUDA kernels, from maps or factors; default on a GPU for the metrics that it has",
             "TRITON_INTERPRET",
         ),
         BackendSpec(
@@ -187,20 +192,29 @@ BACKENDS: dict[str, BackendSpec] = {
 }
 
 
-def resolve(backend: str, device: str, gradient: bool = False) -> BackendSpec:
+def resolve(
+    backend: str,
+    device: str,
+    gradient: bool = False,
+    dtypes: Iterable[str] = (),
+    specs: Iterable[MetricSpec] = (),
+) -> BackendSpec:
     """The backend that will run on data of this device type.
 
     Args:
-        backend: a name of `BACKENDS`, or "auto": numba for "cpu" (torch if a gradient is wanted), torch otherwise.
+        backend: a name of `BACKENDS`, or "auto": numba for "cpu"; elsewhere triton, if it can be imported for this GPU,
+            reads all these dtypes and has code for every metric; else, and where a gradient is wanted, torch.
         device: torch device type of the data, "cpu" for NumPy.
         gradient: whether one is wanted.
+        dtypes: names of those of the data, of all layers that will be measured.
+        specs: the metrics, all of them: one backend measures them in one pass.
 
     Raises:
         OptionError: no backend of that name.
         BackendUnavailableError: the backend does not read data on that device.
     """
     if backend == "auto":
-        backend = "numba" if device == "cpu" and not gradient else "torch"
+        backend = "torch" if gradient else "numba" if device == "cpu" else _on_a_gpu(device, dtypes, specs)
     if backend not in BACKENDS:
         raise OptionError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
     spec = BACKENDS[backend]
@@ -210,3 +224,18 @@ def resolve(backend: str, device: str, gradient: bool = False) -> BackendSpec:
             "move it there first or choose another backend"
         )
     return spec
+
+
+def _on_a_gpu(device: str, dtypes: Iterable[str], specs: Iterable[MetricSpec]) -> str:
+    """triton or torch: Triton has no code for GPUs before sm_80, and what it lacks would be computed on the host."""
+    torch = sys.modules.get("torch")
+    if device not in BACKENDS["triton"].devices or (
+        torch and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    ):
+        return "torch"
+    try:
+        triton = BACKENDS["triton"].load()
+    except BackendUnavailableError:
+        return "torch"
+    fits = set(dtypes) <= set(triton.dtypes) and all(triton.implementation(spec) is not None for spec in specs)
+    return "triton" if fits else "torch"

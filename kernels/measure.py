@@ -88,7 +88,7 @@ def measure_attention(
             tokens included; any strides. The leading axes are usually [image, head].
         layout: where the prefix tokens and patches lie.
         metrics: names of `METRICS`, "module:name" of a user's `MetricSpec`, or `MetricSpec` objects.
-        backend: a name of `BACKENDS`; "auto" takes numba on a CPU (torch if a gradient is wanted), torch elsewhere.
+        backend: a name of `BACKENDS`, or "auto", see `kernels.resolve`: numba on a CPU, triton or torch on a GPU.
         invalid: "raise", or "mask": rows that are no post-softmax attention give NaN, are left out and counted.
             On a GPU "raise" waits for the result in order to look at it; "mask" returns while it is being computed.
         reduce: "mean" averages row metrics over the patch queries that have a value, in float64; "none" keeps
@@ -112,7 +112,7 @@ def measure_attention(
     """
     specs = _specs(metrics, regions)
     attention = inputs.attention_array(attention, "attention", layout)
-    chosen = _choose(backend, attention)
+    chosen = _choose(backend, specs, attention)
     regions = inputs.regions_array(regions, tuple(attention.shape[:-2]), layout)
     maps = Maps(attention, layout, regions, inputs.rounded_to(precision, attention))
     return _run(chosen, specs, maps, invalid, reduce)
@@ -161,7 +161,7 @@ def measure_qk(
         raise ValueError(f"scale is {scale}; expected a finite number")
     leading = tuple(query.shape[:-2])
     bias = inputs.bias_array(bias, leading, layout, query)
-    chosen = _choose(backend, query, key, bias)
+    chosen = _choose(backend, specs, query, key, bias)
     regions = inputs.regions_array(regions, leading, layout)
     return _run(chosen, specs, Factors(query, key, layout, regions, scale, bias), invalid, reduce)
 
@@ -205,7 +205,7 @@ def measure_pair(
             "in two conditions"
         )
     pair = MapPair(attention, layout, None, inputs.rounded_to(precision, attention, other), other)
-    return _run(_choose(backend, attention, other), specs, pair, invalid, reduce)
+    return _run(_choose(backend, specs, attention, other), specs, pair, invalid, reduce)
 
 
 def _run(
@@ -283,10 +283,10 @@ def _specs(
     return specs
 
 
-def _choose(backend: str, *inputs: Any) -> BackendSpec:
+def _choose(backend: str, specs: Sequence[MetricSpec], *inputs: Any) -> BackendSpec:
     """The backend for these inputs; one that would cut autograd's graph is neither chosen nor accepted."""
     gradient = any(arrays.wants_grad(array) for array in inputs)
-    chosen = resolve(backend, arrays.device_type(inputs[0]), gradient)
+    chosen = resolve(backend, arrays.device_type(inputs[0]), gradient, [arrays.dtype_name(inputs[0])], specs)
     if gradient and not chosen.load().differentiable:
         raise BackendUnavailableError(
             f"backend {chosen.name!r} has no gradient but the input requires one; choose torch, or detach() the input"

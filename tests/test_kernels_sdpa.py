@@ -15,10 +15,8 @@ NAMES = ("entropy", "entropy_normalized", "prefix_mass", "cls_entropy")
 
 
 def test_it_is_never_chosen() -> None:
-    assert {resolve("auto", device, gradient).name for device in ("cpu", "cuda") for gradient in (False, True)} == {
-        "numba",
-        "torch",
-    }
+    chosen = {resolve("auto", device, gradient).name for device in ("cpu", "cuda") for gradient in (False, True)}
+    assert chosen <= {"numba", "torch", "triton"}
 
 
 def test_what_it_does_not_measure() -> None:

@@ -25,6 +25,11 @@ class Discovery:
     biases: dict[int, torch.Tensor]  # layer -> the bias that all images share, [1, head, query, key], likewise
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The names that `precision` lists: one, unless layers differ."""
+        return tuple(self.precision.split(", "))
+
+    @property
     def head_ids(self) -> tuple[int, ...]:
         """Numbers of the captured heads in the model, where some were chosen."""
         return self.sites[0].head_ids  # the tap's choice, one for all sites

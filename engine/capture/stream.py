@@ -144,7 +144,7 @@ def capture_to_store(
     for name, reason in found.skipped:
         say(f"{label}: {name} is left out: {reason}")
     specs = metrics_of_one_capture(capture.metrics) if "metrics" in capture.sinks else []
-    backend = resolve(capture.backend, device.type).name
+    backend = resolve(capture.backend, device.type, dtypes=found.dtypes, specs=specs).name
     check_metrics(specs, [site.layout for site in found.sites], len(images.region_names), backend)
     if specs and (notice := BACKENDS[backend].load().notice()):
         say(notice)

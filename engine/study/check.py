@@ -86,7 +86,7 @@ def check_capture(
     specs = [] if stored_alone else metrics_of_one_capture(config.measure.metrics)
     if specs:
         measured_on = torch.device(device).type if "metrics" in capture.sinks else "cpu"  # stored maps
-        backend = resolve(config.measure.backend, measured_on).name
+        backend = resolve(config.measure.backend, measured_on, dtypes=found.dtypes, specs=specs).name
         regions = len(REGION_NAMES) if config.data.kind == "digits" else 0
         check_metrics(specs, [site.layout for site in found.sites], regions, backend)
         rows = [spec for spec in specs if spec.inputs == "rows"]

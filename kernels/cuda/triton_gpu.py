@@ -41,6 +41,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     implementations = IMPLEMENTATIONS
+    dtypes = DTYPES
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
         layout, tensor = maps.layout, _readable(maps.attention)
