@@ -299,6 +299,19 @@ class TestQueryAndKey:
         got = measure_qk(on_device(query, "float32"), on_device(key, "float32"), of, "morans_i", 0.3, backend=backend)
         assert got.undefined == {"morans_i": 2 * rows * cols}
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    @pytest.mark.parametrize(("rows", "cols", "prefix"), [(6, 12, 5), (5, 13, 0), (8, 8, 9)])
+    @pytest.mark.parametrize("backend", FROM_FACTORS)
+    def test_programs_that_have_queries_of_two_maps(
+        self, backend: str, dtype: str, rows: int, cols: int, prefix: int
+    ) -> None:
+        of = layout(rows, cols, prefix)
+        query, key = (on_device(array, dtype) for array in vit_qk(of, 16, np.random.default_rng(12)))
+        query, key = query.transpose(1, 2).contiguous().transpose(1, 2), key  # [image, head], of unlike strides
+        got = measure_qk(query, key, of, names_for(of), backend=backend, reduce="none")
+        expected = measure_qk(query.cpu(), key.cpu(), of, names_for(of), backend="reference", reduce="none")
+        assert_close(got, expected, FROM_QK, f"{backend}, {dtype}")
+
     @pytest.mark.parametrize("least", [5.0, 40.0, 300.0])
     @pytest.mark.parametrize(("rows", "cols", "prefix"), [(4, 5, 1), (5, 13, 0)])
     @pytest.mark.parametrize("backend", FROM_FACTORS)

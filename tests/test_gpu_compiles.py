@@ -81,10 +81,10 @@ class TestTritonCompiles:
         options = {"num_warps": triton_gpu.MAPS_WARPS}
         return self.spilled(self.compiled(triton_maps.attention_rows, constants, types, options, ()), tmp_path)
 
-    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path, share: int = 1) -> int:
+    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path, flat: bool = False) -> int:
         from kernels.cuda import triton_gpu, triton_qk
 
-        tile = triton_gpu._qk_tile(layout(side, side, 1), 4 if dtype == "fp32" else 2, bool(bias)) | {"SHARE": share}
+        tile = triton_gpu._qk_tile(layout(side, side, 1), 4 if dtype == "fp32" else 2, bool(bias)) | {"FLAT": flat}
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in tile}
         constants = {
             **geometry(side, needs),
@@ -117,18 +117,18 @@ class TestTritonCompiles:
     @pytest.mark.parametrize(("side", "dtype", "bias"), [(14, "bf16", ""), (24, "fp16", "i8"), (14, "fp32", "")])
     def test_from_query_and_key(self, side: int, dtype: str, bias: str, tmp_path: Path) -> None:
         # Constants outside the loop over keys; float32 factors are split in three.
-        assert self.from_qk(side, dtype, bias, 7, tmp_path) <= (256 if dtype == "fp32" else 96)
+        assert self.from_qk(side, dtype, bias, 7, tmp_path) <= (256 if dtype == "fp32" else 160)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
     @pytest.mark.parametrize("side", SIDES)
     def test_every_grid_and_type(self, side: int, dtype: str, tmp_path: Path) -> None:
         assert self.from_maps(side, dtype, 7, tmp_path) == 0
-        assert self.from_qk(side, dtype, "", 7, tmp_path) <= (1024 if dtype == "fp32" else 96)
+        assert self.from_qk(side, dtype, "", 7, tmp_path) <= (1024 if dtype == "fp32" else 320)
 
-    def test_queries_of_several_maps_in_one_program(self, tmp_path: Path) -> None:
-        """A thirteenth of the programs at 197 tokens: they may spill, so that four of the others run at once."""
-        assert self.from_qk(14, "bf16", "", 7, tmp_path, share=4) <= 640
+    def test_queries_of_two_maps_in_one_program(self, tmp_path: Path) -> None:
+        """A third of the programs at 197 tokens: they may spill, so that four of the others run at once."""
+        assert self.from_qk(14, "bf16", "", 7, tmp_path, flat=True) <= 256
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kernels.layout import TokenLayout
 # Planes of a kernel's result, and bits of what it is asked for.
 PLANES = ("distance", "entropy", "morans_i", "gearys_c", "prefix_mass")
 AT_DISTANCE, AT_ENTROPY, AT_MORAN, AT_GEARY, AT_PREFIX_MASS = range(len(PLANES))
-DISTANCE, ENTROPY, MORAN, GEARY = 1, 2, 4, 8
+DISTANCE, ENTROPY, MORAN, GEARY, PREFIX_MASS = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ IMPLEMENTATIONS = {
     "entropy_normalized": Reading(
         ("entropy",), lambda rows: rows.patch_queries("entropy") / math.log(rows.layout.num_patches)
     ),
-    "prefix_mass": Reading((), methodcaller("patch_queries", "prefix_mass")),
+    "prefix_mass": Reading(("prefix_mass",), methodcaller("patch_queries", "prefix_mass")),
     "cls_entropy": Reading(("entropy",), methodcaller("class_query", "entropy")),
     "cls_morans_i": Reading(("morans_i",), methodcaller("class_query", "morans_i")),
 }

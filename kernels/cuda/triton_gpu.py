@@ -93,12 +93,12 @@ class TritonBackend(Backend):
             added = added.view(torch.uint8)
         head_dim = q.shape[-1]
         values = RowValues.empty(factors, torch.float32, q.device)
-        count = len(values.valid)
+        count, tokens = values.valid.shape
         tile = _qk_tile(layout, q.element_size(), bias is not None)
-        per_group = tile["SHARE"] * tile["BLOCKS"] + (tile["SHARE"] > 1)
+        programs = triton.cdiv(count * tokens, 64) if tile["FLAT"] else count * triton.cdiv(tokens, 64)
         if count:
             with _current_device(q):
-                triton_qk.qk_rows[(triton.cdiv(count, tile["SHARE"]) * per_group,)](
+                triton_qk.qk_rows[(programs,)](
                     *(q, k, added, starts(q), starts(k), starts(added)),
                     *(values.planes, values.valid.view(torch.int8), count),
                     *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
@@ -186,20 +186,18 @@ def _qk_tile(layout: TokenLayout, itemsize: int, has_bias: bool) -> dict[str, in
     """What a program takes, and its options.
 
     64 queries fill the product of a group of four warps, which holds eight pairs of columns. With 128 registers four
-    programs of a group run at once; those that maps share spill some, and those of float32, whose factors are split.
+    programs of a group run at once; those of two maps spill some, and those of float32, whose factors are split.
     """
-    tokens, pairs = layout.num_tokens, max(8, triton.next_power_of_2((layout.grid_cols + 1) // 2))
+    pairs = max(8, triton.next_power_of_2((layout.grid_cols + 1) // 2))
     groups = min(pairs // 8, 4 if itemsize == 2 else 2)
     plain = groups == 1 and itemsize == 2 and not has_bias
-    blocks, rest = divmod(tokens, 64)
-    share = 64 // max(16, triton.next_power_of_2(rest)) if rest and plain else 1
     tile = {
         "BLOCK_Q": 64,
-        "BLOCKS": blocks if share > 1 else triton.cdiv(tokens, 64),
-        "SHARE": share,
         "PAIRS": pairs,
         "GROUPS": groups,
         "AT_ONCE": 2 if plain and layout.grid_rows % 2 == 0 else 1,
+        # Products of a map that has less queries would be of more than two maps.
+        "FLAT": plain and layout.num_tokens >= 64 and layout.num_tokens % 64 > 0 and layout.num_prefix_tokens <= pairs,
         "num_warps": 4 * groups,
         "num_stages": 3 if itemsize == 2 else 2 if groups == 1 else 1,  # tiles of keys in shared memory
     }

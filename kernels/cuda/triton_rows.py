@@ -21,6 +21,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # `&`: on the right of a number the interpreter does not know them.
 DISTANCE, ENTROPY, MORAN, GEARY = (tl.constexpr(bit) for bit in (rows.DISTANCE, rows.ENTROPY, rows.MORAN, rows.GEARY))
 EDGES = tl.constexpr(rows.MORAN | rows.GEARY)
+PREFIX_MASS = tl.constexpr(rows.PREFIX_MASS)
 AT_DISTANCE, AT_ENTROPY, AT_MORAN, AT_GEARY, AT_PREFIX_MASS = (tl.constexpr(plane) for plane in range(len(rows.PLANES)))
 
 
@@ -106,10 +107,10 @@ def of_edges(across, down, c, GRID_COLS: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def at_ends(s_z, first, last, c, GRID_COLS: tl.constexpr):
-    """Σ over edges of z_i + z_j: every z by its number of edges, in a tile of columns."""
+def of_edges_of_columns(s_z, c, GRID_COLS: tl.constexpr):
+    """Σ z by its number of edges, of columns whose first and last z have one more than there are edges."""
     across = 2 - (c == 0).to(tl.float32) - (c == GRID_COLS - 1).to(tl.float32)
-    return (across + 2.0) * s_z - first - last
+    return (across + 2.0) * s_z
 
 
 @triton.jit(do_not_specialize=["maps"])
