@@ -82,6 +82,12 @@ def mean_of_rows(values: Any, valid: Any) -> tuple[Any, Any]:
     return module.where(count > 0, total / count.clip(1), module.nan), (~defined & valid).sum(-1)
 
 
+def invalid_rows(valid: Any, prefix: int) -> tuple[Any, Any]:
+    """(rows that are no attention, patch queries among them) of each map, [*leading] of valid [*leading, query]."""
+    invalid = ~valid
+    return invalid.sum(-1), invalid[..., prefix:].sum(-1)
+
+
 def map_starts(leading: tuple[int, ...], steps: Sequence[int]) -> np.ndarray:
     """Where each map begins, counted over the leading axes in C order, with a step in memory on each; int64 [map]."""
     along_axes = (np.arange(size, dtype=np.int64) * step for size, step in zip(leading, steps, strict=True))

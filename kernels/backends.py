@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kernels.arrays import FLOAT_DTYPES, Values, is_torch, mean_of_rows
+from kernels.arrays import FLOAT_DTYPES, Values, invalid_rows, is_torch, mean_of_rows
 from kernels.errors import BackendUnavailableError, MetricError, OptionError
 from kernels.inputs import Factors, MapPair, Maps
 from kernels.metrics import MetricSpec
@@ -28,6 +28,15 @@ class Reading:
 
     def __call__(self, result: Any) -> Any:
         return self.read(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What remains of the rows of maps: everything is [*leading]."""
+
+    reduced: dict[str, tuple[Any, Any]]  # metric name -> (mean, valid patch queries that have no value)
+    invalid: Any  # rows that are no attention
+    invalid_patches: Any  # patch queries among them
 
 
 class Backend(Protocol):
@@ -93,9 +102,10 @@ class Backend(Protocol):
         """(mean [*leading] of the patch queries that have a value, valid ones that have none) of [*leading, query]."""
         return mean_of_rows(values, valid)
 
-    def means_of_rows(self, values: Mapping[str, Any], valid: Any) -> dict[str, tuple[Any, Any]]:
-        """Metric name -> `mean_of_rows` of its values."""
-        return {name: self.mean_of_rows(of_rows, valid) for name, of_rows in values.items()}
+    def means_of_rows(self, values: Mapping[str, Any], valid: Any, prefix: int) -> Means:
+        """`mean_of_rows` of each metric's values, and `invalid_rows` of valid [*leading, query], prefix included."""
+        means = {name: self.mean_of_rows(of_rows, valid[..., prefix:]) for name, of_rows in values.items()}
+        return Means(means, *invalid_rows(valid, prefix))
 
     def needs(self, specs: Sequence[MetricSpec], planes: Sequence[str]) -> int:
         """Bits, in the order of all planes, of those that the pass must fill in; MetricError for other code."""

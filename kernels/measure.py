@@ -38,6 +38,8 @@ class Measurement(Mapping[str, Any]):
         backend: the backend that ran (never "auto").
         undefined: metric name -> number of rows left out of the means because the metric has no value there.
         undefined_rows: metric name -> the same count for each value, an array of the values' leading axes.
+        invalid_rows: number of each map's rows that are not post-softmax attention, an array of the leading axes.
+        invalid_patches: that of patch queries among them.
         valid: which rows are post-softmax attention, bool [..., query], prefix queries included.
         masked: number of rows left out because they are not (only with invalid="mask").
         from_reference: names of the metrics this backend computed from their `reference` alone.
@@ -46,6 +48,8 @@ class Measurement(Mapping[str, Any]):
     _values: dict[str, Any]
     backend: str
     undefined_rows: dict[str, Any]
+    invalid_rows: Any
+    invalid_patches: Any
     valid: Any
     from_reference: tuple[str, ...]
 
@@ -55,7 +59,7 @@ class Measurement(Mapping[str, Any]):
 
     @property
     def masked(self) -> int:
-        return int((~self.valid).sum())
+        return int(self.invalid_rows.sum())
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -230,20 +234,38 @@ def _run(
     if invalid == "raise" and not bool(valid.all()):
         raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
-    patches_valid = valid[..., given.layout.num_prefix_tokens :]
-    of_rows = [spec for spec in specs if spec.inputs != "regions" and values[spec.name].ndim == valid.ndim]
+    prefix = given.layout.num_prefix_tokens
+    rows = {spec.name: values[spec.name] for spec in specs if spec.inputs != "regions"}
+    rows = {name: found for name, found in rows.items() if found.ndim == valid.ndim}
     reduced: dict[str, tuple[Any, Any]] = {}  # value, and rows without one
-    for runner, part in ((backend, coded), (REFERENCE, others)):
-        rows = {spec.name: values[spec.name] for spec in part if spec in of_rows}
-        if reduce == "mean":
-            reduced |= runner.means_of_rows(rows, patches_valid)
-        else:
-            reduced |= {name: (found, _missing(found, patches_valid).sum(-1)) for name, found in rows.items()}
-    reduced |= {spec.name: _values_of_maps(values[spec.name], patches_valid) for spec in specs if spec not in of_rows}
-    in_order = {spec.name: [arrays.as_kind(found, given.like) for found in reduced[spec.name]] for spec in specs}
-    means, undefined = ({name: pair[i] for name, pair in in_order.items()} for i in range(2))
-    from_reference = tuple(spec.name for spec in others)
-    return Measurement(means, chosen.name, undefined, arrays.as_kind(valid, given.like), from_reference)
+    counts: tuple[Any, Any] | None = None
+    if reduce == "mean":
+        for runner, part in ((backend, coded), (REFERENCE, others)):
+            if part:
+                of_part = {spec.name: rows[spec.name] for spec in part if spec.name in rows}
+                means = runner.means_of_rows(of_part, valid, prefix)
+                reduced |= means.reduced
+                counts = counts or (means.invalid, means.invalid_patches)
+    patches_valid = valid[..., prefix:]
+    for name, found in values.items():
+        if name not in rows:
+            reduced[name] = _values_of_maps(found, patches_valid)
+        elif name not in reduced:
+            reduced[name] = found, _missing(found, patches_valid).sum(-1)
+    invalid_rows, invalid_patches = counts or arrays.invalid_rows(valid, prefix)
+
+    def alike(array: Any) -> Any:
+        return arrays.as_kind(array, given.like)
+
+    return Measurement(
+        _values={spec.name: alike(reduced[spec.name][0]) for spec in specs},
+        backend=chosen.name,
+        undefined_rows={spec.name: alike(reduced[spec.name][1]) for spec in specs},
+        invalid_rows=alike(invalid_rows),
+        invalid_patches=alike(invalid_patches),
+        valid=alike(valid),
+        from_reference=tuple(spec.name for spec in others),
+    )
 
 
 def _missing(values: Any, valid: Any) -> Any:

@@ -309,16 +309,20 @@ def test_a_head_that_is_not_there_is_named() -> None:
         capture_attention(model, images_for(model), heads=[0, 3])
 
 
-def test_a_tap_kept_open_hands_each_forward_pass_to_whom_it_is_told() -> None:
+def test_a_prepared_tap_hands_each_forward_pass_to_whom_it_is_told() -> None:
     model = random_model("vit_tiny_patch16_224", img_size=64, depth=2)
     images = images_for(model)
     first: list[str] = []
     second: list[str] = []
     plain = capture_attention(model, images)
-    with torch.inference_mode(), AttentionTap(model, lambda site, *call: first.append(site.name)) as tap:
-        model(images)
+    tap = AttentionTap(model, lambda site, *call: first.append(site.name))
+    with torch.inference_mode(), tap.prepared():
+        with tap:
+            model(images)
+        model(images)  # nobody looks
         tap.on_attention = lambda site, *call: second.append(site.name)
-        model(images)
+        with tap:
+            model(images)
         assert not any(module._forward_hooks for module in model.modules()), "nothing is noted after the first"
     assert first == second == list(plain)
 

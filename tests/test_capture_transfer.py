@@ -42,6 +42,16 @@ def test_copies_are_waited_for_in_any_order_and_thread(device: str) -> None:
     assert [int(values[0, 0]) for values in arrived] == list(reversed(range(12)))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_small_tensors_arrive_in_order(device: str) -> None:
+    shapes = [((2, 3), torch.float64), ((2, 3), torch.int64), ((2, 4), torch.float64), ((), torch.int64)] * 3
+    tensors = [torch.full(shape, i, dtype=dtype, device=device) for i, (shape, dtype) in enumerate(shapes)]
+    arrived = HostCopies(device).start_all(tensors).wait()
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(arrived, tensors, strict=True))
+    assert [(tuple(one.shape), one.dtype) for one in arrived] == shapes
+    assert HostCopies(device).start_all([]).wait() == []
+
+
 def test_gradients_do_not_follow() -> None:
     values = torch.ones(3, requires_grad=True)
     assert not HostCopies("cpu").start(2 * values).wait().requires_grad

@@ -81,6 +81,8 @@ def on_device(values: np.ndarray, dtype: str) -> torch.Tensor:
 def assert_close(got: Any, expected: Any, tolerances: dict[str, float], context: str) -> None:
     """Values, the places without one, and the counts of undefined rows."""
     assert got.masked == expected.masked, context
+    np.testing.assert_array_equal(got.invalid_rows.cpu(), expected.invalid_rows.cpu(), err_msg=context)
+    np.testing.assert_array_equal(got.invalid_patches.cpu(), expected.invalid_patches.cpu(), err_msg=context)
     for name in expected:
         ours, theirs = got[name].cpu().numpy(), expected[name].cpu().numpy()
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs), err_msg=f"{context}: {name}, NaN")
@@ -192,6 +194,8 @@ class TestStoredMaps:
         assert got.masked == 2
         assert torch.nonzero(got["entropy"].isnan()).tolist() == [[1, 1, 4]]
         assert torch.nonzero(got["cls_entropy"].isnan()).tolist() == [[0, 1]]
+        counted = agree_on(attention, OF, backend, "mean")
+        assert (counted.invalid_rows.tolist(), counted.invalid_patches.tolist()) == ([[0, 1], [0, 1]], [[0, 0], [0, 1]])
 
     @pytest.mark.parametrize("backend", RUNNABLE)
     def test_zeros_with_a_sign_and_rows_of_next_to_nothing(self, backend: str) -> None:

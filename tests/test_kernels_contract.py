@@ -140,6 +140,7 @@ class TestInvalidQueryAndKey:
             measure_qk(self.query, key, OF, backend=backend)
         got = measure_qk(self.query, key, OF, backend=backend, invalid="mask")
         assert got.masked == 13
+        assert (got.invalid_rows[1, 0], got.invalid_patches[1, 0]) == (N, N - 1)
         assert np.isnan(got["entropy"][1, 0])
         assert np.isfinite(np.delete(got["entropy"].ravel(), 3)).all()
 

@@ -7,6 +7,7 @@ hand the memory over as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,44 @@ def downloaded(values: torch.Tensor) -> HostCopy:
 
 
 def _copied(values: torch.Tensor) -> HostCopy:
-    """A copy on the present stream, to a buffer of its own from torch's cache of pinned memory.
+    """A copy on the present stream."""
+    host = _on_its_way(values)
+    copied = torch.cuda.Event()
+    copied.record()
+    return HostCopy(host, copied)
+
+
+def _on_its_way(values: torch.Tensor) -> torch.Tensor:
+    """A buffer of its own from torch's cache of pinned memory, to which the present stream copies.
 
     torch gives a buffer out again only after the caller dropped it and the copy has run, so it may be kept for long.
     """
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return HostCopy(host, copied)
+    return host.copy_(values, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class HostStacks:
+    """Tensors on their way to the host, those of one dtype and shape as one."""
+
+    hosts: list[torch.Tensor]
+    places: list[tuple[int, int]]  # of each tensor: which of `hosts`, and where in it
+    copied: torch.cuda.Event
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors, when all have arrived. May be called from another thread."""
+        self.copied.synchronize()
+        return [self.hosts[stack][place] for stack, place in self.places]
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensors:
+    """Tensors that are on the host already."""
+
+    hosts: list[torch.Tensor]
+
+    def wait(self) -> list[torch.Tensor]:
+        return self.hosts
 
 
 class HostCopies:
@@ -91,3 +121,23 @@ class HostCopies:
             # The values belong to the model's stream, which would reuse their memory as soon as they are dropped.
             values.record_stream(self._stream)
         return arriving
+
+    def start_all(self, tensors: Sequence[torch.Tensor]) -> HostStacks | HostTensors:
+        """Start to bring many small tensors in a few copies: on a GPU those of one dtype and shape go as one."""
+        if self._stream is None:
+            return HostTensors([values.detach().contiguous() for values in tensors])
+        groups: dict[tuple[torch.dtype, torch.Size], tuple[int, list[torch.Tensor]]] = {}
+        places = []
+        for values in tensors:
+            stack, group = groups.setdefault((values.dtype, values.shape), (len(groups), []))
+            places.append((stack, len(group)))
+            group.append(values)
+        stacks = [torch.stack(group).detach() for _, group in groups.values()]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            hosts = [_on_its_way(values) for values in stacks]
+            copied = torch.cuda.Event()
+            copied.record()
+        for values in stacks:
+            values.record_stream(self._stream)
+        return HostStacks(hosts, places, copied)

@@ -46,20 +46,26 @@ class Passes:
             self.model(self.images)
 
     def tapped(self) -> None:
-        with self.tap():
-            self.plain()
+        tap = self.tap()
+        with tap.prepared():
+            for _ in range(self.batches):
+                self.launch_tapped(tap)
+
+    def launch_tapped(self, tap: AttentionTap) -> Any:
+        with tap:
+            return self.model(self.images)
 
     def launch(self, tap: AttentionTap, backend: str) -> BatchPass:
         """A batch under the metrics sink, as `engine.capture.stream` does it."""
-        launched = BatchPass(0, [MetricsSink(self.specs, backend, self.regions, self.copies)], self.copies)
+        launched = BatchPass(0, [MetricsSink(self.specs, backend, self.regions)], self.copies)
         tap.on_attention = launched.on_attention
-        launched.launched(self.model(self.images))
+        launched.launched(self.launch_tapped(tap))
         return launched
 
     def measured(self, backend: str) -> None:
         """A batch is launched before the one before is waited for."""
-        before = None
-        with self.tap() as tap:
+        before, tap = None, self.tap()
+        with tap.prepared():
             for _ in range(self.batches):
                 launched = self.launch(tap, backend)
                 if before is not None:
@@ -115,8 +121,9 @@ def _host_times(runs: Passes, backend: str) -> dict[str, float]:
     """What a batch takes of the host: all that must be less than the device's time."""
     with torch.inference_mode():
         times = {"plain forward": runs.host_seconds(partial(runs.model, runs.images))}
-        with runs.tap() as tap:
-            times["tap alone"] = runs.host_seconds(partial(runs.model, runs.images))
+        tap = runs.tap()
+        with tap.prepared():
+            times["tap alone"] = runs.host_seconds(partial(runs.launch_tapped, tap))
             times[f"metrics sink, {backend}"] = runs.host_seconds(partial(runs.launch, tap, backend))
     return times
 

@@ -102,20 +102,32 @@ class ModelInterception(AbstractContextManager["ModelInterception"]):
         self.model = unwrapped(model)
         self._handlers = dict(handlers)
         self._others = others
-        self._names: dict[torch.nn.Module, str] = {}
+        self._names: dict[torch.nn.Module, str] | None = None
         self._open: ExitStack | None = None  # all that is undone at the end
 
     def __enter__(self) -> ModelInterception:
         if self._open is not None:
             raise RuntimeError("this context is open already; make another one to nest it")
-        self._names = {module: name for name, module in named_modules(self.model) if module._modules or not name}
         with ExitStack() as stack:
-            stack.enter_context(_fused(self.model))
-            if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self._names is None:
+                stack.enter_context(self.prepared())
+            assert self._names is not None
             stack.enter_context(_Mode(self._handlers, self._others, self._names))
             self._open = stack.pop_all()
         return self
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Inside, this context may be opened and closed often at little cost: it looks through the model once."""
+        self._names = {module: name for name, module in named_modules(self.model) if module._modules or not name}
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(_fused(self.model))
+                if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                yield
+        finally:
+            self._names = None
 
     def __exit__(self, *error: object) -> None:
         assert self._open is not None

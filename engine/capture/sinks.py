@@ -45,14 +45,15 @@ class Sink(Protocol):
     """Takes one batch's attention, site by site."""
 
     def take(self, attention: SiteAttention) -> torch.Tensor:
-        """Begin with a site, while the model runs; its rows that are no attention, bool [image, head, query] there."""
+        """Begin with a site, while the model runs; how many of its rows are no attention, int64 in as many parts."""
         ...
 
-    def launched(self) -> None:
-        """The forward pass is launched: bring to the host what is still on the device, without waiting."""
+    def launched(self) -> Sequence[torch.Tensor]:
+        """The forward pass is launched: what is still on the device, to be brought to the host."""
+        ...
 
-    def finish(self, results: BatchResults) -> None:
-        """Wait for what was begun, and give it."""
+    def finish(self, results: BatchResults, arrived: Sequence[torch.Tensor]) -> None:
+        """Wait for what was begun, and give it; `arrived` is what `launched` gave, on the host."""
 
 
 class MetricsSink:
@@ -62,33 +63,31 @@ class MetricsSink:
     layer, the coverage of this batch's images, [image, region, patch] on the layer's grid, or None.
     """
 
-    def __init__(
-        self, metrics: Sequence[MetricSpec], backend: str, regions: Mapping[int, np.ndarray | None], copies: HostCopies
-    ) -> None:
-        self._metrics, self._backend, self._regions, self._copies = metrics, backend, regions, copies
+    def __init__(self, metrics: Sequence[MetricSpec], backend: str, regions: Mapping[int, np.ndarray | None]) -> None:
+        self._metrics, self._backend, self._regions = metrics, backend, regions
         self._measured: list[Measurement] = []
-        self._invalid_patches: list[torch.Tensor] = []  # patch queries of each map that are no attention, [image, head]
-        self._arriving: dict[str, tuple[HostCopy, HostCopy]] = {}
 
     def take(self, attention: SiteAttention) -> torch.Tensor:
         site = attention.site
         measured = attention.measure(self._metrics, self._backend, self._regions[site.layer])
         self._measured.append(measured)
-        invalid: torch.Tensor = ~measured.valid
-        self._invalid_patches.append(invalid[..., site.layout.num_prefix_tokens :].sum(dim=-1))
+        invalid: torch.Tensor = measured.invalid_rows
         return invalid
 
-    def launched(self) -> None:
-        for metric in self._metrics:
-            values = stack_layers([layer[metric.name] for layer in self._measured], math.nan)
-            undefined = [layer.undefined_rows[metric.name] for layer in self._measured]
-            counts = [rows + invalid for rows, invalid in zip(undefined, self._invalid_patches, strict=True)]
-            self._arriving[metric.name] = self._copies.start(values), self._copies.start(stack_layers(counts, -1))
+    def launched(self) -> list[torch.Tensor]:
+        names = [metric.name for metric in self._metrics]
+        parts = [[of[name] for name in names] + [of.undefined_rows[name] for name in names] for of in self._measured]
+        return [
+            tensor for of, part in zip(self._measured, parts, strict=True) for tensor in (*part, of.invalid_patches)
+        ]
 
-    def finish(self, results: BatchResults) -> None:
-        for name, (values, undefined) in self._arriving.items():
-            results.values[name] = values.wait().numpy()
-            results.undefined[name] = undefined.wait().numpy()
+    def finish(self, results: BatchResults, arrived: Sequence[torch.Tensor]) -> None:
+        count = len(self._metrics)
+        layers = [arrived[start : start + 2 * count + 1] for start in range(0, len(arrived), 2 * count + 1)]
+        for i, metric in enumerate(self._metrics):
+            values = stack_layers([layer[i] for layer in layers], math.nan)
+            undefined = stack_layers([layer[count + i] + layer[-1] for layer in layers], -1)
+            results.values[metric.name], results.undefined[metric.name] = values.numpy(), undefined.numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +116,11 @@ class StoreSink:
         self._arriving.append((layer, arriving))
         self._hand_over(self._copies.depth)
 
-    def launched(self) -> None:
-        """All is on its way already."""
+    def launched(self) -> list[torch.Tensor]:
+        """Attention is on its way already."""
+        return []
 
-    def finish(self, results: BatchResults) -> None:
+    def finish(self, results: BatchResults, arrived: Sequence[torch.Tensor]) -> None:
         self._hand_over(0)
 
     def check(self, layer: int, attention: Any) -> None:
@@ -146,13 +146,15 @@ class MapsSink(StoreSink):
         site, maps = attention.site, attention.maps()
         self._prefix_mass[site.layer] = site.layout.prefix(maps).sum(dim=-1).nanmean(dim=(0, 2))
         self.put(site.layer, self._copies.start(maps, self._precision))
-        return maps[..., 0].isnan()  # a softmax with a NaN in it is NaN throughout
+        return maps[..., 0].isnan().sum()  # a softmax with a NaN in it is NaN throughout
 
-    def finish(self, results: BatchResults) -> None:
-        super().finish(results)
-        heads = [(layer, head) for layer, masses in self._prefix_mass.items() for head in range(len(masses))]
-        masses = torch.cat(list(self._prefix_mass.values())).tolist()
-        results.prefix_mass |= dict(zip(heads, masses, strict=True))
+    def launched(self) -> list[torch.Tensor]:
+        return list(self._prefix_mass.values())
+
+    def finish(self, results: BatchResults, arrived: Sequence[torch.Tensor]) -> None:
+        super().finish(results, arrived)
+        for layer, masses in zip(self._prefix_mass, arrived, strict=True):
+            results.prefix_mass |= {(layer, head): mass for head, mass in enumerate(masses.tolist())}
 
 
 class FactorsSink(StoreSink):
@@ -173,7 +175,7 @@ class FactorsSink(StoreSink):
             bias=None if bias is None else start(bias, shared=True),
         )
         self.put(layer, arriving)
-        return unusable_rows(attention.query.to(precision), attention.key.to(precision))
+        return unusable_rows(attention.query.to(precision), attention.key.to(precision)).sum()
 
     def check(self, layer: int, attention: Any) -> None:
         if layer in self._biases and not torch.equal(one_bias(attention.bias), self._biases[layer]):
@@ -197,5 +199,7 @@ def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float) -> to
     """[image, head, ...] of several layers as one [image, layer, head, ...] on their device."""
     tensors = [torch.as_tensor(layer) for layer in layers]
     heads = max(tensor.shape[1] for tensor in tensors)
-    padded = [functional.pad(t, (0, 0) * (t.ndim - 2) + (0, heads - t.shape[1]), value=fill) for t in tensors]
-    return torch.stack(padded, dim=1)
+    for i, t in enumerate(tensors):
+        if missing := heads - t.shape[1]:
+            tensors[i] = functional.pad(t, (0, 0) * (t.ndim - 2) + (0, missing), value=fill)
+    return torch.stack(tensors, dim=1)

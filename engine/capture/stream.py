@@ -10,7 +10,6 @@ copied to the host while the next batch runs, and then they are handed to the st
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import sys
@@ -208,7 +207,9 @@ class BatchPass:
 
     def __init__(self, batch: int, sinks: Sequence[Sink], copies: HostCopies) -> None:
         self.batch, self._sinks, self._copies = batch, sinks, copies
-        self._invalid: list[tuple[int, torch.Tensor]] = []  # (layer, rows that the first sink calls no attention)
+        # (layer, its rows), and how many of those the first sink calls no attention.
+        self._rows: list[tuple[int, int]] = []
+        self._invalid: list[torch.Tensor] = []
 
     def on_attention(
         self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
@@ -216,23 +217,24 @@ class BatchPass:
         """What the tap calls at each site."""
         attention = SiteAttention(site, query, key, scale, bias)
         invalid = [sink.take(attention) for sink in self._sinks]
-        self._invalid.append((site.layer, invalid[0]))
+        self._rows.append((site.layer, query.shape[:-1].numel()))
+        self._invalid.append(invalid[0])
 
     def launched(self, logits: torch.Tensor | None) -> None:
         """The forward pass is launched: its results start on their way to the host; a model may have no logits."""
-        rows = [torch.stack([invalid.sum(), torch.ones_like(invalid).sum()]) for _, invalid in self._invalid]
-        self._counts = self._copies.start(torch.stack(rows))
-        for sink in self._sinks:
-            sink.launched()
-        self._logits = None if logits is None else self._copies.start(logits.float())
+        parts = [self._invalid, [] if logits is None else [logits], *(sink.launched() for sink in self._sinks)]
+        self._lengths = [len(part) for part in parts]
+        self._arriving = self._copies.start_all([tensor for part in parts for tensor in part])
 
     def finish(self) -> BatchResults:
         """Wait for the results, and for attention that has not been handed to the writer."""
-        results = BatchResults(None if self._logits is None else self._logits.wait().numpy())
-        for sink in self._sinks:
-            sink.finish(results)
-        counts = self._counts.wait().tolist()
-        results.invalid_rows = [(layer, *rows) for (layer, _), rows in zip(self._invalid, counts, strict=True)]
+        arrived = iter(self._arriving.wait())
+        counts, logits, *of_sinks = ([*itertools.islice(arrived, length)] for length in self._lengths)
+        results = BatchResults(logits[0].float().numpy() if logits else None)
+        for sink, tensors in zip(self._sinks, of_sinks, strict=True):
+            sink.finish(results, tensors)
+        invalid = (int(count.sum()) for count in counts)
+        results.invalid_rows = [(layer, found, of) for (layer, of), found in zip(self._rows, invalid, strict=True)]
         return results
 
 
@@ -259,9 +261,8 @@ class CaptureRun:
         # With its number: another thread has another current GPU.
         self._device = torch.empty(0, device=self.capture.device).device
         self._copies = HostCopies(self._device)
-        self._tap = AttentionTap(
-            self.model, _unseen, layers=self.capture.layers or None, heads=self.capture.heads or None
-        )
+        layers, heads = self.capture.layers or None, self.capture.heads or None
+        self._tap = AttentionTap(self.model, lambda *call: None, layers=layers, heads=heads)
         self._captured = Tally(self.workers, f"captured of {self.writer.run}")
         self._prefix_mass: list[tuple[int, int, int, float]] = []  # layer, head, batch, mean
         self._invalid_rows: list[tuple[int, int]] = []  # layer, rows that are no attention
@@ -276,7 +277,7 @@ class CaptureRun:
             ThreadPoolExecutor(1, "decode", initializer=_use_device, initargs=(self._device,)) as decoder,
             evaluating(self.model),
             torch.inference_mode(),
-            self._tap if batches else contextlib.nullcontext(),
+            self._tap.prepared(),
             ImageProgress(self.label, schema.num_images, done, image_bytes) as progress,
         ):
             decoded = deque(decoder.submit(self._decode, batch) for batch in batches[:1])
@@ -309,7 +310,7 @@ class CaptureRun:
         if self.specs:
             rows = self._schema.batch_rows(batch)
             regions = {layer: None if all_ is None else all_[rows] for layer, all_ in self.regions.items()}
-            sinks.append(MetricsSink(self.specs, self.backend, regions, self._copies))
+            sinks.append(MetricsSink(self.specs, self.backend, regions))
         if self.capture.keeps_factors:
             sinks.append(FactorsSink(self.writer, batch, self._copies, self.found))
         elif self._schema.encoding:
@@ -319,7 +320,8 @@ class CaptureRun:
     def _launch(self, batch: int, pixels: torch.Tensor) -> BatchPass:
         launched = BatchPass(batch, self._sinks(batch), self._copies)
         self._tap.on_attention = launched.on_attention
-        output = self.model(pixels)
+        with self._tap:
+            output = self.model(pixels)
         launched.launched(logits_of(output) if self._schema.num_classes else None)
         return launched
 
@@ -335,10 +337,6 @@ class CaptureRun:
         self._prefix_mass.extend((*head, batch, mass) for head, mass in results.prefix_mass.items())
         progress.reach(self._captured.add(len(self._rows(batch))))
         _return_freed_memory()
-
-
-def _unseen(*call: object) -> None:
-    raise AssertionError("a forward pass of no batch")
 
 
 def _return_freed_memory() -> None:

@@ -40,8 +40,12 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
     autocast (query and key have the type that the kernel computes in); with gradient checkpointing (what is recomputed
     in the backward pass is not handed over again); wrapped by peft, by DistributedDataParallel and by `torch.compile`,
     whose graphs run uncompiled inside the context. Several taps may be open at once, on one model or on several.
-    Opening one takes as long as a few forward passes of a small model: open it around all batches, and set
-    `on_attention` from one to the next.
+    Opening one looks through the model; inside `with tap.prepared():` it does so once for all batches:
+
+        with tap.prepared():
+            for images in batches:
+                with tap:
+                    model(images)
 
     Args:
         model: any model that computes attention by `F.scaled_dot_product_attention`, directly or in
@@ -109,6 +113,10 @@ class AttentionTap(AbstractContextManager["AttentionTap"]):
             stack.enter_context(self._interception)
             self._open = stack.pop_all()
         return self
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """Inside, this tap may be opened and closed often at little cost."""
+        return self._interception.prepared()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._open.close()

@@ -20,7 +20,7 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from kernels.arrays import Values, dtype_name
-from kernels.backends import Backend
+from kernels.backends import Backend, Means
 from kernels.cuda import triton_maps, triton_qk, triton_rows
 from kernels.cuda.rows import IMPLEMENTATIONS, PLANES, RowValues, starts, tensor_of
 from kernels.errors import BackendUnavailableError
@@ -120,41 +120,49 @@ class TritonBackend(Backend):
                 )
         return self.values(values, values.valid, factors, specs)
 
-    def means_of_rows(self, values: Mapping[str, Tensor], valid: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """One launch for all planes of a pass, where torch takes eight for each."""
-        shape, sound = valid.shape[:-1], tensor_of(valid).reshape(-1, valid.shape[-1])
+    def means_of_rows(self, values: Mapping[str, Tensor], valid: Tensor, prefix: int) -> Means:
+        """One launch for all planes of a pass and what of it is invalid, where torch takes eight for each."""
+        valid = tensor_of(valid)
+        if not values or not valid.numel():
+            return super().means_of_rows(values, valid, prefix)
         alike: dict[Any, dict[str, Tensor]] = {}
         for name, of_rows in values.items():
-            rows = tensor_of(of_rows).reshape(-1, valid.shape[-1])
+            rows = tensor_of(of_rows).reshape(-1, of_rows.shape[-1])
             alike.setdefault((rows.dtype, rows.stride()), {})[name] = rows
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        reduced: dict[str, tuple[Tensor, Tensor]] = {}
         for group in alike.values():
             for start in range(0, len(group), AT_ONCE):
                 names = list(group)[start : start + AT_ONCE]
-                means, undefined = _means_of_rows([group[name] for name in names], sound)
-                found |= {name: (means[i].view(shape), undefined[i].view(shape)) for i, name in enumerate(names)}
-        return found
+                means, counts = _means_of_rows([group[name] for name in names], valid, prefix)
+                *undefined, invalid, invalid_patches = counts
+                reduced |= dict(zip(names, zip(means, undefined, strict=True), strict=True))
+        return Means({name: reduced[name] for name in values}, invalid, invalid_patches)
 
 
 BACKEND = TritonBackend()
 
 
-def _means_of_rows(planes: list[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
-    """(means, rows without a value) [plane, map] of at most `AT_ONCE` planes [map, query] of the same strides."""
-    maps, queries = valid.shape
-    means = torch.empty(len(planes), maps, dtype=torch.float64, device=valid.device)
-    undefined = torch.empty(len(planes), maps, dtype=torch.int64, device=valid.device)
-    if maps:
-        block = triton.next_power_of_2(queries)
-        with _current_device(valid):
-            triton_rows.means_of_rows[maps, len(planes)](
-                *(*planes, *planes[:1] * (AT_ONCE - len(planes)), valid.view(torch.int8), means, undefined, maps),
-                *(*planes[0].stride(), valid.stride(0)),
-                QUERIES=queries,
-                BLOCK=block,
-                num_warps=1 if block <= 256 else 4,
-            )
-    return means, undefined
+def _means_of_rows(planes: list[Tensor], valid: Tensor, prefix: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """(means, counts) [*leading] of at most `AT_ONCE` planes [map, patch query] of the same strides.
+
+    Counts: of each plane its rows without a value; then rows that are no attention, and patch queries among them.
+    """
+    shape, tokens = valid.shape[:-1], valid.shape[-1]
+    flat = valid.reshape(-1, tokens)
+    means = torch.empty(len(planes), *shape, dtype=torch.float64, device=valid.device)
+    counts = torch.empty(len(planes) + 2, *shape, dtype=torch.int64, device=valid.device)
+    maps, block = len(flat), triton.next_power_of_2(tokens - prefix)
+    with _current_device(valid):
+        triton_rows.means_of_rows[maps, len(planes)](
+            *(*planes, *planes[:1] * (AT_ONCE - len(planes)), flat.view(torch.int8), means, counts, maps),
+            *(len(planes), *planes[0].stride(), flat.stride(0)),
+            PREFIX=prefix,
+            QUERIES=tokens - prefix,
+            BLOCK=block,
+            BLOCK_P=triton.next_power_of_2(prefix),
+            num_warps=1 if block <= 256 else 4,
+        )
+    return means.unbind(), counts.unbind()
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -113,14 +113,15 @@ def of_edges_of_columns(s_z, c, GRID_COLS: tl.constexpr):
     return (across + 2.0) * s_z
 
 
-@triton.jit(do_not_specialize=["maps"])
+@triton.jit(do_not_specialize=["maps", "num_planes"])
 def means_of_rows(
-    first, second, third, fourth, valid, means, undefined, maps, map_stride, query_stride, valid_stride,
-    QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    first, second, third, fourth, valid, means, counts, maps, num_planes, map_stride, query_stride, valid_stride,
+    PREFIX: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean over the queries that have a value, in float64, and how many valid ones have none.
+    """Mean over the patch queries that have a value, in float64, and how many valid ones have none.
 
-    A program takes a map of one of up to four planes, which have the same strides.
+    A program takes a map of one of up to four planes, which have the same strides. Behind the planes' counts stand
+    those of rows that are no attention, and of patch queries among them.
     """
     m, plane = tl.program_id(0).to(tl.int64), tl.program_id(1)
     values = first
@@ -132,11 +133,19 @@ def means_of_rows(
         values = fourth
     n = tl.arange(0, BLOCK)
     x = tl.load(values + m * map_stride + n * query_stride, mask=n < QUERIES, other=float("nan"))
-    is_valid = tl.load(valid + m * valid_stride + n, mask=n < QUERIES, other=0) != 0
+    is_valid = tl.load(valid + m * valid_stride + PREFIX + n, mask=n < QUERIES, other=0) != 0
     defined = x == x
     count = tl.sum(defined.to(tl.int32), axis=0)
     total = tl.sum(tl.where(defined, x, 0.0).to(tl.float64), axis=0)
     mean = total / tl.maximum(count, 1).to(tl.float64)
     at = plane * maps + m
     tl.store(means + at, tl.where(count > 0, mean, float("nan")))
-    tl.store(undefined + at, tl.sum((is_valid & (x != x)).to(tl.int32), axis=0).to(tl.int64))
+    tl.store(counts + at, tl.sum((is_valid & (x != x)).to(tl.int32), axis=0).to(tl.int64))
+    if plane == 0:
+        invalid = QUERIES - tl.sum(is_valid.to(tl.int32), axis=0)
+        tl.store(counts + (num_planes + 1) * maps + m, invalid.to(tl.int64))
+        if PREFIX > 0:
+            p = tl.arange(0, BLOCK_P)
+            of_prefix = tl.load(valid + m * valid_stride + p, mask=p < PREFIX, other=0) != 0
+            invalid += PREFIX - tl.sum(of_prefix.to(tl.int32), axis=0)
+        tl.store(counts + num_planes * maps + m, invalid.to(tl.int64))
