@@ -6,6 +6,7 @@ Without a GPU the same tests are slow ones and run on a CPU, where all of it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from train.data.manifest import Manifest, Record
 from train.errors import TrainingDivergedError
 from train.model_source import ModelSource
 from train.models import build_model, preprocessing_of
-from train.precision import float32_convolutions, resolve_precision
+from train.precision import float32_convolutions, resolve_precision, training_mode
 from train.probe import fit_probe
 from train.training import TrainResult, train_condition
 
@@ -121,6 +122,15 @@ def test_it_trains_as_on_a_cpu(run: Callable[..., TrainResult]) -> None:
         for other in (start, weights(here))
     )
     assert off < 0.02 * moved
+
+
+def test_torch_has_one_thread_on_the_host_while_a_gpu_trains() -> None:
+    before = torch.get_num_threads()
+    with training_mode(torch.nn.Linear(2, 2), DEVICE, precision="fp32", deterministic=True):
+        assert torch.get_num_threads() == (1 if DEVICE.type == "cuda" else before)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads()
+    assert torch.get_num_threads() == before
 
 
 def test_the_probe_is_that_of_a_cpu(data: DataSplits) -> None:

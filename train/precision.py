@@ -64,6 +64,9 @@ def training_mode(
     kernel at 65 tokens and 1.4 times at 197 (ViT-S/16); in fp32 the two are alike. Everywhere: deterministic algorithms
     on request, `threads` of torch's (0: as many as it has), and the caller's random state untouched. (Flushing denormal
     numbers to zero made no difference to the speed, and would depend on which threads exist when it is set.)
+
+    On a GPU torch has one thread on the host, which does little but launch and copy: threads that wait for each other's
+    part of a copy spin, and hold up those of the probe's solver and whoever else wants their processors.
     """
     separate = device.type == "cpu" and precision == "bf16"
     fused = [module for module in model.modules() if separate and getattr(module, "fused_attn", False) is True]
@@ -73,7 +76,7 @@ def training_mode(
         try:
             for module in fused:
                 cast(Any, module).fused_attn = False
-            torch.set_num_threads(threads or had_threads)
+            torch.set_num_threads(1 if device.type == "cuda" else threads or had_threads)
             torch.use_deterministic_algorithms(deterministic)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield

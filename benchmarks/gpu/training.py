@@ -7,6 +7,7 @@ costs. `measure_whole`: the whole model compiled, which takes a minute to begin.
 from __future__ import annotations
 
 import copy
+import cProfile
 import gc
 import math
 import tempfile
@@ -25,6 +26,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.host_time import call_rows, parts
 from benchmarks.gpu.pictures import Pictures, vit
 from benchmarks.gpu.profiles import Profile
 from benchmarks.gpu.results import Row
@@ -57,7 +59,7 @@ class Variant:
     """A way of running the training that `train` does."""
 
     batch: int = 128
-    compiled: str = ""  # "blocks", as `train.compile` does it, or "model"
+    compiled: str = ""  # "blocks", as `train.compile` does it, "graphs", these as CUDA graphs, or "model"
     deterministic: bool = True
     attention: SDPBackend | None = None  # None: torch's choice
 
@@ -87,19 +89,24 @@ def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     default = _row(small, ceilings, Variant(batch=TrainConfig().batch_size))[0]
     yield default
     device, precision = device_of(small), _precision(small)
+    yield from call_rows(device)
+    few = Variant(batch=2)  # leaves the device little to do
+    yield _host_row(small, few, _timing(small, few))
     yield (save := _save_row(small, device))
     size, batch, images = (64, 4, 8) if small else (224, 128, 1280)
     pictures, model = _pictures(images, size), _model(small, device)
-    evaluation = _rate(lambda: evaluate(model, pictures, device, precision=precision), images)
+    with training_mode(model, device, precision=precision, deterministic=True):
+        evaluation = _rate(lambda: evaluate(model, pictures, device, precision=precision), images)
+        final = _rate(lambda: evaluate(model, pictures, device), images)
+        features = _rate(lambda: cached_features(model, pictures, device).sum().item(), images)
+        fitting = _fit_seconds(80 if small else TRAIN_IMAGES, device)
     yield Row(name=f"evaluation, {precision}, as after each epoch", value=evaluation, unit="images/s")
-    final = _rate(lambda: evaluate(model, pictures, device), images)
-    yield Row(name="evaluation, fp32, as at the end", value=final, unit="images/s")
-    features = _rate(lambda: cached_features(model, pictures, device), images)
-    yield Row(name="probe's features, fp32", value=features, unit="images/s")
-    fitting = _fit_seconds(80 if small else TRAIN_IMAGES, device)
-    yield Row(name="probe's fit", value=fitting, unit="s", note="labels at random, which takes the most iterations")
+    bound = "bound by float32 products, which tensor cores do not do"
+    yield Row(name="evaluation, fp32, as at the end", value=final, unit="images/s", note=bound)
+    yield Row(name="probe's features, fp32", value=features, unit="images/s", note=bound)
+    yield Row(name="probe's fit", value=fitting, unit="s", note="features of classes that overlap")
     captured = _capture_rate(model, pictures, device, batch)
-    yield Row(name="capture, metrics sink, fp32 model", value=captured, unit="images/s")
+    yield Row(name="capture, metrics sink, fp32 model", value=captured, unit="images/s", note=bound)
     tests = _statistics_seconds(8 if small else TEST_IMAGES, 99 if small else 9999)
     yield Row(name="statistics of one comparison", value=tests, unit="s")
     epoch = TRAIN_IMAGES / default.value + TEST_IMAGES / evaluation
@@ -123,13 +130,18 @@ def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
 
 
 def measure_compiled(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
-    """With the blocks compiled, at two sizes of a batch; and the same bits twice?"""
+    """With the blocks compiled, at two sizes of a batch; and the same bits twice? As CUDA graphs, too."""
     variant = Variant(compiled="" if small else "blocks")
     row, timing = _row(small, ceilings, variant)
     yield row
     yield _again_row(small, variant, timing)
     yield from _profiled(small, variant).rows("training compiled")
-    yield _row(small, ceilings, replace(variant, batch=TrainConfig().batch_size))[0]
+    default = replace(variant, batch=TrainConfig().batch_size)
+    row, timing = _row(small, ceilings, default)
+    yield row
+    yield _host_row(small, default, timing)
+    if not small:
+        yield _graphs_row(ceilings, replace(default, compiled="graphs"))
 
 
 def measure_variants(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
@@ -174,6 +186,30 @@ def _again_row(small: bool, variant: Variant, first: Timing) -> Row:
     )
 
 
+def _graphs_row(ceilings: dict[str, float], variant: Variant) -> Row:
+    """Launched as CUDA graphs, which `train` does not do: whether it could, and what it would gain."""
+    from torch._inductor import config
+
+    try:
+        with config.patch({"triton.cudagraphs": True}):
+            return _row(False, ceilings, variant)[0]
+    except RuntimeError as error:
+        return Row(name=f"full, {variant}", value=0.0, unit="images/s", note=f"cannot: {str(error)[:300]}")
+
+
+def _host_row(small: bool, variant: Variant, timing: Timing) -> Row:
+    """Milliseconds of a step, and of its parts on the host from a run under Python's profiler."""
+    profile, steps = cProfile.Profile(), _sizes(small, variant)[0]
+    turns = {steps: profile.enable, 2 * steps - 1: profile.disable}
+    _timing(small, variant, lambda step: turns.get(step, lambda: None)())
+    return Row(
+        name=f"a step of the host, {variant}",
+        value=1e3 * timing.seconds / steps,
+        unit="ms",
+        note=f"under Python's profiler {parts(profile, max(1, steps - 1))} ms",
+    )
+
+
 def _precision(small: bool) -> Precision:
     return "fp32" if small else "bf16"
 
@@ -206,7 +242,8 @@ def _timing(small: bool, variant: Variant, watch: Callable[[int], None] | None =
     device, precision = device_of(small), _precision(small)
     steps, batch = _sizes(small, variant)
     pictures = _pictures(batch * steps, 64 if small else 224)
-    shared = TrainConfig(epochs=2, batch_size=batch, precision=precision, compile=variant.compiled == "blocks")
+    compiled = variant.compiled in ("blocks", "graphs")
+    shared = TrainConfig(epochs=2, batch_size=batch, precision=precision, compile=compiled)
     run = TrainingRun(condition=ConditionConfig(), shared=shared)
     model = _model(small, device)
     optimizer = torch.optim.AdamW(layerwise_groups(model, run), betas=(0.9, 0.98), fused=True)
@@ -273,11 +310,15 @@ def _save_row(small: bool, device: torch.device) -> Row:
 
 
 def _fit_seconds(images: int, device: torch.device) -> float:
-    features, held_out = (torch.randn(count, 768, device=device) for count in (images, images // 4))
-    labels = torch.randint(CLASSES, (images,), device=device)
+    """Of features about class means, of which a linear classifier tells four in five right."""
+    means = 0.15 * torch.randn(CLASSES, 768, device=device)
+    labels, held_out_labels = (torch.randint(CLASSES, (n,), device=device) for n in (images, images // 4))
+    features, held_out = (
+        means[each] + torch.randn(len(each), 768, device=device) for each in (labels, held_out_labels)
+    )
 
     def fit_it() -> None:
-        fit_classifier(features, labels, held_out, labels[: len(held_out)], classes=CLASSES, label_smoothing=0.1)
+        fit_classifier(features, labels, held_out, held_out_labels, classes=CLASSES, label_smoothing=0.1)
 
     return _seconds(fit_it)
 
