@@ -378,16 +378,28 @@ def _power_of_two(total: Tensor) -> Tensor:
 
 
 def _distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # torch.compile would look past the cache, and say so.
-    return (_new_distances if torch.compiler.is_compiling() else _kept_distances)(layout, dtype, device)
+    grid, patch = (layout.grid_rows, layout.grid_cols), (layout.patch_height_px, layout.patch_width_px)
+    kept: Tensor = _kept_distances(*grid, *patch, dtype, device)
+    return kept
 
 
-def _new_distances(layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+@torch.compiler.assume_constant_result
+def _kept_distances(
+    rows: int, cols: int, height_px: int, width_px: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Part of a compiled graph as it is: worked out there, it would be brought to a GPU in every call, which waits."""
+    return _new_distances(rows, cols, height_px, width_px, dtype, device)
+
+
+@lru_cache(maxsize=8)
+def _new_distances(
+    rows: int, cols: int, height_px: int, width_px: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    grid = TokenLayout(
+        grid_rows=rows, grid_cols=cols, num_prefix_tokens=0, patch_height_px=height_px, patch_width_px=width_px
+    )
     with torch.inference_mode(False):  # a tensor made in that mode has no place in a graph with gradients
-        return torch.as_tensor(layout.distances(), dtype=dtype, device=device)
-
-
-_kept_distances = lru_cache(maxsize=8)(_new_distances)
+        return torch.as_tensor(grid.distances(), dtype=dtype, device=device)
 
 
 BACKEND = TorchBackend()

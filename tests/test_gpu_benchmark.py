@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu import checks, counters, kernels
 from benchmarks.gpu.__main__ import SECTIONS, main, run
 from benchmarks.gpu.results import Row, failed
+from tests.cases import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +78,26 @@ def test_a_backend_that_is_wrong_or_fails_costs_the_others_nothing(monkeypatch: 
     assert "is off by" in bad.error
     assert "TypeError" in rest[0].error, "query and key are two"
     assert failed({"rows": [bad.to_dict()]})
+
+
+def test_what_compiles_does_so_side_by_side_and_a_failure_is_left_to_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def public(work: kernels.Work, backend: str) -> Any:
+        def run(*given: torch.Tensor) -> None:
+            (tmp_path / f"{backend} {work.dtype} {len(given)}").touch()
+            if work.from_qk:
+                raise ValueError("no such code")
+
+        return run
+
+    monkeypatch.setattr(kernels, "public", public)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    of = layout(2, 3, 1)
+    kernels._compile_at_once([kernels.Work(of, 1, *what, torch.device("cpu"), qk) for *what, qk in kernels.WORKS])
+    dtypes = ("float16", "bfloat16", "float32")
+    assert {file.name for file in tmp_path.iterdir()} == {f"triton torch.{d} {n}" for d in dtypes for n in (1, 2)}
+    assert capfd.readouterr().err.count("ValueError: no such code") == 3
 
 
 def test_every_test_that_fails_is_kept_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

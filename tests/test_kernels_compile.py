@@ -84,3 +84,22 @@ def test_the_public_function_may_be_compiled_too() -> None:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=TOLERANCE[name])
     with pytest.raises(ValueError, match="attention rows are invalid"):
         measure(2 * attention)
+
+
+def test_nothing_comes_from_the_host_in_a_compiled_graph() -> None:
+    """On a GPU it would wait for that in every call, and could not be recorded as a CUDA graph."""
+    made: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, given: Any) -> Any:
+        for node in graph.graph.nodes:
+            made.append(str(getattr(node.target, "__name__", node.target)))
+        return graph.forward
+
+    def measure(maps: torch.Tensor) -> dict[str, Any]:
+        return BACKEND.measure_attention(Maps(maps, OF, None, "float16"), [METRICS["distance"]]).values
+
+    attention = torch.from_numpy(trained(OF, np.random.default_rng(0))).half()
+    got = torch.compile(measure, backend=backend, fullgraph=True)(attention)
+    assert torch.equal(got["distance"], measure(attention)["distance"])
+    assert "mul" in made
+    assert not {"as_tensor", "tensor", "from_numpy", "to", "cuda", "wrapped_hypot"} & set(made), made

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +32,7 @@ WORKS = (
     *((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)),
 )
 INPUT_BYTES = 120e6  # of one input in 16 bits; several are used in turn
+SLOW_TO_COMPILE = (197,)  # tokens for which torch.compile and numba_cuda are measured, too
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,15 @@ class Work:
         return (attention,)
 
     @property
+    def everyday(self) -> bool:
+        """Whether this is what models compute in, or what is stored: the rest is for the fastest backend alone."""
+        return self.dtype == (torch.bfloat16 if self.from_qk else torch.float16)
+
+    @property
+    def by_all(self) -> bool:
+        return self.everyday and self.of.num_tokens in SLOW_TO_COMPILE and self.device.type == "cuda"
+
+    @property
     def nbytes(self) -> int:
         """Input, each value once."""
         tokens = self.of.num_tokens
@@ -76,24 +89,30 @@ class Work:
 
 def measure(grid: tuple[int, int], small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     """Rows in images a second: an image has 12 layers of 12 heads."""
-    device = device_of(small)
     of = layout(2, 3, 1) if small else layout(*grid, 1)
     images = 1 if small else max(2, round(INPUT_BYTES / (2 * HEADS * of.num_tokens**2)))
-    for dtype, from_qk in WORKS:
-        yield from _of_work(Work(of, images, dtype, device, from_qk), ceilings, small)
-        if device.type == "cuda":
+    # Not by its number, which would begin this process's context, and processes are started first.
+    device = torch.device("cpu" if small else "cuda")
+    works = [Work(of, images, dtype, device, from_qk) for dtype, from_qk in WORKS]
+    if not small:
+        _compile_at_once(works)
+    for work in works:
+        yield from _of_work(replace(work, device=device_of(small)), ceilings, small)
+        if not small:
             torch.cuda.empty_cache()
 
 
 def _of_work(work: Work, ceilings: dict[str, float], small: bool) -> Iterator[Row]:
     what = "measure_qk" if work.from_qk else "measure_attention"
     dtype = str(work.dtype).removeprefix("torch.")
-    backends = ("torch",) if small else ("torch", "triton") if work.from_qk else ("torch", "triton", "numba_cuda")
+    backends = ["torch"] if small else ["triton"]
+    if not small and work.everyday:
+        backends += ["torch"]
+    if work.by_all and not work.from_qk:
+        backends += ["numba_cuda"]
     runs: dict[str, Callable[..., Any]] = {name: public(work, name) for name in backends}
     errors = _check(work, runs)
-    # Compiling takes ten seconds a shape: for what is stored, and what models compute in, at everyday sizes.
-    everyday = torch.bfloat16 if work.from_qk else torch.float16
-    if not small and work.of.num_tokens in (197, 577) and work.dtype == everyday:
+    if work.by_all:
         runs["torch, compiled"] = _compiled(work)
     inputs = [work.draw() for _ in range(copies_beyond_cache(work.nbytes, work.device))]
     seconds, notes = {}, {}
@@ -158,10 +177,32 @@ def _compiled(work: Work) -> Callable[..., Any]:
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 
+def _compile_at_once(works: Sequence[Work]) -> None:
+    """What is compiled is left in Triton's and torch's caches by processes side by side: in turn it takes a minute."""
+    context = multiprocessing.get_context("fork")
+    makers: list[Callable[[Work], Any]] = [partial(public, backend="triton") for _ in works]
+    jobs = [*zip(makers, works, strict=True), *((_compiled, work) for work in works if work.by_all)]
+    processes = [context.Process(target=_run_once, args=job) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def _run_once(make: Callable[[Work], Callable[..., Any]], work: Work) -> None:
+    try:
+        make(work)(*work.draw())
+        torch.cuda.synchronize()
+    except Exception:  # where it is measured it fails again, and is reported
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # no compiler's worker is waited for
+
+
 def _check(work: Work, runs: dict[str, Callable[..., Any]]) -> dict[str, str]:
     """Each against the float64 reference on a fresh draw, in memory that held NaN before; what is wrong with which."""
     few = Work(work.of, 1, work.dtype, work.device, work.from_qk)
-    given = tuple(tensor[:, :1] for tensor in few.draw())
+    given = tuple(tensor[:, :2] for tensor in few.draw())  # one map would be code of its own
     reference = public(few, "reference")(*(tensor.cpu() for tensor in given))
     errors = {}
     for name, run in runs.items():
