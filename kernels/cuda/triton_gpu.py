@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from kernels.arrays import Values, dtype_name
 from kernels.backends import Backend, Means
 from kernels.cuda import triton_maps, triton_qk, triton_rows
+from kernels.cuda.launches import launch
 from kernels.cuda.rows import IMPLEMENTATIONS, PLANES, RowValues, starts, tensor_of
 from kernels.errors import BackendUnavailableError
 from kernels.inputs import Factors, Maps
@@ -94,30 +96,21 @@ class TritonBackend(Backend):
         head_dim = q.shape[-1]
         values = RowValues.empty(factors, torch.float32, q.device)
         count, tokens = values.valid.shape
-        tile = _qk_tile(layout, q.element_size(), bias is not None)
-        programs = triton.cdiv(count * tokens, 64) if tile["FLAT"] else count * triton.cdiv(tokens, 64)
         if count:
             with _current_device(q):
-                triton_qk.qk_rows[(programs,)](
+                arguments = (
                     *(q, k, added, starts(q), starts(k), starts(added)),
                     *(values.planes, values.valid.view(torch.int8), count),
                     *(*q.stride()[-2:], *k.stride()[-2:], *added.stride()[-2:]),
                     *(abs(factors.scale) * triton_rows.LOG2_E.value, *_steps(layout)),
-                    **_geometry(layout),
-                    NEEDS=self.needs(specs, PLANES),
-                    # A dimension of a matrix product is at least 16.
-                    BLOCK_P=max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
-                    HEAD_DIM=head_dim,
-                    BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-                    HAS_BIAS=bias is not None,
-                    IS_MASK=bias is not None and dtype_name(bias) == "bool",
-                    NEGATE=factors.scale < 0,
-                    # Triton's interpreter multiplies the bits of bfloat16 as integers; widened, products are the same.
-                    WIDEN=_is_interpreted() and q.dtype == torch.bfloat16,
-                    FAST=not _is_interpreted(),
-                    ALIGNED=16 if _is_aligned(q) and _is_aligned(k) else 1,
-                    **tile,
                 )
+                mask = "" if bias is None else dtype_name(bias)
+                aligned = _is_aligned(q) and _is_aligned(k)
+                needs = self.needs(specs, PLANES)
+                facts = head_dim, mask, needs, factors.scale < 0, aligned, _is_interpreted()
+                constants = _qk_constants(layout, q.dtype, *facts)
+                programs = -(count * tokens // -64) if constants["FLAT"] else -(tokens // -64) * count
+                launch(triton_qk.qk_rows, (programs,), arguments, constants)
         return self.values(values, values.valid, factors, specs)
 
     def means_of_rows(self, values: Mapping[str, Tensor], valid: Tensor, prefix: int) -> Means:
@@ -151,18 +144,51 @@ def _means_of_rows(planes: list[Tensor], valid: Tensor, prefix: int) -> tuple[Se
     flat = valid.reshape(-1, tokens)
     means = torch.empty(len(planes), *shape, dtype=torch.float64, device=valid.device)
     counts = torch.empty(len(planes) + 2, *shape, dtype=torch.int64, device=valid.device)
-    maps, block = len(flat), triton.next_power_of_2(tokens - prefix)
     with _current_device(valid):
-        triton_rows.means_of_rows[maps, len(planes)](
-            *(*planes, *planes[:1] * (AT_ONCE - len(planes)), flat.view(torch.int8), means, counts, maps),
-            *(len(planes), *planes[0].stride(), flat.stride(0)),
-            PREFIX=prefix,
-            QUERIES=tokens - prefix,
-            BLOCK=block,
-            BLOCK_P=triton.next_power_of_2(prefix),
-            num_warps=1 if block <= 256 else 4,
+        arguments = (
+            *(*planes, *planes[:1] * (AT_ONCE - len(planes)), flat.view(torch.int8), means, counts),
+            *(len(flat), len(planes), *planes[0].stride(), flat.stride(0)),
         )
+        constants = _means_constants(prefix, tokens - prefix)
+        launch(triton_rows.means_of_rows, (len(flat), len(planes)), arguments, constants)
     return means.unbind(), counts.unbind()
+
+
+@lru_cache(maxsize=64)
+def _means_constants(prefix: int, queries: int) -> dict[str, int]:
+    block = triton.next_power_of_2(queries)
+    of_prefix = {"PREFIX": prefix, "BLOCK_P": triton.next_power_of_2(prefix)}
+    return of_prefix | {"QUERIES": queries, "BLOCK": block, "num_warps": 1 if block <= 256 else 4}
+
+
+@lru_cache(maxsize=64)
+def _qk_constants(
+    layout: TokenLayout,
+    dtype: torch.dtype,
+    head_dim: int,
+    bias: str,
+    needs: int,
+    negate: bool,
+    aligned: bool,
+    interpreted: bool,
+) -> dict[str, Any]:
+    """`bias` is its dtype's name, "" without one."""
+    return {
+        **_geometry(layout),
+        "NEEDS": needs,
+        # A dimension of a matrix product is at least 16.
+        "BLOCK_P": max(16, triton.next_power_of_2(layout.num_prefix_tokens)),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "HAS_BIAS": bias != "",
+        "IS_MASK": bias == "bool",
+        "NEGATE": negate,
+        # Triton's interpreter multiplies the bits of bfloat16 as integers; widened, products are the same.
+        "WIDEN": interpreted and dtype == torch.bfloat16,
+        "FAST": not interpreted,
+        "ALIGNED": 16 if aligned else 1,
+        **_qk_tile(layout, dtype.itemsize, bias != ""),
+    }
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
