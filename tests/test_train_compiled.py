@@ -17,7 +17,7 @@ import train.loop
 import train.state
 from tests.training_runs import training_run
 from train.checkpoint import read_checkpoint
-from train.compiled import compiled_blocks, require_compiler, transformer_blocks
+from train.compiled import AUTO_STEPS, compiled_blocks, require_compiler, resolve_compile, transformer_blocks
 from train.data.digits import prepare_digits
 from train.data.images import DataSplits
 from train.errors import InputError
@@ -36,7 +36,7 @@ def data() -> DataSplits:
 @pytest.fixture
 def run(data: DataSplits, tmp_path: Path) -> Callable[..., TrainResult]:
     def run(name: str, recipe: str = "full", **values: Any) -> TrainResult:
-        given = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "precision": "fp32", "own_head": True, "compile": True}
+        given = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "precision": "fp32", "own_head": True, "compile": "on"}
         return train_condition(
             training_run(recipe, **(given | values)),
             model="digits_vit",
@@ -69,7 +69,7 @@ def test_full_batches_alone_run_compiled(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     sizes = compile_in_name(monkeypatch)
-    plain = run("plain", recipe, compile=False)
+    plain = run("plain", recipe, compile="off")
     assert sizes == []
     compiled = run("compiled", recipe)
     # Two full batches of 8 an epoch, four blocks; not the last 4 images, nor validation, nor the end.
@@ -82,12 +82,29 @@ def test_full_batches_alone_run_compiled(
 
 def test_it_is_part_of_what_decides_a_result(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch) -> None:
     compile_in_name(monkeypatch)
-    assert training_run(compile=True).used_values()["compile"] is True
+    assert training_run(compile="on").used_values()["compile"] == "on"
     assert "compile" not in training_run().used_values(), "as in results from before the key"
-    assert "compile" not in training_run("probe", compile=True).used_values()
+    assert "compile" not in training_run("probe", compile="on").used_values()
     run("a")
     assert run("a").reused
-    assert not run("a", compile=False).reused
+    assert not run("a", compile="off").reused
+
+
+def test_auto_compiles_long_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gpu = build_model("digits_vit", num_classes=10), torch.device("cuda")
+    monkeypatch.setattr(train.compiled, "_lacks", lambda device: "")
+    assert resolve_compile("auto", model, gpu, AUTO_STEPS) == "on"
+    assert resolve_compile("auto", model, gpu, AUTO_STEPS - 1) == "off"
+    assert resolve_compile("auto", model, CPU, AUTO_STEPS) == "off"
+    assert resolve_compile("auto", nn.Linear(2, 2), gpu, AUTO_STEPS) == "off"
+    assert resolve_compile("on", model, CPU, 1) == "on"
+    monkeypatch.setattr(train.compiled, "_lacks", lambda device: "no C compiler is on the path")
+    assert resolve_compile("auto", model, gpu, AUTO_STEPS) == "off"
+
+
+def test_auto_that_does_not_compile_is_off(run: Callable[..., TrainResult]) -> None:
+    run("a", compile="off")
+    assert run("a", compile="auto").reused
 
 
 def test_blocks_are_as_before_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +140,7 @@ def test_what_cannot_be_compiled_is_refused(run: Callable[..., TrainResult], mon
     monkeypatch.setattr(train.compiled.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match=r"no C compiler \(gcc, clang, or one that CC names\) is on the path"):
         require_compiler(torch.device("cuda"))
-    with pytest.raises(InputError, match=r"train.compile is true, and no C compiler \(g\+\+"):
+    with pytest.raises(InputError, match=r"train.compile is on, and no C compiler \(g\+\+"):
         run("a")
 
 
@@ -135,7 +152,7 @@ def test_compiled_runs_give_the_same_bits_and_resume_to_them(
     from torch._dynamo.utils import counters
 
     counters.clear()
-    plain, whole = run("plain", recipe, compile=False), run("whole", recipe)
+    plain, whole = run("plain", recipe, compile="off"), run("whole", recipe)
     compiled = counters["stats"]["unique_graphs"]
     assert run("again", recipe).sha256 == whole.sha256
     assert counters["stats"]["unique_graphs"] == compiled, "blocks of the same kind share what is compiled"

@@ -13,6 +13,7 @@ DATA_KINDS = {
 }
 SplitRule = Literal["auto", "stratified", "official", "folders", "all"]
 Precision = Literal["auto", "bf16", "fp32"]
+Compile = Literal["auto", "on", "off"]
 # paper: A Kaiming-uniform, B zero (Hu et al. 2021). pissa: the principal singular vectors of the weight, which keeps
 # the rest (Meng et al. 2024). olora: a QR decomposition of it (Büyükakyüz 2024). eva: A from the singular vectors of
 # the layer's inputs on training images, B zero (Paischer et al. 2024).

@@ -8,6 +8,7 @@ and a run that goes on takes the same one. Everything else (an epoch's smaller l
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sysconfig
@@ -18,10 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.choices import Compile
 from train.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # Compiled passes that blocks of one class may need: as many as stochastic depth has rates, or a model stages.
 _PASSES = 256
+# Steps of a run from which on `auto` compiles: to begin takes half a minute, a step is to save 20 ms.
+AUTO_STEPS = 2000
 
 
 class CompiledBlocks:
@@ -50,7 +56,7 @@ def compiled_blocks(module: nn.Module, wanted: bool) -> Iterator[CompiledBlocks]
         return
     found = transformer_blocks(module)
     if not found:
-        raise InputError("train.compile is true, and the model has no transformer blocks to compile; set it to false")
+        raise InputError("train.compile is on, and the model has no transformer blocks to compile; set it to off")
     require_compiler(next(module.parameters()).device)
     import torch._dynamo.config  # takes a second
 
@@ -67,6 +73,18 @@ def compiled_blocks(module: nn.Module, wanted: bool) -> Iterator[CompiledBlocks]
         blocks.use(False)
 
 
+def resolve_compile(wanted: Compile, model: nn.Module, device: torch.device, steps: int) -> Compile:
+    """`auto` → "on" in runs of many steps on a GPU, where there are blocks and what it takes; others as they are."""
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda" or steps < AUTO_STEPS or not transformer_blocks(model):
+        return "off"
+    if lacks := _lacks(device):
+        logger.warning("training is not compiled, which makes it slower: %s", lacks)
+        return "off"
+    return "on"
+
+
 def transformer_blocks(module: nn.Module) -> list[nn.Module]:
     """The modules whose class is called a block, as timm does, but for those inside another one."""
     if "Block" in type(module).__name__:
@@ -76,11 +94,15 @@ def transformer_blocks(module: nn.Module) -> list[nn.Module]:
 
 def require_compiler(device: torch.device) -> None:
     """Raise InputError where there is nothing that torch.compile could compile with."""
+    if lacks := _lacks(device):
+        raise InputError(f"train.compile is on, and {lacks}; install it, or set train.compile to off")
+
+
+def _lacks(device: torch.device) -> str:
+    """What torch.compile would need and does not find; "" for nothing."""
     variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "cl"))
     if not any(map(shutil.which, (os.environ.get(variable, ""), *names))):
-        lacks = f"no C compiler ({', '.join(names)}, or one that {variable} names) is on the path"
-    elif not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        lacks = "Python's header files are not installed"
-    else:
-        return
-    raise InputError(f"train.compile is true, and {lacks}; install it, or set train.compile to false")
+        return f"no C compiler ({', '.join(names)}, or one that {variable} names) is on the path"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python's header files are not installed"
+    return ""

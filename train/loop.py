@@ -135,7 +135,7 @@ def fit(
     with (
         bar,
         contextlib.closing(read_ahead(read, plan)) as batches,
-        compiled_blocks(module, shared.compile) as blocks,
+        compiled_blocks(module, shared.compile == "on") as blocks,
     ):
         while progress.step < steps and not (0 < shared.patience <= progress.epochs_since_best()):
             (step, batch), pixels = next(batches)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le, MinLen
 
-from train.choices import TARGETS, Compression, Init, Precision, SweepInit, target_pattern
+from train.choices import TARGETS, Compile, Compression, Init, Precision, SweepInit, target_pattern
 from train.keys import STRICT, Count, Fraction, Name, Natural, NonNegative, Place, Rate, Real, Scenes, Text, key
 from train.recipes import RECIPES
 
@@ -62,9 +62,10 @@ class TrainConfig:
         0.2, "augment brightness, contrast and saturation by up to this fraction"
     )
     precision: Precision = key("auto", "forward precision; auto: bf16 where the device has it in hardware")
-    compile: bool = key(
-        False,
-        "run transformer blocks under torch.compile: takes a while to begin, then faster on a GPU; other last bits",
+    compile: Compile = key(
+        "off",
+        "run transformer blocks under torch.compile: takes a while to begin, then faster on a GPU, other last bits; "
+        "auto: on a GPU, in long runs",
     )
     deterministic: bool = key(True, "deterministic algorithms, the same result on the same machine")
     tensorboard: bool = key(False, "write the curves for TensorBoard too, into tensorboard/ (needs the extra)")
@@ -157,7 +158,7 @@ class TrainingRun:
         numbers = asdict(self.shared) | asdict(self.condition)
         for other in ("seeds", "deterministic", "tensorboard", "recipe", "checkpoint", "state", "classes"):
             numbers.pop(other)
-        if not numbers["compile"]:
+        if numbers["compile"] == "off":
             del numbers["compile"]  # results from before there was this key stay what they are
         augmentation = {name: numbers.pop(name) for name in ("flip", "rotation_degrees", "color_jitter")}
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from train.checkpoint import read_checkpoint, read_metadata, save_checkpoint, sidecar_path, state_digest, write_history
 from train.choices import Compression, Init
-from train.compiled import require_compiler
+from train.compiled import require_compiler, resolve_compile
 from train.data import DataSplits
 from train.digits_vit import TRAINING_THREADS
 from train.errors import DamagedFileError, InputError, require_known
@@ -250,11 +251,14 @@ def train_condition(
     recipe = RECIPES[run.condition.recipe]
     assert recipe.train is not None  # as was checked
     run = replace(run, shared=replace(run.shared, precision=resolve_precision(run.shared.precision, where)))
-    if run.used_values().get("compile"):
+    if run.used_values().get("compile") == "on":
         require_compiler(where)
     source = source_of(model).completed()
     with seeded(run.seed):
         built = build_model(source, num_classes=len(data.class_names))
+    steps = run.epochs * math.ceil(len(data.train) / run.shared.batch_size)
+    compiled = resolve_compile(run.shared.compile, built, where, steps)
+    run = replace(run, shared=replace(run.shared, compile=compiled))
     settings: dict[str, Any] = {
         "recipe": run.condition.recipe,
         "model": source.name,

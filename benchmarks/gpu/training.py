@@ -34,7 +34,7 @@ from benchmarks.gpu.timing import device_of
 from engine.capture import Capture, capture_to_store
 from engine.statistics import compare_paired
 from train.checkpoint import state_digest
-from train.choices import Precision
+from train.choices import Compile, Precision
 from train.data.images import ImageSet
 from train.evaluation import Evaluation, evaluate
 from train.loop import fit
@@ -242,7 +242,7 @@ def _timing(small: bool, variant: Variant, watch: Callable[[int], None] | None =
     device, precision = device_of(small), _precision(small)
     steps, batch = _sizes(small, variant)
     pictures = _pictures(batch * steps, 64 if small else 224)
-    compiled = variant.compiled in ("blocks", "graphs")
+    compiled: Compile = "on" if variant.compiled in ("blocks", "graphs") else "off"
     shared = TrainConfig(epochs=2, batch_size=batch, precision=precision, compile=compiled)
     run = TrainingRun(condition=ConditionConfig(), shared=shared)
     model = _model(small, device)
