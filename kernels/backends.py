@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def resolve(
     """The backend that will run on data of this device type.
 
     Args:
-        backend: a name of `BACKENDS`, or "auto": numba for "cpu"; elsewhere triton, if it can be imported for this GPU,
+        backend: a name of `BACKENDS`, or "auto": numba for "cpu"; elsewhere triton, if it can run on this GPU,
             reads all these dtypes and has code for every metric; else, and where a gradient is wanted, torch.
         device: torch device type of the data, "cpu" for NumPy.
         gradient: whether one is wanted.
@@ -239,9 +240,9 @@ def resolve(
 def _on_a_gpu(device: str, dtypes: Iterable[str], specs: Iterable[MetricSpec]) -> str:
     """triton or torch: Triton has no code for GPUs before sm_80, and what it lacks would be computed on the host."""
     torch = sys.modules.get("torch")
-    if device not in BACKENDS["triton"].devices or (
-        torch and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-    ):
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton compiles its launchers
+    is_too_old = torch and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    if device not in BACKENDS["triton"].devices or is_too_old or not has_compiler:
         return "torch"
     try:
         triton = BACKENDS["triton"].load()

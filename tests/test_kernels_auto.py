@@ -31,6 +31,11 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc")
+
+
 def chosen(*metrics: str | MetricSpec, dtypes: tuple[str, ...] = ("bfloat16",), gradient: bool = False) -> str:
     specs = [METRICS[metric] if isinstance(metric, str) else metric for metric in metrics]
     return resolve("auto", "cuda", gradient, dtypes, specs).name
@@ -55,6 +60,13 @@ def test_without_triton_it_is_torch_and_triton_by_name_is_refused(without_triton
     assert chosen("distance") == "torch"
     with pytest.raises(BackendUnavailableError, match="'triton' cannot run: No module named 'triton'"):
         resolve("triton", "cuda", specs=[METRICS["distance"]]).load()
+
+
+def test_without_a_c_compiler_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC")
+    for found, expected in {None: "torch", "/bin/gcc": "triton"}.items():
+        monkeypatch.setattr("kernels.backends.shutil.which", lambda name, found=found: found)
+        assert chosen("distance") == expected
 
 
 def test_a_gpu_that_triton_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:

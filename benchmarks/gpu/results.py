@@ -14,7 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOGS", "About", "Results", "Row", "Section", "describe", "failed", "heading", "lines", "logs"]
+__all__ = [
+    "LOGS",
+    "About",
+    "Results",
+    "Row",
+    "Section",
+    "describe",
+    "failed",
+    "heading",
+    "lines",
+    "logs",
+    "share_of_limit",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "vit-attention-gpu-benchmark/1"
@@ -150,8 +162,17 @@ class Results:
     def add(self, name: str, section: dict[str, Any]) -> None:
         self.sections[name] = section
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"schema": SCHEMA, "about": self.about, "sections": self.sections}
-        self.path.write_text(json.dumps(document, indent=1) + "\n")
+        self.path.write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """JSON, a row a line."""
+        sections = []
+        for name, section in self.sections.items():
+            rest = json.dumps({key: value for key, value in section.items() if key != "rows"}, ensure_ascii=False)
+            rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in section["rows"])
+            sections.append(f' {json.dumps(name)}: {rest[:-1]}, "rows": [\n{rows}\n ]}}')
+        head = json.dumps({"schema": SCHEMA, "about": self.about}, indent=1)
+        return f'{head[:-2]},\n "sections": {{\n' + ",\n".join(sections) + "\n}}\n"
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for section in self.sections.values():
@@ -167,6 +188,14 @@ def heading(results: Results) -> str:
     return f"{results.about['device']}, {results.about['date']}, {versions}"
 
 
+def share_of_limit(row: dict[str, Any]) -> str:
+    """The fraction of its limit that a row reaches, of a time the limit's of it; "" where there is none."""
+    if not row["limit"] or not row["value"]:
+        return ""
+    is_time = row["unit"] in ("s", "ms", "min")
+    return f"{row['limit'] / row['value'] if is_time else row['value'] / row['limit']:.0%}"
+
+
 def lines(name: str, section: dict[str, Any]) -> Iterator[str]:
     """Every row of a section, a line each; what failed is said in its place."""
     columns = f"{'of limit':>10}{'× compiled':>12}{'× SDPA':>9}"
@@ -175,9 +204,7 @@ def lines(name: str, section: dict[str, Any]) -> Iterator[str]:
         if row["error"]:
             yield f"  {row['name']:<58}  FAILED: {row['error'][:400]}"
             continue
-        of_limit = f"{row['value'] / row['limit']:.0%}" if row["limit"] else ""
-        if row["limit"] and row["unit"].startswith(("s", "ms")):
-            of_limit = f"{row['limit'] / row['value']:.0%}"
+        of_limit = share_of_limit(row)
         ratios = (f"{ratio:.2f}" if ratio else "" for ratio in (row["times_compiled"], row["times_sdpa"]))
         said = f"  {row['name']:<58}{row['value']:>13,.4g} {row['unit']:<11}{of_limit:>9}" + "{:>12}{:>9}".format(
             *ratios
