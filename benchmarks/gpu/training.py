@@ -44,6 +44,7 @@ from train.recipes import layerwise_groups
 from train.settings import ConditionConfig, TrainConfig, TrainingRun
 from train.state import EPOCH_SAVE_SHARE, SAVE_SECONDS, StateFile, TrainingState
 from train.transfer import uploaded
+from train.whole_files import write_atomically
 
 __all__ = ["measure", "measure_compiled", "measure_variants", "measure_whole"]
 
@@ -90,8 +91,7 @@ def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     yield default
     device, precision = device_of(small), _precision(small)
     yield from call_rows(device)
-    few = Variant(batch=2)  # leaves the device little to do
-    yield _host_row(small, few, _timing(small, few))
+    yield _host_row(small, Variant(batch=2))  # which leaves the device little to do
     yield (save := _save_row(small, device))
     size, batch, images = (64, 4, 8) if small else (224, 128, 1280)
     pictures, model = _pictures(images, size), _model(small, device)
@@ -111,7 +111,7 @@ def measure(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     yield Row(name="statistics of one comparison", value=tests, unit="s")
     epoch = TRAIN_IMAGES / default.value + TEST_IMAGES / evaluation
     parts = {
-        "train finetuned": EPOCHS * TRAIN_IMAGES / default.value,
+        "train finetuned, not compiled": EPOCHS * TRAIN_IMAGES / default.value,
         "validate": EPOCHS * TEST_IMAGES / evaluation,
         "save its state": _saves(epoch, save.value) * save.value,
         "baseline's features": (TRAIN_IMAGES + TEST_IMAGES) / features,
@@ -139,7 +139,12 @@ def measure_compiled(small: bool, ceilings: dict[str, float]) -> Iterator[Row]:
     default = replace(variant, batch=TrainConfig().batch_size)
     row, timing = _row(small, ceilings, default)
     yield row
-    yield _host_row(small, default, timing)
+    yield Row(
+        name=f"train finetuned of a study, {default}",
+        value=max(0.0, timing.beginning) + EPOCHS * TRAIN_IMAGES / row.value,
+        unit="s",
+        note="to begin and all steps, extrapolated",
+    )
     if not small:
         yield _graphs_row(ceilings, replace(default, compiled="graphs"))
 
@@ -176,12 +181,12 @@ def _model(small: bool, device: torch.device) -> nn.Module:
 
 
 def _again_row(small: bool, variant: Variant, first: Timing) -> Row:
-    again = _timing(small, variant)
+    again, spent = _parts(small, variant)
     return Row(
         name=f"the same bits when run again, {variant}",
         value=1.0,
         unit="",
-        note=f"{again.beginning:.1f} s more to begin",
+        note=f"{again.beginning:.1f} s more to begin; {spent}",
         error="" if again.digest == first.digest else "two runs of the same training gave different weights",
     )
 
@@ -193,21 +198,22 @@ def _graphs_row(ceilings: dict[str, float], variant: Variant) -> Row:
     try:
         with config.patch({"triton.cudagraphs": True}):
             return _row(False, ceilings, variant)[0]
-    except RuntimeError as error:
+    except Exception as error:  # of whatever kind: it is an experiment
         return Row(name=f"full, {variant}", value=0.0, unit="images/s", note=f"cannot: {str(error)[:300]}")
 
 
-def _host_row(small: bool, variant: Variant, timing: Timing) -> Row:
-    """Milliseconds of a step, and of its parts on the host from a run under Python's profiler."""
+def _host_row(small: bool, variant: Variant) -> Row:
+    """Milliseconds of a step."""
+    value = 1e3 * _timing(small, variant).seconds / _sizes(small, variant)[0]
+    return Row(name=f"a step of the host, {variant}", value=value, unit="ms", note=_parts(small, variant)[1])
+
+
+def _parts(small: bool, variant: Variant) -> tuple[Timing, str]:
+    """A run whose second epoch's steps are under Python's profiler, and what it says."""
     profile, steps = cProfile.Profile(), _sizes(small, variant)[0]
     turns = {steps: profile.enable, 2 * steps - 1: profile.disable}
-    _timing(small, variant, lambda step: turns.get(step, lambda: None)())
-    return Row(
-        name=f"a step of the host, {variant}",
-        value=1e3 * timing.seconds / steps,
-        unit="ms",
-        note=f"under Python's profiler {parts(profile, max(1, steps - 1))} ms",
-    )
+    timing = _timing(small, variant, lambda step: turns.get(step, lambda: None)())
+    return timing, f"a step under Python's profiler, ms: {parts(profile, max(1, steps - 1))}"
 
 
 def _precision(small: bool) -> Precision:
@@ -293,7 +299,7 @@ def _profiled(small: bool, variant: Variant) -> Profile:
 
 
 def _save_row(small: bool, device: torch.device) -> Row:
-    """Seconds that training waits for a save of its state, the second one: there is one to replace."""
+    """Seconds that training waits for a save of its state."""
     model = _model(small, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
@@ -304,9 +310,12 @@ def _save_row(small: bool, device: torch.device) -> Row:
     nbytes = 4 * sum(parameter.nbytes for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         file = StateFile(Path(folder) / "state.safetensors", "benchmark")
-        file.save(state)
         seconds = _seconds(lambda: file.save(state))
-    return Row(name="save of the training state", value=seconds, unit="s", note=f"{nbytes / 1e9:.1f} GB")
+        quarter = {name: tensor.cpu() for name, tensor in state.best.items()}  # a quarter of the state
+        digest, content = _seconds(lambda: state_digest(quarter)), bytes(nbytes // 4)
+        write = _seconds(lambda: write_atomically(Path(folder) / "file", content))
+    note = f"{nbytes / 1e9:.1f} GB; of it {4 * digest:.1f} s a digest, {4 * write:.1f} s writes with fsync"
+    return Row(name="save of the training state", value=seconds, unit="s", note=note)
 
 
 def _fit_seconds(images: int, device: torch.device) -> float:
