@@ -1,4 +1,4 @@
-"""What backend "auto" is: by device, gradient, dtype and all metrics of a pass. No device is needed."""
+"""What backend "auto" is: by device, gradient, dtype and all metrics of a pass. One test needs a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import BACKENDS, CORE_METRICS, METRICS, BackendUnavailableError, MetricSpec, measure_attention, resolve
+from kernels import (
+    BACKENDS,
+    CORE_METRICS,
+    METRICS,
+    BackendUnavailableError,
+    MetricSpec,
+    measure_attention,
+    measure_qk,
+    resolve,
+)
 from kernels import measure as measuring
 from tests.cases import layout
 
@@ -101,3 +110,17 @@ def test_a_measurement_asks_with_its_own_dtype_and_metrics(monkeypatch: pytest.M
         ("auto", "cpu", True, ["float32"], ["entropy"]),
         ("reference", "cpu", False, ["float64"], ["entropy"]),
     ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC")
+    of = layout(2, 3, 1)
+    query = torch.randn(1, 2, 7, 16, device="cuda", dtype=torch.bfloat16)
+    for metrics, dtype, expected in (
+        (CORE_METRICS, torch.bfloat16, "triton"),
+        (CORE_METRICS, torch.float64, "torch"),
+        ((*CORE_METRICS, "gini"), torch.bfloat16, "torch"),
+    ):
+        measured = measure_qk(query.to(dtype), query.to(dtype), of, metrics)
+        assert (measured.backend, measured.from_reference) == (expected, ())

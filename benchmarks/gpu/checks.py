@@ -24,6 +24,7 @@ TESTS = (
     "tests/test_capture_transfer.py",
     "tests/test_gpu_waits.py",
     "tests/test_gpu_training.py",
+    "tests/test_kernels_auto.py",
 )
 SMALL = ("tests/test_capture_transfer.py",)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -185,6 +186,8 @@ def _compile_at_once(works: Sequence[Work]) -> None:
     processes = [context.Process(target=_run_once, args=job) for job in jobs]
     for process in processes:
         process.start()
+    if any(work.by_all for work in works):
+        importlib.import_module("torch._inductor.compile_fx")  # seconds, meanwhile
     for process in processes:
         process.join()
 
