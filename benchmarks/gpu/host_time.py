@@ -46,9 +46,9 @@ def parts(profile: cProfile.Profile, steps: int) -> str:
 
 
 def call_rows(device: torch.device) -> Iterator[Row]:
-    """Host microseconds of a call, on one image's tokens: what is launched runs meanwhile."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tokens = torch.randn(197, 768, device=device, dtype=dtype)
+    """Host microseconds of a call that is launched and not waited for, on the tokens of 64 images, on a CPU of one."""
+    images, dtype = (1, torch.float32) if device.type == "cpu" else (64, torch.bfloat16)
+    tokens = torch.randn(images * 197, 768, device=device, dtype=dtype)
     weight, bias = torch.randn(768, 768, device=device, dtype=dtype), torch.randn(768, device=device, dtype=dtype)
     calls: dict[str, Callable[[], Any]] = {
         "sum": lambda: tokens + tokens,
@@ -56,18 +56,30 @@ def call_rows(device: torch.device) -> Iterator[Row]:
         "product": lambda: tokens @ weight,
         "linear layer with a bias": lambda: functional.linear(tokens, weight, bias),
     }
-    times: dict[str, float] = {}
     with torch.no_grad():
-        for name, call in calls.items():
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            times[name] = (time.perf_counter() - began) / CALLS
-    several = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in times.items())
-    yield Row(name="host's time of a sum", value=1e6 * times["sum"], unit="us", note=f"{several}; {_processors()}")
+        times = {name: _microseconds(call, device) for name, call in calls.items()}
+        if device.type == "cuda":
+            before = torch.backends.cuda.preferred_blas_library()
+            for library in ("cublas", "cublaslt"):
+                torch.backends.cuda.preferred_blas_library(library)
+                times |= {f"{name} by {library}": _microseconds(calls[name], device) for name in list(calls)[2:]}
+            torch.backends.cuda.preferred_blas_library(before)
+    several = ", ".join(f"{name} {spent:.0f}" for name, spent in times.items())
+    yield Row(name="host's time of a sum", value=times["sum"], unit="us", note=f"{several}; {_processors()}")
+
+
+def _microseconds(call: Callable[[], Any], device: torch.device) -> float:
+    for _ in range(3):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    spent = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e6 * spent / CALLS
 
 
 def _processors() -> str:
