@@ -229,43 +229,40 @@ def _run(
         if part:
             result = runner.measure(given, part)
             valid = result.valid if valid is None else valid
-            values |= {name: arrays.as_kind(rows, valid) for name, rows in result.values.items()}
+            for name, rows in result.values.items():
+                values[name] = rows if type(rows) is type(valid) else arrays.as_kind(rows, valid)
     # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.
     if invalid == "raise" and not bool(valid.all()):
         raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
     prefix = given.layout.num_prefix_tokens
-    rows = {spec.name: values[spec.name] for spec in specs if spec.inputs != "regions"}
-    rows = {name: found for name, found in rows.items() if found.ndim == valid.ndim}
+    per_query = {spec.name: values[spec.name] for spec in specs if spec.inputs != "regions"}
+    per_query = {name: found for name, found in per_query.items() if found.ndim == valid.ndim}
     reduced: dict[str, tuple[Any, Any]] = {}  # value, and rows without one
     counts: tuple[Any, Any] | None = None
     if reduce == "mean":
         for runner, part in ((backend, coded), (REFERENCE, others)):
             if part:
-                of_part = {spec.name: rows[spec.name] for spec in part if spec.name in rows}
+                of_part = {spec.name: per_query[spec.name] for spec in part if spec.name in per_query}
                 means = runner.means_of_rows(of_part, valid, prefix)
                 reduced |= means.reduced
                 counts = counts or (means.invalid, means.invalid_patches)
     patches_valid = valid[..., prefix:]
     for name, found in values.items():
-        if name not in rows:
+        if name not in per_query:
             reduced[name] = _values_of_maps(found, patches_valid)
         elif name not in reduced:
             reduced[name] = found, _missing(found, patches_valid).sum(-1)
     invalid_rows, invalid_patches = counts or arrays.invalid_rows(valid, prefix)
 
-    def alike(array: Any) -> Any:
-        return arrays.as_kind(array, given.like)
-
-    return Measurement(
-        _values={spec.name: alike(reduced[spec.name][0]) for spec in specs},
-        backend=chosen.name,
-        undefined_rows={spec.name: alike(reduced[spec.name][1]) for spec in specs},
-        invalid_rows=alike(invalid_rows),
-        invalid_patches=alike(invalid_patches),
-        valid=alike(valid),
-        from_reference=tuple(spec.name for spec in others),
-    )
+    parts = [{spec.name: reduced[spec.name][i] for spec in specs} for i in range(2)]
+    counted = [invalid_rows, invalid_patches, valid]
+    if not (arrays.is_torch(valid) and arrays.is_torch(given.like)):
+        parts = [{name: arrays.as_kind(of, given.like) for name, of in part.items()} for part in parts]
+        counted = [arrays.as_kind(of, given.like) for of in counted]
+    values, undefined = parts
+    from_reference = tuple(spec.name for spec in others)
+    return Measurement(values, chosen.name, undefined, counted[0], counted[1], counted[2], from_reference)
 
 
 def _missing(values: Any, valid: Any) -> Any:

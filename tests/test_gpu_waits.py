@@ -51,7 +51,7 @@ class Crossings(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device called cuda without a driver; what is kept for it is forgotten afterwards."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    kept: tuple[Any, ...] = (torch_ops._kept_distances, distances, _starts, _channels, _luma)
+    kept: tuple[Any, ...] = (torch_ops._new_distances, distances, _starts, _channels, _luma)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cuda", 0)
     for cache in kept:

@@ -71,25 +71,22 @@ def read_attention_call(call: FunctionCall) -> AttentionCall:
 
     The default scale, head_dim ** -0.5, is filled in; under autocast, tensors have the type that it casts them to.
     """
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    scale = given.get("scale")
-    query, key, value, bias = (_autocast(given.get(name)) for name in names[:4])
-    return AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        bias=bias,
-        scale=float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1]),
-        causal=bool(given.get("is_causal", False)),
-    )
+    given = {**dict(zip(_OPERANDS, call.args, strict=False)), **call.kwargs}
+    query, scale = given["query"], given.get("scale")
+    operands = query, given["key"], given["value"], given.get("attn_mask")
+    if torch.is_autocast_enabled(query.device.type):
+        operands = tuple(map(_autocast, operands))
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    return AttentionCall(*operands, float(scale), bool(given.get("is_causal", False)))
+
+
+_OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def _autocast(tensor: Any) -> Any:
-    """What autocast, if it is on, makes of an operand of attention: everything but float64 becomes its type."""
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    """What autocast makes of an operand of attention: everything but float64 becomes its type."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -102,8 +99,7 @@ def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 def by_head(call: AttentionCall, caller: torch.nn.Module | None, images: int) -> AttentionCall:
     """A call whose images and heads share one axis, [image · head, token, dim], with an axis for each (views)."""
-    heads = None if caller is None else num_heads(caller)
-    if heads is None or any(t.ndim != 3 for t in (call.query, call.key)):
+    if caller is None or call.query.ndim != 3 or call.key.ndim != 3 or (heads := num_heads(caller)) is None:
         return call
     if images == 0 or call.query.shape[0] != images * heads or call.key.shape[0] != images * heads:
         return call

@@ -36,17 +36,19 @@ class RowValues:
     planes: Tensor  # float [5, map, query]
     valid: Tensor  # bool [map, query]
     layout: TokenLayout
+    patches: tuple[Tensor, ...]  # [map, patch query] of each plane, views
 
     @classmethod
     def empty(cls, given: Maps | Factors, dtype: torch.dtype, device: torch.device) -> RowValues:
         """Memory for a kernel to write to."""
         shape = math.prod(given.leading), given.layout.num_tokens
         planes = torch.empty((len(PLANES), *shape), dtype=dtype, device=device)
-        return cls(planes, torch.empty(shape, dtype=torch.bool, device=device), given.layout)
+        patches = planes[:, :, given.layout.num_prefix_tokens :].unbind()
+        return cls(planes, torch.empty(shape, dtype=torch.bool, device=device), given.layout, patches)
 
     def patch_queries(self, name: str) -> Tensor:
         """[map, patch query] of one plane."""
-        return self.planes[PLANES.index(name), :, self.layout.num_prefix_tokens :]
+        return self.patches[PLANES.index(name)]
 
     def class_query(self, name: str) -> Tensor:
         """[map], the class token's row of one plane; ValueError without a class token."""
