@@ -74,7 +74,8 @@ class HostStacks:
     def wait(self) -> list[torch.Tensor]:
         """The tensors, when all have arrived. May be called from another thread."""
         self.copied.synchronize()
-        return [self.hosts[stack][place] for stack, place in self.places]
+        parts = [stack.unbind() for stack in self.hosts]
+        return [parts[stack][place] for stack, place in self.places]
 
 
 @dataclass(frozen=True, slots=True)
