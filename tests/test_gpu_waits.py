@@ -6,6 +6,7 @@ that depends on data) is an error, and copies between it and the host are record
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -45,6 +46,20 @@ class Crossings(TorchDispatchMode):
         if "_local_scalar_dense" in name or "nonzero" in name or {"cpu", "cuda"} <= devices:
             self.found.append(name)
         return result
+
+
+class Operations(TorchDispatchMode):
+    """Operations that launch something: all but views of memory and new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if not func.is_view and name not in ("empty", "detach", "device"):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -162,6 +177,22 @@ def test_a_forward_pass_under_the_sinks(
             assert waited == copies.waited == (2 if encoding else 0)
     # Six layers, twice: the pass, and the means of all metrics.
     assert launches.count == (2 * 6 * 2 if backend == "triton" else 0)
+
+
+def test_the_metrics_sink_launches_two_kernels_a_layer_and_nothing_else(
+    model: torch.nn.Module, launches: Launches, gpu: torch.device
+) -> None:
+    on(gpu, model)
+    images = torch.empty(2, 3, 64, 64, device=gpu)
+    found = []
+    for tapped in (False, True, True):
+        launched = batch_pass("", Copies(), "triton")
+        tap = AttentionTap(model, launched.on_attention)
+        with torch.inference_mode(), tap if tapped else nullcontext(), Operations() as seen:
+            model(images)
+        found.append(seen.found)
+    assert found[0] == found[-1]
+    assert launches.count == 2 * 6 * 2
 
 
 def test_measuring_looks_only_when_asked_to(gpu: torch.device) -> None:
