@@ -192,7 +192,10 @@ def _qk_constants(
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """For a kernel's launch; nothing to do where the tensor's device is the current one already."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _readable(array: Any, any_dtype: bool = False) -> Tensor:
