@@ -38,6 +38,8 @@ class Means:
     reduced: dict[str, tuple[Any, Any]]  # metric name -> (mean, valid patch queries that have no value)
     invalid: Any  # rows that are no attention
     invalid_patches: Any  # patch queries among them
+    # All of it in two tensors: means [metric, *leading], counts [metric …, invalid, invalid patches, *leading].
+    together: tuple[Any, Any] | None = None
 
 
 class Backend(Protocol):
@@ -107,6 +109,10 @@ class Backend(Protocol):
         """`mean_of_rows` of each metric's values, and `invalid_rows` of valid [*leading, query], prefix included."""
         means = {name: self.mean_of_rows(of_rows, valid[..., prefix:]) for name, of_rows in values.items()}
         return Means(means, *invalid_rows(valid, prefix))
+
+    def measure_means(self, given: Maps | Factors, specs: Sequence[MetricSpec]) -> tuple[Means, Any] | None:
+        """What `measure` and `means_of_rows` give, and valid [*leading, query], if there is a shorter way to it."""
+        return None
 
     def needs(self, specs: Sequence[MetricSpec], planes: Sequence[str]) -> int:
         """Bits, in the order of all planes, of those that the pass must fill in; MetricError for other code."""

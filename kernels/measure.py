@@ -52,6 +52,7 @@ class Measurement(Mapping[str, Any]):
     invalid_patches: Any
     valid: Any
     from_reference: tuple[str, ...]
+    together: tuple[Any, Any] | None = None  # see `kernels.backends.Means`
 
     @property
     def undefined(self) -> dict[str, int]:
@@ -223,6 +224,12 @@ def _run(
     backend = chosen.load()
     coded = [spec for spec in specs if backend.implementation(spec) is not None]
     others = [spec for spec in specs if spec not in coded]
+    if reduce == "mean" and not others and (short := backend.measure_means(given, specs)) is not None:
+        means, of_rows = short
+        _check_rows(given, of_rows, invalid)
+        of_means, without = ({name: pair[i] for name, pair in means.reduced.items()} for i in range(2))
+        invalid_rows, invalid_patches = means.invalid, means.invalid_patches
+        return Measurement(of_means, chosen.name, without, invalid_rows, invalid_patches, of_rows, (), means.together)
     values: dict[str, Any] = {}
     valid: Any = None
     for runner, part in ((backend, coded), (REFERENCE, others)):
@@ -231,10 +238,7 @@ def _run(
             valid = result.valid if valid is None else valid
             for name, rows in result.values.items():
                 values[name] = rows if type(rows) is type(valid) else arrays.as_kind(rows, valid)
-    # A look at the device, which waits for it: only the caller who wants the error here and now pays for it.
-    if invalid == "raise" and not bool(valid.all()):
-        raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
-
+    _check_rows(given, valid, invalid)
     prefix = given.layout.num_prefix_tokens
     per_query = {spec.name: values[spec.name] for spec in specs if spec.inputs != "regions"}
     per_query = {name: found for name, found in per_query.items() if found.ndim == valid.ndim}
@@ -263,6 +267,12 @@ def _run(
     values, undefined = parts
     from_reference = tuple(spec.name for spec in others)
     return Measurement(values, chosen.name, undefined, counted[0], counted[1], counted[2], from_reference)
+
+
+def _check_rows(given: Maps | Factors, valid: Any, invalid: Invalid) -> None:
+    """A look at the device, which waits for it: only the caller who wants the error here and now pays for it."""
+    if invalid == "raise" and not bool(valid.all()):
+        raise given.explain(np.asarray(valid.cpu()) if arrays.is_torch(valid) else valid)
 
 
 def _missing(values: Any, valid: Any) -> Any:

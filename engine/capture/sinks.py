@@ -7,6 +7,7 @@ have followed it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -75,19 +76,26 @@ class MetricsSink:
         return invalid
 
     def launched(self) -> list[torch.Tensor]:
+        return [tensor for measured in self._measured for tensor in self._tensors(measured)]
+
+    def _tensors(self, of: Measurement) -> Sequence[torch.Tensor]:
+        """What a layer's measurement consists of."""
+        if of.together is not None:
+            return of.together
         names = [metric.name for metric in self._metrics]
-        parts = [[of[name] for name in names] + [of.undefined_rows[name] for name in names] for of in self._measured]
-        return [
-            tensor for of, part in zip(self._measured, parts, strict=True) for tensor in (*part, of.invalid_patches)
-        ]
+        return [*(of[name] for name in names), *(of.undefined_rows[name] for name in names), of.invalid_patches]
 
     def finish(self, results: BatchResults, arrived: Sequence[torch.Tensor]) -> None:
-        count = len(self._metrics)
-        layers = [arrived[start : start + 2 * count + 1] for start in range(0, len(arrived), 2 * count + 1)]
+        count, tensors = len(self._metrics), iter(arrived)
+        layers = [list(itertools.islice(tensors, len(self._tensors(of)))) for of in self._measured]
+        if all(of.together is not None for of in self._measured):  # all metrics at once
+            values = list(stack_layers([means for means, _ in layers], math.nan, leading=1))
+            undefined = list(stack_layers([counts[:count] + counts[-1] for _, counts in layers], -1, leading=1))
+        else:
+            values = [stack_layers([layer[i] for layer in layers], math.nan) for i in range(count)]
+            undefined = [stack_layers([layer[count + i] + layer[-1] for layer in layers], -1) for i in range(count)]
         for i, metric in enumerate(self._metrics):
-            values = stack_layers([layer[i] for layer in layers], math.nan)
-            undefined = stack_layers([layer[count + i] + layer[-1] for layer in layers], -1)
-            results.values[metric.name], results.undefined[metric.name] = values.numpy(), undefined.numpy()
+            results.values[metric.name], results.undefined[metric.name] = values[i].numpy(), undefined[i].numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +203,11 @@ def unusable_rows(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return ~(queries.isfinite() & keys.isfinite().unsqueeze(-1))
 
 
-def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float) -> torch.Tensor:
-    """[image, head, ...] of several layers as one [image, layer, head, ...] on their device."""
-    tensors = [torch.as_tensor(layer) for layer in layers]
-    heads = max(tensor.shape[1] for tensor in tensors)
+def stack_layers(layers: Sequence[torch.Tensor | np.ndarray], fill: float, leading: int = 0) -> torch.Tensor:
+    """[image, head, ...] of several layers as one [image, layer, head, ...] on their device, behind `leading` axes."""
+    tensors, axis = [torch.as_tensor(layer) for layer in layers], leading + 1
+    heads = max(tensor.shape[axis] for tensor in tensors)
     for i, t in enumerate(tensors):
-        if missing := heads - t.shape[1]:
-            tensors[i] = functional.pad(t, (0, 0) * (t.ndim - 2) + (0, missing), value=fill)
-    return torch.stack(tensors, dim=1)
+        if missing := heads - t.shape[axis]:
+            tensors[i] = functional.pad(t, (0, 0) * (t.ndim - axis - 1) + (0, missing), value=fill)
+    return torch.stack(tensors, dim=axis)

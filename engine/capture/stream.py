@@ -233,7 +233,8 @@ class BatchPass:
         results = BatchResults(logits[0].float().numpy() if logits else None)
         for sink, tensors in zip(self._sinks, of_sinks, strict=True):
             sink.finish(results, tensors)
-        invalid = (int(count.sum()) for count in counts)
+        sums = [count.sum() for count in counts]
+        invalid = torch.stack(sums).tolist() if sums else []
         results.invalid_rows = [(layer, found, of) for (layer, of), found in zip(self._rows, invalid, strict=True)]
         return results
 

@@ -12,6 +12,7 @@ From query and key the row is a softmax over the patch logits alone; prefix keys
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -26,7 +27,7 @@ from kernels.cuda import triton_maps, triton_qk, triton_rows
 from kernels.cuda.launches import launch
 from kernels.cuda.rows import IMPLEMENTATIONS, PLANES, RowValues, starts, tensor_of
 from kernels.errors import BackendUnavailableError
-from kernels.inputs import Factors, Maps
+from kernels.inputs import Factors, MapPair, Maps
 from kernels.layout import TokenLayout
 from kernels.metrics import MetricSpec
 
@@ -46,6 +47,32 @@ class TritonBackend(Backend):
     dtypes = DTYPES
 
     def measure_attention(self, maps: Maps, specs: Sequence[MetricSpec]) -> Values:
+        rows = self._rows_of_maps(maps, specs)
+        return self.values(rows, rows.valid, maps, specs)
+
+    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+        rows = self._rows_of_factors(factors, specs)
+        return self.values(rows, rows.valid, factors, specs)
+
+    def measure_means(self, given: Maps | Factors, specs: Sequence[MetricSpec]) -> tuple[Means, Tensor] | None:
+        """Two launches and little else, where metrics are planes of the pass."""
+        planes = [_PLANE_OF.get(spec.name) if spec.is_builtin else None for spec in specs]
+        leading, layout = given.leading, given.layout
+        if isinstance(given, MapPair) or None in planes or len(planes) > AT_ONCE or not math.prod(leading):
+            return None
+        if not isinstance(given.like, Tensor):  # NumPy comes only to the interpreter
+            return None
+        if isinstance(given, Factors):
+            rows = self._rows_of_factors(given, specs)
+        else:
+            rows = self._rows_of_maps(given, specs)
+        of_planes, prefix = rows.planes.unbind(), layout.num_prefix_tokens
+        together = _means_of_rows([of_planes[i] for i in planes if i is not None], rows.valid, leading, prefix, prefix)
+        means, (*undefined, invalid, invalid_patches) = together[0].unbind(), together[1].unbind()
+        reduced = {spec.name: (mean, count) for spec, mean, count in zip(specs, means, undefined, strict=True)}
+        return Means(reduced, invalid, invalid_patches, together), rows.valid.view(*leading, layout.num_tokens)
+
+    def _rows_of_maps(self, maps: Maps, specs: Sequence[MetricSpec]) -> RowValues:
         layout, tensor = maps.layout, _readable(maps.attention)
         values = RowValues.empty(maps, torch.float32, tensor.device)
         count, tokens = values.valid.shape
@@ -81,9 +108,9 @@ class TritonBackend(Backend):
                     BLOCK_T=triton.next_power_of_2(tokens),
                     num_warps=4,
                 )
-        return self.values(values, values.valid, maps, specs)
+        return values
 
-    def measure_qk(self, factors: Factors, specs: Sequence[MetricSpec]) -> Values:
+    def _rows_of_factors(self, factors: Factors, specs: Sequence[MetricSpec]) -> RowValues:
         """Products are exact to float32: half-precision factors go through the matrix units with float32 sums, float32
         factors as three products of their TF32 parts (one alone would cost 1e-3 of a logit).
         """
@@ -111,7 +138,7 @@ class TritonBackend(Backend):
                 constants = _qk_constants(layout, q.dtype, *facts)
                 programs = -(count * tokens // -64) if constants["FLAT"] else -(tokens // -64) * count
                 launch(triton_qk.qk_rows, (programs,), arguments, constants)
-        return self.values(values, values.valid, factors, specs)
+        return values
 
     def means_of_rows(self, values: Mapping[str, Tensor], valid: Tensor, prefix: int) -> Means:
         """One launch for all planes of a pass and what of it is invalid, where torch takes eight for each."""
@@ -126,38 +153,47 @@ class TritonBackend(Backend):
         for group in alike.values():
             for start in range(0, len(group), AT_ONCE):
                 names = list(group)[start : start + AT_ONCE]
-                means, counts = _means_of_rows([group[name] for name in names], valid, prefix)
-                *undefined, invalid, invalid_patches = counts
-                reduced |= dict(zip(names, zip(means, undefined, strict=True), strict=True))
+                flat = valid.reshape(-1, valid.shape[-1])
+                means, counts = _means_of_rows([group[name] for name in names], flat, valid.shape[:-1], prefix, 0)
+                *undefined, invalid, invalid_patches = counts.unbind()
+                reduced |= dict(zip(names, zip(means.unbind(), undefined, strict=True), strict=True))
         return Means({name: reduced[name] for name in values}, invalid, invalid_patches)
 
+
+# Metrics that are planes of a pass -> which.
+_PLANE_OF = {name: plane for plane, name in enumerate(PLANES)}
 
 BACKEND = TritonBackend()
 
 
-def _means_of_rows(planes: list[Tensor], valid: Tensor, prefix: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """(means, counts) [*leading] of at most `AT_ONCE` planes [map, patch query] of the same strides.
+def _means_of_rows(
+    planes: list[Tensor], valid: Tensor, leading: Sequence[int], prefix: int, begin: int
+) -> tuple[Tensor, Tensor]:
+    """(means [plane, *leading], counts [plane + 2, *leading]) of at most `AT_ONCE` planes of the same strides.
+
+    Args:
+        planes: [map, query], the first patch query at `begin`.
+        valid: [map, query], prefix queries included.
 
     Counts: of each plane its rows without a value; then rows that are no attention, and patch queries among them.
     """
-    shape, tokens = valid.shape[:-1], valid.shape[-1]
-    flat = valid.reshape(-1, tokens)
-    means = torch.empty(len(planes), *shape, dtype=torch.float64, device=valid.device)
-    counts = torch.empty(len(planes) + 2, *shape, dtype=torch.int64, device=valid.device)
+    means = torch.empty(len(planes), *leading, dtype=torch.float64, device=valid.device)
+    counts = torch.empty(len(planes) + 2, *leading, dtype=torch.int64, device=valid.device)
+    maps, tokens = valid.shape
     with _current_device(valid):
         arguments = (
-            *(*planes, *planes[:1] * (AT_ONCE - len(planes)), flat.view(torch.int8), means, counts),
-            *(len(flat), len(planes), *planes[0].stride(), flat.stride(0)),
+            *(*planes, *planes[:1] * (AT_ONCE - len(planes)), valid.view(torch.int8), means, counts),
+            *(maps, len(planes), *planes[0].stride(), valid.stride(0)),
         )
-        constants = _means_constants(prefix, tokens - prefix)
-        launch(triton_rows.means_of_rows, (len(flat), len(planes)), arguments, constants)
-    return means.unbind(), counts.unbind()
+        constants = _means_constants(prefix, begin, tokens - prefix)
+        launch(triton_rows.means_of_rows, (maps, len(planes)), arguments, constants)
+    return means, counts
 
 
 @lru_cache(maxsize=64)
-def _means_constants(prefix: int, queries: int) -> dict[str, int]:
+def _means_constants(prefix: int, begin: int, queries: int) -> dict[str, int]:
     block = triton.next_power_of_2(queries)
-    of_prefix = {"PREFIX": prefix, "BLOCK_P": triton.next_power_of_2(prefix)}
+    of_prefix = {"PREFIX": prefix, "BEGIN": begin, "BLOCK_P": triton.next_power_of_2(prefix)}
     return of_prefix | {"QUERIES": queries, "BLOCK": block, "num_warps": 1 if block <= 256 else 4}
 
 
