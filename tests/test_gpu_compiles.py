@@ -11,6 +11,7 @@ import pytest
 
 from kernels.backends import BACKENDS
 from tests.cases import layout
+from tests.sass import instructions, multiplied
 
 # Grids of ViTs with 8, 14, 24 and 37 patches a side.
 SIDES = (8, 14, 24, 37)
@@ -81,13 +82,14 @@ class TestTritonCompiles:
         options = {"num_warps": triton_gpu.MAPS_WARPS}
         return self.spilled(self.compiled(triton_maps.attention_rows, constants, types, options, ()), tmp_path)
 
-    def from_qk(self, side: int, dtype: str, bias: str, needs: int, tmp_path: Path, flat: bool = False) -> int:
+    def from_qk(self, rows: int, cols: int, dtype: str, bias: str, **chosen: Any) -> Any:
         from kernels.cuda import triton_gpu, triton_qk
 
-        tile = triton_gpu._qk_tile(layout(side, side, 1), 4 if dtype == "fp32" else 2, bool(bias)) | {"FLAT": flat}
+        tile = triton_gpu._qk_tile(layout(rows, cols, 1), 4 if dtype == "fp32" else 2, bool(bias)) | chosen
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in tile}
         constants = {
-            **geometry(side, needs),
+            **geometry(rows, 7),
+            **{"GRID_COLS": cols, "NUM_EDGES": layout(rows, cols, 1).num_edges},
             **tile,
             "BLOCK_P": 16,
             "HEAD_DIM": 64,
@@ -106,7 +108,7 @@ class TestTritonCompiles:
         types |= {"query": f"*{dtype}", "key": f"*{dtype}", "bias": f"*{bias or dtype}"}
         binary = self.compiled(triton_qk.qk_rows, constants, types, options, ("stride_qn", "stride_kn", "stride_bq"))
         assert binary.metadata.shared <= 99 * 2**10  # what an sm_86 offers; sm_90 has 227 KB
-        return self.spilled(binary, tmp_path)
+        return binary
 
     @pytest.mark.parametrize(
         ("side", "dtype", "needs"), [(14, "fp16", 7), (24, "bf16", 7), (37, "fp32", 7), (14, "fp16", 15)]
@@ -117,18 +119,35 @@ class TestTritonCompiles:
     @pytest.mark.parametrize(("side", "dtype", "bias"), [(14, "bf16", ""), (24, "fp16", "i8"), (14, "fp32", "")])
     def test_from_query_and_key(self, side: int, dtype: str, bias: str, tmp_path: Path) -> None:
         # Constants outside the loop over keys; float32 factors are split in three.
-        assert self.from_qk(side, dtype, bias, 7, tmp_path) <= (256 if dtype == "fp32" else 160)
+        binary = self.from_qk(side, side, dtype, bias, FLAT=False)
+        assert self.spilled(binary, tmp_path) <= (256 if dtype == "fp32" else 160)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
     @pytest.mark.parametrize("side", SIDES)
     def test_every_grid_and_type(self, side: int, dtype: str, tmp_path: Path) -> None:
         assert self.from_maps(side, dtype, 7, tmp_path) == 0
-        assert self.from_qk(side, dtype, "", 7, tmp_path) <= (1024 if dtype == "fp32" else 320)
+        binary = self.from_qk(side, side, dtype, "", FLAT=False)
+        assert self.spilled(binary, tmp_path) <= (1024 if dtype == "fp32" else 320)
 
     def test_queries_of_two_maps_in_one_program(self, tmp_path: Path) -> None:
         """A third of the programs at 197 tokens: they may spill, so that four of the others run at once."""
-        assert self.from_qk(14, "bf16", "", 7, tmp_path, flat=True) <= 256
+        assert self.spilled(self.from_qk(14, 14, "bf16", "", FLAT=True), tmp_path) <= 256
+
+    @pytest.mark.parametrize(("rows", "cols", "at_once"), [(5, 13, 1), (8, 8, 1), (6, 12, 2)])
+    def test_the_row_above_is_the_row_before(self, rows: int, cols: int, at_once: int, tmp_path: Path) -> None:
+        """Also where ptxas writes out the loop over the rows of the grid, and moves values from one to the next."""
+        from triton import knobs
+
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(self.from_qk(rows, cols, "bf16", "", FLAT=False, AT_ONCE=at_once).asm["cubin"])
+        said = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", path], capture_output=True, text=True, check=True)
+        pairs = multiplied(instructions(said.stdout))
+        adjacent = {pair: count for pair, count in pairs.items() if pair[1] == pair[0] + 1}
+        assert all(8 <= count <= 12 for count in adjacent.values()), dict(pairs)  # four pairs of columns a thread
+        # Each product of rows but the first of a pass; the second pass is that of rows that are done again.
+        products = sum(20 <= count <= 70 for (one, other), count in pairs.items() if one == other)
+        assert len(adjacent) == products - 2, dict(pairs)
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_rows_done_again_and_means(self, dtype: str, tmp_path: Path) -> None:

@@ -161,7 +161,9 @@ def add_row(
             if not IS_FIRST:
                 apart_within += (even_z - even_above) * (even_z - even_above)
                 apart_within += (odd_z - odd_above) * (odd_z - odd_above)
-        even_above, odd_above = even_z, odd_z
+        # The same values, but no copies: ptxas 13.0 takes a copy that goes round the loop for the value of the row that
+        # it is in, where it writes the loop out.
+        even_above, odd_above = even_z + 0.0, odd_z + 0.0
     else:
         sums += even_x
         sums += odd_x
