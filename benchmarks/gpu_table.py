@@ -62,6 +62,8 @@ def device(document: dict[str, Any]) -> Iterator[str]:
     yield f"### {about['device']}, {about['date'][:10]}"
     yield ""
     yield f"Python {about['python']}, CUDA {about['cuda']}, {versions}."
+    if about.get("note"):
+        yield f"Measured: {about['note']}."
     tests = [f"{row['value']:.0f} {row['name']}" for row in _rows(sections, "tests") if not row["error"]]
     if tests:
         yield f"On the device: {', '.join(tests)}."
@@ -102,12 +104,12 @@ def _rows(sections: dict[str, Section], name: str) -> list[dict[str, Any]]:
 
 
 def _errors(sections: dict[str, Section]) -> Iterator[str]:
-    """What could not be measured: a page that shows the rest alone would pass over it."""
+    """What failed or could not be measured: a page that shows the rest alone would pass over it."""
     for name, section in sections.items():
         errors = [(f"{name}, {row['name']}", row["error"]) for row in section["rows"] if row["error"]]
         errors += [(name, section["error"])] if "error" in section else []
         for what, error in errors:
-            yield f"\nNot measured: {what}: {_cell(error)[:300]}"
+            yield f"\n{'Failed' if name == 'tests' else 'Not measured'}: {what}: {_cell(error)[:300]}"
 
 
 def _kernel(row: dict[str, Any]) -> list[str]:

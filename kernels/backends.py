@@ -219,8 +219,8 @@ def resolve(
     """The backend that will run on data of this device type.
 
     Args:
-        backend: a name of `BACKENDS`, or "auto": numba for "cpu"; elsewhere triton, if it can run on this GPU,
-            reads all these dtypes and has code for every metric; else, and where a gradient is wanted, torch.
+        backend: a name of `BACKENDS`, or "auto": numba for "cpu"; elsewhere triton, if it has been checked on this kind
+            of GPU, reads all these dtypes and has code for every metric; else, and where a gradient is wanted, torch.
         device: torch device type of the data, "cpu" for NumPy.
         gradient: whether one is wanted.
         dtypes: names of those of the data, of all layers that will be measured.
@@ -244,11 +244,11 @@ def resolve(
 
 
 def _on_a_gpu(device: str, dtypes: Iterable[str], specs: Iterable[MetricSpec]) -> str:
-    """triton or torch: Triton has no code for GPUs before sm_80, and what it lacks would be computed on the host."""
+    """triton or torch: the kernels have run on sm_90 alone, and what triton lacks would be computed on the host."""
     torch = sys.modules.get("torch")
     has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton compiles its launchers
-    is_too_old = torch and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-    if device not in BACKENDS["triton"].devices or is_too_old or not has_compiler:
+    is_another = torch and torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
+    if device not in BACKENDS["triton"].devices or is_another or not has_compiler:
         return "torch"
     try:
         triton = BACKENDS["triton"].load()

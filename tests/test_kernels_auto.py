@@ -80,7 +80,7 @@ def test_without_a_c_compiler_triton_cannot_run(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_that_triton_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, expected in {(7, 5): "torch", (8, 0): "triton", (9, 0): "triton"}.items():
+    for capability, expected in {(7, 5): "torch", (8, 0): "torch", (9, 0): "triton", (10, 0): "torch"}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert chosen("distance") == expected
 
