@@ -372,7 +372,8 @@ def qk_rows(
     """From query and key: a softmax over the patches alone, of BLOCK_Q queries a program. `factor` is at least 0.
 
     FLAT: they are counted over all maps, else those of a map begin with a program. Programs of one map follow each
-    other: its keys are read from memory once. A NaN or +inf among the logits makes the sum NaN.
+    other: its keys are read from memory once. A NaN or +inf among the logits makes the sum NaN. Products that overflow
+    float32 to −inf leave a row without entropy.
     """
     TOKENS: tl.constexpr = PREFIX + GRID_ROWS * GRID_COLS
     BLOCKS: tl.constexpr = (TOKENS + BLOCK_Q - 1) // BLOCK_Q

@@ -101,12 +101,6 @@ def of_grid(x, c, GRID_COLS: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def of_edges(across, down, c, GRID_COLS: tl.constexpr, AXIS: tl.constexpr):
-    """Sum over both kinds of edges; the last column has no neighbour to the right."""
-    return tl.sum(tl.where(c < GRID_COLS - 1, across, 0.0) + tl.where(c < GRID_COLS, down, 0.0), axis=AXIS)
-
-
-@triton.jit
 def of_edges_of_columns(s_z, c, GRID_COLS: tl.constexpr):
     """Σ z by its number of edges, of columns whose first and last z have one more than there are edges."""
     across = 2 - (c == 0).to(tl.float32) - (c == GRID_COLS - 1).to(tl.float32)
