@@ -123,8 +123,9 @@ def keys_of_rows(
 
 @triton.jit
 def add_row(
-    s, about, height, even_side, odd_side, state, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
-    GRID_COLS: tl.constexpr, NEEDS: tl.constexpr, HAS_BIAS: tl.constexpr, FAST: tl.constexpr, IS_FIRST: tl.constexpr,
+    s, about, nothing, height, even_side, odd_side, state, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr, GRID_COLS: tl.constexpr, NEEDS: tl.constexpr, HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
+    IS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """A row of the grid into the sums of `state`: logits less `top`, and squares of distances along both sides."""
     even_above, odd_above, sums, s_even, s_odd, s_sq, within, beyond, far, logs, apart_within, apart_beyond = state
@@ -162,8 +163,8 @@ def add_row(
                 apart_within += (even_z - even_above) * (even_z - even_above)
                 apart_within += (odd_z - odd_above) * (odd_z - odd_above)
         # The same values, but no copies: ptxas 13.0 takes a copy that goes round the loop for the value of the row that
-        # it is in, where it writes the loop out.
-        even_above, odd_above = even_z + 0.0, odd_z + 0.0
+        # it is in, where it writes the loop out. `nothing` is a 0 that it cannot know, as 0.0 did not always do.
+        even_above, odd_above = even_z + nothing, odd_z + nothing
     else:
         sums += even_x
         sums += odd_x
@@ -209,15 +210,16 @@ def pass_over_keys(
     pivot = of_grid(even_x + tl.where(is_odd, odd_x, 0.0), even, GRID_COLS, 1) * (1.0 / GRID_COLS)
     pivot = tl.where(least == greatest, greatest, pivot)
     about = pivot[:, None]
+    nothing = row_step * 0.0  # see `add_row`
 
     none = tl.zeros((BLOCK_Q, PAIRS), tl.float32)
     state = none, none, none, none, none, none, none, none, none, none, none, none
     height = upright * row_step
-    state = add_row(one - lowered, about, height * height, even_side, odd_side, state,
+    state = add_row(one - lowered, about, nothing, height * height, even_side, odd_side, state,
                     BLOCK_Q, GROUPS, PAIRS, GRID_COLS, NEEDS, HAS_BIAS, FAST, True)  # fmt: skip
     if AT_ONCE == 2:
         height = (1 - upright) * row_step
-        state = add_row(other - lowered, about, height * height, even_side, odd_side, state,
+        state = add_row(other - lowered, about, nothing, height * height, even_side, odd_side, state,
                         BLOCK_Q, GROUPS, PAIRS, GRID_COLS, NEEDS, HAS_BIAS, FAST, False)  # fmt: skip
     for r in range(AT_ONCE, GRID_ROWS, AT_ONCE):
         s = products(q, key, tokens + r * GRID_COLS, stride_kn, stride_kd, is_second,
@@ -226,11 +228,11 @@ def pass_over_keys(
         height = (r - upright) * row_step
         if AT_ONCE == 2:
             s, below = halves(s, BLOCK_Q, GROUPS, 4 * PAIRS // GROUPS)
-            state = add_row(s, about, height * height, even_side, odd_side, state,
+            state = add_row(s, about, nothing, height * height, even_side, odd_side, state,
                             BLOCK_Q, GROUPS, PAIRS, GRID_COLS, NEEDS, HAS_BIAS, FAST, False)  # fmt: skip
             s = below
             height += row_step
-        state = add_row(s, about, height * height, even_side, odd_side, state,
+        state = add_row(s, about, nothing, height * height, even_side, odd_side, state,
                         BLOCK_Q, GROUPS, PAIRS, GRID_COLS, NEEDS, HAS_BIAS, FAST, False)  # fmt: skip
     if EDGES & NEEDS:
         total = of_grid(state[3] + state[4], even, GRID_COLS, 1) + PATCHES * pivot
