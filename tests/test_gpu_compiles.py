@@ -170,6 +170,6 @@ class TestTritonCompiles:
         )
         types = dict.fromkeys(("first", "second", "third", "fourth"), "*fp32")
         types |= {"means": "*fp64", "counts": "*i64"}
-        constants = {"PREFIX": 5, "BEGIN": 5, "QUERIES": 1369, "BLOCK": 2048, "BLOCK_P": 8, "query_stride": 1}
+        constants = {"PREFIX": 5, "QUERIES": 1369, "BLOCK": 2048, "BLOCK_P": 8, "query_stride": 1}
         binary = self.compiled(triton_rows.means_of_rows, constants, types, {"num_warps": 4}, ())
         assert self.spilled(binary, tmp_path) == 0

@@ -64,7 +64,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     return driver
 
 
-CONSTANTS = {"PREFIX": 1, "BEGIN": 1, "QUERIES": 12, "BLOCK": 16, "BLOCK_P": 1, "num_warps": 1}
+CONSTANTS = {"PREFIX": 1, "QUERIES": 12, "BLOCK": 16, "BLOCK_P": 1, "num_warps": 1}
 MEMORY = torch.zeros(256)
 MASKS, MEANS, COUNTS = torch.zeros(64, dtype=torch.int8), torch.zeros(8, dtype=torch.float64), torch.zeros(16).long()
 

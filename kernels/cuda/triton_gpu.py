@@ -66,8 +66,8 @@ class TritonBackend(Backend):
             rows = self._rows_of_factors(given, specs)
         else:
             rows = self._rows_of_maps(given, specs)
-        of_planes, prefix = rows.planes.unbind(), layout.num_prefix_tokens
-        together = _means_of_rows([of_planes[i] for i in planes if i is not None], rows.valid, leading, prefix, prefix)
+        patches = [rows.patches[plane] for plane in planes if plane is not None]
+        together = _means_of_rows(patches, rows.valid, leading, layout.num_prefix_tokens)
         means, (*undefined, invalid, invalid_patches) = together[0].unbind(), together[1].unbind()
         reduced = {spec.name: (mean, count) for spec, mean, count in zip(specs, means, undefined, strict=True)}
         return Means(reduced, invalid, invalid_patches, together), rows.valid.view(*leading, layout.num_tokens)
@@ -154,7 +154,7 @@ class TritonBackend(Backend):
             for start in range(0, len(group), AT_ONCE):
                 names = list(group)[start : start + AT_ONCE]
                 flat = valid.reshape(-1, valid.shape[-1])
-                means, counts = _means_of_rows([group[name] for name in names], flat, valid.shape[:-1], prefix, 0)
+                means, counts = _means_of_rows([group[name] for name in names], flat, valid.shape[:-1], prefix)
                 *undefined, invalid, invalid_patches = counts.unbind()
                 reduced |= dict(zip(names, zip(means.unbind(), undefined, strict=True), strict=True))
         return Means({name: reduced[name] for name in values}, invalid, invalid_patches)
@@ -166,13 +166,11 @@ _PLANE_OF = {name: plane for plane, name in enumerate(PLANES)}
 BACKEND = TritonBackend()
 
 
-def _means_of_rows(
-    planes: list[Tensor], valid: Tensor, leading: Sequence[int], prefix: int, begin: int
-) -> tuple[Tensor, Tensor]:
+def _means_of_rows(planes: list[Tensor], valid: Tensor, leading: Sequence[int], prefix: int) -> tuple[Tensor, Tensor]:
     """(means [plane, *leading], counts [plane + 2, *leading]) of at most `AT_ONCE` planes of the same strides.
 
     Args:
-        planes: [map, query], the first patch query at `begin`.
+        planes: [map, patch query].
         valid: [map, query], prefix queries included.
 
     Counts: of each plane its rows without a value; then rows that are no attention, and patch queries among them.
@@ -185,15 +183,15 @@ def _means_of_rows(
             *(*planes, *planes[:1] * (AT_ONCE - len(planes)), valid.view(torch.int8), means, counts),
             *(maps, len(planes), *planes[0].stride(), valid.stride(0)),
         )
-        constants = _means_constants(prefix, begin, tokens - prefix)
+        constants = _means_constants(prefix, tokens - prefix)
         launch(triton_rows.means_of_rows, (maps, len(planes)), arguments, constants)
     return means, counts
 
 
 @lru_cache(maxsize=64)
-def _means_constants(prefix: int, begin: int, queries: int) -> dict[str, int]:
+def _means_constants(prefix: int, queries: int) -> dict[str, int]:
     block = triton.next_power_of_2(queries)
-    of_prefix = {"PREFIX": prefix, "BEGIN": begin, "BLOCK_P": triton.next_power_of_2(prefix)}
+    of_prefix = {"PREFIX": prefix, "BLOCK_P": triton.next_power_of_2(prefix)}
     return of_prefix | {"QUERIES": queries, "BLOCK": block, "num_warps": 1 if block <= 256 else 4}
 
 

@@ -110,12 +110,12 @@ def of_edges_of_columns(s_z, c, GRID_COLS: tl.constexpr):
 @triton.jit(do_not_specialize=["maps", "num_planes"])
 def means_of_rows(
     first, second, third, fourth, valid, means, counts, maps, num_planes, map_stride, query_stride, valid_stride,
-    PREFIX: tl.constexpr, BEGIN: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    PREFIX: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mean over the patch queries that have a value, in float64, and how many valid ones have none.
 
-    A program takes a map of one of up to four planes, which have the same strides; the first patch query is BEGIN.
-    Behind the planes' counts stand those of rows that are no attention, and of patch queries among them.
+    A program takes a map of one of up to four planes, which have the same strides. Behind the planes'
+    counts stand those of rows that are no attention, and of patch queries among them.
     """
     m, plane = tl.program_id(0).to(tl.int64), tl.program_id(1)
     values = first
@@ -126,7 +126,7 @@ def means_of_rows(
     elif plane == 3:
         values = fourth
     n = tl.arange(0, BLOCK)
-    x = tl.load(values + m * map_stride + (BEGIN + n) * query_stride, mask=n < QUERIES, other=float("nan"))
+    x = tl.load(values + m * map_stride + n * query_stride, mask=n < QUERIES, other=float("nan"))
     is_valid = tl.load(valid + m * valid_stride + PREFIX + n, mask=n < QUERIES, other=0) != 0
     defined = x == x
     count = tl.sum(defined.to(tl.int32), axis=0)
