@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop
-import train.state
 from engine.capture import evaluating
-from tests.training_runs import training_run
+from tests.training_runs import interrupted, training_run
 from train.augment import Augmentation
 from train.checkpoint import read_checkpoint
 from train.data.images import DataSplits, ImageSet
@@ -91,19 +89,8 @@ def test_the_same_bits_also_after_an_interruption(
     one, two = run("one", **given), run("two", **given)
     assert one.sha256 == two.sha256
     assert one.history == two.history
-    monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)  # save at every step
-    monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
-    real = train.loop.learning_rate
-
-    def interrupt(step: int, *rest: Any) -> float:
-        if step == 4:
-            raise KeyboardInterrupt
-        return real(step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.loop, "learning_rate", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run("cut", **given)
+    with interrupted(monkeypatch, step=4):
+        run("cut", **given)
     resumed = run("cut", **given)
     assert resumed.sha256 == one.sha256
     assert resumed.history == one.history

@@ -15,7 +15,7 @@ from torch import nn
 import train.compiled
 import train.loop
 import train.state
-from tests.training_runs import training_run
+from tests.training_runs import interrupted, training_run
 from train.checkpoint import read_checkpoint
 from train.compiled import AUTO_STEPS, compiled_blocks, require_compiler, resolve_compile, transformer_blocks
 from train.data.digits import prepare_digits
@@ -160,19 +160,8 @@ def test_compiled_runs_give_the_same_bits_and_resume_to_them(
         assert compiled == 1
     for name, tensor in read_checkpoint(plain.checkpoint).tensors.items():
         torch.testing.assert_close(read_checkpoint(whole.checkpoint).tensors[name], tensor, atol=2e-3, rtol=0)
-    monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)  # save at every step
-    monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
-    real = train.loop.learning_rate
-
-    def interrupt(step: int, *rest: Any) -> float:
-        if step == 4:
-            raise KeyboardInterrupt
-        return real(step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.loop, "learning_rate", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run("cut", recipe)
+    with interrupted(monkeypatch, step=4):
+        run("cut", recipe)
     resumed = run("cut", recipe)
     assert resumed.sha256 == whole.sha256
     assert resumed.history == whole.history

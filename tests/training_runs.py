@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+import train.loop
+import train.state
 from train.evaluation import Evaluation
 from train.settings import ConditionConfig, TrainConfig, TrainingRun
 
@@ -40,3 +45,21 @@ class Plain:
     def validate(self) -> Evaluation:
         found: Evaluation = self._validate()
         return found
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[None]:
+    """Inside, training saves its state at every step, and is interrupted before this one."""
+    real = train.loop.learning_rate
+
+    def interrupt(number: int, *rest: Any) -> float:
+        if number == step:
+            raise KeyboardInterrupt
+        return real(number, *rest)
+
+    monkeypatch.setattr(train.state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(train.state, "SAVE_SHARE", 1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop, "learning_rate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield
