@@ -162,8 +162,8 @@ def add_row(
             if not IS_FIRST:
                 apart_within += (even_z - even_above) * (even_z - even_above)
                 apart_within += (odd_z - odd_above) * (odd_z - odd_above)
-        # The same values, but no copies: ptxas 13.0 takes a copy that goes round the loop for the value of the row that
-        # it is in, where it writes the loop out. `nothing` is a 0 that it cannot know, as 0.0 did not always do.
+        # The same values, but no copies: ptxas 12.8 and 12.9 take a copy that goes round the loop for the value of the
+        # present row, where they write the loop out. `nothing` is a 0 that they cannot know; 0.0 did not always do.
         even_above, odd_above = even_z + nothing, odd_z + nothing
     else:
         sums += even_x
