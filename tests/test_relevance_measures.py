@@ -108,9 +108,21 @@ def test_localization_of_known_maps() -> None:
     found = localization(maps.reshape(4, 4, 4), coverage)
     np.testing.assert_array_equal(found["region_hit"][:, 0], [1, 0, 0.5, np.nan])
     np.testing.assert_allclose(found["region_share"][:3], [[1, 0], [0, 0.4], [0.5, 0]])
-    np.testing.assert_allclose(found["region_overlap"][0, 0], 1.0)  # ties go to the first patches
+    # The first map's second place is shared by 15 patches, one of them in the region: 16/15 over 4 − 16/15.
+    np.testing.assert_allclose(found["region_overlap"][:3, 0], [4 / 11, 1 / 29, 1 / 3])
     assert np.isnan(found["region_overlap"][:, 1]).all(), "a region that covers no patch by half has no overlap"
     assert np.isnan(found["region_hit"][3]).all(), "a map of zeros points nowhere"
+
+
+def test_overlap_does_not_depend_on_the_corner_a_region_lies_in() -> None:
+    maps = np.zeros((1, 8, 8))
+    maps[0, 7, 7] = 1.0  # one positive patch, at the bottom right
+    coverage = np.zeros((1, 4, 8, 8))
+    for region, (row, col) in enumerate([(0, 0), (0, 4), (6, 0), (6, 4)]):
+        coverage[0, region, row : row + 2, col : col + 4] = 1.0
+    overlap = localization(maps, coverage.reshape(1, 4, 64))["region_overlap"][0]
+    # Seven places for 63 patches of 0: eight of them in a region hold 8/9; with the peak, seven of them and 1.
+    np.testing.assert_allclose(overlap, [8 / 136, 8 / 136, 8 / 136, 1 / 8])
 
 
 def test_noise_of_known_maps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage, stats
 
 from engine.statistics import Floats
@@ -20,7 +21,8 @@ def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
     `region_hit`: 1 where the map's peak lies on a patch that the region covers by half or more (the pointing game of
     Zhang et al., doi:10.1007/s11263-017-1059-x; a peak that several patches share counts by its share);
     `region_share`: the region's share of the map's mass, patches weighted by coverage;
-    `region_overlap`: intersection over union of those patches and as many of the map's greatest ones.
+    `region_overlap`: intersection over union of those patches and as many of the map's greatest ones, among which
+    patches of equal value share the places that are left for them.
     Maps are [image, row, col], and what is negative counts as 0; coverage is [image, region, patch].
     """
     flat = np.maximum(maps.reshape(len(maps), 1, -1), 0.0)
@@ -31,15 +33,19 @@ def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
     hit = (peak & inside).sum(axis=2) / peak.sum(axis=2)
     share = (flat * coverage).sum(axis=2) / total
     size = inside.sum(axis=2)
-    rank = (-flat).argsort(axis=2, kind="stable").argsort(axis=2)
-    top = rank < size[..., None]
-    union = (top | inside).sum(axis=2)
-    overlap = (top & inside).sum(axis=2) / np.maximum(union, 1)
-    overlap = np.where(size > 0, overlap, np.nan)
-    return {
-        name: np.where(defined, value, np.nan)
-        for name, value in (("region_hit", hit), ("region_share", share), ("region_overlap", overlap))
-    }
+    common = (_greatest(flat, size) * inside).sum(axis=2)
+    overlap = common / np.where(size > 0, 2 * size - common, np.nan)
+    found = {"region_hit": hit, "region_share": share, "region_overlap": overlap}
+    return {name: np.where(defined, value, np.nan) for name, value in found.items()}
+
+
+def _greatest(flat: Floats, size: NDArray[np.int64]) -> Floats:
+    """How far each patch is among the `size` [image, region] greatest of flat [image, 1, patch], 0 to 1."""
+    ordered = -np.sort(-flat[:, 0], axis=1)
+    least = np.take_along_axis(ordered, np.maximum(size - 1, 0), axis=1)[..., None]
+    above, equal = flat > least, flat == least
+    left = size[..., None] - above.sum(axis=2, keepdims=True)
+    return np.asarray(above + equal * left / equal.sum(axis=2, keepdims=True))
 
 
 def noise(maps: Floats) -> dict[str, Floats]:
