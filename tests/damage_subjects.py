@@ -118,7 +118,7 @@ TRAINED = [
 ]
 DIGITS = [
     *TRAINED,
-    *("--statistics.bootstrap", "19", "--capture.batch_size", "8", "--capture.sinks", "metrics,store"),
+    *("--capture.batch_size", "8", "--capture.sinks", "metrics,store"),
     *("--relevance.images", "1", "--relevance.measured", "2", "--relevance.steps", "2", "--capture.samples", "2"),
     *("--measure.metrics", "distance"),
 ]
@@ -225,7 +225,7 @@ def compare(folder: Path) -> Subject:
         usual = [
             *("--baseline", str(first), "--finetuned", str(second), "--model.name", "test_vit"),
             *("--model.img_size", "64", "--data.root", str(root), "--outputs", str(outputs)),
-            *("--statistics.bootstrap", "19", "--capture.batch_size", "8", "--capture.samples", "2"),
+            *("--capture.batch_size", "8", "--capture.samples", "2"),
             *("--measure.metrics", "distance", "--relevance.measured", "2", "--relevance.images", "1"),
             *("--relevance.methods", "generic", "--relevance.steps", "2", "--data.cache", "true"),
         ]

@@ -269,7 +269,7 @@ def _cases(folder: Path, disk: Path) -> dict[str, Callable[[], Case]]:
             [
                 *("compare", "--baseline", models[0], "--finetuned", models[1], "--model.name", "test_vit"),
                 *("--model.img_size", "64", "--data.root", str(photographs(folder)), "--outputs", str(disk / "out")),
-                *("--statistics.bootstrap", "19", "--capture.batch_size", "8", "--capture.samples", "2"),
+                *("--capture.batch_size", "8", "--capture.samples", "2"),
                 *("--measure.metrics", "distance", "--relevance.measured", "2", "--relevance.images", "1"),
                 *("--relevance.methods", "generic", "--relevance.steps", "2", "--data.cache", "true"),
                 *("--statistics.permutations", "19"),

@@ -97,7 +97,6 @@ def _write_study(
         **{
             "against": conditions[0],
             "permutations": permutations,
-            "bootstrap": 60,
             "equivalence": equivalence or {},
             **(statistics or {}),
         }

@@ -43,7 +43,7 @@ def test_a_study_without_sample_maps_and_with_a_metric_of_ones_own(photos: Path,
     command = ["compare", "--baseline", str(weights), "--finetuned", str(weights), "--model.name", "test_vit"]
     command += ["--data.root", str(photos), "--outputs", str(outputs), *NO_CACHE, "--capture.samples", "0"]
     command += ["--relevance.measured", "1", "--relevance.methods", "rollout", "--relevance.steps", "1"]
-    command += ["--statistics.permutations", "19", "--statistics.bootstrap", "9", "--measure.backend", "torch"]
+    command += ["--statistics.permutations", "19", "--measure.backend", "torch"]
     assert main([*command, "--measure.metrics", "entropy,tests.own_metrics:peak"]) == 0
     assert not (outputs / "samples.zarr").exists()
     table = read_table(outputs / "metrics" / "attention_metrics.zarr")

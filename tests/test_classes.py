@@ -107,7 +107,6 @@ def study(folder: Path, outputs: Path, conditions: dict[str, tuple[str, str]], o
         "measure.metrics": ["entropy"],
         "measure.backend": "torch",
         "statistics.permutations": 19,
-        "statistics.bootstrap": 9,
         "capture.samples": 6,
         "relevance.methods": ["gradcam"],
         "relevance.images": 6,

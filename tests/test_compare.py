@@ -77,7 +77,7 @@ def test_numbers_agree_with_timms_unfused_maps(name: str, tmp_path: Path) -> Non
     outputs = tmp_path / "outputs"
     command = ["compare", "--baseline", str(tmp_path / "a.safetensors"), "--finetuned", str(tmp_path / "b.pth")]
     command += ["--model.name", name, "--data.root", str(root), "--outputs", str(outputs)]
-    command += ["--statistics.permutations", "199", "--statistics.bootstrap", "100", "--capture.batch_size", "4"]
+    command += ["--statistics.permutations", "199", "--capture.batch_size", "4"]
     command += ["--capture.samples", "2", "--relevance.methods", "gradcam", "--relevance.measured", "2"]
     command += ["--relevance.steps", "3", "--model.arguments", f"depth={DEPTH}"]
     if img_size:

@@ -17,7 +17,7 @@ from engine.statistics import Accuracy, Comparison, Control, Settings, analyse, 
 from store import DiskError
 from train.errors import InputError
 
-FAST = Settings(permutations=99, bootstrap=50)
+FAST = Settings(permutations=99)
 EMPTY = Comparison(settings=FAST)
 SELF = Control("self", "Itself", "0", 0.0, True, "2 layers")
 HALF = Accuracy(validation=None, test=0.5, chance=0.25, images=8)

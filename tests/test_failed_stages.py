@@ -28,7 +28,6 @@ def compare(folder: Path) -> int:
         "--outputs": str(folder / "outputs"),
         "--measure.metrics": "distance",
         "--statistics.permutations": "49",
-        "--statistics.bootstrap": "20",
         "--capture.samples": "1",
         "--relevance.methods": "rollout",
         "--relevance.measured": "0",

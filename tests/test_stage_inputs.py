@@ -33,7 +33,7 @@ largest = MetricSpec(name='peak', unit='1', inputs='rows', reference=lambda p, l
 
 def study_of(outputs: Path, **keys: Any) -> Study:
     """A study of which nothing was trained, in whose folder a table lies."""
-    few = {"statistics.permutations": 99, "statistics.bootstrap": 1, "outputs": str(outputs)}
+    few = {"statistics.permutations": 99, "outputs": str(outputs)}
     study = Study(load_study(None, few | keys))
     study.data = SimpleNamespace(  # type: ignore[assignment]
         test=range(4), digest="images", pretrained_digest="weights", summary=lambda: {"images": 4}

@@ -28,7 +28,7 @@ from train.errors import InputError
 
 CONDITIONS, SEEDS, IMAGES, LAYERS, HEADS = ("baseline", "finetuned", "dora"), (42, 43, 44), 12, 4, 3
 Result = TypeVar("Result")
-FAST = Settings(permutations=199, bootstrap=100)
+FAST = Settings(permutations=199)
 
 
 def make_table() -> xr.Dataset:
@@ -85,8 +85,11 @@ def test_every_family_is_complete(tests: list[PairedTest]) -> None:
         "seed": LAYERS * columns,
     }
     assert found == {(condition, level): n for condition in ("finetuned", "dora") for level, n in sizes.items()}
-    assert all(test.family_size == sizes[test.level] for test in tests)
-    assert len({test.family for test in tests}) == 10
+    primary = pick(tests, role="primary")  # distance in every layer of both conditions
+    assert {test.family_size for test in primary} == {len(primary)} == {2 * LAYERS}
+    for test in pick(tests, role="exploratory"):
+        assert test.family_size == sizes[test.level] - LAYERS * (test.level == "layer")
+    assert len({test.family for test in tests}) == 11
     assert {test.against for test in tests} == {"baseline"}
 
 
@@ -120,11 +123,60 @@ def test_head_level_is_one_family_over_metrics_and_regions(table: xr.Dataset, te
         )
         for x in (against, condition)
     ]
-    whole = compare_paired(*columns, permutations=199, bootstrap=100)
+    whole = compare_paired(*columns, permutations=199)
     entries = pick(tests, condition="dora", level="head")
     for name in ("p_max_t", "p_holm", "p_bh"):
         np.testing.assert_allclose([getattr(test, name) for test in entries], whole[name], rtol=1e-9)
     assert [test.region for test in entries[12::12]] == ["target_digit", "other_digit"]
+
+
+def many_images(table: xr.Dataset, images: int = 40) -> xr.Dataset:
+    """The table with enough images to resample."""
+    rng = np.random.default_rng(12)
+    drawn = table.isel(image=rng.integers(0, IMAGES, images)).drop_vars("image", errors="ignore")
+    noise = {name: 0.05 * rng.normal(size=values.shape) for name, values in drawn.items()}
+    return drawn.assign({name: values + noise[name] for name, values in drawn.items()}).assign_attrs(table.attrs)
+
+
+def test_the_primary_family_is_of_all_conditions_and_gates_its_heads(table: xr.Dataset) -> None:
+    drawn = many_images(table)
+    for name in drawn:
+        drawn[name].attrs = table[name].attrs
+    tests = compare_conditions(drawn, FAST)
+    primary = pick(tests, role="primary")
+    assert {(test.level, test.metric) for test in primary} == {("layer", "distance")}
+    assert {test.condition for test in primary} == {"finetuned", "dora"}
+    assert {test.family for test in primary} == {"primary, against baseline: condition × layer × metric"}
+    against = drawn.distance.sel(condition="baseline", seed=42).mean("head")
+    both = [drawn.distance.sel(condition=name).mean("seed").mean("head") for name in ("finetuned", "dora")]
+    stacked = xr.concat(both, dim="condition").transpose("image", ...)
+    whole = compare_paired(
+        xr.concat([against, against], dim="condition").transpose("image", ...).assign_coords(condition=[0, 1]),
+        stacked.assign_coords(condition=[0, 1]),
+        metric="condition",
+        permutations=199,
+    )
+    np.testing.assert_allclose([test.p_max_t for test in primary], whole.p_max_t.values.ravel())
+    heads = pick(tests, level="head", metric="distance")
+    of_layer = {(test.condition, test.layer): test.p_max_t for test in primary}
+    for test in heads:
+        assert test.p_gated == max(test.p_max_t, of_layer[test.condition, test.layer])
+    assert {test.p_gated for test in tests if test.level != "head" or test.metric != "distance"} == {None}
+
+
+def test_a_metric_is_a_family_and_metrics_are_adjusted_by_holm() -> None:
+    rng = np.random.default_rng(3)
+    d = rng.normal([0.9, 0.0, 0.0, 0.62, 0.0, 0.0], 1, size=(40, 6)).reshape(40, 2, 3)
+    metrics = xr.DataArray(d, dims=("image", "metric", "layer"), coords={"metric": ["entropy", "distance"]})
+    together = compare_paired(0 * metrics, metrics, metric="metric", permutations=999)
+    alone = [compare_paired(0 * d[:, i], d[:, i], permutations=999).p_max_t.values for i in (0, 1)]
+    least = [p.min() for p in alone]
+    first, second = np.argsort(least)
+    expected = [np.empty(3), np.empty(3)]
+    expected[first] = np.minimum(2 * alone[first], 1)
+    expected[second] = np.maximum(alone[second], expected[first].min())
+    np.testing.assert_allclose(together.p_max_t, np.stack(expected))
+    assert together.attrs["p_floor"] == 2 * 2 / 1000
 
 
 def test_layer_level_averages_heads(table: xr.Dataset, tests: list[PairedTest]) -> None:
@@ -166,18 +218,18 @@ def test_class_level_counts_every_class_alike(table: xr.Dataset) -> None:
     assert not pick(unnamed, level="class")
 
 
-def test_nested_interval_resamples_runs_classes_and_images(table: xr.Dataset, tests: list[PairedTest]) -> None:
+def test_nested_interval_resamples_classes_and_images_of_the_same_cells(
+    table: xr.Dataset, tests: list[PairedTest]
+) -> None:
     found = pick(tests, condition="finetuned", level="layer", metric="distance")
-    assert {test.nested_levels for test in found} == {"seed > class > image"}
-    d = (table.sel(condition="finetuned") - table.sel(condition="baseline", seed=42)).distance.astype(np.float64)
-    flat = d.mean("head").transpose("seed", "image", "layer").values.reshape(-1, LAYERS)
-    codes = np.stack([np.repeat(np.arange(3), IMAGES), np.tile(np.arange(IMAGES) % 3, 3)], axis=1)
-    low, high = bootstrap_interval(flat, resamples=100, confidence=0.95, seed=0, groups=codes)
-    np.testing.assert_allclose([test.ci_nested for test in found], np.stack([low, high], 1), rtol=1e-4, atol=1e-8)
-    (one, *_) = pick(compare_conditions(table.isel(seed=[0]), FAST), condition="dora", level="layer")
-    assert one.nested_levels == "class > image"
-    assert one.ci_nested[0] < one.difference < one.ci_nested[1]
-    (neither, *_) = pick(compare_conditions(table.isel(seed=[0]).drop_vars("class_name"), FAST), level="layer")
+    assert {test.nested_levels for test in found} == {"class > image"}
+    d = (table.sel(condition="finetuned").mean("seed") - table.sel(condition="baseline", seed=42)).distance
+    values = d.astype(np.float64).mean("head").transpose("image", "layer").values
+    codes = (np.arange(IMAGES) % 3)[:, None]
+    bounds = bootstrap_interval(values, resamples=199, confidence=0.95, seed=0, groups=codes)
+    np.testing.assert_allclose([test.ci_nested for test in found], bounds.T, rtol=1e-4, atol=1e-8)
+    assert found[0].ci_nested[0] < found[0].difference < found[0].ci_nested[1]
+    (neither, *_) = pick(compare_conditions(table.drop_vars("class_name"), FAST), level="layer")
     assert neither.ci_nested is neither.nested_levels is None
 
 
@@ -197,7 +249,8 @@ def test_equivalence_is_tested_where_a_bound_is_set(table: xr.Dataset) -> None:
         for name in ("baseline", "dora")
     )
     assert test.p_tost == pytest.approx(ttost_paired(condition.values, against.values, -0.3, 0.3)[0], rel=1e-6)
-    family = pick(tests, condition="dora", level="layer", metric="distance")
+    family = pick(tests, role="primary")
+    assert {(test.condition, test.metric) for test in family} == {("finetuned", "distance"), ("dora", "distance")}
     adjusted = multipletests([test.p_tost for test in family], method="holm")[1]
     np.testing.assert_allclose([test.p_tost_holm for test in family], adjusted)
     assert {test.p_tost for test in pick(tests, metric="region_mass")} == {None}
@@ -212,12 +265,14 @@ def test_seed_level_flips_runs_and_states_the_least_p(table: xr.Dataset, tests: 
     d = runs.sel(condition="finetuned") - runs.sel(condition="baseline", seed=42, drop=True)
     for layer, test in enumerate(found):
         assert test.difference == pytest.approx(float(d[:, layer].mean()), rel=1e-6)
-        assert test.unit_of_inference == "training run (seed)"
-        assert test.test == "sign flip over training runs (exact)"
+        assert test.unit_of_inference == "training run (seed), given these images"
+        assert test.test == "sign flip over training runs"
+        assert test.resampling == "exact sign flips, max-T"
         assert test.n == 3
         assert test.p_floor == 2 / 8
     assert found[3].p == 2 / 8  # the same sign in every run: as small as three runs allow
-    p = [test.p for test in pick(tests, condition="finetuned", level="seed")]
+    t = [test.t for test in pick(tests, condition="finetuned", level="seed")]
+    p = 2 * scipy.stats.t.sf(np.abs(t), 2)  # Student's: a sign flip's p over few runs cannot survive an adjustment
     holm = [test.p_holm for test in pick(tests, condition="finetuned", level="seed")]
     np.testing.assert_allclose(holm, multipletests(p, method="holm")[1])
 

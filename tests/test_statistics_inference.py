@@ -45,7 +45,7 @@ def known() -> tuple[np.ndarray, np.ndarray]:
 
 class TestEquivalence:
     def test_known_value(self) -> None:
-        result = compare_paired(*known(), permutations=9, bootstrap=0, equivalence=0.3)
+        result = compare_paired(*known(), permutations=9, equivalence=0.3)
         assert float(result.p_tost) == pytest.approx(0.0009649695830812, rel=1e-10)
         assert float(result.p_tost_holm) == float(result.p_tost)
 
@@ -53,7 +53,7 @@ class TestEquivalence:
     def test_equals_statsmodels(self, bound: float) -> None:
         rng = np.random.default_rng(1)
         a, b = rng.normal(size=(2, 25, 4)) + np.linspace(-0.3, 0.3, 4)
-        result = compare_paired(a, b, permutations=9, bootstrap=0, equivalence=bound)
+        result = compare_paired(a, b, permutations=9, equivalence=bound)
         for column in range(4):
             expected = ttost_paired(b[:, column], a[:, column], -bound, bound)[0]
             assert float(result.p_tost[column]) == pytest.approx(expected, rel=1e-9)
@@ -63,19 +63,19 @@ class TestEquivalence:
         for shift in np.linspace(-0.4, 0.4, 21):
             d = shift + rng.normal(size=60)
             interval = scipy.stats.ttest_1samp(d, 0).confidence_interval(0.90)
-            p = float(compare_paired(np.zeros(60), d, permutations=9, bootstrap=0, equivalence=0.3).p_tost)
+            p = float(compare_paired(np.zeros(60), d, permutations=9, equivalence=0.3).p_tost)
             assert (p <= 0.05) == (interval.low >= -0.3 and interval.high <= 0.3)
 
     def test_differences_without_spread_leave_no_doubt(self) -> None:
         d = np.array([0.0, 0.1, 0.25, -0.3]) * np.ones((8, 1))
-        result = compare_paired(np.zeros_like(d), d, permutations=9, bootstrap=0, equivalence=0.25)
+        result = compare_paired(np.zeros_like(d), d, permutations=9, equivalence=0.25)
         assert result.p_tost.values.tolist() == [0, 0, 0.5, 1]
 
     def test_bounds_of_some_tests_only_are_a_family_of_their_own(self) -> None:
         rng = np.random.default_rng(3)
         d = rng.normal(size=(30, 3))
         d[2:, 2] = np.nan
-        few = compare_paired(np.zeros_like(d), d, permutations=9, bootstrap=0, equivalence=[0.8, np.nan, 0.8])
+        few = compare_paired(np.zeros_like(d), d, permutations=9, equivalence=[0.8, np.nan, 0.8])
         assert math.isnan(few.p_tost[1])
         assert math.isnan(few.p_tost_holm[1])
         assert float(few.p_tost_holm[0]) == pytest.approx(min(1, 2 * float(few.p_tost[[0, 2]].min())))
@@ -345,7 +345,7 @@ class TestMoransInference:
 
 
 def test_everything_of_a_study_names_its_unit_and_family() -> None:
-    settings = Settings(permutations=49, bootstrap=20, equivalence={"entropy": 0.5})
+    settings = Settings(permutations=49, equivalence={"entropy": 0.5})
     results = analyse(small_table(shift=1.0), settings)
     assert results.settings == settings
     for part in (results.tests, results.trends, results.clusters):

@@ -30,7 +30,7 @@ from tests.photographs import write_broken, write_photographs
 SMALL = [
     *("--data.train_scenes", "96", "--data.validation_scenes", "48", "--data.test_scenes", "40"),
     *("--pretrain.scenes", "96", "--pretrain.epochs", "1", "--train.epochs", "1"),
-    *("--statistics.permutations", "199", "--statistics.bootstrap", "99", "--capture.batch_size", "16"),
+    *("--statistics.permutations", "199", "--capture.batch_size", "16"),
     *("--relevance.images", "1", "--relevance.measured", "4", "--relevance.steps", "2"),
     *("--capture.samples", "3", "--train.precision", "fp32"),
 ]
@@ -200,7 +200,7 @@ def test_a_folder_is_trained_captured_and_reported(tmp_path: Path) -> None:
     command = ["study", "--data.kind", "folder", "--data.root", str(root), "--outputs", str(outputs)]
     command += ["--model.name", "vit_tiny_patch16_224", "--model.pretrained", "false", "--model.img_size", "32"]
     command += ["--model.arguments", "depth=2", "--train.epochs", "1", "--train.batch_size", "4"]
-    command += ["--statistics.permutations", "99", "--statistics.bootstrap", "99", "--capture.samples", "2"]
+    command += ["--statistics.permutations", "99", "--capture.samples", "2"]
     command += ["--relevance.images", "1", "--relevance.measured", "2", "--relevance.steps", "2"]
     command += ["--capture.sinks", "store", "--conditions.dora.rank", "2", "--relevance.methods", "gradcam"]
     command += ["--measure.metrics", "entropy,prefix_mass,tests.own_metrics:peak"]

@@ -45,7 +45,6 @@ lr = 1e-3
 targets = "block9_fc1"
 [statistics]
 permutations = 99
-bootstrap = 99
 [relevance]
 images = 1
 [capture]

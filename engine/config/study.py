@@ -181,8 +181,11 @@ class StatisticsConfig:
     """Paired comparisons."""
 
     __pydantic_config__ = STRICT
-    permutations: Resamples = key(9999, "sign flips of the max-T test")
-    bootstrap: Resamples = key(2000, "resamples of the BCa intervals")
+    primary: tuple[Name, ...] = key(
+        ("distance", "entropy", "morans_i"),
+        "metrics whose layer means are the primary family, named before the data are measured; the rest is exploratory",
+    )
+    permutations: Resamples = key(9999, "resamples of images, sign flips of runs: behind every p and interval")
     confidence: Proportion = key(0.95, "coverage of the intervals")
     alpha: Proportion = key(0.05, "level below which an adjusted p-value is marked")
     power: Annotated[Real, Ge(0.5), Lt(1.0)] = key(0.8, "power of the minimum detectable effect, from 0.5")
@@ -190,7 +193,7 @@ class StatisticsConfig:
         {}, "bounds of equivalence tests (TOST) in each metric's unit, set before looking: distance=0.01,entropy=0.1"
     )
     cluster_alpha: Proportion = key(0.05, "level whose critical t makes neighbouring layers a cluster")
-    seed: Natural = key(0, "seed of flips and resamples")
+    seed: Natural = key(0, "seed of resamples and flips")
 
 
 @dataclass(frozen=True, kw_only=True)

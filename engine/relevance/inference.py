@@ -28,9 +28,8 @@ from engine.statistics import (
     Settings,
     bootstrap_interval,
     build,
-    compare_paired,
+    compare_columns,
     finite,
-    paired_columns,
     write_document,
 )
 from train.whole_files import write_atomically
@@ -129,7 +128,7 @@ def _means(evaluations: Evaluations, settings: Settings) -> Iterator[MapMean]:
     for condition, method, evaluation in _each(evaluations):
         values = np.stack(list(evaluation.values.values()), axis=1)
         bounds = bootstrap_interval(
-            values, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
+            values, resamples=settings.permutations, confidence=settings.confidence, seed=settings.seed
         )
         known = [column[np.isfinite(column)] for column in values.T]
         yield from build(
@@ -137,7 +136,7 @@ def _means(evaluations: Evaluations, settings: Settings) -> Iterator[MapMean]:
             [{"condition": condition, "method": method, "measure": measure} for measure in evaluation.values],
             {
                 "mean": [finite(column.mean()) if column.size else None for column in known],
-                "ci": np.stack(bounds, axis=1),
+                "ci": bounds.T,
                 "n": [column.size for column in known],
             },
         )
@@ -150,8 +149,9 @@ def _tests(families: Sequence[Sequence[Pair]], settings: Settings) -> tuple[MapT
         if not family or len(family[0][1]) < 2:
             continue
         rows, a, b = zip(*family, strict=True)
-        result = compare_paired(np.stack(a, axis=1), np.stack(b, axis=1), **settings.resampling())
-        tests += build(MapTest, rows, paired_columns(result), family_size=result.attrs["family_size"])
+        measures = np.array([row["measure"] for row in rows])
+        compared = compare_columns(np.stack(a, axis=1), np.stack(b, axis=1), families=measures, **settings.resampling())
+        tests += build(MapTest, rows, compared.results(), family_size=compared.family_size)
     return tuple(tests)
 
 

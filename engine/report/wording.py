@@ -161,7 +161,7 @@ def comparison_sentence(results: Results, comparison: PairFindings) -> str:
         verdict += (f" and {comparison.layers_changed} of {layers} layer means" if layers else "") + " differ"
     return (
         f"{comparison.pair}: {verdict} at the family-wise level α = "
-        f"{results.alpha:g} (sign-flip max-T, cells and layer means each a family; n = "
+        f"{results.alpha:g} (max-T, cells and layer means each a family; n = "
         f"{text.count(comparison.n, 'image')})."
         + (f" Different, but within the bound (real but negligible): {within}." if within else "")
     )

@@ -3,18 +3,17 @@
 from engine.statistics.analysis import analyse
 from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.association import correlate_over_images
-from engine.statistics.bootstrap import bootstrap_interval
+from engine.statistics.bootstrap import FEWEST, bootstrap_interval
 from engine.statistics.clusters import layer_clusters
 from engine.statistics.conditions import check_bounds, compare_conditions
 from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
 from engine.statistics.morans import MoransInference, morans_inference
-from engine.statistics.paired import compare_paired, paired_columns
+from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
 from engine.statistics.pairing import metric_series
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import (
     IMAGES,
-    SKEWED,
     Accuracy,
     Classifier,
     Cluster,
@@ -32,9 +31,9 @@ from engine.statistics.results import (
 )
 
 __all__ = [
+    "FEWEST",
     "IMAGES",
     "SCHEMA",
-    "SKEWED",
     "UNLESS_NONE",
     "Accuracy",
     "Classifier",
@@ -44,6 +43,7 @@ __all__ = [
     "Floats",
     "Interval",
     "MoransInference",
+    "PairedColumns",
     "PairedTest",
     "Relation",
     "Settings",
@@ -52,6 +52,7 @@ __all__ = [
     "bootstrap_interval",
     "build",
     "check_bounds",
+    "compare_columns",
     "compare_conditions",
     "compare_paired",
     "correlate_over_images",
@@ -63,7 +64,6 @@ __all__ = [
     "metric_series",
     "minimum_detectable_effect",
     "morans_inference",
-    "paired_columns",
     "parse",
     "parse_comparison",
     "write_comparison",

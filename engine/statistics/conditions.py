@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
 
 from engine.statistics.arrays import Floats, defined_mean
-from engine.statistics.bootstrap import bootstrap_interval
-from engine.statistics.multiplicity import benjamini_hochberg, holm
-from engine.statistics.paired import compare_paired, paired_columns
+from engine.statistics.bootstrap import FEWEST, bootstrap_interval
+from engine.statistics.paired import Unit, compare_columns
 from engine.statistics.pairing import ConditionPairs, MetricPairs, check_table, paired_conditions
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import CLASSES, DEFAULTS, IMAGES, LAYERS, RUNS, PairedTest, Settings, build
 from train.errors import InputError
 
-# Level -> (unit of inference, what its family is over).
-_LEVELS = {
-    "head": (IMAGES, "layer × head × metric"),
-    "layer": (IMAGES, "layer × metric"),
-    "class": (CLASSES, "layer × metric"),
-    "layer_means": (LAYERS, "metric"),
-    "seed": (RUNS, "layer × metric"),
+# Level -> (unit of inference, what its pairs are, what its family is over).
+_LEVELS: Mapping[str, tuple[str, Unit, str]] = {
+    "head": (IMAGES, "images", "layer × head × metric"),
+    "layer": (IMAGES, "images", "layer × metric"),
+    "class": (CLASSES, "runs", "layer × metric"),
+    "layer_means": (LAYERS, "runs", "metric"),
+    "seed": (RUNS, "runs", "layer × metric"),
 }
 # Positions of a layer and a head; None: over all of them.
 _Place = tuple[int | None, int | None]
 
 
+@dataclass(frozen=True)
+class _Block:
+    """One metric of one condition, at the places of a level."""
+
+    paired: ConditionPairs
+    metric: MetricPairs
+    values: Floats  # [side, unit, place], against, then condition
+    places: Sequence[_Place]
+
+    @property
+    def name(self) -> str:
+        return str(self.metric.identity["metric"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What each test is of."""
+        return [
+            {
+                **self.metric.identity,
+                "layer": None if layer is None else self.paired.layer_ids[layer],
+                "site": None if layer is None else self.paired.sites[layer],
+                "head": None if head is None else self.paired.head_ids[head],
+                "seeds": self.metric.seeds,
+            }
+            for layer, head in self.places
+        ]
+
+
 def compare_conditions(
     table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Sequence[str] | None = None
 ) -> list[PairedTest]:
-    """Compare every condition of a table with one of them, in up to five families of tests each.
+    """Compare every condition of a table with one of them: one primary family, and up to five others per condition.
 
     | level       | unit of inference | family                | pairs                                               |
     |-------------|-------------------|-----------------------|-----------------------------------------------------|
@@ -44,9 +71,13 @@ def compare_conditions(
     | layer_means | layer             | metric                | layers; seeds, heads and images averaged first      |
     | seed        | training run      | layer × metric        | seeds; heads, then images averaged first; ≥ 2 seeds |
 
-    A metric with regions counts once per region in its family. Image-level tests speak of the checkpoints at hand; only
-    the seed level speaks of fine-tuning. The class level asks whether a finding depends on a few large classes. A pair
-    missing on either side is left out of both means.
+    The layer means of the metrics named as `settings.primary` are the primary family, over all conditions at once: what
+    it finds holds at the level for the whole table. All else is exploratory, each family by itself. A head of a primary
+    metric has `p_gated`, the greater of its own p and its layer's: heads speak where their layer does.
+
+    A metric with regions counts once per region in its family. Image-level tests speak of the checkpoints at hand; the
+    seed level of training runs like these on these very images. The class level asks whether a finding depends on a few
+    large classes. A pair missing on either side is left out of both means.
 
     Args:
         table: metrics as variables over (condition, seed, image, layer, head[, region]), attribute `units`;
@@ -57,27 +88,50 @@ def compare_conditions(
             equivalence tests, seed.
         metrics: names of the variables to compare; all when None.
     Returns:
-        One result per test; where a number is not defined it is None, for the reason under `degenerate`. `p` is that
-        of the test named under `test`: the paired t-test, or for the seed level the sign flip over runs, whose
-        least attainable value is `p_floor` (2/2^runs where exact). `p_holm` and `p_bh` adjust `p`; `p_floor` bounds
-        `p_max_t` in every entry. `d_av` is the difference in standard deviations between units (images, at the image
+        One result per test, by condition, level and metric; where a number is not defined it is None, for the reason
+        under `degenerate`. `resampling` says what `p_max_t` comes from, and `p_floor` is the least it can be. `p` is
+        that of the test named under `test`: the paired t-test, or for the seed level the sign flip over runs. `p_holm`
+        and `p_bh` adjust Student's p. `ci` comes from the method named under `ci_method`; all `ci_simultaneous` of a
+        family cover at once. `d_av` is the difference in standard deviations between units (images, at the image
         levels), the two conditions' variances averaged: a size that does not grow with how alike the pairs are, as
-        `dz` does; null where units do not differ. `ci` comes from the method named under `ci_method`; `mean_against`
-        and `mean_condition` are over the pairs of this test. `mde_dz`, and `mde` in the metric's unit, is the effect
-        that such a test finds with the given power (`minimum_detectable_effect` at this n, `sd` and family size);
-        null where no p can fall to alpha. `p_tost` tests equivalence within ± `tost_bound`, `p_tost_holm` in this
-        family. The layer level has a second interval, `ci_nested`, of all runs' pairs, resampled by the
-        `nested_levels`.
+        `dz` does; None where units do not differ. `mean_against` and `mean_condition` are over the pairs of this test.
+        `mde_dz`, and `mde` in the metric's unit, is the effect that such a test finds with the given power
+        (`minimum_detectable_effect` at this n, `sd` and family size); None where no p can fall to alpha. `p_tost` tests
+        equivalence within ± `tost_bound`, `p_tost_holm` in this family. The layer level has a second interval,
+        `ci_nested`, for which classes, then their images are resampled.
     Raises:
         InputError: a dimension, coordinate, condition or metric is not there, two conditions share no run, or as
             `check_bounds`.
     """
-    check_bounds(settings.equivalence, check_table(table, settings.against, metrics))
+    names = check_table(table, settings.against, metrics)
+    check_bounds(settings.equivalence, names)
+    primary: list[_Block] = []
     tests: list[PairedTest] = []
     for paired in paired_conditions(table, settings.against, metrics):
-        for level, compared, values, places in _families(paired):
-            tests += _test_family(paired, level, compared, np.concatenate(values, axis=2), places, settings)
-    return tests
+        for level, blocks in _families(paired):
+            others = [block for block in blocks if level != "layer" or block.name not in settings.primary]
+            primary += [block for block in blocks if block not in others]
+            if others:
+                name = paired.family(f"by {level}: {_LEVELS[level][2]}")
+                tests += _test_family(level, "exploratory", name, others, settings)
+    if primary:
+        name = f"primary, against {settings.against}: condition × layer × metric"
+        tests += _test_family("layer", "primary", name, primary, settings)
+    conditions = [str(condition) for condition in table["condition"].values]
+    tests.sort(key=lambda t: (conditions.index(t.condition), list(_LEVELS).index(t.level), names.index(t.metric)))
+    return _gated(tests)
+
+
+def _gated(tests: Sequence[PairedTest]) -> list[PairedTest]:
+    """The tests, with `p_gated` of the heads whose layer is in the primary family."""
+    layers = {(t.condition, t.metric, t.region, t.layer): t.p_max_t for t in tests if t.role == "primary"}
+    gated = []
+    for test in tests:
+        of_layer = layers.get((test.condition, test.metric, test.region, test.layer))
+        if test.level == "head" and test.p_max_t is not None and of_layer is not None:
+            test = replace(test, p_gated=max(test.p_max_t, of_layer))
+        gated.append(test)
+    return gated
 
 
 def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]) -> None:
@@ -94,72 +148,67 @@ def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]
             raise InputError(f"statistics.equivalence: {metric} is {bound}; expected a positive number in its unit")
 
 
-def _families(paired: ConditionPairs) -> Iterator[tuple[str, Sequence[MetricPairs], list[Floats], list[_Place]]]:
-    """Level, metrics, their values [side, unit, place] and the places; none where there are too few units."""
+def _families(paired: ConditionPairs) -> Iterator[tuple[str, list[_Block]]]:
+    """Level and its metrics, in turn; none where there are too few units."""
     metrics, layers = paired.metrics, paired.layers
     by_layer: list[_Place] = [(int(layer), None) for layer in layers]
     cells: list[_Place] = [(int(layer), int(head)) for layer, head in np.argwhere(paired.heads)]
-    yield "head", metrics, [metric.over_seeds()[:, :, paired.heads] for metric in metrics], cells
+    yield "head", [_Block(paired, metric, metric.over_seeds()[:, :, paired.heads], cells) for metric in metrics]
 
     by_image = [metric.over_heads() for metric in metrics]
-    yield "layer", metrics, [values[:, :, layers] for values in by_image], by_layer
+    yield (
+        "layer",
+        [_Block(paired, m, values[:, :, layers], by_layer) for m, values in zip(metrics, by_image, strict=True)],
+    )
 
-    if paired.classes is not None:
-        yield "class", metrics, [metric.over_classes(paired.classes)[:, :, layers] for metric in metrics], by_layer
+    if (classes := paired.classes) is not None:
+        yield "class", [_Block(paired, m, m.over_classes(classes)[:, :, layers], by_layer) for m in metrics]
 
-    means = [defined_mean(values, axis=1)[:, layers, None] for values in by_image]
     if layers.size >= 2:
-        yield "layer_means", metrics, means, [(None, None)]
+        means = [defined_mean(values, axis=1)[:, layers, None] for values in by_image]
+        yield "layer_means", [_Block(paired, m, mean, [(None, None)]) for m, mean in zip(metrics, means, strict=True)]
 
     by_run = [metric for metric in metrics if metric.changing and len(metric.seeds) >= 2]
     if by_run:
-        yield "seed", by_run, [metric.over_images()[:, :, layers] for metric in by_run], by_layer
+        yield "seed", [_Block(paired, metric, metric.over_images()[:, :, layers], by_layer) for metric in by_run]
 
 
 def _test_family(
-    paired: ConditionPairs,
-    level: str,
-    metrics: Sequence[MetricPairs],
-    values: Floats,
-    places: Sequence[_Place],
-    settings: Settings,
+    level: str, role: Literal["primary", "exploratory"], family: str, blocks: Sequence[_Block], settings: Settings
 ) -> list[PairedTest]:
-    """One result per metric and place, all adjusted as one family."""
-    unit, over = _LEVELS[level]
-    a, b = np.ascontiguousarray(values)
-    rows = [
-        {
-            **metric.identity,
-            "layer": None if layer is None else paired.layer_ids[layer],
-            "site": None if layer is None else paired.sites[layer],
-            "head": None if head is None else paired.head_ids[head],
-            "seeds": metric.seeds,
-        }
-        for metric in metrics
-        for layer, head in places
-    ]
+    """One result per metric and place, adjusted as one family: max-T within a condition's metric, Holm over these."""
+    inference, unit, _ = _LEVELS[level]
+    rows = [row for block in blocks for row in block.rows()]
+    a, b = np.concatenate([block.values for block in blocks], axis=2)
     # Bounds are of an effect on images or runs; over layers there is no inference that they could belong to.
     bounds = {} if level == "layer_means" else settings.equivalence
     tost_bound = np.array([bounds.get(row["metric"], np.nan) for row in rows])
-    # A handful of layers, classes or runs cannot be resampled into an interval: theirs is Student's.
-    resampling = settings.resampling() | ({} if unit == IMAGES else {"bootstrap": 0})
-    result = compare_paired(a, b, **resampling, equivalence=tost_bound)
-    columns = paired_columns(result)
-    ci_method = "BCa bootstrap over images" if settings.bootstrap else "none"
-    if unit != IMAGES:
-        ci_method, columns["ci"] = "Student's t", _student_interval(b - a, settings.confidence)
+    compared = compare_columns(
+        a,
+        b,
+        families=np.array([f"{row['condition']} {row['metric']}" for row in rows]),
+        unit=unit,
+        bounds=tost_bound,
+        **settings.resampling(),
+    )
+    columns = compared.results()
     test = "paired t-test"
     if level == "seed":
-        columns["p"] = columns["p_sign_flip"]
-        columns["p_holm"], columns["p_bh"] = holm(columns["p"]), benjamini_hochberg(columns["p"])
-        test = f"sign flip over training runs ({result.attrs['sign_flip']})"
-    nothing = np.full((len(rows), 2), np.nan), None
-    columns["ci_nested"], nested_levels = _nested_intervals(paired, settings) if level == "layer" else nothing
+        columns["p"] = columns["p_resampled"]
+        test = "sign flip over training runs"
+    if unit == "images":
+        few = "Student's t: too few images to resample"
+        columns["ci_method"] = [few if n < FEWEST else "BCa bootstrap over images" for n in columns["n"]]
+    else:
+        columns["ci_method"] = ["Student's t"] * len(rows)
+    columns["ci_nested"] = np.full((len(rows), 2), np.nan)
+    classes = blocks[0].paired.classes  # of the table's images: the same for every condition
+    if level == "layer" and classes is not None:
+        columns["ci_nested"] = _nested_interval(b - a, classes, settings)
 
-    size, floor = result.attrs["family_size"], result.attrs["p_floor"]
-    power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(size, 1)}
+    power = {"alpha": settings.alpha, "power": settings.power, "family_size": max(compared.family_size, 1)}
     columns["mde_dz"] = np.full(len(rows), np.nan)
-    if floor <= settings.alpha:  # else no p can fall to alpha
+    if compared.p_floor <= settings.alpha:  # else no p can fall to alpha
         columns["mde_dz"][:] = [minimum_detectable_effect(int(n), **power) for n in columns["n"]]
     complete = np.isfinite(b - a)
     a, b = np.where(complete, a, np.nan), np.where(complete, b, np.nan)
@@ -175,13 +224,15 @@ def _test_family(
         rows,
         columns,
         level=level,
-        unit_of_inference=unit,
-        family=paired.family(f"by {level}: {over}"),
-        family_size=size,
-        ci_method=ci_method,
-        nested_levels=nested_levels,
+        role=role,
+        unit_of_inference=inference,
+        family=family,
+        family_size=compared.family_size,
+        nested_levels="class > image" if np.isfinite(columns["ci_nested"]).any() else None,
         test=test,
-        p_floor=floor,
+        resampling=compared.resampling,
+        p_gated=None,
+        p_floor=compared.p_floor,
     )
 
 
@@ -195,35 +246,12 @@ def _between_units(a: Floats, b: Floats, difference: Floats) -> Floats:
         return np.where(resolved, difference / spread, np.nan)
 
 
-def _nested_intervals(paired: ConditionPairs, settings: Settings) -> tuple[Floats, str | None]:
-    """Intervals [test, 2] of the mean over all runs and images when runs, then classes, then images are resampled."""
-    by_run = [metric.run_differences() for metric in paired.metrics]
-    seeds, images, _ = by_run[0].shape
-    levels: dict[str, NDArray[np.int64]] = {}
-    if seeds > 1:
-        levels["seed"] = np.repeat(np.arange(seeds), images)
-    if paired.classes is not None:
-        levels["class"] = np.tile(paired.classes, seeds)
-    if not levels or not settings.bootstrap:  # without levels it would be the interval over images again
-        return np.full((len(by_run) * paired.layers.size, 2), np.nan), None
-    bounds = bootstrap_interval(
-        np.stack([d[..., layer].ravel() for d in by_run for layer in paired.layers], axis=1),
-        resamples=settings.bootstrap,
+def _nested_interval(differences: Floats, classes: NDArray[np.int64], settings: Settings) -> Floats:
+    """Intervals [test, 2] of the means of [image, test] when classes, then their images are resampled."""
+    return bootstrap_interval(
+        differences,
+        resamples=settings.permutations,
         confidence=settings.confidence,
         seed=settings.seed,
-        groups=np.stack(list(levels.values()), axis=1),
-    )
-    return np.stack(bounds, axis=1), " > ".join([*levels, "image"])
-
-
-def _student_interval(d: Floats, confidence: float) -> Floats:
-    """Student's interval [test, 2] of the mean of each column of d [unit, test]; NaN with fewer than 2 values."""
-    bounds = np.full((d.shape[1], 2), np.nan)
-    for column in range(d.shape[1]):
-        values = d[np.isfinite(d[:, column]), column]
-        if values.size >= 2 and values.min() == values.max():
-            bounds[column] = values[0]  # exactly, where the rounded mean could be off it
-        elif values.size >= 2:
-            half = stats.t.ppf((1 + confidence) / 2, values.size - 1) * stats.sem(values)
-            bounds[column] = values.mean() - half, values.mean() + half
-    return bounds
+        groups=classes[:, None],
+    ).T

@@ -12,7 +12,7 @@ import xarray as xr
 from scipy import stats
 
 from engine.statistics.arrays import Floats, defined_mean
-from engine.statistics.paired import compare_paired, paired_columns
+from engine.statistics.paired import compare_columns
 from engine.statistics.pairing import paired_conditions
 from engine.statistics.results import DEFAULTS, IMAGES, Relation, Settings, Trend, build, finite
 
@@ -42,10 +42,10 @@ def layer_trend(table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Seque
         differences = [metric.image_differences() for metric in paired.metrics]  # [image, layer]
         shallow, deep = layers[:half], layers[-half:]
         a, b = (np.stack([d[:, part].mean(axis=1) for d in differences], axis=1) for part in (shallow, deep))
-        result = compare_paired(a, b, **settings.resampling())
+        compared = compare_columns(a, b, **settings.resampling())
         complete = np.isfinite(b - a)
         by_layer = [defined_mean(d, axis=0)[layers] for d in differences]
-        values = paired_columns(result) | {
+        values = compared.results() | {
             "shallow": defined_mean(np.where(complete, a, np.nan), axis=0),
             "deep": defined_mean(np.where(complete, b, np.nan), axis=0),
             "depth_rho": np.array([_spearman(layers.astype(np.float64), means)[0] for means in by_layer]),
@@ -56,7 +56,7 @@ def layer_trend(table: xr.Dataset, settings: Settings = DEFAULTS, metrics: Seque
             values,
             unit_of_inference=IMAGES,
             family=paired.family("deep against shallow layers: metric"),
-            family_size=result.attrs["family_size"],
+            family_size=compared.family_size,
             shallow_layers=tuple(paired.layer_ids[i] for i in shallow),
             deep_layers=tuple(paired.layer_ids[i] for i in deep),
         )

@@ -1,4 +1,4 @@
-"""Sign-flip permutation tests of paired differences, corrected over a family by the greatest statistic."""
+"""Sign-flip tests of paired differences, exact for few units, corrected over a family by the greatest statistic."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
 # A flipped sum that equals the observed one is rounded differently by the matrix product (about 1e-15 of a
 # statistic scaled to variance 1). Statistics closer than this count as equal, as they do in exact arithmetic.
 _TIE = 1e-10
+# Pairs that a test takes where others have as many: with fewer no p can be below .05, yet a t is so often infinite when
+# flipped that it would decide the family's greatest.
+_FEWEST = 6
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ def sign_flip(
     a flip multiplies a whole row by −1, which keeps the dependence between the tests. A pattern's statistic is the
     greatest |t| over the family; p_max_t is the share of patterns whose statistic reaches a test's own |t|.
     That controls the family-wise error under any dependence, provided that the differences are symmetric about zero
-    under the null hypothesis. Where they are skewed it rejects too often, the more the larger skewness/√n: with 72
-    tests and a nominal 5 %, 15 % of simulated null studies at 0.15, 9 % at 0.10 and 5 % at 0.05 (docs/statistics.md).
+    under the null hypothesis: as the mean differences of training runs or classes may be taken to be, and as those of
+    an outcome that is 0 or 1 are. Those of metrics over images are not: `bootstrap_max_t` is for them.
 
     A column's Σd² does not change under flips, so t² = (n−1) r² / (n − r²) with r = Σ s·d / √Σd²: one matrix product
     of signs and normalised differences gives every statistic of a block of flips. r is bounded by √n, also where t
     is infinite, hence comparisons are made on r with equal counts and tied values count as equal.
 
-    Tests with fewer than 2 pairs have no p-value and take no part in the family; units without any value are none.
+    A test takes part with at least 2 pairs, and no fewer than 6 or the most that any has, whichever is less; the others
+    have no p. Units without any value are none.
 
     Source:
         Westfall and Young (1993), Resampling-based multiple testing; Nichols and Holmes (2002), Human Brain Mapping
@@ -99,7 +103,8 @@ def sign_flip(
     """
     n_tests = differences.shape[1]
     valid = ~np.isnan(differences)
-    tested = valid.sum(axis=0) >= 2
+    pairs = valid.sum(axis=0)
+    tested = pairs >= max(2, min(_FEWEST, pairs.max(initial=0)))
     units = valid[:, tested].any(axis=1)
     p, p_max_t = np.full((2, n_tests), np.nan)
     patterns = Patterns(int(units.sum()), permutations, seed)
@@ -107,7 +112,7 @@ def sign_flip(
         return SignFlip(p, p_max_t, patterns)
 
     z = normalised(differences[np.ix_(units, tested)])
-    counts = valid[:, tested].sum(axis=0)
+    counts = pairs[tested]
     balanced = bool((counts == counts[0]).all())
     observed = np.abs(z.sum(axis=0))
     threshold = np.maximum(observed - _TIE * (1 + observed), 0)

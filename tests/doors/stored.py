@@ -29,7 +29,7 @@ _OFTEN = (r".*run\.jsonl", r".*\.ledger/.*\.json", r".*\.json", r".*zarr\.json")
 
 
 _MODEL = ("--model.name", "test_vit", "--model.img_size", "64", "--capture.samples", "1", "--capture.batch_size", "4")
-_SMALL = ("--statistics.bootstrap", "19", "--statistics.permutations", "19", "--relevance.measured", "2")
+_SMALL = ("--statistics.permutations", "19", "--relevance.measured", "2")
 _EXPLAINED = ("--relevance.images", "1", "--relevance.methods", "generic", "--relevance.steps", "2")
 
 

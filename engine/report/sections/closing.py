@@ -11,7 +11,7 @@ from engine.report.document import Block, Bullets, Content, Group, ReportedStudy
 from engine.report.downloads import downloads
 from engine.report.findings import training_runs
 from engine.report.inputs import Results
-from engine.statistics import SKEWED
+from engine.statistics import FEWEST
 
 
 @section("Negative controls", summary=80)
@@ -86,7 +86,7 @@ def limits(study: ReportedStudy) -> Iterator[Block]:
         *wording.scope_sentences(results, study.comparisons),
         "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
         "independent than that.",
-        *_skewed(results),
+        *_flipped(results),
         "All findings are correlational: the conditions differ in all that training changed, not in attention alone.",
         "Only attention weights after the softmax were analysed, and only of layers whose map is tokens by tokens.",
         "Attention was described after training; it was not a training target.",
@@ -99,16 +99,14 @@ def limits(study: ReportedStudy) -> Iterator[Block]:
     yield Bullets(scope)
 
 
-def _skewed(results: Results) -> tuple[str, ...]:
-    """How many tests lean on a symmetry that their differences have not."""
+def _flipped(results: Results) -> tuple[str, ...]:
+    """What tests of few images lean on."""
     tests = [*results.select("head"), *results.select("layer")]
-    skewed = sum(test.skewed for test in tests)
-    if not skewed:
+    if not any("sign flips, max-T" in test.resampling for test in tests):
         return ()
     return (
-        f"Sign flips assume differences symmetric about zero. In {text.share(skewed, len(tests))} image-level tests "
-        f"they are skewed so much for their number (skewness/√n above {SKEWED:g}) that a small max-T p is too easily "
-        "had: read their size and interval.",
+        f"With fewer than {FEWEST} images signs are flipped: that asks for differences symmetric about zero, and those "
+        "of attention metrics often are not. Where they are skewed a small p is too easily had: read the size.",
     )
 
 
@@ -137,9 +135,8 @@ def how_to_read(study: ReportedStudy) -> Iterator[Block]:
         "Read sizes before p-values: with many images the smallest difference is “significant”. The "
         "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
         "images.",
-        "A marked cell survives the sign-flip max-T test over its whole family: the chance of even one false mark in "
-        "the family is at most α, unless differences are skewed (the limits count them). An unmarked cell is not shown "
-        "to be unchanged.",
+        "A marked cell survives the max-T test over its whole family: the chance of even one false mark in the family "
+        "is at most α. An unmarked cell is not shown to be unchanged.",
         "Look at depth: opposite changes in lower and upper layers cancel in a mean over layers.",
         "Look across metrics: distance, entropy and Moran's I of one map are not independent. Agreement between them "
         "is not three pieces of evidence.",
