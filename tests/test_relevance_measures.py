@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 from scipy import stats
 
+from engine.relevance.estimates import estimates, ratio_of_means
 from engine.relevance.faithfulness import baseline_images, perturbation_curves, random_maps
 from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
 from engine.statistics.association import correlate_over_images
@@ -50,13 +51,18 @@ def test_a_map_that_knows_is_faithful_and_one_that_is_wrong_is_not() -> None:
     assert np.abs(inverse["deletion_auc"] - right.measures()["insertion_auc"]).max() < 0.07
 
 
-def test_insertion_is_negative_perturbation_read_backwards() -> None:
+# Of an odd number of patches there is no half.
+@pytest.mark.parametrize(("side", "steps"), [(4, 7), (5, 1), (5, 3), (7, 7)])
+def test_insertion_is_negative_perturbation_read_backwards(side: int, steps: int) -> None:
     images, targets = pictures(), torch.ones(5, dtype=torch.long)
     baseline = baseline_images(images, "blur")
-    maps = random_maps((5, 4, 4), seed=4)
-    forwards = perturbation_curves(BrightPatch(), images, baseline, targets, maps, steps=7)
-    negative = perturbation_curves(BrightPatch(), images, baseline, targets, -maps, steps=7)
+    maps = random_maps((5, side, side), seed=4)
+    forwards = perturbation_curves(BrightPatch(), images, baseline, targets, maps, steps=steps)
+    negative = perturbation_curves(BrightPatch(), images, baseline, targets, -maps, steps=steps)
     np.testing.assert_allclose(forwards.insertion, negative.deletion[:, ::-1], atol=1e-7)
+    both = forwards.with_reverse()
+    np.testing.assert_allclose(both.deletion, (forwards.deletion + negative.deletion) / 2, atol=1e-7)
+    assert (both.measures()["faithfulness"] == 0).all(), "an order and its reverse cancel to the last digit"
 
 
 def test_an_order_without_knowledge_has_no_area_on_average() -> None:
@@ -65,6 +71,57 @@ def test_an_order_without_knowledge_has_no_area_on_average() -> None:
     for maps in (random_maps((400, 4, 4), seed=1), torch.zeros(400, 4, 4)):  # the order of ties is random
         area = perturbation_curves(BrightPatch(), images, baseline, targets, maps).measures()["faithfulness"]
         assert abs(area.mean()) < 4 * area.std() / 20
+
+
+class LessSure(torch.nn.Module):
+    """What a model says, mixed with knowing nothing: probabilities of two classes, each `sure` of the way from 1/2."""
+
+    def __init__(self, model: torch.nn.Module, sure: float) -> None:
+        super().__init__()
+        self.model, self.sure = model, sure
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (self.sure * self.model(images).softmax(-1) + (1 - self.sure) / 2).log()
+
+
+def test_a_share_of_the_rise_does_not_depend_on_how_sure_a_model_is() -> None:
+    images, targets = pictures(), torch.ones(5, dtype=torch.long)
+    baseline, maps = baseline_images(images, "mean"), maps_of(0)
+    maps[:, 1, 1] = 2.0  # a patch that does nothing comes first
+
+    def of(sure: float, maps: torch.Tensor) -> dict[str, np.ndarray]:
+        model = LessSure(BrightPatch(), sure)
+        values = perturbation_curves(model, images, baseline, targets, maps, steps=15).measures()
+        return {name: numbers.mean() for name, numbers in estimates(values).items()}
+
+    sure, unsure, better = of(1.0, maps), of(0.3, maps), of(0.3, maps_of(0))
+    assert sure["faithfulness"] > 3 * unsure["faithfulness"]
+    for name in ("deletion_auc_normalised", "insertion_auc_normalised", "faithfulness_normalised"):
+        assert sure[name] == pytest.approx(unsure[name], abs=1e-6)
+    # The patch that decides is the second or the first of 16: that much is lost at each end of the curve.
+    assert sure["faithfulness_normalised"] == pytest.approx(1 - 3 / 16, abs=1e-5)
+    assert better["faithfulness_normalised"] == pytest.approx(1 - 1 / 16, abs=1e-5)
+    assert better["faithfulness"] < sure["faithfulness"], "the better order of the less sure model"
+
+
+def test_a_ratio_of_means_and_its_error() -> None:
+    random = np.random.default_rng(0)
+    wholes = random.gamma(2.0, 0.2, (400, 50)) - 0.1
+    parts = 0.6 * wholes + random.normal(0, 0.1, wholes.shape)
+    values = np.stack([ratio_of_means(part, whole) for part, whole in zip(parts, wholes, strict=True)])
+    np.testing.assert_allclose(values.mean(axis=1), parts.mean(axis=1) / wholes.mean(axis=1))
+    error = np.sqrt(values.var(axis=1, ddof=1).mean() / 50)
+    assert values.mean(axis=1).std() == pytest.approx(error, rel=0.1), "their scatter is the ratio's"
+    by_image = parts / np.where(wholes > 0.05, wholes, np.nan)
+    assert np.nanmean(by_image, axis=1).std() > 1.5 * error, "a mean of ratios scatters more, without a sixth of them"
+
+    parts[0, 3] = np.nan
+    one = ratio_of_means(parts[0], wholes[0])
+    assert np.isnan(one[3])
+    assert np.nanmean(one) == pytest.approx(np.delete(parts[0], 3).mean() / np.delete(wholes[0], 3).mean())
+    for whole in (wholes[0] - wholes[0].mean(), -wholes[0], wholes[0, :1], np.array([0.9, -0.3])):
+        assert np.isnan(ratio_of_means(np.ones(len(whole)), whole)).all(), "no clear rise"
+    np.testing.assert_allclose(ratio_of_means(np.array([1.0, 3.0]), np.array([2.0, 2.0])), [0.5, 1.5])
 
 
 def test_curves_do_not_depend_on_the_batch_and_leave_the_model_alone() -> None:

@@ -87,6 +87,51 @@ def test_the_document_says_what_the_numbers_say() -> None:
     assert {entry.measure for entry in document.classes} == {"total_variation"}
 
 
+def surely(good: float, sure: float) -> Evaluation:
+    """An order as good as that of `evaluation`, of a model that is as sure of every image as it says."""
+    fractions = np.linspace(0, 1, 5)
+    rise = sure * np.random.default_rng(1).uniform(0.2, 1.0, (IMAGES, 1))
+    deletion = 0.1 + rise * (1 - fractions) ** (1 + 6 * good)
+    insertion = 0.1 + rise * (1 - (1 - fractions) ** (1 + 6 * good))
+    curves = Curves(fractions, deletion, insertion)
+    return Evaluation(curves.measures(), curves)
+
+
+def test_conditions_are_compared_by_shares_of_the_rise(tmp_path: Path) -> None:
+    evaluations = {
+        "baseline": {"generic": surely(0.9, 0.2), "lrp": surely(0.9, 0.2), CONTROL: surely(0.0, 0.2)},
+        "finetuned": {"generic": surely(0.9, 0.9), "lrp": surely(0.5, 0.9), CONTROL: surely(0.0, 0.9)},
+        "chance": {"generic": surely(0.9, 0.0), CONTROL: surely(0.0, 0.0)},
+    }
+    choice = ClassChoice("true", tuple(range(IMAGES)), HEAD.names)
+    document = relevance_results(evaluations, {}, choice, CONFIG, SETTINGS, images=IMAGES)
+    areas = {f"{area}_normalised" for area in ("deletion_auc", "insertion_auc", "faithfulness")}
+    assert {test.measure for test in document.conditions} == areas, "no probability, and no area in probability"
+    tests = {(test.condition, test.method): test for test in document.conditions if "faith" in test.measure}
+    means = {(m.condition, m.method, m.measure): m for m in document.means}
+    for method in ("generic", "lrp"):
+        raw = [means[name, method, "faithfulness"].mean for name in evaluations if (name, method) != ("chance", "lrp")]
+        assert raw[1] > 2 * raw[0], "the surer one has the larger area"
+    assert tests["finetuned", "generic"].difference == pytest.approx(0.0, abs=1e-12)
+    assert tests["finetuned", "lrp"].difference < -0.1
+    assert tests["finetuned", "lrp"].p_max_t <= 0.01
+    assert tests["chance", "generic"].difference is None
+    undefined = means["chance", "generic", "faithfulness_normalised"]
+    assert (undefined.mean, undefined.ci, undefined.n) == (None, None, 0)
+
+    outputs = small(tmp_path, metrics=("entropy",), conditions=tuple(evaluations), samples=False)
+    targets = dict.fromkeys(evaluations, Targets(HEAD, "true", np.zeros(IMAGES, dtype=np.int64)))
+    write_relevance(outputs / "metrics", document, evaluations, targets, [f"image{i}" for i in range(IMAGES)])
+    found = load_relevance(results_of(outputs))
+    assert found is not None
+    said = relevance_sentences(results_of(outputs), found)["Faithfulness"]
+    assert any(s.startswith("chance, ") and "no clear rise" in s for s in said)
+    (of_lrp,) = (s for s in said if s.startswith("lrp, the area as a share of the rise, against baseline: finetuned −"))
+    assert "no difference is claimed" not in of_lrp
+    assert any(s.startswith("finetuned, against a random order") and "generic and lrp better" in s for s in said)
+    report_on(outputs)
+
+
 def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
@@ -278,13 +323,14 @@ def test_what_is_measured_does_not_depend_on_the_batch() -> None:
     one, other = curves_of(32), curves_of(7)
     np.testing.assert_allclose(one.deletion, other.deletion, atol=1e-5)
     np.testing.assert_allclose(one.insertion, other.insertion, atol=1e-5)
+    assert (one.measures()["faithfulness"] == 0).all(), "a random order and its reverse"
     # Of images 32 to 39 the maps are those of the next seed: the numbers of studies made before.
     pixels = images.batch(rows[32:])
     maps = random_maps((8, 4, 4), 3 + 32)
     before = perturbation_curves(
         model, pixels, torch.zeros_like(pixels), torch.from_numpy(images.labels[32:]), maps, steps=2, seed=3
     )
-    np.testing.assert_allclose(before.deletion, one.deletion[32:], atol=1e-5)
+    np.testing.assert_allclose(before.with_reverse().deletion, one.deletion[32:], atol=1e-5)
 
 
 def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:

@@ -47,6 +47,9 @@ def evaluate_maps(
 ) -> tuple[dict[str, Evaluation], dict[str, str]]:
     """Every method's maps, and those of the random control, measured on the same images.
 
+    The control's curves are the mean of a random order's and its reverse's: its faithfulness is 0 in every image, and
+    a test against it is a test against 0.
+
     Returns method -> its evaluation, and method -> why it cannot be computed for this model and these images. `seed` is
     of the random control and of ties; `batch_size` images are in memory at a time.
     """
@@ -80,6 +83,7 @@ def evaluate_maps(
                 curves = perturbation_curves(
                     model, pixels, stand_in, true, maps, steps=config.steps, batch_size=batch_size, seed=seed
                 )
+                curves = curves.with_reverse() if method == CONTROL else curves
                 values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
                 measured.setdefault(method, []).append((values, curves))
             progress.update(len(pixels))

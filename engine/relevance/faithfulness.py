@@ -34,10 +34,28 @@ class Curves:
     insertion: Floats  # [image, step], that share on the baseline
 
     def measures(self) -> dict[str, Floats]:
-        """Areas under both curves and between them, [image]: `faithfulness` is insertion − deletion, 0 for no order."""
-        widths = np.diff(self.fractions)
-        deletion, insertion = (((y[:, 1:] + y[:, :-1]) / 2) @ widths for y in (self.deletion, self.insertion))
-        return {"deletion_auc": deletion, "insertion_auc": insertion, "faithfulness": insertion - deletion}
+        """Areas and ends of the curves, [image], all of them probabilities.
+
+        `deletion_auc`, `insertion_auc`: areas under both; `faithfulness`: insertion − deletion, on average 0 for an
+        order that knows nothing; `p_whole`, `p_none`: of the image, and with every patch replaced.
+        """
+        weights = np.convolve(np.diff(self.fractions), [0.5, 0.5])
+        # Shares are evenly spaced, so a curve and its reverse have one area; so written, to the last digit.
+        deletion, insertion = (((y + y[:, ::-1]) / 2 * weights).sum(axis=1) for y in (self.deletion, self.insertion))
+        areas = {"deletion_auc": deletion, "insertion_auc": insertion, "faithfulness": insertion - deletion}
+        return areas | {"p_whole": self.deletion[:, 0], "p_none": self.deletion[:, -1]}
+
+    def with_reverse(self) -> Curves:
+        """The mean of these curves and those of the reverse order, which are these read backwards.
+
+        Of a random order: both are equally likely, so the mean has the same expectation; it needs no further forward
+        pass, and the area under insertion is that under deletion in every image.
+        """
+        return Curves(
+            self.fractions,
+            (self.deletion + self.insertion[:, ::-1]) / 2,
+            (self.insertion + self.deletion[:, ::-1]) / 2,
+        )
 
 
 def baseline_images(images: torch.Tensor, kind: str) -> torch.Tensor:
@@ -63,7 +81,7 @@ def baseline_images(images: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def random_maps(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """Maps that know nothing, the control: seeded uniform noise [image, row, col]."""
+    """Maps that know nothing, for the control: seeded uniform noise [image, row, col]."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -81,7 +99,7 @@ def perturbation_curves(
     """Deletion and insertion curves of one map [row, col] on the patch grid per image: softmax at `targets`.
 
     Equal values of a map have no order: they are taken in a seeded random one, or a map of zeros would remove the image
-    from its top left corner. `steps` shares between 0 and 1 are evaluated, evenly spaced.
+    from its top left corner. `steps` shares between 0 and 1 are evaluated, evenly spaced and rounded to whole patches.
     """
     if steps < 1:
         raise InputError(f"relevance.steps is {steps}; expected at least 1")
@@ -89,15 +107,16 @@ def perturbation_curves(
         raise InputError(f"{maps.shape[0]} maps for {images.shape[0]} images; expected one per image")
     fractions = np.linspace(0.0, 1.0, steps + 2)
     patches = maps.shape[1] * maps.shape[2]
-    counts = np.rint(fractions[1:-1] * patches).astype(int).tolist()
+    taken = np.rint(fractions[1:-1] * patches).astype(int)
+    kept = patches - taken[::-1]  # as many as are left when deletion goes the other way
     rank = _ranks(maps, seed)
     grid = tuple(maps.shape[1:])
 
-    def probabilities(kept: torch.Tensor) -> Floats:
-        """Of images whose patches are the image's own where `kept` [image, patch] and the baseline's elsewhere."""
+    def probabilities(own: torch.Tensor) -> Floats:
+        """Of images whose patches are the image's where `own` [image, patch] and the baseline's elsewhere."""
         of_batches = []
         for rows in torch.arange(len(images)).split(batch_size):
-            mask = kept[rows].reshape(-1, 1, *grid).to(images)
+            mask = own[rows].reshape(-1, 1, *grid).to(images)
             mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
             logits = logits_of(model(mask * images[rows] + (1 - mask) * baseline[rows]))
             chances = logits.double().softmax(dim=-1)
@@ -106,8 +125,8 @@ def perturbation_curves(
 
     with evaluating(model), torch.inference_mode():
         whole, none = probabilities(rank >= 0), probabilities(rank < 0)
-        deletion = np.stack([whole, *(probabilities(rank >= count) for count in counts), none], axis=1)
-        insertion = np.stack([none, *(probabilities(rank < count) for count in counts), whole], axis=1)
+        deletion = np.stack([whole, *(probabilities(rank >= count) for count in taken.tolist()), none], axis=1)
+        insertion = np.stack([none, *(probabilities(rank < count) for count in kept.tolist()), whole], axis=1)
     return Curves(fractions, deletion, insertion)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.config import RelevanceConfig
 from engine.relevance.choice import ClassChoice, Targets
+from engine.relevance.estimates import compared, estimates
 from engine.relevance.evaluation import Evaluation
 from engine.relevance.methods import METHODS
 from engine.relevance.results import (
@@ -63,11 +64,11 @@ def relevance_results(
     - `methods`: is one method's map more faithful than another's (a class-free one's, a random one's)? A family per
       condition.
     - `conditions`: does a measure differ between a condition and `against`? A family per condition: method × measure.
-      Only where both explain the same class of an image.
+      Only where both explain the same class of an image; areas as shares of the rise (`estimates`).
     - `classes`: is the map of another class noisier than that of the image's class? A family per condition.
     """
     against = settings.against
-    compared = {name: methods for name, methods in evaluations.items() if choice.same_class and name != against}
+    others = {name: methods for name, methods in evaluations.items() if choice.same_class and name != against}
     return RelevanceResults(
         images=images,
         target=choice.role,
@@ -94,7 +95,7 @@ def relevance_results(
         ),
         methods=_tests([_between_methods(*item) for item in evaluations.items()], settings),
         conditions=_tests(
-            [_between_conditions(*item, against, evaluations[against]) for item in compared.items()], settings
+            [_between_conditions(*item, against, evaluations[against]) for item in others.items()], settings
         ),
         classes=_tests([_between_classes(*item) for item in evaluations.items()], settings),
         rollout_peaks=tuple(rollout_peaks),
@@ -126,14 +127,15 @@ def write_relevance(
 def _means(evaluations: Evaluations, settings: Settings) -> Iterator[MapMean]:
     """Each measure's mean with its interval over images."""
     for condition, method, evaluation in _each(evaluations):
-        values = np.stack(list(evaluation.values.values()), axis=1)
+        measures = estimates(evaluation.values)
+        values = np.stack(list(measures.values()), axis=1)
         bounds = bootstrap_interval(
             values, resamples=settings.permutations, confidence=settings.confidence, seed=settings.seed
         )
         known = [column[np.isfinite(column)] for column in values.T]
         yield from build(
             MapMean,
-            [{"condition": condition, "method": method, "measure": measure} for measure in evaluation.values],
+            [{"condition": condition, "method": method, "measure": measure} for measure in measures],
             {
                 "mean": [finite(column.mean()) if column.size else None for column in known],
                 "ci": bounds.T,
@@ -173,15 +175,16 @@ def _between_methods(condition: str, methods: Mapping[str, Evaluation]) -> list[
 def _between_conditions(
     condition: str, methods: Mapping[str, Evaluation], against: str, others: Mapping[str, Evaluation]
 ) -> list[Pair]:
-    return [
-        (
-            {"condition": condition, "against": against, "method": method, "measure": measure},
-            others[method].values[measure],
-            values,
-        )
+    pairs = {
+        method: (estimates(others[method].values), estimates(evaluation.values))
         for method, evaluation in methods.items()
         if method != CONTROL and method in others
-        for measure, values in evaluation.values.items()
+    }
+    return [
+        ({"condition": condition, "against": against, "method": method, "measure": measure}, before[measure], values)
+        for method, (before, after) in pairs.items()
+        for measure, values in after.items()
+        if compared(measure)
     ]
 
 

@@ -37,9 +37,9 @@ GRADCAM_BUDGET = 1_300_000
 """Bytes of pictures in the page."""
 
 COLUMNS = {
-    "faithfulness": "faithfulness",
-    "deletion_auc": "deletion",
-    "insertion_auc": "insertion",
+    "faithfulness_normalised": "faithfulness",
+    "deletion_auc_normalised": "deletion",
+    "insertion_auc_normalised": "insertion",
     "class_rank_correlation": "rank correlation, classes",
     "class_ssim": "SSIM, classes",
     "total_variation": "total variation",
@@ -128,7 +128,9 @@ def _introduction(measured: Relevance) -> str:
             "A map is faithful when taking away the patches it marks takes the class away (deletion, or positive "
             "perturbation: lower is better) and putting them back brings it back (insertion, or negative perturbation "
             "read backwards: higher is better); a patch that is taken away shows "
-            f"{BASELINES[document.baseline]}, the same in every condition. Intervals: "
+            f"{BASELINES[document.baseline]}, the same in every condition. Curves are of the probability, which is as "
+            "high as a model is confident; areas are shares of its rise from none of the patches to all (means over "
+            "images), which conditions can be compared by. Intervals: "
             f"{text.percent(document.confidence)}, bootstrap over images. The unit of inference is the "
             f"{document.unit_of_inference}.",
         )
@@ -249,28 +251,24 @@ def estimate(entry: MapMean | None) -> str:
     return text.number(entry.mean, 2) + (f" ({text.interval(entry.ci)})" if entry.ci else "")
 
 
+_AREAS = (  # measure, whether more or less is better, in words
+    ("deletion_auc", -1, "deletion", "deletion (least first)"),
+    ("insertion_auc", 1, "insertion", "insertion (greatest first)"),
+    ("faithfulness", 1, "the area", "the area between them (greatest first)"),
+)
+
+
 def _faithfulness(results: Results, measured: Relevance) -> Iterator[str]:
-    """Each condition's order of methods, and which of the expected steps hold."""
-    measures = (  # name, whether more or less is better, in words
-        ("deletion_auc", -1, "deletion", "deletion (least first)"),
-        ("insertion_auc", 1, "insertion", "insertion (greatest first)"),
-        ("faithfulness", 1, "the area", "the area between them (greatest first)"),
-    )
+    """Each condition's order of methods, which of the expected steps hold, and what differs between conditions."""
     for condition in measured.conditions:
-        ranked = []
-        for measure, sign, _, name in measures:
-            means = {method: measured.mean(condition, method, measure) for method in measured.methods(condition)}
-            known = sorted((-sign * e.mean, m) for m, e in means.items() if e and e.mean is not None)
-            order = ", ".join(f"{method} {text.number(-sign * value, 2)}" for value, method in known)
-            ranked.append(f"by {name}: {order}")
-        yield f"{condition}, areas under the curves, {'; '.join(ranked)}."
+        yield _order(measured, condition)
         against = [test for test in measured.document.methods if test.condition == condition]
         for than in dict.fromkeys(test.than for test in against):
             left_out = () if than == CONTROL else ILLUSTRATIVE  # these are not held against another method
             tests = [test for test in against if test.than == than and test.method not in left_out]
             verdicts = []
-            for measure, sign, label, _ in measures:
-                groups: dict[str, list[str]] = {"better": [], "worse": [], "not distinguished": []}
+            for measure, sign, label, _ in _AREAS:
+                groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
                 for test in tests:
                     if test.measure == measure:
                         groups[_verdict(test, sign, results.alpha)].append(test.method)
@@ -279,11 +277,29 @@ def _faithfulness(results: Results, measured: Relevance) -> Iterator[str]:
             if verdicts:
                 base = "a random order" if than == CONTROL else than
                 yield f"{condition}, against {base} (max-T at {results.alpha:g}): {'; '.join(verdicts)}."
+    for method in measured.methods():
+        if differences := _differences(results, measured, method, "faithfulness_normalised"):
+            yield f"{method}, the area as a share of the rise, {differences}."
+
+
+def _order(measured: Relevance, condition: str) -> str:
+    """How far the images raise the probability, and the methods by their areas as shares of that."""
+    whole, none = (measured.mean(condition, CONTROL, name) for name in ("p_whole", "p_none"))
+    rise = f"probability of the class {estimate(none)} without the patches and {estimate(whole)} with all"
+    ranked = []
+    for measure, sign, _, name in _AREAS:
+        means = {m: measured.mean(condition, m, f"{measure}_normalised") for m in measured.methods(condition)}
+        known = sorted((-sign * e.mean, m) for m, e in means.items() if e and e.mean is not None)
+        if known:
+            ranked.append(f"by {name}: " + ", ".join(f"{m} {text.number(-sign * value, 2)}" for value, m in known))
+    if ranked:
+        return f"{condition}, {rise}; areas under the curves as shares of this rise, {'; '.join(ranked)}."
+    return f"{condition}, {rise}: no clear rise, so areas under the curves are not compared with other conditions."
 
 
 def _verdict(test: MapTest, sign: int, alpha: float) -> str:
     if test.difference is None or not test.survives(alpha):
-        return "not distinguished"
+        return "not told apart"
     return "better" if sign * test.difference > 0 else "worse"
 
 
@@ -319,9 +335,10 @@ def _classes(results: Results, measured: Relevance) -> Iterator[str]:
             means = {c: measured.mean(c, method, measure) for c in measured.conditions}
             if any(means.values()):
                 listed = text.listing([f"{estimate(entry)} in {condition}" for condition, entry in means.items()])
+                differences = _differences(results, measured, method, measure)
                 yield (
-                    f"{method}, {name} of an image's maps of its own and another class: {listed}."
-                    f"{_differences(results, measured, method, measure)}"
+                    f"{method}, {name} of an image's maps of its own and another class: {listed}"
+                    f"{differences and f'; {differences}'}."
                 )
         for condition in measured.conditions:
             for test in measured.document.classes:
@@ -335,13 +352,14 @@ def _classes(results: Results, measured: Relevance) -> Iterator[str]:
 
 
 def _differences(results: Results, measured: Relevance, method: str, measure: str) -> str:
+    """ "against baseline: …"; "" where nothing was tested."""
     parts = []
     for test in measured.document.conditions:
         if (test.method, test.measure) == (method, measure):
             claimed = "" if test.survives(results.alpha) else ", so no difference is claimed"
             change = f"{text.change(test.difference)} (max-T p {text.p_value(test.p_max_t)})"
             parts.append(f"{test.condition} {change}{claimed}")
-    return f" Against {measured.document.against}: {'; '.join(parts)}." if parts else ""
+    return f"against {measured.document.against}: {'; '.join(parts)}" if parts else ""
 
 
 def _link(results: Results, measured: Relevance) -> Iterator[str]:

@@ -1,0 +1,51 @@
+"""Estimates over images that are no plain means, as one number per image: what intervals and tests are made of.
+
+Their mean is the estimate, and to first order its error is that of their mean, so that tests and intervals of means are
+tests and intervals of it (linearisation: Woodruff 1971, doi:10.1080/01621459.1971.10482279).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from engine.statistics import Floats
+
+# Below so many standard errors above 0 nothing is divided by a mean: where it may be 0, a ratio may be anything
+# (Fieller 1954, doi:10.1111/j.2517-6161.1954.tb00159.x).
+_LEAST_ERRORS = 2
+
+
+def estimates(values: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Measure -> [image]: those of single images, and what takes several images to say.
+
+    `deletion_auc_normalised`, `insertion_auc_normalised`, `faithfulness_normalised`: areas as shares of the rise from
+    `p_none` to `p_whole`, a ratio of means over images. An area is as large as the model is confident; a share is not.
+    """
+    rise = values["p_whole"] - values["p_none"]
+    areas = {name: values[name] - values["p_none"] for name in ("deletion_auc", "insertion_auc")}
+    areas["faithfulness"] = values["faithfulness"]
+    return {**values, **{f"{name}_normalised": ratio_of_means(area, rise) for name, area in areas.items()}}
+
+
+def compared(measure: str) -> bool:
+    """Whether a measure can be compared between models: a probability, or an area of it, is as large as one is sure."""
+    of_one_model = ("p_", "deletion_auc", "insertion_auc", "faithfulness")
+    return measure.endswith("_normalised") or not measure.startswith(of_one_model)
+
+
+def ratio_of_means(parts: Floats, wholes: Floats) -> Floats:
+    """Numbers [image] whose mean is mean(parts) / mean(wholes); NaN where the mean of `wholes` may be 0 or less.
+
+    That is, unless it lies two standard errors above 0; with one image this is not known. An image without one of its
+    two numbers is left out. A mean of ratios would let the images with the smallest wholes decide, and needs a bound
+    below which they are left out.
+    """
+    known = np.isfinite(parts) & np.isfinite(wholes)
+    values = np.full(len(known), np.nan)
+    part, whole = parts[known], wholes[known]
+    if len(whole) >= 2 and whole.mean() > _LEAST_ERRORS * whole.std(ddof=1) / np.sqrt(len(whole)):
+        ratio = part.mean() / whole.mean()
+        values[known] = ratio + (part - ratio * whole) / whole.mean()
+    return values
