@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engine import imported_when_used
 
 if TYPE_CHECKING:
+    from engine.measure.heads import head_divergence
     from engine.measure.store import measure_store
     from engine.measure.table import build_table, prefix_mass_warning, read_table, write_table
 

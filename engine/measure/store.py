@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def measure_store(
     chosen = resolve(backend, "cpu").name
     pairs = [name for name, spec in missing.items() if spec.inputs == "pair"]
     other = against if pairs else None
-    _require_maps(store, missing.values())
+    require_maps(store, list(missing.values()))
     layouts = [TokenLayout.from_dict(layer.layout) for layer in store.schema.layers]
     check_metrics(list(missing.values()), layouts, len(store.schema.regions), chosen)
     stores = [store] if other is None else [store, other]
@@ -122,23 +122,26 @@ def _check_second_store(store: AttentionStore, specs: Sequence[MetricSpec], othe
     if not pairs:
         names = ", ".join(spec.name for spec in specs)
         raise InputError(f"--against {other.path} is given, but none of {names} compares two captures")
+    require_comparable(store, other, "a pair metric compares the same images")
+    require_maps(other, specs)
+
+
+def require_comparable(store: AttentionStore, other: AttentionStore, reason: str) -> None:
+    """Raises InputError unless two stores are of one architecture and the same images; `reason` says why they must."""
     if other.image_ids != store.image_ids:
-        raise InputError(
-            f"{other.path} was captured over other images than {store.path}; a pair metric compares the same images"
-        )
+        raise InputError(f"{other.path} was captured over other images than {store.path}; {reason}")
     if not same_architecture(store, other):
         raise InputError(
-            f"{other.path} has other layers, heads or tokens than {store.path}; a pair metric compares models of one "
-            "architecture at one input size"
+            f"{other.path} has other layers, heads or tokens than {store.path}; only models of one architecture at one "
+            "input size can be compared"
         )
     ours, theirs = _pictures(store), _pictures(other)
     for name in store.image_ids:
         if name in ours and name in theirs and ours[name] != theirs[name]:
             raise InputError(
-                f"{name} is another picture in {other.path} than in {store.path} (its file's SHA-256 differs); a pair "
-                "metric compares the same images, so capture both from the same files"
+                f"{name} is another picture in {other.path} than in {store.path} (its file's SHA-256 differs); "
+                f"{reason}, so capture both from the same files"
             )
-    _require_maps(other, specs)
 
 
 def _pictures(store: AttentionStore) -> dict[str, str]:
@@ -147,10 +150,13 @@ def _pictures(store: AttentionStore) -> dict[str, str]:
     return {record["id"]: record["sha256"] for record in records if record["sha256"]}
 
 
-def _require_maps(store: AttentionStore, specs: Iterable[MetricSpec]) -> None:
-    if not store.schema.encoding:
-        names = ", ".join(spec.name for spec in specs)
-        raise InputError(
-            f"{store.path} holds no attention maps, so {names} cannot be computed from it; capture again with "
-            f"capture.sinks store, or with {names} in measure.metrics"
-        )
+def require_maps(store: AttentionStore, specs: Sequence[MetricSpec]) -> None:
+    """Raises InputError where a store keeps no attention that these metrics could be computed from."""
+    if store.schema.encoding:
+        return
+    names = ", ".join(spec.name for spec in specs)
+    paired = any(spec.inputs == "pair" for spec in specs)
+    raise InputError(
+        f"{store.path} holds no attention maps, so {names} cannot be computed from it; capture again with "
+        f"capture.sinks store{'' if paired else f', or with {names} in measure.metrics'}"
+    )

@@ -91,18 +91,10 @@ class StoredMeasurement:
         rows = self.store.schema.batch_rows(batch)
         units = []
         for layer in self.store.layers:
-            chunk = self.store.chunk_rows(layer)
-            step = chunk * max(1, UNIT_BYTES // self._image_bytes(layer) // chunk)
+            step = images_at_once(self.store, layer, whole_maps=self.other is not None)
             bounds = [*range(rows.start, rows.stop, step), rows.stop]
             units += [Unit(layer, slice(begin, end)) for begin, end in pairwise(bounds)]
         return units
-
-    def _image_bytes(self, layer: int) -> int:
-        """What a thread holds per image of a layer: what is stored, or the float32 maps a pair metric makes of it."""
-        described = self.store.schema.layers[self.store.layers.index(layer)]
-        if self.other is not None and described.factors is not None:
-            return 4 * described.heads * described.tokens**2
-        return sum(array.row_bytes for array in layer_arrays(self.store.schema, described).values())
 
     def _measure(self, unit: Unit, names: Sequence[str], one_of_several: bool) -> BatchValues:
         """Measure a unit, without rows that are no attention; `one_of_several`: other threads measure at the time."""
@@ -120,7 +112,7 @@ class StoredMeasurement:
                 measurements.append(ours.measure(layout, single, backend, regions))
             if pairs:
                 assert theirs is not None  # `measure_store` refuses pair metrics without a second store
-                maps = _in_one_precision(ours.maps(), theirs.maps())
+                maps = in_one_precision(ours.maps(), theirs.maps())
                 measurements.append(measure_pair(*maps, layout, pairs, backend, invalid="mask"))
         values, undefined = {}, {}
         masked: np.ndarray = np.zeros((), bool)
@@ -144,6 +136,17 @@ class StoredMeasurement:
             counts = [np.concatenate([unit.undefined[name] for unit in units]) for units in layers.values()]
             values[name], undefined[name] = stack_layers(whole, np.nan).numpy(), stack_layers(counts, -1).numpy()
         return BatchValues(values, undefined, sum(measured.masked for _, measured in parts))
+
+
+def images_at_once(store: AttentionStore, layer: int, *, whole_maps: bool) -> int:
+    """Images of a unit: whole chunks, of what is stored, or of the float32 maps that a comparison makes of factors."""
+    described = store.schema.layers[store.layers.index(layer)]
+    if whole_maps and described.factors is not None:
+        image_bytes = 4 * described.heads * described.tokens**2
+    else:
+        image_bytes = sum(array.row_bytes for array in layer_arrays(store.schema, described).values())
+    chunk = store.chunk_rows(layer)
+    return chunk * max(1, UNIT_BYTES // image_bytes // chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,7 @@ class Stored:
         return out, "float32"
 
 
-def _in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:
+def in_one_precision(ours: tuple[Any, str], theirs: tuple[Any, str]) -> tuple[Any, Any]:
     """Both maps in the coarser of their precisions: what remains of a difference is not the rounding of one alone."""
     coarser = max(ours[1], theirs[1], key=("float32", "float16", "bfloat16").index)
     first, second = (

@@ -7,6 +7,7 @@ from engine.statistics.bootstrap import FEWEST, bootstrap_interval
 from engine.statistics.clusters import layer_clusters
 from engine.statistics.conditions import check_bounds, compare_conditions
 from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
+from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
 from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
 from engine.statistics.pairing import metric_series
@@ -61,6 +62,7 @@ __all__ = [
     "finite",
     "layer_clusters",
     "layer_trend",
+    "match_heads",
     "metric_series",
     "minimum_detectable_effect",
     "morans_inference",
