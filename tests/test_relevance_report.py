@@ -88,11 +88,12 @@ def test_the_document_says_what_the_numbers_say() -> None:
 
 
 def surely(good: float, sure: float) -> Evaluation:
-    """An order as good as that of `evaluation`, of a model that is as sure of every image as it says."""
+    """Orders about as good as those of `evaluation`, of a model that is `sure` times as sure of each image."""
     fractions = np.linspace(0, 1, 5)
-    rise = sure * np.random.default_rng(1).uniform(0.2, 1.0, (IMAGES, 1))
-    deletion = 0.1 + rise * (1 - fractions) ** (1 + 6 * good)
-    insertion = 0.1 + rise * (1 - (1 - fractions) ** (1 + 6 * good))
+    rng = np.random.default_rng(int(100 * good))
+    rise, good_here = sure * rng.uniform(0.2, 1.0, (IMAGES, 1)), good * rng.uniform(0.7, 1.3, (IMAGES, 1))
+    deletion = 0.1 + rise * (1 - fractions) ** (1 + 6 * good_here)
+    insertion = 0.1 + rise * (1 - (1 - fractions) ** (1 + 6 * good_here))
     curves = Curves(fractions, deletion, insertion)
     return Evaluation(curves.measures(), curves)
 
@@ -113,8 +114,8 @@ def test_conditions_are_compared_by_shares_of_the_rise(tmp_path: Path) -> None:
         raw = [means[name, method, "faithfulness"].mean for name in evaluations if (name, method) != ("chance", "lrp")]
         assert raw[1] > 2 * raw[0], "the surer one has the larger area"
     assert tests["finetuned", "generic"].difference == pytest.approx(0.0, abs=1e-12)
-    assert tests["finetuned", "lrp"].difference < -0.1
-    assert tests["finetuned", "lrp"].p_max_t <= 0.01
+    assert tests["finetuned", "lrp"].difference < -0.08
+    assert tests["finetuned", "lrp"].p_max_t <= 0.05
     assert tests["chance", "generic"].difference is None
     undefined = means["chance", "generic", "faithfulness_normalised"]
     assert (undefined.mean, undefined.ci, undefined.n) == (None, None, 0)
