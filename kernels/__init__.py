@@ -14,7 +14,7 @@ from kernels.backends import BACKENDS, Backend, BackendSpec, resolve
 from kernels.errors import BackendUnavailableError, InvalidAttentionError, MetricError, OptionError
 from kernels.layout import TokenLayout
 from kernels.measure import CORE_METRICS, Measurement, check_metrics, measure_attention, measure_pair, measure_qk
-from kernels.metrics import METRICS, MetricSpec, load_metric, load_metrics
+from kernels.metrics import METRICS, MetricSpec, load_metric, load_metrics, other_conventions
 
 __all__ = [
     "BACKENDS",
@@ -35,5 +35,6 @@ __all__ = [
     "measure_attention",
     "measure_pair",
     "measure_qk",
+    "other_conventions",
     "resolve",
 ]

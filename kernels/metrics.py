@@ -46,6 +46,8 @@ class MetricSpec:
         axis_label: what stands beside the axis of a figure; empty: the unit, or the title where there is none.
         core: measured where nothing else is asked for.
         is_prefix_share: it is the share of attention on prefix tokens, where a high one is warned of.
+        convention_of: the metric that measures the same thing by another convention, and may give other findings.
+        rescales: the metric of which it is a constant multiple on every grid, so that all findings are the same.
 
     Raises:
         MetricError: a name that cannot be a file's, other inputs, a unit that is no text, or no callable reference.
@@ -64,6 +66,8 @@ class MetricSpec:
     axis_label: str = ""
     core: bool = False
     is_prefix_share: bool = False
+    convention_of: str = ""
+    rescales: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", self.name):
@@ -81,6 +85,17 @@ class MetricSpec:
     def axes(self) -> tuple[str, ...]:
         """The axes of its values in store, table and report."""
         return ("image", "layer", "head", "region") if self.inputs == "regions" else ("image", "layer", "head")
+
+    @property
+    def convention(self) -> str:
+        """The metric that gives the same findings: the one that it rescales, or itself."""
+        return self.rescales or self.name
+
+    @property
+    def construct(self) -> str:
+        """What it measures, by whatever convention: the name of the metric of which it is one, or its own."""
+        spec = METRICS.get(self.rescales, self)
+        return spec.convention_of or spec.convention
 
     @property
     def is_builtin(self) -> bool:
@@ -186,3 +201,13 @@ def load_metrics(metrics: Sequence[str | MetricSpec], reserved: Collection[str] 
         if other is not spec:
             raise MetricError(f"{first} and {metric} are both called {spec.name!r}; give each a name of its own")
     return [spec for spec, _ in named.values()]
+
+
+def other_conventions(metrics: Sequence[MetricSpec]) -> list[MetricSpec]:
+    """Those of `METRICS` that measure what these do by another convention: each once, none that rescales another."""
+    constructs, there = {spec.construct for spec in metrics}, {spec.convention for spec in metrics}
+    return [
+        spec
+        for spec in METRICS.values()
+        if spec.construct in constructs and spec.convention == spec.name and spec.name not in there
+    ]

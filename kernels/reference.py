@@ -17,8 +17,10 @@ and give NaN where there is no value; the other conventions carry their name as 
     distance_seed1    not renormalised, over √2·g grid steps (the image diagonal on any grid)
     entropy_seed1     −ΣP ln(P + 1e-12), not renormalised
     morans_i_seed1    of each query's mean over keys, which only the prefix mass changes; 0 where Σz² ≤ 1e-8
+    morans_i_received of the rows' mean: averaged over queries before, not after
 
-`distance_px` and the `seed1` metrics have a value on every valid row, 0 on one wholly on the prefix.
+`convention_of` says which of them may lead to other findings; one that `rescales` another cannot. `distance_px` and
+the `seed1` metrics have a value on every valid row, 0 on one wholly on the prefix.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ def extent_px(layout: TokenLayout) -> float:
     title="Attention distance, not renormalised",
     bounds=lambda layout: (0.0, bounds.farthest(layout) * layout.diagonal_px),
     source="Dosovitskiy et al. 2021, arXiv:2010.11929",
+    convention_of="distance",
 )
 def distance_px(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Σ_k A_qk ‖c_q − c_k‖ in pixels, over patch keys, not renormalised; [batch, patch query]."""
@@ -121,6 +124,7 @@ def distance_px(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     bounds=lambda layout: (0.0, bounds.farthest(layout) * layout.diagonal_px / extent_px(layout)),
     undefined=_NO_MASS,
     source="Walmer et al. 2023, arXiv:2212.03862",
+    rescales="distance",
 )
 def distance_walmer(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Σ_k p_qk ‖c_q − c_k‖ with the grid's longer side, first to last patch centre, as 1; [batch, patch query].
@@ -135,6 +139,7 @@ def distance_walmer(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     title="Attention distance (seed1)",
     bounds=lambda layout: (0.0, bounds.farthest(layout)),
     source=_SEED1,
+    rescales="distance_px",
 )
 def distance_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """`distance_px` / √(H² + W²), not renormalised; [batch, patch query].
@@ -150,7 +155,14 @@ def entropy(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     return _entropy(renormalised(p, layout))
 
 
-@metric(unit="1", title="Normalised entropy", bounds=bounds.share, undefined=_NO_MASS, source=_SHANNON)
+@metric(
+    unit="1",
+    title="Normalised entropy",
+    bounds=bounds.share,
+    undefined=_NO_MASS,
+    source=_SHANNON,
+    rescales="entropy",
+)
 def entropy_normalized(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """`entropy` / ln(R·C), so that uniform attention is 1 on every grid; [batch, patch query]."""
     return np.asarray(entropy(p, layout) / np.log(layout.num_patches))
@@ -161,6 +173,7 @@ def entropy_normalized(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     title="Attention entropy (seed1)",
     bounds=lambda layout: (-math.log1p(SEED1_LOG_OFFSET), bounds.greatest_entropy_of_part(layout)),
     source=_SEED1,
+    convention_of="entropy",
 )
 def entropy_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """−Σ_k A_qk ln(A_qk + 1e-12) in nat, over patch keys, not renormalised; [batch, patch query]."""
@@ -189,6 +202,7 @@ def morans_i(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     null=_morans_i_null,
     undefined=f"received map constant to 1e-5 of its mean; {_NO_ROW}",
     source=_MORAN,
+    convention_of="morans_i",
 )
 def morans_i_received(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Moran's I of the received-attention map; [batch]. A map that varies by rounding alone is constant: NaN."""
@@ -216,6 +230,7 @@ def sink_share(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     bounds=bounds.morans_i_or_zero,
     undefined="map with an invalid patch query",
     source=_SEED1,
+    convention_of="morans_i",
 )
 def morans_i_seed1(p: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Moran's I of x_q = Σ_k A_qk / N over patch keys, 0 where Σ z_q² ≤ 1e-8; [batch].

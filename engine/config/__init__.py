@@ -1,6 +1,14 @@
 """The study as dataclasses and TOML: every key is a key of `study.toml` and a flag of the command line."""
 
-from engine.config.metrics import TABLE_AXES, TABLE_COORDINATES, load_metrics, metrics_of_one_capture
+from engine.config.metrics import (
+    TABLE_AXES,
+    TABLE_COORDINATES,
+    all_metrics,
+    chosen_metrics,
+    conventions,
+    load_metrics,
+    metrics_of_one_capture,
+)
 from engine.config.outputs import COMPARISON, JOURNAL, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
 from engine.config.study import (
     BASELINES,
@@ -32,7 +40,10 @@ __all__ = [
     "ConditionConfig",
     "RelevanceConfig",
     "StudyConfig",
+    "all_metrics",
+    "chosen_metrics",
     "config_keys",
+    "conventions",
     "described",
     "load_metrics",
     "load_study",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from train.errors import InputError
 
 if TYPE_CHECKING:
+    import xarray
+
+    from engine.config.study import MeasureConfig
     from kernels import MetricSpec
 
 TABLE_AXES = ("condition", "seed", "image", "layer", "head")  # of every metric in a table; `region` comes after them
@@ -24,6 +28,34 @@ def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:
     import kernels  # lazy: `--help` needs none
 
     return kernels.load_metrics(metrics, TABLE_COORDINATES)
+
+
+def conventions(measure: MeasureConfig) -> tuple[str, ...] | None:
+    """The metrics that are measured beside those asked for, as other conventions of them; None: none were asked for.
+
+    Raises:
+        MetricError: as of `load_metrics`.
+    """
+    if not measure.conventions:
+        return None
+    import kernels
+
+    return tuple(spec.name for spec in kernels.other_conventions(load_metrics(measure.metrics)))
+
+
+def all_metrics(measure: MeasureConfig) -> tuple[str, ...]:
+    """Every metric that is measured: those asked for, and other conventions of them.
+
+    Raises:
+        MetricError: as of `load_metrics`.
+    """
+    return (*measure.metrics, *(conventions(measure) or ()))
+
+
+def chosen_metrics(table: xarray.Dataset) -> xarray.Dataset:
+    """A table without the metrics that were measured as other `conventions`: what was asked for is what is tested."""
+    others = json.loads(table.attrs.get("conventions", "[]"))
+    return table[[name for name in table.data_vars if name not in others]]
 
 
 def metrics_of_one_capture(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:

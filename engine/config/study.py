@@ -145,6 +145,11 @@ class MeasureConfig:
     metrics: Annotated[tuple[Name, ...], MinLen(1)] = key(
         ("distance", "entropy", "morans_i", "prefix_mass"), "metric names, or module:name of your own"
     )
+    conventions: bool = key(
+        False,
+        "measure in the same pass what they measure by other published conventions, and say which findings depend on "
+        "the convention",
+    )
     backend: Name = key("auto", _backends)
     store: Place = key("", "measure: the store to read")
     against: Place = key("", "measure: the second condition's store, which pair metrics compare with")

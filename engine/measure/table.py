@@ -27,6 +27,7 @@ def build_table(
     stores: Mapping[tuple[str, int], AttentionStore],
     metrics: Sequence[str],
     *,
+    conventions: Sequence[str] | None = None,
     seed_invariant: Sequence[str],
     attributes: Mapping[str, Any],
 ) -> xarray.Dataset:
@@ -35,6 +36,8 @@ def build_table(
     Args:
         stores: (condition, seed) -> its capture, all over the same images.
         metrics: names or `module:name`; each must be in every store.
+        conventions: of the same things, measured beside them to see what depends on the convention; None: not asked
+            for. The attribute `conventions` names them, and `engine.config.chosen_metrics` leaves them out.
         seed_invariant: conditions captured once; their values stand at every seed.
         attributes: of the data set (model, dataset, …); `precision`, `undefined` and `metrics` come out of the stores.
 
@@ -72,7 +75,7 @@ def build_table(
         coords["region"] = _names(schema.regions)
     variables: dict[str, Any] = {}
     undefined: dict[str, dict[str, int]] = {}
-    for spec in load_metrics(metrics):
+    for spec in load_metrics((*metrics, *(conventions or ()))):
         backends = set()
         of_capture: dict[tuple[str, int], np.ndarray] = {}
         undefined[spec.name] = dict.fromkeys(conditions, 0)
@@ -92,6 +95,8 @@ def build_table(
             "title": spec.title or spec.name,
             "undefined": spec.undefined,
             "source": spec.source,
+            "construct": spec.construct,
+            "convention": spec.convention,
             "backend": ", ".join(sorted(backends)),
         }
         variables[spec.name] = (dims, np.stack(columns), described)
@@ -102,6 +107,8 @@ def build_table(
         "undefined": json.dumps(undefined),
         "metrics": json.dumps(list(variables)),
     }
+    if conventions is not None:
+        plain["conventions"] = json.dumps(list(conventions))
     return xarray.Dataset(variables, coords, plain)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.config import JOURNAL, StudyConfig
+from engine.config import JOURNAL, StudyConfig, all_metrics
 from train.processes import first_process
 
 # Keys that only a command with a flag of its own for them reads.
@@ -76,8 +76,9 @@ def _measure(config: StudyConfig, arguments: argparse.Namespace) -> None:
 
     from engine.measure import measure_store
 
-    measured = measure_store(store, keys.metrics, keys.backend, against, keys.scheduler)
-    already = f" holds {', '.join(keys.metrics)} already"
+    metrics = all_metrics(keys)
+    measured = measure_store(store, metrics, keys.backend, against, keys.scheduler)
+    already = f" holds {', '.join(metrics)} already"
     print(f"{store.path}" + (f": measured {', '.join(measured)}" if measured else already))
 
 
@@ -155,7 +156,7 @@ COMMANDS: dict[str, Command] = {
     "capture": Command(
         "one model's attention on a folder of images, into a store",
         _capture,
-        ("model", "data", "capture", "measure.metrics", "measure.backend"),
+        ("model", "data", "capture", "measure.metrics", "measure.conventions", "measure.backend"),
         shared=True,
         flags={
             "--store": "capture.store",

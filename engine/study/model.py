@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.capture import Capture
-from engine.config import StudyConfig
+from engine.config import StudyConfig, all_metrics
 from engine.study.journal import digest, digest_path
 from train.adapter_files import adapter_files, holds_adapters_alone
 from train.data import HeadClasses, named_classes
@@ -46,15 +46,10 @@ def trained_here(config: StudyConfig, path: Path) -> ModelSource:
     return replace(model_source(config), weights=str(path), adapter="", state="")
 
 
-def captured_seeds(config: StudyConfig, condition: str) -> tuple[int, ...]:
-    """Those at which a condition is captured: the first one where no seed changes attention, or nothing is trained."""
+def seeds_of(config: StudyConfig, condition: str) -> tuple[int, ...]:
+    """Those at which a condition is captured: the first one where a seed changes nothing, or it is not trained here."""
     recipe = RECIPES[config.conditions[condition].recipe]
     return config.train.seeds if recipe.train and not recipe.seed_invariant else config.train.seeds[:1]
-
-
-def trained_seeds(config: StudyConfig, condition: str) -> tuple[int, ...]:
-    """Those at which a condition is trained: each where each has its own images, for a readout is fitted to these."""
-    return config.train.seeds if config.train.resplit else captured_seeds(config, condition)
 
 
 def named_head(config: StudyConfig, outputs: int) -> HeadClasses | None:
@@ -66,7 +61,7 @@ def named_head(config: StudyConfig, outputs: int) -> HeadClasses | None:
 
 def capture_settings(config: StudyConfig, device: str) -> Capture:
     """The capture that a configuration asks for; its keys and those of `Capture` have the same names."""
-    keys = vars(config.capture) | vars(config.measure)
+    keys = vars(config.capture) | vars(config.measure) | {"metrics": all_metrics(config.measure)}
     names = {declared.name for declared in dataclasses.fields(Capture)} & keys.keys()
     return Capture(**{name: keys[name] for name in names}, device=device)
 

@@ -28,7 +28,6 @@ _NAMES = (
     "summary.md",
     "report.html",
     "manifest.json",
-    "splits",
     "checkpoints",
     "metrics",
     "visualizations",
@@ -95,7 +94,7 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
     def _refuse_another_study(self) -> None:
         """A study of another model, other data or other recipes would replace hours of work of the one before."""
         path = self._outputs / STUDY
-        if {stage.split()[0] for stage in self._journal.stage_seconds()} <= {"check", "data"}:
+        if set(self._journal.stage_seconds()) <= {"check", "data"}:
             return
         try:
             before = tomllib.loads(path.read_text(encoding="utf-8"))

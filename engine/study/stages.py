@@ -17,7 +17,7 @@ import numpy as np
 
 from engine import __version__
 from engine.capture import SampleMaps, capture_to_store, choose_samples, definitions
-from engine.config import COMPARISON, STUDY, StudyConfig
+from engine.config import COMPARISON, STUDY, StudyConfig, all_metrics, chosen_metrics, conventions
 from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
 from engine.progress import reason_of, say
 from engine.relevance import PredictionLink, choose_classes, explain_study, prediction_link, samples_folder
@@ -107,7 +107,7 @@ def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
 def train(study: Study, workers: Workers) -> None:
     """Needs: images. Leaves: checkpoints/<condition>_seed<k>.safetensors, metrics/training.json."""
     study.data = prepare_data(study.start, device=study.device)
-    study.trained = train_runs(study.start, study.data, device=study.device)
+    study.runs = train_runs(study.start, study.data, device=study.device)
 
 
 def capture(study: Study, workers: Workers) -> None:
@@ -121,15 +121,15 @@ def capture(study: Study, workers: Workers) -> None:
             partial(_begin_samples, study),
             workers=workers,
         )
-    measured = "metrics" in config.capture.sinks
+    metrics = all_metrics(config.measure) if "metrics" in config.capture.sinks else ()
     for run in study.runs:
         inputs = {
             "checkpoint": run.digest,
             "data": data.digest,
             "preprocessing": data.preprocessing.to_dict(),
             "capture": dataclasses.asdict(config.capture),
-            "metrics": config.measure.metrics if measured else [],
-            "definitions": definitions(config.measure.metrics) if measured else {},
+            "metrics": metrics,
+            "definitions": definitions(metrics),
             "backend": config.measure.backend,
             "img_size": config.model.img_size,
             "samples": study.sample_rows,
@@ -173,6 +173,7 @@ def measure(study: Study) -> None:
     inputs = {
         "captures": [[run.name, study.captures[run]] for run in study.runs],
         "metrics": config.metrics,
+        "conventions": conventions(config),
         "definitions": definitions(config.metrics),
         "backend": config.backend,
     }
@@ -322,7 +323,7 @@ def _make_table(study: Study) -> None:
     stores = {}
     for run in study.runs:
         store = stores[run.condition, run.seed] = AttentionStore.open(study.store(run))
-        measure_store(store, config.metrics, config.backend, scheduler=config.scheduler)
+        measure_store(store, all_metrics(config), config.backend, scheduler=config.scheduler)
     arguments = {"arguments": model.arguments} if model.arguments else {}
     attributes = {
         "model": {"name": model.name, "img_size": model.img_size, **arguments},
@@ -332,17 +333,25 @@ def _make_table(study: Study) -> None:
         "code_version": __version__,
     }
     invariant = [run.condition for run in study.runs if run.seed_invariant]
-    write_table(build_table(stores, config.metrics, seed_invariant=invariant, attributes=attributes), study.metrics)
+    table = build_table(
+        stores,
+        config.metrics,
+        conventions=conventions(config),
+        seed_invariant=invariant,
+        attributes=attributes,
+    )
+    write_table(table, study.metrics)
 
 
 def _compare(study: Study, path: Path, controls: Path | None, facts: Mapping[str, Any]) -> None:
     """The tests and what belongs to them: `controls`, the file of those that were made, and `facts` of the models."""
     table = read_table(study.table)
+    tested = chosen_metrics(table)
     comparison = dataclasses.replace(
         analyse(table, study.settings),
         **facts,
         controls=tuple(Control(**made) for made in json.loads(controls.read_bytes())) if controls else (),
-        undefined=json.loads(table.attrs["undefined"]),
+        undefined={name: of for name, of in json.loads(table.attrs["undefined"]).items() if name in tested},
         prefix_mass_warning=prefix_mass_warning(table),
     )
     write_comparison(path, comparison)
@@ -355,7 +364,7 @@ def _prediction_link(study: Study) -> list[PredictionLink]:
         if study.data.head(run.condition).known:
             logits.setdefault(run.condition, []).append(study.logits(run))
     return prediction_link(
-        read_table(study.table),
+        chosen_metrics(read_table(study.table)),
         {condition: np.mean(of_runs, axis=0) for condition, of_runs in logits.items()},
         {condition: study.outputs_of_labels(condition) for condition in logits},
         against=study.against,

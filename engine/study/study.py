@@ -40,7 +40,7 @@ class Study:
         self.journal = Journal(self.outputs / JOURNAL)
         self.start: Start  # known after `check`
         self.data: StudyData  # known after `train`
-        self.trained: list[Run] = []  # known after `train`
+        self.runs: list[Run] = []  # known after `train`
         self.captures: dict[Run, str] = {}  # run -> hash of its capture, known after `capture`
 
     def opened(self) -> AbstractContextManager[OutputsFolder | None]:
@@ -72,11 +72,6 @@ class Study:
     def settings(self) -> Settings:
         """Of the tests and intervals."""
         return Settings(against=self.against, **dataclasses.asdict(self.config.statistics))
-
-    @property
-    def runs(self) -> list[Run]:
-        """Those that are captured: not the later ones of a condition whose attention no seed changes."""
-        return [run for run in self.trained if run.captured]
 
     @property
     def first_runs(self) -> dict[str, Run]:
@@ -120,24 +115,17 @@ class Study:
         return classifiers
 
     def accuracy(self) -> dict[str, dict[str, Accuracy]]:
-        """condition -> seed -> accuracy, over the images whose class the head has.
-
-        Of a run that is not captured: as it was found when it was trained.
-        """
+        """condition -> seed -> accuracy, over the images whose class the head has."""
         accuracy: dict[str, dict[str, Accuracy]] = {}
-        for run in self.trained:
+        for run in self.runs:
             expected = self.outputs_of_labels(run.condition)
             rows = np.flatnonzero(expected >= 0)
             if not len(rows):
                 continue
-            test = run.test_accuracy
-            if run.captured:
-                predicted = self.logits(run).argmax(axis=1)
-                test = float((predicted[rows] == expected[rows]).mean())
-            assert test is not None, "given checkpoints are captured"
+            predicted = self.logits(run).argmax(axis=1)
             accuracy.setdefault(run.condition, {})[str(run.seed)] = Accuracy(
                 validation=run.validation_accuracy,
-                test=test,
+                test=float((predicted[rows] == expected[rows]).mean()),
                 chance=1.0 / self.data.head(run.condition).outputs,
                 images=len(rows),
             )
