@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import xarray as xr
 
 from engine.capture import SampleMaps
-from engine.config import COMPARISON, METRICS_TABLE, SAMPLES, STUDY, TRAINING, run_name
+from engine.config import COMPARISON, METRICS_TABLE, SAMPLES, STUDY, TRAINING, chosen_metrics, run_name
 from engine.measure import read_table
 from engine.report.marks import PALETTE
 from engine.statistics import Cluster, Comparison, PairedTest, parse_comparison
@@ -162,7 +162,7 @@ def load_results(outputs: Path, record: Record) -> Results:
         raise InputError(f"{outputs}: no such folder; expected the outputs folder of a study")
     for needed in (METRICS_TABLE, COMPARISON):
         record.require(outputs / needed)
-    table = read_table(outputs / METRICS_TABLE)
+    table = chosen_metrics(read_table(outputs / METRICS_TABLE))
     document = load_json(outputs / COMPARISON, "written by the statistics stage; run the study first")
     comparison = parse_comparison(document, outputs / COMPARISON)
     # Metrics stand as in METRICS, a user's own after them.

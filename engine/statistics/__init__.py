@@ -9,6 +9,7 @@ from engine.statistics.conditions import check_bounds, compare_conditions
 from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
 from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
+from engine.statistics.multiverse import compare_conventions
 from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
 from engine.statistics.pairing import metric_series
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
@@ -21,9 +22,11 @@ from engine.statistics.results import (
     Comparison,
     Control,
     Interval,
+    Multiverse,
     PairedTest,
     Relation,
     Settings,
+    Specification,
     Trend,
     build,
     finite,
@@ -44,10 +47,12 @@ __all__ = [
     "Floats",
     "Interval",
     "MoransInference",
+    "Multiverse",
     "PairedColumns",
     "PairedTest",
     "Relation",
     "Settings",
+    "Specification",
     "Trend",
     "analyse",
     "bootstrap_interval",
@@ -55,6 +60,7 @@ __all__ = [
     "check_bounds",
     "compare_columns",
     "compare_conditions",
+    "compare_conventions",
     "compare_paired",
     "correlate_over_images",
     "cross_metric_correlation",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from engine.config import chosen_metrics
 from engine.statistics.clusters import layer_clusters
 from engine.statistics.conditions import compare_conditions
+from engine.statistics.multiverse import compare_conventions
 from engine.statistics.pairing import metric_series
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
 from engine.statistics.results import DEFAULTS, Comparison, Settings
@@ -16,21 +18,26 @@ def analyse(table: xr.Dataset, settings: Settings = DEFAULTS) -> Comparison:
     """What a study says of its table: what `attention_comparison.json` holds of description and inference.
 
     Args:
-        table: metrics over (condition, seed, image, layer, head[, region]), as in `compare_conditions`.
+        table: metrics over (condition, seed, image, layer, head[, region]), as in `compare_conditions`. The attribute
+            `conventions` names, as JSON, those that were measured as other conventions of the rest.
         settings: how tests and intervals are made.
     Returns:
         Layer means of every condition, `tests` (`compare_conditions`), `trends` (`layer_trend`), `clusters`
-        (`layer_clusters`) and `relations` (`cross_metric_correlation`); the last four are empty with a single
-        condition. What the study knows besides is left empty.
+        (`layer_clusters`) and `relations` (`cross_metric_correlation`), all without the other conventions, which are
+        in `multiverse` (`compare_conventions`) alone, empty where none were asked for. All are empty with a single
+        condition, and so is what the study knows besides.
     Raises:
         InputError: as `compare_conditions`.
     """
+    multiverse = compare_conventions(table, settings) if "conventions" in table.attrs else []
+    table = chosen_metrics(table)
     return Comparison(
         tests=tuple(compare_conditions(table, settings)),
         layers=tuple(str(site) for site in table["site"].values),
         units={str(metric): variable.attrs["units"] for metric, variable in table.data_vars.items()},
         conditions={str(name): _layer_means(table.sel(condition=name)) for name in table["condition"].values},
         clusters=tuple(layer_clusters(table, settings)),
+        multiverse=tuple(multiverse),
         relations=tuple(cross_metric_correlation(table, settings)),
         settings=settings,
         trends=tuple(layer_trend(table, settings)),

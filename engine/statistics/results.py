@@ -194,6 +194,52 @@ class Cluster(Compared):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Specification:
+    """A layer's difference by one convention of what is measured, `metric` in `unit`, and of what heads become.
+
+    Of an image's heads it takes the mean, the median or the greatest value. `same_sign` says whether the difference has
+    the sign that it has in the study's own specification; `p_max_t` is over the layers of this specification, `p_joint`
+    over the layers of all specifications.
+    """
+
+    metric: str
+    unit: str
+    heads: Literal["mean", "median", "max"]
+    difference: float | None
+    dz: float | None
+    same_sign: bool
+    p_max_t: float | None
+    p_joint: float | None
+
+    def survives(self, alpha: float, jointly: bool = False) -> bool:
+        """Whether it survives the max-T test over its own layers, or over those of all specifications."""
+        p = self.p_joint if jointly else self.p_max_t
+        return self.difference is not None and p is not None and p <= alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiverse(Compared):
+    """One layer's difference by every specification (`compare_conventions`); the first one is the study's own."""
+
+    layer: int
+    site: str
+    specifications: tuple[Specification, ...]
+
+    @property
+    def agreeing(self) -> int:
+        """Specifications with the sign of the study's own."""
+        return sum(one.same_sign for one in self.specifications)
+
+    def claiming(self, alpha: float, jointly: bool = False) -> int:
+        """Specifications with that sign that survive."""
+        return sum(one.same_sign and one.survives(alpha, jointly) for one in self.specifications)
+
+    def opposing(self, alpha: float) -> int:
+        """Specifications with another sign that survive."""
+        return sum(not one.same_sign and one.survives(alpha) for one in self.specifications)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
     """Spearman's correlation of two metrics' differences (`cross_metric_correlation`). Descriptive only."""
 
@@ -266,6 +312,7 @@ class Comparison:
     clusters: tuple[Cluster, ...] = ()
     controls: tuple[Control, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    multiverse: tuple[Multiverse, ...] = ()
     prefix_mass_warning: str = ""
     relations: tuple[Relation, ...] = ()
     settings: Settings = DEFAULTS
