@@ -76,6 +76,7 @@ METRICS = {
     r"attention_metrics\.csv": "table csv",
     r"attention_comparison\.json": "comparison json",
     r"controls\.json": "controls json",
+    r"primary\.json": "primary json",
     r"training\.json": "training json",
     r"relevance\.json": "relevance json",
     r"relevance\.csv": "relevance csv",

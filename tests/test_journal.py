@@ -244,3 +244,18 @@ def test_of_two_stages_that_leave_one_file_the_later_one_counts(tmp_path: Path) 
     for stage, text in (("pretrain", "1"), ("pretrained", "2"), ("pretrain", "3")):
         journal.stage(stage, {"text": text}, [made], lambda text=text: made.write_text(text) and None)
         assert Journal(tmp_path / "run.jsonl").usable(made)
+
+
+def test_a_file_precedes_a_stage_that_was_done_after_it_was_first_written(tmp_path: Path) -> None:
+    """So it is known whether a family of tests was named before the data were measured."""
+    journal, named = Journal(tmp_path / "run.jsonl"), tmp_path / "primary.json"
+    journal.write(named, b"entropy")
+    assert journal.precedes(named, "make")
+    run(tmp_path, {"a": 1}, [])
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.write(named, b"entropy")
+    assert journal.precedes(named, "make")
+    journal.write(named, b"distance")
+    assert not journal.precedes(named, "make")
+    journal.write(named, b"entropy")
+    assert Journal(tmp_path / "run.jsonl").precedes(named, "make")

@@ -111,6 +111,8 @@ def test_what_is_not_there_is_bad_input_for_every_command_and_is_said_without_to
         ["study", "--measure.metrics", "entropi"],
         ["study", "--measure.metrics", "none:metric"],
         ["study", "--statistics.equivalence", "entropi=1"],
+        ["study", "--statistics.primary", "entropi"],
+        ["study", "--statistics.primary", "gini"],
     ]
     assert {command[0] for command in commands} >= set(COMMANDS) - {"study"}
     code = (

@@ -46,6 +46,7 @@ def test_statistics_are_done_again_for_another_accuracy_or_condition_to_compare_
 ) -> None:
     """A checkpoint that changed in its head alone leaves the same table."""
     study = study_of(small(tmp_path))
+    study.name_primary()
     accuracy = {"baseline": {"42": {"test": 0.25}}}
     monkeypatch.setattr(study, "accuracy", lambda: accuracy)
     monkeypatch.setattr(study, "classifiers", dict)
@@ -59,6 +60,18 @@ def test_statistics_are_done_again_for_another_accuracy_or_condition_to_compare_
     monkeypatch.setattr(Study, "against", "dora")
     stages.statistics(study)
     assert "done already" not in capsys.readouterr().out
+
+
+def test_a_primary_family_named_after_a_capture_is_said_to_be(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    study.name_primary()
+    assert study.primary_family().before
+    study.journal.stage("capture baseline_seed42", {}, [], lambda: None)
+    assert study.primary_family().before
+    later = study_of(tmp_path, **{"statistics.primary": ["entropy"]})
+    later.name_primary()
+    family = later.primary_family()
+    assert (family.metrics, family.before) == (("entropy",), False)
 
 
 def test_controls_are_done_again_when_the_code_of_a_users_metric_changed(

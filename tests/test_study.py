@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -109,6 +110,20 @@ def test_the_table_and_the_comparison_say_the_same(study: Path) -> None:
     for part in ("trends", "clusters", "relations"):
         assert isinstance(document[part], list), part
     assert set(document["accuracy"]) == {"baseline", "finetuned", "dora"}
+
+
+def test_the_primary_family_was_named_before_anything_was_captured(study: Path) -> None:
+    """What is hashed stands in the journal before the first capture; another family named now would come after it."""
+    document = json.loads((study / "metrics" / "attention_comparison.json").read_text())
+    named = (study / "metrics" / "primary.json").read_bytes()
+    family = {"metrics": ["distance", "entropy", "morans_i"], "before": True}
+    assert document["primary"] == family | {"sha256": hashlib.sha256(named).hexdigest()}
+    primary = [test for test in document["tests"] if test["role"] == "primary"]
+    assert {test["metric"] for test in primary} == set(family["metrics"])
+    assert {test["condition"] for test in primary} == {"finetuned", "dora"}
+    records = [json.loads(line) for line in (study / "run.jsonl").read_text().splitlines()]
+    stages = [record["stage"] for record in records]
+    assert stages.index("metrics/primary.json") < min(i for i, name in enumerate(stages) if name.startswith("capture"))
 
 
 def test_every_control_held(study: Path) -> None:

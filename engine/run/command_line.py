@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config import (
+    StatisticsConfig,
     StudyConfig,
     config_keys,
     load_metrics,
@@ -190,10 +191,12 @@ def _check_named(config: StudyConfig, command: Command) -> None:
         load_metrics(config.measure.metrics)
     elif command.reads("measure.metrics"):
         names = [spec.name for spec in metrics_of_one_capture(config.measure.metrics)]
-        if command.reads("statistics.equivalence") and config.statistics.equivalence:
-            from engine.statistics import check_bounds
+        statistics = config.statistics
+        if command.reads("statistics.primary") and statistics != StatisticsConfig():
+            from engine.statistics import check_bounds, check_primary
 
-            check_bounds(config.statistics.equivalence, names)
+            check_primary(statistics.primary, names)
+            check_bounds(statistics.equivalence, names)
     places = {}
     for name, condition in config.conditions.items():
         places[f"conditions.{name}.checkpoint"] = condition.checkpoint

@@ -5,7 +5,7 @@ from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.association import correlate_over_images
 from engine.statistics.bootstrap import FEWEST, bootstrap_interval
 from engine.statistics.clusters import layer_clusters
-from engine.statistics.conditions import check_bounds, compare_conditions
+from engine.statistics.conditions import check_bounds, check_primary, compare_conditions
 from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
 from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
@@ -24,6 +24,7 @@ from engine.statistics.results import (
     Interval,
     Multiverse,
     PairedTest,
+    PrimaryFamily,
     Relation,
     Settings,
     Specification,
@@ -50,6 +51,7 @@ __all__ = [
     "Multiverse",
     "PairedColumns",
     "PairedTest",
+    "PrimaryFamily",
     "Relation",
     "Settings",
     "Specification",
@@ -58,6 +60,7 @@ __all__ = [
     "bootstrap_interval",
     "build",
     "check_bounds",
+    "check_primary",
     "compare_columns",
     "compare_conditions",
     "compare_conventions",

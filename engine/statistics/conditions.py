@@ -16,7 +16,7 @@ from engine.statistics.paired import Unit, compare_columns
 from engine.statistics.pairing import ConditionPairs, MetricPairs, check_table, paired_conditions
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import CLASSES, DEFAULTS, IMAGES, LAYERS, RUNS, PairedTest, Settings, build
-from train.errors import InputError
+from train.errors import InputError, nearest
 
 # Level -> (unit of inference, what its pairs are, what its family is over).
 _LEVELS: Mapping[str, tuple[str, Unit, str]] = {
@@ -146,6 +146,19 @@ def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]
             )
         if not (np.isfinite(bound) and bound > 0):
             raise InputError(f"statistics.equivalence: {metric} is {bound}; expected a positive number in its unit")
+
+
+def check_primary(primary: Sequence[str], metrics: Sequence[str]) -> None:
+    """Raises InputError for a primary metric that is not measured; of the default ones those that are stay.
+
+    A study asks before it trains anything.
+    """
+    for metric in primary if tuple(primary) != DEFAULTS.primary else ():
+        if metric not in metrics:
+            raise InputError(
+                f"statistics.primary names {metric!r}{nearest(metric, metrics)}; the metrics measured are "
+                f"{', '.join(metrics)}"
+            )
 
 
 def _families(paired: ConditionPairs) -> Iterator[tuple[str, list[_Block]]]:

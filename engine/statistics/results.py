@@ -274,6 +274,15 @@ class Classifier:
     note: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrimaryFamily:
+    """The family that was named beforehand, and whether it was: `metrics/primary.json` holds it, of this sha256."""
+
+    metrics: tuple[str, ...]
+    before: bool  # named before the first capture
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """A negative control: `value` is the largest absolute difference where zero is expected, `detail` in words."""
@@ -297,9 +306,10 @@ class Comparison:
         conditions: condition -> metric, or "metric[region]" (for example `region_mass[target_digit]`) -> one value per
             layer: the mean over seeds, images and heads of the values that are defined, in the metric's unit.
         settings: what tests, trends, clusters and relations were made with.
-        accuracy, classifiers, controls, data, prefix_mass_warning, undefined: what the study knows besides: condition
-            -> seed -> accuracies; condition -> what its outputs stand for; the negative controls; the data set; what
-            capture had to say; metric -> condition -> rows without a value.
+        accuracy, classifiers, controls, data, prefix_mass_warning, primary, undefined: what the study knows besides:
+            condition -> seed -> accuracies; condition -> what its outputs stand for; the negative controls; the data
+            set; what capture had to say; when the primary family was named (None: no study kept a record); metric ->
+            condition -> rows without a value.
     """
 
     schema: int = SCHEMA
@@ -314,6 +324,7 @@ class Comparison:
     data: Mapping[str, Any] = field(default_factory=dict)
     multiverse: tuple[Multiverse, ...] = ()
     prefix_mass_warning: str = ""
+    primary: PrimaryFamily | None = None
     relations: tuple[Relation, ...] = ()
     settings: Settings = DEFAULTS
     trends: tuple[Trend, ...] = ()

@@ -161,6 +161,16 @@ class Journal:
             write_atomically(path, content)
             self._record("written", name, inputs, [path])
 
+    def precedes(self, path: Path, stage: str) -> bool:
+        """Whether a file, as it is now, was first recorded before any stage whose name begins so."""
+        name, sha256 = self._name(path), digest_path(path)
+        for record in self._records:
+            if record["outputs"].get(name) == sha256:
+                return True
+            if record["stage"].startswith(stage):
+                return False
+        return False
+
     def fail(self, name: str, reason: str) -> None:
         """Record that a stage failed: what it left before counts as nobody's, until it is done again."""
         self._record("failed", name, {"failed": reason}, [], reason=reason)

@@ -56,6 +56,7 @@ def run_study(config: StudyConfig, last: str = "report") -> Path:
             check(study, stages, workers)
             if folder is not None:
                 folder.begin()
+                study.name_primary()
             for stage in stages:
                 if stage in SHARED_STAGES:
                     SHARED_STAGES[stage](study, workers)
@@ -186,7 +187,12 @@ def statistics(study: Study) -> None:
     """Needs: the table, captures, controls. Leaves: metrics/attention_comparison.json."""
     path, controls = study.outputs / COMPARISON, study.outputs / CONTROLS
     controlled = study.journal.usable(controls)
-    facts = {"accuracy": study.accuracy(), "classifiers": study.classifiers(), "data": study.data.summary()}
+    facts = {
+        "accuracy": study.accuracy(),
+        "classifiers": study.classifiers(),
+        "data": study.data.summary(),
+        "primary": study.primary_family(),
+    }
     inputs = {
         "table": digest_path(study.table),
         "controls": digest_path(controls) if controlled else "",
@@ -194,7 +200,7 @@ def statistics(study: Study) -> None:
         **facts,
     }
     work = partial(_compare, study, path, controls if controlled else None, facts)
-    reads = [study.table, controls, *map(study.store, study.runs)]
+    reads = [study.table, controls, study.primary, *map(study.store, study.runs)]
     study.journal.stage("statistics", inputs, [path], work, reads=reads)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 from engine.capture import choose_samples
 from engine.config import JOURNAL, METRICS_TABLE, SAMPLES, StudyConfig, load_metrics, study_toml
-from engine.statistics import Accuracy, Classifier, Settings
+from engine.statistics import SCHEMA, Accuracy, Classifier, PrimaryFamily, Settings
 from engine.study.data import StudyData
 from engine.study.journal import Journal
 from engine.study.model import trained_here, with_present_name
@@ -72,6 +74,33 @@ class Study:
     def settings(self) -> Settings:
         """Of the tests and intervals."""
         return Settings(against=self.against, **dataclasses.asdict(self.config.statistics))
+
+    @property
+    def primary(self) -> Path:
+        """What the study names as its primary family."""
+        return self.metrics / "primary.json"
+
+    def name_primary(self) -> None:
+        """Record the primary family, and with it the bounds and levels that its tests are read by."""
+        settings = self.settings
+        measured = [spec.name for spec in load_metrics(self.config.measure.metrics)]
+        named = {
+            "schema": SCHEMA,
+            "metrics": [name for name in settings.primary if name in measured],
+            "level": "layer means",
+            "against": settings.against,
+            "conditions": [name for name in self.config.conditions if name != settings.against],
+            "alpha": settings.alpha,
+            "equivalence": settings.equivalence,
+        }
+        self.journal.write(self.primary, (json.dumps(named, indent=1) + "\n").encode())
+
+    def primary_family(self) -> PrimaryFamily:
+        """The primary family as it was named, and whether that was before anything was captured."""
+        content = self.primary.read_bytes()
+        before = self.journal.precedes(self.primary, "capture")
+        sha256 = hashlib.sha256(content).hexdigest()
+        return PrimaryFamily(metrics=tuple(json.loads(content)["metrics"]), before=before, sha256=sha256)
 
     @property
     def first_runs(self) -> dict[str, Run]:
