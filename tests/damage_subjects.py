@@ -97,7 +97,7 @@ OUTPUTS = {
     r"report\.html": "report page",
     r"study\.toml": "study.toml",
     r"run\.jsonl": "journal",
-    r"manifest\.json": "manifest",
+    r"manifest\.json|splits/seed\d+\.json": "manifest",
     r"cache/.+\.npy": "image cache",
     r"cache/.+\.json": "image cache sidecar",
     r"\.lock|cache/.+\.lock": "lock",

@@ -103,7 +103,7 @@ def test_the_table_is_made_again_when_conditions_stand_in_another_order(
     runs = [Run(name, 42, "checkpoint", ModelSource("digits_vit")) for name in ("baseline", "dora")]
     study.captures = dict.fromkeys(runs, "maps")
     for order, done in ((runs, False), (runs, True), (runs[::-1], False)):
-        study.runs = list(order)
+        study.trained = list(order)
         stages.measure(study)
         assert ("done already" in capsys.readouterr().out) == done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,38 @@ def test_copies_of_a_file_stay_in_one_split(rooms: Path) -> None:
         shutil.copy(source, rooms / "Images" / "bar" / f"copy_{number}.jpg")
         shutil.copy(source, rooms / "Images" / "church_inside" / f"mislabelled_{number}.jpg")
     for seed in range(5):
-        assert build_manifest(rooms, kind="indoor67", seed=seed).leaks() == []
+        manifest = build_manifest(rooms, kind="indoor67", seed=seed)
+        assert manifest.leaks() == []
+        assert manifest.redrawn(seed).leaks() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("indoor67", "stratified"),
+        ("indoor67", "official"),
+        ("sports100", "folders"),
+        ("sports100", "stratified"),
+        ("folder", "folders"),
+    ],
+)
+def test_a_seed_draws_training_and_validation_images_and_no_test_image(tmp_path: Path, kind: str, rule: str) -> None:
+    (write_indoor67 if kind == "indoor67" else write_sports100)(tmp_path)
+    manifest = build_manifest(tmp_path, kind=kind, split=rule)  # type: ignore[arg-type]
+    drawn = [manifest.redrawn(seed) for seed in range(4)]
+    for other in drawn:
+        assert other.split("test") == manifest.split("test")
+        assert statuses(other) == statuses(manifest)
+        train, validation = ({record.id for record in other.split(name)} for name in SPLITS[:2])
+        assert not train & validation
+        assert train | validation == {record.id for name in SPLITS[:2] for record in manifest.split(name)}
+        for name in SPLITS[:2]:
+            count, before = (Counter(record.class_name for record in m.split(name)) for m in (other, manifest))
+            assert count == before
+    assert len({one.split_digest("train") for one in (manifest, *drawn)}) == 5
+    assert manifest.redrawn(2) == drawn[2]
+    assert drawn[2].rule == f"{rule}, train and validation by seed 2"
+    assert drawn[0].redrawn(2).sha256 == drawn[2].sha256, "whatever the split was before"
 
 
 def test_sports100_takes_the_folders_and_compares_the_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,6 +51,27 @@ def test_splits_share_no_source_digit_and_use_all() -> None:
     for classes in split_digits(42).values():
         assert len(classes) == 10
         assert min(map(len, classes)) > 20
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_draws_scenes_of_its_own_and_no_test_digit(seed: int) -> None:
+    fixed, drawn = split_digits(42), split_digits(42, seed)
+    for label in range(10):
+        np.testing.assert_array_equal(drawn["test"][label], fixed["test"][label])
+        for split in ("train", "validation"):
+            assert len(drawn[split][label]) == len(fixed[split][label])
+            assert set(drawn[split][label]) != set(fixed[split][label])
+        rest = (np.concatenate([of["train"][label], of["validation"][label]]) for of in (drawn, fixed))
+        assert set(next(rest)) == set(next(rest))
+    prepare = partial(prepare_digits, preprocessing=GREY, train_scenes=12, validation_scenes=6, test_scenes=6)
+    one, own = prepare(), prepare(draw=seed)
+    np.testing.assert_array_equal(own.test.pixels(range(6)), one.test.pixels(range(6)))
+    assert own.test.ids == one.test.ids
+    for images, others in ((own.train, one.train), (own.validation, one.validation)):
+        assert not np.array_equal(images.pixels(range(len(images))), others.pixels(range(len(images))))
+        assert not set(images.ids) & set(others.ids)
+    assert own.train.ids[0] == f"target/train/seed{seed}/00000"
+    assert own.manifest.split("test") == one.manifest.split("test")
 
 
 def test_boxes_hold_the_digits_and_do_not_touch() -> None:

@@ -30,7 +30,7 @@ class Recipe:
     ignores: tuple[str, ...] = ()  # keys of `[train]` that its result does not depend on
     # The only keys that it does depend on; empty: all that it reads, and all of `[train]` but `ignores`.
     depends_on: tuple[str, ...] = ()
-    seed_invariant: bool = False  # no seed can change its result, as its backbone is frozen
+    seed_invariant: bool = False  # of the same images no seed can change its result, as its backbone is frozen
     adapters: bool = False  # it trains low-rank updates of frozen weights, and these may be compressed
     whole: bool = False  # it trains all weights, so its state takes as much as several models
 

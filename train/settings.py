@@ -43,6 +43,11 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     seeds: Annotated[tuple[Natural, ...], MinLen(1)] = key((42,), "one training run per condition and seed")
+    resplit: bool = key(
+        False,
+        "each seed also draws its own training and validation images, out of all that are not test images; false: all "
+        "seeds have those of data.seed",
+    )
     epochs: Count = key(30, "passes over the training split")
     batch_size: Count = key(64, "images per step")
     accumulate: Count = key(1, "forward and backward passes that a step's images are divided into, to save memory")
@@ -136,7 +141,7 @@ class TrainingRun:
     """One training run: all that decides its result, but for the weights it starts from and the images."""
 
     condition: ConditionConfig  # its recipe, and what is set for this condition alone
-    shared: TrainConfig = field(default_factory=TrainConfig)  # `seeds` and `tensorboard` have no part in a run
+    shared: TrainConfig = field(default_factory=TrainConfig)  # `seeds`, `resplit`, `tensorboard` are none of a run's
     seed: int = 42  # of data order, augmentation, dropout and new weights
     compression: Compression = "plain"  # of the frozen weights below adapters; see `train.adapters.compress`
     sparsity: float = 0.5
@@ -156,7 +161,7 @@ class TrainingRun:
     def values(self) -> dict[str, Any]:
         """Every number of the run by its name, as JSON values; `seed` and `deterministic` apart."""
         numbers = asdict(self.shared) | asdict(self.condition)
-        for other in ("seeds", "deterministic", "tensorboard", "recipe", "checkpoint", "state", "classes"):
+        for other in ("seeds", "resplit", "deterministic", "tensorboard", "recipe", "checkpoint", "state", "classes"):
             numbers.pop(other)
         if numbers["compile"] == "off":
             del numbers["compile"]  # results from before there was this key stay what they are

@@ -82,9 +82,10 @@ class Task:
         probe = read_checkpoint(self.probe)
         if not probe.metadata.get("seed_invariant") or probe.metadata.get("backbone") != self.backbone:
             raise InputError(f"checkpoint {self.probe} is not a probe of the same backbone; expected one, or none")
-        if probe.metadata.get("class_names") != list(self.data.class_names):
+        if probe.metadata["dataset"]["sha256"] != self.data.manifest.sha256:
             raise InputError(
-                f"checkpoint {self.probe} is a probe of other classes than the data set's; expected one of these"
+                f"checkpoint {self.probe} is a probe of other images, splits or classes than the run's; expected one "
+                "of these"
             )
         prefix = classifier_name(model) + "."
         with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 from engine.capture import CaptureError, Discovery, SiteAttention, discover, has_classes, observe
 from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture, run_name
 from engine.relevance import relevance_maps
-from engine.study.model import capture_settings, given_conditions, seeds_of
+from engine.study.model import capture_settings, captured_seeds, given_conditions, trained_seeds
 from engine.study.start import Start
 from kernels import BACKENDS, check_metrics, measure_attention, resolve
 from store import estimate_bytes
@@ -49,7 +49,7 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
     if "relevance" in stages and (config.relevance.measured or config.capture.samples):
         _check_methods(config.relevance.methods, model, start.preprocessing, device)
     if start.listed is not None:  # all that takes seconds is sound, so the files are decoded
-        _check_splits(start.manifest, "readable image", trained=bool(trained))
+        _check_decoded(start, trained=bool(trained))
         start.heads(start.manifest.class_names)
 
 
@@ -65,7 +65,7 @@ def check_sweep(start: Start, model: torch.nn.Module, targets: str) -> None:
         "results": ([outputs / "sweep" / f"{sweep.recipe}_{sweep.init}"], (results + 1) * weights),
     }
     _require_disk(needs | _cache_need(start), outputs)
-    _check_splits(start.manifest, "readable image", trained=True)
+    _check_decoded(start, trained=True)
 
 
 def check_capture(
@@ -134,6 +134,14 @@ def _check_splits(manifest: Manifest, found: str, *, trained: bool) -> None:
         )
 
 
+def _check_decoded(start: Start, *, trained: bool) -> None:
+    """`_check_splits` of the files once they are decoded, and of what each seed draws."""
+    shared = start.config.train
+    draws = (start.manifest.redrawn(seed) for seed in shared.seeds) if shared.resplit else ()
+    for manifest in (start.manifest, *draws):
+        _check_splits(manifest, "readable image", trained=trained)
+
+
 def _require_disk(needs: _Needs, outputs: Path) -> None:
     """Whether the disks have room for what will be written; what is there of an earlier run counts as written."""
     disks: dict[int, dict[str, tuple[Path, int]]] = {}
@@ -155,7 +163,10 @@ def _require_disk(needs: _Needs, outputs: Path) -> None:
 def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None, device: str) -> _Needs:
     """What a study writes of more than a few megabytes."""
     config, outputs = start.config, start.outputs
-    runs = [run_name(name, seed) for name in config.conditions for seed in seeds_of(config, name)]
+    trained, runs = (
+        [run_name(name, seed) for name in config.conditions for seed in seeds(config, name)]
+        for seeds in (trained_seeds, captured_seeds)
+    )
     recipes = [RECIPES[condition.recipe] for condition in config.conditions.values()]
     needs = _cache_need(start)
     if all(recipe.train for recipe in recipes):
@@ -163,8 +174,8 @@ def _needs(start: Start, model: torch.nn.Module, captured: Discovery | None, dev
         # the same of the state before.
         state = 2 * (5 if config.train.ema_decay else 4) if any(recipe.whole for recipe in recipes) else 0
         ends = (".safetensors", ".state.safetensors")
-        files = [outputs / "checkpoints" / f"{run}{end}" for run in runs for end in ends]
-        needs["checkpoints"] = ([start.pretrained_path, *files], (1 + len(runs) + state) * _bytes_of(model))
+        files = [outputs / "checkpoints" / f"{run}{end}" for run in trained for end in ends]
+        needs["checkpoints"] = ([start.pretrained_path, *files], (1 + len(trained) + state) * _bytes_of(model))
     if captured is not None:
         tested = config.data.test_scenes if start.listed is None else len(start.listed.split("test"))
         stores = [outputs / "captures" / f"{run}{end}" for run in runs for end in (".zarr", ".ledger")]

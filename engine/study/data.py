@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from engine.progress import say
@@ -25,6 +27,11 @@ class StudyData:
     preprocessing: Preprocessing
     pretrained_digest: str  # hash of the weights that every condition starts from; "" where checkpoints are given
     heads: Mapping[str, HeadClasses] = field(default_factory=dict)  # condition → its head, where checkpoints are given
+    redrawn: Callable[[int], DataSplits] | None = None  # seed → splits with its own training and validation images
+
+    def splits_of(self, seed: int) -> DataSplits:
+        """What a seed's runs are trained and tested on."""
+        return self.splits if self.redrawn is None else self.redrawn(seed)
 
     @property
     def test(self) -> ImageSet:
@@ -41,7 +48,11 @@ class StudyData:
         return self.heads.get(condition) or HeadClasses(len(names), names)
 
     def summary(self) -> dict[str, Any]:
-        """What the report says of the data: counts, splits, and every file that was left out with its reason."""
+        """What the report says of the data: counts, splits, and every file that was left out with its reason.
+
+        `training_split` is "fixed" where all runs are trained on the same images, "drawn by the seed" where each seed
+        has its own, and missing where nothing is trained.
+        """
         manifest = self.splits.manifest
         splits = {"train": self.splits.train, "validation": self.splits.validation, "test": self.splits.test}
         return {
@@ -50,6 +61,7 @@ class StudyData:
             "classes": len(manifest.class_names),
             "splits": {name: len(images) for name, images in splits.items()},
             "split": manifest.rule,
+            **({"training_split": "drawn by the seed" if self.redrawn else "fixed"} if self.pretrained_digest else {}),
             "dropped": [
                 {"id": record.id, "status": record.status} for record in manifest.records if record.status != "ok"
             ],
@@ -62,7 +74,8 @@ def prepare_data(start: Start, *, device: str) -> StudyData:
     """Images in their splits, and the pretrained weights, made or fetched once, unless checkpoints are given."""
     if not given_conditions(start.config):
         splits, pretrained = _digits(start, device) if start.config.data.kind == "digits" else _folder(start)
-        return StudyData(splits, start.preprocessing, pretrained)
+        redrawn = lru_cache(maxsize=8)(partial(_redrawn, start)) if start.config.train.resplit else None
+        return StudyData(splits, start.preprocessing, pretrained, redrawn=redrawn)
     splits = _folder_splits(start)
     heads = start.heads(splits.class_names)
     for name, head in heads.items():
@@ -110,12 +123,39 @@ def _folder(start: Start) -> tuple[DataSplits, str]:
 
 
 def _folder_splits(start: Start) -> DataSplits:
-    """The manifest of the folder, made again when a file was added, removed or touched, and its splits."""
+    """The manifest of the folder, made again when a file was added, removed or touched, and its splits.
+
+    Where each seed draws its own training and validation images, its manifest is left in `splits/`.
+    """
     config, path = start.config, start.manifest_path
     start.journal.stage("data", start.data_inputs, [path], lambda: start.manifest.save(path), workers=start.workers)
     manifest = Manifest.load(path)
+    for seed in config.train.seeds if config.train.resplit else ():
+        _leave_redrawn(start, manifest, seed)
     say(f"{config.model.name} takes {start.preprocessing}")
+    return _pictures(start, manifest)
+
+
+def _manifest_of(start: Start, seed: int) -> Path:
+    return start.outputs / "splits" / f"seed{seed}.json"
+
+
+def _leave_redrawn(start: Start, manifest: Manifest, seed: int) -> None:
+    path, inputs = _manifest_of(start, seed), {"manifest": manifest.sha256, "seed": seed}
+
+    def work() -> None:
+        manifest.redrawn(seed).save(path)
+
+    start.journal.stage(f"data of seed {seed}", inputs, [path], work, workers=start.workers)
+
+
+def _pictures(start: Start, manifest: Manifest) -> DataSplits:
     return prepare_folder(manifest, preprocessing=start.preprocessing, cache=start.cache_folder)
+
+
+def _redrawn(start: Start, seed: int) -> DataSplits:
+    """With the training and validation images that a seed draws."""
+    return _scenes(start, seed) if start.listed is None else _pictures(start, Manifest.load(_manifest_of(start, seed)))
 
 
 def _digits(start: Start, device: str) -> tuple[DataSplits, str]:
@@ -137,11 +177,16 @@ def _digits(start: Start, device: str) -> tuple[DataSplits, str]:
 
     inputs = dataclasses.asdict(config.pretrain) | more
     pretrained = start.journal.stage("pretrain", inputs, [path, sidecar_path(path)], work, workers=start.workers)
-    splits = prepare_digits(
+    return _scenes(start), pretrained
+
+
+def _scenes(start: Start, draw: int | None = None) -> DataSplits:
+    data = start.config.data
+    return prepare_digits(
         preprocessing=start.preprocessing,
-        seed=config.data.seed,
-        train_scenes=config.data.train_scenes,
-        validation_scenes=config.data.validation_scenes,
-        test_scenes=config.data.test_scenes,
+        seed=data.seed,
+        train_scenes=data.train_scenes,
+        validation_scenes=data.validation_scenes,
+        test_scenes=data.test_scenes,
+        draw=draw,
     )
-    return splits, pretrained

@@ -46,10 +46,15 @@ def trained_here(config: StudyConfig, path: Path) -> ModelSource:
     return replace(model_source(config), weights=str(path), adapter="", state="")
 
 
-def seeds_of(config: StudyConfig, condition: str) -> tuple[int, ...]:
-    """Those at which a condition is captured: the first one where a seed changes nothing, or it is not trained here."""
+def captured_seeds(config: StudyConfig, condition: str) -> tuple[int, ...]:
+    """Those at which a condition is captured: the first one where no seed changes attention, or nothing is trained."""
     recipe = RECIPES[config.conditions[condition].recipe]
     return config.train.seeds if recipe.train and not recipe.seed_invariant else config.train.seeds[:1]
+
+
+def trained_seeds(config: StudyConfig, condition: str) -> tuple[int, ...]:
+    """Those at which a condition is trained: each where each has its own images, for a readout is fitted to these."""
+    return config.train.seeds if config.train.resplit else captured_seeds(config, condition)
 
 
 def named_head(config: StudyConfig, outputs: int) -> HeadClasses | None:

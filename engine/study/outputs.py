@@ -28,6 +28,7 @@ _NAMES = (
     "summary.md",
     "report.html",
     "manifest.json",
+    "splits",
     "checkpoints",
     "metrics",
     "visualizations",
@@ -94,7 +95,7 @@ class OutputsFolder(AbstractContextManager["OutputsFolder"]):
     def _refuse_another_study(self) -> None:
         """A study of another model, other data or other recipes would replace hours of work of the one before."""
         path = self._outputs / STUDY
-        if set(self._journal.stage_seconds()) <= {"check", "data"}:
+        if {stage.split()[0] for stage in self._journal.stage_seconds()} <= {"check", "data"}:
             return
         try:
             before = tomllib.loads(path.read_text(encoding="utf-8"))

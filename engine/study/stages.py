@@ -108,7 +108,7 @@ def check(study: Study, stages: Sequence[str], workers: Workers) -> None:
 def train(study: Study, workers: Workers) -> None:
     """Needs: images. Leaves: checkpoints/<condition>_seed<k>.safetensors, metrics/training.json."""
     study.data = prepare_data(study.start, device=study.device)
-    study.runs = train_runs(study.start, study.data, device=study.device)
+    study.trained = train_runs(study.start, study.data, device=study.device)
 
 
 def capture(study: Study, workers: Workers) -> None:

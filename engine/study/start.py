@@ -151,6 +151,11 @@ def _check_conditions(config: StudyConfig) -> None:
     if given:
         image_kind(config)
         _check_use(config)
+        if config.train.resplit:
+            raise InputError(
+                "train.resplit is true, and the conditions are given as checkpoints, which are trained on no images "
+                "here; leave it out"
+            )
         return
     if config.data.prepare_as:
         raise InputError(

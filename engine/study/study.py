@@ -42,7 +42,7 @@ class Study:
         self.journal = Journal(self.outputs / JOURNAL)
         self.start: Start  # known after `check`
         self.data: StudyData  # known after `train`
-        self.runs: list[Run] = []  # known after `train`
+        self.trained: list[Run] = []  # known after `train`
         self.captures: dict[Run, str] = {}  # run -> hash of its capture, known after `capture`
 
     def opened(self) -> AbstractContextManager[OutputsFolder | None]:
@@ -103,6 +103,11 @@ class Study:
         return PrimaryFamily(metrics=tuple(json.loads(content)["metrics"]), before=before, sha256=sha256)
 
     @property
+    def runs(self) -> list[Run]:
+        """Those that are captured: not the later ones of a condition whose attention no seed changes."""
+        return [run for run in self.trained if run.captured]
+
+    @property
     def first_runs(self) -> dict[str, Run]:
         """Each condition's first run, in the order of the configuration."""
         first: dict[str, Run] = {}
@@ -144,17 +149,24 @@ class Study:
         return classifiers
 
     def accuracy(self) -> dict[str, dict[str, Accuracy]]:
-        """condition -> seed -> accuracy, over the images whose class the head has."""
+        """condition -> seed -> accuracy, over the images whose class the head has.
+
+        Of a run that is not captured: as it was found when it was trained.
+        """
         accuracy: dict[str, dict[str, Accuracy]] = {}
-        for run in self.runs:
+        for run in self.trained:
             expected = self.outputs_of_labels(run.condition)
             rows = np.flatnonzero(expected >= 0)
             if not len(rows):
                 continue
-            predicted = self.logits(run).argmax(axis=1)
+            test = run.test_accuracy
+            if run.captured:
+                predicted = self.logits(run).argmax(axis=1)
+                test = float((predicted[rows] == expected[rows]).mean())
+            assert test is not None, "given checkpoints are captured"
             accuracy.setdefault(run.condition, {})[str(run.seed)] = Accuracy(
                 validation=run.validation_accuracy,
-                test=float((predicted[rows] == expected[rows]).mean()),
+                test=test,
                 chance=1.0 / self.data.head(run.condition).outputs,
                 images=len(rows),
             )

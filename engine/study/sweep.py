@@ -18,13 +18,13 @@ from engine.config import JOURNAL, ConditionConfig, StudyConfig, study_toml
 from engine.progress import PROGRAM, say
 from engine.report import curves_png, evaluation_csv, history_html
 from engine.study.check import check_sweep, one_torch_thread
-from engine.study.data import StudyData, prepare_data
+from engine.study.data import prepare_data
 from engine.study.journal import Journal
 from engine.study.model import model_source, named_head, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.start import Start, image_kind
 from train.choices import SWEEP_INITS
-from train.data import folder_classes
+from train.data import DataSplits, folder_classes
 from train.errors import InputError
 from train.models import classifier_name, head_size
 from train.processes import several_processes
@@ -66,11 +66,12 @@ def run_sweep(config: StudyConfig) -> Path:
             check_sweep(start, model, targets)
         place.begin()
         data = prepare_data(start, device=device)
-        plan = _plan(start, data, targets, folder, device)
+        splits = data.splits_of(config.train.seeds[0])
+        plan = _plan(start, splits, targets, folder, device)
         results = []
         for base in sweep.bases:
             for rank in sweep.ranks:
-                result = sweep_rank(plan, base, rank, data.splits)
+                result = sweep_rank(plan, base, rank, splits)
                 results.append(result)
                 name = f"quant={base}_r={rank}"
                 title = f"{config.model.name}, {base}, {sweep.recipe} rank {rank}, {sweep.init}"
@@ -100,15 +101,15 @@ def _head_is_of(class_names: tuple[str, ...], config: StudyConfig) -> bool:
     return head.names == class_names
 
 
-def _plan(start: Start, data: StudyData, targets: str, folder: Path, device: str) -> SweepPlan:
+def _plan(start: Start, splits: DataSplits, targets: str, folder: Path, device: str) -> SweepPlan:
     """What all trials share: the pretrained weights, whose head they begin with, and where adapters go."""
     config, sweep = start.config, start.config.sweep
     model = trained_here(config, start.pretrained_path)
     probe: Path | None = None
-    if not _head_is_of(data.splits.class_names, config):
+    if not _head_is_of(splits.class_names, config):
         probe = start.sweep_probe_path
         run = TrainingRun(condition=ConditionConfig(recipe=HEAD_RECIPE), shared=config.train)
-        train_condition(run, model=model, data=data.splits, checkpoint=probe, device=device)
+        train_condition(run, model=model, data=splits, checkpoint=probe, device=device)
     init, seed = SWEEP_INITS[sweep.init], config.train.seeds[0]
     condition = ConditionConfig(recipe=sweep.recipe, epochs=sweep.epochs, targets=targets, init=init)
     return SweepPlan(

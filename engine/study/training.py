@@ -11,7 +11,7 @@ from engine.config import TRAINING, run_name
 from engine.progress import say
 from engine.study.data import StudyData
 from engine.study.journal import digest, digest_path
-from engine.study.model import checkpoint_of, seeds_of, trained_here
+from engine.study.model import captured_seeds, checkpoint_of, trained_here, trained_seeds
 from engine.study.start import Start
 from train.checkpoint import history_path, read_metadata, sidecar_path, tensorboard_writer
 from train.model_source import ModelSource
@@ -24,8 +24,8 @@ from train.training import train_condition
 class Run:
     """One trained model: a condition at a seed.
 
-    A checkpoint that somebody trained has the first of `train.seeds`, and no `validation_accuracy`. A run that is
-    `seed_invariant`, whose attention no seed can change, is captured once.
+    A checkpoint that somebody trained has the first of `train.seeds`, and no accuracies. Of runs that are
+    `seed_invariant`, whose attention no seed can change, the first one is `captured`.
     """
 
     condition: str
@@ -33,7 +33,9 @@ class Run:
     recipe: str
     model: ModelSource  # its weights are the checkpoint
     seed_invariant: bool = False
+    captured: bool = True
     validation_accuracy: float | None = None
+    test_accuracy: float | None = None
 
     @property
     def name(self) -> str:
@@ -66,21 +68,22 @@ def train_runs(start: Start, data: StudyData, *, device: str) -> list[Run]:
         ]
     runs: list[Run] = []
     results: dict[str, dict[str, Any]] = {}
-    probe: Path | None = None
+    probes: dict[int, Path] = {}  # seed → a finished probe of its images
     for name in sorted(recipes, key=lambda name: not recipes[name].seed_invariant):
         condition, invariant = config.conditions[name], recipes[name].seed_invariant
-        for seed in seeds_of(config, name):
+        captured = captured_seeds(config, name)
+        for seed in trained_seeds(config, name):
             training = TrainingRun(condition=condition, shared=config.train, seed=seed)
             path = start.outputs / "checkpoints" / f"{run_name(name, seed)}.safetensors"
-            seconds = _train_run(start, data, name, training, path, probe, device)
+            seconds = _train_run(start, data, name, training, path, probes.get(seed), device)
             sidecar = read_metadata(path)
-            model, accuracy = trained_here(config, path), sidecar["validation_accuracy"]
-            runs.append(Run(name, seed, condition.recipe, model, invariant, accuracy))
+            model, accuracies = trained_here(config, path), (sidecar["validation_accuracy"], sidecar["test_accuracy"])
+            runs.append(Run(name, seed, condition.recipe, model, invariant, seed in captured, *accuracies))
             kept = ("history", "validation_accuracy", "test_accuracy", "trainable_parameters", "merge_difference")
             entry = results.setdefault(name, {"recipe": condition.recipe, "seed_invariant": invariant, "seeds": {}})
             entry["seeds"][str(seed)] = {key: sidecar[key] for key in kept} | {"seconds": seconds}
-            if invariant and probe is None:
-                probe = path
+            for other in ([seed] if config.train.resplit else config.train.seeds) if invariant else ():
+                probes.setdefault(other, path)
     order = list(config.conditions)
     if start.workers.first:
         document = {name: results[name] for name in order}
@@ -105,13 +108,15 @@ def _train_run(
         "deterministic": config.train.deterministic,
         "device": device,
     }
+    if config.train.resplit:
+        inputs["resplit"] = True
     curves = config.train.tensorboard and workers.first
 
     def work() -> dict[str, Any]:
         result = train_condition(
             run,
             model=trained_here(config, start.pretrained_path),
-            data=data.splits,
+            data=data.splits_of(run.seed),
             checkpoint=path,
             probe_checkpoint=probe,
             device=device,

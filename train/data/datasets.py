@@ -26,7 +26,7 @@ from train.data.listing import (
     list_lines,
     split_folders,
 )
-from train.data.manifest import SPLIT_FOLDERS, SPLITS, Manifest, Record, stratified_split
+from train.data.manifest import SPLIT_FOLDERS, SPLITS, Manifest, Record, copies_together, stratified_split
 from train.errors import InputError, require_known
 from train.files import id_of, require_file, what_lies_at
 
@@ -177,8 +177,7 @@ def _draw(entries: Sequence[Entry], hashes: Mapping[str, str], *, seed: int, tes
     for entry in entries:
         classes[entry.class_name].append(entry.id)
     drawn = stratified_split(classes, seed=seed, validation=OFFICIAL_VALIDATION, test=test)
-    first: dict[str, str] = {}
-    return {identity: first.setdefault(hashes[identity], drawn[identity]) for identity in sorted(drawn)}
+    return copies_together(drawn, hashes)
 
 
 def _read_folder(root: Path, rule: str, follow_links: bool) -> _Source:

@@ -19,7 +19,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from train.data.images import DataSplits, ImageSet, Preprocessing
-from train.data.manifest import SPLITS, Manifest, Record
+from train.data.manifest import SPLITS, Manifest, Record, redrawn_rule
 from train.errors import InputError, require_known
 
 SCENE_SIZE = 48  # px, square
@@ -42,13 +42,18 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=8)
-def split_digits(seed: int) -> dict[str, tuple[np.ndarray, ...]]:
-    """Which source digits each split may be composed of: split → indices into `load_digits()` for each class."""
+def split_digits(seed: int, draw: int | None = None) -> dict[str, tuple[np.ndarray, ...]]:
+    """Which source digits each split may be composed of: split → indices into `load_digits()` for each class.
+
+    `draw`, where it is given, draws those of train and validation anew; those of test stay.
+    """
     _, classes = _digits()
     parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for label in range(len(CLASS_NAMES)):
         members = np.random.default_rng([seed, label]).permutation(np.flatnonzero(classes == label))
         ends = np.cumsum([round(share * len(members)) for share in _SHARES])
+        if draw is not None:
+            members[: ends[-1]] = np.random.default_rng([draw, label, 1]).permutation(members[: ends[-1]])
         for split, part in zip(SPLITS, np.split(members, ends), strict=True):
             parts[split].append(part)
     return {split: tuple(part) for split, part in parts.items()}
@@ -61,10 +66,11 @@ class _Scene:
     boxes: np.ndarray  # int32 [region, (row0, col0, row1, col1)], half-open
 
 
-def compose_scene(seed: int, task: str, split: str, index: int) -> _Scene:
-    """One scene, a function of its four arguments alone."""
-    rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split), index])
-    members = split_digits(seed)[split]
+def compose_scene(seed: int, task: str, split: str, index: int, draw: int | None = None) -> _Scene:
+    """One scene, a function of its arguments alone; `draw` is of `split_digits`."""
+    own = () if draw is None else (draw,)
+    rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split), index, *own])
+    members = split_digits(seed, draw)[split]
     ink, _ = _digits()
     classes = rng.integers(len(CLASS_NAMES), size=3).tolist()
     large, small, other = (ink[members[label][rng.integers(len(members[label]))]] for label in classes)
@@ -128,8 +134,10 @@ class DigitScenes(ImageSet):
     region_names = REGION_NAMES
     boxes: np.ndarray
 
-    def __init__(self, *, task: str, split: str, count: int, seed: int, preprocessing: Preprocessing) -> None:
-        """Compose `count` scenes; the first of a longer set are those of a shorter one."""
+    def __init__(
+        self, *, task: str, split: str, count: int, seed: int, preprocessing: Preprocessing, draw: int | None = None
+    ) -> None:
+        """Compose `count` scenes; the first of a longer set are those of a shorter one; `draw` is of `split_digits`."""
         if count < 1:
             raise InputError(f"{count} {split} scenes were asked for, expected at least 1")
         takes = (preprocessing.channels, preprocessing.height_px, preprocessing.width_px)
@@ -138,9 +146,9 @@ class DigitScenes(ImageSet):
                 f"data.kind digits makes {SCENE_SIZE}×{SCENE_SIZE} grey scenes, but the model takes "
                 f"{takes[1]}×{takes[2]} with {takes[0]} channel(s); use --model.name digits_vit, or --data.kind folder"
             )
-        name = f"{task}/{split}"
+        name = f"{task}/{split}" if draw is None else f"{task}/{split}/seed{draw}"
         indices = tqdm(range(count), desc=f"composing {name}", unit=" scenes", disable=None, delay=1)
-        composed = [compose_scene(seed, task, split, index) for index in indices]
+        composed = [compose_scene(seed, task, split, index, draw) for index in indices]
         self.task, self.split = task, split
         self.scenes = np.stack([scene.pixels for scene in composed])  # uint8 [scene, row, col]
         self.boxes = np.stack([scene.boxes for scene in composed])
@@ -172,14 +180,28 @@ def prepare_digits(
     train_scenes: int = 8000,
     validation_scenes: int = 1024,
     test_scenes: int = 1024,
+    draw: int | None = None,
 ) -> DataSplits:
-    """The scenes of one task in three splits that share no source digit; for a model that takes 48×48 grey alone."""
+    """The scenes of one task in three splits that share no source digit; for a model that takes 48×48 grey alone.
+
+    `draw`, where it is given, draws training and validation scenes anew, and the digits that they are composed of; test
+    scenes stay.
+    """
     require_known("task", task, TASKS)
     counts = (train_scenes, validation_scenes, test_scenes)
     train, validation, test = sets = [
-        DigitScenes(task=task, split=split, count=count, seed=seed, preprocessing=preprocessing)
+        DigitScenes(
+            task=task,
+            split=split,
+            count=count,
+            seed=seed,
+            preprocessing=preprocessing,
+            draw=None if split == "test" else draw,
+        )
         for split, count in zip(SPLITS, counts, strict=True)
     ]
     records = sorted((record for scenes in sets for record in scenes.records()), key=lambda record: record.id)
-    manifest = Manifest("digits", "", CLASS_NAMES, tuple(records), "source digits 66/17/17")
+    rule = "source digits 66/17/17"
+    rule = rule if draw is None else redrawn_rule(rule, draw)
+    manifest = Manifest("digits", "", CLASS_NAMES, tuple(records), rule)
     return DataSplits(train, validation, test, manifest)

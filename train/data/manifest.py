@@ -7,7 +7,7 @@ import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +59,17 @@ def stratified_split(
     return result
 
 
+def copies_together(drawn: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+    """id → split, where files with the same bytes all go where the first of them goes; `hashes`: id → sha256."""
+    first: dict[str, str] = {}
+    return {identity: first.setdefault(hashes[identity], drawn[identity]) for identity in sorted(drawn)}
+
+
+def redrawn_rule(rule: str, seed: int) -> str:
+    """What decided the splits where a seed drew training and validation images anew; `rule` decided the test images."""
+    return f"{rule}, train and validation by seed {seed}"
+
+
 SCHEMA = "vit-manifest/2"
 
 
@@ -66,7 +77,7 @@ SCHEMA = "vit-manifest/2"
 class Record:
     """One file."""
 
-    id: str  # path relative to the root, as `train.files.id_of` writes it down (digits: task/split/index)
+    id: str  # path relative to the root, as `train.files.id_of` writes it down (digits: task/split[/seed]/index)
     label: int  # index into the manifest's class names
     class_name: str
     split: str  # "train", "validation" or "test"; "" for a dropped file of a split that is drawn
@@ -82,7 +93,9 @@ class Manifest:
     root: str  # the folder that ids are relative to; "" for composed scenes
     class_names: tuple[str, ...]  # in label order
     records: tuple[Record, ...]
-    rule: str  # what decided the splits: "stratified", "official", "folders", "all"; or "source digits 66/17/17"
+    # What decided the splits: "stratified", "official", "folders", "all"; or "source digits 66/17/17". And a seed where
+    # one drew training and validation images.
+    rule: str
     lists: Mapping[str, str] = field(default_factory=dict)  # name of each split list that was read → its sha256
 
     @cached_property
@@ -114,6 +127,26 @@ class Manifest:
             if record.status == "ok":
                 same[record.sha256].append(record)
         return [tuple(r.id for r in records) for records in same.values() if len({r.split for r in records}) > 1]
+
+    def redrawn(self, seed: int) -> Manifest:
+        """With the same test images, and the others drawn into train and validation by a seed.
+
+        Of each class as many go to each as here, but for copies of a file, which stay together. Which ones depends on
+        the class's name, its members and the seed, not on how they were split before.
+        """
+        pool: dict[str, list[Record]] = defaultdict(list)
+        for record in sorted(self.split("train") + self.split("validation"), key=lambda record: record.id):
+            pool[record.class_name].append(record)
+        drawn: dict[str, str] = {}
+        for name, members in pool.items():
+            held_out = sum(record.split == "validation" for record in members)
+            # The last number sets the stream apart from that of `stratified_split`.
+            order = np.random.default_rng([seed, zlib.crc32(name.encode()), 1]).permutation(len(members))
+            for position, index in enumerate(order):
+                drawn[members[index].id] = "validation" if position < held_out else "train"
+        drawn = copies_together(drawn, {record.id: record.sha256 for record in self.records})
+        records = tuple(replace(record, split=drawn.get(record.id, record.split)) for record in self.records)
+        return replace(self, records=records, rule=redrawn_rule(self.rule, seed))
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
