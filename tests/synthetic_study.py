@@ -240,6 +240,7 @@ def _table(
     }
     if "region_mass" in metrics:
         coords["region"] = list(regions)
+        coords["region_area"] = (("image", "region"), np.tile(np.linspace(0.3, 0.1, len(regions)), (len(ids), 1)))
     attrs = {
         "model": json.dumps({"name": "digits_vit", "weights_sha256": "cd" * 32, "timm": "1.0.31", "torch": "2.15.0"}),
         "dataset": json.dumps({"id": "digits", "split": "test", "sha256": "ab" * 32}),

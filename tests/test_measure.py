@@ -389,6 +389,9 @@ def test_a_table_counts_each_capture_once_and_lacks_none(tmp_path: Path, monkeyp
     assert json.loads(table.attrs["metrics"]) == ["distance", "gini"]
     assert table.attrs["precision"] == "bfloat16"
     assert set(table.coords) <= TABLE_COORDINATES, "no metric may have one of their names"
+    covered = AttentionStore.open(tmp_path / "probe_1.zarr").regions
+    np.testing.assert_allclose(table["region_area"], covered.mean(axis=2), rtol=1e-6)
+    assert table["region_area"].dims == ("image", "region")
     for seed in (1, 2, 3):
         for condition, of in (("probe", ("probe", 1)), ("full", ("full", seed))):
             values = table["distance"].sel(condition=condition, seed=seed).values

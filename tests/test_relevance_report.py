@@ -346,7 +346,8 @@ def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:
     coords = {"condition": ["baseline", "finetuned"], "seed": [0], "layer": [0, 1, 2], "head": [0, 1]}
     shares = rng.random((*values.shape, 2))
     table = xr.Dataset(
-        {"entropy": (dims, values), "region_mass": ((*dims, "region"), shares)}, coords | {"region": ["a", "b"]}
+        {"entropy": (dims, values), "region_mass": ((*dims, "region"), shares)},
+        coords | {"region": ["a", "b"], "region_area": (("image", "region"), shares[0, 0, :, 0, 0])},
     )
     places = dict.fromkeys(logits, labels)
     entries = prediction_link(table, logits, places, against="baseline", permutations=199, seed=0)

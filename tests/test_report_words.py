@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xarray as xr
 from synthetic_study import build_study, payload, results_of, small, texts
 
 from engine.report import text
@@ -370,3 +373,25 @@ def test_settings_are_those_of_the_results(tmp_path: Path) -> None:
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(InputError, match=r"does not say with which settings \(alpha, power\)"):
         results_of(outputs)
+
+
+def test_what_lies_on_a_region_is_said_beside_its_area(tmp_path: Path) -> None:
+    outputs = small(tmp_path, metrics=("region_mass",), conditions=("baseline", "finetuned"), samples=False)
+    summary, page = texts(outputs)
+    means = results_of(outputs).document.conditions["baseline"]["region_mass[small digit]"]
+    layer = int(re.search(r"differs most in layer (\d)", summary)[1])
+    lift = f"({text.number(means[layer] / 0.1, 2)} times that)"
+    region = r"on small digit \(0\.100 of the area\)"
+    said = rf"{region}, \S+ in baseline {re.escape(lift)} and \S+ in finetuned \(\S+ times that\)"
+    assert re.search(said, summary)
+    assert re.search(rf"- region_mass {region}: largest .* and \S+ times that\) in layer", summary)
+    assert "share of the area: 0.300 on big digit and 0.100 on small digit." in page
+
+    path = outputs / "metrics/attention_metrics.zarr"  # as of a version that did not keep the area
+    table = xr.load_dataset(path, engine="zarr", consolidated=False).drop_vars("region_area")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's remark that string arrays have no specification yet
+        table.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+    for without in texts(outputs):
+        assert "of the area" not in without
+        assert "times that" not in without

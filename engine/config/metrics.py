@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TABLE_AXES = ("condition", "seed", "image", "layer", "head")  # of every metric in a table; `region` comes after them
 # What a table has besides metrics.
-TABLE_COORDINATES = {*TABLE_AXES, "region", "site", "label", "class_name", "seed_invariant"}
+TABLE_COORDINATES = {*TABLE_AXES, "region", "region_area", "site", "label", "class_name", "seed_invariant"}
 
 
 def load_metrics(metrics: Sequence[str | MetricSpec]) -> list[MetricSpec]:

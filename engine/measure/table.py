@@ -33,6 +33,9 @@ def build_table(
 ) -> xarray.Dataset:
     """One variable per metric over (condition, seed, image, layer, head[, region]).
 
+    The coordinate `region_area` [image, region] is each region's share of the patches' area: what an even spread of
+    attention would put on it.
+
     Args:
         stores: (condition, seed) -> its capture, all over the same images.
         metrics: names or `module:name`; each must be in every store.
@@ -71,8 +74,9 @@ def build_table(
         "class_name": ("image", _names(first.class_names[label] for label in first.labels)),
         "seed_invariant": ("condition", [condition in seed_invariant for condition in conditions]),
     }
-    if schema.regions:
+    if (coverage := first.regions) is not None:
         coords["region"] = _names(schema.regions)
+        coords["region_area"] = (("image", "region"), coverage.mean(axis=2, dtype=np.float64))
     variables: dict[str, Any] = {}
     undefined: dict[str, dict[str, int]] = {}
     for spec in load_metrics((*metrics, *(conventions or ()))):

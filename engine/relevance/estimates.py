@@ -30,9 +30,12 @@ def estimates(values: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def compared(measure: str) -> bool:
-    """Whether a measure can be compared between models: a probability, or an area of it, is as large as one is sure."""
-    of_one_model = ("p_", "deletion_auc", "insertion_auc", "faithfulness")
-    return measure.endswith("_normalised") or not measure.startswith(of_one_model)
+    """Whether a measure can be compared between models.
+
+    A probability, or an area of it, is as large as a model is confident; the area of a region is the image's.
+    """
+    other = ("p_", "deletion_auc", "insertion_auc", "faithfulness", "region_area")
+    return measure.endswith("_normalised") or not measure.startswith(other)
 
 
 def ratio_of_means(parts: Floats, wholes: Floats) -> Floats:

@@ -22,7 +22,8 @@ def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
     Zhang et al., doi:10.1007/s11263-017-1059-x; a peak that several patches share counts by its share);
     `region_share`: the region's share of the map's mass, patches weighted by coverage;
     `region_overlap`: intersection over union of those patches and as many of the map's greatest ones, among which
-    patches of equal value share the places that are left for them.
+    patches of equal value share the places that are left for them;
+    `region_area`: the region's share of the area, which is its share of an even map.
     Maps are [image, row, col], and what is negative counts as 0; coverage is [image, region, patch].
     """
     flat = np.maximum(maps.reshape(len(maps), 1, -1), 0.0)
@@ -36,7 +37,8 @@ def localization(maps: Floats, coverage: Floats) -> dict[str, Floats]:
     common = (_greatest(flat, size) * inside).sum(axis=2)
     overlap = common / np.where(size > 0, 2 * size - common, np.nan)
     found = {"region_hit": hit, "region_share": share, "region_overlap": overlap}
-    return {name: np.where(defined, value, np.nan) for name, value in found.items()}
+    measures = {name: np.where(defined, value, np.nan) for name, value in found.items()}
+    return measures | {"region_area": coverage.mean(axis=2)}
 
 
 def _greatest(flat: Floats, size: NDArray[np.int64]) -> Floats:

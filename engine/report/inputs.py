@@ -117,6 +117,12 @@ class Results:
         unit = str(self.table[metric].attrs.get("units", ""))
         return "" if unit == "1" else unit
 
+    def region_area(self, region: str) -> float | None:
+        """A region's share of the area, mean over images; None in a table that does not say."""
+        if "region_area" not in self.table.coords:
+            return None
+        return float(self.table["region_area"].sel(region=region).mean())
+
     def comparisons(self) -> tuple[tuple[str, str], ...]:
         """(condition, against) pairs that were tested, in the table's order of conditions."""
         pairs = {(test.condition, test.against) for test in self.document.tests}

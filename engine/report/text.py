@@ -100,6 +100,17 @@ def what(metric: str, region: str | None) -> str:
     return metric if region is None else f"{metric} on {region}"
 
 
+def of_area(area: float | None) -> str:
+    """ " (0.118 of the area)", of a region, or "" where that is not known."""
+    return "" if area is None else f" ({number(area)} of the area)"
+
+
+def times_area(area: float | None, *values: float | None) -> str:
+    """Shares of something that lie on a region, in shares of the area: "0.67 and 2.6 times that", or ""."""
+    known = [number(value / area, 2) for value in values if value is not None] if area else []
+    return f"{listing(known)} times that" if len(known) == len(values) else ""
+
+
 def count(n: int, noun: str) -> str:
     """ "1 image", "1,024 images"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -72,9 +72,12 @@ def _region_headline(results: Results, comparisons: Sequence[PairFindings]) -> s
     row, shown, title = results.layers.index(best.layer), text.decimals(best.difference), results.title(best.metric)
     parts = []
     for region in results.regions:
-        means = [(layer_curve(results, best.metric, name, region).mean[row], name) for name in results.conditions]
-        each = text.listing([f"{text.number(float(mean), 2, shown)} in {name}" for mean, name in means])
-        parts.append(f"on {region}, {each}")
+        area, each = results.region_area(region), []
+        for name in results.conditions:
+            mean = float(layer_curve(results, best.metric, name, region).mean[row])
+            lift = text.times_area(area, mean)
+            each.append(f"{text.number(mean, 2, shown)} in {name}" + (f" ({lift})" if lift else ""))
+        parts.append(f"on {region}{text.of_area(area)}, {text.listing(each)}")
     return (
         f"Attention on the annotated regions differs most in {text.where(best)}. {title[:1].upper()}{title[1:]}: "
         f"{'; '.join(parts)} (on {best.region}, {best.condition} against {best.against}: "
@@ -176,10 +179,12 @@ def change_sentence(results: Results, comparison: PairFindings, change: Change) 
         return f"{name}: undefined in both conditions or in too few images to compare."
     test = change.shown
     values = ""
+    area = None if change.region is None else results.region_area(change.region)
     if test.mean_against is not None and test.mean_condition is not None:
-        values = f"from {' to '.join(_means(test, change.unit))} in "
+        lift = text.times_area(area, test.mean_against, test.mean_condition)
+        values = f"from {' to '.join(_means(test, change.unit))}{f' ({lift})' if lift else ''} in "
     which = "largest difference that survives" if test.survives(results.alpha) else "largest difference"
-    size = f"{name}: {which} {values}{text.where(test)}; {_effect(results, test, change.unit)}"
+    size = f"{name}{text.of_area(area)}: {which} {values}{text.where(test)}; {_effect(results, test, change.unit)}"
     tail = _equivalence(change)
     if within := _negligible(change):
         tail = f" Real but negligible: {within}.{tail}"

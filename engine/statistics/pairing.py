@@ -137,8 +137,9 @@ def metric_series(table: xr.Dataset) -> Iterator[tuple[str, str | None, xr.DataA
     """(metric, region, values) of each metric, one per region where it has regions; region None where it has none."""
     for name, variable in table.data_vars.items():
         regions = variable["region"].values if "region" in variable.dims else ()
+        of_all = variable.drop_vars([key for key, labels in variable.coords.items() if "region" in labels.dims])
         for i, region in enumerate(regions):
-            yield str(name), str(region), variable.isel(region=i, drop=True)
+            yield str(name), str(region), of_all.isel(region=i)
         if "region" not in variable.dims:
             yield str(name), None, variable
 

@@ -70,6 +70,9 @@ def overview(study: ReportedStudy) -> Iterator[Block]:
     for metric in results.metrics:
         if results.has_regions(metric):
             yield Heading(results.title(metric))
+            areas = [f"{text.number(a)} on {r}" for r in results.regions if (a := results.region_area(r)) is not None]
+            if areas:
+                yield Text(f"Attention that is spread evenly has a region's share of the area: {text.listing(areas)}.")
             yield study.legend()
             yield Group("charts", [curve(study, metric, region) for region in results.regions])
 

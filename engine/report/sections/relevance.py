@@ -305,16 +305,19 @@ def _verdict(test: MapTest, sign: int, alpha: float) -> str:
 
 def _places(results: Results, measured: Relevance) -> Iterator[str]:
     for region in results.regions:
-        for method in measured.methods():
-            parts = [
-                f"{condition} {estimate(share)}, peak on it in {text.number(100 * hit.mean, 2)} %"
-                for condition in measured.conditions
-                if (share := measured.mean(condition, method, f"region_share[{region}]")) is not None
-                and (hit := measured.mean(condition, method, f"region_hit[{region}]")) is not None
-                and hit.mean is not None
-            ]
+        for method in (name for name in measured.methods() if name != CONTROL):  # a random map's share is the area
+            area: float | None = None
+            parts = []
+            for condition in measured.conditions:
+                names = (f"region_{what}[{region}]" for what in ("share", "hit", "area"))
+                share, hit, covered = (measured.mean(condition, method, name) for name in names)
+                if share is not None and hit is not None and hit.mean is not None:
+                    area = None if covered is None else covered.mean
+                    lift = text.times_area(area, share.mean)
+                    peak = f"peak on it in {text.number(100 * hit.mean, 2)} %"
+                    parts.append(", ".join(filter(None, (f"{condition} {estimate(share)}", lift, peak))))
             if parts:
-                yield f"{method}, share of the map on {region}: {'; '.join(parts)}."
+                yield f"{method}, share of the map on {region}{text.of_area(area)}: {'; '.join(parts)}."
 
 
 def rollout_cautions(measured: Relevance) -> Iterator[str]:
