@@ -21,7 +21,7 @@ from scipy import stats
 
 from engine.statistics import compare_paired
 from engine.statistics.bootstrap import bootstrap_interval
-from engine.statistics.clusters import cluster_sign_flip
+from engine.statistics.clusters import cluster_test
 from engine.statistics.permutation import sign_flip
 
 Floats = NDArray[np.float64]
@@ -73,7 +73,7 @@ def image_level(studies: int, seed: int, skewed: bool = False, flips: int = FLIP
     for study in range(studies):
         d = null_differences(np.random.default_rng([seed, study]), skewed=skewed)
         result = compare_paired(np.zeros_like(d), d, permutations=flips, seed=study)
-        clusters = cluster_sign_flip(np.moveaxis(d.mean(axis=2), 1, 2), permutations=flips, seed=study)
+        clusters = cluster_test(np.moveaxis(d.mean(axis=2), 1, 2), permutations=flips, seed=study)
         low, high = bootstrap_interval(d[:, 0, 0, :1], resamples=RESAMPLES, confidence=1 - ALPHA, seed=study)
         found["one t-test"] += float(result.p_t[0, 0, 0]) <= ALPHA
         found["uncorrected"] += bool((result.p_t <= ALPHA).any())

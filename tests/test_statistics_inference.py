@@ -22,7 +22,8 @@ from engine.statistics import (
     minimum_detectable_effect,
     morans_inference,
 )
-from engine.statistics.clusters import cluster_sign_flip
+from engine.statistics.bootstrap import _unit_weights
+from engine.statistics.clusters import cluster_test
 from engine.statistics.conditions import check_bounds
 from engine.statistics.permutation import sign_flip
 from train.errors import InputError
@@ -139,7 +140,7 @@ class TestClusters:
         t, masks, p, _ = mne.stats.permutation_cluster_1samp_test(
             d, threshold=threshold, n_permutations="all", tail=0, out_type="mask", seed=0
         )
-        found = cluster_sign_flip(d[:, None], cluster_alpha=0.10, permutations=2**9)
+        found = cluster_test(d[:, None], cluster_alpha=0.10, permutations=2**9)
         assert len(found) == len(masks) > 0
         expected = {
             mask[0].start: (mask[0].stop - 1, t[mask].sum(), value) for mask, value in zip(masks, p, strict=True)
@@ -153,11 +154,11 @@ class TestClusters:
             assert cluster.floor == 2 / 2**9
 
     def test_agrees_with_mne_on_random_patterns(self, mne: Any) -> None:
-        d = autocorrelated(60, 20, 7)[:, 0] + 0.16 * (np.arange(20) > 9)
+        d = autocorrelated(19, 20, 7)[:, 0] + 0.3 * (np.arange(20) > 9)
         _, masks, p, _ = mne.stats.permutation_cluster_1samp_test(
-            d, threshold=scipy.stats.t.isf(0.025, 59), n_permutations=5000, tail=0, out_type="mask", seed=0
+            d, threshold=scipy.stats.t.isf(0.025, 18), n_permutations=5000, tail=0, out_type="mask", seed=0
         )
-        found = cluster_sign_flip(d[:, None], permutations=5000)
+        found = cluster_test(d[:, None], permutations=5000)
         assert [cluster.first for cluster in found] == [mask[0].start for mask in masks]
         # Two draws of 5,000: standard error of a difference of p near .5 is .01.
         np.testing.assert_allclose([cluster.p for cluster in found], p, atol=0.04)
@@ -185,7 +186,7 @@ class TestClusters:
             max(map(abs, masses(d * np.array(signs)[:, None, None]).values()), default=0.0)
             for signs in itertools.product([1, -1], repeat=8)
         ]
-        found = cluster_sign_flip(d, permutations=256)
+        found = cluster_test(d, permutations=256)
         assert {(c.line, c.first): pytest.approx(c.mass) for c in found} == observed
         for cluster in found:
             reached = np.mean([greatest >= abs(cluster.mass) * (1 - 1e-9) for greatest in null])
@@ -194,17 +195,48 @@ class TestClusters:
 
     def test_blocks_do_not_change_the_result(self) -> None:
         d = autocorrelated(30, 12, 3, lines=4) + 0.4
-        assert cluster_sign_flip(d, permutations=499, block_bytes=1) == cluster_sign_flip(d, permutations=499)
+        assert cluster_test(d, permutations=499, block_bytes=1) == cluster_test(d, permutations=499)
 
     def test_opposite_signs_are_two_clusters(self) -> None:
         d = 0.1 * np.random.default_rng(0).normal(size=(20, 1, 6)) + np.array([1, 1, 1, -1, -1, -1.0])
-        found = cluster_sign_flip(d, permutations=499)
+        found = cluster_test(d, permutations=499)
         assert [(c.first, c.last, np.sign(c.mass)) for c in found] == [(0, 2, 1), (3, 5, -1)]
-        assert {c.p for c in found} == {1 / 500}
+        assert {c.p for c in found} == {2 / 500}
+
+    def test_resampled_masses_equal_a_plain_loop_over_the_same_resamples(self) -> None:
+        """Of 20 units on: each direction against the greatest mass of its own in resamples of centred differences."""
+        d = np.exp(autocorrelated(30, 6, 11, lines=2)) - 1.3
+        d[:3, 0, 2] = np.nan
+        found = cluster_test(d, permutations=60, seed=4)
+        centred = d - np.nanmean(d, axis=0)
+        greatest = np.zeros((2, 60))
+        for row, weights in enumerate(np.concatenate(list(_unit_weights(30, 60, 60, 4)))):
+            drawn = np.repeat(centred, weights.astype(int), axis=0)
+            n = np.isfinite(drawn).sum(axis=0)
+            t = np.sqrt(n - 1) * np.nanmean(drawn, axis=0) / np.nanstd(drawn, axis=0)
+            t[np.abs(t) <= scipy.stats.t.isf(0.025, np.isfinite(d).sum(axis=0) - 1)] = 0
+            for line in range(2):
+                for _, run in itertools.groupby(t[line], key=np.sign):
+                    mass = sum(run)
+                    greatest[int(mass < 0), row] = max(greatest[int(mass < 0), row], abs(mass))
+        assert found
+        for cluster in found:
+            reached = (greatest[int(cluster.mass < 0)] >= abs(cluster.mass) * (1 - 1e-9)).sum()
+            assert cluster.p == pytest.approx(min(1, 2 * (reached + 1) / 61))
+            assert cluster.floor == 2 / 61
+
+    def test_skewed_differences_do_not_make_clusters(self) -> None:
+        """Sign flips find one in a sixth of such studies."""
+        rng, studies = np.random.default_rng(8), 150
+        rejected = 0
+        for study in range(studies):
+            d = np.exp(rng.normal(size=(20, 1, 1)) * 0.9 + 0.4 * rng.normal(size=(20, 2, 6))) - np.exp(0.485)
+            rejected += any(cluster.p <= 0.05 for cluster in cluster_test(d, permutations=99, seed=study))
+        assert rejected <= scipy.stats.binom.isf(0.005, studies, 0.05)
 
     def test_nothing_to_cluster(self) -> None:
-        assert cluster_sign_flip(np.zeros((10, 2, 4))) == []
-        assert cluster_sign_flip(np.full((10, 2, 4), np.nan)) == []
+        assert cluster_test(np.zeros((10, 2, 4))) == []
+        assert cluster_test(np.full((10, 2, 4), np.nan)) == []
 
     def test_differences_without_spread_are_null_in_json_with_their_reason(self) -> None:
         table = small_table()
@@ -226,7 +258,7 @@ class TestClusters:
         studies = 400
         rejected = 0
         for study in range(studies):
-            found = cluster_sign_flip(autocorrelated(25, 12, 1000 + study, lines=2), permutations=199, seed=study)
+            found = cluster_test(autocorrelated(25, 12, 1000 + study, lines=2), permutations=199, seed=study)
             rejected += any(cluster.p <= 0.05 for cluster in found)
         least, greatest = scipy.stats.binom.interval(0.99, studies, 0.05)
         assert least <= rejected <= greatest, f"{rejected} of {studies}"

@@ -164,6 +164,17 @@ def bootstrap_max_t(
     return Bootstrap(p, p_max_t, interval, simultaneous, 2 / (resamples + 1))
 
 
+def resampled_t(differences: Floats, *, resamples: int, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
+    """t of every test in every resample of the centred differences [unit, test]: [resample, test] in blocks.
+
+    They are those that `bootstrap_max_t` takes the greatest of.
+    """
+    columns = _Columns.of(differences)
+    rows = max(1, block_bytes // (8 * (2 * len(differences) + 4 * differences.shape[1])))
+    for weights in _unit_weights(len(differences), resamples, rows, seed):
+        yield columns.resampled(weights)[1]
+
+
 def bootstrap_interval(
     differences: Floats,
     *,

@@ -1,4 +1,4 @@
-"""Cluster permutation along the layers: runs of neighbouring layers that change in the same direction."""
+"""Cluster tests along the layers: runs of neighbouring layers that change in the same direction."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import xarray as xr
 from scipy import stats
 
 from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
+from engine.statistics.bootstrap import FEWEST, INFORMATIVE, informative_pairs, resampled_t
 from engine.statistics.pairing import paired_conditions
-from engine.statistics.permutation import Patterns, normalised, t_squared
+from engine.statistics.permutation import Patterns, enough_to_flip, normalised, t_squared
 from engine.statistics.results import DEFAULTS, IMAGES, Cluster, Settings, finite
 
 # As in `sign_flip`: masses that differ by rounding only count as equal.
@@ -27,11 +28,11 @@ class Stretch:
     first: int
     last: int
     mass: float  # Σ t over its layers; its sign is the direction
-    p: float  # share of sign patterns in which the family's greatest |mass| reaches this one's
+    p: float  # by how often the family's greatest mass reaches this one's
     floor: float  # least p attainable
 
 
-def cluster_sign_flip(
+def cluster_test(
     differences: Floats,
     *,
     cluster_alpha: float = 0.05,
@@ -39,47 +40,62 @@ def cluster_sign_flip(
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
 ) -> list[Stretch]:
-    """Sign-flip test of clusters along the last axis of [unit, line, layer], family-wise over all clusters.
+    """Test of clusters along the last axis of [unit, line, layer], family-wise over all clusters.
 
     The threshold, the critical value of a two-sided t-test at `cluster_alpha`, only decides what is called a cluster;
     the level is held whatever it is. The p-value is of the cluster as a whole: it does not say which of its layers
     changed, nor where exactly the change begins and ends. Lines (metrics, or heads) have no neighbours; a layer with
-    fewer than 2 pairs in a line (NaN is a missing pair) ends its clusters.
+    too few pairs in a line (NaN is a missing pair) ends its clusters.
+
+    The greatest mass under the null hypothesis comes from resampled images, studentised and each direction at half the
+    level, as in `bootstrap_max_t`; from sign flips, as in `sign_flip`, where there are fewer than `FEWEST` units.
 
     Source:
         Maris and Oostenveld (2007), Journal of Neuroscience Methods 164:177–190.
     """
     n_units, n_lines, n_layers = differences.shape
     flat = differences.reshape(n_units, -1)
-    counts = (~np.isnan(flat)).sum(axis=0)
-    flat = np.where(counts >= 2, flat, np.nan)
     units = (~np.isnan(flat)).any(axis=1)
     if not units.any():
         return []
-    z = normalised(flat[units])
+    resampled = units.sum() >= FEWEST
+    enough = informative_pairs(flat) >= INFORMATIVE if resampled else enough_to_flip((~np.isnan(flat)).sum(axis=0))
+    flat = np.where(enough, flat, np.nan)[units]
+    counts = (~np.isnan(flat)).sum(axis=0)
     threshold = stats.t.isf(cluster_alpha / 2, np.maximum(counts - 1, 1))
 
-    def signed_t(sums: Floats) -> Floats:
-        """t of Σ s·d / √Σd², 0 where it does not pass the threshold, [pattern, line, layer]."""
-        t = np.sqrt(t_squared(sums, np.maximum(counts, 2)))
-        t = np.where(t > threshold, np.copysign(t, sums), 0.0)
-        result: Floats = t.reshape(-1, n_lines, n_layers)
-        return result
+    def passing(t: Floats) -> Floats:
+        """t [pattern, line, layer], 0 where it does not pass the threshold."""
+        return np.where(np.abs(t) > threshold, t, 0.0).reshape(-1, n_lines, n_layers)
+
+    z = normalised(flat)
+
+    def flipped_t(signs: Floats) -> Floats:
+        """t of Σ s·d / √Σd², [pattern, test]."""
+        sums = signs @ z
+        return np.copysign(np.sqrt(t_squared(sums, np.maximum(counts, 2))), sums)
 
     stretches = [
         (line, first, last, float(t[first : last + 1].sum()))
-        for line, t in enumerate(signed_t(z.sum(axis=0, keepdims=True))[0])
+        for line, t in enumerate(passing(flipped_t(np.ones((1, len(z)))))[0])
         for first, last in _stretches(t)
     ]
     if not stretches:
         return []
-    limit = np.abs([mass for *_, mass in stretches]) * (1 - _TIE)
-
-    patterns = Patterns(int(units.sum()), permutations, seed)
-    rows = max(1, block_bytes // (8 * (z.shape[0] + 4 * z.shape[1])))
-    greatest = [_greatest_mass(signed_t(signs @ z)) for signs in patterns.blocks(rows)]
-    p = patterns.p(count_reaching(greatest, limit))
-    return [Stretch(*stretch, float(value), patterns.floor) for stretch, value in zip(stretches, p, strict=True)]
+    mass = np.array([stretch[-1] for stretch in stretches])
+    limit = np.abs(mass) * (1 - _TIE)
+    if resampled:
+        blocks = [passing(t) for t in resampled_t(flat, resamples=permutations, seed=seed, block_bytes=block_bytes)]
+        sides = [count_reaching([_greatest_mass(side * t) for t in blocks], limit) for side in (1.0, -1.0)]
+        p = np.minimum(2 * (np.where(mass > 0, *sides) + 1) / (permutations + 1), 1.0)
+        floor = 2 / (permutations + 1)
+    else:
+        patterns = Patterns(len(z), permutations, seed)
+        rows = max(1, block_bytes // (8 * (z.shape[0] + 4 * z.shape[1])))
+        flips = (passing(flipped_t(signs)) for signs in patterns.blocks(rows))
+        greatest = [np.maximum(_greatest_mass(t), _greatest_mass(-t)) for t in flips]
+        p, floor = patterns.p(count_reaching(greatest, limit)), patterns.floor
+    return [Stretch(*stretch, float(value), floor) for stretch, value in zip(stretches, p, strict=True)]
 
 
 def _stretches(t: Floats) -> list[tuple[int, int]]:
@@ -89,14 +105,13 @@ def _stretches(t: Floats) -> list[tuple[int, int]]:
 
 
 def _greatest_mass(t: Floats) -> Floats:
-    """Greatest |mass| over all lines, [pattern]. Within a cluster the running sum only grows: its end is its mass."""
+    """Greatest mass of rising layers over all lines, [pattern]; a running sum within a cluster ends as its mass."""
     greatest = np.zeros(t.shape[0])
-    for direction in (1.0, -1.0):
-        running = np.zeros(t.shape[:2])
-        for layer in range(t.shape[2]):
-            part = direction * t[..., layer]
-            running = np.where(part > 0, running + part, 0.0)
-            np.maximum(greatest, running.max(axis=1), out=greatest)
+    running = np.zeros(t.shape[:2])
+    for layer in range(t.shape[2]):
+        part = t[..., layer]
+        running = np.where(part > 0, running + part, 0.0)
+        np.maximum(greatest, running.max(axis=1), out=greatest)
     return greatest
 
 
@@ -118,7 +133,7 @@ def layer_clusters(
     clusters: list[Cluster] = []
     for paired in paired_conditions(table, settings.against, metrics):
         lines = np.stack([metric.image_differences()[:, paired.layers] for metric in paired.metrics], axis=1)
-        for stretch in cluster_sign_flip(
+        for stretch in cluster_test(
             lines, cluster_alpha=settings.cluster_alpha, permutations=settings.permutations, seed=settings.seed
         ):
             within = slice(stretch.first, stretch.last + 1)

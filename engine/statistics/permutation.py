@@ -104,7 +104,7 @@ def sign_flip(
     n_tests = differences.shape[1]
     valid = ~np.isnan(differences)
     pairs = valid.sum(axis=0)
-    tested = pairs >= max(2, min(_FEWEST, pairs.max(initial=0)))
+    tested = enough_to_flip(pairs)
     units = valid[:, tested].any(axis=1)
     p, p_max_t = np.full((2, n_tests), np.nan)
     patterns = Patterns(int(units.sum()), permutations, seed)
@@ -128,6 +128,11 @@ def sign_flip(
     limit = threshold if balanced else t_squared(threshold, counts)
     p[tested], p_max_t[tested] = patterns.p(reached), patterns.p(count_reaching(greatest, limit))
     return SignFlip(p, p_max_t, patterns)
+
+
+def enough_to_flip(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tests, of so many pairs, take part in a family whose signs are flipped."""
+    return np.asarray(pairs >= max(2, min(_FEWEST, pairs.max(initial=0))))
 
 
 def normalised(differences: Floats) -> Floats:

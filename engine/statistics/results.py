@@ -189,7 +189,7 @@ class Cluster(Compared):
     degenerate: str | None
 
     def survives(self, alpha: float) -> bool:
-        """Whether it survives the cluster permutation test."""
+        """Whether it survives the cluster test."""
         return self.p is not None and self.p <= alpha
 
 

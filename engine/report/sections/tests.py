@@ -58,7 +58,7 @@ def _under(lead: str, sentences: Iterable[str]) -> list[Block]:
 
 def _clusters(results: Results, comparison: PairFindings) -> list[Block]:
     lead = (
-        f"{comparison.minus}, runs of neighbouring layers that change in one direction (cluster permutation over "
+        f"{comparison.minus}, runs of neighbouring layers that change in one direction (cluster test over "
         "images, heads averaged; a p speaks of the whole run and not of any one layer in it):"
     )
     return _under(lead, (wording.cluster_sentence(change) for change in comparison.changes))
