@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from engine.config import StudyConfig, load_study
+from engine.report.document import ReportedStudy
+from engine.report.wording import scope_sentences
 from engine.study.check import _check_decoded
 from engine.study.data import StudyData
 from engine.study.model import captured_seeds, trained_seeds
@@ -19,6 +22,7 @@ from engine.study.start import _check_conditions
 from engine.study.study import Study
 from engine.study.training import Run
 from tests.photographs import write_photographs
+from tests.synthetic_study import results_of, small
 from tests.training_runs import interrupted
 from train.checkpoint import read_checkpoint, read_metadata
 from train.data.manifest import SPLITS, Manifest, Record
@@ -130,6 +134,23 @@ def test_the_report_can_read_whether_runs_share_their_training_images() -> None:
     drawn = StudyData(splits, splits, "weights", redrawn=lambda seed: splits)
     assert drawn.summary()["training_split"] == "drawn by the seed"
     assert "training_split" not in StudyData(splits, splits, "").summary(), "nothing is trained"
+
+
+def test_the_report_says_what_runs_have_in_common(tmp_path: Path) -> None:
+    results = results_of(small(tmp_path))
+    comparisons = ReportedStudy(results).comparisons
+
+    def said(runs: int, **data: str) -> str:
+        pairs = [dataclasses.replace(pair, runs=runs) for pair in comparisons]
+        document = dataclasses.replace(results.document, data=data)
+        return " ".join(scope_sentences(dataclasses.replace(results, document=document), pairs))
+
+    assert "the same pretrained weights and are trained on the same images" in said(2, training_split="fixed")
+    drawn = said(2, training_split="drawn by the seed")
+    assert "each seed drew its own training and validation images" in drawn
+    assert "same images" not in drawn
+    for one in (said(1, training_split="fixed"), said(2)):
+        assert "pretrained" not in one
 
 
 def test_accuracy_is_of_every_readout_though_attention_is_captured_once(

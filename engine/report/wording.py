@@ -314,11 +314,25 @@ def seed_sentence(results: Results, comparison: PairFindings) -> str:
 
 
 def scope_sentences(results: Results, comparisons: Sequence[PairFindings]) -> tuple[str, ...]:
-    """What the tests speak of, these checkpoints or training runs: a sentence for all pairs of which the same holds."""
+    """What the tests speak of: a sentence for all pairs of which the same holds; what runs share."""
     groups: dict[tuple[int, bool], list[PairFindings]] = {}
     for comparison in comparisons:
         groups.setdefault((comparison.runs, comparison.speaks_of_runs), []).append(comparison)
-    return tuple(_scope(results.alpha, *group, members) for group, members in groups.items())
+    said = [_scope(results.alpha, *group, members) for group, members in groups.items()]
+    split = results.document.data.get("training_split")  # missing where nothing is trained
+    if split is not None and any(runs > 1 for runs, _ in groups):
+        said.append(_IN_COMMON if split == "fixed" else _IN_COMMON_BUT_THE_SPLIT)
+    return tuple(said)
+
+
+_IN_COMMON = (
+    "All training runs begin with the same pretrained weights and are trained on the same images: nothing here says "
+    "what another pretrained checkpoint or other training images would give."
+)
+_IN_COMMON_BUT_THE_SPLIT = (
+    "All training runs begin with the same pretrained weights, so nothing here says what another pretrained checkpoint "
+    "would give; each seed drew its own training and validation images, out of all but the test images."
+)
 
 
 def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[PairFindings]) -> str:
