@@ -8,9 +8,15 @@ import torch
 import xarray as xr
 from scipy import stats
 
-from engine.relevance.estimates import estimates, ratio_of_means
+from engine.relevance.estimates import estimates, mean_of_pairs, ratio_of_means
 from engine.relevance.faithfulness import baseline_images, perturbation_curves, random_maps
-from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
+from engine.relevance.map_measures import (
+    between_images,
+    localization,
+    noise,
+    rank_correlation,
+    structural_similarity,
+)
 from engine.statistics.association import correlate_over_images
 from train.errors import InputError
 
@@ -216,6 +222,53 @@ def test_structural_similarity_of_known_pairs() -> None:
     # Two constants: the luminance term alone.
     flat = structural_similarity(np.ones((1, 8, 8)), np.ones((1, 8, 8)) * 0.5)
     np.testing.assert_allclose(flat, 1.0)
+
+
+def test_likeness_between_images_is_the_mean_over_all_others() -> None:
+    random = np.random.default_rng(0)
+    for count in (2, 5, 6):
+        maps = random.random((count, 4, 3))
+        found = between_images(maps, rank_correlation)
+        pairs = np.array([[stats.spearmanr(a.ravel(), b.ravel()).statistic for b in maps] for a in maps])
+        np.testing.assert_allclose(found, (pairs.sum(axis=1) - 1) / (count - 1), atol=1e-12)
+    maps[1] = 0.5
+    found = between_images(maps, rank_correlation)
+    assert np.isnan(found[1]), "a constant map has no rank correlation"
+    np.testing.assert_allclose(found[[0, 2, 3, 4, 5]], between_images(maps[[0, 2, 3, 4, 5]], rank_correlation))
+    assert np.isnan(between_images(maps[:1], structural_similarity)).all()
+
+
+def test_the_mean_over_pairs_scatters_as_its_numbers_say() -> None:
+    random = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(200):  # maps that prefer one place, more or less
+        maps = random.normal(0, 1, (25, 4, 4)) + random.gamma(1.0, 2.0, (25, 1, 1)) * np.eye(4)
+        numbers = mean_of_pairs(by_image := between_images(maps, rank_correlation))
+        assert numbers.mean() == pytest.approx(by_image.mean())
+        means.append(numbers.mean())
+        errors.append(numbers.var(ddof=1) / 25)
+    assert np.std(means) == pytest.approx(np.sqrt(np.mean(errors)), rel=0.15)
+
+
+def test_likeness_of_classes_is_what_exceeds_that_of_images() -> None:
+    """Maps that prefer the centre are alike without knowing image or class; only the image's own part exceeds that."""
+    random = np.random.default_rng(0)
+    centre = np.exp(-((np.indices((7, 7)) - 3) ** 2).sum(axis=0) / 6)
+    of_image = random.normal(0, 0.2, (60, 7, 7))
+    excess = []
+    for share in (0.0, 1.0):
+        maps, others = (centre + share * of_image + random.normal(0, 0.02, of_image.shape) for _ in range(2))
+        values = dict.fromkeys(("deletion_auc", "insertion_auc", "faithfulness", "p_none"), np.zeros(60))
+        values["p_whole"] = np.ones(60)
+        values["class_rank_correlation"] = rank_correlation(maps, others)
+        values["image_rank_correlation"] = between_images(maps, rank_correlation)
+        assert values["class_rank_correlation"].mean() > 0.9
+        excess.append(estimates(values)["class_rank_correlation_excess"].mean())
+        assert excess[-1] == pytest.approx(
+            rank_correlation(maps, others).mean() - values["image_rank_correlation"].mean()
+        )
+    assert abs(excess[0]) < 0.01
+    assert excess[1] > 0.3
 
 
 def changes(values: np.ndarray) -> xr.DataArray:

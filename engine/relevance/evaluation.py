@@ -13,7 +13,7 @@ from engine.capture import CaptureError, evaluating, token_layout, vision_module
 from engine.config import RelevanceConfig
 from engine.relevance.choice import Targets
 from engine.relevance.faithfulness import Curves, baseline_images, perturbation_curves, random_maps
-from engine.relevance.map_measures import localization, noise, rank_correlation, structural_similarity
+from engine.relevance.map_measures import LIKENESS, between_images, localization, noise
 from engine.relevance.maps import relevance_maps
 from engine.relevance.methods import METHODS
 from engine.relevance.results import CONTROL
@@ -23,6 +23,9 @@ from train.data import ImageSet
 
 # Images that one seed of the random control and of ties is for: whatever the batch size, the numbers are the same.
 _BLOCK = 32
+
+
+_Part = tuple[dict[str, Floats], Curves, Floats]  # of one block of images: measures, curves, maps [image, row, col]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def evaluate_maps(
     Returns method -> its evaluation, and method -> why it cannot be computed for this model and these images. `seed` is
     of the random control and of ties; `batch_size` images are in memory at a time.
     """
-    measured: dict[str, list[tuple[dict[str, Floats], Curves]]] = {}
+    measured: dict[str, list[_Part]] = {}
     refused: dict[str, str] = {}
     with evaluating(model), tqdm(total=len(rows), desc=f"relevance {label}", unit="image", disable=None) as progress:
         for start in range(0, len(rows), _BLOCK):
@@ -67,7 +70,7 @@ def evaluate_maps(
             for method in (*methods, CONTROL):
                 if method in refused:
                     continue
-                others = None
+                others: Floats | None = None
                 if method == CONTROL:
                     maps = random_maps((len(pixels), layout.grid_rows, layout.grid_cols), seed + start)
                 else:
@@ -75,7 +78,8 @@ def evaluate_maps(
                         maps = relevance_maps(model, pixels, true, method, batch_size=batch_size)
                         if targets.other is not None and not METHODS[method].class_free:
                             other = torch.from_numpy(targets.other[block])
-                            others = relevance_maps(model, pixels, other, method, batch_size=batch_size).double()
+                            of_other = relevance_maps(model, pixels, other, method, batch_size=batch_size)
+                            others = of_other.double().cpu().numpy()
                     except CaptureError as error:
                         refused[method] = str(error)
                         measured.pop(method, None)
@@ -84,33 +88,30 @@ def evaluate_maps(
                     model, pixels, stand_in, true, maps, steps=config.steps, batch_size=batch_size, seed=seed
                 )
                 curves = curves.with_reverse() if method == CONTROL else curves
-                values = curves.measures() | _measure(maps.double(), others, coverage, images.region_names)
-                measured.setdefault(method, []).append((values, curves))
+                of_class = maps.double().cpu().numpy()
+                values = curves.measures() | _measure(of_class, others, coverage, images.region_names)
+                measured.setdefault(method, []).append((values, curves, of_class))
             progress.update(len(pixels))
     return {method: _joined(parts) for method, parts in measured.items()}, refused
 
 
-def _measure(
-    maps: torch.Tensor, others: torch.Tensor | None, coverage: Floats | None, regions: Sequence[str]
-) -> dict[str, Floats]:
-    of_class = maps.cpu().numpy()
-    values = noise(of_class)
+def _measure(maps: Floats, others: Floats | None, coverage: Floats | None, regions: Sequence[str]) -> dict[str, Floats]:
+    values = noise(maps)
     if coverage is not None:
-        for name, by_region in localization(of_class, coverage).items():
+        for name, by_region in localization(maps, coverage).items():
             values |= {f"{name}[{region}]": by_region[:, i] for i, region in enumerate(regions)}
     if others is not None:
-        of_other = others.cpu().numpy()
-        values["class_rank_correlation"] = rank_correlation(of_class, of_other)
-        values["class_ssim"] = structural_similarity(of_class, of_other)
-        values |= {f"{name}_other": value for name, value in noise(of_other).items()}
+        values |= {f"class_{name}": likeness(maps, others) for name, likeness in LIKENESS.items()}
+        values |= {f"{name}_other": value for name, value in noise(others).items()}
     return values
 
 
-def _joined(parts: Sequence[tuple[dict[str, Floats], Curves]]) -> Evaluation:
-    """The batches' parts as one."""
-    values, curves = zip(*parts, strict=True)
+def _joined(parts: Sequence[_Part]) -> Evaluation:
+    """The batches' parts as one, with what takes the maps of all images."""
+    values, curves, maps = zip(*parts, strict=True)
     deletion, insertion = (np.concatenate([getattr(c, name) for c in curves]) for name in ("deletion", "insertion"))
-    return Evaluation(
-        {name: np.concatenate([part[name] for part in values]) for name in values[0]},
-        Curves(curves[0].fractions, deletion, insertion),
-    )
+    joined = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
+    for name, likeness in LIKENESS.items():
+        if f"class_{name}" in joined:
+            joined[f"image_{name}"] = between_images(np.concatenate(maps), likeness)
+    return Evaluation(joined, Curves(curves[0].fractions, deletion, insertion))

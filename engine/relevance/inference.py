@@ -64,7 +64,8 @@ def relevance_results(
     - `methods`: is one method's map more faithful than another's (a class-free one's, a random one's)? A family per
       condition.
     - `conditions`: does a measure differ between a condition and `against`? A family per condition: method × measure.
-      Only where both explain the same class of an image; areas as shares of the rise (`estimates`).
+      Only where both explain the same class of an image; areas as shares of the rise, how alike maps of two classes
+      are as the excess over maps of two images (`estimates`).
     - `classes`: is the map of another class noisier than that of the image's class? A family per condition.
     """
     against = settings.against

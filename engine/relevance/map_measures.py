@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 
-from engine.statistics import Floats
+from engine.statistics import Floats, defined_mean
 from kernels import TokenLayout
 from kernels.reference import entropy, morans_i
 
@@ -98,3 +100,24 @@ def structural_similarity(maps: Floats, others: Floats) -> Floats:
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity /= (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
     return np.asarray(similarity.mean(axis=(1, 2)))
+
+
+LIKENESS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "rank_correlation": rank_correlation,
+    "ssim": structural_similarity,
+}
+"""How alike each pair of maps is: name -> function of two arrays [image, row, col], to [image]."""
+
+
+def between_images(maps: Floats, likeness: Callable[[Floats, Floats], Floats]) -> Floats:
+    """How alike each map [image, row, col] is to those of the other images, mean over them, [image]; NaN without any.
+
+    What two maps have in common whatever the image, such as a preference for the centre: the reference for maps of two
+    classes of one image. `likeness` is symmetric.
+    """
+    images = len(maps)
+    found = [np.full(images, np.nan)]
+    for shift in range(1, images // 2 + 1):
+        alike = likeness(maps, np.roll(maps, -shift, axis=0))  # of image and image + shift
+        found += [alike] if 2 * shift == images else [alike, np.roll(alike, shift)]
+    return defined_mean(np.stack(found), axis=0)

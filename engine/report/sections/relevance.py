@@ -41,7 +41,9 @@ COLUMNS = {
     "deletion_auc_normalised": "deletion",
     "insertion_auc_normalised": "insertion",
     "class_rank_correlation": "rank correlation, classes",
+    "image_rank_correlation": "rank correlation, images",
     "class_ssim": "SSIM, classes",
+    "image_ssim": "SSIM, images",
     "total_variation": "total variation",
     "total_variation_other": "total variation, other class",
 }
@@ -334,15 +336,15 @@ def rollout_cautions(measured: Relevance) -> Iterator[str]:
 
 def _classes(results: Results, measured: Relevance) -> Iterator[str]:
     for method in measured.methods():
-        for measure, name in (("class_rank_correlation", "rank correlation"), ("class_ssim", "SSIM")):
-            means = {c: measured.mean(c, method, measure) for c in measured.conditions}
-            if any(means.values()):
-                listed = text.listing([f"{estimate(entry)} in {condition}" for condition, entry in means.items()])
-                differences = _differences(results, measured, method, measure)
-                yield (
-                    f"{method}, {name} of an image's maps of its own and another class: {listed}"
-                    f"{differences and f'; {differences}'}."
-                )
+        for likeness, name in (("rank_correlation", "rank correlation"), ("ssim", "SSIM")):
+            measures = (f"class_{likeness}", f"image_{likeness}", f"class_{likeness}_excess")
+            of_classes, of_images, excess = (_in_conditions(measured, method, measure) for measure in measures)
+            if of_classes:
+                parts = [f"{method}, {name} of an image's maps of its own and another class: {of_classes}"]
+                if excess:
+                    parts += [f"of maps of different images: {of_images}", f"the excess over these: {excess}"]
+                parts.append(_differences(results, measured, method, measures[-1]))
+                yield f"{'; '.join(filter(None, parts))}."
         for condition in measured.conditions:
             for test in measured.document.classes:
                 ours = (test.condition, test.method, test.measure) == (condition, method, "total_variation")
@@ -352,6 +354,13 @@ def _classes(results: Results, measured: Relevance) -> Iterator[str]:
                         f"{method}, {condition}: maps of another class are {more} than those of the image's own (total "
                         f"variation {text.change(test.difference)}, max-T p {text.p_value(test.p_max_t)})."
                     )
+
+
+def _in_conditions(measured: Relevance, method: str, measure: str) -> str:
+    """A measure's mean in every condition; "" where none has one."""
+    means = {name: measured.mean(name, method, measure) for name in measured.conditions}
+    listed = text.listing([f"{estimate(entry)} in {name}" for name, entry in means.items()])
+    return listed if any(means.values()) else ""
 
 
 def _differences(results: Results, measured: Relevance, method: str, measure: str) -> str:
