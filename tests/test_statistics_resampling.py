@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
+import xarray as xr
 
 from engine.statistics import compare_paired
-from engine.statistics.bootstrap import bca_bounds, bootstrap_interval
+from engine.statistics.bootstrap import _unit_weights, bca_bounds, bootstrap_interval, bootstrap_max_t
+from engine.statistics.multiplicity import holm_over_families
 from engine.statistics.permutation import sign_flip
 
 EIGHT = np.array([0.3, -0.1, 0.5, 0.2, 0.4, 0.15, -0.05, 0.6])
@@ -175,3 +178,135 @@ class TestBootstrap:
         assert 0.6 < float(ratio[1]) < 2
         assert nested.attrs["interval"] == "nested percentile bootstrap"
         assert (nested.p_max_t == plain.p_max_t).all()
+
+
+def looped(
+    d: np.ndarray, families: np.ndarray, *, resamples: int, confidence: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """p [test], p_max_t [test] and simultaneous intervals [2, test], one resample and one test at a time."""
+    columns = [column[~np.isnan(column)] for column in d.T]
+    observed = np.array([scipy.stats.ttest_1samp(column, 0).statistic for column in columns])
+    drawn = np.concatenate(list(_unit_weights(len(d), resamples, 7, seed))).astype(int)
+    t = np.empty((resamples, len(columns)))
+    for row, counts in enumerate(drawn):
+        for test, column in enumerate(d.T):
+            resample = np.repeat(column - columns[test].mean(), counts)
+            t[row, test] = scipy.stats.ttest_1samp(resample[~np.isnan(resample)], 0).statistic
+
+    def two_tails(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        reached = np.minimum((high >= observed).sum(axis=0), (low <= observed).sum(axis=0))
+        return np.minimum(2 * (1 + reached) / (resamples + 1), 1)
+
+    high, low = (np.empty_like(t) for _ in range(2))
+    for family in np.unique(families):
+        of = families == family
+        high[:, of], low[:, of] = t[:, of].max(axis=1, keepdims=True), t[:, of].min(axis=1, keepdims=True)
+    tail = (1 - confidence) / 2 / np.unique(families).size
+    outermost = resamples + 1 - round((1 - tail) * (resamples + 1))  # counted from the greatest
+    mean, error = (np.array([f(column) for column in columns]) for f in (np.mean, scipy.stats.sem))
+    ends = np.sort(high, axis=0)[-outermost], np.sort(low, axis=0)[outermost - 1]
+    return two_tails(t, t), two_tails(high, low), np.stack([mean - end * error for end in ends])
+
+
+def skewed_differences(images: int, tests: int, missing: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(images)
+    d = rng.exponential(size=(images, 1)) + rng.exponential(size=(images, tests)) - np.linspace(1.2, 2.6, tests)
+    d[rng.random(d.shape) < missing] = np.nan
+    return d
+
+
+class TestBootstrapMaxT:
+    FAMILIES = np.array([4, 0, 4, 4, 0, 7])  # in any order, of three, two and one
+
+    @pytest.mark.parametrize("missing", [0.0, 0.25])
+    def test_equals_a_loop_over_the_same_resamples(self, missing: float) -> None:
+        d = skewed_differences(30, 6, missing)
+        settings: dict[str, Any] = {"resamples": 299, "confidence": 0.9, "seed": 5}
+        found = bootstrap_max_t(d, self.FAMILIES, **settings)
+        p, p_max_t, simultaneous = looped(d, self.FAMILIES, **settings)
+        np.testing.assert_array_equal(found.p, p)
+        np.testing.assert_array_equal(found.p_max_t, p_max_t)
+        np.testing.assert_allclose(found.simultaneous, simultaneous, rtol=1e-5)
+        assert len(np.unique(p_max_t)) > 3  # not all at the least or the greatest p
+        assert found.floor == 2 / 300
+
+    @pytest.mark.parametrize("missing", [0.0, 0.25])
+    def test_blocks_do_not_change_the_result(self, missing: float) -> None:
+        d = skewed_differences(37, 6, missing)
+        settings: dict[str, Any] = {"resamples": 300, "confidence": 0.95, "seed": 0}
+        whole = bootstrap_max_t(d, self.FAMILIES, **settings)
+        for block_bytes in (1, 20_000):  # one resample a block; some tens
+            blocks = bootstrap_max_t(d, self.FAMILIES, **settings, block_bytes=block_bytes)
+            np.testing.assert_array_equal(blocks.p, whole.p)
+            np.testing.assert_array_equal(blocks.p_max_t, whole.p_max_t)
+            np.testing.assert_allclose(blocks.interval, whole.interval, rtol=1e-9)
+            np.testing.assert_allclose(blocks.simultaneous, whole.simultaneous, rtol=1e-5)
+
+    def test_the_unit_of_a_metric_does_not_matter(self) -> None:
+        d = skewed_differences(40, 6, 0.1)
+        scales = 2.0 ** np.array([0, 400, -400, 3, -3, 1])
+        plain, scaled = (
+            bootstrap_max_t(values, self.FAMILIES, resamples=300, confidence=0.9, seed=0) for values in (d, d * scales)
+        )
+        np.testing.assert_array_equal(scaled.p_max_t, plain.p_max_t)
+        np.testing.assert_array_equal(scaled.simultaneous, plain.simultaneous * scales)
+        np.testing.assert_allclose(scaled.interval, plain.interval * scales, rtol=1e-12)
+
+    def test_the_other_direction_has_the_same_p_and_mirrored_bounds(self) -> None:
+        d = skewed_differences(40, 6)
+        there, back = (
+            bootstrap_max_t(values, self.FAMILIES, resamples=599, confidence=0.9, seed=0) for values in (d, -d)
+        )
+        np.testing.assert_array_equal(back.p_max_t, there.p_max_t)
+        np.testing.assert_allclose(back.simultaneous, -there.simultaneous[::-1], rtol=1e-5)
+
+    @pytest.mark.parametrize("informative", [0, 1, 2, 9])
+    def test_a_test_of_few_informative_pairs_takes_no_part(self, informative: int) -> None:
+        rng = np.random.default_rng(informative)
+        d = np.concatenate([skewed_differences(200, 3), np.zeros((200, 1))], axis=1)
+        d[:informative, 3] = rng.normal(3, 1, informative)
+        families = np.zeros(4, dtype=np.int64)
+        beside = bootstrap_max_t(d, families, resamples=300, confidence=0.95, seed=0)
+        alone = bootstrap_max_t(d[:, :3], families[:3], resamples=300, confidence=0.95, seed=0)
+        assert np.isnan([beside.p[3], beside.p_max_t[3], *beside.simultaneous[:, 3]]).all()
+        np.testing.assert_array_equal(beside.p_max_t[:3], alone.p_max_t)
+        np.testing.assert_allclose(beside.simultaneous[:, :3], alone.simultaneous, rtol=1e-5)
+        d[:10, 3] = rng.normal(3, 1, 10)
+        assert np.isfinite(bootstrap_max_t(d, families, resamples=300, confidence=0.95, seed=0).p_max_t[3])
+
+    def test_two_equal_differences_do_not_hide_an_effect(self) -> None:
+        d = np.full((200, 2), np.nan)
+        d[:, 0] = np.random.default_rng(0).normal(1, 1, 200)
+        d[:2, 1] = 0.3
+        found = compare_paired(np.zeros_like(d), d, permutations=999)
+        assert float(found.p_max_t[0]) == found.attrs["p_floor"] == 2 / 1000
+        assert np.isnan(found.p_max_t[1])
+
+    def test_outcomes_that_are_0_or_1_flip_signs(self) -> None:
+        rng = np.random.default_rng(1)
+        a = np.concatenate([rng.normal(size=(60, 2)), rng.random((60, 2)) < 0.4], axis=1)
+        b = np.concatenate([rng.normal(0.4, 1, (60, 2)), rng.random((60, 2)) < 0.6], axis=1)
+        metric = xr.Variable("metric", ["mass", "mass", "hit", "hit"])
+        first, second = (xr.DataArray(x, dims=("image", "metric"), coords={"metric": metric}) for x in (a, b))
+        found = compare_paired(first, second, metric="metric", permutations=599)
+        flips, draws = (int(word) for word in np.random.SeedSequence(0).generate_state(2, np.uint64))
+        hits = sign_flip((b - a)[:, 2:], permutations=599, seed=flips)
+        families = np.array([0, 0, 1, 1])
+        masses = bootstrap_max_t((b - a)[:, :2], families[:2], resamples=599, confidence=0.95, seed=draws)
+        expected = holm_over_families(np.concatenate([masses.p_max_t, hits.p_max_t]), families)
+        np.testing.assert_array_equal(found.p_max_t, expected)
+        np.testing.assert_array_equal(found.p_resampled, np.concatenate([masses.p, hits.p]))
+        assert "sign flips of differences that are −1, 0 and 1" in found.attrs["resampling"]
+
+    def test_bounds_too_far_out_for_the_resamples_are_nan(self) -> None:
+        d = skewed_differences(30, 6)
+        for resamples, defined in ((118, False), (119, True)):  # of three families each tail is 1/120
+            found = bootstrap_max_t(d, self.FAMILIES, resamples=resamples, confidence=0.95, seed=0)
+            assert np.isfinite(found.simultaneous).all() == defined
+            assert np.isfinite(found.p_max_t).all()
+
+    def test_a_single_test_agrees_with_the_t_test_of_normal_differences(self) -> None:
+        d = np.random.default_rng(2).normal([0.0, 0.1, 0.2, 0.25], 1, size=(150, 4))
+        found = bootstrap_max_t(d, np.arange(4), resamples=20_000, confidence=0.95, seed=0)
+        np.testing.assert_allclose(found.p, scipy.stats.ttest_1samp(d, 0).pvalue, atol=0.03)
+        np.testing.assert_array_equal(found.p, found.p_max_t)
