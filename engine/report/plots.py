@@ -201,7 +201,7 @@ def _chart(chart: Chart) -> list[Mark]:
     for value, name in named_y[:: max(1, -(-len(named_y) // 16))]:
         marks += [] if chart.x_names else [frame.level("grid", value)]
         marks.append(Mark("tick", ((frame.left - 6, frame.at(0, value)[1] + 4),), text=name, anchor="end"))
-    names = chart.x_names or [f"{value:g}" for value in x_ticks]
+    names = chart.x_names or [f"{value:g}".replace("-", "−") for value in x_ticks]
     for value, name in list(zip(x_ticks, names, strict=True))[:: max(1, -(-len(names) // 13))]:
         marks.append(Mark("tick", ((frame.at(value, low)[0], foot + 16),), text=name, anchor="middle"))
     middle = ((frame.left + frame.right) / 2, chart.height - 7), (12, (_TOP + foot) / 2)

@@ -59,19 +59,20 @@ def _sentence(results: Results, comparison: PairFindings, change: Change) -> str
         return ""
     alpha, shown = results.alpha, layers[0]
     count, opposing = len(shown.specifications), shown.opposing(alpha)
+    jointly = shown.claiming(alpha, jointly=True)
     said = (
         f"{change.name} in layer {shown.layer} ({text.change(shown.specifications[0].difference, change.unit)}): "
         f"{shown.agreeing} of {count} specifications have the sign, {shown.claiming(alpha)} of {count} claim it"
         + (f", {opposing} of {count} claim the opposite" if opposing else "")
-        + f"; {shown.claiming(alpha, jointly=True)} of {count} do in one max-T test of all specifications and layers."
+        + f". With all specifications and layers as one family, {jointly} of {count} claim it."
     )
     differing = {test.layer for test in change.layers if test.changed(alpha)}
     if len(differing) > 1:
         of_these = [(entry, len(entry.specifications)) for entry in layers if entry.layer in differing]
         signs = sum(entry.agreeing == every for entry, every in of_these)
         claims = sum(entry.claiming(alpha) == every for entry, every in of_these)
-        said += f" Of {len(of_these)} layers that differ, all specifications have the sign in {signs} and claim it in "
-        said += f"{claims}."
+        said += f" Every specification has the sign in {text.share(signs, len(of_these))} layers that differ, and "
+        said += f"claims it in {text.share(claims, len(of_these))}."
     return said
 
 
