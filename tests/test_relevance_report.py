@@ -227,6 +227,17 @@ def test_a_panel_takes_names_with_line_breaks(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "gradcam").iterdir() if path.name[0] != "."} == {".png", ".csv"}
 
 
+def test_a_model_with_larger_logits_has_no_brighter_pictures(tmp_path: Path) -> None:
+    map = np.random.default_rng(0).random((4, 4)).astype(np.float32)
+    scales = {("small", "true"): 0.2, ("small", "other"): 0.1, ("large", "true"): 1.0, ("large", "other"): 0.5}
+    items = [Explained(0, condition, "a", role, 0.5, scale * map) for (condition, role), scale in scales.items()]
+    write_samples(tmp_path / "gradcam", "gradcam", Noise(1), items)
+    pictures = {key: (tmp_path / f"gradcam/00000_{key[0]}_{key[1]}_a.png").read_bytes() for key in scales}
+    for role in ("true", "other"):
+        assert pictures["small", role] == pictures["large", role]
+    assert pictures["small", "true"] != pictures["small", "other"], "of one model, the weaker map is paler"
+
+
 class Noise(ImageSet):
     """Seeded pictures for the small models."""
 

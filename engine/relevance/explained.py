@@ -1,7 +1,7 @@
 """Relevance maps of the sample images, as pictures and a table. Illustrative: a few images picked by seed.
 
-A method's folder holds one panel per image (the image, then each condition's map of its class and of another one, on
-one scale of colours) and `<method>_samples.csv`; Grad-CAM's also each map as a picture of its own, for the report.
+A method's folder holds one panel per image (the image, then each condition's map of its class and of another one, the
+two on one scale of colours) and `<method>_samples.csv`; Grad-CAM's also each map as a picture of its own, for the page.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def explain_samples(
 def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequence[Explained]) -> None:
     """The panels, the table and Grad-CAM's single pictures, those of an earlier run being replaced.
 
-    The colours of an image's maps share one scale over conditions and classes, so that a paler map is a weaker one.
+    The colours of an image's maps share one scale over the classes of a condition, so that a paler map is a weaker one.
+    Conditions have each their own: maps are as strong as a model's logits are large.
     """
     files: dict[str, bytes] = {}
     table = io.StringIO(newline="")
@@ -79,11 +80,13 @@ def write_samples(folder: Path, method: str, images: ImageSet, explained: Sequen
     rows = list(dict.fromkeys(item.image for item in explained))
     for row in tqdm(rows, desc=f"{method} samples", unit="image", disable=None):
         items = [item for item in explained if item.image == row]
-        strongest = max(float(item.map.max(initial=0.0)) for item in items)
+        strongest = dict.fromkeys((item.condition for item in items), 0.0)
+        for item in items:
+            strongest[item.condition] = float(item.map.max(initial=strongest[item.condition]))
         picture = images.picture(row)
-        overlays = [_overlay(picture, item.map, strongest) for item in items]
+        overlays = [_overlay(picture, item.map, strongest[item.condition]) for item in items]
         panel = f"{row:05d}_panel.png"
-        files[panel] = _png(_panel(images, row, items, overlays, strongest, method))
+        files[panel] = _png(_panel(images, row, items, overlays, method))
         for item, overlay in zip(items, overlays, strict=True):
             name = panel
             if method in ILLUSTRATIVE:
@@ -124,12 +127,7 @@ def _colours(strength: np.ndarray) -> np.ndarray:
 
 
 def _panel(
-    images: ImageSet,
-    row: int,
-    items: Sequence[Explained],
-    overlays: Sequence[Image.Image],
-    strongest: float,
-    method: str,
+    images: ImageSet, row: int, items: Sequence[Explained], overlays: Sequence[Image.Image], method: str
 ) -> Image.Image:
     """One row per class, one column per condition, the image itself first, and the scale of the colours last."""
     roles = list(dict.fromkeys(item.role for item in items))
@@ -160,8 +158,8 @@ def _panel(
     upper, length = top + title_px, height + cell[1] * (len(roles) - 1)
     ramp = np.linspace(1, 0, length)[:, None].repeat(_BAR_PX, axis=1)
     canvas.paste(Image.fromarray((_colours(ramp) * 255).round().astype(np.uint8)), (bar_left, upper))
-    for value, y, anchor in ((strongest, upper, "la"), (0.0, upper + length, "ld")):
-        draw.text((bar_left + _BAR_PX + 4, y), f"{value:.2g}", fill="black", font=small, anchor=anchor)
+    for label, y, anchor in (("strongest", upper, "la"), ("0", upper + length, "ld")):
+        draw.text((bar_left + _BAR_PX + 4, y), label, fill="black", font=small, anchor=anchor)
     return canvas
 
 

@@ -179,7 +179,7 @@ def _panels(results: Results, target: str) -> Iterator[Picture]:
         if first is not None and used + first.stat().st_size <= PANEL_BUDGET:
             used += first.stat().st_size
             shows = f"{method} maps of one image in every condition, for {classes}"
-            caption = f"{method}: one image, one scale of colours over conditions and classes"
+            caption = f"{method}: one image; in each condition one scale of colours, up to its strongest relevance"
             yield Picture(data_uri("image/png", first.read_bytes()), shows, caption, wide=True)
 
 
