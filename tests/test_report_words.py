@@ -32,7 +32,8 @@ def rows_of(results: Results, condition: str = "finetuned") -> dict[str, tuple[s
     """The overview's row of each metric: its look and its cells."""
     study = ReportedStudy(results)
     table = verdicts(study, next(pair for pair in study.comparisons if pair.condition == condition))
-    return {str(cells[0]): (look, cells) for look, cells in zip(table.looks, table.rows, strict=True)}
+    names = [str(row[0] if isinstance(row[0], str) else row[0][0]) for row in table.rows]
+    return {name: (look, cells) for name, look, cells in zip(names, table.looks, table.rows, strict=True)}
 
 
 def test_every_metric_has_a_verdict(written: tuple[Results, str, str]) -> None:
@@ -48,8 +49,7 @@ def test_every_metric_has_a_verdict(written: tuple[Results, str, str]) -> None:
             found = [test for test in tests if test.survives(0.05)]  # no bounds are set: what survives changed
             assert look == ("sure" if found else "")
             shown = max(found or tests, key=lambda test: abs(test.difference or 0))
-            assert isinstance(largest, str)
-            assert largest.startswith(f"layer {shown.layer}: ")
+            assert str(largest[0] if isinstance(largest, tuple) else largest).startswith(f"layer {shown.layer}: ")
             assert isinstance(verdict, str)
             assert verdict.startswith("yes, p" if found else "not shown, p")
             assert text.change(shown.difference) in str(difference)
@@ -61,14 +61,14 @@ def test_every_metric_has_a_verdict(written: tuple[Results, str, str]) -> None:
 def test_equivalence_is_said_where_a_bound_was_set(tmp_path: Path) -> None:
     outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"), regions=(), equivalence={"distance": 1})
     summary, page = texts(outputs)
-    assert "Equivalent within ±1.00 image diagonals (TOST, Holm): all 4 layers." in summary
+    assert "Shown to lie within ±1.00 image diagonals: all 4 layers." in summary
     assert "within ±1.00 in all 4" in page
-    assert "◍" in page
+    assert "○ survives and its simultaneous interval lies within" in page
     cell = payload(page)["maps"][0]["grids"][0]["cells"][0][0]
-    assert (cell["bound"], cell["within"], cell["sure"]) == (1, True, False)
+    assert (cell["bound"], cell["verdict"]) == (1, "equivalent")
     summary, page = texts(small(tmp_path / "without", conditions=("baseline", "finetuned"), samples=False))
-    assert "TOST" not in summary
-    assert "shown to lie within the bounds" not in page
+    assert "lie within" not in summary
+    assert "Where a bound was set" not in page
 
 
 def test_what_an_absent_finding_means_is_said(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_study_without_effect_says_so(tmp_path: Path) -> None:
     outputs = small(tmp_path, effect=0.0, conditions=("baseline", "finetuned"))
     summary, page = texts(outputs)
     first = summary.splitlines()[2]
-    assert first.startswith("No difference between finetuned and baseline survives the family-wise test (0 of 48")
+    assert first.startswith("No difference between finetuned and baseline survives in the primary family (0 of 4 layer")
     assert "no change is claimed" in summary
     assert "Surviving max-T" not in summary
     assert first.split(" (")[0] in page
@@ -158,7 +158,7 @@ def test_two_given_checkpoints_without_training_regions_samples_or_log(tmp_path:
         assert absent not in page
     assert "No negative control was recorded" in summary
     assert "given checkpoint" in summary
-    assert "The clearest change is in" in summary
+    assert "Primary family: " in summary
     assert {name for name, _ in render_figures(results_of(outputs)) if name.endswith("png")} == {
         "layers_distance.png",
         "difference_distance.png",
@@ -240,13 +240,14 @@ def test_means_are_written_with_their_difference_everywhere(tmp_path: Path) -> N
     """A change of 0.0001 nat is not "from 4.61 to 4.60": headline, row, sentence and cell."""
     means = {"mean_against": 4.608312, "mean_condition": 4.608210, "difference": -0.000102, "dz": -1.62, "d_av": -0.9}
     outputs = two_metrics(tmp_path, metrics=("entropy",))
-    change_tests(outputs, lambda test: means | {"p_max_t": 0.001, "ci": [-0.000120, -0.000084]})
+    interval = [-0.000120, -0.000084]
+    change_tests(outputs, lambda test: means | {"p_max_t": 0.001, "ci": interval, "ci_simultaneous": interval})
     summary, page = texts(outputs)
     assert (
         "from 4.60831 nat in baseline to 4.60821 nat in finetuned (difference −0.000102 nat" in summary.splitlines()[2]
     )
     assert "0.90 standard deviations between images" in summary.splitlines()[2]
-    assert "largest difference that survives from 4.60831 nat to 4.60821 nat in layer" in summary
+    assert "or any other layer: from 4.60831 nat to 4.60821 nat; difference −0.000102 nat" in summary
     assert "4.60831 → 4.60821 nat" in page
     assert "4.61 " not in summary.split("## Negative")[0]
     cell = payload(page)["maps"][0]["grids"][0]["cells"][0][0]
@@ -265,24 +266,32 @@ def test_the_clearest_change_is_the_largest_and_its_row_says_the_same(tmp_path: 
                 "dz": -9.0 + layer,
                 "d_av": -0.01 * (1 + layer),
                 "p_max_t": 0.001,
+                "ci_simultaneous": [-0.00011 * (1 + layer), -0.00009 * (1 + layer)],
             }
         # in layer 1 the largest, in layer 2 the most even
         difference, dz, size = {1: (-0.12, -1.1, -2.4), 2: (-0.05, -3.0, -2.9)}.get(test["layer"], (0.001, 0.1, 0.0))
-        return {"difference": difference, "dz": dz, "d_av": size, "p_max_t": 0.001 if difference < 0 else 0.9}
+        interval = [difference - 0.01, difference + 0.01]
+        return {
+            "difference": difference,
+            "dz": dz,
+            "d_av": size,
+            "p_max_t": 0.001 if difference < 0 else 0.9,
+            "ci_simultaneous": interval,
+        }
 
     outputs = change_tests(two_metrics(tmp_path), changes)
     results = results_of(outputs)
     summary, page = texts(outputs)
     first = summary.splitlines()[2]
-    assert first.startswith("The clearest change is in morans_i, layer 1 (blocks.1.attn): from")
+    assert first.startswith("Primary family: morans_i differs most in layer 1 (blocks.1.attn): from")
     assert "2.4 standard deviations between images" in first
     assert first.split(" (")[0] in page
     rows = {name: (layers, str(largest)) for name, (_, (_, layers, largest, *_)) in rows_of(results).items()}
     assert rows["Moran's I"][0] == "layers 1–2 (2 of 4)"
     assert rows["Moran's I"][1].startswith("layer 1: ")
     assert rows["Entropy"][1].startswith("layer 3: ")
-    assert "morans_i: largest difference that survives from" in summary
-    assert "in layer 1 (blocks.1.attn); difference −0.120" in summary
+    assert "- morans_i differs most in layer 1 (blocks.1.attn): from" in summary
+    assert "; difference −0.120" in summary
 
 
 def test_a_change_of_the_size_of_rounding_is_called_that(tmp_path: Path) -> None:
@@ -311,7 +320,8 @@ def test_one_layer_that_changed_does_not_read_as_a_number_of_layers(tmp_path: Pa
 
 def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_path: Path) -> None:
     outputs = two_metrics(tmp_path, equivalence={"entropy": 0.5})
-    inside = {"difference": 0.01, "dz": 5.0, "d_av": 3.0, "p_max_t": 0.001, "tost_bound": 0.5, "p_tost_holm": 0.001}
+    inside = {"difference": 0.01, "dz": 5.0, "d_av": 3.0, "p_max_t": 0.001, "tost_bound": 0.5}
+    inside["ci_simultaneous"] = [-0.49, 0.02]
     changed = {"difference": 0.1, "dz": 1.0, "d_av": 1.0, "p_max_t": 0.001}
     change_tests(outputs, lambda test: inside if test["metric"] == "entropy" else changed)
     results = results_of(outputs)
@@ -324,10 +334,8 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     assert entropy[1] == "none of 4"
     assert entropy[4] == "real but negligible, p 0.001; within ±0.500 in all 4"
     summary, page = texts(outputs)
-    assert summary.splitlines()[2].startswith("The clearest change is in morans_i"), (
-        "however large the sizes of entropy"
-    )
-    assert "Real but negligible: 16 layer × head cells and 4 layer means. Equivalent within ±0.500 nat" in summary
+    assert summary.splitlines()[2].startswith("Primary family: morans_i differs"), "however large the sizes of entropy"
+    assert "Real but negligible: 16 layer × head cells and 4 layer means. Shown to lie within ±0.500 nat" in summary
     within = "Different, but within the bound (real but negligible): 16 layer × head cells and 4 layer means."
     assert f" images). {within}" in summary
     assert '<tr class="negligible"><th scope="row">Entropy</th>' in page
@@ -341,7 +349,7 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     assert "no change beyond the bounds is shown" in page
 
     # Within the bound in one layer alone: the row says where.
-    alone = {"p_tost_holm": 0.9, "p_max_t": 0.9}
+    alone = {"ci_simultaneous": [-0.5, 0.02], "p_max_t": 0.9}
     change_tests(outputs, lambda test: alone if test["metric"] == "entropy" and test["layer"] != 2 else None)
     results = results_of(outputs)
     look, cells = rows_of(results)["Entropy"]
@@ -360,10 +368,10 @@ def test_settings_are_those_of_the_results(tmp_path: Path) -> None:
     assert "90 % CI" in summary
     assert "50 %" not in summary
     assert "95 %" not in summary
-    assert "at the family-wise level α = 0.01" in summary
+    assert "(family-wise level α = 0.01, n = 24 images)" in summary
     assert "a power of 70 %" in summary
     assert "6 training runs are too few for a seed-level test at 0.01 (an exact sign flip needs 8)" in summary
-    assert "difference (90 % CI)" in page
+    assert "difference (90 % simultaneous CI)" in page
     assert "says now: confidence 0.5 (the tests: 0.9), alpha 0.05 (the tests: 0.01)" in page
     drawn = next(content for name, content in render_figures(results_of(outputs)) if name == "layers_entropy.svg")
     assert b"90 % t interval" in drawn

@@ -145,7 +145,7 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
         Chart(
             title=results.heading(metric, region),
             heading=f"{condition} − {against}" + ("" if region is None else f"\non {region}"),
-            cells=Cells(values, sure, greatest or 1.0),
+            cells=Cells(values, verdicts, greatest or 1.0),
             x_names=[str(head) for head in results.heads],
             y_names=[str(layer) for layer in results.layers],
             x_label="head",
@@ -153,16 +153,22 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
             width=50 + cell * len(results.heads),
             height=52 + cell * len(results.layers),
         )
-        for (condition, against), region, values, sure in maps
+        for (condition, against), region, values, verdicts in maps
     ]
     hatched = "" if np.isfinite(known).all() else ", hatched: undefined"
-    n = max((test.n or 0 for test in results.select("head", metric=metric)), default=0)
-    unit = results.unit(metric)
+    tests, unit = results.select("head", metric=metric), results.unit(metric)
+    n = max((test.n or 0 for test in tests), default=0)
+    note = f"Dot: max-T p ≤ {results.alpha:g} in its family; faded: above it{hatched}; n = {n:,} images"
+    if (bound := next((test.tost_bound for test in tests if test.tost_bound is not None), None)) is not None:
+        note += (
+            f". Bound ±{text.quantity(bound, unit)}: a ring survives and lies within, ≈ lies within and does not "
+            "survive; no mark: undecided"
+        )
     return FigureFile(
         panels=panels,
         columns=len(pairs),
         title=results.title(metric),
-        note=f"Dot: max-T p ≤ {results.alpha:g} in its family; faded: above it{hatched}; n = {n:,} images",
+        note=note,
         scale=f"difference ({unit})" if unit else "difference",
     )
 
@@ -170,14 +176,14 @@ def _difference_maps(results: Results, metric: str, regions: Sequence[str | None
 def _differences(
     results: Results, condition: str, against: str, metric: str, region: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Difference (NaN where there is none) and whether it survives, as [layer, head]."""
+    """Difference (NaN where there is none) and verdict, as [layer, head]."""
     shape = (len(results.layers), len(results.heads))
-    values, sure = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    values, verdicts = np.full(shape, np.nan), np.full(shape, "undecided", dtype=object)
     for test in results.select("head", condition=condition, against=against, metric=metric, region=region):
         if test.layer is not None and test.head is not None and test.difference is not None:
             place = results.layers.index(test.layer), results.heads.index(test.head)
-            values[place], sure[place] = test.difference, test.survives(results.alpha)
-    return values, sure
+            values[place], verdicts[place] = test.difference, test.verdict(results.alpha)
+    return values, verdicts
 
 
 def _accuracy(results: Results) -> FigureFile:

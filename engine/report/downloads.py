@@ -17,9 +17,10 @@ BUDGET = 1_200_000
 
 COLUMNS = {
     "tests": (
-        "condition against metric unit level unit_of_inference family family_size region layer site head n missing "
-        "mean_against mean_condition difference sd skewness dz gz d_av ci ci_method ci_nested nested_levels test t p "
-        "p_wilcoxon p_max_t p_holm p_bh p_floor tost_bound p_tost p_tost_holm mde_dz mde degenerate"
+        "condition against metric unit level role unit_of_inference family family_size region layer site head n "
+        "missing mean_against mean_condition difference sd skewness dz gz d_av ci ci_method ci_simultaneous "
+        "ci_nested nested_levels test t p p_wilcoxon p_max_t p_gated p_holm p_bh p_floor tost_bound p_tost p_tost_holm "
+        "mde_dz mde degenerate"
     ),
     "trends": (
         "condition against metric unit unit_of_inference family region shallow_layers deep_layers n shallow deep "
@@ -60,7 +61,7 @@ def _entry(entry: Any, columns: Sequence[str]) -> Row:
     row: dict[str, Any] = {}
     for name in columns:
         value = getattr(entry, name)
-        if name in ("ci", "ci_nested"):
+        if name in ("ci", "ci_simultaneous", "ci_nested"):
             row[f"{name}_low"], row[f"{name}_high"] = value or (None, None)
         else:
             row[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import special
 
 from engine.report import text
 from engine.report.inputs import Results, matches
-from engine.statistics import Cluster, PairedTest, Relation, Trend, defined_mean
+from engine.statistics import Cluster, PairedTest, Relation, Trend, defined_mean, may_be_largest
 
 
 def seeds_needed(alpha: float) -> int:
@@ -78,24 +79,27 @@ def training_runs(results: Results, condition: str) -> int:
 class Change:
     """How one metric (in one region) differs between two conditions.
 
-    What changed survives max-T and is not shown to lie within the bound; what is negligible survives and lies within.
+    What changed is "different" by `PairedTest.verdict`, what is negligible survives and lies within the bound.
     """
 
     metric: str
     region: str | None
     unit: str
+    primary: bool  # whether its layers are in the primary family
     heads: tuple[PairedTest, ...]  # layer × head tests
     defined: int  # of these, with a difference
     risen: int  # of these, changed and higher; fallen: lower
     fallen: int
+    gated: int  # of those that changed, heads whose layer differs in the primary family
     negligible: int
     identical: bool  # every defined difference is exactly 0
     layers: tuple[PairedTest, ...]  # layer-level tests in depth order
     layers_changed: int
     layers_negligible: int
     # What row, sentence and headline speak of: the greatest |difference| of the layers that changed, or else of those
-    # that are negligible, or else of all (head-level where no layer test exists).
+    # that are negligible, or else of all.
     shown: PairedTest | None
+    largest: tuple[int, ...]  # layers that may be the one of the largest difference (`largest_layers`)
     bound: float | None
     equivalent: int | None  # layers whose difference is shown to lie within the bound; None where none was set
     detectable: float | None  # the layers' largest minimum detectable effect; None where no p can fall to α
@@ -128,9 +132,11 @@ class PairFindings:
     n: int
     cells: int
     changed: int
+    gated: int
     negligible: int
     layers_changed: int
     layers_negligible: int
+    untested: Mapping[str, tuple[int, int]]  # reason -> cells and layer means with a difference and no test
     identical: bool
     changes: tuple[Change, ...]
     seed_tests: tuple[PairedTest, ...]
@@ -144,6 +150,11 @@ class PairFindings:
     @property
     def minus(self) -> str:
         return f"{self.condition} − {self.against}"
+
+    def layers(self, primary: bool) -> tuple[int, int]:
+        """How many layer means changed, of how many, in the primary family or in exploratory ones."""
+        family = [change for change in self.changes if change.primary is primary]
+        return sum(change.layers_changed for change in family), sum(len(change.layers) for change in family)
 
     @property
     def speaks_of_runs(self) -> bool:
@@ -166,9 +177,11 @@ def comparisons(results: Results) -> Iterator[PairFindings]:
             n=max((test.n or 0 for test in tests), default=0),
             cells=cells,
             changed=sum(change.changed for change in changes),
+            gated=sum(change.gated for change in changes),
             negligible=sum(change.negligible for change in changes),
             layers_changed=sum(change.layers_changed for change in changes),
             layers_negligible=sum(change.layers_negligible for change in changes),
+            untested=_untested(changes),
             identical=cells > 0 and all(change.identical for change in changes if change.defined),
             changes=changes,
             seed_tests=results.select("seed", **pair),
@@ -186,28 +199,34 @@ def _changes(results: Results, condition: str, against: str) -> Iterator[Change]
         if not heads and not layers:
             continue
         defined = [test for test in heads if test.difference is not None]
-        signs = [(test.difference or 0.0) > 0 for test in defined if test.changed(results.alpha)]
-        layers_changed = [test for test in layers if test.changed(results.alpha)]
-        layers_negligible = [test for test in layers if test.negligible(results.alpha)]
-        sized = [test for test in layers or heads if test.difference is not None]
+        differ = [test for test in defined if test.verdict(results.alpha) == "different"]
+        risen = sum((test.difference or 0.0) > 0 for test in differ)
+        layers_changed = [test for test in layers if test.verdict(results.alpha) == "different"]
+        layers_negligible = [test for test in layers if test.verdict(results.alpha) == "negligible"]
+        sized = [test for test in layers if test.difference is not None]
         every = [test.difference for test in (*heads, *layers) if test.difference is not None]
         bound = next((test.tost_bound for test in layers if test.tost_bound is not None), None)
         yield Change(
             metric=metric,
             region=region,
             unit=results.unit(metric),
+            primary=metric in results.primary,
             heads=heads,
             defined=len(defined),
-            risen=sum(signs),
-            fallen=len(signs) - sum(signs),
-            negligible=sum(test.negligible(results.alpha) for test in defined),
+            risen=risen,
+            fallen=len(differ) - risen,
+            gated=sum(test.p_gated is not None and test.p_gated <= results.alpha for test in differ),
+            negligible=sum(test.verdict(results.alpha) == "negligible" for test in defined),
             identical=bool(every) and not any(every),
             layers=layers,
             layers_changed=len(layers_changed),
             layers_negligible=len(layers_negligible),
-            shown=max(layers_changed or layers_negligible or sized, key=by_size, default=None),
+            shown=max(
+                layers_changed or layers_negligible or sized, key=lambda test: abs(test.difference or 0.0), default=None
+            ),
+            largest=largest_layers(layers),
             bound=bound,
-            equivalent=None if bound is None else sum(test.equivalent(results.alpha) for test in layers),
+            equivalent=None if bound is None else sum(test.within for test in layers),
             detectable=max((test.mde for test in layers if test.mde is not None), default=None),
             classes=results.select("class", **where),
             trend=next((trend for trend in results.document.trends if matches(trend, where)), None),
@@ -215,9 +234,44 @@ def _changes(results: Results, condition: str, against: str) -> Iterator[Change]
         )
 
 
-def by_size(test: PairedTest) -> float:
-    """By which tests of one metric are ranked."""
-    return abs(test.difference or 0.0)
+def largest_layers(tests: Iterable[PairedTest]) -> tuple[int, ...]:
+    """Layers of these tests in one unit that may be the one of the largest difference, in depth order."""
+    sized = [test for test in tests if test.difference is not None]
+    bounds = np.array([test.ci_simultaneous or (np.nan, np.nan) for test in sized]).reshape(-1, 2)
+    among = zip(sized, may_be_largest(*bounds.T), strict=True)
+    return tuple(sorted({test.layer for test, may_be in among if may_be and test.layer is not None}))
+
+
+def clearest_change(comparisons: Sequence[PairFindings], primary: bool) -> Change | None:
+    """The change of greatest size beside how much images differ, |d_av|; units of metrics differ, so that decides.
+
+    A certainty such as |dz| would put the most even change first, however small.
+    """
+    changes = (c for pair in comparisons for c in pair.changes if c.primary is primary and c.layers_changed)
+    return max(changes, key=lambda change: abs((change.shown and change.shown.d_av) or 0.0), default=None)
+
+
+def regional_change(comparisons: Sequence[PairFindings]) -> Change | None:
+    """The largest change of a layer on an annotated region."""
+    changes = (c for pair in comparisons for c in pair.changes if c.region is not None and c.layers_changed)
+    return max(changes, key=lambda change: abs((change.shown and change.shown.difference) or 0.0), default=None)
+
+
+def opening(results: Results, comparisons: Sequence[PairFindings]) -> PairedTest | None:
+    """What the page opens on: what its first claim speaks of, else the largest difference of a head that differs."""
+    firsts = clearest_change(comparisons, True), regional_change(comparisons), clearest_change(comparisons, False)
+    if (first := next(filter(None, firsts), None)) is not None:
+        return first.shown
+    heads = [test for pair in comparisons for change in pair.changes for test in change.heads]
+    differ = [test for test in heads if test.verdict(results.alpha) == "different"]
+    return max(differ, key=lambda test: abs(test.d_av or 0.0), default=None)
+
+
+def _untested(changes: Sequence[Change]) -> dict[str, tuple[int, int]]:
+    """Reason -> how many cells and layer means have a difference and no test."""
+    tests = [test for change in changes for test in (*change.heads, *change.layers) if test.untested]
+    counts = Counter((str(test.degenerate), test.level) for test in tests)
+    return {reason: (counts[reason, "head"], counts[reason, "layer"]) for reason, _ in counts}
 
 
 def cell_relations(comparison: PairFindings) -> Iterator[tuple[Relation, tuple[Relation, ...]]]:

@@ -98,6 +98,12 @@ class Results:
                 return {"name": value, "id": value}
         return value if isinstance(value, Mapping) else {}
 
+    @property
+    def primary(self) -> tuple[str, ...]:
+        """The metrics whose layer means are the primary family."""
+        tested = {test.metric for test in self.document.tests if test.role == "primary"}
+        return tuple(metric for metric in self.metrics if metric in tested)
+
     def seed_invariant(self, condition: str) -> bool:
         """Whether no seed can change this condition's attention (a frozen backbone)."""
         if "seed_invariant" not in self.table.coords:

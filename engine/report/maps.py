@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.report import text
-from engine.report.findings import Change, PairFindings
+from engine.report.findings import Change, PairFindings, opening
 from engine.report.inputs import Results
 from engine.report.viewer import deflated
 from engine.statistics import PairedTest, defined_mean
@@ -17,13 +17,18 @@ HISTOGRAM_BINS = 24
 SCATTER_IMAGES = 256
 SCATTER_BUDGET = 1_500_000
 """Bytes of all paired values before deflating: a 12 × 12 model, six metrics and three conditions have 256 images."""
+MARKS = {"different": "●", "negligible": "○", "equivalent": "≈", "undecided": ""}
+"""What stands in a cell, by its verdict."""
 LEVELS = 255
 """Values of a cell are kept as 0 to 254 of its range; 255 is missing."""
 
 
 def maps_payload(results: Results, comparisons: Sequence[PairFindings]) -> Iterator[dict[str, Any]]:
-    """One entry per metric (and region), with a grid of tests for every comparison and the values behind the cells."""
-    shown = scatter_images(results)
+    """One entry per metric (and region), with a grid of tests for every comparison and the values behind the cells.
+
+    Where the page opens, `open` is the cell's [layer, head] as positions, the mean over heads behind the heads.
+    """
+    shown, first = scatter_images(results), opening(results, comparisons)
     for metric, region in results.series():
         values = _by_cell(results, metric, region)
         grids = []
@@ -34,7 +39,9 @@ def maps_payload(results: Results, comparisons: Sequence[PairFindings]) -> Itera
                     cells = _cells(results, change, values[condition] - values[against])
                     grids.append({"condition": condition, "against": against, "cells": cells})
         if grids:
+            opens = first is not None and (first.metric, first.region) == (metric, region)
             yield {
+                "open": _place(results, first) if first is not None and opens else None,
                 "metric": metric,
                 "region": region,
                 "label": results.heading(metric, region),
@@ -69,17 +76,23 @@ def _cells(results: Results, change: Change, paired: np.ndarray) -> list[list[di
     heads = len(results.heads)
     cells: list[list[dict[str, Any] | None]] = [[None] * (heads + 1) for _ in results.layers]
     for test in (*change.heads, *change.layers):
-        if test.layer is not None:
-            row = results.layers.index(test.layer)
-            column = heads if test.head is None else results.heads.index(test.head)
-            cells[row][column] = _cell(results, test, paired[:, row, column])
+        row, column = _place(results, test)
+        cells[row][column] = _cell(results, test, paired[:, row, column])
     return cells
+
+
+def _place(results: Results, test: PairedTest) -> tuple[int, int]:
+    """Row and column of a test of a layer or head; the mean over heads stands behind the heads."""
+    assert test.layer is not None, "heads and layers have one"
+    column = len(results.heads) if test.head is None else results.heads.index(test.head)
+    return results.layers.index(test.layer), column
 
 
 def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[str, Any]:
     cell = {
         "d": _round(test.difference),
         "ci": [_round(edge) for edge in test.ci or (None, None)],
+        "all": [_round(edge) for edge in test.ci_simultaneous or (None, None)],
         "dz": _round(test.dz),
         "p": _round(test.p_max_t),
         "a": _round(test.mean_against, text.MOST_DIGITS),
@@ -87,13 +100,12 @@ def _cell(results: Results, test: PairedTest, differences: np.ndarray) -> dict[s
         "mde": _round(test.mde),
         "n": test.n,
         "missing": test.missing,
-        "sure": test.survives(results.alpha),
+        "verdict": test.verdict(results.alpha),
         "note": test.degenerate or "",
         "hist": _histogram(differences),
     }
     if test.tost_bound is not None:
-        cell |= {"bound": _round(test.tost_bound), "tost": _round(test.p_tost_holm)}
-        cell["within"] = test.equivalent(results.alpha)
+        cell["bound"] = _round(test.tost_bound)
     return cell
 
 

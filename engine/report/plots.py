@@ -56,12 +56,13 @@ class Column:
 class Cells:
     """A heat map [row, column] from −limit to limit, the first row on top.
 
-    What is not `sure` is faded, or noise on a narrow scale would look like a finding; what is sure has a dot; what is
-    not finite is hatched.
+    `verdicts` are `PairedTest.verdict`'s: what is different has a dot, what is negligible a ring, and what does not
+    survive is faded, or noise on a narrow scale would look like a finding; what is equivalent has ≈. What is not finite
+    is hatched.
     """
 
     values: np.ndarray
-    sure: np.ndarray
+    verdicts: np.ndarray
     limit: float
 
 
@@ -253,12 +254,16 @@ def _cell(cells: Cells, frame: _Frame, row: int, col: int, value: float) -> Iter
             start, end = max(-0.5, at - 0.5), min(0.5, at + 0.5)
             yield Mark("hatch", (frame.at(col + start, row + at - start), frame.at(col + end, row + at - end)))
         return
-    sure = bool(cells.sure[row, col])
-    yield Mark("cell", box, shade(value / cells.limit, 1.0 if sure else 0.4))
-    if sure:
-        x, y = frame.at(col, row)
-        dot = tuple((x + 0.7 * across, y + 0.7 * down) for across, down in ROUND)
-        yield Mark("shade", dot, "#ffffff" if abs(value) > 0.6 * cells.limit else "#000000")
+    verdict = cells.verdicts[row, col]
+    survives = verdict in ("different", "negligible")
+    ground, (x, y) = shade(value / cells.limit, 1.0 if survives else 0.4), frame.at(col, row)
+    yield Mark("cell", box, ground)
+    if verdict == "equivalent":
+        yield Mark("tick", ((x, y + 4.5),), text="≈", anchor="middle")
+    elif survives:
+        ink = "#ffffff" if abs(value) > 0.6 * cells.limit else "#000000"
+        for size, paint in ((0.7, ink),) if verdict == "different" else ((1.1, ink), (0.7, ground)):
+            yield Mark("shade", tuple((x + size * across, y + size * down) for across, down in ROUND), paint)
 
 
 def _figure(figure: FigureFile) -> tuple[list[Mark], float, float]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from engine.report import text
-from engine.report.findings import Change, PairFindings, by_size, layer_curve
+from engine.report.findings import (
+    Change,
+    PairFindings,
+    clearest_change,
+    largest_layers,
+    layer_curve,
+    regional_change,
+)
 from engine.report.inputs import Results
 from engine.statistics import PairedTest, Relation
 
@@ -14,41 +21,84 @@ HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these imag
 _SMALL = 0.01  # standard deviations between images: a copy with 1e-6 of noise in its weights stays below
 
 
-def headline(results: Results, comparisons: Sequence[PairFindings]) -> str:
-    """The study in a sentence or two, from what survives the family-wise test, or the lack of it."""
+def headline(results: Results, comparisons: Sequence[PairFindings]) -> tuple[str, ...]:
+    """The study in a few sentences, from what survives the family-wise test, or the lack of it; the surest first."""
     if not comparisons:
-        return "One condition was measured, so nothing is compared."
+        return ("One condition was measured, so nothing is compared.",)
     if all(comparison.identical for comparison in comparisons):
         names = text.listing([comparison.condition for comparison in comparisons])
         return (
             f"Every measured value of {names} equals that of {comparisons[0].against} exactly: on these images, "
-            "nothing that was measured changed."
+            "nothing that was measured changed.",
         )
-    if regional := _region_headline(results, comparisons):
-        return regional
-    # Each metric's largest change, as its row shows it; among metrics, whose units differ, the size beside how much
-    # images differ decides. A certainty such as |dz| would put the most even change first, however small.
-    best = max(
-        (change.shown for comparison in comparisons for change in comparison.changes if change.layers_changed),
-        key=lambda test: abs((test and test.d_av) or 0.0),
-        default=None,
+    first = clearest_change(comparisons, primary=True)
+    other = regional_change(comparisons) or (None if first else clearest_change(comparisons, primary=False))
+    sentences = [] if results.primary else [primary_sentence(results)]
+    if first:
+        sentences.append(_claim(results, comparisons, first))
+    elif results.primary or not other:
+        sentences.append(_null_headline(results, comparisons))
+    if other and not (first and first.region is not None):
+        claim = _claim(results, comparisons, other)
+        exploratory = bool(results.primary) and not other.primary
+        sentences.append(f"Exploratory: {claim[:1].lower()}{claim[1:]}" if exploratory else claim)
+    return tuple(sentences)
+
+
+def primary_sentence(results: Results) -> str:
+    """Which tests were named beforehand, and what that makes of the others."""
+    if not results.primary:
+        named = text.listing(results.document.settings.primary) or "none is named"
+        return f"No metric of the primary family was measured ({named}), so everything said here is exploratory."
+    record, named = results.document.primary, ""
+    if record is not None:
+        named = " The primary family was named before anything was captured (metrics/primary.json)."
+        if not record.before:
+            named = (
+                " Nothing vouches that the primary family was: metrics/primary.json is younger than the first capture."
+            )
+    return (
+        f"Primary family: the layer means of {text.listing(results.primary)}, of all comparisons together. All else is "
+        f"exploratory: not named beforehand, and each family of tests holds the level by itself.{named}"
     )
-    if best is None:
-        return _null_headline(results, comparisons)
-    unit = results.unit(best.metric)
-    before, after = _means(best, unit)
+
+
+def _claim(results: Results, comparisons: Sequence[PairFindings], change: Change) -> str:
+    """The change that a headline names."""
+    if change.region is not None:
+        return _region_headline(results, comparisons)
+    test, unit = change.shown, change.unit
+    assert test is not None, "a change has a layer that changed"
+    before, after = _means(test, unit)
     size = small = ""
-    if best.d_av is not None:
-        size = f"; {text.number(abs(best.d_av), 2)} standard deviations between images, by which changes are ranked"
-        if abs(best.d_av) < _SMALL:
+    if test.d_av is not None:
+        size = f"; {text.number(abs(test.d_av), 2)} standard deviations between images, the largest estimate of the "
+        size += "family" if change.primary else "metrics"
+        if abs(test.d_av) < _SMALL:
             small = (
                 " That is less than a hundredth of what images differ by; rounding alone, as on another device, can "
                 "make a difference of such a size."
             )
     return (
-        f"The clearest change is in {text.what(best.metric, best.region)}, {text.where(best)}: "
-        f"from {before} in {best.against} to {after} in {best.condition} ({_effect(results, best, unit)}{size}).{small}"
+        f"{'Primary family: ' if change.primary else ''}{change.name} differs most in "
+        f"{_most(results, test, change.largest, explained=True)}: from {before} in {test.against} to {after} in "
+        f"{test.condition} ({_effect(results, test, unit)}{size}).{small}"
     )
+
+
+def _most(results: Results, shown: PairedTest, largest: Sequence[int], explained: bool = False) -> str:
+    """The layer of the largest difference, and those that may be it instead."""
+    others = alternative(results, shown, largest)
+    why = " (their intervals do not part them)" if others and explained else ""
+    return f"{text.where(shown)}{f', {others}' if others else ''}{why}"
+
+
+def alternative(results: Results, shown: PairedTest, largest: Sequence[int]) -> str:
+    """ "or one of layers 1–3": those that may have the largest difference instead of the one shown; or ""."""
+    others = [layer for layer in largest if layer != shown.layer]
+    if len(others) == len(results.layers) - 1 > 1:
+        return "or any other layer"
+    return f"or {'one of ' if len(others) > 1 else ''}{text.span(others)}" if others else ""
 
 
 def _means(test: PairedTest, unit: str) -> list[str]:
@@ -58,17 +108,13 @@ def _means(test: PairedTest, unit: str) -> list[str]:
 
 
 def _region_headline(results: Results, comparisons: Sequence[PairFindings]) -> str:
-    """Where attention on annotated regions moved most, in every condition; "" if no such change survives."""
-    candidates = [
-        test
-        for comparison in comparisons
-        for change in comparison.changes
-        for test in change.layers
-        if change.region is not None and test.changed(results.alpha)
-    ]
-    best = max(candidates, key=by_size, default=None)
+    """Where attention on annotated regions differs most, in every condition; "" if no such change survives."""
+    change = regional_change(comparisons)
+    best = None if change is None else change.shown
     if best is None or best.layer is None:
         return ""
+    regional = (test for pair in comparisons for c in pair.changes if c.metric == best.metric for test in c.layers)
+    most = _most(results, best, largest_layers(regional), explained=True)
     row, shown, title = results.layers.index(best.layer), text.decimals(best.difference), results.title(best.metric)
     parts = []
     for region in results.regions:
@@ -79,23 +125,20 @@ def _region_headline(results: Results, comparisons: Sequence[PairFindings]) -> s
             each.append(f"{text.number(mean, 2, shown)} in {name}" + (f" ({lift})" if lift else ""))
         parts.append(f"on {region}{text.of_area(area)}, {text.listing(each)}")
     return (
-        f"Attention on the annotated regions differs most in {text.where(best)}. {title[:1].upper()}{title[1:]}: "
+        f"Attention on the annotated regions differs most in {most}. {title[:1].upper()}{title[1:]}: "
         f"{'; '.join(parts)} (on {best.region}, {best.condition} against {best.against}: "
         f"{_effect(results, best, results.unit(best.metric))})."
     )
 
 
 def _null_headline(results: Results, comparisons: Sequence[PairFindings]) -> str:
+    """That no layer mean differs, of the primary family where one was measured, and what single heads do."""
+    primary = bool(results.primary)
     sentences = []
     nothing: dict[str, list[str]] = {}  # pairs of which the same can be said share their sentence
     for comparison in comparisons:
-        if comparison.changed:
-            sentences.append(
-                f"{comparison.changed} of {comparison.cells} layer × head × metric cells differ between "
-                f"{comparison.condition} and {comparison.against} after the family-wise correction, but no layer as a "
-                "whole does."
-            )
-            continue
+        pair = f"{comparison.condition} and {comparison.against}"
+        cells = f"{comparison.changed} of {comparison.cells} layer × head × metric cells"
         if within := _negligible(comparison):
             bounds = {
                 change.metric: f"{change.metric} ±{text.quantity(change.bound, change.unit)}"
@@ -103,27 +146,32 @@ def _null_headline(results: Results, comparisons: Sequence[PairFindings]) -> str
                 if change.bound is not None
             }
             sentences.append(
-                f"What differs between {comparison.condition} and {comparison.against} is real but negligible: "
-                f"{within} survive the family-wise correction, and each is shown to lie within its bound "
-                f"(TOST, Holm; {', '.join(bounds.values())})."
+                f"What differs between {pair} is real but negligible: {within} survive the family-wise correction, and "
+                f"each is shown to lie within its bound ({', '.join(bounds.values())})."
             )
-            continue
-        said = (
-            f"survives the family-wise test (0 of {comparison.cells} layer × head × metric cells at α = "
-            f"{results.alpha:g}){_power_clause(results, comparison)}."
-        )
-        nothing.setdefault(said, []).append(f"{comparison.condition} and {comparison.against}")
+        else:
+            layers = sum(len(change.layers) for change in comparison.changes if change.primary is primary)
+            family = "in the primary family" if primary else "the family-wise test"
+            said = (
+                f"survives {family} (0 of {layers} layer means at α = {results.alpha:g})"
+                f"{_power_clause(results, comparison, primary)}."
+            )
+            nothing.setdefault(said, []).append(pair)
+        if comparison.changed and not comparison.layers_changed:
+            called = "Exploratory: " if primary else ""
+            sentences.append(f"{called}{cells} differ between {pair}, but no layer as a whole does.")
     return " ".join(
         [*(f"No difference between {', or '.join(pairs)} {said}" for said, pairs in nothing.items()), *sentences]
     )
 
 
-def _power_clause(results: Results, comparison: PairFindings) -> str:
+def _power_clause(results: Results, comparison: PairFindings, primary: bool) -> str:
     """How large an effect on a layer would have been found, so that finding none has a meaning."""
     if 0 < comparison.n < comparison.runs_needed:
         images = text.count(comparison.n, "image")
         return f"; nothing can, over {images}: exact sign flips need {comparison.runs_needed}"
-    effects = [test.mde_dz for change in comparison.changes for test in change.layers if test.mde_dz is not None]
+    layers = [test for change in comparison.changes if change.primary is primary for test in change.layers]
+    effects = [test.mde_dz for test in layers if test.mde_dz is not None]
     if not effects:
         return ""
     return (
@@ -133,10 +181,10 @@ def _power_clause(results: Results, comparison: PairFindings) -> str:
 
 
 def _effect(results: Results, test: PairedTest, unit: str) -> str:
-    """The effect first: difference with interval, dz, then the adjusted p-value."""
+    """The effect first, chosen among layers: difference with simultaneous interval, dz, then the adjusted p-value."""
     parts = [f"difference {text.change(test.difference, unit)}"]
-    if text.interval(test.ci):
-        parts.append(f"{text.percent(results.confidence)} CI {text.interval(test.ci)}")
+    if interval := text.interval(test.ci_simultaneous):
+        parts.append(f"{text.percent(results.confidence)} simultaneous CI {interval}")
     if test.dz is not None:
         parts.append(f"dz {text.number(test.dz)}")
     if test.p_max_t is not None:
@@ -151,23 +199,26 @@ def comparison_sentence(results: Results, comparison: PairFindings) -> str:
             f"{comparison.condition} and {comparison.against} do not differ at all: every difference is exactly 0 in "
             f"{text.count(comparison.n, 'image')}."
         )
-    changed, cells = comparison.changed, comparison.cells
-    if not cells:
+    if not comparison.cells:
         return f"No layer × head test of {comparison.pair} is defined."
-    layers = sum(len(change.layers) for change in comparison.changes)
-    within = _negligible(comparison)
-    if not changed and not comparison.layers_changed:
-        tested = f"{cells} layer × head × metric cells" + (f" and {layers} layer means" if layers else "")
-        verdict = f"none of the {tested} differs" + (" by more than its bound" if within else "")
-    else:
-        verdict = f"{changed} of {cells} layer × head × metric cells"
-        verdict += (f" and {comparison.layers_changed} of {layers} layer means" if layers else "") + " differ"
-    return (
-        f"{comparison.pair}: {verdict} at the family-wise level α = "
-        f"{results.alpha:g} (max-T, cells and layer means each a family; n = "
-        f"{text.count(comparison.n, 'image')})."
-        + (f" Different, but within the bound (real but negligible): {within}." if within else "")
-    )
+    cells = f"{comparison.changed} of {comparison.cells} layer × head × metric cells"
+    if comparison.gated:
+        cells += f", {comparison.gated} of them heads whose layer differs in the primary family"
+    primary, others = ("{} of {}".format(*comparison.layers(family)) for family in (True, False))
+    has_primary, has_others = (comparison.layers(family)[1] > 0 for family in (True, False))
+    exploratory = ([f"{others} {'other ' if has_primary else ''}layer means"] if has_others else []) + [cells]
+    verdict = f"{text.listing(exploratory)} differ"
+    if has_primary:
+        verdict = f"{primary} layer means of the primary family differ; exploratory: {text.listing(exploratory)}"
+    images = text.count(comparison.n, "image")
+    said = [f"{comparison.pair}: {verdict} (family-wise level α = {results.alpha:g}, n = {images})."]
+    if within := _negligible(comparison):
+        said.append(f"Different, but within the bound (real but negligible): {within}.")
+    for reason, counts in comparison.untested.items():
+        nouns = zip(counts, ("cell", "layer mean"), strict=True)
+        listed = text.listing([text.count(n, noun) for n, noun in nouns if n])
+        said.append(f"{listed} {'was' if sum(counts) == 1 else 'were'} not tested: {reason}.")
+    return " ".join(said)
 
 
 def change_sentence(results: Results, comparison: PairFindings, change: Change) -> str:
@@ -178,13 +229,15 @@ def change_sentence(results: Results, comparison: PairFindings, change: Change) 
     if change.shown is None:
         return f"{name}: undefined in both conditions or in too few images to compare."
     test = change.shown
-    values = ""
     area = None if change.region is None else results.region_area(change.region)
+    if test.survives(results.alpha):
+        size = f"{name}{text.of_area(area)} differs most in {_most(results, test, change.largest)}: "
+    else:
+        size = f"{name}{text.of_area(area)}: the largest estimate is in {text.where(test)}: "
     if test.mean_against is not None and test.mean_condition is not None:
         lift = text.times_area(area, test.mean_against, test.mean_condition)
-        values = f"from {' to '.join(_means(test, change.unit))}{f' ({lift})' if lift else ''} in "
-    which = "largest difference that survives" if test.survives(results.alpha) else "largest difference"
-    size = f"{name}{text.of_area(area)}: {which} {values}{text.where(test)}; {_effect(results, test, change.unit)}"
+        size += f"from {' to '.join(_means(test, change.unit))}{f' ({lift})' if lift else ''}; "
+    size += _effect(results, test, change.unit)
     tail = _equivalence(change)
     if within := _negligible(change):
         tail = f" Real but negligible: {within}.{tail}"
@@ -195,7 +248,7 @@ def change_sentence(results: Results, comparison: PairFindings, change: Change) 
         directions = [f"{n} {way}" for n, way in ((change.risen, "higher"), (change.fallen, "lower")) if n]
         detail = f" ({text.listing(directions)})" if directions else ""
         parts.append(f"{change.changed} of {change.defined} layer × head cells{detail}")
-    counts = text.listing(parts)
+    counts = "; exploratory: ".join(parts) if change.primary else text.listing(parts)
     if change.changed or change.layers_changed:
         beyond = "" if change.bound is None else " and not shown to lie within the bound"
         return f"{size}. Surviving max-T{beyond}: {counts}.{tail}"
@@ -205,7 +258,7 @@ def change_sentence(results: Results, comparison: PairFindings, change: Change) 
     if change.detectable is not None:
         least, power = text.quantity(change.detectable, change.unit), text.percent(results.power)
         detectable = f"; a change of {least} in a layer would have been found with a power of {power}"
-    return f"{size}. Nothing survives max-T ({counts}), so no change is claimed{detectable}.{tail}"
+    return f"{size}. Nothing survives max-T ({text.listing(parts)}), so no change is claimed{detectable}.{tail}"
 
 
 def _negligible(counted: PairFindings | Change) -> str:
@@ -220,8 +273,8 @@ def _equivalence(change: Change) -> str:
         return ""
     layers, bound = len(change.layers), text.quantity(change.bound, change.unit)
     if change.equivalent == 0:
-        return f" No layer is shown to be equivalent within ±{bound} (TOST, Holm)."
-    return f" Equivalent within ±{bound} (TOST, Holm): {text.share(change.equivalent, layers)} layers."
+        return f" No layer is shown to lie within ±{bound}."
+    return f" Shown to lie within ±{bound}: {text.share(change.equivalent, layers)} layers."
 
 
 def trend_sentence(results: Results, change: Change) -> str:
@@ -238,7 +291,7 @@ def trend_sentence(results: Results, change: Change) -> str:
     if not trend.survives(results.alpha):
         return f"{halves}; {size}: no evidence that the change differs with depth."
     opposite = (trend.shallow or 0.0) * (trend.deep or 0.0) < 0
-    tail = "; the halves change in opposite directions, so a mean over layers hides it" if opposite else ""
+    tail = "; the estimates of the halves have opposite signs, so they cancel in a mean over layers" if opposite else ""
     return f"{halves}; {size}{tail}."
 
 

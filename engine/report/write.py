@@ -12,7 +12,7 @@ from engine.report.charts import figures
 from engine.report.document import ReportedStudy, sections
 from engine.report.html import page
 from engine.report.inputs import Record, Results, load_results
-from engine.report.maps import scatter_images
+from engine.report.maps import MARKS, scatter_images
 from engine.report.markdown import markdown
 from engine.report.marks import DIVERGING
 from train.whole_files import replace_files, write_atomically
@@ -67,6 +67,7 @@ def render_page(results: Results, summary: str) -> str:
         "images": [images[index] for index in scatter_images(results)],
         "allImages": len(images),
         "diverging": DIVERGING.tolist(),
+        "marks": MARKS,
         "maps": [],
         "viewer": None,
     }

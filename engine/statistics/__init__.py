@@ -9,6 +9,7 @@ from engine.statistics.conditions import check_bounds, check_primary, compare_co
 from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
 from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
+from engine.statistics.multiplicity import may_be_largest
 from engine.statistics.multiverse import compare_conventions
 from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
 from engine.statistics.pairing import metric_series
@@ -29,6 +30,7 @@ from engine.statistics.results import (
     Settings,
     Specification,
     Trend,
+    Verdict,
     build,
     finite,
     parse_comparison,
@@ -56,6 +58,7 @@ __all__ = [
     "Settings",
     "Specification",
     "Trend",
+    "Verdict",
     "analyse",
     "bootstrap_interval",
     "build",
@@ -72,6 +75,7 @@ __all__ = [
     "layer_clusters",
     "layer_trend",
     "match_heads",
+    "may_be_largest",
     "metric_series",
     "minimum_detectable_effect",
     "morans_inference",

@@ -1,4 +1,4 @@
-"""p-values adjusted for the number of tests in a family, of any shape; NaN is a test that was not made."""
+"""What many tests at once ask for: p-values adjusted for their number, and the set that holds the largest effect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.statistics.arrays import Floats
 
 
 def holm(p: Any) -> Floats:
-    """Holm's step-down adjustment: controls the chance of any false positive, whatever the dependence.
+    """Holm's step-down adjustment: controls the chance of any false positive, whatever the dependence; NaN: no test.
 
     Source:
         Holm (1979), Scandinavian Journal of Statistics 6:65–70.
@@ -21,7 +21,7 @@ def holm(p: Any) -> Floats:
 
 
 def benjamini_hochberg(p: Any) -> Floats:
-    """Benjamini and Hochberg's step-up adjustment: controls the false discovery rate.
+    """Benjamini and Hochberg's step-up adjustment: controls the false discovery rate; NaN: no test.
 
     Source:
         Benjamini and Hochberg (1995), Journal of the Royal Statistical Society B 57:289–300.
@@ -46,6 +46,21 @@ def holm_over_families(p: Floats, families: NDArray[np.int64]) -> Floats:
         adjusted[members] = np.maximum(np.minimum(p[members] * factor, 1.0), floor)
         floor = max(floor, min(least[place] * factor, 1.0))
     return adjusted
+
+
+def may_be_largest(low: Floats, high: Floats) -> NDArray[np.bool_]:
+    """Which of several effects may be the one of the greatest size, [effect], from simultaneous intervals of them.
+
+    An effect may be the largest while the greatest |value| of its interval reaches the least |value| of every other
+    interval, which is 0 where that holds 0. Where all intervals cover, which simultaneous ones do with their
+    confidence, the truly largest effect is in the set. NaN: an effect of which nothing is known may be it, too.
+
+    Args:
+        low, high: bounds of the intervals, [effect].
+    """
+    least = np.maximum(np.maximum(low, -high), 0)
+    reached = np.maximum(np.abs(low), np.abs(high))
+    return np.asarray(~(reached < np.nan_to_num(least).max(initial=0)))
 
 
 def _adjust(p: Any, rule: Any) -> Floats:

@@ -21,7 +21,7 @@ from engine.statistics.bootstrap import (
     with_few,
 )
 from engine.statistics.multiplicity import benjamini_hochberg, holm, holm_over_families
-from engine.statistics.permutation import sign_flip
+from engine.statistics.permutation import FEWEST_PAIRS, sign_flip
 
 Unit = Literal["images", "runs"]
 """What the pairs of a comparison are: images are resampled, training runs (or classes) flipped."""
@@ -235,7 +235,9 @@ def _why_degenerate(n: int, t: float, dz: float, gz: float, p_max_t: float) -> s
     if np.isinf(t):
         return "all differences are equal and not 0: t, dz and gz are infinite"
     if np.isnan(p_max_t):
-        return f"fewer than {INFORMATIVE} pairs off their most frequent value, or than other tests have: not tested"
+        if n < FEWEST_PAIRS:
+            return f"fewer than {FEWEST_PAIRS} complete pairs"
+        return f"fewer than {INFORMATIVE} pairs differ from the most frequent value"
     if np.isnan(dz):
         return "all differences are exactly 0: dz and gz are not defined"
     return "2 pairs: gz is not defined" if np.isnan(gz) else None

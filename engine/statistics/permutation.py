@@ -15,7 +15,7 @@ from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
 _TIE = 1e-10
 # Pairs that a test takes where others have as many: with fewer no p can be below .05, yet a t is so often infinite when
 # flipped that it would decide the family's greatest.
-_FEWEST = 6
+FEWEST_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def sign_flip(
 
 def enough_to_flip(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which tests, of so many pairs, take part in a family whose signs are flipped."""
-    return np.asarray(pairs >= max(2, min(_FEWEST, pairs.max(initial=0))))
+    return np.asarray(pairs >= max(2, min(FEWEST_PAIRS, pairs.max(initial=0))))
 
 
 def normalised(differences: Floats) -> Floats:

@@ -20,6 +20,7 @@ RUNS = "training run (seed), given these images"
 LAYERS = "layer (layers are not independent samples; shown for comparison with published practice)"
 
 Interval = tuple[float, float] | None
+Verdict = Literal["different", "negligible", "equivalent", "undecided"]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -129,17 +130,27 @@ class PairedTest(Compared):
         """Whether it survives its family's max-T test."""
         return self.difference is not None and self.p_max_t is not None and self.p_max_t <= alpha
 
-    def changed(self, alpha: float) -> bool:
-        """Whether there is a difference, and none that is shown to be negligible."""
-        return self.survives(alpha) and not self.equivalent(alpha)
+    @property
+    def within(self) -> bool:
+        """Whether the difference is shown to lie within the bound set beforehand: its simultaneous interval does."""
+        if self.tost_bound is None or self.ci_simultaneous is None:
+            return False
+        return max(map(abs, self.ci_simultaneous)) < self.tost_bound
 
-    def negligible(self, alpha: float) -> bool:
-        """Whether the difference is there and yet within the bound that was set beforehand."""
-        return self.survives(alpha) and self.equivalent(alpha)
+    def verdict(self, alpha: float) -> Verdict:
+        """Whether there is a difference (`survives`), and whether it is shown to be smaller than the bound (`within`).
 
-    def equivalent(self, alpha: float) -> bool:
-        """Whether the difference is shown to lie within the bound, in its family (Holm)."""
-        return self.p_tost_holm is not None and self.p_tost_holm <= alpha
+        Both are told in their family: "different" survives and is not shown to lie within, "negligible" is there and
+        within, "equivalent" is within and does not survive, "undecided" is neither. Without a bound nothing is within.
+        """
+        if self.survives(alpha):
+            return "negligible" if self.within else "different"
+        return "equivalent" if self.within else "undecided"
+
+    @property
+    def untested(self) -> bool:
+        """Whether there is a difference and no test of it, for the reason under `degenerate`."""
+        return self.difference is not None and self.p_max_t is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engine.report import text, wording
 from engine.report.document import Block, Bullets, Content, Group, ReportedStudy, Span, Table, Text, section
 from engine.report.downloads import downloads
+from engine.report.families import error_sentence
 from engine.report.findings import training_runs
 from engine.report.inputs import Results
+from engine.report.sections.relevance import load_relevance
 from engine.statistics import FEWEST
 
 
@@ -91,11 +94,9 @@ def limits(study: ReportedStudy) -> Iterator[Block]:
         "Only attention weights after the softmax were analysed, and only of layers whose map is tokens by tokens.",
         "Attention was described after training; it was not a training target.",
     ]
-    if len(results.conditions) > 2:
-        scope.append(
-            f"Each condition is tested against {results.against} in a family of its own: the family-wise "
-            "level holds within a comparison, not over all of them."
-        )
+    measured = load_relevance(results)
+    if error := error_sentence(results, None if measured is None else measured.document):
+        scope.insert(0, error)
     yield Bullets(scope)
 
 
@@ -131,12 +132,14 @@ def not_measured(study: ReportedStudy) -> Iterator[Block]:
 
 @section("How to read the numbers", summary=130)
 def how_to_read(study: ReportedStudy) -> Iterator[Block]:
+    results = study.results
     sentences = (
         "Read sizes before p-values: with many images the smallest difference is “significant”. The "
         "difference is in the metric's own unit; dz is the mean paired difference over its standard deviation across "
         "images.",
         "A marked cell survives the max-T test over its whole family: the chance of even one false mark in the family "
         "is at most α. An unmarked cell is not shown to be unchanged.",
+        *_methods(results),
         "Look at depth: opposite changes in lower and upper layers cancel in a mean over layers.",
         "Look across metrics: distance, entropy and Moran's I of one map are not independent. Agreement between them "
         "is not three pieces of evidence.",
@@ -146,6 +149,24 @@ def how_to_read(study: ReportedStudy) -> Iterator[Block]:
         "Check the negative controls first: if one failed, none of the other numbers can be trusted.",
     )
     yield Bullets(sentences)
+
+
+def _methods(results: Results) -> Iterator[str]:
+    """Where the p-values and intervals of the tests over images come from, and which interval speaks of the largest."""
+    tests = [test for level in ("layer", "head") for test in results.select(level)]
+    if not tests:
+        return
+    resampling = text.listing(list(dict.fromkeys(re.split("[;,] max-T", test.resampling)[0] for test in tests)))
+    within = any("Holm" in test.resampling for test in tests)
+    family = "max-T within a metric, Holm over metrics" if within else "max-T over the family"
+    intervals = text.listing(list(dict.fromkeys(test.ci_method for test in tests if test.ci_method)))
+    yield f"p max-T: {resampling}; {family}. Intervals of single layers and heads: {intervals}."
+    yield (
+        "Simultaneous intervals cover all layers of a family at once, so that of the largest difference is as good as "
+        "any. A layer may be the largest if its interval reaches as far from 0 as every other surely does; where "
+        "several may, all are named."
+        + (" They are Bonferroni's over metrics and p is Holm's: a p below α can go with one that holds 0." * within)
+    )
 
 
 @section("What this does and does not mean", page=90, anchor="limits", name="Limits")

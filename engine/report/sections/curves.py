@@ -8,7 +8,7 @@ from engine.report import text, wording
 from engine.report.charts import curve_chart, seed_chart, training_charts
 from engine.report.document import Block, Content, Figure, Group, ReportedStudy, Span, Table, Text, Widget, section
 from engine.report.findings import histories, layer_curve
-from engine.report.maps import maps_payload
+from engine.report.maps import MARKS, maps_payload
 
 
 @section("Which layers and heads changed", page=10, anchor="maps", name="Layers and heads")
@@ -16,17 +16,18 @@ def maps(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     if not study.comparisons:
         return
+    said: list[str | Span] = [f"Mean paired difference, condition − {results.against}. "]
     marked = (
-        f" survives the max-T test of its comparison at α\u00a0=\u00a0{results.alpha:g}, over all layers, heads and "
-        "metrics (the mean over heads: over all layers and metrics); a faded cell does not survive, which does not "
-        "show that nothing changed there."
+        f" survives max-T at α\u00a0=\u00a0{results.alpha:g} over all layers, heads and metrics of its comparison, "
+        "which is exploratory (the mean over heads: in the layer's family); a faded cell does not survive, which does "
+        "not show that nothing changed there."
     )
-    said: list[str | Span] = [f"Mean paired difference, condition − {results.against}. ", Span(marked, "dot")]
     if any(test.tost_bound is not None for test in results.document.tests):
-        said.append(
-            " ≈: shown to lie within the bounds set beforehand (TOST, Holm); ◍: both, a difference that is there and "
-            "negligible."
+        marked += (
+            f" Where a bound was set: {MARKS['negligible']} survives and its simultaneous interval lies within "
+            f"(negligible), {MARKS['equivalent']} lies within and does not survive (equivalent), no mark is undecided."
         )
+    said.append(Span(marked, "dot"))
     said.append(" Press a cell, or move with the arrow keys, for its numbers, its images and its attention.")
     yield Text(tuple(said))
     yield Widget("maps", list(maps_payload(results, study.comparisons)))

@@ -66,7 +66,7 @@ def _sentence(results: Results, comparison: PairFindings, change: Change) -> str
         + (f", {opposing} of {count} claim the opposite" if opposing else "")
         + f". With all specifications and layers as one family, {jointly} of {count} claim it."
     )
-    differing = {test.layer for test in change.layers if test.changed(alpha)}
+    differing = {test.layer for test in change.layers if test.verdict(alpha) == "different"}
     if len(differing) > 1:
         of_these = [(entry, len(entry.specifications)) for entry in layers if entry.layer in differing]
         signs = sum(entry.agreeing == every for entry, every in of_these)

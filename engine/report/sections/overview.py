@@ -9,7 +9,7 @@ from engine.report.document import Bars, Block, Content, Group, Heading, Reporte
 from engine.report.findings import Change, PairFindings, training_runs
 from engine.report.inputs import Results
 from engine.report.sections.curves import curve
-from engine.statistics import PairedTest
+from engine.statistics import PairedTest, Verdict
 
 
 @section("Summary", summary=0)
@@ -25,7 +25,9 @@ def summary(study: ReportedStudy) -> Iterator[Block]:
     if failed := _failed_controls(results):
         alarm = f"{failed} of {len(results.document.controls)} negative controls failed: {wording.DISTRUST}"
         yield Text(Span(alarm, "strong"), "alarm")
-    yield Text(wording.headline(results, study.comparisons), "headline")
+    first, *others = wording.headline(results, study.comparisons)
+    yield Text(first, "headline")
+    yield from map(Text, others)
 
 
 @section("What was compared", summary=10)
@@ -47,6 +49,8 @@ def compared(study: ReportedStudy) -> Iterator[Block]:
     yield Table(["condition", "recipe", "training runs"], rows)
     yield from map(Text, wording.accuracy_sentences(results))
     yield from map(Text, wording.classifier_sentences(results))
+    if study.comparisons:
+        yield Text(wording.primary_sentence(results))
     yield from map(Text, wording.scope_sentences(results, study.comparisons))
 
 
@@ -56,6 +60,8 @@ def overview(study: ReportedStudy) -> Iterator[Block]:
     yield from summary(study)
     yield Group("cards", list(_cards(study)))
     yield from (Text(sentence, "scope") for sentence in wording.classifier_sentences(results))
+    if study.comparisons:
+        yield Text(wording.primary_sentence(results), "scope")
     for comparison in study.comparisons:
         if comparison.changes:
             if comparison.changed or comparison.layers_changed:
@@ -84,14 +90,18 @@ def _failed_controls(results: Results) -> int:
 def _cards(study: ReportedStudy) -> Iterator[Group]:
     results = study.results
     for pair in study.comparisons:
-        said = (
-            "layer × head × metric cells differ after the family-wise correction (max-T, α = "
-            f"{results.alpha:g}, n = {text.count(pair.n, 'image')})"
-        )
+        changed, layers = pair.layers(primary=True)
+        cells = f"{pair.changed} of {pair.cells} layer × head × metric cells"
+        if pair.gated:
+            cells += f", {pair.gated} of them heads whose layer differs in the primary family"
         if pair.negligible:
-            said += f"; {pair.negligible} more differ within the bounds set beforehand: real but negligible"
-        title = (study.swatch(pair.condition), f" against {pair.against}")
-        yield Group("card", [_big(pair.changed, pair.cells), Text(said)], title)
+            cells += f"; {pair.negligible} more differ within the bounds set beforehand: real but negligible"
+        corrected = f"after the family-wise correction (α = {results.alpha:g}, n = {text.count(pair.n, 'image')})"
+        differ = [_big(changed, layers), Text(f"layer means of the primary family differ {corrected}.")]
+        differ.append(Text(f"Exploratory: {cells}."))
+        if not layers:
+            differ = [_big(pair.changed, pair.cells), Text(f"layer × head × metric cells differ {corrected}.")]
+        yield Group("card", differ, (study.swatch(pair.condition), f" against {pair.against}"))
     if accuracy := wording.accuracies(results):
         blocks: list[Block] = [Bars([(study.swatch(name), test, chance) for name, test, chance, _ in accuracy])]
         marks = " % and ".join(dict.fromkeys(str(round(chance, 1)) for _, _, chance, _ in accuracy))
@@ -117,20 +127,18 @@ def _big(part: int, whole: int) -> Text:
 def verdicts(study: ReportedStudy, comparison: PairFindings) -> Table:
     """A row per metric: which layers changed, by how much, and whether that is shown; what changed comes first."""
     results = study.results
-    caption = (
-        f"Mean over heads, paired by image, n = {text.count(comparison.n, 'image')}. Shown: survives max-T over all "
-        "layers and metrics"
-    )
+    images = text.count(comparison.n, "image")
+    caption = f"Mean over heads, paired by image, n = {images}. Shown: survives max-T in its family"
     if any(test.tost_bound is not None for test in results.document.tests):
         caption += ", and is not shown to lie within the bound set beforehand"
     caption += "; that speaks of these checkpoints."
-    header = ["metric", "layers that changed", "largest change", f"difference ({text.percent(results.confidence)} CI)"]
-    header.append("shown?")
+    header = ["metric", "layers that changed", "largest change"]
+    header += [f"difference ({text.percent(results.confidence)} simultaneous CI)", "shown?"]
     if comparison.seed_tests:
         caption += " Over runs: the layers that survive sign flips of whole training runs; that speaks of the training."
         header.append(f"over {comparison.runs} runs")
-    rows = [_verdict(study, comparison, change) for change in comparison.changes]
-    rows.sort(key=lambda row: row[0] != "sure")
+    ranked = sorted(comparison.changes, key=lambda change: (not change.primary, not change.layers_changed))
+    rows = [_verdict(study, comparison, change) for change in ranked]
     columns: list[Content] = [*header, Span("look", "hidden")]
     return Table(columns, [cells for _, cells in rows], caption, "verdicts", [look for look, _ in rows])
 
@@ -138,31 +146,42 @@ def verdicts(study: ReportedStudy, comparison: PairFindings) -> Table:
 def _verdict(study: ReportedStudy, comparison: PairFindings, change: Change) -> tuple[str, list[Content]]:
     """A row's look and its cells; its change is the metric's largest."""
     results, test = study.results, change.shown
-    name = results.heading(change.metric, change.region)
+    heading = results.heading(change.metric, change.region)
+    name: Content = heading
+    if results.primary and not change.primary:
+        name = (heading, " ", Span("exploratory", "small"))
     runs = [_over_runs(results, comparison, change)] if comparison.seed_tests else []
     if test is None or test.difference is None:
         return "", [name, "–", "undefined", "–", "nothing to test", *("" for _ in runs), ()]
-    changed = [test.layer for test in change.layers if test.layer is not None and test.changed(results.alpha)]
+    changed = _layers_of(results, change, "different")
     shown = text.decimals(test.difference)
     after = text.quantity(test.mean_condition, change.unit, decimals=shown)
     difference: Content = text.change(test.difference)
-    if interval := text.interval(test.ci):
+    if interval := text.interval(test.ci_simultaneous):
         difference = (text.change(test.difference), " ", Span(interval, "small"))
     goal = {"metric": change.metric, "region": change.region or "", "layer": str(test.layer)}
-    buttons: tuple[str | Span, ...] = (Span("Map", "button", f"Show the map of {name}", {"show": "map"} | goal),)
+    buttons: tuple[str | Span, ...] = (Span("Map", "button", f"Show the map of {heading}", {"show": "map"} | goal),)
     if study.viewer:
         label = f"Show attention in layer {test.layer}"
         buttons += (" ", Span("Attention", "button", label, {"show": "attention"} | goal))
+    means = f"layer {test.layer}: {text.number(test.mean_against, decimals=shown)} → {after}"
+    alternative = wording.alternative(results, test, change.largest)
+    largest: Content = (means, " ", Span(alternative, "small")) if alternative else means
     cells: list[Content] = [
         name,
         _layers(changed, len(change.layers)),
-        f"layer {test.layer}: {text.number(test.mean_against, decimals=shown)} → {after}",
+        largest,
         difference,
         _certainty(results, change, test),
         *runs,
         buttons,
     ]
     return "sure" if changed else "negligible" if change.within and change.layers_negligible else "", cells
+
+
+def _layers_of(results: Results, change: Change, verdict: Verdict) -> list[int]:
+    layers = [test.layer for test in change.layers if test.verdict(results.alpha) == verdict]
+    return [layer for layer in layers if layer is not None]
 
 
 def _layers(changed: list[int], count: int) -> str:
@@ -186,8 +205,7 @@ def _certainty(results: Results, change: Change, shown: PairedTest) -> str:
     if change.layers_changed:
         verdict = f"yes, p {p}"
     elif change.layers_negligible:
-        layers = [test.layer for test in change.layers if test.layer is not None and test.negligible(results.alpha)]
-        where = "" if change.within else f" in {text.span(layers)}"
+        where = "" if change.within else f" in {text.span(_layers_of(results, change, 'negligible'))}"
         verdict = f"real but negligible{where}, p {p}"
     else:
         verdict = f"not shown, p {p}"

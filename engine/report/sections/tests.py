@@ -17,7 +17,7 @@ def tests(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield Heading((study.swatch(comparison.condition), f" against {comparison.against}"))
         yield Text(wording.comparison_sentence(study.results, comparison))
-        yield _changes(study.results, comparison)
+        yield from _changes(study.results, comparison)
         yield from _details(study.results, comparison)
     if not study.comparisons:
         yield Text("One condition was measured, so nothing was tested.")
@@ -29,12 +29,11 @@ def tests(study: ReportedStudy) -> Iterator[Block]:
 
 def _details(results: Results, comparison: PairFindings) -> Iterator[Group]:
     """What a comparison has to say beyond its cells, closed until asked for."""
-    bounded = any(test.tost_bound is not None for test in results.document.tests)
     over_runs: list[Block] = []
     if comparison.seed_tests:
         over_runs = [Text(wording.seed_sentence(results, comparison)), _seed_table(results, comparison)]
     for title, blocks in (
-        ("Layer by layer", [_layer_table(results, comparison, bounded)]),
+        ("Layer by layer", [_layer_table(results, comparison)]),
         ("Runs of neighbouring layers", _clusters(results, comparison)),
         ("Lower and upper half of the layers", _halves(results, comparison)),
         ("When every class of images counts alike", _classes(results, [comparison])),
@@ -46,8 +45,14 @@ def _details(results: Results, comparison: PairFindings) -> Iterator[Group]:
             yield Group("details", blocks, title)
 
 
-def _changes(results: Results, comparison: PairFindings) -> Bullets:
-    return Bullets([wording.change_sentence(results, comparison, change) for change in comparison.changes])
+def _changes(results: Results, comparison: PairFindings) -> Iterator[Block]:
+    """A sentence per metric; behind those of the primary family the exploratory ones."""
+    for primary in (True, False):
+        changes = [change for change in comparison.changes if change.primary is primary]
+        if changes and not primary and results.primary:
+            yield Text("Exploratory:")
+        if changes:
+            yield Bullets([wording.change_sentence(results, comparison, change) for change in changes])
 
 
 def _under(lead: str, sentences: Iterable[str]) -> list[Block]:
@@ -58,14 +63,14 @@ def _under(lead: str, sentences: Iterable[str]) -> list[Block]:
 
 def _clusters(results: Results, comparison: PairFindings) -> list[Block]:
     lead = (
-        f"{comparison.minus}, runs of neighbouring layers that change in one direction (cluster test over "
-        "images, heads averaged; a p speaks of the whole run and not of any one layer in it):"
+        f"{comparison.minus}, runs of neighbouring layers that change in one direction (exploratory; cluster "
+        "test over images, heads averaged; a p speaks of the whole run and not of any one layer in it):"
     )
     return _under(lead, (wording.cluster_sentence(change) for change in comparison.changes))
 
 
 def _halves(results: Results, comparison: PairFindings) -> list[Block]:
-    lead = f"{comparison.minus}, lower against upper half of the layers (paired over images, max-T over metrics):"
+    lead = f"{comparison.minus}, lower against upper half of the layers (exploratory; paired over images, max-T):"
     return _under(lead, (wording.trend_sentence(results, change) for change in comparison.changes))
 
 
@@ -74,7 +79,7 @@ def _classes(results: Results, comparisons: Sequence[PairFindings]) -> list[Bloc
     for comparison in comparisons:
         sentences = (wording.class_sentence(results, change) for change in comparison.changes)
         blocks += _under(f"{comparison.minus}:", sentences)
-    lead = "Does a finding depend on a few large classes? Here every class counts alike and is one unit."
+    lead = "Does a finding depend on a few large classes? Here every class counts alike and is one unit (exploratory)."
     return [Text(lead), *blocks] if blocks else []
 
 
@@ -117,21 +122,21 @@ def _named(results: Results, test: PairedTest) -> list[str]:
     return [text.what(test.metric, test.region), text.plain(test.n), difference]
 
 
-def _layer_table(results: Results, comparison: PairFindings, bounded: bool) -> Table:
-    """A row per metric and layer; `bounded` adds a column for equivalence."""
+def _layer_table(results: Results, comparison: PairFindings) -> Table:
+    """A row per metric and layer."""
     layer_tests = [test for change in comparison.changes for test in change.layers]
+    bounded = any(test.tost_bound is not None for test in layer_tests)
     nested = next((test.nested_levels for test in layer_tests if test.nested_levels), "")
     rows: list[list[Content]] = []
     for test in layer_tests:
-        bound = ""
-        if test.tost_bound is not None:
-            bound = f"±{text.number(test.tost_bound)}: {text.p_value(test.p_tost_holm)}"
+        bound = "" if test.tost_bound is None else f"{test.verdict(results.alpha)}, ±{text.number(test.tost_bound)}"
         rows.append(
             [
                 text.what(test.metric, test.region),
                 str(test.layer),
                 text.change(test.difference, results.unit(test.metric)),
                 text.interval(test.ci),
+                text.interval(test.ci_simultaneous),
                 *([text.interval(test.ci_nested)] if nested else []),
                 text.plain(test.dz),
                 *(text.p_value(p) for p in (test.p_max_t, test.p_holm, test.p_bh)),
@@ -141,12 +146,13 @@ def _layer_table(results: Results, comparison: PairFindings, bounded: bool) -> T
         )
     interval = f"{text.percent(results.confidence)} CI"
     also = [f"{interval}, nested"] if nested else []
-    header = ["metric", "layer", "difference", interval, *also, "dz", "p max-T", "p Holm", "p BH", "detectable"]
+    header = ["metric", "layer", "difference", interval, f"{interval}, simultaneous", *also]
+    header += ["dz", "p max-T", "p Holm", "p BH", "detectable", *(["verdict, bound"] if bounded else [])]
     caption = f"Layer by layer, {comparison.minus} (mean over heads, paired by image"
     caption += f"; nested: {nested} resampled" if nested else ""
     caption += f"; detectable: what would have been found with a power of {text.percent(results.power)})"
-    looks = ["sure" if test.changed(results.alpha) else "" for test in layer_tests]
-    return Table([*header, *(["TOST"] if bounded else [])], rows, caption, looks=looks)
+    looks = ["sure" if test.verdict(results.alpha) == "different" else "" for test in layer_tests]
+    return Table(header, rows, caption, looks=looks)
 
 
 # ------------------------------------------------------------------------------------------------- of the summary
@@ -156,14 +162,14 @@ def _layer_table(results: Results, comparison: PairFindings, bounded: bool) -> T
 def observed(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield Heading(comparison.pair)
-        yield _changes(study.results, comparison)
+        yield from _changes(study.results, comparison)
 
 
 @section("Tests", summary=30)
 def tests_in_words(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
         yield Text(wording.comparison_sentence(study.results, comparison))
-        table = _layer_table(study.results, comparison, bounded=False)
+        table = _layer_table(study.results, comparison)
         if table.rows:
             yield Text(f"{table.caption}:")
             yield table

@@ -17,27 +17,12 @@
   const current = () => data.maps[Number(select.value)];
   const pairName = (grid) => data.conditions[grid.condition] + " − " + data.conditions[grid.against];
 
-  /** The cell of a map with the largest change that survives, of the means over heads where there are such. */
-  function largest(map) {
-    const best = { row: 0, head: 0, size: -1 };
-    for (const column of [[mean], [...data.heads.keys()]]) {
-      for (const grid of map.grids)
-        grid.cells.forEach((cells, row) => column.forEach((head) => {
-          const cell = cells[head];
-          if (cell && cell.sure && Math.abs(cell.d) > best.size) Object.assign(best, { row, head, size: Math.abs(cell.d) });
-        }));
-      if (best.size >= 0) break;
-    }
-    return best;
-  }
-
-  const MARKS = { sure: "●", within: "≈", both: "◍" };
-  const mark = (cell) => (cell.sure && cell.within ? MARKS.both : cell.sure ? MARKS.sure : cell.within ? MARKS.within : "");
+  const survives = (cell) => cell.verdict === "different" || cell.verdict === "negligible";
 
   function describe(cell) {
     if (!cell || cell.d === null) return "undefined";
-    const within = cell.within ? ", shown to lie within ±" + format(cell.bound) : "";
-    return signed(cell.d) + (cell.sure ? ", survives max-T" : ", does not survive max-T") + within;
+    const verdict = cell.bound === undefined ? "" : ", " + cell.verdict + " (bound ±" + format(cell.bound) + ")";
+    return signed(cell.d) + (survives(cell) ? ", survives max-T" : ", does not survive max-T") + verdict;
   }
 
   function drawMaps() {
@@ -70,11 +55,11 @@
         const square = make("td", {
           role: "gridcell", tabIndex: -1,
           "aria-label": "layer " + data.layers[row] + ", " + headName(head) + ": " + describe(cell),
-        }, known ? mark(cell) : "");
+        }, known ? data.marks[cell.verdict] : "");
         if (known) {
           const full = mix(DIVERGING, 0.5 + 0.5 * cell.d / limit);
           // What does not survive is faded, or noise on a narrow scale would look like a finding.
-          const rgb = cell.sure ? full : full.map((value) => Math.round(247 + 0.4 * (value - 247)));
+          const rgb = survives(cell) ? full : full.map((value) => Math.round(247 + 0.4 * (value - 247)));
           square.style.background = css(rgb);
           if (0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 120) square.classList.add("white");
         } else square.classList.add("none");
@@ -137,13 +122,12 @@
     const title = make("h4", {}, swatch(grid.condition), data.conditions[grid.condition] + " against " + data.conditions[grid.against]);
     if (!cell || cell.d === null) return [title, make("p", {}, "No value: undefined, or there is no such head in this layer.")];
     const rows = [["difference", withUnit(signed(cell.d), map.unit)]];
-    if (cell.ci[0] !== null && cell.ci[1] !== null)
-      rows.push([level(data.confidence) + " CI", both(cell.ci[0], cell.ci[1], cell.ci[1] - cell.ci[0], " to ")]);
+    for (const [name, [low, high]] of [["CI", cell.ci], ["simultaneous CI", cell.all]])
+      if (low !== null && high !== null) rows.push([level(data.confidence) + " " + name, both(low, high, high - low, " to ")]);
     if (cell.a !== null && cell.b !== null) rows.push(["means", both(cell.a, cell.b, cell.d, " → ")]);
     rows.push(["dz", cell.dz === null ? "undefined" : format(cell.dz)]);
-    rows.push(["p, max-T", pValue(cell.p) + (cell.sure ? " (survives)" : " (does not survive)")]);
-    if (cell.bound !== undefined)
-      rows.push(["within ±" + format(cell.bound), (cell.within ? "yes" : "not shown") + ", TOST p " + pValue(cell.tost)]);
+    rows.push(["p, max-T", pValue(cell.p) + (survives(cell) ? " (survives)" : " (does not survive)")]);
+    if (cell.bound !== undefined) rows.push(["bound ±" + format(cell.bound), cell.verdict]);
     if (cell.mde !== null) rows.push(["detectable", "from " + format(cell.mde) + " (power " + level(data.power) + ")"]);
     rows.push(["images", cell.n + (cell.missing ? " (" + cell.missing + " missing)" : "")]);
     if (cell.note) rows.push(["note", cell.note]);
@@ -247,12 +231,10 @@
 
   select.addEventListener("change", drawMaps);
   grids.style.setProperty("--cell", mean <= 6 ? "2.6rem" : "clamp(1rem, calc((100vw - 4.5rem) / " + (mean + 3.2) + "), 1.6rem)");
-  // Open on what the page's first sentence speaks of: the largest regional change, else the first metric that changed.
-  const regional = data.maps.filter((map) => map.region !== null && largest(map).size >= 0);
-  regional.sort((one, other) => largest(other).size - largest(one).size);
-  const opening = regional[0] ?? data.maps.find((map) => largest(map).size >= 0) ?? data.maps[0];
+  const opening = data.maps.find((map) => map.open) ?? data.maps[0];
   select.value = data.maps.indexOf(opening);
-  chosen = largest(opening);
+  const [firstRow, firstHead] = opening.open ?? [0, 0];
+  chosen = { row: firstRow, head: firstHead };
   const openingLayer = page.viewer ? page.viewer.layer(data.layers[chosen.row]) : -1;
   if (openingLayer >= 0) page.viewer.open({ layer: openingLayer, head: "mean" });
   drawMaps();
