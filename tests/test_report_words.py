@@ -392,7 +392,7 @@ def test_what_lies_on_a_region_is_said_beside_its_area(tmp_path: Path) -> None:
     region = r"on small digit \(0\.100 of the area\)"
     said = rf"{region}, \S+ in baseline {re.escape(lift)} and \S+ in finetuned \(\S+ times that\)"
     assert re.search(said, summary)
-    assert re.search(rf"- region_mass {region}: largest .* and \S+ times that\) in layer", summary)
+    assert re.search(rf"- region_mass {region} differs most in layer .* and \S+ times that\); diff", summary)
     assert "share of the area: 0.300 on big digit and 0.100 on small digit." in page
 
     path = outputs / "metrics/attention_metrics.zarr"  # as of a version that did not keep the area

@@ -195,7 +195,8 @@ class StatisticsConfig:
     alpha: Proportion = key(0.05, "level below which an adjusted p-value is marked")
     power: Annotated[Real, Ge(0.5), Lt(1.0)] = key(0.8, "power of the minimum detectable effect, from 0.5")
     equivalence: dict[str, Rate] = key(
-        {}, "bounds of equivalence tests (TOST) in each metric's unit, set before looking: distance=0.01,entropy=0.1"
+        {},
+        "bounds of a negligible difference in each metric's unit, set beforehand: distance=0.01,entropy=0.1",
     )
     cluster_alpha: Proportion = key(0.05, "level whose critical t makes neighbouring layers a cluster")
     seed: Natural = key(0, "seed of resamples and flips")

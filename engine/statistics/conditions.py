@@ -96,8 +96,9 @@ def compare_conditions(
         levels), the two conditions' variances averaged: a size that does not grow with how alike the pairs are, as
         `dz` does; None where units do not differ. `mean_against` and `mean_condition` are over the pairs of this test.
         `mde_dz`, and `mde` in the metric's unit, is the effect that such a test finds with the given power
-        (`minimum_detectable_effect` at this n, `sd` and family size); None where no p can fall to alpha. `p_tost` tests
-        equivalence within ± `tost_bound`, `p_tost_holm` in this family. The layer level has a second interval,
+        (`minimum_detectable_effect` at this n, `sd` and family size); None where no p can fall to alpha. What is shown
+        to lie within ± `tost_bound` (`PairedTest.within`) follows from `ci_simultaneous`; `p_tost`, and `p_tost_holm`
+        in this family, are the usual test of it and for comparison. The layer level has a second interval,
         `ci_nested`, for which classes, then their images are resampled.
     Raises:
         InputError: a dimension, coordinate, condition or metric is not there, two conditions share no run, or as

@@ -40,7 +40,7 @@ class Settings:
             2^n patterns where these are not more.
         confidence: coverage of the intervals.
         alpha, power: level (of a whole family) and power of the minimum detectable effect.
-        equivalence: metric -> bound of its TOST equivalence test in the metric's unit, set before looking.
+        equivalence: metric -> bound of a negligible difference in the metric's unit, set before looking.
         cluster_alpha: two-sided level whose critical t makes neighbouring layers a cluster.
         seed: of flips and resamples.
     """
