@@ -5,7 +5,17 @@ from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.association import correlate_over_images
 from engine.statistics.bootstrap import FEWEST, bootstrap_interval
 from engine.statistics.clusters import layer_clusters
+from engine.statistics.comparison import (
+    Accuracy,
+    Classifier,
+    Comparison,
+    Control,
+    PrimaryFamily,
+    parse_comparison,
+    write_comparison,
+)
 from engine.statistics.conditions import check_bounds, check_primary, compare_conditions
+from engine.statistics.crossed import planned_power
 from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
 from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
@@ -17,25 +27,22 @@ from engine.statistics.patterns import cross_metric_correlation, layer_trend
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import (
     IMAGES,
-    Accuracy,
-    Classifier,
     Cluster,
-    Comparison,
-    Control,
+    CrossedTest,
     Interval,
     Multiverse,
     PairedTest,
-    PrimaryFamily,
     Relation,
+    RunControl,
+    RunSpread,
     Settings,
     Specification,
     Trend,
     Verdict,
     build,
     finite,
-    parse_comparison,
-    write_comparison,
 )
+from engine.statistics.runs import compare_runs, control_runs
 
 __all__ = [
     "FEWEST",
@@ -47,6 +54,7 @@ __all__ = [
     "Cluster",
     "Comparison",
     "Control",
+    "CrossedTest",
     "Floats",
     "Interval",
     "MoransInference",
@@ -55,6 +63,8 @@ __all__ = [
     "PairedTest",
     "PrimaryFamily",
     "Relation",
+    "RunControl",
+    "RunSpread",
     "Settings",
     "Specification",
     "Trend",
@@ -68,6 +78,8 @@ __all__ = [
     "compare_conditions",
     "compare_conventions",
     "compare_paired",
+    "compare_runs",
+    "control_runs",
     "correlate_over_images",
     "cross_metric_correlation",
     "defined_mean",
@@ -81,6 +93,7 @@ __all__ = [
     "morans_inference",
     "parse",
     "parse_comparison",
+    "planned_power",
     "write_comparison",
     "write_document",
 ]

@@ -45,16 +45,7 @@ class _Block:
 
     def rows(self) -> list[dict[str, Any]]:
         """What each test is of."""
-        return [
-            {
-                **self.metric.identity,
-                "layer": None if layer is None else self.paired.layer_ids[layer],
-                "site": None if layer is None else self.paired.sites[layer],
-                "head": None if head is None else self.paired.head_ids[head],
-                "seeds": self.metric.seeds,
-            }
-            for layer, head in self.places
-        ]
+        return [self.paired.row(self.metric, layer, head) for layer, head in self.places]
 
 
 def compare_conditions(
@@ -77,7 +68,8 @@ def compare_conditions(
 
     A metric with regions counts once per region in its family. Image-level tests speak of the checkpoints at hand; the
     seed level of training runs like these on these very images. The class level asks whether a finding depends on a few
-    large classes. A pair missing on either side is left out of both means.
+    large classes. A pair missing on either side, or in one of the runs, is left out of all means: all numbers of a row
+    are of the same images, heads and runs.
 
     Args:
         table: metrics as variables over (condition, seed, image, layer, head[, region]), attribute `units`;

@@ -22,20 +22,20 @@ class MetricPairs:
     """One metric (of one region) in two conditions, pair by pair."""
 
     identity: Mapping[str, Any]  # fields of `Compared`
-    seeds: tuple[Any, ...]  # of the runs paired, in the table's order
-    sides: Floats  # [side, seed, image, layer, head], against, then condition; NaN in both where either is not finite
+    seeds: tuple[Any, ...]  # of the runs paired that have values, in the table's order
+    sides: Floats  # [side, run, image, layer, head], against, then condition; NaN in all runs where one is not finite
     changing: bool  # whether a seed changes either condition, so that runs are units of their own
 
     def over_seeds(self) -> Floats:
-        """Means over seeds, [side, image, layer, head]: NaN where a run has no value, so that all share their runs."""
-        return np.asarray(self.sides.mean(axis=1))
+        """Means over runs, [side, image, layer, head]."""
+        return defined_mean(self.sides, axis=1)
 
     def over_heads(self) -> Floats:
         """Means over seeds, then over the heads that have a pair, [side, image, layer]: both over the same heads."""
         return defined_mean(self.over_seeds(), axis=3)
 
     def over_images(self) -> Floats:
-        """Means over heads, then over images, run by run, [side, seed, layer]."""
+        """Means over heads, then over images, run by run, [side, run, layer]; NaN for a run without values."""
         return defined_mean(defined_mean(self.sides, axis=4), axis=2)
 
     def over_classes(self, classes: NDArray[np.int64]) -> Floats:
@@ -48,8 +48,10 @@ class MetricPairs:
         return np.asarray(np.diff(self.over_heads(), axis=0)[0])
 
     def run_differences(self) -> Floats:
-        """Condition − against of every run and image, heads averaged, [seed, image, layer]."""
-        return np.asarray(np.diff(defined_mean(self.sides, axis=4), axis=0)[0])
+        """Condition − against of every run that has values, and image, [seed, image, layer, head]."""
+        d = np.diff(self.sides, axis=0)[0]
+        measured = ~np.isnan(d).reshape(len(d), -1).all(axis=1)
+        return np.asarray(d[measured] if measured.any() else d[: len(self.seeds)])
 
     def cell_differences(self) -> Floats:
         """Condition − against, seeds and images averaged, [layer, head]."""
@@ -100,6 +102,16 @@ class ConditionPairs:
         """Positions of the layers that have a value."""
         return np.flatnonzero(self.heads.any(axis=1))
 
+    def row(self, metric: MetricPairs, layer: int | None, head: int | None) -> dict[str, Any]:
+        """What a result is of: fields of `Compared`, and which runs at which place; None: over all layers or heads."""
+        return {
+            **metric.identity,
+            "layer": None if layer is None else self.layer_ids[layer],
+            "site": None if layer is None else self.sites[layer],
+            "head": None if head is None else self.head_ids[head],
+            "seeds": metric.seeds,
+        }
+
     def family(self, over: str) -> str:
         """The name of a family of tests over these things."""
         return f"{self.condition} against {self.against}, {over}"
@@ -145,10 +157,13 @@ def metric_series(table: xr.Dataset) -> Iterator[tuple[str, str | None, xr.DataA
 
 
 def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator[MetricPairs]:
-    """Runs of one seed are paired; the only run of a condition that no seed changes, with every run of the other."""
+    """Runs of one seed are paired; the only run of a condition that no seed changes, with every run of the other.
+
+    Runs that have no value of a metric are left out of it; images and heads, where one of the others has none.
+    """
     names = (against, condition)
-    runs = [_runs(table, name) for name in names]
-    changing = [not _seed_invariant(table, name) for name in names]
+    runs = [measured_runs(table, name) for name in names]
+    changing = [not seed_invariant(table, name) for name in names]
     first, second = (positions if changes else positions[:1] for positions, changes in zip(runs, changing, strict=True))
     pairs = [(a, b) for a in first for b in second if a == b or not all(changing)]
     seeds = table["seed"].values if "seed" in table.coords else np.arange(table.sizes["seed"])
@@ -157,6 +172,7 @@ def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator
         raise InputError(
             f"{condition!r} has runs of the seeds {of_condition} and {against!r} of {of_against}: train a common seed"
         )
+    runs_of = [seeds[a if changing[0] else b].item() for a, b in pairs]
     for metric, region, values in metric_series(table):
         sides = np.stack(
             [
@@ -164,16 +180,19 @@ def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator
                 for name, positions in zip(names, zip(*pairs, strict=True), strict=True)
             ]
         )
+        complete = np.asarray(np.isfinite(sides).all(axis=0))
+        measured = np.asarray(complete.reshape(len(pairs), -1).any(axis=1))
+        complete = np.logical_and.outer(measured, complete[measured].all(axis=0))
         unit = table[metric].attrs["units"]
         yield MetricPairs(
             identity={"condition": condition, "against": against, "metric": metric, "unit": unit, "region": region},
-            seeds=tuple(seeds[a if changing[0] else b].item() for a, b in pairs),
-            sides=np.where(np.isfinite(sides).all(axis=0), sides, np.nan),
+            seeds=tuple(seed for seed, has in zip(runs_of, measured, strict=True) if has),
+            sides=np.where(complete, sides, np.nan),
             changing=any(changing),
         )
 
 
-def _runs(table: xr.Dataset, condition: str) -> list[int]:
+def measured_runs(table: xr.Dataset, condition: str) -> list[int]:
     """Positions along `seed` where the condition has any value."""
     runs = np.flatnonzero(_has_values(table.sel(condition=condition), "seed"))
     if not runs.size:
@@ -188,7 +207,7 @@ def _has_values(table: xr.Dataset, *dims: str) -> NDArray[np.bool_]:
     return np.asarray(np.logical_or.reduce([metric.values for metric in along]))
 
 
-def _seed_invariant(table: xr.Dataset, condition: str) -> bool:
+def seed_invariant(table: xr.Dataset, condition: str) -> bool:
     """Whether no seed changes the condition, by the coordinate `seed_invariant` [condition]; absent means none is."""
     if "seed_invariant" not in table.coords:
         return False

@@ -1,22 +1,19 @@
-"""What `attention_comparison.json` holds: built here by the tests, written, and read back by the report."""
+"""Results of the tests, one by one, and the settings that they are made with: parts of `Comparison`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-
-from engine.statistics.document import SCHEMA, parse, write_document
-from train.errors import InputError
 
 # Units of inference, as the report words them.
 IMAGES = "image, given these checkpoints"
 CLASSES = "class of images (the mean over its images), given these checkpoints"
 RUNS = "training run (seed), given these images"
+CROSSED = "training run and image, crossed"
 LAYERS = "layer (layers are not independent samples; shown for comparison with published practice)"
 
 Interval = tuple[float, float] | None
@@ -154,6 +151,85 @@ class PairedTest(Compared):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CrossedTest(Compared):
+    """One mean difference over training runs and images like these, `condition` − `against`, as `compare_runs` has it.
+
+    It is of the same runs, images and heads as the `PairedTest` of this level and place. `sd_run`, `sd_image` and
+    `sd_residual` are the components' standard deviations in `unit`, the shares those of the variance of the mean;
+    `d_run` is the difference in units of `sd_run`. The interval has `ci_df` degrees of freedom, the test `df`.
+    """
+
+    level: Literal["head", "layer"]
+    unit_of_inference: str
+    family: str
+    family_size: int
+    layer: int
+    site: str
+    head: int | None
+    seeds: tuple[int, ...]
+    runs: int
+    images: int
+    missing: int
+    difference: float | None
+    ci: Interval
+    ci_df: float | None
+    ci_method: str
+    sd_run: float | None
+    sd_image: float | None
+    sd_residual: float | None
+    share_run: float | None
+    share_image: float | None
+    share_residual: float | None
+    d_run: float | None
+    t: float | None
+    df: float | None
+    p: float | None
+    p_holm: float | None
+    runs_needed: int | None
+    images_needed: int | None
+    degenerate: str | None
+
+    def survives(self, alpha: float) -> bool:
+        """Whether it survives the correction over its family."""
+        return self.p_holm is not None and self.p_holm <= alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunControl:
+    """Two training runs of one condition against each other, tested as two conditions are: what differs by chance.
+
+    How many of the tested cells (layer × head × metric) and layer means (layer × metric) differ by the max-T test over
+    images that the levels "head" and "layer" of `PairedTest` make.
+    """
+
+    condition: str
+    seeds: tuple[int, int]
+    unit_of_inference: str
+    n: int  # images
+    cells: int
+    cells_differ: int
+    layers: int
+    layers_differ: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpread:
+    """How far runs lie apart beside what conditions differ by, over the cells (layer × head × metric) of a comparison.
+
+    Of each cell, the mean |difference between two runs| of condition − against, over all pairs of runs, is set beside
+    |the mean over runs|.
+    """
+
+    condition: str
+    against: str
+    seeds: tuple[int, ...]
+    cells: int
+    ratio: float | None  # median over cells of runs' distance / difference
+    cells_wider: int  # in which runs lie further apart than the conditions
+    cells_opposite: int  # in which runs have differences of both signs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trend(Compared):
     """Deep half of the layers against the shallow half, of one metric in one condition (`layer_trend`)."""
 
@@ -264,106 +340,6 @@ class Relation:
     layer: int | None
     rho: float | None
     n: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """Shares of images that one training run classifies rightly, of those whose class its head has."""
-
-    validation: float | None  # None for a given checkpoint
-    test: float
-    chance: float
-    images: int  # of the test split
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Classifier:
-    """What the outputs of a condition's head stand for (None: not known), and what a reader must know of it, or ""."""
-
-    outputs: int
-    classes: tuple[str, ...] | None
-    note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrimaryFamily:
-    """The family that was named beforehand, and whether it was: `metrics/primary.json` holds it, of this sha256."""
-
-    metrics: tuple[str, ...]
-    before: bool  # named before the first capture
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A negative control: `value` is the largest absolute difference where zero is expected, `detail` in words."""
-
-    name: str
-    title: str
-    expectation: str
-    value: float
-    held: bool
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """The whole of `attention_comparison.json`; its keys are these names, in this order.
-
-    Args:
-        schema: of this file.
-        layers: module of each layer, in depth order.
-        units: metric -> unit.
-        conditions: condition -> metric, or "metric[region]" (for example `region_mass[target_digit]`) -> one value per
-            layer: the mean over seeds, images and heads of the values that are defined, in the metric's unit.
-        settings: what tests, trends, clusters and relations were made with.
-        accuracy, classifiers, controls, data, prefix_mass_warning, primary, undefined: what the study knows besides:
-            condition -> seed -> accuracies; condition -> what its outputs stand for; the negative controls; the data
-            set; what capture had to say; when the primary family was named (None: no study kept a record); metric ->
-            condition -> rows without a value.
-    """
-
-    schema: int = SCHEMA
-    layers: tuple[str, ...] = ()
-    units: Mapping[str, str] = field(default_factory=dict)
-    conditions: Mapping[str, Mapping[str, tuple[float | None, ...]]] = field(default_factory=dict)
-    tests: tuple[PairedTest, ...] = ()
-    accuracy: Mapping[str, Mapping[str, Accuracy]] = field(default_factory=dict)
-    classifiers: Mapping[str, Classifier] = field(default_factory=dict)
-    clusters: tuple[Cluster, ...] = ()
-    controls: tuple[Control, ...] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
-    multiverse: tuple[Multiverse, ...] = ()
-    prefix_mass_warning: str = ""
-    primary: PrimaryFamily | None = None
-    relations: tuple[Relation, ...] = ()
-    settings: Settings = DEFAULTS
-    trends: tuple[Trend, ...] = ()
-    undefined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-
-
-def parse_comparison(document: Mapping[str, Any], path: Path) -> Comparison:
-    """The comparison that a JSON document, read from `path`, holds.
-
-    Raises:
-        InputError: another schema, no settings, or a part that is not as `Comparison` declares it.
-    """
-    comparison = parse(Comparison, document, path, "statistics")
-    if missing := [entry.name for entry in fields(Settings) if entry.name not in document["settings"]]:
-        raise InputError(
-            f"{path}: does not say with which settings ({', '.join(missing)}) its tests and intervals were made; "
-            "run the statistics stage again"
-        )
-    return comparison
-
-
-def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write `attention_comparison.json`: all of it or nothing, the same bytes for the same results.
-
-    Raises:
-        ValueError: a value is infinite or has no form in JSON.
-    """
-    write_document(path, comparison, indent=1)
 
 
 def build(
