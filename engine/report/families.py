@@ -32,7 +32,10 @@ def error_sentence(results: Results, relevance: RelevanceResults | None) -> str:
     if not results.comparisons():
         return ""
     alpha, count = results.alpha, len(exploratory_families(results, relevance))
-    said = [f"The primary family holds its level, {alpha:g}, over this whole report."] if results.primary else []
+    said = [f"The primary family holds its level, {alpha:g}, over this whole report"] if results.primary else []
+    if said:
+        record = results.document.primary
+        said[0] += "." if record and record.before else ", provided that it was named before the data were seen."
     if count:
         said.append(
             f"The exploratory families of tests ({count}) hold it each by itself: of reports like this one in which "

@@ -54,9 +54,7 @@ def primary_sentence(results: Results) -> str:
     if record is not None:
         named = " The primary family was named before anything was captured (metrics/primary.json)."
         if not record.before:
-            named = (
-                " Nothing vouches that the primary family was: metrics/primary.json is younger than the first capture."
-            )
+            named = " But metrics/primary.json, which names the primary family, is younger than the first capture."
     return (
         f"Primary family: the layer means of {text.listing(results.primary)}, of all comparisons together. All else is "
         f"exploratory: not named beforehand, and each family of tests holds the level by itself.{named}"

@@ -51,7 +51,7 @@ def curves(study: ReportedStudy) -> Iterator[Block]:
     if any(results.clusters(condition=pair.condition, against=pair.against) for pair in study.comparisons):
         said += (
             " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
-            f"{results.against} as a run (cluster test, α = {results.alpha:g})."
+            f"{results.against} as a run (exploratory; cluster test, α = {results.alpha:g})."
         )
     yield Text(said)
     yield study.legend()

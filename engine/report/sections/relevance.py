@@ -118,7 +118,11 @@ def relevance_in_words(study: ReportedStudy) -> list[Block]:
 
 
 def _in_words(sentences: dict[str, list[str]]) -> list[Block]:
-    return [block for title, lines in sentences.items() for block in (Heading(title), Bullets(lines))]
+    tested = sentences.keys() - {"Not computed", "Where rollout points"}
+    blocks: list[Block] = [Text("Tests of relevance maps are exploratory.")] if tested else []
+    for title, lines in sentences.items():
+        blocks += [Heading(title), Bullets(lines)]
+    return blocks
 
 
 def _introduction(measured: Relevance) -> str:
