@@ -181,6 +181,17 @@ def test_the_error_over_the_whole_report_is_stated(written: tuple[Results, str, 
         assert chance in text
 
 
+@pytest.mark.parametrize(("seeds", "flipped"), [((1, 2, 3), False), (tuple(range(6)), True)])
+def test_families_that_cannot_claim_anything_do_not_count(
+    tmp_path: Path, seeds: tuple[int, ...], flipped: bool
+) -> None:
+    """Signs of three training runs flipped have a least p of .25; runs crossed with images are another family."""
+    options: dict[str, Any] = {"metrics": ("entropy",), "regions": (), "seeds": seeds, "permutations": 199}
+    families = exploratory_families(results_of(small(tmp_path, **options, **TWO)), None)
+    assert any("by seed" in name for name in families) == flipped
+    assert any("runs × images" in name for name in families)
+
+
 def test_families_of_relevance_maps_count(tmp_path: Path) -> None:
     test = {"than": "random", "measure": "faithfulness", "n": 9, "difference": 0.1, "dz": 1.0, "ci": [0.0, 1.0]}
     test |= {"p": 0.1, "p_max_t": 0.1, "family_size": 2, "degenerate": None}

@@ -18,7 +18,7 @@ def exploratory_families(results: Results, relevance: RelevanceResults | None) -
         for test in document.tests
         if test.role == "exploratory" and test.level != "layer_means" and (test.p_floor or 0.0) <= results.alpha
     ]
-    names += [trend.family for trend in document.trends]
+    names += [trend.family for trend in document.trends] + [test.family for test in document.crossed]
     names += [f"{condition} against {against}, clusters" for condition, against in results.comparisons()]
     if relevance is not None:
         for kind in ("methods", "conditions", "classes"):
