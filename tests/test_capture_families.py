@@ -10,7 +10,7 @@ import pytest
 import torch
 from timm.utils import AttentionExtract
 
-from engine.capture import AttentionSite, AttentionTap, CaptureError, capture_attention
+from engine.capture import AttentionSite, AttentionTap, CaptureError, attention_weights, capture_attention
 from tests.families import MEASURED, REFUSED, Family, images, naflex_patches
 
 
@@ -77,6 +77,7 @@ def test_maps_equal_the_unfused_models_layer_by_layer(family: Family) -> None:
     assert [site.name for site in sites] == list(maps)
     assert [site.layer for site in sites] == list(range(len(maps)))
     assert tuple(name for name, _ in tap.skipped) == family.skipped
+    assert {name.partition("#")[0] for name in maps} <= attention_weights(model, 100).keys()
     for site in sites:
         found = site.layout
         assert (

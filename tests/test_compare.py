@@ -99,6 +99,8 @@ def test_numbers_agree_with_timms_unfused_maps(name: str, tmp_path: Path) -> Non
             np.testing.assert_allclose(
                 document["conditions"][condition][metric], expected[metric].mean(axis=(0, 2)), atol=TOLERANCE[metric]
             )
+    assert document["head_pairing"]["finetuned"]["note"].startswith("Heads of finetuned and baseline are not paired: ")
+    assert list(document["head_pairing"]["finetuned"]["similarity"]) == document["layers"]
     held = {control["name"]: control["held"] for control in document["controls"]}
     assert held == {"itself_finetuned": True, "hybrid_finetuned": True}
     for left in ("report.html", "summary.md", "study.toml", "run.jsonl", "samples.zarr"):

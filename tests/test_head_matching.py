@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -13,14 +15,22 @@ import store_cases as case
 import timm
 import torch
 import xarray as xr
+from safetensors.torch import save_file
 from scipy.spatial.distance import jensenshannon
 
 from engine.capture import capture_attention
+from engine.config import load_study
 from engine.measure import head_divergence
-from engine.statistics import analyse, match_heads
+from engine.statistics import HeadPairing, analyse, match_heads
+from engine.study.check import check_study
+from engine.study.head_pairing import COMMON_START, head_pairing, weights_of
+from engine.study.journal import Journal
+from engine.study.start import Start
 from kernels import TokenLayout, measure_attention
 from store import AttentionStore
 from tests.families import images, spread
+from tests.photographs import write_photographs
+from tests.synthetic_study import small, texts
 from train.errors import InputError
 
 HEADS, DEPTH = 4, 3
@@ -28,16 +38,21 @@ LAYOUT = TokenLayout(grid_rows=4, grid_cols=4, num_prefix_tokens=1, patch_height
 PICTURES = images(32, 32, count=6)
 
 
-def model(**options: int) -> torch.nn.Module:
+def unrelated(**options: int) -> torch.nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": DEPTH, "num_heads": HEADS, "num_classes": 5}
-    return spread(timm.models.VisionTransformer(**sizes | options))
+    torch.manual_seed(1)
+    return timm.models.VisionTransformer(**sizes | options)
+
+
+def model(**options: int) -> torch.nn.Module:
+    return spread(unrelated(**options))
 
 
 def with_heads_in_another_order(of: torch.nn.Module) -> tuple[torch.nn.Module, np.ndarray]:
     """The same function, and the number that each head has now [layer, head]."""
-    turned, random, places = copy.deepcopy(of), np.random.default_rng(3), []
-    for block in turned.blocks:
-        order = torch.as_tensor(random.permutation(HEADS))
+    turned, places = copy.deepcopy(of), []
+    for layer, block in enumerate(turned.blocks):
+        order = torch.arange(HEADS).roll(1 + layer)
         with torch.no_grad():
             for rows in (block.attn.qkv.weight, block.attn.qkv.bias):  # [query · key · value, head, …]
                 by_head = rows.unflatten(0, (3, HEADS, -1))
@@ -140,7 +155,7 @@ def test_heads_in_another_order_are_found_exactly() -> None:
         torch.testing.assert_close(one(PICTURES), other(PICTURES), rtol=0, atol=1e-4)
     found = match_heads(head_divergence(one, other, PICTURES))
     assert (found["match"].values == places).all()
-    assert (found["match"] != found["head"]).any("head").all(), "no layer is in its old order"
+    assert (found["match"] != found["head"]).all(), "no head is in its old place"
     assert float(found["matched"].max()) < 1e-6 < float(found["gap"].min())
     assert (found["stability"] == 1).all()
     assert (found["mean_matched"] < found["mean_same_number"]).all()
@@ -227,3 +242,76 @@ def test_a_table_is_compared_with_its_heads_matched() -> None:
     analysed = analyse(xr.concat(paired, "condition"))
     assert max(abs(test.difference or 0) for test in analyse(table).tests if test.level == "head") > 0.01
     assert max(abs(test.difference or 0) for test in analysed.tests if test.level == "head") < 1e-5
+
+
+# ------------------------------------------------------------------------------- the warning, from the weights alone
+
+
+def pairing(one: torch.nn.Module, other: torch.nn.Module, depth: int = DEPTH) -> HeadPairing:
+    weights = {"baseline": weights_of(one), "other": weights_of(other)}
+    return head_pairing("other", "baseline", weights, [f"blocks.{layer}.attn" for layer in range(depth)])
+
+
+def test_heads_are_paired_after_training_from_one_start_and_not_otherwise() -> None:
+    start = model()
+    tuned = pairing(start, fine_tuned(start))
+    assert tuned.note == ""
+    assert min(tuned.similarity.values()) > 0.9
+    for other in (unrelated(), with_heads_in_another_order(start)[0]):
+        found = pairing(start, other)
+        assert found.note.startswith("Heads of other and baseline are not paired: the weights of their attention have")
+        assert max(map(abs, found.similarity.values())) < COMMON_START / 2
+
+
+def test_layers_that_were_made_anew_are_named() -> None:
+    start = model()
+    partly = fine_tuned(start)
+    partly.blocks[2].attn = unrelated().blocks[2].attn
+    found = pairing(start, partly)
+    assert found.note.startswith("Heads of other and baseline are not paired in blocks.2.attn: ")
+    assert list(found.similarity) == [f"blocks.{layer}.attn" for layer in range(DEPTH)]
+    assert pairing(start, partly, depth=2).note == "", "a layer that is not measured does not count"
+
+
+def test_compare_says_it_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photographs(tmp_path / "photos", per_class=3, size=96)
+    for name, of in {"baseline": model(), "same": fine_tuned(model()), "other": unrelated()}.items():
+        save_file(of.state_dict(), tmp_path / f"{name}.safetensors")
+    keys = {
+        "model.name": "vit_tiny_patch16_224",
+        "model.arguments": {"patch_size": 8, "embed_dim": 64, "depth": DEPTH, "num_heads": HEADS},
+        "model.img_size": 32,
+        "data.kind": "folder",
+        "data.root": str(tmp_path / "photos"),
+        "data.split": "all",
+    }
+    given = {
+        name: {"recipe": "checkpoint", "checkpoint": str(tmp_path / f"{name}.safetensors")}
+        for name in ("baseline", "same", "other")
+    }
+    config = load_study(None, keys | {"conditions": given})
+    start = Start(config, tmp_path / "outputs", Journal(tmp_path / "run.jsonl"))
+    check_study(start, start.take_model(), "cpu", ["capture"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "not paired" in line]
+    found = start.head_pairing(["blocks.1.attn"])
+    assert {name: pairing.note.split(":")[0] for name, pairing in found.items()} == {
+        "same": "",
+        "other": "Heads of other and baseline are not paired",
+    }
+    assert [line.split(":")[0] for line in said] == ["Heads of other and baseline are not paired"]
+
+
+def test_the_report_says_it_among_the_limits_and_beside_what_it_counts(tmp_path: Path) -> None:
+    outputs = small(tmp_path, regions=(), conditions=("baseline", "finetuned", "other"))
+    summary, page = texts(outputs)
+    assert "not paired" not in summary + page
+    path = outputs / "metrics" / "attention_comparison.json"
+    note = "Heads of other and baseline are not paired: of this."
+    pairing = {"against": "baseline", "similarity": {"blocks.0.attn": 0.01}, "note": note}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_pairing": {"other": pairing}}))
+    summary, page = texts(outputs)
+    assert f"\n- {note}" in summary
+    counted = re.findall(r"(\w+) against baseline: .*? cells( \(heads are not paired: see the limits\))?", summary)
+    assert dict(counted) == {"finetuned": "", "other": " (heads are not paired: see the limits)"}
+    assert "layer × head × metric cells (heads are not paired: see the limits)" in page
+    assert "Heads are not paired in other against baseline: read the mean over heads" in page

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.capture.families import (
         FIRST_NORMS,
         CaptureError,
+        attention_weights,
         block_of,
         first_norm,
         num_blocks,

@@ -171,6 +171,18 @@ def num_heads(module: torch.nn.Module) -> int | None:
     return next((heads for heads in stated if isinstance(heads, int)), None)
 
 
+def attention_weights(model: torch.nn.Module, at_most: int) -> dict[str, torch.Tensor]:
+    """Name of each module with heads -> weights of its linear layers in one row, float32; at equal steps `at_most`."""
+    with_heads = [name for name, module in named_modules(model) if num_heads(module) is not None]
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name, module in named_modules(model):
+        around = [other for other in with_heads if f"{name}.".startswith(f"{other}.")]
+        if isinstance(module, torch.nn.Linear) and around:
+            rows.setdefault(max(around, key=len), []).append(module.weight.detach().flatten())
+    of_modules = {name: torch.cat(parts) for name, parts in rows.items()}
+    return {name: row[:: -(-len(row) // at_most)].float().clone() for name, row in of_modules.items()}
+
+
 def transformer_blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """(name, module) of the blocks in depth order: the first row of modules each of which holds a module with heads."""
     for name, module in named_modules(model):

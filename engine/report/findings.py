@@ -129,6 +129,7 @@ class PairFindings:
     against: str
     runs: int
     runs_needed: int
+    heads_paired: bool  # whether heads of one number belong together
     n: int
     cells: int
     changed: int
@@ -157,6 +158,11 @@ class PairFindings:
         return sum(change.layers_changed for change in family), sum(len(change.layers) for change in family)
 
     @property
+    def cells_named(self) -> str:
+        """What is counted head by head, with the caution that it may need."""
+        return "layer × head × metric cells" + ("" if self.heads_paired else " (heads are not paired: see the limits)")
+
+    @property
     def speaks_of_runs(self) -> bool:
         """Whether there are training runs enough, and tests over them, to speak of more than these checkpoints."""
         return self.runs >= self.runs_needed and bool(self.seed_tests)
@@ -174,6 +180,7 @@ def comparisons(results: Results) -> Iterator[PairFindings]:
             against=against,
             runs=max(training_runs(results, condition), training_runs(results, against)),
             runs_needed=seeds_needed(results.alpha),
+            heads_paired=not results.unpaired_note(condition),
             n=max((test.n or 0 for test in tests), default=0),
             cells=cells,
             changed=sum(change.changed for change in changes),

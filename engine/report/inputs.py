@@ -150,6 +150,11 @@ class Results:
     def has_regions(self, metric: str) -> bool:
         return "region" in self.table[metric].dims
 
+    def unpaired_note(self, condition: str) -> str:
+        """Why heads of one number do not belong together in a condition and `against`; "" where they do."""
+        pairing = self.document.head_pairing.get(condition)
+        return pairing.note if pairing else ""
+
     def regions_of(self, metric: str) -> tuple[str | None, ...]:
         """The regions that a metric was taken in; (None,) of one without regions."""
         return self.regions if self.has_regions(metric) else (None,)

@@ -136,7 +136,7 @@ def _null_headline(results: Results, comparisons: Sequence[PairFindings]) -> str
     nothing: dict[str, list[str]] = {}  # pairs of which the same can be said share their sentence
     for comparison in comparisons:
         pair = f"{comparison.condition} and {comparison.against}"
-        cells = f"{comparison.changed} of {comparison.cells} layer × head × metric cells"
+        cells = f"{comparison.changed} of {comparison.cells} {comparison.cells_named}"
         if within := _negligible(comparison):
             bounds = {
                 change.metric: f"{change.metric} ±{text.quantity(change.bound, change.unit)}"
@@ -199,7 +199,7 @@ def comparison_sentence(results: Results, comparison: PairFindings) -> str:
         )
     if not comparison.cells:
         return f"No layer × head test of {comparison.pair} is defined."
-    cells = f"{comparison.changed} of {comparison.cells} layer × head × metric cells"
+    cells = f"{comparison.changed} of {comparison.cells} {comparison.cells_named}"
     if comparison.gated:
         cells += f", {comparison.gated} of them heads whose layer differs in the primary family"
     primary, others = ("{} of {}".format(*comparison.layers(family)) for family in (True, False))

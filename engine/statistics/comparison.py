@@ -51,6 +51,15 @@ class PrimaryFamily:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadPairing:
+    """Whether heads of one number belong together in a given checkpoint and the one that it is compared with."""
+
+    against: str
+    similarity: Mapping[str, float]  # module of each layer -> cosine of the weights of its attention in both
+    note: str  # what a reader must know of it, or ""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """A negative control: `value` is the largest absolute difference where zero is expected, `detail` in words."""
@@ -75,10 +84,10 @@ class Comparison:
             layer: the mean over seeds, images and heads of the values that are defined, in the metric's unit.
         crossed, run_controls, run_spreads: what training runs say; empty where conditions have one.
         settings: what tests, trends, clusters and relations were made with.
-        accuracy, classifiers, controls, data, prefix_mass_warning, primary, undefined: what the study knows besides:
-            condition -> seed -> accuracies; condition -> what its outputs stand for; the negative controls; the data
-            set; what capture had to say; when the primary family was named (None: no study kept a record); metric ->
-            condition -> rows without a value.
+        accuracy, classifiers, controls, data, head_pairing, prefix_mass_warning, primary, undefined: what the study
+            knows besides: condition -> seed -> accuracies; condition -> what its outputs stand for; the negative
+            controls; the data set; given checkpoint -> whether its heads are paired; what capture had to say; when the
+            primary family was named (None: no study kept a record); metric -> condition -> rows without a value.
     """
 
     schema: int = SCHEMA
@@ -92,6 +101,7 @@ class Comparison:
     controls: tuple[Control, ...] = ()
     crossed: tuple[CrossedTest, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    head_pairing: Mapping[str, HeadPairing] = field(default_factory=dict)
     multiverse: tuple[Multiverse, ...] = ()
     prefix_mass_warning: str = ""
     primary: PrimaryFamily | None = None

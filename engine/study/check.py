@@ -16,6 +16,7 @@ import torch
 
 from engine.capture import CaptureError, Discovery, SiteAttention, discover, has_classes, observe
 from engine.config import SAMPLES, StudyConfig, metrics_of_one_capture, run_name
+from engine.progress import say
 from engine.relevance import relevance_maps
 from engine.study.model import capture_settings, captured_seeds, given_conditions, trained_seeds
 from engine.study.start import Start
@@ -43,6 +44,9 @@ def check_study(start: Start, model: torch.nn.Module, device: str, stages: Seque
             _check_targets(model, condition.targets, [condition.rank], f"condition {name}: ")
     model.to(device)
     captured = check_capture(config, model, start.preprocessing, device) if "capture" in stages else None
+    for pairing in start.head_pairing([site.name for site in captured.sites] if captured else []).values():
+        if pairing.note:
+            say(pairing.note)
     if start.listed is not None:
         _check_splits(start.listed, "file", trained=bool(trained))
     _require_disk(_needs(start, model, captured, device), start.outputs)

@@ -33,6 +33,11 @@ def given_conditions(config: StudyConfig) -> list[str]:
     return [name for name, condition in config.conditions.items() if RECIPES[condition.recipe].train is None]
 
 
+def reference_condition(config: StudyConfig) -> str:
+    """The condition that the others are compared with: `baseline`, or else the first one named."""
+    return "baseline" if "baseline" in config.conditions else next(iter(config.conditions))
+
+
 def checkpoint_of(config: StudyConfig, condition: str) -> ModelSource:
     """A condition's model, where it is a checkpoint that somebody trained, or adapters of the model's weights."""
     given, source = config.conditions[condition], model_source(config)

@@ -191,6 +191,7 @@ def statistics(study: Study) -> None:
         "accuracy": study.accuracy(),
         "classifiers": study.classifiers(),
         "data": study.data.summary(),
+        "head_pairing": study.head_pairing(),
         "primary": study.primary_family(),
     }
     inputs = {

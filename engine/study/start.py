@@ -13,8 +13,10 @@ import torch
 
 from engine import __version__
 from engine.config import StudyConfig
+from engine.statistics import HeadPairing
+from engine.study.head_pairing import Weights, head_pairing, weights_of
 from engine.study.journal import Journal, digest
-from engine.study.model import checkpoint_of, given_conditions, model_source
+from engine.study.model import checkpoint_of, given_conditions, model_source, reference_condition
 from train.data import (
     CLASS_NAMES,
     HeadClasses,
@@ -51,6 +53,7 @@ class Start:
         self.sweep_probe_path = self.pretrained_path.with_name("sweep_probe.safetensors")
         self._outputs_of: dict[str, int] = {}
         self._named: dict[str, HeadClasses | None] = {}
+        self._attention: dict[str, Weights] = {}
         self._model: torch.nn.Module | None = None
         # Weights in a file are read before any picture, so that a bad file is found at once.
         given = given_conditions(config)
@@ -110,6 +113,12 @@ class Start:
             check_shared_names(head, class_names, self.config.conditions[name].classes or self.config.model.classes)
         return heads
 
+    def head_pairing(self, sites: Sequence[str]) -> dict[str, HeadPairing]:
+        """Given checkpoint → whether its heads in these layers are paired with those of the reference condition."""
+        against = reference_condition(self.config)
+        others = [name for name in self._attention if name != against]
+        return {name: head_pairing(name, against, self._attention, sites) for name in others}
+
     def _load_given(self) -> dict[str, Preprocessing]:
         """Condition → how its checkpoint's images are prepared; one of the models is kept for the checks."""
         prepared: dict[str, Preprocessing] = {}
@@ -119,7 +128,7 @@ class Start:
                 model = build_model(checkpoint_of(self.config, name), num_classes=None)
             except InputError as error:
                 raise type(error)(f"condition {name}: {error}") from error
-            prepared[name] = preprocessing_of(model)
+            prepared[name], self._attention[name] = preprocessing_of(model), weights_of(model)
             outputs = self._outputs_of[name] = int(cast(Any, model).num_classes)
             path = Path(condition.checkpoint)
             self._named[name] = named_classes(outputs, condition=name, checkpoint=path, file=file)

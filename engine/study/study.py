@@ -14,10 +14,10 @@ import torch
 
 from engine.capture import choose_samples
 from engine.config import JOURNAL, METRICS_TABLE, SAMPLES, StudyConfig, load_metrics, study_toml
-from engine.statistics import SCHEMA, Accuracy, Classifier, PrimaryFamily, Settings
+from engine.statistics import SCHEMA, Accuracy, Classifier, HeadPairing, PrimaryFamily, Settings
 from engine.study.data import StudyData
 from engine.study.journal import Journal
-from engine.study.model import trained_here, with_present_name
+from engine.study.model import given_conditions, reference_condition, trained_here, with_present_name
 from engine.study.outputs import OutputsFolder, resolve_device
 from engine.study.start import Start
 from engine.study.training import Run
@@ -66,9 +66,8 @@ class Study:
 
     @property
     def against(self) -> str:
-        """The condition that the others are compared with: `baseline`, or else the first one named."""
-        names = list(self.config.conditions)
-        return "baseline" if "baseline" in names else names[0]
+        """The condition that the others are compared with."""
+        return reference_condition(self.config)
 
     @property
     def settings(self) -> Settings:
@@ -147,6 +146,13 @@ class Study:
                 outputs=head.outputs, classes=head.names if head.known else None, note=" ".join(filter(None, said))
             )
         return classifiers
+
+    def head_pairing(self) -> dict[str, HeadPairing]:
+        """Given checkpoint -> whether its heads are those of `against` by their numbers."""
+        if not given_conditions(self.config):
+            return {}
+        layers = AttentionStore.open(self.store(self.runs[0])).schema.layers
+        return self.start.head_pairing([layer.site for layer in layers])
 
     def accuracy(self) -> dict[str, dict[str, Accuracy]]:
         """condition -> seed -> accuracy, over the images whose class the head has.

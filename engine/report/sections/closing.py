@@ -90,6 +90,7 @@ def limits(study: ReportedStudy) -> Iterator[Block]:
         "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
         "independent than that.",
         *_flipped(results),
+        *filter(None, map(results.unpaired_note, results.conditions)),
         "All findings are correlational: the conditions differ in all that training changed, not in attention alone.",
         "Only attention weights after the softmax were analysed, and only of layers whose map is tokens by tokens.",
         "Attention was described after training; it was not a training target.",

@@ -30,6 +30,9 @@ def maps(study: ReportedStudy) -> Iterator[Block]:
     said.append(Span(marked, "dot"))
     said.append(" Press a cell, or move with the arrow keys, for its numbers, its images and its attention.")
     yield Text(tuple(said))
+    if unpaired := [pair.pair for pair in study.comparisons if not pair.heads_paired]:
+        caution = f"Heads are not paired in {text.listing(unpaired)}: read the mean over heads, and see the limits."
+        yield Text(Span(caution, "strong"))
     yield Widget("maps", list(maps_payload(results, study.comparisons)))
     without = (
         "The interactive maps need JavaScript; the same maps lie beside this page in visualizations/figures, and every "

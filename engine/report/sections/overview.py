@@ -91,7 +91,7 @@ def _cards(study: ReportedStudy) -> Iterator[Group]:
     results = study.results
     for pair in study.comparisons:
         changed, layers = pair.layers(primary=True)
-        cells = f"{pair.changed} of {pair.cells} layer × head × metric cells"
+        cells = f"{pair.changed} of {pair.cells} {pair.cells_named}"
         if pair.gated:
             cells += f", {pair.gated} of them heads whose layer differs in the primary family"
         if pair.negligible:
@@ -100,7 +100,7 @@ def _cards(study: ReportedStudy) -> Iterator[Group]:
         differ = [_big(changed, layers), Text(f"layer means of the primary family differ {corrected}.")]
         differ.append(Text(f"Exploratory: {cells}."))
         if not layers:
-            differ = [_big(pair.changed, pair.cells), Text(f"layer × head × metric cells differ {corrected}.")]
+            differ = [_big(pair.changed, pair.cells), Text(f"{pair.cells_named} differ {corrected}.")]
         yield Group("card", differ, (study.swatch(pair.condition), f" against {pair.against}"))
     if accuracy := wording.accuracies(results):
         blocks: list[Block] = [Bars([(study.swatch(name), test, chance) for name, test, chance, _ in accuracy])]
