@@ -123,8 +123,8 @@ def test_conditions_that_are_the_same_are_called_the_same(tmp_path: Path) -> Non
     ("seeds", "says", "never"),
     [
         ((42,), "these two checkpoints", "training runs like these"),
-        ((1, 2, 3), "3 training runs are too few for a seed-level test", "training runs like these"),
-        (tuple(range(6)), "speak of training runs like these", "runs are too few"),
+        ((1, 2, 3), "3 training runs are too few for a seed-level test", "speak of training runs like these on"),
+        (tuple(range(6)), "speak of training runs like these on these very images", "runs are too few"),
     ],
 )
 def test_claims_fit_the_unit(tmp_path: Path, seeds: tuple[int, ...], says: str, never: str) -> None:

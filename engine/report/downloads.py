@@ -27,6 +27,13 @@ COLUMNS = {
         "difference dz ci p p_max_t depth_rho"
     ),
     "clusters": "condition against metric unit unit_of_inference family direction region layers mass n p",
+    "crossed": (
+        "condition against metric unit level unit_of_inference family family_size region layer site head runs images "
+        "missing difference ci ci_df ci_method sd_run sd_image sd_residual share_run share_image share_residual d_run "
+        "t df p p_holm runs_needed images_needed degenerate"
+    ),
+    "run_controls": "condition seeds unit_of_inference n cells cells_differ layers layers_differ",
+    "run_spreads": "condition against seeds cells ratio cells_wider cells_opposite",
     "relations": "condition against metric with_metric over region with_region layer rho n",
 }
 """Fields of the results that stand in the tables, in their order; an interval is two columns."""

@@ -12,7 +12,16 @@ from scipy import special
 
 from engine.report import text
 from engine.report.inputs import Results, matches
-from engine.statistics import Cluster, PairedTest, Relation, Trend, defined_mean, may_be_largest
+from engine.statistics import (
+    Cluster,
+    CrossedTest,
+    PairedTest,
+    Relation,
+    RunSpread,
+    Trend,
+    defined_mean,
+    may_be_largest,
+)
 
 
 def seeds_needed(alpha: float) -> int:
@@ -127,7 +136,7 @@ class PairFindings:
 
     condition: str
     against: str
-    runs: int
+    runs: int  # training runs that are paired
     runs_needed: int
     heads_paired: bool  # whether heads of one number belong together
     n: int
@@ -141,6 +150,8 @@ class PairFindings:
     identical: bool
     changes: tuple[Change, ...]
     seed_tests: tuple[PairedTest, ...]
+    crossed: tuple[CrossedTest, ...]
+    spread: RunSpread | None  # None with one run
     layer_means: tuple[PairedTest, ...]
     relations: tuple[Relation, ...]
 
@@ -175,10 +186,11 @@ def comparisons(results: Results) -> Iterator[PairFindings]:
         tests = results.select("head", **pair) or results.select("layer", **pair)
         changes = tuple(_changes(results, condition, against))
         cells = sum(change.defined for change in changes)
+        seed_tests = results.select("seed", **pair)
         yield PairFindings(
             condition=condition,
             against=against,
-            runs=max(training_runs(results, condition), training_runs(results, against)),
+            runs=max((test.n or 0 for test in seed_tests), default=1),
             runs_needed=seeds_needed(results.alpha),
             heads_paired=not results.unpaired_note(condition),
             n=max((test.n or 0 for test in tests), default=0),
@@ -191,7 +203,9 @@ def comparisons(results: Results) -> Iterator[PairFindings]:
             untested=_untested(changes),
             identical=cells > 0 and all(change.identical for change in changes if change.defined),
             changes=changes,
-            seed_tests=results.select("seed", **pair),
+            seed_tests=seed_tests,
+            crossed=tuple(test for test in results.document.crossed if matches(test, pair)),
+            spread=next((spread for spread in results.document.run_spreads if matches(spread, pair)), None),
             layer_means=results.select("layer_means", **pair),
             relations=tuple(r for r in results.document.relations if matches(r, pair)),
         )

@@ -347,69 +347,6 @@ def _rho(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def seed_sentence(results: Results, comparison: PairFindings) -> str:
-    """What the tests over training runs say; "" where there are none."""
-    tests = comparison.seed_tests
-    if not tests:
-        return ""
-    runs = max((test.n or 0 for test in tests), default=0)
-    survived = [test for test in tests if test.survives(results.alpha)]
-    sentence = (
-        f"Over {text.count(runs, 'training run')}, {text.share(len(survived), len(tests))} seed-level tests of "
-        f"{comparison.pair} survive{_s(survived)} at α = {results.alpha:g}."
-    )
-    if not comparison.speaks_of_runs:
-        floor = max((test.p_floor for test in tests if test.p_floor is not None), default=None)
-        sentence += f" With {runs} runs the smallest p that can occur is {text.p_value(floor)}."
-    return sentence
-
-
-def scope_sentences(results: Results, comparisons: Sequence[PairFindings]) -> tuple[str, ...]:
-    """What the tests speak of: a sentence for all pairs of which the same holds; what runs share."""
-    groups: dict[tuple[int, bool], list[PairFindings]] = {}
-    for comparison in comparisons:
-        groups.setdefault((comparison.runs, comparison.speaks_of_runs), []).append(comparison)
-    said = [_scope(results.alpha, *group, members) for group, members in groups.items()]
-    split = results.document.data.get("training_split")  # missing where nothing is trained
-    if split is not None and any(runs > 1 for runs, _ in groups):
-        said.append(_IN_COMMON if split == "fixed" else _IN_COMMON_BUT_THE_SPLIT)
-    return tuple(said)
-
-
-_IN_COMMON = (
-    "All training runs begin with the same pretrained weights and are trained on the same images: nothing here says "
-    "what another pretrained checkpoint or other training images would give."
-)
-_IN_COMMON_BUT_THE_SPLIT = (
-    "All training runs begin with the same pretrained weights, so nothing here says what another pretrained checkpoint "
-    "would give; each seed drew its own training and validation images, out of all but the test images."
-)
-
-
-def _scope(alpha: float, runs: int, of_runs: bool, members: Sequence[PairFindings]) -> str:
-    needed = members[0].runs_needed
-    names = text.listing([member.condition for member in members])
-    pairs = "; ".join(f"{member.condition} and {member.against}" for member in members)
-    if of_runs:
-        return (
-            f"{runs} training runs of {names} were measured: the seed-level tests speak of training runs like these on "
-            "this data; the image-level tests speak of these checkpoints."
-        )
-    if runs > 1:
-        lead = f"{runs} training runs of {names} were measured but no test was made over them, so what is said"
-        if runs < needed:
-            few = f"too few for a seed-level test at {alpha:g} (an exact sign flip needs {needed})"
-            lead = f"{runs} training runs are {few}, so what is said of {names}"
-        return f"{lead} holds for these checkpoints and the kind of image they were given, not for fine-tuning as such."
-    said = f"What is said of {pairs}"
-    if len(members) > 1:
-        said = f"Each comparison is of two checkpoints ({pairs}): what is said of a pair"
-    return (
-        f"{said} holds for these two checkpoints and the kind of image they were given. Another training run would "
-        "give other numbers, and nothing here says how different."
-    )
-
-
 def accuracy_title(results: Results) -> str:
     """What the accuracy is of: only of models trained here is it known that the images measured were held out."""
     return "Test accuracy" if results.training is not None else "Accuracy on these images"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine.report import text, wording
+from engine.report import run_words, text, wording
 from engine.report.document import Block, Bullets, Content, Group, ReportedStudy, Span, Table, Text, section
 from engine.report.downloads import downloads
 from engine.report.families import error_sentence
@@ -80,13 +80,15 @@ def data(study: ReportedStudy) -> Iterator[Block]:
 def limits(study: ReportedStudy) -> Iterator[Block]:
     """The limits of this very study."""
     results = study.results
-    runs = max((training_runs(results, condition) for condition in results.conditions), default=1)
+    counts = sorted({training_runs(results, condition) for condition in results.conditions})
+    runs = "one checkpoint" if counts[-1] == 1 else f"{counts[-1]} training runs"
+    if counts[0] < counts[-1]:
+        runs = f"{counts[0]} to {runs}"
     images = text.count(results.num_images, "image")
     scope = [
-        f"One architecture, one data set, {images}, "
-        f"{'one checkpoint' if runs == 1 else f'{runs} training runs'} per condition: nothing here carries over to "
-        "other models, data or tasks without being measured there.",
-        *wording.scope_sentences(results, study.comparisons),
+        f"One architecture, one data set, {images}, {runs} per condition: nothing here carries over to other models, "
+        "data or tasks without being measured there.",
+        *run_words.scope_sentences(results, study.comparisons),
         "Intervals and image-level tests treat images as independent draws; images of one scene or class are less "
         "independent than that.",
         *_flipped(results),

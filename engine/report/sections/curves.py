@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.report import text, wording
-from engine.report.charts import curve_chart, seed_chart, training_charts
+from engine.report import text
+from engine.report.charts import curve_chart, training_charts
 from engine.report.document import Block, Content, Figure, Group, ReportedStudy, Span, Table, Text, Widget, section
 from engine.report.findings import histories, layer_curve
 from engine.report.maps import MARKS, maps_payload
@@ -78,20 +78,6 @@ def curve(study: ReportedStudy, metric: str, region: str | None) -> Figure:
     caption = f"{results.heading(metric, region)} by layer: mean, {level} interval over images, n"
     table = Table(["layer", *results.conditions], rows, caption)
     return Figure(curve_chart(results, metric, region, study.comparisons), table)
-
-
-@section("Training runs", page=30, anchor="seeds", name="Runs")
-def seeds(study: ReportedStudy) -> Iterator[Block]:
-    results = study.results
-    if len(results.seeds) < 2:
-        return
-    scope = " ".join(wording.scope_sentences(results, study.comparisons))
-    yield Text(
-        f"Each line is one training run's difference from {results.against} (mean over heads and images): "
-        f"the spread that a claim about training has to beat. {scope}"
-    )
-    yield study.legend()
-    yield Group("charts", [Figure(seed_chart(results, metric, region)) for metric, region in results.series()])
 
 
 @section("The attention itself", page=40, anchor="attention", name="Attention")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.report import text, wording
+from engine.report import run_words, text, wording
 from engine.report.document import Bars, Block, Content, Group, Heading, ReportedStudy, Span, Table, Text, section
 from engine.report.findings import Change, PairFindings, training_runs
-from engine.report.inputs import Results
+from engine.report.inputs import Results, matches
 from engine.report.sections.curves import curve
 from engine.statistics import PairedTest, Verdict
 
@@ -51,7 +51,7 @@ def compared(study: ReportedStudy) -> Iterator[Block]:
     yield from map(Text, wording.classifier_sentences(results))
     if study.comparisons:
         yield Text(wording.primary_sentence(results))
-    yield from map(Text, wording.scope_sentences(results, study.comparisons))
+    yield from map(Text, run_words.scope_sentences(results, study.comparisons))
 
 
 @section("Overview", page=0, anchor="overview")
@@ -72,7 +72,7 @@ def overview(study: ReportedStudy) -> Iterator[Block]:
                 outcome = "no change is shown"
             yield Heading((study.swatch(comparison.condition), f" against {comparison.against}: {outcome}"))
             yield verdicts(study, comparison)
-    yield from (Text(sentence, "scope") for sentence in wording.scope_sentences(results, study.comparisons))
+    yield from (Text(sentence, "scope") for sentence in run_words.scope_sentences(results, study.comparisons))
     for metric in results.metrics:
         if results.has_regions(metric):
             yield Heading(results.title(metric))
@@ -101,6 +101,8 @@ def _cards(study: ReportedStudy) -> Iterator[Group]:
         differ.append(Text(f"Exploratory: {cells}."))
         if not layers:
             differ = [_big(pair.changed, pair.cells), Text(f"{pair.cells_named} differ {corrected}.")]
+        if control := run_words.control_sentence(results, pair.condition):
+            differ.append(Text(control))
         yield Group("card", differ, (study.swatch(pair.condition), f" against {pair.against}"))
     if accuracy := wording.accuracies(results):
         blocks: list[Block] = [Bars([(study.swatch(name), test, chance) for name, test, chance, _ in accuracy])]
@@ -134,9 +136,9 @@ def verdicts(study: ReportedStudy, comparison: PairFindings) -> Table:
     caption += "; that speaks of these checkpoints."
     header = ["metric", "layers that changed", "largest change"]
     header += [f"difference ({text.percent(results.confidence)} simultaneous CI)", "shown?"]
-    if comparison.seed_tests:
-        caption += " Over runs: the layers that survive sign flips of whole training runs; that speaks of the training."
-        header.append(f"over {comparison.runs} runs")
+    if comparison.crossed:
+        caption += " Over runs and images: the layers whose difference holds for training runs and images like these."
+        header.append(f"over {comparison.runs} runs and images")
     ranked = sorted(comparison.changes, key=lambda change: (not change.primary, not change.layers_changed))
     rows = [_verdict(study, comparison, change) for change in ranked]
     columns: list[Content] = [*header, Span("look", "hidden")]
@@ -150,7 +152,7 @@ def _verdict(study: ReportedStudy, comparison: PairFindings, change: Change) -> 
     name: Content = heading
     if results.primary and not change.primary:
         name = (heading, " ", Span("exploratory", "small"))
-    runs = [_over_runs(results, comparison, change)] if comparison.seed_tests else []
+    runs = [_over_runs(results, comparison, change)] if comparison.crossed else []
     if test is None or test.difference is None:
         return "", [name, "–", "undefined", "–", "nothing to test", *("" for _ in runs), ()]
     changed = _layers_of(results, change, "different")
@@ -190,12 +192,10 @@ def _layers(changed: list[int], count: int) -> str:
 
 
 def _over_runs(results: Results, comparison: PairFindings, change: Change) -> str:
-    tests = [t for t in comparison.seed_tests if t.metric == change.metric and t.region == change.region]
-    if not tests:
-        return ""
-    if not comparison.speaks_of_runs:
-        return f"{comparison.runs} are too few"
-    return f"{text.share(sum(test.survives(results.alpha) for test in tests), len(tests))} layers"
+    """In how many layers a metric's difference survives over runs and images."""
+    where = {"level": "layer", "metric": change.metric, "region": change.region}
+    tests = [test for test in comparison.crossed if matches(test, where) and test.p is not None]
+    return f"{text.share(sum(test.survives(results.alpha) for test in tests), len(tests))} layers" if tests else ""
 
 
 def _certainty(results: Results, change: Change, shown: PairedTest) -> str:

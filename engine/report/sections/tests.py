@@ -29,16 +29,12 @@ def tests(study: ReportedStudy) -> Iterator[Block]:
 
 def _details(results: Results, comparison: PairFindings) -> Iterator[Group]:
     """What a comparison has to say beyond its cells, closed until asked for."""
-    over_runs: list[Block] = []
-    if comparison.seed_tests:
-        over_runs = [Text(wording.seed_sentence(results, comparison)), _seed_table(results, comparison)]
     for title, blocks in (
         ("Layer by layer", [_layer_table(results, comparison)]),
         ("Runs of neighbouring layers", _clusters(results, comparison)),
         ("Lower and upper half of the layers", _halves(results, comparison)),
         ("When every class of images counts alike", _classes(results, [comparison])),
         ("How the metrics' differences go together", _relations(comparison)),
-        ("Over training runs", over_runs),
         ("The t-test over layer means: not valid inference", _layer_means(results, [comparison])),
     ):
         if blocks:
@@ -105,17 +101,6 @@ def _layer_means(results: Results, comparisons: Sequence[PairFindings]) -> list[
     return [Text(said), Table(header, rows, "Paired t-test over layer means (not valid inference)")] if rows else []
 
 
-def _seed_table(results: Results, comparison: PairFindings) -> Table:
-    caption = "Differences between training runs"
-    if not comparison.speaks_of_runs:
-        caption += f"; {comparison.runs} runs are too few to pass {results.alpha:g}"
-    rows = []
-    for test in comparison.seed_tests:
-        name, *cells = _named(results, test)
-        rows.append([name, str(test.layer), *cells, text.p_value(test.p), text.p_value(test.p_max_t)])
-    return Table(["metric", "layer", "runs", "difference", "p (sign flip)", "p max-T"], rows, caption)
-
-
 def _named(results: Results, test: PairedTest) -> list[str]:
     """Metric, n and difference of a test over runs or layers."""
     difference = text.change(test.difference, results.unit(test.metric))
@@ -173,8 +158,6 @@ def tests_in_words(study: ReportedStudy) -> Iterator[Block]:
         if table.rows:
             yield Text(f"{table.caption}:")
             yield table
-        if over_runs := wording.seed_sentence(study.results, comparison):
-            yield Text(over_runs)
 
 
 @section("Along the layers", summary=40)
