@@ -1,11 +1,10 @@
-"""Faithfulness, localization, noise, similarity and association on closed cases."""
+"""Faithfulness, localization, noise and similarity on closed cases."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from scipy import stats
 
 from engine.relevance.estimates import estimates, mean_of_pairs, ratio_of_means
@@ -17,7 +16,6 @@ from engine.relevance.map_measures import (
     rank_correlation,
     structural_similarity,
 )
-from engine.statistics.association import correlate_over_images
 from train.errors import InputError
 
 
@@ -269,50 +267,3 @@ def test_likeness_of_classes_is_what_exceeds_that_of_images() -> None:
         )
     assert abs(excess[0]) < 0.01
     assert excess[1] > 0.3
-
-
-def changes(values: np.ndarray) -> xr.DataArray:
-    return xr.DataArray(values, dims=("image", "layer", "head"), coords={"layer": np.arange(values.shape[1])})
-
-
-def test_association_equals_scipys_correlation_and_finds_what_is_there() -> None:
-    random = np.random.default_rng(0)
-    values, outcome = random.standard_normal((60, 3, 4)), random.standard_normal(60)
-    values[:, 1, 2] += 1.5 * outcome
-    values[:10, 0, 0] = np.nan
-    values[:, 2, 3] = 5.0
-    found = correlate_over_images(changes(values), outcome, permutations=999)
-    expected = stats.spearmanr(values[:, 1, 1], outcome)
-    np.testing.assert_allclose(found["rho"][1, 1], expected.statistic, atol=1e-12)
-    np.testing.assert_allclose(found["p"][1, 1], expected.pvalue, atol=0.05)
-    assert float(found["p_max_r"][1, 2]) == 1 / 1000
-    assert int((found["p_max_r"] < 0.05).sum()) == 1
-    assert int(found["n"][0, 0]) == 50
-    assert np.isnan(found["rho"][2, 3])
-    assert found.attrs["family_size"] == 11
-    assert (found["p_max_r"].fillna(1) >= found["p"].fillna(0)).all()
-
-
-def test_association_holds_its_family_wise_level() -> None:
-    """Outcomes that have nothing to do with correlated tests: 5 % of families may hold a p below .05."""
-    random = np.random.default_rng(1)
-    wrong = 0
-    for trial in range(200):
-        common = random.standard_normal((30, 1, 1))
-        values = common + random.standard_normal((30, 4, 5))
-        found = correlate_over_images(changes(values), random.standard_normal(30), permutations=199, seed=trial)
-        wrong += bool((found["p_max_r"] <= 0.05).any())
-    assert wrong <= 20, "binomial 99.9 % point of 200 at .05"
-
-
-def test_association_of_ordered_outcomes_and_bad_requests() -> None:
-    values = changes(np.arange(8.0)[:, None, None].repeat(2, axis=1))
-    correct = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    assert float(correlate_over_images(values, correct, permutations=99)["rho"][0, 0]) > 0.8
-    constant = correlate_over_images(values, np.ones(8), permutations=99)
-    assert np.isnan(constant["p_max_r"]).all()
-    assert constant.attrs["family_size"] == 0
-    with pytest.raises(ValueError, match="one value for each of 8 images"):
-        correlate_over_images(values, np.ones(7))
-    with pytest.raises(ValueError, match="not finite in 1 images"):
-        correlate_over_images(values, np.array([np.nan, *range(7)]))

@@ -2,89 +2,233 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.polynomial.legendre import legvander
+from numpy.typing import NDArray
 from scipy import stats
 
-from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching, defined_mean
+from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
 
-# Permuted sums that equal the observed one differ by rounding, about 1e-15 of a correlation.
-_TIE = 1e-10
+MIN_DF = 4
+"""Residual degrees of freedom below which nothing is tested."""
+_DEGREE = 3  # of the polynomials in a covariate's ranks
+# Equal statistics differ by about 1e-15, and so does from 0 what is left of ranks that are wholly explained.
+_TIE, _NOTHING = 1e-10, 1e-9
 
 
 def correlate_over_images(
-    changes: xr.DataArray, outcome: Any, *, permutations: int = 9999, seed: int = 0
+    changes: xr.DataArray,
+    outcome: Any,
+    *,
+    baseline: xr.DataArray | None = None,
+    covariates: Sequence[Any] = (),
+    strata: Any = None,
+    permutations: int = 9999,
+    seed: int = 0,
 ) -> xr.Dataset:
-    """Spearman's correlation over images of every trailing element of `changes` with one outcome.
+    """Spearman's correlation over images of every element of `changes` with one outcome, adjusted for what is given.
 
-    Under the null hypothesis that attention's change says nothing about the outcome's, the images' outcomes could as
-    well have been in another order: whole permutations of the images, which keep the dependence between the tests.
-    A sign flip would not do: it keeps |x| and |y| of an image together. p_max_r is the share of permutations whose
-    greatest |ρ| over all elements reaches a test's own.
+    Adjusted (rank analysis of covariance): the ranks of both, over the images that have a value in the element, are
+    centred within strata and freed of the ranks of the covariates by least squares, up to their cubes, since the ranks
+    of a change do not lie on a line over the ranks of the value that it started from. `rho` is the correlation of what
+    is left.
 
-    An image without a value in an element counts there with the mean rank, which adds nothing to the sum; `n` says how
-    many have one. The unit of inference is the image, given these checkpoints.
+    Under the null hypothesis what strata and covariates leave of the outcome could as well have been in another order
+    within strata: it is permuted (Freedman and Lane), whole images at a time and the same for all elements, which keeps
+    the dependence between the tests. An element's own covariate is taken out in its statistic. With covariates the
+    statistic is Σxy/√Σx²y² of what is left, so that x and y need not scatter alike in all images (DiCiccio and Romano);
+    without any it is ρ√n, and the test is exact. Either has a variance of about 1, whatever n. `p_max_r` is the share
+    of permutations whose greatest |statistic| over all elements reaches a test's own.
 
     Args:
-        changes: [image, ...], the leading dimension called `image`.
+        changes: [image, ...], the leading dimension called `image`; an image without a value in an element is left out
+            of that element.
         outcome: [image], without NaN.
-        permutations: random ones of the images (B); p = (b + 1)/(B + 1).
+        baseline: of the dimensions of `changes`: a covariate of each element's own.
+        covariates: those of all elements, each [image], without NaN.
+        strata: labels [image]; None: one stratum. An image alone in its stratum says nothing.
+        permutations: random ones (B); p = (b + 1)/(B + 1).
 
     Returns:
-        Dataset over the trailing axes: `rho`, `n`, `p` (this test alone), `p_max_r` (over all elements). NaN where
-        fewer than 4 images have a value, or where they, or the outcome, are all equal: no test, and no member of the
-        family; attribute `family_size`.
+        Dataset over the trailing axes: `rho`, `rho_raw` (Spearman's ρ of the same images, not adjusted), `n` (images),
+        `df` (residual degrees of freedom), `p` (this test alone), `p_max_r` (over all elements). Where df is below
+        `MIN_DF`, or strata and covariates leave nothing of one of the two, there is no test: `rho` and both p are NaN;
+        attribute `family_size`, the elements tested.
 
     Raises:
-        ValueError: shapes that do not belong together, NaN in the outcome, fewer than 1 permutation.
+        ValueError: shapes that do not belong together, NaN in what is [image], fewer than 1 permutation.
     Source:
-        Westfall & Young (1993); permutations of a correlation: Legendre & Legendre (2012), Numerical ecology, §1.2.
+        Quade (1967), doi:10.1080/01621459.1967.10500925; Freedman and Lane (1983), doi:10.2307/1391660; Winkler et al.
+        (2014), doi:10.1016/j.neuroimage.2014.01.060; DiCiccio and Romano (2017), doi:10.1080/01621459.2016.1202117.
     """
     x = changes.transpose("image", ...)
-    values = x.values.reshape(len(x), -1).astype(np.float64)
-    y = np.asarray(outcome, dtype=np.float64)
-    if y.shape != (len(values),):
-        raise ValueError(f"the outcome has the shape {y.shape}; expected one value for each of {len(values)} images")
-    if not np.isfinite(y).all():
-        raise ValueError(f"the outcome is not finite in {int((~np.isfinite(y)).sum())} images; leave them out of both")
+    y, *shared = (_of_images(given, len(x)) for given in (outcome, *covariates))
+    labels = np.zeros(len(x)) if strata is None else np.asarray(strata)
+    if labels.shape != y.shape:
+        raise ValueError(f"the strata have the shape {labels.shape}; expected one label for each of {len(x)} images")
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1; found {permutations}")
-    defined = np.isfinite(values)
-    n = defined.sum(axis=0)
-    ranks = _unit_ranks(np.where(defined, values, np.nan))
-    target = _unit_ranks(y[:, None])[:, 0]
-    tested = (n >= 4) & (np.abs(ranks).max(axis=0, initial=0) > 0) & bool(np.abs(target).max(initial=0) > 0)
-    rho, p, p_max = np.full((3, values.shape[1]), np.nan)
-    z = ranks[:, tested]
-    rho[tested] = target @ z
+    codes = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    by_stratum = np.argsort(codes, kind="stable")
+    values, *own = (
+        array.transpose(*x.dims).values.astype(np.float64).reshape(len(x), -1)[by_stratum]
+        for array in ((x,) if baseline is None else (x, baseline))
+    )
+    codes, y, shared = codes[by_stratum], y[by_stratum], [covariate[by_stratum] for covariate in shared]
+
+    defined = np.logical_and.reduce([np.isfinite(array) for array in (values, *own)])
+    found = {name: np.full(values.shape[1], np.nan) for name in ("rho", "rho_raw", "df", "p", "p_max_r")}
+    groups = []
+    for present in np.unique(defined[:, defined.any(axis=0)], axis=1).T:
+        columns = np.flatnonzero((defined == present[:, None]).all(axis=0))
+        group = _adjust(values, y, codes, shared, own, present, columns)
+        groups.append(group)
+        for name in ("rho", "rho_raw", "df"):
+            found[name][columns] = getattr(group, name)
+    tested = np.isfinite(found["rho"])
     if tested.any():
-        observed = np.abs(rho[tested])
-        threshold = observed - _TIE
-        reached, greatest = np.zeros(z.shape[1], dtype=np.int64), []
-        generator = np.random.default_rng(seed)
-        rows = max(1, BLOCK_BYTES // (8 * (z.shape[0] + z.shape[1])))
-        for start in range(0, permutations, rows):
-            size = min(rows, permutations - start)
-            permuted = generator.permuted(np.broadcast_to(target, (size, target.size)), axis=1)
-            sums = np.abs(permuted @ z)
-            reached += (sums >= threshold).sum(axis=0)
-            greatest.append(sums.max(axis=1))
-        p[tested] = (reached + 1) / (permutations + 1)
-        p_max[tested] = (count_reaching(greatest, threshold) + 1) / (permutations + 1)
-    arrays = {"rho": rho, "n": n, "p": p, "p_max_r": p_max}
+        p, p_max = _permute(groups, codes, values.shape[1], permutations, seed)
+        found["p"][tested], found["p_max_r"][tested] = p[tested], p_max[tested]
+    found["n"] = defined.sum(axis=0)
     return xr.Dataset(
-        {name: (x.dims[1:], array.reshape(x.shape[1:])) for name, array in arrays.items()},
+        {name: (x.dims[1:], array.reshape(x.shape[1:])) for name, array in found.items()},
         coords={name: coord for name, coord in x.coords.items() if "image" not in coord.dims},
         attrs={"family_size": int(tested.sum()), "permutations": permutations, "seed": seed},
     )
 
 
-def _unit_ranks(values: Floats) -> Floats:
-    """Ranks of each column's values, centred and of unit length; 0 for missing ones and for constant columns."""
-    ranks = stats.rankdata(values, axis=0, nan_policy="omit")
-    with np.errstate(invalid="ignore"):
-        centred = np.nan_to_num(ranks - defined_mean(ranks, axis=0), nan=0.0)
-    norm = np.sqrt((centred * centred).sum(axis=0))
-    return np.asarray(centred / np.where(norm > 1e-9, norm, np.inf))
+@dataclass(frozen=True)
+class _Adjusted:
+    """Elements that have values in the same images, freed of strata and covariates; arrays are of those images."""
+
+    present: NDArray[np.bool_]  # of all images, stratum by stratum
+    columns: NDArray[np.intp]  # of all elements
+    rho: Floats  # [element], NaN where there is no test
+    rho_raw: Floats  # [element], NaN where one side does not vary
+    df: Floats  # [element]
+    statistic: Floats  # [element]
+    outcome: Floats  # [image], what strata and shared covariates leave of its ranks, of unit length
+    x: Floats  # [image, element], of unit length; 0 where there is no test
+    weights: Floats  # [image, element], of the squared outcomes under a statistic's root
+
+
+def _adjust(
+    values: Floats,
+    outcome: Floats,
+    codes: NDArray[np.int64],
+    shared: Sequence[Floats],
+    own: Sequence[Floats],
+    present: NDArray[np.bool_],
+    columns: NDArray[np.intp],
+) -> _Adjusted:
+    """The elements `columns` over the images `present`; `own` is empty or one covariate [image, element]."""
+    values, outcome, codes = values[present][:, columns], outcome[present], codes[present]
+    shared, own = [covariate[present] for covariate in shared], [covariate[present][:, columns] for covariate in own]
+    strata = np.unique(codes, return_inverse=True)[1]
+    ranks, target = _ranks(values), _ranks(outcome)
+    rho_raw = _unit(target) @ _unit(ranks)
+    terms = [_within(_powers(covariate), strata) for covariate in shared]
+    common = _basis(terms, len(outcome))
+    ranks, target = _within(ranks, strata), _within(target, strata)
+    x, y = np.empty((2, *values.shape))
+    own_terms = np.zeros(values.shape[1])
+    for i in range(values.shape[1]):
+        basis = common
+        if own:
+            basis = _basis([*terms, _within(_powers(own[0][:, i]), strata)], len(outcome))
+        x[:, i], y[:, i] = (left - basis @ (left @ basis) for left in (ranks[:, i], target))
+        own_terms[i] = basis.shape[1] - common.shape[1]
+    free = len(outcome) - (strata.max() + 1) - common.shape[1]
+    df = free - own_terms - 1
+    x, y = _unit(x), _unit(y)
+    tested = (df >= MIN_DF) & x.any(axis=0) & y.any(axis=0)
+    x[:, ~tested] = 0
+    squares = x**2 if shared or own else np.full(x.shape, 1 / len(x))
+    return _Adjusted(
+        present=present,
+        columns=columns,
+        rho=np.where(tested, (x * y).sum(axis=0), np.nan),
+        rho_raw=np.where((np.ptp(values, axis=0) > 0) & (np.ptp(outcome) > 0), rho_raw, np.nan),
+        df=df,
+        statistic=_statistic((x * y).sum(axis=0), (squares * y**2).sum(axis=0)),
+        outcome=_unit(target - common @ (target @ common)),
+        x=x,
+        # A permuted outcome still holds what the element's own covariate explains by chance.
+        weights=squares * (1 - own_terms / max(free, 1)),
+    )
+
+
+def _permute(
+    groups: Sequence[_Adjusted], codes: NDArray[np.int64], elements: int, permutations: int, seed: int
+) -> tuple[Floats, Floats]:
+    """p of each test alone and over all elements, [element] each."""
+    limits = np.zeros(elements)
+    for group in groups:
+        limits[group.columns] = group.statistic - _TIE
+    generator = np.random.default_rng(seed)
+    reached, greatest = np.zeros(elements), []
+    rows = max(1, BLOCK_BYTES // (8 * (4 * codes.size + 2 * elements)))
+    for start in range(0, permutations, rows):
+        # Images stand stratum by stratum, so sorting random numbers that are larger in each next one permutes within.
+        keys = generator.random((min(rows, permutations - start), codes.size)) + codes
+        orders = keys.argsort(axis=1)
+        block = np.zeros((len(orders), elements))
+        for group in groups:
+            kept = orders[group.present[orders]].reshape(len(orders), -1)
+            permuted = group.outcome[(np.cumsum(group.present) - 1)[kept]]
+            block[:, group.columns] = _statistic(permuted @ group.x, permuted**2 @ group.weights)
+        reached += (block >= limits).sum(axis=0)
+        greatest.append(block.max(axis=1))
+    return (reached + 1) / (permutations + 1), (count_reaching(greatest, limits) + 1) / (permutations + 1)
+
+
+def _statistic(products: Floats, squares: Floats) -> Floats:
+    return np.asarray(np.abs(products) / np.sqrt(np.maximum(squares, _NOTHING**2)))
+
+
+def _of_images(given: Any, images: int) -> Floats:
+    values = np.asarray(given, dtype=np.float64)
+    if values.shape != (images,):
+        raise ValueError(
+            f"the shape of an outcome or covariate is {values.shape}; expected a value of each of {images} images"
+        )
+    if missing := int((~np.isfinite(values)).sum()):
+        raise ValueError(f"the outcome or a covariate is not finite in {missing} images; leave them out of all")
+    return values
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks of each column's values, evenly from −1 to 1 about a mean of 0."""
+    return np.asarray((2 * stats.rankdata(values, axis=0) - len(values) - 1) / len(values))
+
+
+def _powers(covariate: Floats) -> Floats:
+    """Polynomials in a covariate's ranks, [image, degree]."""
+    return np.asarray(legvander(_ranks(covariate), _DEGREE)[:, 1:])
+
+
+def _within(values: Floats, strata: NDArray[np.intp]) -> Floats:
+    """Values without the mean of their stratum."""
+    means = np.zeros((strata.max() + 1, *values.shape[1:]))
+    np.add.at(means, strata, values)
+    counts = np.bincount(strata).reshape(-1, *[1] * (values.ndim - 1))
+    return np.asarray(values - (means / counts)[strata])
+
+
+def _unit(values: Floats) -> Floats:
+    """Columns of unit length; 0 where nothing is left of them."""
+    length = np.sqrt((values**2).sum(axis=0))
+    return np.asarray(values / np.where(length > _NOTHING * np.sqrt(len(values)), length, np.inf))
+
+
+def _basis(terms: Sequence[Floats], images: int) -> Floats:
+    """Orthonormal columns that span the terms."""
+    if not terms:
+        return np.empty((images, 0))
+    left, sizes, _ = np.linalg.svd(np.hstack(terms), full_matrices=False)
+    return np.asarray(left[:, sizes > _NOTHING * np.sqrt(images)])
