@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 
 from engine.capture import CaptureError
 from engine.config import RelevanceConfig
-from engine.relevance import CONTROL, METHODS, explain_study, parse_relevance, prediction_link
+from engine.relevance import CONTROL, METHODS, explain_study, parse_relevance
 from engine.relevance.choice import ClassChoice, Targets
 from engine.relevance.evaluation import Evaluation, evaluate_maps
 from engine.relevance.explained import Explained, write_samples
@@ -136,7 +135,9 @@ def test_conditions_are_compared_by_shares_of_the_rise(tmp_path: Path) -> None:
 def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     outputs = small(tmp_path, metrics=("entropy",), conditions=("baseline", "finetuned"), samples=False)
     evaluations, targets, document = documents()
-    strongest = HeadAssociation(metric="entropy", layer=1, head=2, n=50, rho=-0.5, p=0.01, p_max_r=0.01)
+    strongest = HeadAssociation(
+        metric="entropy", layer=1, head=2, n=50, df=40, rho=-0.5, rho_raw=0.25, p=0.01, p_max_r=0.01
+    )
     link = PredictionLink(
         condition="finetuned",
         against="baseline",
@@ -144,6 +145,8 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
         family_size=1,
         images=50,
         permutations=99,
+        alone=0,
+        rho_start=-0.75,
         tests=(strongest,),
     )
     document = replace(document, link=(link,))
@@ -164,7 +167,7 @@ def test_the_report_says_it_too_and_escapes_names(tmp_path: Path) -> None:
     assert "the excess over these: 0." in alike
     assert "against baseline: finetuned +0.2" in alike
     assert any("maps of another class are noisier" in s for s in sentences["How much maps depend on the class"])
-    assert "ρ = −0.500" in sentences["Attention and the prediction"][0]
+    assert "adjusted ρ = −0.500, p 0.01; raw ρ = +0.250" in sentences["Attention and the prediction"][1]
     report_on(outputs)
     page = (outputs / "report.html").read_text(encoding="utf-8")
     assert 'id="relevance"' in page
@@ -347,43 +350,3 @@ def test_what_is_measured_does_not_depend_on_the_batch() -> None:
         model, pixels, torch.zeros_like(pixels), torch.from_numpy(images.labels[32:]), maps, steps=2, seed=3
     )
     np.testing.assert_allclose(before.with_reverse().deletion, one.deletion[32:], atol=1e-5)
-
-
-def test_the_link_finds_the_head_that_goes_with_the_logit() -> None:
-    rng = np.random.default_rng(0)
-    images, classes = 60, 4
-    labels = rng.integers(classes, size=images)
-    logits = {name: rng.standard_normal((images, classes)) for name in ("baseline", "finetuned")}
-    values = rng.standard_normal((2, 1, images, 3, 2))
-    rose = logits["finetuned"][np.arange(images), labels] - logits["baseline"][np.arange(images), labels]
-    values[1, 0, :, 2, 1] = values[0, 0, :, 2, 1] + rose
-    dims = ("condition", "seed", "image", "layer", "head")
-    coords = {"condition": ["baseline", "finetuned"], "seed": [0], "layer": [0, 1, 2], "head": [0, 1]}
-    shares = rng.random((*values.shape, 2))
-    table = xr.Dataset(
-        {"entropy": (dims, values), "region_mass": ((*dims, "region"), shares)},
-        coords | {"region": ["a", "b"], "region_area": (("image", "region"), shares[0, 0, :, 0, 0])},
-    )
-    places = dict.fromkeys(logits, labels)
-    entries = prediction_link(table, logits, places, against="baseline", permutations=199, seed=0)
-    assert [entry.outcome for entry in entries] == ["logit", "correct"]
-    tests = entries[0].tests
-    assert len(tests) == entries[0].family_size == 18
-    best = max(tests, key=lambda test: abs(test.rho))
-    assert (best.metric, best.layer, best.head) == ("entropy", 2, 1)
-    assert best.rho == pytest.approx(1.0)
-    assert best.p_max_r == 1 / 200
-    # The same logits with the baseline's columns in another order, and without the class of every fourth image.
-    order = np.array([2, 0, 3, 1])
-    missing = np.where(labels == 1, -1, labels)
-    turned = {"baseline": logits["baseline"][:, order], "finetuned": logits["finetuned"]}
-    places = {"baseline": np.argsort(order)[labels], "finetuned": missing}
-    (entry, _) = prediction_link(table, turned, places, against="baseline", permutations=199, seed=0)
-    assert entry.images == (labels != 1).sum()
-    best = max(entry.tests, key=lambda test: abs(test.rho))
-    assert (best.metric, best.layer, best.head) == ("entropy", 2, 1)
-    assert best.rho == pytest.approx(1.0)
-    assert (
-        prediction_link(table, {"finetuned": logits["finetuned"]}, places, against="baseline", permutations=9, seed=0)
-        == []
-    )

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy import stats
 
 from engine.relevance.results import HeadAssociation, Outcome, PredictionLink
-from engine.statistics import Floats, build, correlate_over_images, metric_series
+from engine.statistics import ConditionPairs, Floats, build, correlate_over_images, paired_conditions
 
 
 def prediction_link(
@@ -21,33 +22,53 @@ def prediction_link(
     permutations: int,
     seed: int,
 ) -> list[PredictionLink]:
-    """Does a head's change go with a change in the prediction? Spearman's correlations over images.
+    """Does a head's change go with a change in the prediction? Spearman's correlations over images, adjusted.
 
-    One result per condition and outcome: the change (condition − against) of the true class's logit, or of being right
-    (−1, 0, 1), with every metric's change in every layer and head, seeds averaged. The family is metric × layer × head.
+    One result per condition and outcome, the change (condition − against) of the true class's logit, or of being right
+    (−1, 0, 1), with every metric's change in every layer and head, runs averaged. The family is metric × layer × head.
+
+    Both changes depend on where they start: what is high by chance falls, what is low rises, and a head's value and the
+    logit start together. So both are adjusted for the image's class, the logit and the head's value in `against`;
+    being right for having been right, too, which with the class makes the strata that outcomes are permuted in: what is
+    left is whether the condition is right among images of one class that both were right, or both wrong, in `against`.
+    It stays beside the logit since a logit may rise without any prediction changing.
+
     It is an association over images of these checkpoints: that the attention's change brings about the other is not
-    tested. Images whose class one of the two heads does not have are left out.
+    tested. What one network alone gave an image, in attention and logit, and fine-tuning takes away, is not told from
+    it: there is one value of each to adjust for. Images whose class one of the two heads does not have are left out.
 
     Args:
         table: metrics over (condition, seed, image, layer, head[, region]).
-        logits: condition -> [image, class of its own head], seeds averaged, of the table's images; a condition whose
+        logits: condition -> [image, class of its own head], runs averaged, of the table's images; a condition whose
             classes are not known is not there and has no result.
         labels: condition -> the true class's place in its logits, [image]; −1 where its head does not have it.
         against, permutations, seed: see `correlate_over_images`.
     """
     links: list[PredictionLink] = []
-    compared = [str(name) for name in table["condition"].values if name != against and name in logits]
-    for condition in compared if against in logits else ():
+    for pairs in paired_conditions(table, against, None) if against in logits else ():
+        condition = pairs.condition
+        if condition not in logits:
+            continue
         rows = np.flatnonzero((labels[condition] >= 0) & (labels[against] >= 0))
         if not len(rows):
             continue
-        changes = _changes(table, condition, against).isel(image=rows)
-        after, before = (_outcomes(logits[name][rows], labels[name][rows]) for name in (condition, against))
+        before, after = (_outcomes(logits[name][rows], labels[name][rows]) for name in (against, condition))
+        values, changes = (sides.isel(image=rows) for sides in _values_and_changes(pairs))
+        classes = labels[against][rows]
+        strata: dict[Outcome, NDArray[np.int64]] = {"logit": classes, "correct": 2 * classes + (before["correct"] > 0)}
         for outcome in after:
             change = after[outcome] - before[outcome]
-            result = correlate_over_images(changes, change, permutations=permutations, seed=seed)
+            result = correlate_over_images(
+                changes,
+                change,
+                baseline=values,
+                covariates=[before["logit"]],
+                strata=strata[outcome],
+                permutations=permutations,
+                seed=seed,
+            )
             cells = result.stack(cell=("metric", "layer", "head"))
-            cells = cells.isel(cell=np.isfinite(cells["rho"].values))
+            cells = cells.isel(cell=cells["n"].values > 0)
             tests = build(
                 HeadAssociation,
                 [{"metric": str(m), "layer": int(layer), "head": int(head)} for m, layer, head in cells["cell"].values],
@@ -61,20 +82,29 @@ def prediction_link(
                     family_size=result.attrs["family_size"],
                     permutations=permutations,
                     images=len(rows),
+                    alone=int((np.unique(strata[outcome], return_counts=True)[1] == 1).sum()),
+                    rho_start=_spearman(change, before[outcome]),
                     tests=tuple(tests),
                 )
             )
     return links
 
 
-def _changes(table: xr.Dataset, condition: str, against: str) -> xr.DataArray:
-    """Condition − against of every metric, or "metric[region]", [metric, image, layer, head], seeds averaged."""
-    names, changes = [], []
-    for metric, region, values in metric_series(table):
-        means = values.mean("seed", skipna=False)
-        names.append(metric if region is None else f"{metric}[{region}]")
-        changes.append(means.sel(condition=condition, drop=True) - means.sel(condition=against, drop=True))
-    return xr.concat(changes, dim="metric", coords="minimal", compat="override").assign_coords(metric=names)
+def _values_and_changes(pairs: ConditionPairs) -> tuple[xr.DataArray, xr.DataArray]:
+    """In `against`, and condition − against, of each metric or "metric[region]", [metric, image, layer, head] each."""
+    sides = np.stack([metric.over_seeds() for metric in pairs.metrics])  # [metric, side, image, layer, head]
+    names = [
+        which["metric"] if which["region"] is None else f"{which['metric']}[{which['region']}]"
+        for which in (metric.identity for metric in pairs.metrics)
+    ]
+    coords = {"metric": names, "layer": list(pairs.layer_ids), "head": list(pairs.head_ids)}
+    values = xr.DataArray(sides[:, 0], dims=("metric", "image", "layer", "head"), coords=coords)
+    return values, values.copy(data=sides[:, 1] - sides[:, 0])
+
+
+def _spearman(one: Floats, other: Floats) -> float | None:
+    """Spearman's correlation; None where one of the two does not vary."""
+    return float(stats.spearmanr(one, other).statistic) if np.ptp(one) > 0 < np.ptp(other) else None
 
 
 def _outcomes(logits: Floats, labels: NDArray[np.int64]) -> dict[Outcome, Floats]:

@@ -95,13 +95,19 @@ class RolloutPeaks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadAssociation:
-    """Spearman's correlation over images of a head's change in a metric with a change in the prediction."""
+    """Spearman's correlation over images of a head's change in a metric with a change in the prediction.
+
+    `rho` and its tests are adjusted for class and baseline values; None where nothing could be tested. `rho_raw` is
+    not adjusted and not tested: regression to the mean is in it.
+    """
 
     metric: str
     layer: int
     head: int
-    n: int | None
+    n: int
+    df: int | None  # residual degrees of freedom
     rho: float | None
+    rho_raw: float | None
     p: float | None
     p_max_r: float | None
 
@@ -119,9 +125,11 @@ class PredictionLink:
     outcome: Outcome
     unit_of_inference: str = IMAGES
     family: str = "metric × layer × head"
-    family_size: int | None
+    family_size: int  # heads tested
     permutations: int
     images: int
+    alone: int  # images that are the only one of their class (and of having been right), which say nothing
+    rho_start: float | None  # of the outcome's change with its value in `against`, over images
     tests: tuple[HeadAssociation, ...]
 
 

@@ -23,7 +23,7 @@ from engine.statistics.morans import MoransInference, morans_inference
 from engine.statistics.multiplicity import may_be_largest
 from engine.statistics.multiverse import compare_conventions
 from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
-from engine.statistics.pairing import metric_series
+from engine.statistics.pairing import ConditionPairs, paired_conditions
 from engine.statistics.patterns import cross_metric_correlation, layer_trend
 from engine.statistics.power import minimum_detectable_effect
 from engine.statistics.results import (
@@ -54,6 +54,7 @@ __all__ = [
     "Classifier",
     "Cluster",
     "Comparison",
+    "ConditionPairs",
     "Control",
     "CrossedTest",
     "Floats",
@@ -90,9 +91,9 @@ __all__ = [
     "layer_trend",
     "match_heads",
     "may_be_largest",
-    "metric_series",
     "minimum_detectable_effect",
     "morans_inference",
+    "paired_conditions",
     "parse",
     "parse_comparison",
     "planned_power",

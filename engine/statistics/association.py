@@ -82,21 +82,21 @@ def correlate_over_images(
     codes, y, shared = codes[by_stratum], y[by_stratum], [covariate[by_stratum] for covariate in shared]
 
     defined = np.logical_and.reduce([np.isfinite(array) for array in (values, *own)])
-    found = {name: np.full(values.shape[1], np.nan) for name in ("rho", "rho_raw", "df", "p", "p_max_r")}
+    found = {name: np.full(values.shape[1], np.nan) for name in ("rho", "rho_raw", "p", "p_max_r")}
+    df = np.zeros(values.shape[1], dtype=np.int64)
     groups = []
     for present in np.unique(defined[:, defined.any(axis=0)], axis=1).T:
         columns = np.flatnonzero((defined == present[:, None]).all(axis=0))
         group = _adjust(values, y, codes, shared, own, present, columns)
         groups.append(group)
-        for name in ("rho", "rho_raw", "df"):
-            found[name][columns] = getattr(group, name)
+        found["rho"][columns], found["rho_raw"][columns], df[columns] = group.rho, group.rho_raw, group.df
     tested = np.isfinite(found["rho"])
     if tested.any():
         p, p_max = _permute(groups, codes, values.shape[1], permutations, seed)
         found["p"][tested], found["p_max_r"][tested] = p[tested], p_max[tested]
-    found["n"] = defined.sum(axis=0)
+    arrays = found | {"n": defined.sum(axis=0), "df": df}
     return xr.Dataset(
-        {name: (x.dims[1:], array.reshape(x.shape[1:])) for name, array in found.items()},
+        {name: (x.dims[1:], array.reshape(x.shape[1:])) for name, array in arrays.items()},
         coords={name: coord for name, coord in x.coords.items() if "image" not in coord.dims},
         attrs={"family_size": int(tested.sum()), "permutations": permutations, "seed": seed},
     )
@@ -110,7 +110,7 @@ class _Adjusted:
     columns: NDArray[np.intp]  # of all elements
     rho: Floats  # [element], NaN where there is no test
     rho_raw: Floats  # [element], NaN where one side does not vary
-    df: Floats  # [element]
+    df: NDArray[np.int64]  # [element]
     statistic: Floats  # [element]
     outcome: Floats  # [image], what strata and shared covariates leave of its ranks, of unit length
     x: Floats  # [image, element], of unit length; 0 where there is no test
@@ -136,7 +136,7 @@ def _adjust(
     common = _basis(terms, len(outcome))
     ranks, target = _within(ranks, strata), _within(target, strata)
     x, y = np.empty((2, *values.shape))
-    own_terms = np.zeros(values.shape[1])
+    own_terms = np.zeros(values.shape[1], dtype=np.int64)
     for i in range(values.shape[1]):
         basis = common
         if own:

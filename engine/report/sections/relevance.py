@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import BASELINES
-from engine.relevance import CONTROL, ILLUSTRATIVE, MapMean, MapTest, RelevanceResults, parse_relevance
+from engine.relevance import CONTROL, ILLUSTRATIVE, MapMean, MapTest, PredictionLink, RelevanceResults, parse_relevance
 from engine.report import text
 from engine.report.document import (
     Block,
@@ -379,25 +379,43 @@ def _differences(results: Results, measured: Relevance, method: str, measure: st
 
 
 def _link(results: Results, measured: Relevance) -> Iterator[str]:
-    words = {"logit": "the true class's logit", "correct": "being right"}
-    for entry in measured.document.link:
-        tests = entry.tests
-        what = f"{entry.condition} against {entry.against}: the change of {words[entry.outcome]}"
-        if not tests:
-            yield (
-                f"{what} cannot be tested: of {text.count(entry.images, 'image')} fewer than 4 have both "
-                "changes, or one of the two is the same in all of them."
-            )
-            continue
-        sure = [test for test in tests if test.survives(results.alpha)]
-        cells = f"{text.share(len(sure), len(tests))} metric × layer × head cells"
-        how = f"Spearman over {entry.images:,} images, max-|ρ| over {entry.permutations:,} permutations"
-        lead = f"{what} goes with the change of a head's metric in {cells} ({how})"
-        if not sure:
-            yield f"{lead}."
-            continue
-        best = max(sure, key=lambda test: abs(test.rho or 0))
+    """What is adjusted for and what it cannot tell, then each outcome's family."""
+    links = measured.document.link
+    if any(entry.family_size for entry in links):
         yield (
-            f"{lead}; most in {best.metric}, layer {best.layer}, head {best.head}: ρ = "
-            f"{text.change(best.rho)}, p {text.p_value(best.p_max_r)}."
+            "What is high by chance falls, in attention and in the prediction alike: raw ρ of two changes hold that "
+            "regression to the mean and are not tested. Adjusted ρ are of the ranks of both changes within classes, "
+            f"freed of the logit and of the head's value in {links[0].against} (rank analysis of covariance; whole "
+            "images permuted within classes, for being right also within those that were right and those that were "
+            "not). They are associations over images of these checkpoints: that one change brings about the other they "
+            "do not say, nor do they tell it from what one network alone gave an image and training took away."
         )
+    for entry in links:
+        yield " ".join(_association(results, entry))
+
+
+def _association(results: Results, entry: PredictionLink) -> Iterator[str]:
+    outcome = {"logit": "the true class's logit", "correct": "being right"}[entry.outcome]
+    pair = f"{entry.condition} against {entry.against}: the change of {outcome}"
+    tests = [test for test in entry.tests if test.rho is not None]
+    if not tests:
+        yield (
+            f"{pair} cannot be tested: class and values in {entry.against} leave too few of "
+            f"{text.count(entry.images, 'image')}, or nothing of one of the two changes."
+        )
+        return
+    sure = [test for test in tests if test.survives(results.alpha)]
+    best = max(sure or tests, key=lambda test: abs(test.rho or 0))
+    yield (
+        f"{pair} goes with the change of a head's metric in {text.share(len(sure), len(tests))} metric × layer × head "
+        f"cells ({text.count(entry.images, 'image')}, max-|ρ| over {entry.permutations:,} permutations); the greatest "
+        f"{'of these' if sure else 'ρ'} in {best.metric}, layer {best.layer}, head {best.head}: adjusted ρ = "
+        f"{text.change(best.rho)}, p {text.p_value(best.p_max_r)}; raw ρ = {text.change(best.rho_raw)}."
+    )
+    if entry.rho_start is not None:
+        yield f"With {outcome} in {entry.against} itself that change goes at ρ = {text.change(entry.rho_start)}."
+    if untested := len(entry.tests) - len(tests):
+        yield f"No test in {text.count(untested, 'cell')}, where too few images are left or nothing varies."
+    if entry.alone:
+        kind = {"logit": "its class", "correct": "its class that was right, or wrong, as well"}[entry.outcome]
+        yield f"Nothing is said by {text.count(entry.alone, 'image')} without another of {kind}."
