@@ -42,9 +42,9 @@ def linked(
     return prediction_link(table, logits, places, against="baseline", permutations=permutations, seed=0)
 
 
-def said(*links: PredictionLink) -> list[str]:
+def said(*links: PredictionLink, unpaired: str = "") -> list[str]:
     measured: Any = SimpleNamespace(document=SimpleNamespace(link=links))
-    results: Any = SimpleNamespace(alpha=0.05)
+    results: Any = SimpleNamespace(alpha=0.05, unpaired_note=lambda condition: unpaired)
     return list(_link(results, measured))
 
 
@@ -179,3 +179,4 @@ def test_the_adjusted_correlation_leads_and_the_raw_one_is_labelled() -> None:
     nothing = said(replace(entry, tests=tuple(replace(test, p_max_r=0.5) for test in entry.tests)))[1]
     assert "in none of 6" in nothing
     assert "the greatest ρ in" in nothing
+    assert "whose heads are not paired: see the limits (400 images" in said(entry, unpaired="Heads of …")[1]

@@ -23,7 +23,7 @@ def exploratory_families(results: Results, relevance: RelevanceResults | None) -
     if relevance is not None:
         for kind in ("methods", "conditions", "classes"):
             names += [f"relevance, {kind}: {test.condition}" for test in getattr(relevance, kind)]
-        names += [f"link, {entry.outcome}: {entry.condition}" for entry in relevance.link if entry.tests]
+        names += [f"link, {entry.outcome}: {entry.condition}" for entry in relevance.link if entry.family_size]
     return list(dict.fromkeys(names))
 
 

@@ -406,9 +406,12 @@ def _association(results: Results, entry: PredictionLink) -> Iterator[str]:
         return
     sure = [test for test in tests if test.survives(results.alpha)]
     best = max(sure or tests, key=lambda test: abs(test.rho or 0))
+    cells = f"{text.share(len(sure), len(tests))} metric × layer × head cells"
+    if results.unpaired_note(entry.condition):
+        cells += ", whose heads are not paired: see the limits"
     yield (
-        f"{pair} goes with the change of a head's metric in {text.share(len(sure), len(tests))} metric × layer × head "
-        f"cells ({text.count(entry.images, 'image')}, max-|ρ| over {entry.permutations:,} permutations); the greatest "
+        f"{pair} goes with the change of a head's metric in {cells} ({text.count(entry.images, 'image')}, "
+        f"max-|ρ| over {entry.permutations:,} permutations); the greatest "
         f"{'of these' if sure else 'ρ'} in {best.metric}, layer {best.layer}, head {best.head}: adjusted ρ = "
         f"{text.change(best.rho)}, p {text.p_value(best.p_max_r)}; raw ρ = {text.change(best.rho_raw)}."
     )
