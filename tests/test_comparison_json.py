@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from engine.statistics import Accuracy, Comparison, Control, Settings, analyse, parse_comparison, write_comparison
+from engine.statistics import (
+    Accuracy,
+    Comparison,
+    Control,
+    PairedTest,
+    Settings,
+    analyse,
+    declaration,
+    parse_comparison,
+    write_comparison,
+)
 from store import DiskError
 from train.errors import InputError
 
@@ -190,3 +200,11 @@ def test_failed_writing_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
         write_comparison(path, replace(EMPTY, data={"x": 1}))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_declaration_names_every_field_down_to_those_of_the_parts() -> None:
+    """It is an input of the stage: without one of them a document would be read that lacks it."""
+    whole = declaration(Comparison)
+    assert whole["tests"][:2] == [str(tuple), declaration(PairedTest)]
+    assert whole["accuracy"][2][2] == declaration(Accuracy)
+    assert set(whole) == {entry.name for entry in fields(Comparison)}

@@ -60,6 +60,9 @@ def test_statistics_are_done_again_for_another_accuracy_or_condition_to_compare_
     monkeypatch.setattr(Study, "against", "dora")
     stages.statistics(study)
     assert "done already" not in capsys.readouterr().out
+    monkeypatch.setattr(stages, "declaration", lambda kind: "fields have come and gone since")
+    stages.statistics(study)
+    assert "done already" not in capsys.readouterr().out
 
 
 def test_a_primary_family_named_after_a_capture_is_said_to_be(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from engine.statistics.comparison import (
 )
 from engine.statistics.conditions import check_bounds, check_primary, compare_conditions
 from engine.statistics.crossed import planned_power
-from engine.statistics.document import SCHEMA, UNLESS_NONE, parse, write_document
+from engine.statistics.document import SCHEMA, UNLESS_NONE, declaration, parse, write_document
 from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
 from engine.statistics.multiplicity import may_be_largest
@@ -85,6 +85,7 @@ __all__ = [
     "control_runs",
     "correlate_over_images",
     "cross_metric_correlation",
+    "declaration",
     "defined_mean",
     "finite",
     "layer_clusters",

@@ -52,7 +52,18 @@ def parse(kind: type[_Document], document: Mapping[str, Any], path: Path, stage:
     try:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:
-        raise InputError(f"{path}: {_mistake(kind, document, error.errors(include_url=False)[0]['loc'])}") from None
+        mistake = _mistake(kind, document, error.errors(include_url=False)[0]["loc"])
+        raise InputError(f"{path}: {mistake}; run the {stage} stage again") from None
+
+
+def declaration(kind: Any) -> Any:
+    """What a document of this kind holds, as JSON: names and types of its fields, and those of what it is made of.
+
+    An input of the stage that writes it: where fields have come or gone since, it is written again.
+    """
+    if dataclasses.is_dataclass(kind):
+        return {name: declaration(hint) for name, hint in typing.get_type_hints(kind).items()}
+    return [str(typing.get_origin(kind) or kind), *map(declaration, typing.get_args(kind))]
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -20,9 +20,16 @@ from engine.capture import SampleMaps, capture_to_store, choose_samples, definit
 from engine.config import COMPARISON, STUDY, StudyConfig, all_metrics, chosen_metrics, conventions
 from engine.measure import build_table, measure_store, prefix_mass_warning, read_table, write_table
 from engine.progress import reason_of, say
-from engine.relevance import PredictionLink, choose_classes, explain_study, prediction_link, samples_folder
+from engine.relevance import (
+    PredictionLink,
+    RelevanceResults,
+    choose_classes,
+    explain_study,
+    prediction_link,
+    samples_folder,
+)
 from engine.report import write_report
-from engine.statistics import Control, analyse, write_comparison
+from engine.statistics import Comparison, Control, analyse, declaration, write_comparison
 from engine.study.check import check_study, one_torch_thread
 from engine.study.controls import CONTROLS, Lockstep, negative_controls
 from engine.study.data import dataset_info, manifest_dict, prepare_data
@@ -197,6 +204,7 @@ def statistics(study: Study) -> None:
     inputs = {
         "table": digest_path(study.table),
         "controls": digest_path(controls) if controlled else "",
+        "document": declaration(Comparison),
         "settings": dataclasses.asdict(study.settings),
         **facts,
     }
@@ -221,6 +229,7 @@ def relevance(study: Study) -> None:
         "data": study.data.digest,
         "rows": [drawn, measured],
         "relevance": dataclasses.asdict(config),
+        "document": declaration(RelevanceResults),
         "settings": study.settings.resampling(),
         "against": study.against,
         "classifiers": study.classifiers(),
