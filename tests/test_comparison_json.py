@@ -127,7 +127,7 @@ def test_a_foreign_document_is_one_sentence(
     document[part][0][name] = value
     with pytest.raises(InputError) as caught:
         parse_comparison(document, Path("a.json"))
-    assert str(caught.value) == f"a.json: {says}"
+    assert str(caught.value) == f"a.json: {says}; run the statistics stage again"
 
 
 def test_a_key_that_is_missing_is_one_sentence(document: dict[str, Any]) -> None:
