@@ -73,7 +73,7 @@ def test_the_head_that_goes_with_the_logit_is_found() -> None:
     assert (best.metric, best.layer, best.head) == ("entropy", 2, 1)
     assert best.rho == pytest.approx(best.rho_raw) == pytest.approx(1.0)
     assert best.p_max_r == 1 / 200
-    assert (best.n, best.df) == (80, 80 - 4 - 6 - 1)
+    assert (best.n, best.df) == (80, 80 - 4 - 2 * 4 - 4 - 1)
     # The same logits with the baseline's columns in another order, and without one class.
     order = np.array([2, 0, 3, 1])
     turned = {"baseline": logits["baseline"][:, order], "finetuned": logits["finetuned"]}
@@ -81,7 +81,9 @@ def test_the_head_that_goes_with_the_logit_is_found() -> None:
     (entry, _) = linked(table, turned, places)
     assert entry.images == (labels != 1).sum()
     best = max(entry.tests, key=lambda test: abs(test.rho or 0))
-    assert (best.metric, best.layer, best.head, best.df) == ("entropy", 2, 1, entry.images - 3 - 6 - 1)
+    assert (best.metric, best.layer, best.head, best.df) == ("entropy", 2, 1, entry.images - 3 - 2 * 3 - 4 - 1)
+    others = table.assign(bits=table["entropy"] / np.log(2)).assign_attrs(conventions='["bits"]')
+    assert linked(others, logits, labels) == entries, "other conventions of a metric are not tested"
     assert linked(table, {"finetuned": logits["finetuned"]}, labels) == []
     assert linked(table, logits, np.full(80, -1)) == []
 
@@ -139,7 +141,9 @@ def test_being_right_is_compared_among_those_that_were_right_and_those_that_were
         logits[name][those, labels[those]] = 1.0
     (_, entry) = linked(table_of(values), logits, labels)
     assert entry.alone == 1
-    assert {test.df for test in entry.tests} == {80 - 8 - 3 - 1}, "the logit is fixed by class and being right"
+    sizes = np.unique(2 * labels + right["baseline"], return_counts=True)[1]
+    slopes = (sizes >= 6).sum() + (sizes[sizes < 6] > 1).any()
+    assert {test.df for test in entry.tests} == {80 - 8 - slopes - 2 - 1}, "the logit is fixed by class and being right"
     assert (
         "Nothing is said by 1 image without another of its class that was right, or wrong, as well." in said(entry)[1]
     )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from engine.statistics import correlate_over_images
+from engine.statistics.association import MIN_DF
 
 Floats = NDArray[np.float64]
 
@@ -75,9 +76,9 @@ def test_elements_without_many_values_do_not_decide_the_familys_greatest() -> No
 
 
 def example(seed: int, images: int = 48, columns: int = 4) -> dict[str, Any]:
-    """Changes and an outcome that go with baseline values and class, with ties."""
+    """Changes and an outcome that go with baseline values and class, with ties; the last of four classes is small."""
     random = np.random.default_rng(seed)
-    classes = random.integers(3, size=images)
+    classes = random.permutation(np.r_[np.full(4, 3), np.arange(images - 4) % 3])
     before = np.round(random.standard_normal((images, columns)), 1)
     logit = np.round(before[:, 0] + random.standard_normal(images) + classes, 1)
     common = random.standard_normal(images)
@@ -93,10 +94,14 @@ def example(seed: int, images: int = 48, columns: int = 4) -> dict[str, Any]:
 
 
 def design(given: dict[str, Any], column: int) -> Floats:
-    """Class dummies and the ranks of both baselines, their squares and cubes."""
-    dummies = given["strata"][:, None] == np.unique(given["strata"])
+    """Class dummies, the ranks of both baselines in each class, one slope for classes below six images, and curves."""
+    classes, images = np.unique(given["strata"], return_counts=True)
+    dummies = (given["strata"][:, None] == classes).astype(float)
+    small = dummies[:, images < 6].sum(axis=1, keepdims=True)
+    slopes = np.hstack([dummies[:, images >= 6], small[:, : int(small.any())]])
     ranks = [stats.rankdata(v) / len(v) for v in (given["covariates"][0], given["baseline"].values[:, column])]
-    return np.column_stack([dummies, *(rank**power for rank in ranks for power in (1, 2, 3))])
+    lines = [slopes * rank[:, None] for rank in ranks]
+    return np.column_stack([dummies, *lines, *(rank**power for rank in ranks for power in (2, 3))])
 
 
 def test_adjusted_correlation_is_the_partial_one_of_a_regression() -> None:
@@ -108,7 +113,7 @@ def test_adjusted_correlation_is_the_partial_one_of_a_regression() -> None:
         fit = sm.OLS(stats.rankdata(given["outcome"]), np.column_stack([x, design(given, column)])).fit()
         partial = fit.tvalues[0] / np.sqrt(fit.tvalues[0] ** 2 + fit.df_resid)
         assert float(found["rho"][column]) == pytest.approx(partial, abs=1e-9)
-        assert float(found["df"][column]) == fit.df_resid == 48 - 3 - 6 - 1
+        assert float(found["df"][column]) == fit.df_resid == 48 - 4 - 2 * (3 + 1) - 4 - 1
 
 
 def freedman_lane(given: dict[str, Any], permutations: int, seed: int) -> tuple[Floats, Floats]:
@@ -165,13 +170,12 @@ def test_what_strata_and_covariates_explain_has_no_test() -> None:
     values, before = given["changes"].values.copy(), given["baseline"].values
     values[:, 0] = -before[:, 0]
     values[:, 1] = given["strata"]
-    values[13:, 2] = np.nan  # 13 images of three classes, and six terms: 3 degrees of freedom
+    values[15:, 2] = np.nan
     found = correlate_over_images(**given | {"changes": elements(values)}, permutations=99)
     assert np.isnan(found["rho"]).values.tolist() == [True, True, True, False]
-    assert (
-        np.isnan(found["p"]).values.tolist() == np.isnan(found["p_max_r"]).values.tolist() == [True, True, True, False]
-    )
-    assert found["df"].values.tolist() == [38, 38, 3, 38]
+    assert np.isnan(found["p"]).values.tolist() == [True, True, True, False]
+    assert np.isnan(found["p_max_r"]).values.tolist() == [True, True, True, False]
+    assert 0 < int(found["df"][2]) < MIN_DF < int(found["df"][3])
     assert np.isfinite(found["rho_raw"]).all()
     assert found.attrs["family_size"] == 1
     fixed = correlate_over_images(**given | {"outcome": given["strata"]}, permutations=99)

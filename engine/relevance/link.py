@@ -9,6 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
+from engine.config import chosen_metrics
 from engine.relevance.results import HeadAssociation, Outcome, PredictionLink
 from engine.statistics import ConditionPairs, Floats, build, correlate_over_images, paired_conditions
 
@@ -45,7 +46,7 @@ def prediction_link(
         against, permutations, seed: see `correlate_over_images`.
     """
     links: list[PredictionLink] = []
-    for pairs in paired_conditions(table, against, None) if against in logits else ():
+    for pairs in paired_conditions(chosen_metrics(table), against, None) if against in logits else ():
         condition = pairs.condition
         if condition not in logits:
             continue

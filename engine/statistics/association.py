@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from engine.statistics.arrays import BLOCK_BYTES, Floats, count_reaching
 
 MIN_DF = 4
 """Residual degrees of freedom below which nothing is tested."""
-_DEGREE = 3  # of the polynomials in a covariate's ranks
+SLOPE = 6
+"""Images of a stratum that has slopes of its own; smaller strata share theirs."""
 # Equal statistics differ by about 1e-15, and so does from 0 what is left of ranks that are wholly explained.
 _TIE, _NOTHING = 1e-10, 1e-9
 
@@ -34,9 +35,9 @@ def correlate_over_images(
     """Spearman's correlation over images of every element of `changes` with one outcome, adjusted for what is given.
 
     Adjusted (rank analysis of covariance): the ranks of both, over the images that have a value in the element, are
-    centred within strata and freed of the ranks of the covariates by least squares, up to their cubes, since the ranks
-    of a change do not lie on a line over the ranks of the value that it started from. `rho` is the correlation of what
-    is left.
+    centred within strata and freed of the covariates' ranks by least squares: of a line in each stratum, and of squares
+    and cubes over all images, since the ranks of a change do not lie on a line over the ranks of the value that it
+    started from. `rho` is the correlation of what is left.
 
     Under the null hypothesis what strata and covariates leave of the outcome could as well have been in another order
     within strata: it is permuted (Freedman and Lane), whole images at a time and the same for all elements, which keeps
@@ -129,23 +130,17 @@ def _adjust(
     """The elements `columns` over the images `present`; `own` is empty or one covariate [image, element]."""
     values, outcome, codes = values[present][:, columns], outcome[present], codes[present]
     shared, own = [covariate[present] for covariate in shared], [covariate[present][:, columns] for covariate in own]
-    strata = np.unique(codes, return_inverse=True)[1]
-    ranks, target = _ranks(values), _ranks(outcome)
-    rho_raw = _unit(target) @ _unit(ranks)
-    terms = [_within(_powers(covariate), strata) for covariate in shared]
-    common = _basis(terms, len(outcome))
-    ranks, target = _within(ranks, strata), _within(target, strata)
-    x, y = np.empty((2, *values.shape))
-    own_terms = np.zeros(values.shape[1], dtype=np.int64)
-    for i in range(values.shape[1]):
-        basis = common
-        if own:
-            basis = _basis([*terms, _within(_powers(own[0][:, i]), strata)], len(outcome))
-        x[:, i], y[:, i] = (left - basis @ (left @ basis) for left in (ranks[:, i], target))
-        own_terms[i] = basis.shape[1] - common.shape[1]
-    free = len(outcome) - (strata.max() + 1) - common.shape[1]
+    ranks, target = _ranks(values), _ranks(outcome)[:, None]
+    rho_raw = (_unit(target) * _unit(ranks)).sum(axis=0)
+    common = _Covariates.of(codes)
+    for covariate in shared:
+        common = common.and_of(covariate)
+    explained = [common.and_of(column) for column in own[0].T] if own else [common] * ranks.shape[1]
+    left = [each.leave(np.column_stack([rank, target])) for each, rank in zip(explained, ranks.T, strict=True)]
+    x, y = (_unit(np.column_stack([pair[:, side] for pair in left])) for side in (0, 1))
+    free = len(outcome) - common.terms
+    own_terms = np.array([each.terms for each in explained]) - common.terms
     df = free - own_terms - 1
-    x, y = _unit(x), _unit(y)
     tested = (df >= MIN_DF) & x.any(axis=0) & y.any(axis=0)
     x[:, ~tested] = 0
     squares = x**2 if shared or own else np.full(x.shape, 1 / len(x))
@@ -156,7 +151,7 @@ def _adjust(
         rho_raw=np.where((np.ptp(values, axis=0) > 0) & (np.ptp(outcome) > 0), rho_raw, np.nan),
         df=df,
         statistic=_statistic((x * y).sum(axis=0), (squares * y**2).sum(axis=0)),
-        outcome=_unit(target - common @ (target @ common)),
+        outcome=_unit(common.leave(target))[:, 0],
         x=x,
         # A permuted outcome still holds what the element's own covariate explains by chance.
         weights=squares * (1 - own_terms / max(free, 1)),
@@ -207,28 +202,63 @@ def _ranks(values: Floats) -> Floats:
     return np.asarray((2 * stats.rankdata(values, axis=0) - len(values) - 1) / len(values))
 
 
-def _powers(covariate: Floats) -> Floats:
-    """Polynomials in a covariate's ranks, [image, degree]."""
-    return np.asarray(legvander(_ranks(covariate), _DEGREE)[:, 1:])
+@dataclass(frozen=True)
+class _Covariates:
+    """What ranks are freed of: the means of strata, a line by each covariate in each stratum, and curves over all."""
+
+    strata: NDArray[np.int64]
+    slopes: NDArray[np.int64]  # the strata that have a slope of their own, and one more for the others
+    lines: tuple[Floats, ...]  # [image] each, orthogonal to each other and the strata's means in every one of `slopes`
+    curves: Floats  # [image, curve], orthonormal, and orthogonal to the lines
+
+    @classmethod
+    def of(cls, codes: NDArray[np.int64]) -> _Covariates:
+        """Strata alone."""
+        strata = np.unique(codes, return_inverse=True)[1].astype(np.int64)
+        images = np.bincount(strata)
+        slopes = np.where(images[strata] >= SLOPE, strata, images.size)
+        return cls(strata, slopes, (), np.empty((codes.size, 0)))
+
+    def and_of(self, covariate: Floats) -> _Covariates:
+        """These and one more, [image]."""
+        powers = self._straighten(np.asarray(legvander(_ranks(covariate), 3)[:, 1:], dtype=np.float64))
+        wider = replace(self, lines=(*self.lines, powers[:, 0]))
+        left, sizes, _ = np.linalg.svd(wider._straighten(np.hstack([self.curves, powers[:, 1:]])), full_matrices=False)
+        return replace(wider, curves=left[:, sizes > _NOTHING * np.sqrt(len(left))])
+
+    @property
+    def terms(self) -> int:
+        """How many degrees of freedom they take."""
+        slopes = [int((self._sums(line, line[:, None]) > _NOTHING**2).sum()) for line in self.lines]
+        return int(self.strata.max()) + 1 + sum(slopes) + int(self.curves.shape[1])
+
+    def leave(self, values: Floats) -> Floats:
+        """What they leave of values [image, column]."""
+        straight = self._straighten(values)
+        return np.asarray(straight - self.curves @ (self.curves.T @ straight))
+
+    def _straighten(self, values: Floats) -> Floats:
+        """What strata and lines leave."""
+        means = _sums(values, self.strata) / np.bincount(self.strata)[:, None]
+        values = values - means[self.strata]
+        for line in self.lines:
+            squares = np.maximum(self._sums(line, line[:, None]), _NOTHING**2)
+            values = values - line[:, None] * (self._sums(line, values) / squares)[self.slopes]
+        return values
+
+    def _sums(self, line: Floats, values: Floats) -> Floats:
+        """Sums of products with a line over the images of one slope, [slope, column]."""
+        return _sums(line[:, None] * values, self.slopes)
 
 
-def _within(values: Floats, strata: NDArray[np.intp]) -> Floats:
-    """Values without the mean of their stratum."""
-    means = np.zeros((strata.max() + 1, *values.shape[1:]))
-    np.add.at(means, strata, values)
-    counts = np.bincount(strata).reshape(-1, *[1] * (values.ndim - 1))
-    return np.asarray(values - (means / counts)[strata])
+def _sums(values: Floats, codes: NDArray[np.int64]) -> Floats:
+    """Sums of values [image, column] over the images of each code, [code, column]."""
+    sums = np.zeros((codes.max() + 1, values.shape[1]))
+    np.add.at(sums, codes, values)
+    return sums
 
 
 def _unit(values: Floats) -> Floats:
     """Columns of unit length; 0 where nothing is left of them."""
     length = np.sqrt((values**2).sum(axis=0))
     return np.asarray(values / np.where(length > _NOTHING * np.sqrt(len(values)), length, np.inf))
-
-
-def _basis(terms: Sequence[Floats], images: int) -> Floats:
-    """Orthonormal columns that span the terms."""
-    if not terms:
-        return np.empty((images, 0))
-    left, sizes, _ = np.linalg.svd(np.hstack(terms), full_matrices=False)
-    return np.asarray(left[:, sizes > _NOTHING * np.sqrt(images)])
