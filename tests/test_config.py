@@ -65,6 +65,10 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         ({"train.epoch": "3"}, r"train\.epoch is not a key of the configuration; did you mean train\.epochs\?"),
+        (
+            {"statistics.bootstrap": "500"},
+            r"not a key .*; leave it out: statistics\.permutations is the number",
+        ),
         ({"conditions.x.recipee": "full"}, r"did you mean conditions\.x\.recipe\?"),
         (
             {"train.epochs": "three"},

@@ -138,6 +138,10 @@ def test_what_is_not_there_is_bad_input_for_every_command_and_is_said_without_to
     [
         (["stduy"], "stduy is not a command; did you mean study?"),
         (["--train.epoch", "3"], "--train.epoch is not a flag of study; did you mean --train.epochs?"),
+        (
+            ["stats", "--statistics.bootstrap", "9"],
+            "not a flag of stats; leave it out: statistics.permutations is",
+        ),
         (["--model.nam", "x"], "--model.nam is not a flag of study; did you mean --model.name?"),
         (["study", "stray"], "stray is not a flag of study; no flag comes before it"),
         (["stats", "--outputs", "typo"], "typo holds no study to go on with; give the folder of one with --outputs"),

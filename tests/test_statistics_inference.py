@@ -24,7 +24,7 @@ from engine.statistics import (
 )
 from engine.statistics.bootstrap import _unit_weights
 from engine.statistics.clusters import cluster_test
-from engine.statistics.conditions import check_bounds
+from engine.statistics.conditions import check_bounds, check_primary
 from engine.statistics.permutation import sign_flip
 from train.errors import InputError
 
@@ -83,10 +83,12 @@ class TestEquivalence:
 
     def test_bounds_of_a_study_are_checked_by_name(self) -> None:
         check_bounds({"distance": 0.1}, ["distance", "entropy"])
-        with pytest.raises(InputError, match="'distnce'; the metrics compared are distance"):
+        with pytest.raises(InputError, match=r"'distnce', .* metrics measured .*; did you mean distance\?"):
             check_bounds({"distnce": 0.1}, ["distance"])
         with pytest.raises(InputError, match="distance is -1"):
             check_bounds({"distance": -1.0}, ["distance"])
+        with pytest.raises(InputError, match=r"'entropi', .* metrics measured .*; did you mean entropy\?"):
+            check_primary(["entropi"], ["distance", "entropy"])
 
     @pytest.mark.parametrize("bound", [0.0, -1.0, np.inf, [1.0, 2.0]])
     def test_bad_bounds_are_refused(self, bound: Any) -> None:

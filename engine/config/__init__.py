@@ -22,13 +22,14 @@ from engine.config.study import (
     parse_value,
     study_toml,
 )
-from engine.config.values import described, shortened
+from engine.config.values import GONE, described, shortened
 from train.keys import unusual
 from train.settings import ConditionConfig
 
 __all__ = [
     "BASELINES",
     "COMPARISON",
+    "GONE",
     "JOURNAL",
     "METRICS_TABLE",
     "RELEVANCE_METHODS",

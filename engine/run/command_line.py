@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config import (
+    GONE,
     StatisticsConfig,
     StudyConfig,
     config_keys,
@@ -150,7 +151,7 @@ def _unknown(name: str, flag: str, parser: FlagParser, keys: dict[str, Any]) -> 
     hint = "; no flag comes before it"
     if flag.startswith("-"):
         of_section = [required for required in COMMANDS[name].required if required.startswith(f"{flag}.")]
-        hint = nearest(flag, of_section or [*parser.keys, "--config"])
+        hint = f"; {GONE[key]}" if key in GONE else nearest(flag, of_section or [*parser.keys, "--config"])
     elif flag.endswith(".toml"):
         hint = f"; did you mean --config {shortened(flag)}?"
     return f"{shortened(flag)} is not a flag of {name}{hint}"

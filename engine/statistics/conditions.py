@@ -135,7 +135,8 @@ def check_bounds(equivalence: Mapping[str, float] | None, metrics: Sequence[str]
     for metric, bound in (equivalence or {}).items():
         if metric not in metrics:
             raise InputError(
-                f"statistics.equivalence sets a bound for {metric!r}; the metrics compared are {', '.join(metrics)}"
+                f"statistics.equivalence sets a bound for {metric!r}, which is none of the metrics measured "
+                f"({', '.join(metrics)}){nearest(metric, metrics)}"
             )
         if not (np.isfinite(bound) and bound > 0):
             raise InputError(f"statistics.equivalence: {metric} is {bound}; expected a positive number in its unit")
@@ -149,8 +150,8 @@ def check_primary(primary: Sequence[str], metrics: Sequence[str]) -> None:
     for metric in primary if tuple(primary) != DEFAULTS.primary else ():
         if metric not in metrics:
             raise InputError(
-                f"statistics.primary names {metric!r}{nearest(metric, metrics)}; the metrics measured are "
-                f"{', '.join(metrics)}"
+                f"statistics.primary names {metric!r}, which is none of the metrics measured "
+                f"({', '.join(metrics)}){nearest(metric, metrics)}"
             )
 
 
