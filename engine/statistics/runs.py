@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import xarray as xr
+from tqdm import tqdm
 
 from engine.statistics.arrays import Floats, defined_mean
 from engine.statistics.crossed import (
@@ -60,12 +61,14 @@ def compare_runs(table: xr.Dataset, settings: Settings = DEFAULTS) -> tuple[list
         metrics = [metric for metric in paired.metrics if metric.changing and len(metric.seeds) >= 2]
         if not metrics:
             continue
-        differences = [metric.run_differences() for metric in metrics]
-        cells = [crossed_table(d[:, :, paired.heads]) for d in differences]
+        cells, layers, by_run = [], [], []
+        for metric in metrics:
+            d = metric.run_differences()
+            cells.append(crossed_table(d[:, :, paired.heads]))
+            layers.append(crossed_table(defined_mean(d, axis=3)[:, :, paired.layers]))
+            by_run.append(defined_mean(d, axis=1)[:, paired.heads])
         tests += _test_family(paired, "head", metrics, cells, settings)
-        layers = [crossed_table(defined_mean(d, axis=3)[:, :, paired.layers]) for d in differences]
         tests += _test_family(paired, "layer", metrics, layers, settings)
-        by_run = [defined_mean(d, axis=1)[:, paired.heads] for d in differences]
         spreads.append(_spread(paired, metrics, by_run))
     return tests, spreads
 
@@ -79,12 +82,12 @@ def control_runs(table: xr.Dataset, settings: Settings = DEFAULTS) -> list[RunCo
     Args:
         table, settings: as in `compare_conditions`.
     """
-    controls = []
+    pairs = []
     for condition in (str(name) for name in table["condition"].values):
         runs = [] if seed_invariant(table, condition) else measured_runs(table, condition)
-        for pair in islice(combinations(runs, 2), MOST_PAIRS):
-            controls.append(_control(table, condition, pair, settings))
-    return controls
+        pairs += [(condition, pair) for pair in islice(combinations(runs, 2), MOST_PAIRS)]
+    shown = tqdm(pairs, desc="runs against each other", unit="pair", disable=None)
+    return [_control(table, condition, pair, settings) for condition, pair in shown]
 
 
 def _test_family(
