@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from engine.statistics import Settings, analyse, compare_conditions, compare_run
 from engine.statistics import crossed as crossed_module
 from engine.statistics.crossed import crossed_interval, crossed_table, crossed_test, images_needed, runs_needed
 
+DOCS = Path(__file__).parents[1] / "docs"
 FAST = Settings(permutations=99)
 
 
@@ -179,9 +182,14 @@ class TestPlan:
         assert np.isfinite(images[0])
         assert (images[1:] == np.inf).all()  # 6 runs have a standard error of .012
 
+    def test_any_unit_gives_the_same_power(self) -> None:
+        sds = np.array([0.1, 0.03, 0.05])
+        power = planned_power(0.07, *sds, runs=4, images=50)
+        assert planned_power(0.07e-200, *1e-200 * sds, runs=4, images=50) == pytest.approx(power)
+
     def test_bad_plans_are_refused(self) -> None:
-        for wrong in ({"runs": 1}, {"images": 1}, {"alpha": 0.0}, {"correlation": 2.0}, {"sd_run": -1.0}):
-            with pytest.raises(ValueError, match=r"plan|alpha"):
+        for wrong in ({"runs": 1}, {"images": 1}, {"alpha": 0.0}, {"sd_run": -1.0}):
+            with pytest.raises(ValueError, match="plan"):
                 planned_power(
                     **({"effect": 1, "sd_image": 1, "sd_run": 1, "sd_residual": 1, "runs": 3, "images": 9} | wrong)
                 )
@@ -353,3 +361,18 @@ def test_runs_alone_and_images_within_runs_take_the_images_for_more_than_they_ar
 def test_error_and_coverage_in_a_thousand_studies(runs: int, kind: str) -> None:
     rates = calibration.family(1000, 20, Design(200, runs, SIMULATED[kind]))
     check_family({**rates, "images": 200, "runs": runs, "studies": 1000})
+
+
+def test_documented_rates() -> None:
+    documented = json.loads((DOCS / "statistics_runs.json").read_text(encoding="utf-8"))
+    normal = [entry for entry in documented["families"] if entry["run_effects"] == "normal"]
+    assert {entry["images"] for entry in normal} == {30, 50, 100, 200, 1000}
+    assert {entry["runs"] for entry in normal} == {2, 3, 5, 6, 10, 12, 20}
+    for entry in normal:
+        assert entry["studies"] >= 1000
+        assert entry["crossed"] <= 0.05, entry
+        assert entry["runs"] < 6 or 0.03 <= entry["interval_misses"] <= 0.08, entry
+        assert entry["planned"] == pytest.approx(entry["power"], abs=0.03), entry
+        if entry["components"] in ("mild runs", "runs that do not differ") and entry["runs"] >= 5:
+            assert entry["power"] >= 0.85, entry
+    assert all(entry["misses"] > 0.1 for entry in documented["nested"])

@@ -16,7 +16,16 @@ from engine.statistics.comparison import (
     write_comparison,
 )
 from engine.statistics.conditions import check_bounds, check_primary, compare_conditions
-from engine.statistics.crossed import planned_power
+from engine.statistics.crossed import (
+    CrossedP,
+    CrossedTable,
+    crossed_interval,
+    crossed_table,
+    crossed_test,
+    images_needed,
+    planned_power,
+    runs_needed,
+)
 from engine.statistics.document import SCHEMA, UNLESS_NONE, declaration, parse, write_document
 from engine.statistics.matching import match_heads
 from engine.statistics.morans import MoransInference, morans_inference
@@ -56,6 +65,8 @@ __all__ = [
     "Comparison",
     "ConditionPairs",
     "Control",
+    "CrossedP",
+    "CrossedTable",
     "CrossedTest",
     "Floats",
     "HeadPairing",
@@ -85,9 +96,13 @@ __all__ = [
     "control_runs",
     "correlate_over_images",
     "cross_metric_correlation",
+    "crossed_interval",
+    "crossed_table",
+    "crossed_test",
     "declaration",
     "defined_mean",
     "finite",
+    "images_needed",
     "layer_clusters",
     "layer_trend",
     "match_heads",
@@ -98,6 +113,7 @@ __all__ = [
     "parse",
     "parse_comparison",
     "planned_power",
+    "runs_needed",
     "write_comparison",
     "write_document",
 ]

@@ -6,7 +6,6 @@ more runs the run term alone: images redrawn within each run, or held fixed, mak
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -195,7 +194,7 @@ def planned_power(
     runs: int,
     images: Any,
     alpha: float = 0.05,
-    correlation: float = 0.0,
+    correlation: Any = 0.0,
     draws: int = 400,
     seed: int = 0,
 ) -> Floats:
@@ -210,30 +209,35 @@ def planned_power(
             tests of the family, in one unit each; numbers where they are the same for all.
         runs, images: of the study that is planned, at least 2 each; images may differ between tests, [test].
         alpha: family-wise level.
-        correlation: of the run effects of any two tests; 0 is the careful side.
+        correlation: of run effects between tests, a number or [test, test]; 0 is the careful side.
         draws, seed: of the mean squares; with 400 the power is right within about .02.
     Raises:
-        ValueError: fewer than 2 runs or images, a negative standard deviation, or alpha or correlation out of range.
+        ValueError: fewer than 2 runs or images, a negative standard deviation, or alpha out of range.
+        numpy.linalg.LinAlgError: no run effects can be correlated in this way.
     """
     if runs < 2 or np.min(images) < 2:
         raise ValueError(f"a plan takes at least 2 runs and 2 images; found {runs} and {np.min(images)}")
-    if not (0 < alpha < 1 and 0 <= correlation <= 1):
-        raise ValueError(f"alpha lies between 0 and 1, correlation from 0 to 1; found {alpha} and {correlation}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha of a plan lies between 0 and 1; found {alpha}")
     shift, *sds = (
         np.atleast_1d(np.asarray(x, float)) for x in np.broadcast_arrays(effect, sd_image, sd_run, sd_residual)
     )
     if any((sd < 0).any() for sd in sds):
         raise ValueError("standard deviations of a plan must not be negative")
-    of_image, of_run, residual = (sd**2 for sd in sds)
+    scale = np.max(sds, axis=0)
+    scale[scale == 0] = 1
+    shift, of_image, of_run, residual = shift / scale, *((sd / scale) ** 2 for sd in sds)
     generator, size = np.random.default_rng(seed), (draws, shift.size)
 
     def chi_square(df: Any) -> Floats:
         return generator.chisquare(df, size)
 
-    # Run effects √c f + √(1 − c) u with a factor f that all tests share: their sums of squares, without drawing runs.
-    factor = np.sqrt(correlation * generator.chisquare(runs - 1, (draws, 1)))
-    own = (factor + math.sqrt(1 - correlation) * generator.normal(size=size)) ** 2
-    own += (1 - correlation) * (chi_square(runs - 2) if runs > 2 else 0)
+    own = chi_square(runs - 1)
+    if np.any(correlation):
+        mix = np.linalg.cholesky(np.where(np.eye(shift.size) == 1, 1.0, correlation)).T
+        own = np.zeros(size)
+        for _ in range(runs - 1):
+            own += (generator.normal(size=size) @ mix) ** 2
     run_square = (residual + images * of_run) * own / (runs - 1)
     image_square = (residual + runs * of_image) * chi_square(images - 1) / (images - 1)
     residual_square = residual * chi_square((images - 1) * (runs - 1)) / ((images - 1) * (runs - 1))
