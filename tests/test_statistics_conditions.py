@@ -19,7 +19,6 @@ from engine.statistics import (
     Settings,
     compare_conditions,
     compare_paired,
-    cross_metric_correlation,
     layer_trend,
     minimum_detectable_effect,
 )
@@ -424,35 +423,6 @@ class TestLayerTrend:
 
     def test_one_trend_per_condition_and_metric(self, table: xr.Dataset) -> None:
         assert len(layer_trend(table, FAST)) == 6
-
-
-class TestCrossMetricCorrelation:
-    def test_equals_scipy(self, table: xr.Dataset) -> None:
-        entries = cross_metric_correlation(table)
-        assert len(entries) == 2 * 3 * (1 + LAYERS)
-        d = table.astype(np.float64).sel(condition="finetuned").mean("seed") - table.sel(
-            condition="baseline", seed=42
-        ).astype(np.float64)
-        first, second = d.distance, d.region_mass.sel(region="target_digit")
-        chosen = pick(entries, condition="finetuned", metric="distance", with_region="target_digit")
-        assert [(entry.over, entry.layer, entry.n) for entry in chosen] == [
-            ("cells", None, LAYERS * HEADS),
-            *(("images", layer, IMAGES) for layer in range(LAYERS)),
-        ]
-        cells = scipy.stats.spearmanr(first.mean("image").values.ravel(), second.mean("image").values.ravel())
-        assert chosen[0].rho == pytest.approx(cells.statistic, rel=1e-9)
-        images = scipy.stats.spearmanr(first.mean("head")[:, 2], second.mean("head")[:, 2])
-        assert chosen[3].rho == pytest.approx(images.statistic, rel=1e-9)
-
-    def test_metrics_that_rise_together(self, table: xr.Dataset) -> None:
-        double = table[["distance"]].assign(entropy=(-2 * table.distance).assign_attrs(units="nat"))
-        assert all(entry.rho == pytest.approx(-1) for entry in cross_metric_correlation(double))
-
-    def test_metric_that_does_not_vary_has_no_correlation(self, table: xr.Dataset) -> None:
-        flat = table[["distance"]].assign(entropy=(table.distance * 0 + 1).assign_attrs(units="1"))
-        entries = cross_metric_correlation(flat)
-        assert entries
-        assert all(entry.rho is None and not math.isnan(entry.n) for entry in entries)
 
 
 def test_d_av_is_the_difference_in_standard_deviations_between_images(table: xr.Dataset) -> None:

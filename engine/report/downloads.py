@@ -34,7 +34,7 @@ COLUMNS = {
     ),
     "run_controls": "condition seeds unit_of_inference n cells cells_differ layers layers_differ",
     "run_spreads": "condition against seeds cells ratio cells_wider cells_opposite",
-    "relations": "condition against metric with_metric over region with_region layer rho n",
+    "relations": "condition against metric with_metric over region with_region layer rho ci n",
 }
 """Fields of the results that stand in the tables, in their order; an interval is two columns."""
 

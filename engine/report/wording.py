@@ -14,7 +14,7 @@ from engine.report.findings import (
     regional_change,
 )
 from engine.report.inputs import Results
-from engine.statistics import PairedTest, Relation
+from engine.statistics import PairedTest
 
 DISTRUST = "do not trust the other numbers before this is explained."
 HELD_OUT_UNKNOWN = "Whether given checkpoints were trained on some of these images is not known."
@@ -323,28 +323,6 @@ def class_sentence(results: Results, change: Change) -> str:
 def _s(subjects: Sequence[PairedTest]) -> str:
     """The end of a verb."""
     return "s" if len(subjects) == 1 else ""
-
-
-def relation_sentence(relation: Relation, by_layer: Sequence[Relation]) -> str:
-    """Two metrics' differences over the cells, and over images `by_layer`; "" where the coefficient is undefined."""
-    if relation.rho is None:
-        return ""
-    strength = abs(relation.rho)
-    verdict = "rise and fall together" if relation.rho > 0 else "move in opposite directions"
-    if strength < 0.3:
-        verdict = "change largely apart from each other"
-    elif strength < 0.7:
-        verdict = f"tend to {verdict}"
-    over_images = [other.rho for other in by_layer if other.rho is not None]
-    within = f"; over images within a layer {_rho(min(over_images))} to {_rho(max(over_images))}" if over_images else ""
-    return (
-        f"{relation.metric} and {relation.with_metric} {verdict} "
-        f"(Spearman ρ = {_rho(relation.rho)} over {relation.n} layer × head cells{within})."
-    )
-
-
-def _rho(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def accuracy_title(results: Results) -> str:

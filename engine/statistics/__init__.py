@@ -33,8 +33,9 @@ from engine.statistics.multiplicity import may_be_largest
 from engine.statistics.multiverse import compare_conventions
 from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
 from engine.statistics.pairing import ConditionPairs, paired_conditions
-from engine.statistics.patterns import cross_metric_correlation, layer_trend
+from engine.statistics.patterns import layer_trend
 from engine.statistics.power import minimum_detectable_effect
+from engine.statistics.relations import cross_metric_correlation
 from engine.statistics.results import (
     IMAGES,
     Cluster,

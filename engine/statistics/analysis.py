@@ -11,7 +11,8 @@ from engine.statistics.comparison import Comparison
 from engine.statistics.conditions import compare_conditions
 from engine.statistics.multiverse import compare_conventions
 from engine.statistics.pairing import metric_series
-from engine.statistics.patterns import cross_metric_correlation, layer_trend
+from engine.statistics.patterns import layer_trend
+from engine.statistics.relations import cross_metric_correlation
 from engine.statistics.results import DEFAULTS, Settings
 from engine.statistics.runs import compare_runs, control_runs
 

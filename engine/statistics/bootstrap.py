@@ -175,6 +175,17 @@ def resampled_t(differences: Floats, *, resamples: int, seed: int, block_bytes: 
         yield columns.resampled(weights)[1]
 
 
+def resampled_means(values: Floats, *, resamples: int, seed: int, block_bytes: int = BLOCK_BYTES) -> Floats:
+    """Means of every column of values [unit, test] in every resample of the units, [resample, test].
+
+    NaN where a resample holds none of a column's values.
+    """
+    columns = _Columns.of(values)
+    rows = max(1, block_bytes // (8 * (2 * len(values) + 4 * values.shape[1])))
+    weights = _unit_weights(len(values), resamples, rows, seed)
+    return np.concatenate([columns.mean + columns.scale * columns.resampled(block)[0] for block in weights])
+
+
 def bootstrap_interval(
     differences: Floats,
     *,

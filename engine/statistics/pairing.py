@@ -53,9 +53,9 @@ class MetricPairs:
         measured = ~np.isnan(d).reshape(len(d), -1).all(axis=1)
         return np.asarray(d[measured] if measured.any() else d[: len(self.seeds)])
 
-    def cell_differences(self) -> Floats:
-        """Condition − against, seeds and images averaged, [layer, head]."""
-        return defined_mean(np.diff(self.over_seeds(), axis=0)[0], axis=0)
+    def differences(self) -> Floats:
+        """Condition − against, seeds averaged, [image, layer, head]."""
+        return np.asarray(np.diff(self.over_seeds(), axis=0)[0])
 
 
 def check_table(table: xr.Dataset, against: str, metrics: Sequence[str] | None) -> list[str]:

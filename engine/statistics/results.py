@@ -328,7 +328,7 @@ class Multiverse(Compared):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
-    """Spearman's correlation of two metrics' differences (`cross_metric_correlation`). Descriptive only."""
+    """Spearman's correlation of two metrics' differences (`cross_metric_correlation`), with an interval over images."""
 
     condition: str
     against: str
@@ -339,6 +339,7 @@ class Relation:
     over: str
     layer: int | None
     rho: float | None
+    ci: Interval
     n: int | None
 
 

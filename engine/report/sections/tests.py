@@ -8,6 +8,7 @@ from engine.report import text, wording
 from engine.report.document import Block, Bullets, Content, Group, Heading, ReportedStudy, Span, Table, Text, section
 from engine.report.findings import PairFindings, cell_relations
 from engine.report.inputs import Results
+from engine.report.relations import relation_lead, relation_sentence
 from engine.report.sections.closing import controls, data
 from engine.statistics import PairedTest
 
@@ -34,7 +35,7 @@ def _details(results: Results, comparison: PairFindings) -> Iterator[Group]:
         ("Runs of neighbouring layers", _clusters(results, comparison)),
         ("Lower and upper half of the layers", _halves(results, comparison)),
         ("When every class of images counts alike", _classes(results, [comparison])),
-        ("How the metrics' differences go together", _relations(comparison)),
+        ("How the metrics' differences go together", _relations(results, comparison)),
         ("The t-test over layer means: not valid inference", _layer_means(results, [comparison])),
     ):
         if blocks:
@@ -79,9 +80,9 @@ def _classes(results: Results, comparisons: Sequence[PairFindings]) -> list[Bloc
     return [Text(lead), *blocks] if blocks else []
 
 
-def _relations(comparison: PairFindings) -> list[Block]:
-    lead = f"Differences {comparison.minus}. Cells of one model are not independent, so no p-value is given:"
-    return _under(lead, (wording.relation_sentence(*pair) for pair in cell_relations(comparison)))
+def _relations(results: Results, comparison: PairFindings) -> list[Block]:
+    lead = relation_lead(results, comparison)
+    return _under(lead, (relation_sentence(*pair) for pair in cell_relations(comparison)))
 
 
 def _layer_means(results: Results, comparisons: Sequence[PairFindings]) -> list[Block]:
@@ -170,7 +171,7 @@ def along_the_layers(study: ReportedStudy) -> Iterator[Block]:
 @section("Between metrics", summary=50)
 def between_metrics(study: ReportedStudy) -> Iterator[Block]:
     for comparison in study.comparisons:
-        yield from _relations(comparison)
+        yield from _relations(study.results, comparison)
 
 
 @section("Classes", summary=60)
