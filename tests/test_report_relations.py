@@ -80,8 +80,8 @@ def test_words_come_from_both_views(
 def test_numbers_stand_with_their_intervals() -> None:
     within = [*layers((0.1, 0.3), (-0.2, 0.1)), relation(None, None, 2)]
     assert relation_sentence(relation(0.5, (0.25, 0.75), region="target_digit"), within) == (
-        "distance and entropy on target_digit tend to rise and fall together (ρ = +0.50 (+0.25 to +0.75) over 16 cells; "
-        "over images within a layer −0.05 (−0.20 to +0.10) to +0.20 (+0.10 to +0.30))."
+        "distance and entropy on target_digit tend to rise and fall together (ρ = +0.50 (+0.25 to +0.75) over 16 "
+        "cells; over images within a layer −0.05 (−0.20 to +0.10) to +0.20 (+0.10 to +0.30))."
     )
     assert "ρ = +0.50 over 16 cells; over images within a layer +0.10 to +0.10." in relation_sentence(
         relation(0.5, None), layers(None)
