@@ -50,6 +50,10 @@ class TestEquivalence:
         assert float(result.p_tost) == pytest.approx(0.0009649695830812, rel=1e-10)
         assert float(result.p_tost_holm) == float(result.p_tost)
 
+    def test_differences_of_any_size_leave_no_warning(self) -> None:
+        a, b = known()
+        assert float(compare_paired(a * 1e-310, b * 1e-310, permutations=9, equivalence=1e3).p_tost) == 0
+
     @pytest.mark.parametrize("bound", [0.05, 0.2, 0.5])
     def test_equals_statsmodels(self, bound: float) -> None:
         rng = np.random.default_rng(1)

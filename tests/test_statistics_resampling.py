@@ -11,7 +11,13 @@ import scipy.stats
 import xarray as xr
 
 from engine.statistics import compare_paired
-from engine.statistics.bootstrap import _unit_weights, bca_bounds, bootstrap_interval, bootstrap_max_t
+from engine.statistics.bootstrap import (
+    _unit_weights,
+    bca_bounds,
+    bootstrap_interval,
+    bootstrap_max_t,
+    student_interval,
+)
 from engine.statistics.multiplicity import holm_over_families
 from engine.statistics.permutation import sign_flip
 
@@ -32,6 +38,11 @@ def enumerated(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TestSignFlip:
+    def test_without_any_pair_there_is_no_p(self) -> None:
+        flips = sign_flip(np.full((8, 2), np.nan))
+        assert np.isnan([flips.p, flips.p_max_t]).all()
+        assert flips.patterns.floor == 1
+
     def test_known_exact_p(self) -> None:
         flips = sign_flip(EIGHT[:, None])
         assert flips.patterns.exact
@@ -260,10 +271,12 @@ class TestBootstrapMaxT:
         np.testing.assert_array_equal(back.p_max_t, there.p_max_t)
         np.testing.assert_allclose(back.simultaneous, -there.simultaneous[::-1], rtol=1e-5)
 
+    @pytest.mark.parametrize("rounding", [0.0, 1e-12, 1e-4])
     @pytest.mark.parametrize("informative", [0, 1, 2, 9])
-    def test_a_test_of_few_informative_pairs_takes_no_part(self, informative: int) -> None:
+    def test_a_test_of_few_informative_pairs_takes_no_part(self, informative: int, rounding: float) -> None:
         rng = np.random.default_rng(informative)
-        d = np.concatenate([skewed_differences(200, 3), np.zeros((200, 1))], axis=1)
+        rounded = rng.normal(0, rounding, (200, 1)) * (informative > 0)
+        d = np.concatenate([skewed_differences(200, 3), rounded], axis=1)
         d[:informative, 3] = rng.normal(3, 1, informative)
         families = np.zeros(4, dtype=np.int64)
         beside = bootstrap_max_t(d, families, resamples=300, confidence=0.95, seed=0)
@@ -297,6 +310,20 @@ class TestBootstrapMaxT:
         np.testing.assert_array_equal(found.p_max_t, expected)
         np.testing.assert_array_equal(found.p_resampled, np.concatenate([masses.p, hits.p]))
         assert "sign flips of differences that are −1, 0 and 1" in found.attrs["resampling"]
+        # Each of the two families has half of what the intervals may miss; the two hits share theirs.
+        together = np.stack([found.ci_low_simultaneous, found.ci_high_simultaneous])
+        half = bootstrap_max_t((b - a)[:, :2], families[:2], resamples=599, confidence=0.975, seed=draws)
+        np.testing.assert_array_equal(together[:, :2], half.simultaneous)
+        np.testing.assert_allclose(together[:, 2:], student_interval((b - a)[:, 2:], 0.975, 2), rtol=1e-12)
+
+    def test_intervals_at_once_are_of_the_tests_that_are_made(self) -> None:
+        d = skewed_differences(12, 3)
+        d[5:, 2] = np.nan  # too few to flip
+        found = compare_paired(np.zeros_like(d), d)
+        together = np.stack([found.ci_low_simultaneous, found.ci_high_simultaneous])
+        np.testing.assert_allclose(together[:, :2], student_interval(d[:, :2], 0.95, 2), rtol=1e-12)
+        assert np.isnan([*together[:, 2], found.p_max_t[2]]).all()
+        assert np.isfinite(found.ci_low[2])
 
     def test_bounds_too_far_out_for_the_resamples_are_nan(self) -> None:
         d = skewed_differences(30, 6)

@@ -13,7 +13,7 @@ from engine.statistics.multiverse import compare_conventions
 from engine.statistics.pairing import metric_series
 from engine.statistics.patterns import layer_trend
 from engine.statistics.relations import cross_metric_correlation
-from engine.statistics.results import DEFAULTS, Settings
+from engine.statistics.results import DEFAULTS, Settings, finite
 from engine.statistics.runs import compare_runs, control_runs
 
 
@@ -53,8 +53,10 @@ def analyse(table: xr.Dataset, settings: Settings = DEFAULTS) -> Comparison:
 
 
 def _layer_means(condition: xr.Dataset) -> dict[str, tuple[float | None, ...]]:
+    """Of the values that are finite, as in the tests; None where there are none."""
     over = [dim for dim in condition.dims if dim not in ("layer", "region")]
+    known = condition.astype(np.float64).where(np.isfinite(condition))
     return {
-        metric if region is None else f"{metric}[{region}]": tuple(means.values.tolist())
-        for metric, region, means in metric_series(condition.astype(np.float64).mean(over))
+        metric if region is None else f"{metric}[{region}]": tuple(map(finite, means.values))
+        for metric, region, means in metric_series(known.mean(over))
     }

@@ -21,6 +21,8 @@ FEWEST = 20
 """Units below which nothing is resampled: intervals are Student's and tests flip signs."""
 INFORMATIVE = 10
 """Pairs off their most frequent value that a resampled test takes: fewer do not tell its variance."""
+_ALIKE = 0.01
+"""In units of the range: values within it are one value, or rounding would make informative pairs of equal ones."""
 _COLUMN_BYTES = 256 * 2**20
 # Resamples drawn from one generator of the nested bootstrap; fixed, so that results do not depend on memory.
 _NESTED_BLOCK = 128
@@ -41,6 +43,7 @@ class Bootstrap:
     interval: Floats  # BCa, of each mean by itself
     simultaneous: Floats  # all of a family's, and of all families together, cover at once
     floor: float  # least p
+    families: int  # that share the simultaneous intervals' level
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def bootstrap_max_t(
     resamples: int,
     confidence: float,
     seed: int,
+    beside: int = 0,
     block_bytes: int = BLOCK_BYTES,
 ) -> Bootstrap:
     """Studentised bootstrap test of every column's mean, with max-T over each family, and all their intervals.
@@ -109,6 +113,7 @@ def bootstrap_max_t(
         confidence: of each interval, and of all simultaneous ones together (Bonferroni over families); these are NaN
             where B is too small to have a resample so far out.
         seed: of the resamples, which do not depend on `block_bytes`, the working memory of a block of them.
+        beside: families tested otherwise that the simultaneous intervals share their level with.
     Source:
         Westfall and Young (1993), Resampling-based multiple testing; Romano and Wolf (2005), Econometrica 73:1237–1282;
         equal tails and the studentised mean: Hall (1992), The bootstrap and Edgeworth expansion, §3.
@@ -151,7 +156,8 @@ def bootstrap_max_t(
         interval[:, part] = columns.bounds(bounds, differences[:, part])
 
     mean = defined_mean(differences, axis=0)
-    tail = (1 - confidence) / 2 / max(present.size, 1)
+    together = max(present.size + beside, 1)
+    tail = (1 - confidence) / 2 / together
     place = int(np.ceil((1 - tail) * (resamples + 1) - 1e-9)) - 1
     for family, (high, low) in enumerate(zip(np.sort(upper, axis=0).T, np.sort(lower, axis=0).T, strict=True)):
         of = np.flatnonzero(tested & (families == present[family]))
@@ -161,7 +167,7 @@ def bootstrap_max_t(
         p_max_t[of] = _two_tails(above, below, resamples)
         if place < resamples:
             simultaneous[:, of] = mean[of] - high[place] * error[of], mean[of] + low[place] * error[of]
-    return Bootstrap(p, p_max_t, interval, simultaneous, 2 / (resamples + 1))
+    return Bootstrap(p, p_max_t, interval, simultaneous, 2 / (resamples + 1), together)
 
 
 def resampled_t(differences: Floats, *, resamples: int, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
@@ -249,14 +255,17 @@ def student_interval(differences: Floats, confidence: float, tests: int = 1) -> 
 
 
 def informative_pairs(differences: Floats) -> NDArray[np.int64]:
-    """How many pairs of each test lie off their most frequent value, [test]; NaN is a missing pair."""
-    ranked = np.sort(differences, axis=0)
-    run, longest = np.zeros((2, differences.shape[1]), dtype=np.int64)
-    for same in ranked[1:] == ranked[:-1]:
-        run = (run + 1) * same
-        np.maximum(longest, run, out=longest)
-    n = (~np.isnan(differences)).sum(axis=0)
-    return np.asarray(np.maximum(n - 1 - longest, 0))
+    """How many pairs of each test lie off their most frequent value, [test]; NaN is a missing pair.
+
+    Values that lie within a hundredth of their range count as one.
+    """
+    off = np.zeros(differences.shape[1], dtype=np.int64)
+    for test, ranked in enumerate(np.sort(differences, axis=0).T):
+        known = ranked[~np.isnan(ranked)]
+        if known.size:
+            alike = known / 2 + (known[-1] / 2 - known[0] / 2) * _ALIKE  # halves, which do not overflow
+            off[test] = known.size - (np.searchsorted(known / 2, alike, side="right") - np.arange(known.size)).max()
+    return off
 
 
 def bca_bounds(means: Floats, deviations: Floats, confidence: float) -> Floats:

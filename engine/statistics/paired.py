@@ -77,8 +77,8 @@ def compare_paired(
     - all differences exactly 0: t 0, every p 1, dz and gz NaN, intervals [0, 0];
     - all differences equal and not 0: t, dz and gz ±inf, p_t 0, the interval that one value; signs are flipped as they
       come, but no bootstrap tells a variance: p_max_t NaN;
-    - fewer than 10 pairs off the most frequent value (for flips: fewer pairs than 6 and than other tests have): no
-      p_max_t, and no part in a family's;
+    - fewer than 10 pairs off the most frequent value, where values within a hundredth of the range are one (for flips:
+      fewer pairs than 6 and than other tests have): no p_max_t, and no part in a family's;
     - fewer than 2 pairs: everything but `difference`, `n` and `missing` is NaN.
 
     Args:
@@ -171,7 +171,7 @@ def compare_columns(
         flips = sign_flip(d, **flipped)
         p, p_max_t, floor = flips.p, flips.p_max_t, flips.patterns.floor
         made = int(np.isfinite(p).sum())
-        together = student_interval(d, confidence, max(made, 1))
+        together = np.where(np.isfinite(p), student_interval(d, confidence, max(made, 1)), np.nan)
         how = f"{'exact' if flips.patterns.exact else 'random'} sign flips, max-T"
         interval, name = student_interval(d, confidence), "Student's t"
     else:
@@ -179,19 +179,21 @@ def compare_columns(
         # Of outcomes that are 0 or 1 the null hypothesis is symmetry, and few of them differ: these flip signs.
         signs = ((d == 0) | (np.abs(d) == 1) | np.isnan(d)).all(axis=0) & (np.abs(d) == 1).any(axis=0)
         family = 2 * family.reshape(-1) + signs
-        drawn = bootstrap_max_t(np.where(signs, np.nan, d), family, **resampled)
+        flipping = np.unique(family[signs])
+        drawn = bootstrap_max_t(np.where(signs, np.nan, d), family, beside=flipping.size, **resampled)
         p, p_max_t, together = drawn.p, drawn.p_max_t, drawn.simultaneous
         interval, name = with_few(drawn.interval, d, confidence), f"BCa bootstrap; Student's t below {FEWEST} pairs"
         how, floor = "studentised bootstrap, each tail at half the level", drawn.floor
         if signs.any():
             of = np.flatnonzero(signs)
             interval[:, of] = bootstrap_interval(d[:, of], **resampled)
-            together[:, of] = student_interval(d[:, of], confidence, d.shape[1])
-            for code in np.unique(family[of]):
+            for code in flipping:
                 members = np.flatnonzero(family == code)
                 flips = sign_flip(d[:, members], **flipped)
                 p[members], p_max_t[members] = flips.p, flips.p_max_t
                 floor = min(floor, flips.patterns.floor)
+                together[:, members] = student_interval(d[:, members], confidence, drawn.families * members.size)
+            together[:, np.isnan(p)] = np.nan
             how += "; sign flips of differences that are −1, 0 and 1"
         p_max_t = holm_over_families(p_max_t, family)
         made = len(np.unique(family[np.isfinite(p_max_t)]))
@@ -344,7 +346,7 @@ def tost(mean: Floats, sd: Floats, n: NDArray[np.int64], bound: Floats) -> Float
     """
     error = sd / np.sqrt(np.maximum(n, 1))
     nearest = bound - np.abs(mean)  # of the two bounds the nearer one decides
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         t = np.where(nearest == 0, 0.0, nearest / error)
     p = stats.t.sf(t, np.maximum(n - 1, 1))
     return np.where((n >= 2) & np.isfinite(bound), p, np.nan)

@@ -38,8 +38,8 @@ class Patterns:
 
     @property
     def floor(self) -> float:
-        """Least p-value attainable: an enumeration holds the observed pattern and its mirror image."""
-        return (2 if self.exact else 1) / self.count
+        """Least p-value attainable: an enumeration holds the observed pattern and its mirror image; 1 without units."""
+        return min(1.0, (2 if self.exact else 1) / self.count)
 
     def blocks(self, rows: int) -> Iterator[Floats]:
         """±1 [pattern, unit], at most `rows` patterns at a time; the patterns do not depend on `rows`."""
