@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import xarray as xr
 
 from benchmarks import calibrate_statistics as calibration
 from benchmarks.calibrate_statistics import band
+from engine.statistics import Settings, compare_columns, compare_conditions
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -43,6 +46,45 @@ def check_runs(results: dict[str, float], studies: int, runs: int) -> None:
 
 def test_levels_and_coverage_over_images() -> None:
     check_images(calibration.image_level(150, seed=11, flips=199), 150)
+
+
+@pytest.mark.parametrize("images", [20, 50])
+def test_skewed_differences_of_few_images_hold_the_level(images: int) -> None:
+    found = 0
+    for study in range(150):
+        d = calibration.null_differences(np.random.default_rng([21, images, study]), images, skewed=True)
+        d = d.reshape(images, -1)
+        families = np.arange(d.shape[1]) % calibration.METRICS
+        compared = compare_columns(
+            np.zeros_like(d), d, families=families, permutations=399, seed=study, confidence=0.95
+        )
+        found += bool((compared.columns["p_max_t"] <= 0.05).any())
+    assert found / 150 <= band(150)[1]
+
+
+def test_two_conditions_without_effect_are_rarely_told_apart_by_the_primary_family() -> None:
+    primary, anything = 0, 0
+    for study in range(100):
+        d = calibration.null_differences(np.random.default_rng([22, study]), 40)
+        values = np.moveaxis(np.stack([np.zeros_like(d), d])[:, None], -1, 0)
+        dims = ("condition", "seed", "image", "layer", "head")
+        table = xr.Dataset(
+            {f"metric_{i}": (dims, of_metric, {"units": "1"}) for i, of_metric in enumerate(values)},
+            coords={
+                "condition": ["baseline", "finetuned"],
+                "seed": [0],
+                "layer": range(d.shape[1]),
+                "head": range(d.shape[2]),
+                "site": ("layer", [f"blocks.{i}" for i in range(d.shape[1])]),
+            },
+        )
+        settings = Settings(permutations=199, primary=tuple(map(str, table.data_vars))[:2], seed=study)
+        tests = compare_conditions(table, settings)
+        claimed = {test.role for test in tests if test.survives(0.05)}
+        claimed |= {"primary" for test in tests if test.p_gated is not None and test.p_gated <= 0.05}
+        primary += "primary" in claimed
+        anything += bool(claimed)
+    assert primary / 100 <= band(100)[1] < anything / 100
 
 
 def test_with_run_noise_only_the_seed_level_holds() -> None:

@@ -130,6 +130,16 @@ class TestBootstrap:
         assert (np.abs(low - oracle.low) < 0.15 * error).all()
         assert (np.abs(high - oracle.high) < 0.15 * error).all()
 
+    def test_below_twenty_pairs_it_is_students(self) -> None:
+        d = np.random.default_rng(5).exponential(size=(40, 1))
+        for pairs in (2, 5, 19):
+            known = np.where(np.arange(40)[:, None] < pairs, d, np.nan)
+            interval = scipy.stats.t.interval(0.9, pairs - 1, d[:pairs].mean(), scipy.stats.sem(d[:pairs]))
+            found = bootstrap_interval(known, resamples=99, confidence=0.9, seed=0)
+            np.testing.assert_allclose(found, interval, rtol=1e-12)
+        low, high = bootstrap_interval(d[:20], resamples=999, confidence=0.9, seed=0)[:, 0]
+        assert high - d[:20].mean() > 1.1 * (d[:20].mean() - low)  # skewed as the differences are
+
     def test_skewed_differences_give_a_skewed_interval(self) -> None:
         d = np.random.default_rng(4).gamma(0.3, size=(60, 1))
         low, high = bootstrap_interval(d, resamples=4000, confidence=0.95, seed=0)
