@@ -13,7 +13,7 @@ import pytest
 
 from engine.config import StudyConfig, load_study
 from engine.report.document import ReportedStudy
-from engine.report.wording import scope_sentences
+from engine.report.run_words import scope_sentences
 from engine.study.check import _check_decoded
 from engine.study.data import StudyData
 from engine.study.model import captured_seeds, trained_seeds

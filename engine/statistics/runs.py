@@ -186,7 +186,7 @@ def _control(table: xr.Dataset, condition: str, runs: tuple[int, int], settings:
     names = [f"run {position}" for position in runs]
     both = table.sel(condition=condition, drop=True).isel(seed=list(runs))
     both = both.drop_vars([name for name, labels in both.coords.items() if "seed" in labels.dims])
-    both = both.rename(seed="condition").assign_coords(condition=names).expand_dims("seed")
+    both = both.rename_dims(seed="condition").assign_coords(condition=names).expand_dims("seed")
     (paired,) = paired_conditions(both, names[0], None)
     counts = []
     for places, values in (
