@@ -53,8 +53,8 @@ def curves(study: ReportedStudy) -> Iterator[Block]:
     said += "; thin lines: single training runs." if len(results.seeds) > 1 else "."
     if any(results.clusters(condition=pair.condition, against=pair.against) for pair in study.comparisons):
         said += (
-            " Bars at the foot, in a condition's colour: neighbouring layers that differ from "
-            f"{results.against} as a run (exploratory; cluster test, α = {results.alpha:g})."
+            " Bars at the foot, in a condition's colour: neighbouring layers that together "
+            f"differ from {results.against} (exploratory; cluster test, α = {results.alpha:g})."
         )
     yield Text(said)
     yield study.legend()

@@ -32,7 +32,7 @@ def _details(results: Results, comparison: PairFindings) -> Iterator[Group]:
     """What a comparison has to say beyond its cells, closed until asked for."""
     for title, blocks in (
         ("Layer by layer", [_layer_table(results, comparison)]),
-        ("Runs of neighbouring layers", _clusters(results, comparison)),
+        ("Clusters of neighbouring layers", _clusters(results, comparison)),
         ("Lower and upper half of the layers", _halves(results, comparison)),
         ("When every class of images counts alike", _classes(results, [comparison])),
         ("How the metrics' differences go together", _relations(results, comparison)),
@@ -60,8 +60,8 @@ def _under(lead: str, sentences: Iterable[str]) -> list[Block]:
 
 def _clusters(results: Results, comparison: PairFindings) -> list[Block]:
     lead = (
-        f"{comparison.minus}, runs of neighbouring layers that change in one direction (exploratory; cluster "
-        "test over images, heads averaged; a p speaks of the whole run and not of any one layer in it):"
+        f"{comparison.minus}, neighbouring layers that change in one direction (exploratory; cluster test over "
+        "images, heads averaged; a p speaks of the whole cluster and not of any one layer in it):"
     )
     return _under(lead, (wording.cluster_sentence(change) for change in comparison.changes))
 
