@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,7 @@ def test_conditions_are_compared_by_shares_of_the_rise(tmp_path: Path) -> None:
     assert any(s.startswith("chance, ") and "no clear rise" in s for s in said)
     (of_lrp,) = (s for s in said if s.startswith("lrp, the area as a share of the rise, against baseline: finetuned −"))
     assert "no difference is claimed" not in of_lrp
+    assert "undefined" not in of_lrp + "".join(said), "what has no share is not compared"
     assert any(s.startswith("finetuned, against a random order") and "generic and lrp better" in s for s in said)
     report_on(outputs)
 
@@ -220,6 +222,9 @@ def test_maps_of_no_image_or_of_one_are_reported_without_tests(tmp_path: Path, i
         text = (outputs / file).read_text(encoding="utf-8")
         assert (said in text) == (images == 0), file
         assert images == 0 or "areas under the curves" in text, file
+        assert images == 0 or "Of fewer than 20 images they flip signs" in text, file
+        if images and file == "report.html":
+            assert "Student's over images" in unescape(text), "no bootstrap of so few"
 
 
 def test_a_panel_takes_names_with_line_breaks(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_all_layers_that_may_be_the_largest_are_named(
     summary, _ = texts(outputs)
     headline = summary.splitlines()[2]
     assert f"Primary family: entropy differs most in {most}" in headline
-    assert ("(their intervals do not part them): from" in headline) == bool(beside)
+    assert ("(their intervals do not tell them apart): from" in headline) == bool(beside)
     assert f"- entropy differs most in {most}: from" in summary
     low, high = by_layer[2]
     assert f"95 % simultaneous CI {low:.2f} to {high:.2f}" in headline
@@ -82,7 +82,10 @@ def test_the_largest_on_regions_is_chosen_among_all_conditions_and_regions(tmp_p
     assert "regions differs most in layer 2 (blocks.2.attn). Class" in apart
     near = {"ci_simultaneous": [0.1, 0.45]}
     change_tests(outputs, lambda test: near if test["layer"] == 0 and test["region"] == "small digit" else None)
-    assert "differs most in layer 2 (blocks.2.attn), or layer 0 (their intervals do not part them)" in texts(outputs)[0]
+    assert (
+        "differs most in layer 2 (blocks.2.attn), or layer 0 (their intervals do not tell them apart)"
+        in texts(outputs)[0]
+    )
 
 
 def test_the_largest_is_not_named_where_nothing_survives(tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_primary_comes_first_and_the_rest_is_called_exploratory(written: tuple[R
     assert [line.split(" ")[1] for line in primary.strip().splitlines()] == ["distance", "entropy"]
     assert exploratory.count("\n- ") == 2
     assert all("layers; exploratory: " in line for line in primary.strip().splitlines())
-    for section in ("runs of neighbouring layers that change in one direction (", "against upper half of the layers ("):
+    for section in ("neighbouring layers that change in one direction (", "against upper half of the layers ("):
         assert f"{section}exploratory; " in summary
 
 

@@ -80,13 +80,13 @@ def spread_sentence(comparison: PairFindings) -> str:
     cells = text.count(spread.cells, "cell")
     return (
         f"Two runs lie {text.number(spread.ratio, 2)} times as far apart as {comparison.condition} and "
-        f"{comparison.against} (median over {cells}); further apart in {spread.cells_wider} of them. In "
-        f"{spread.cells_opposite} the difference has not the same sign in every run."
+        f"{comparison.against} (median over {cells}), and further apart in {spread.cells_wider} of these. In "
+        f"{spread.cells_opposite} the difference does not have the same sign in every run."
     )
 
 
-def crossed_sentence(results: Results, comparison: PairFindings) -> str:
-    """What survives over training runs and images like these; "" where that was not tested."""
+def crossed_sentence(results: Results, comparison: PairFindings, by: bool = True) -> str:
+    """What survives over training runs and images like these, and `by` what test; "" where that was not tested."""
     counts = []
     for level, name in (("layer", "layer means"), ("head", "cells")):
         tests = [test for test in comparison.crossed if test.level == level and test.p is not None]
@@ -94,25 +94,28 @@ def crossed_sentence(results: Results, comparison: PairFindings) -> str:
             counts.append(f"{text.share(sum(t.survives(results.alpha) for t in tests), len(tests))} {name}")
     if not counts:
         return ""
-    return (
+    said = (
         f"Over {text.count(comparison.runs, 'training run')} and {text.count(comparison.n, 'image')} like these, "
-        f"{' and '.join(counts)} of {comparison.pair} differ at α = {results.alpha:g} (runs and images crossed, "
-        "moderated t, Holm; layer means and cells each an exploratory family)."
+        f"{' and '.join(counts)} of {comparison.pair} are shown to differ at α = {results.alpha:g}"
     )
+    tests = " (runs and images crossed, moderated t, Holm; layer means and cells each an exploratory family)"
+    return f"{said}{tests if by else ''}."
+
+
+def runs_sentence(results: Results, comparison: PairFindings) -> str:
+    """What must be read beside the tests over images: what two runs differ by, and what holds over runs; or ""."""
+    control = control_sentence(results, comparison.condition)
+    return " ".join(filter(None, (control, crossed_sentence(results, comparison, by=False))))
 
 
 def seed_sentence(results: Results, comparison: PairFindings) -> str:
-    """What the tests over training runs, on these images, say; "" where there are none."""
-    tests = comparison.seed_tests
-    if not tests:
+    """What the tests over training runs, on these images, say; "" where there are none, or too few runs for them."""
+    if not comparison.speaks_of_runs:
         return ""
+    tests = comparison.seed_tests
     survived = [test for test in tests if test.survives(results.alpha)]
-    sentence = (
+    return (
         f"Over {text.count(comparison.runs, 'training run')} with these very test images, "
         f"{text.share(len(survived), len(tests))} seed-level tests of {comparison.pair} "
         f"survive{'s' if len(survived) == 1 else ''} at α = {results.alpha:g} (sign flips of whole runs)."
     )
-    if not comparison.speaks_of_runs:
-        floor = max((test.p_floor for test in tests if test.p_floor is not None), default=None)
-        sentence += f" With {comparison.runs} runs the smallest p that can occur is {text.p_value(floor)}."
-    return sentence

@@ -87,7 +87,7 @@ def _claim(results: Results, comparisons: Sequence[PairFindings], change: Change
 def _most(results: Results, shown: PairedTest, largest: Sequence[int], explained: bool = False) -> str:
     """The layer of the largest difference, and those that may be it instead."""
     others = alternative(results, shown, largest)
-    why = " (their intervals do not part them)" if others and explained else ""
+    why = " (their intervals do not tell them apart)" if others and explained else ""
     return f"{text.where(shown)}{f', {others}' if others else ''}{why}"
 
 

@@ -110,7 +110,7 @@ def _flipped(results: Results) -> tuple[str, ...]:
         return ()
     return (
         f"With fewer than {FEWEST} images signs are flipped: that asks for differences symmetric about zero, and those "
-        "of attention metrics often are not. Where they are skewed a small p is too easily had: read the size.",
+        "of attention metrics often are not. Where they are skewed a small p comes too easily: read the size.",
     )
 
 

@@ -27,6 +27,7 @@ def summary(study: ReportedStudy) -> Iterator[Block]:
         yield Text(Span(alarm, "strong"), "alarm")
     first, *others = wording.headline(results, study.comparisons)
     yield Text(first, "headline")
+    yield from map(Text, filter(None, (run_words.runs_sentence(results, pair) for pair in study.comparisons)))
     yield from map(Text, others)
 
 
@@ -101,8 +102,6 @@ def _cards(study: ReportedStudy) -> Iterator[Group]:
         differ.append(Text(f"Exploratory: {cells}."))
         if not layers:
             differ = [_big(pair.changed, pair.cells), Text(f"{pair.cells_named} differ {corrected}.")]
-        if control := run_words.control_sentence(results, pair.condition):
-            differ.append(Text(control))
         yield Group("card", differ, (study.swatch(pair.condition), f" against {pair.against}"))
     if accuracy := wording.accuracies(results):
         blocks: list[Block] = [Bars([(study.swatch(name), test, chance) for name, test, chance, _ in accuracy])]

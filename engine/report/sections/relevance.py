@@ -29,6 +29,7 @@ from engine.report.inputs import GradcamSample, Results, load_json
 from engine.report.marks import PALETTE
 from engine.report.plots import Chart, Line
 from engine.report.viewer import data_uri
+from engine.statistics import FEWEST
 
 RELEVANCE = Path("metrics/relevance.json")
 PANELS = Path("visualizations/relevance")
@@ -101,7 +102,7 @@ def relevance(study: ReportedStudy) -> Iterator[Block]:
         for method in measured.methods(condition)
     ]
     yield Table(["condition", "method", *COLUMNS.values()], rows, "Means with intervals over images")
-    yield Group("details", _in_words(sentences), "In words, with the tests")
+    yield Group("details", _in_words(measured, sentences), "In words, with the tests")
     yield from cautions
     yield from panels
     last = (
@@ -114,12 +115,19 @@ def relevance(study: ReportedStudy) -> Iterator[Block]:
 @section("Relevance maps", summary=70)
 def relevance_in_words(study: ReportedStudy) -> list[Block]:
     measured = load_relevance(study.results)
-    return _in_words(relevance_sentences(study.results, measured)) if measured is not None else []
+    return _in_words(measured, relevance_sentences(study.results, measured)) if measured is not None else []
 
 
-def _in_words(sentences: dict[str, list[str]]) -> list[Block]:
-    tested = sentences.keys() - {"Not computed", "Where rollout points"}
-    blocks: list[Block] = [Text("Tests of relevance maps are exploratory.")] if tested else []
+def _in_words(measured: Relevance, sentences: dict[str, list[str]]) -> list[Block]:
+    blocks: list[Block] = []
+    if sentences.keys() - {"Not computed", "Where rollout points"}:
+        images = text.count(measured.document.images, "image")
+        said = f"Maps of {images} in each condition's first training run. Tests of relevance maps are exploratory."
+        if 0 < measured.document.images < FEWEST:
+            said += (
+                f" Of fewer than {FEWEST} images they flip signs: a small p comes too easily where values are skewed."
+            )
+        blocks.append(Text(said))
     for title, lines in sentences.items():
         blocks += [Heading(title), Bullets(lines)]
     return blocks
@@ -127,6 +135,7 @@ def _in_words(sentences: dict[str, list[str]]) -> list[Block]:
 
 def _introduction(measured: Relevance) -> str:
     document = measured.document
+    method = "bootstrap" if document.images >= FEWEST else "Student's"
     return " ".join(
         (
             f"Maps of {text.count(document.images, 'image')} for {TARGETS[document.target]}.",
@@ -137,8 +146,8 @@ def _introduction(measured: Relevance) -> str:
             f"{BASELINES[document.baseline]}, the same in every condition. Curves are of the probability, which is as "
             "high as a model is confident; areas are shares of its rise from none of the patches to all (means over "
             "images), which conditions can be compared by. Intervals: "
-            f"{text.percent(document.confidence)}, bootstrap over images. The unit of inference is the "
-            f"{document.unit_of_inference}.",
+            f"{text.percent(document.confidence)}, {method} over images. The unit of inference is the "
+            f"{document.unit_of_inference} (each condition's first training run).",
         )
     )
 
@@ -371,7 +380,7 @@ def _differences(results: Results, measured: Relevance, method: str, measure: st
     """ "against baseline: …"; "" where nothing was tested."""
     parts = []
     for test in measured.document.conditions:
-        if (test.method, test.measure) == (method, measure):
+        if (test.method, test.measure) == (method, measure) and test.difference is not None:
             claimed = "" if test.survives(results.alpha) else ", so no difference is claimed"
             change = f"{text.change(test.difference)} (max-T p {text.p_value(test.p_max_t)})"
             parts.append(f"{test.condition} {change}{claimed}")

@@ -27,10 +27,9 @@ def runs(study: ReportedStudy) -> Iterator[Block]:
     results = study.results
     if len(results.seeds) < 2:
         return
-    scope = " ".join(run_words.scope_sentences(results, study.comparisons))
     yield Text(
         f"Each line is one training run's difference from {results.against} (mean over heads and images): "
-        f"the spread that a claim about training has to beat. {scope}"
+        "the spread that a claim about training has to beat."
     )
     yield study.legend()
     yield Group("charts", [Figure(seed_chart(results, metric, region)) for metric, region in results.series()])
