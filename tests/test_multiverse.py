@@ -217,7 +217,7 @@ def test_the_report_says_which_findings_depend_on_it(tmp_path: Path) -> None:
     assert before + after[after.index("\n## ") + 1 :] == without[0], "all else is as without"
     changes = [line for line in after.splitlines() if line.startswith("- distance in layer ")]
     assert len(changes) == 2
-    assert "3 of 6 specifications have the sign, 3 of 6 claim it, 3 of 6 claim the opposite" in changes[0]
+    assert "3 of 6 specifications have this sign, 3 of 6 claim it, 3 of 6 claim the opposite" in changes[0]
     assert "other, max" in page
     assert "distance, mean*" in page
 

@@ -123,7 +123,7 @@ def test_heads_are_counted_and_among_them_those_whose_layer_differs(written: tup
         gated = [test for test in heads if test.p_gated is not None and test.p_gated <= 0.05]
         assert 0 < len(gated) < len(heads)
         assert {test.metric for test in gated} <= {"distance", "entropy"}
-        cells = f"{len(heads)} of 80 layer × head × metric cells, {len(gated)} of them heads whose layer differs in"
+        cells = f"{len(heads)} of 80 layer × head × metric cells, {len(gated)} of them heads whose layer survives in"
         assert f"{cells} the primary family" in summary
         assert f"Exploratory: {cells} the primary family." in page
         layers = results.select("layer", condition=pair.condition, role="primary")
@@ -177,7 +177,7 @@ def test_the_error_over_the_whole_report_is_stated(written: tuple[Results, str, 
     assert len(families) == 8
     assert sum("by class" in name or "layer_means" in name for name in families) == 0
     said = "The exploratory families of tests (8) hold it each by itself: of reports like this one in which nothing"
-    chance = f"up to {100 * (1 - 0.95**8):.0f} % (1 − 0.95^8) claim something exploratory."
+    chance = f", {100 * (1 - 0.95**8):.0f} % (1 − 0.95^8, if families were independent) claim something exploratory."
     for text in (summary, page):
         assert "The primary family holds its level, 0.05, over this whole report, provided that it was named" in text
         assert said in text

@@ -344,7 +344,8 @@ def test_what_lies_within_the_bounds_is_real_but_negligible_and_no_change(tmp_pa
     change_tests(outputs, lambda test: {"p_max_t": 0.9} if test["metric"] == "morans_i" else None)
     summary, page = texts(outputs)
     assert summary.splitlines()[2].startswith(
-        "What differs between finetuned and baseline is real but negligible: 16 layer × head cells and 4 layer means "
+        "What differs between finetuned and baseline in the primary family is real but negligible: 4 layer means "
+        "survive the family-wise correction, and each is shown to lie within its bound (entropy ±0.500 nat)."
     )
     assert "no change beyond the bounds is shown" in page
 

@@ -39,7 +39,7 @@ def error_sentence(results: Results, relevance: RelevanceResults | None) -> str:
     if count:
         said.append(
             f"The exploratory families of tests ({count}) hold it each by itself: of reports like this one in which "
-            f"nothing differs, up to {100 * (1 - (1 - alpha) ** count):.0f} % (1 − {1 - alpha:g}^{count}) claim "
-            "something exploratory."
+            f"nothing differs, {100 * (1 - (1 - alpha) ** count):.0f} % (1 − {1 - alpha:g}^{count}, if families were "
+            "independent) claim something exploratory."
         )
     return " ".join(said)

@@ -99,7 +99,7 @@ class Change:
     defined: int  # of these, with a difference
     risen: int  # of these, changed and higher; fallen: lower
     fallen: int
-    gated: int  # of those that changed, heads whose layer differs in the primary family
+    gated: int  # of those that changed, heads whose layer survives in the primary family
     negligible: int
     identical: bool  # every defined difference is exactly 0
     layers: tuple[PairedTest, ...]  # layer-level tests in depth order

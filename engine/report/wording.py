@@ -137,27 +137,30 @@ def _null_headline(results: Results, comparisons: Sequence[PairFindings]) -> str
     for comparison in comparisons:
         pair = f"{comparison.condition} and {comparison.against}"
         cells = f"{comparison.changed} of {comparison.cells} {comparison.cells_named}"
-        if within := _negligible(comparison):
-            bounds = {
-                change.metric: f"{change.metric} ±{text.quantity(change.bound, change.unit)}"
-                for change in comparison.changes
-                if change.bound is not None
-            }
+        family = [change for change in comparison.changes if change.primary is primary]
+        if within := sum(change.layers_negligible for change in family):
+            bounds = [
+                f"{change.name} ±{text.quantity(change.bound, change.unit)}"
+                for change in family
+                if change.bound is not None and change.layers_negligible
+            ]
             sentences.append(
-                f"What differs between {pair} is real but negligible: {within} survive the family-wise correction, and "
-                f"each is shown to lie within its bound ({', '.join(bounds.values())})."
+                f"What differs between {pair} in the {'primary family' if primary else 'layer means'} is real but "
+                f"negligible: {text.count(within, 'layer mean')} survive{'s' if within == 1 else ''} the family-wise "
+                f"correction, and each is shown to lie within its bound ({', '.join(bounds)})."
             )
         else:
-            layers = sum(len(change.layers) for change in comparison.changes if change.primary is primary)
-            family = "in the primary family" if primary else "the family-wise test"
+            layers = sum(len(change.layers) for change in family)
+            where = "in the primary family" if primary else "the family-wise test"
             said = (
-                f"survives {family} (0 of {layers} layer means at α = {results.alpha:g})"
+                f"survives {where} (0 of {layers} layer means at α = {results.alpha:g})"
                 f"{_power_clause(results, comparison, primary)}."
             )
             nothing.setdefault(said, []).append(pair)
         if comparison.changed and not comparison.layers_changed:
             called = "Exploratory: " if primary else ""
-            sentences.append(f"{called}{cells} differ between {pair}, but no layer as a whole does.")
+            beyond = " beyond its bound" if comparison.layers_negligible else ""
+            sentences.append(f"{called}{cells} differ between {pair}, but no layer mean does{beyond}.")
     return " ".join(
         [*(f"No difference between {', or '.join(pairs)} {said}" for said, pairs in nothing.items()), *sentences]
     )
@@ -201,7 +204,7 @@ def comparison_sentence(results: Results, comparison: PairFindings) -> str:
         return f"No layer × head test of {comparison.pair} is defined."
     cells = f"{comparison.changed} of {comparison.cells} {comparison.cells_named}"
     if comparison.gated:
-        cells += f", {comparison.gated} of them heads whose layer differs in the primary family"
+        cells += f", {comparison.gated} of them heads whose layer survives in the primary family"
     primary, others = ("{} of {}".format(*comparison.layers(family)) for family in (True, False))
     has_primary, has_others = (comparison.layers(family)[1] > 0 for family in (True, False))
     exploratory = ([f"{others} {'other ' if has_primary else ''}layer means"] if has_others else []) + [cells]

@@ -62,7 +62,7 @@ def _sentence(results: Results, comparison: PairFindings, change: Change) -> str
     jointly = shown.claiming(alpha, jointly=True)
     said = (
         f"{change.name} in layer {shown.layer} ({text.change(shown.specifications[0].difference, change.unit)}): "
-        f"{shown.agreeing} of {count} specifications have the sign, {shown.claiming(alpha)} of {count} claim it"
+        f"{shown.agreeing} of {count} specifications have this sign, {shown.claiming(alpha)} of {count} claim it"
         + (f", {opposing} of {count} claim the opposite" if opposing else "")
         + f". With all specifications and layers as one family, {jointly} of {count} claim it."
     )
@@ -71,7 +71,9 @@ def _sentence(results: Results, comparison: PairFindings, change: Change) -> str
         of_these = [(entry, len(entry.specifications)) for entry in layers if entry.layer in differing]
         signs = sum(entry.agreeing == every for entry, every in of_these)
         claims = sum(entry.claiming(alpha) == every for entry, every in of_these)
-        said += f" Every specification has the sign in {text.share(signs, len(of_these))} layers that differ, and "
+        said += (
+            f" Every specification has the study's sign in {text.share(signs, len(of_these))} layers that differ, and "
+        )
         said += f"claims it in {text.share(claims, len(of_these))}."
     return said
 

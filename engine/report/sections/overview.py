@@ -94,7 +94,7 @@ def _cards(study: ReportedStudy) -> Iterator[Group]:
         changed, layers = pair.layers(primary=True)
         cells = f"{pair.changed} of {pair.cells} {pair.cells_named}"
         if pair.gated:
-            cells += f", {pair.gated} of them heads whose layer differs in the primary family"
+            cells += f", {pair.gated} of them heads whose layer survives in the primary family"
         if pair.negligible:
             cells += f"; {pair.negligible} more differ within the bounds set beforehand: real but negligible"
         corrected = f"after the family-wise correction (α = {results.alpha:g}, n = {text.count(pair.n, 'image')})"
