@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import xarray as xr
 
-from engine.statistics import compare_paired
+from engine.statistics import bootstrap, compare_paired
 from engine.statistics.bootstrap import (
     _unit_weights,
     bca_bounds,
@@ -262,6 +262,16 @@ class TestBootstrapMaxT:
             np.testing.assert_array_equal(blocks.p_max_t, whole.p_max_t)
             np.testing.assert_allclose(blocks.interval, whole.interval, rtol=1e-9)
             np.testing.assert_allclose(blocks.simultaneous, whole.simultaneous, rtol=1e-5)
+
+    def test_columns_a_part_at_a_time_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        d = skewed_differences(37, 6, 0.1)
+        settings: dict[str, Any] = {"resamples": 300, "confidence": 0.95, "seed": 0}
+        whole = bootstrap_max_t(d, self.FAMILIES, **settings)
+        monkeypatch.setattr(bootstrap, "_COLUMN_BYTES", 2 * 8 * 300)  # two columns
+        parts = bootstrap_max_t(d, self.FAMILIES, **settings)
+        np.testing.assert_array_equal(parts.p_max_t, whole.p_max_t)
+        np.testing.assert_allclose(parts.simultaneous, whole.simultaneous, rtol=1e-5)
+        np.testing.assert_allclose(parts.interval, whole.interval, rtol=1e-9)
 
     def test_the_unit_of_a_metric_does_not_matter(self) -> None:
         d = skewed_differences(40, 6, 0.1)
