@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from engine.statistics import compare_paired
-from engine.statistics.multiplicity import benjamini_hochberg, holm
+from engine.statistics.multiplicity import benjamini_hochberg, holm, holm_over_families
 
 P_VALUES = ("p_t", "p_wilcoxon", "p_resampled", "p_max_t", "p_holm", "p_bh")
 
@@ -86,6 +87,33 @@ def test_adjusted_p_values_ignore_tests_that_were_not_made() -> None:
         np.testing.assert_allclose(adjusted[[0, 2, 3]], multipletests(p[[0, 2, 3]], method=name)[1], rtol=1e-12)
     with pytest.raises(ValueError, match="between 0 and 1"):
         holm([0.5, 1.2])
+
+
+def test_holm_over_families_equals_the_closed_test() -> None:
+    """A test's p is the greatest over all sets of null hypotheses with it: their least p times their families."""
+    rng = np.random.default_rng(3)
+    families = np.array([0, 1, 1, 2, 2, 2])
+    subsets = [np.array(chosen) for size in range(1, 7) for chosen in itertools.combinations(range(6), size)]
+    for _ in range(50):
+        p = rng.choice([*rng.random(4), 1e-4, 2e-4], 6) ** 2
+        closed = [
+            max(p[subset].min() * np.unique(families[subset]).size for subset in subsets if test in subset)
+            for test in range(6)
+        ]
+        np.testing.assert_allclose(holm_over_families(p, families), np.minimum(closed, 1))
+    np.testing.assert_allclose(holm_over_families(p, np.arange(6)), multipletests(p, method="holm")[1])
+    np.testing.assert_array_equal(holm_over_families(p, np.zeros(6, dtype=np.int64)), p)
+
+
+def test_effects_of_other_families_leave_the_error_of_holm_over_families_at_the_level() -> None:
+    """Six families, each with an effect that is always found beside a true null hypothesis."""
+    rng = np.random.default_rng(4)
+    families = np.repeat(np.arange(6), 2)
+    found = 0
+    for _ in range(2000):
+        p = np.stack([np.full(6, 1e-6), rng.random(6)], axis=1).ravel()
+        found += bool((holm_over_families(p, families)[1::2] <= 0.05).any())
+    assert found <= scipy.stats.binom.ppf(0.999, 2000, 0.05)
 
 
 def test_adjusted_p_values_of_a_comparison_are_those_of_its_t_tests() -> None:

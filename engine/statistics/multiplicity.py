@@ -30,21 +30,21 @@ def benjamini_hochberg(p: Any) -> Floats:
 
 
 def holm_over_families(p: Floats, families: NDArray[np.int64]) -> Floats:
-    """p-values [test] that hold within their families, adjusted over the families by each one's least (Holm).
+    """p-values [test] that hold within their families, adjusted over the families (Holm's step-down); NaN: no test.
 
-    A test's p is multiplied by the number of families whose least p is not below its family's least, and is never below
-    what a family with a lesser least p came to.
+    A p is multiplied by the number of families that hold one as great: those not wholly rejected before it. Families
+    with a true null hypothesis are among them until the first of these is rejected, so that the chance of any false
+    positive is at most the level, whatever effects the families hold besides.
     """
     adjusted = np.full(p.shape, np.nan)
     made = np.isfinite(p)
-    present = np.unique(families[made])
-    least = np.array([p[made & (families == family)].min() for family in present])
-    floor = 0.0
-    for rank, place in enumerate(np.argsort(least, kind="stable")):
-        members = made & (families == present[place])
-        factor = present.size - rank
-        adjusted[members] = np.maximum(np.minimum(p[members] * factor, 1.0), floor)
-        floor = max(floor, min(least[place] * factor, 1.0))
+    tests, of = p[made], families[made]
+    greatest = np.array([tests[of == family].max() for family in np.unique(of)])
+    order = np.argsort(tests, kind="stable")
+    factors = greatest.size - np.searchsorted(np.sort(greatest), tests[order], side="left")
+    result = np.empty(tests.size)
+    result[order] = np.minimum(np.maximum.accumulate(tests[order] * factors), 1.0)
+    adjusted[made] = result
     return adjusted
 
 
