@@ -271,12 +271,12 @@ def test_a_true_association_is_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images", [60, 300, 1000])
+@pytest.mark.parametrize("images", [60, 1000])
 @pytest.mark.parametrize("kept", [0.0, 0.6, 0.95])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("icc", [0.0, 0.5])
 def test_adjusted_tests_hold_their_level(images: int, kept: float, shape: str, icc: float) -> None:
-    rates = rejected(400, 4, images=images, kept=kept, shape=shape, icc=icc)
+    rates = rejected(200, 4, images=images, kept=kept, shape=shape, icc=icc)
     print(images, kept, shape, icc, rates)
     assert rates["adjusted"] < 0.075
-    assert rates["family"] < 0.09
+    assert rates["family"] <= 0.105, "binomial 99.9 % point of 200 at .05"

@@ -134,8 +134,8 @@ def _adjust(
     rho_raw = (_unit(target) * _unit(ranks)).sum(axis=0)
     common = _Covariates.of(codes)
     for covariate in shared:
-        common = common.and_of(covariate)
-    explained = [common.and_of(column) for column in own[0].T] if own else [common] * ranks.shape[1]
+        common = common.plus(covariate)
+    explained = [common.plus(column) for column in own[0].T] if own else [common] * ranks.shape[1]
     left = [each.leave(np.column_stack([rank, target])) for each, rank in zip(explained, ranks.T, strict=True)]
     x, y = (_unit(np.column_stack([pair[:, side] for pair in left])) for side in (0, 1))
     free = len(outcome) - common.terms
@@ -219,8 +219,8 @@ class _Covariates:
         slopes = np.where(images[strata] >= SLOPE, strata, images.size)
         return cls(strata, slopes, (), np.empty((codes.size, 0)))
 
-    def and_of(self, covariate: Floats) -> _Covariates:
-        """These and one more, [image]."""
+    def plus(self, covariate: Floats) -> _Covariates:
+        """These and one more covariate, [image]."""
         powers = self._straighten(np.asarray(legvander(_ranks(covariate), 3)[:, 1:], dtype=np.float64))
         wider = replace(self, lines=(*self.lines, powers[:, 0]))
         left, sizes, _ = np.linalg.svd(wider._straighten(np.hstack([self.curves, powers[:, 1:]])), full_matrices=False)
