@@ -157,7 +157,10 @@ def test_an_exploratory_change_is_no_change_of_the_primary_family(tmp_path: Path
             {"metrics": ["entropy"], "before": True, "sha256": ""},
             "was named before anything was captured (metrics/primary.json).\n",
         ),
-        ({"metrics": ["entropy"], "before": False, "sha256": ""}, "is younger than the first capture.\n"),
+        (
+            {"metrics": ["entropy"], "before": False, "sha256": ""},
+            "But it was named after the first capture, when the data could have been seen (metrics/primary.json).\n",
+        ),
     ],
 )
 def test_when_the_primary_family_was_named_is_said(tmp_path: Path, record: dict[str, Any] | None, says: str) -> None:

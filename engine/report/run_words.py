@@ -98,8 +98,8 @@ def crossed_sentence(results: Results, comparison: PairFindings, by: bool = True
         f"Over {text.count(comparison.runs, 'training run')} and {text.count(comparison.n, 'image')} like these, "
         f"{' and '.join(counts)} of {comparison.pair} are shown to differ at α = {results.alpha:g}"
     )
-    tests = " (runs and images crossed, moderated t, Holm; layer means and cells each an exploratory family)"
-    return f"{said}{tests if by else ''}."
+    how = " (runs and images crossed, moderated t, Holm; layer means and cells each an exploratory family)"
+    return f"{said}{how if by else ''}."
 
 
 def runs_sentence(results: Results, comparison: PairFindings) -> str:

@@ -54,7 +54,9 @@ def primary_sentence(results: Results) -> str:
     if record is not None:
         named = " The primary family was named before anything was captured (metrics/primary.json)."
         if not record.before:
-            named = " But metrics/primary.json, which names the primary family, is younger than the first capture."
+            named = (
+                " But it was named after the first capture, when the data could have been seen (metrics/primary.json)."
+            )
     return (
         f"Primary family: the layer means of {text.listing(results.primary)}, of all comparisons together. All else is "
         f"exploratory: not named beforehand, and each family of tests holds the level by itself.{named}"

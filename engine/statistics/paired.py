@@ -84,7 +84,7 @@ def compare_paired(
     Args:
         a, b: NumPy or xarray, [image or run, ...], of equal shape and in one unit, any. An xarray input keeps its
             trailing dimensions and coordinates; its leading dimension is the one called `image`, else the first.
-        unit: what the leading axis holds.
+        unit: what the leading axis holds: "images", or "runs", each a mean over the same images.
         metric: the coordinate (or trailing axis) whose labels are the families of `p_max_t`, where images are
             resampled; None: all tests are one family. Sign flips always have one.
         permutations: resamples, and sign flips; all 2^n are enumerated when that is not more.

@@ -382,7 +382,8 @@ def _differences(results: Results, measured: Relevance, method: str, measure: st
     for test in measured.document.conditions:
         if (test.method, test.measure) == (method, measure) and test.difference is not None:
             claimed = "" if test.survives(results.alpha) else ", so no difference is claimed"
-            change = f"{text.change(test.difference)} (max-T p {text.p_value(test.p_max_t)})"
+            p = "not tested" if test.p_max_t is None else f"max-T p {text.p_value(test.p_max_t)}"
+            change = f"{text.change(test.difference)} ({p})"
             parts.append(f"{test.condition} {change}{claimed}")
     return f"against {measured.document.against}: {'; '.join(parts)}" if parts else ""
 
