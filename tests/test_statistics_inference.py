@@ -139,6 +139,12 @@ def autocorrelated(units: int, layers: int, seed: int, lines: int = 1) -> np.nda
 
 
 class TestClusters:
+    @pytest.mark.parametrize("spread", [0.0, 1e-9, 3e-8, 1e-7, 1e-6])
+    def test_differences_that_are_almost_equal_have_the_least_p(self, spread: float) -> None:
+        for seed, images in itertools.product(range(4), (6, 11)):
+            d = 1 + spread * np.random.default_rng(seed).normal(size=(images, 1, 3))
+            assert [stretch.p for stretch in cluster_test(d)] == [2 / 2**images], (seed, images)
+
     @pytest.mark.parametrize("seed", range(6))
     def test_equals_mne_when_every_pattern_is_enumerated(self, mne: Any, seed: int) -> None:
         d = autocorrelated(9, 14, seed)[:, 0] + 0.7 * np.sin(np.arange(14) / 2)

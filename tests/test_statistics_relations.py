@@ -111,6 +111,11 @@ def test_missing_values_and_what_has_no_interval() -> None:
     assert all(relation.rho is not None for relation in few)
     flat = cross_metric_correlation(table_of(distance=one, entropy=np.ones_like(one)), FAST)
     assert all(relation.rho is None is relation.ci for relation in flat)
+    one, other = noisy(2, layers=5, heads=5)
+    one[np.arange(60)[:, None, None] != np.arange(25).reshape(5, 5)] = np.nan  # each cell in an image of its own
+    rare = of_cells(cross_metric_correlation(table_of(distance=one, entropy=other), FAST))
+    assert rare.rho is not None
+    assert rare.ci is None, "no resample holds all cells"
 
 
 def test_resampled_means_are_of_the_values_that_are_drawn() -> None:

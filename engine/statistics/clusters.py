@@ -16,8 +16,9 @@ from engine.statistics.pairing import paired_conditions
 from engine.statistics.permutation import Patterns, enough_to_flip, normalised, t_squared
 from engine.statistics.results import DEFAULTS, IMAGES, Cluster, Settings, finite
 
-# As in `sign_flip`: masses that differ by rounding only count as equal.
-_TIE = 1e-9
+# As in `sign_flip`: masses that differ by rounding only count as equal. That of a t grows with t², so greater ones than
+# this count as equal, too.
+_TIE, _GREATEST_T = 1e-6, 1e4
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,34 @@ def cluster_test(
         sums = signs @ z
         return np.copysign(np.sqrt(t_squared(sums, np.maximum(counts, 2))), sums)
 
+    observed = passing(flipped_t(np.ones((1, len(z)))))[0]
     stretches = [
         (line, first, last, float(t[first : last + 1].sum()))
-        for line, t in enumerate(passing(flipped_t(np.ones((1, len(z)))))[0])
+        for line, t in enumerate(observed)
         for first, last in _stretches(t)
     ]
     if not stretches:
         return []
     mass = np.array([stretch[-1] for stretch in stretches])
-    limit = np.abs(mass) * (1 - _TIE)
+    compared = [_limited(observed[line, first : last + 1]).sum() for line, first, last, _ in stretches]
+    limit = np.abs(compared) * (1 - _TIE)
     if resampled:
-        blocks = [passing(t) for t in resampled_t(flat, resamples=permutations, seed=seed, block_bytes=block_bytes)]
+        drawn = resampled_t(flat, resamples=permutations, seed=seed, block_bytes=block_bytes)
+        blocks = [_limited(passing(t)) for t in drawn]
         sides = [count_reaching([_greatest_mass(side * t) for t in blocks], limit) for side in (1.0, -1.0)]
         p = np.minimum(2 * (np.where(mass > 0, *sides) + 1) / (permutations + 1), 1.0)
         floor = 2 / (permutations + 1)
     else:
         patterns = Patterns(len(z), permutations, seed)
         rows = max(1, block_bytes // (8 * (z.shape[0] + 4 * z.shape[1])))
-        flips = (passing(flipped_t(signs)) for signs in patterns.blocks(rows))
+        flips = (_limited(passing(flipped_t(signs))) for signs in patterns.blocks(rows))
         greatest = [np.maximum(_greatest_mass(t), _greatest_mass(-t)) for t in flips]
         p, floor = patterns.p(count_reaching(greatest, limit)), patterns.floor
     return [Stretch(*stretch, float(value), floor) for stretch, value in zip(stretches, p, strict=True)]
+
+
+def _limited(t: Floats) -> Floats:
+    return np.clip(t, -_GREATEST_T, _GREATEST_T)
 
 
 def _stretches(t: Floats) -> list[tuple[int, int]]:

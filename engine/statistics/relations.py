@@ -73,11 +73,13 @@ class _Cells:
         self._ranks: dict[bytes, Floats] = {}
 
     def interval(self, other: _Cells, rho: float, confidence: float) -> Interval:
-        """Of the correlation `rho` with another metric's means; None with too few images that both have."""
+        """Of the correlation `rho` with another metric; None with too few images that both have, or no resample."""
         if np.isnan(rho) or (self.present & other.present).sum() < FEWEST:
             return None
         both = np.isfinite(self.means) & np.isfinite(other.means)
         drawn = (self._ranks_among(both) * other._ranks_among(both)).sum(axis=1)
+        if np.isnan(drawn).all():
+            return None
         low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         reach = float(max(high - rho, rho - low))
         return max(-1.0, rho - reach), min(1.0, rho + reach)
