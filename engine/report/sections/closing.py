@@ -110,7 +110,8 @@ def _flipped(results: Results) -> tuple[str, ...]:
         return ()
     return (
         f"With fewer than {FEWEST} images signs are flipped: that asks for differences symmetric about zero, and those "
-        "of attention metrics often are not. Where they are skewed a small p comes too easily: read the size.",
+        "of attention metrics often are not. Where they are skewed a small p comes too easily, in the primary family, "
+        "too: read the size.",
     )
 
 
