@@ -65,10 +65,6 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         ({"train.epoch": "3"}, r"train\.epoch is not a key of the configuration; did you mean train\.epochs\?"),
-        (
-            {"statistics.bootstrap": "500"},
-            r"not a key .*; leave it out: statistics\.permutations is the number",
-        ),
         ({"conditions.x.recipee": "full"}, r"did you mean conditions\.x\.recipe\?"),
         (
             {"train.epochs": "three"},
@@ -176,3 +172,15 @@ def test_sizes_may_be_equal() -> None:
 def test_what_a_recipe_does_not_read_is_refused(condition: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=re.escape(says)):
         StudyConfig(conditions={"x": ConditionConfig(**condition)})
+
+
+def test_a_key_of_an_earlier_version_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A study.toml of then repeats its study."""
+    study = tmp_path / "study.toml"
+    study.write_text("[statistics]\nbootstrap = 2000\npermutations = 99\n")
+    with caplog.at_level("INFO"):
+        config = load_study(study, {})
+    assert config.statistics.permutations == 99
+    assert "bootstrap" not in study_toml(config)
+    said = "statistics.bootstrap is left out: statistics.permutations is the number of resamples, too"
+    assert caplog.messages == [f"{study}: {said}"]

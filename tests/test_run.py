@@ -138,10 +138,6 @@ def test_what_is_not_there_is_bad_input_for_every_command_and_is_said_without_to
     [
         (["stduy"], "stduy is not a command; did you mean study?"),
         (["--train.epoch", "3"], "--train.epoch is not a flag of study; did you mean --train.epochs?"),
-        (
-            ["stats", "--statistics.bootstrap", "9"],
-            "not a flag of stats; leave it out: statistics.permutations is",
-        ),
         (["--model.nam", "x"], "--model.nam is not a flag of study; did you mean --model.name?"),
         (["study", "stray"], "stray is not a flag of study; no flag comes before it"),
         (["stats", "--outputs", "typo"], "typo holds no study to go on with; give the folder of one with --outputs"),
@@ -427,3 +423,10 @@ def test_names_are_shown_on_one_line_whatever_they_hold(capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert captured.out == "pictures of caf\\xe9\\x1b[2J\\n\\u202egpj\n"
     assert captured.err == "caf\\xe9\\x1b[2J\\n is empty\n"
+
+
+def test_a_flag_of_an_earlier_version_is_left_out_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "--statistics.bootstrap", "9", "--statistics.bootstrap=9", "x"]) == 2
+    *said, error = capsys.readouterr().err.splitlines()
+    assert said == 2 * ["--statistics.bootstrap is left out: statistics.permutations is the number of resamples, too"]
+    assert error.startswith("error: x is not a flag of stats")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engine.config.toml_file import read_toml
-from engine.config.values import described, plain_value, shortened, validated
+from engine.config.values import GONE, described, plain_value, shortened, validated
 from store.redaction import redacted
 from store.schema import STORED_MAPS
 from train.choices import DATA_KINDS, DataKind, SplitRule
@@ -349,6 +350,11 @@ def load_study(path: Path | None, overrides: Mapping[str, Any]) -> StudyConfig:
         """What a sentence calls a key, or, without one, what the sentence begins with."""
         return f"--{dotted}" if path in (None, EMBEDDED_STUDY) or dotted in overrides else f"{path}: {dotted}"
 
+    for dotted, reason in GONE.items():
+        section, _, name = dotted.partition(".")
+        if isinstance(values.get(section), dict) and name in values[section]:
+            del values[section][name]
+            logging.getLogger(__name__).info("%s is left out: %s", called(dotted), reason)
     conditions = values["conditions"] if isinstance(values["conditions"], dict) else {}
     return validated(StudyConfig, values, called, [key for key, _ in config_keys(conditions or ["NAME"])])
 

@@ -24,8 +24,8 @@ from train.keys import INT64, TWO, unusual
 
 _Config = TypeVar("_Config")
 
-# What took the place of keys that earlier versions had.
-GONE = {"statistics.bootstrap": "leave it out: statistics.permutations is the number of resamples, too"}
+# Keys of earlier versions, which studies and commands of then still give, and why they are left out.
+GONE = {"statistics.bootstrap": "statistics.permutations is the number of resamples, too"}
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,7 @@ def shortened(name: str) -> str:
 
 
 def _place(dotted: str, keys: Sequence[str]) -> str:
-    """Where an unknown key belongs, or what replaces it, as the end of a sentence; "" where no key is near."""
-    if dotted in GONE:
-        return f"; {GONE[dotted]}"
+    """Where an unknown key belongs, as the end of a sentence; "" where no key is near."""
     known = list(dict.fromkeys(name for key in keys for name in (key.partition(".")[0], key)))
     table, _, last = dotted.rpartition(".")
     beside = [key.rpartition(".")[2] for key in known if table and key.rpartition(".")[0] == table]

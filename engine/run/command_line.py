@@ -125,6 +125,7 @@ def _run(arguments: list[str]) -> int:
         find_modules_here()
     except FileNotFoundError as error:
         raise InputError("the folder that this was started in is gone; change to one that is there") from error
+    _leave_out(arguments)
     keys = dict(config_keys(_conditions(name, arguments)))
     parser = FlagParser(name, keys)
     parsed, unknown = parser.read(arguments)
@@ -134,6 +135,16 @@ def _run(arguments: list[str]) -> int:
     if command.shared or first_process():
         return command.run(config, parsed) or 0
     return 0
+
+
+def _leave_out(arguments: list[str]) -> None:
+    """Take the flags of keys that are gone out of the arguments, and say so."""
+    for key, reason in GONE.items():
+        flag = f"--{key}"
+        for place in reversed(range(len(arguments))):
+            if arguments[place] == flag or arguments[place].startswith(f"{flag}="):
+                del arguments[place : place + 1 + (arguments[place] == flag)]
+                logging.getLogger(__name__).info("%s is left out: %s", flag, reason)
 
 
 def _conditions(name: str, arguments: Sequence[str]) -> list[str]:
@@ -151,7 +162,7 @@ def _unknown(name: str, flag: str, parser: FlagParser, keys: dict[str, Any]) -> 
     hint = "; no flag comes before it"
     if flag.startswith("-"):
         of_section = [required for required in COMMANDS[name].required if required.startswith(f"{flag}.")]
-        hint = f"; {GONE[key]}" if key in GONE else nearest(flag, of_section or [*parser.keys, "--config"])
+        hint = nearest(flag, of_section or [*parser.keys, "--config"])
     elif flag.endswith(".toml"):
         hint = f"; did you mean --config {shortened(flag)}?"
     return f"{shortened(flag)} is not a flag of {name}{hint}"
