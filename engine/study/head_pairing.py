@@ -45,12 +45,11 @@ def _note(condition: str, against: str, similarity: Mapping[str, float]) -> str:
     if not apart:
         return ""
     where = "" if len(apart) == len(similarity) else f" in {', '.join(apart)}"
-    least, most = (
-        f"{round(value, 2) + 0.0:.2f}".replace("-", "−") for value in (min(apart.values()), max(apart.values()))
-    )
+    ends = (f"{round(value, 2) + 0.0:.2f}".replace("-", "−") for value in (min(apart.values()), max(apart.values())))
+    cosines = " to ".join(dict.fromkeys(ends))
     return (
         f"Heads of {condition} and {against} are not paired{where}: the weights of their attention have too little in "
-        f"common (cosine {least} to {most} by layer; after training from one model {COMMON_START:g} or more is "
+        f"common (cosine {cosines} by layer; after training from one model {COMMON_START:g} or more is "
         "expected), so head 3 of one need not be head 3 of the other. Layer means do not depend on that; for single "
         "heads, match the heads first (docs/statistics.md, “Which head is which”)."
     )

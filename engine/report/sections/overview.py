@@ -98,7 +98,8 @@ def _cards(study: ReportedStudy) -> Iterator[Group]:
         if pair.negligible:
             cells += f"; {pair.negligible} more differ within the bounds set beforehand: real but negligible"
         corrected = f"after the family-wise correction (α = {results.alpha:g}, n = {text.count(pair.n, 'image')})"
-        differ = [_big(changed, layers), Text(f"layer means of the primary family differ {corrected}.")]
+        beyond = " beyond the bounds set beforehand" if pair.layers_negligible else ""
+        differ = [_big(changed, layers), Text(f"layer means of the primary family differ{beyond} {corrected}.")]
         differ.append(Text(f"Exploratory: {cells}."))
         if not layers:
             differ = [_big(pair.changed, pair.cells), Text(f"{pair.cells_named} differ {corrected}.")]

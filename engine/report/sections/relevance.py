@@ -226,7 +226,7 @@ def gradcam(study: ReportedStudy) -> Iterator[Block]:
 
 def _picture(study: ReportedStudy, sample: GradcamSample, content: bytes) -> Picture:
     aim = f"{sample.role} class {sample.target}"
-    probability = "" if np.isnan(sample.probability) else f", p\u00a0=\u00a0{sample.probability:.2f}"
+    probability = "" if np.isnan(sample.probability) else f", probability\u00a0{sample.probability:.2f}"
     caption = (study.swatch(sample.condition), Span(f"{aim}{probability}", "break"))
     shows = f"Grad-CAM of {sample.image} in {sample.condition} for {aim}"
     return Picture(data_uri("image/png", content), shows, caption)
