@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.calibrate_statistics import autoregressive, exchangeable
+from benchmarks.null_studies import autoregressive, exchangeable
 from engine.measure import read_table
 from engine.statistics import compare_runs
 from engine.statistics.bootstrap import bootstrap_interval

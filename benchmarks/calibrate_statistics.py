@@ -1,9 +1,11 @@
-"""Does the inference do what it says? Null studies by the thousand, through the functions that a study calls.
+"""Does the inference over images do what it says? Null studies by the thousand, through the functions a study calls.
 
-    python -m benchmarks.calibrate_statistics [--studies 2000] [--docs docs]
+    python -m engine.run        once: a study, whose own differences are drawn from, beside the simulated ones
+    python -m benchmarks.calibrate_statistics [--table outputs/metrics/attention_metrics.zarr] [--parts study,report]
 
-writes docs/statistics_calibration.json and, drawn from it, docs/statistics_calibration.svg. The same numbers each time.
-`tests/test_statistics_calibration.py` runs the same simulations with fewer studies.
+writes docs/statistics_calibration.json, entry by entry as they are done, and from it docs/statistics_calibration.svg;
+40 minutes of one core. The same numbers each time. `tests/test_statistics_calibration.py` runs the same
+simulations with fewer studies.
 """
 
 from __future__ import annotations
@@ -11,132 +13,167 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import xarray as xr
 from scipy import stats
 
-from engine.statistics import compare_paired
-from engine.statistics.bootstrap import bootstrap_interval
+from benchmarks.calibration_figure import draw
+from benchmarks.null_studies import (
+    ALPHA,
+    KINDS,
+    Floats,
+    Indices,
+    Population,
+    autoregressive,
+    correlated,
+    exchangeable,
+    of_study,
+    simulated,
+)
+from engine.statistics import Settings, analyse
+from engine.statistics.bootstrap import Bootstrap, bootstrap_max_t
 from engine.statistics.clusters import cluster_test
+from engine.statistics.multiplicity import benjamini_hochberg, holm, holm_over_families
 from engine.statistics.permutation import sign_flip
 
-Floats = NDArray[np.float64]
-
-ALPHA = 0.05
-LAYERS, HEADS, METRICS = 6, 4, 3
-IMAGES = 200
-FLIPS = 999  # p = 50/1000 is exactly 5 %
-RESAMPLES = 999
-RUN_NOISE, IMAGE_NOISE = 0.05, 0.10
-
-
-def band(studies: int, rate: float = ALPHA) -> tuple[float, float]:
-    """Shares of `studies` that a true rate of `rate` gives with a probability of 99 %."""
-    low, high = stats.binom.interval(0.99, studies, rate)
-    return float(low) / studies, float(high) / studies
+SIZES = (20, 50, 200, 1000)
+RESAMPLES = 1199  # 5 % shared by 3 or 6 families, half of it for each tail, is a whole number of 1,200
+MORE_RESAMPLES = 5999
+SHIFT = 4.5  # standard errors
+PARTS = ("simulated", "study", "few_images", "more_resamples", "report", "layer_means")
+PLACES = (3, 4)  # layers whose first head has an effect
+REPORT = {"images": 60, "metrics": 4, "layers": 6, "heads": 4, "classes": 6}
 
 
-def autoregressive(size: int, rho: float) -> Floats:
-    """Correlation ρ^|i−j|, as of neighbouring layers."""
-    return rho ** np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+def of_t(d: Floats) -> dict[str, Floats]:
+    """p-values [test] of Student's t of differences [image, test], by adjustment."""
+    p = stats.ttest_1samp(d, 0).pvalue
+    return {"holm": holm(p), "benjamini_hochberg": benjamini_hochberg(p), "uncorrected": p}
 
 
-def exchangeable(size: int, rho: float) -> Floats:
-    """Correlation ρ between any two, as of heads or metrics."""
-    return (1 - rho) * np.eye(size) + rho
+def max_t(
+    d: Floats, shifted: Floats, changed: Indices, families: Indices, seed: int, resamples: int
+) -> tuple[Bootstrap, Floats, Floats]:
+    """The bootstrap of d [image, test], and adjusted p-values [test]: of d, and of it with the `changed` tests shifted.
 
-
-def null_differences(rng: np.random.Generator, images: int = IMAGES, skewed: bool = False) -> Floats:
-    """Differences without an effect, [image, layer, head, metric]: correlated along every axis but the images.
-
-    Layers .8 from neighbour to neighbour, heads .3, metrics .6; some images vary more than others, so that tails are
-    heavy. Skewed: z + (z² − 1)/2 instead of z, of skewness 2.
+    Centred, a shifted test is what it was: beside its twin it adds nothing to its family's greatest t, so that one set
+    of resamples gives both.
     """
-    factors = (autoregressive(LAYERS, 0.8), exchangeable(HEADS, 0.3), exchangeable(METRICS, 0.6))
-    z = rng.normal(size=(images, LAYERS, HEADS, METRICS))
-    z = np.einsum("ilhm,Ll,Hh,Mm->iLHM", z, *map(np.linalg.cholesky, factors), optimize=True)
-    if skewed:
-        z = z + (z**2 - 1) / 2
-    return z * np.sqrt(rng.gamma(2.0, 0.5, size=(images, 1, 1, 1)))
+    both = np.concatenate([d, shifted[:, changed]], axis=1)
+    of_both = np.concatenate([families, families[changed]])
+    found = bootstrap_max_t(both, of_both, resamples=resamples, confidence=1 - ALPHA, seed=seed)
+    of_null, of_changed = np.split(found.p_max_t, [families.size])
+    of_shifted = of_null.copy()
+    of_shifted[changed] = of_changed
+    return found, holm_over_families(of_null, families), holm_over_families(of_shifted, families)
 
 
-def image_level(studies: int, seed: int, skewed: bool = False, flips: int = FLIPS) -> dict[str, float]:
-    """Share of null studies in which anything is called different, by method, and how often intervals cover 0.
+def image_level(
+    population: Population, images: int, studies: int, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Studies without an effect, and the same with one of `SHIFT` standard errors in one test of each family.
 
-    Coverage is of one test a study, so that the trials are independent.
+    `error`: share of null studies in which anything is called different, by method. `coverage`: share in which all
+    simultaneous intervals cover 0, and in which a random test's own interval does. `power`: share of the effects that
+    are found; they are in random tests, in either direction.
     """
-    found: Counter[str] = Counter()
+    families = population.families
+    each = np.unique(families)
+    error, covered, power = Counter[str](), Counter[str](), Counter[str]()
     for study in range(studies):
-        d = null_differences(np.random.default_rng([seed, study]), skewed=skewed)
-        result = compare_paired(np.zeros_like(d), d, permutations=flips, seed=study)
-        clusters = cluster_test(np.moveaxis(d.mean(axis=2), 1, 2), permutations=flips, seed=study)
-        low, high = bootstrap_interval(d[:, 0, 0, :1], resamples=RESAMPLES, confidence=1 - ALPHA, seed=study)
-        found["one t-test"] += float(result.p_t[0, 0, 0]) <= ALPHA
-        found["uncorrected"] += bool((result.p_t <= ALPHA).any())
-        found["benjamini_hochberg"] += bool((result.p_bh <= ALPHA).any())
-        found["holm"] += bool((result.p_holm <= ALPHA).any())
-        found["max_t"] += bool((result.p_max_t <= ALPHA).any())
-        found["clusters"] += any(cluster.p <= ALPHA for cluster in clusters)
-        found["bca_coverage"] += bool(low[0] <= 0 <= high[0])
-    return {name: count / studies for name, count in found.items()}
+        rng = np.random.default_rng([seed, images, study])
+        null = population.draw(rng, images)
+        d = null.reshape(images, -1)
+        changed = np.array([rng.choice(np.flatnonzero(families == family)) for family in each])
+        size = SHIFT * population.sd.ravel()[changed] / np.sqrt(images)
+        shifted = d.copy()
+        shifted[:, changed] += size * rng.choice([-1, 1], each.size)
+
+        found, p_null, p_shifted = max_t(d, shifted, changed, families, study, resamples)
+        by_method = {"max_t": p_null}
+        by_method["sign_flip"] = sign_flip(d, permutations=resamples, seed=study).p_max_t
+        by_method |= of_t(d)
+        error.update(name for name, p in by_method.items() if (p <= ALPHA).any())
+        clusters = cluster_test(null.mean(axis=3), permutations=resamples, seed=study)
+        error["clusters"] += any(cluster.p <= ALPHA for cluster in clusters)
+        low, high = found.simultaneous[:, : families.size]
+        covered["simultaneous"] += not ((low > 0) | (high < 0)).any()
+        covered["bca"] += bool(np.prod(found.interval[:, rng.integers(families.size)]) <= 0)
+
+        by_method = {"max_t": p_shifted}
+        by_method["sign_flip"] = sign_flip(shifted, permutations=resamples, seed=study).p_max_t
+        by_method |= of_t(shifted)
+        power.update({name: int((p[changed] <= ALPHA).sum()) for name, p in by_method.items()})
+    return {
+        "kind": population.name,
+        "images": images,
+        "tests": families.size,
+        "families": each.size,
+        "studies": studies,
+        "resamples": resamples,
+        "error": {name: error[name] / studies for name in (*by_method, "clusters")},
+        "coverage": {name: count / studies for name, count in covered.items()},
+        "power": {name: power[name] / (studies * each.size) for name in by_method if name != "uncorrected"},
+    }
 
 
-def skewed_images(studies: int, seed: int, images: int, flips: int = FLIPS) -> dict[str, float]:
-    """Share of null studies with skewed differences in which max-T finds anything, and skewness/√n (median test)."""
-    found, skewness = 0, 0.0
-    for study in range(studies):
-        d = null_differences(np.random.default_rng([seed, images, study]), images, skewed=True).reshape(images, -1)
-        found += bool((sign_flip(d, permutations=flips, seed=study).p_max_t <= ALPHA).any())
-        skewness += float(np.median(stats.skew(d, axis=0))) / np.sqrt(images) / studies
-    return {"rate": found / studies, "skewness_by_root_n": float(skewness)}
+def report_table(rng: np.random.Generator, effect: float = 0.0) -> xr.Dataset:
+    """A small study of two conditions and a baseline; an effect, if any, in the first head of the layers `PLACES`.
 
-
-def run_noise(studies: int, seed: int, images: int, runs: int, flips: int = FLIPS) -> dict[str, float]:
-    """No effect of fine-tuning on average, but every run lands somewhere of its own: which tests hold their level?
-
-    The first test of layers × metrics by itself, and the whole family; image-level tests of the first run and of the
-    mean of all runs, and sign flips over the runs.
+    Differences are "lognormal .5", correlated over conditions (.5), metrics (.6), layers (.8) and heads (.3).
     """
-    layers, metrics = autoregressive(LAYERS, 0.8), exchangeable(METRICS, 0.6)
-    mix = np.linalg.cholesky(np.kron(layers, metrics))
-    found: Counter[str] = Counter()
-    for study in range(studies):
-        rng = np.random.default_rng([seed, images, runs, study])
-        of_runs = RUN_NOISE * rng.normal(size=(runs, 1, len(mix))) @ mix.T
-        d = of_runs + IMAGE_NOISE * rng.normal(size=(runs, images, len(mix))) @ mix.T
-        nothing = np.zeros(d.shape[1:])
-        one = compare_paired(nothing, d[0], permutations=flips, seed=study)
-        mean = compare_paired(nothing, d.mean(axis=0), permutations=flips, seed=study)
-        over = compare_paired(np.zeros((runs, len(mix))), d.mean(axis=1), permutations=4095, seed=study)
-        found["images_of_one_run"] += float(one.p_t[0]) <= ALPHA
-        found["images_of_all_runs"] += float(mean.p_t[0]) <= ALPHA
-        found["over_runs"] += float(over.p_resampled[0]) <= ALPHA
-        found["images_of_one_run_family"] += bool((one.p_max_t <= ALPHA).any())
-        found["over_runs_family"] += bool((over.p_max_t <= ALPHA).any())
-        first = d[:, :, 0]
-        half = stats.t.isf(ALPHA / 2, runs - 1) * stats.sem(first.mean(axis=1))
-        found["student_coverage"] += bool(abs(first.mean()) <= half)
-        low, high = bootstrap_interval(first[0][:, None], resamples=RESAMPLES, confidence=1 - ALPHA, seed=study)
-        found["bca_of_one_run_coverage"] += bool(low[0] <= 0 <= high[0])
-    return {name: count / studies for name, count in found.items()}
+    images, metrics, layers, heads = (REPORT[name] for name in ("images", "metrics", "layers", "heads"))
+    factors = exchangeable(2, 0.5), exchangeable(metrics, 0.6), autoregressive(layers, 0.8), exchangeable(heads, 0.3)
+    d = KINDS["lognormal .5"](rng, correlated(rng, images, *factors))
+    d[:, :, :, PLACES, 0] += effect
+    baseline = rng.normal(size=d[:, :1].shape)
+    values = np.moveaxis(np.concatenate([baseline, baseline + d], axis=1), (2, 1), (0, 1))[:, :, None]
+    dims = ("condition", "seed", "image", "layer", "head")
+    names = ("distance", "entropy", "morans_i", "prefix_mass")  # all but the last are primary
+    return xr.Dataset(
+        {name: (dims, of_metric, {"units": "1"}) for name, of_metric in zip(names, values, strict=True)},
+        {
+            "condition": ["baseline", "first", "second"],
+            "seed": [0],
+            "layer": np.arange(layers),
+            "site": ("layer", [f"blocks.{layer}.attn" for layer in range(layers)]),
+            "head": np.arange(heads),
+            "class_name": ("image", [str(image % REPORT["classes"]) for image in range(images)]),
+        },
+    )
 
 
-def nested_coverage(studies: int, seed: int, images: int, runs: int) -> float:
-    """How often the nested interval (runs, then images) covers 0 under run noise."""
-    groups = np.repeat(np.arange(runs), images)[:, None]
-    covered = 0
+def whole_report(studies: int, seed: int, effect: float = 0.0, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Share of studies in which a report claims something that is not there, by what makes the claim.
+
+    `primary`: the primary layer means; `gated`: these, or a head with p_gated. Without an effect also the others, over
+    both conditions, and `anything`: any of them. With an effect only the layers and heads that have none count.
+    """
+    found = Counter[str](primary=0, gated=0)
     for study in range(studies):
-        rng = np.random.default_rng([seed, images, runs, study])
-        d = RUN_NOISE * rng.normal(size=(runs, 1)) + IMAGE_NOISE * rng.normal(size=(runs, images))
-        low, high = bootstrap_interval(
-            d.reshape(-1, 1), resamples=RESAMPLES, confidence=1 - ALPHA, seed=study, groups=groups
-        )
-        covered += bool(low[0] <= 0 <= high[0])
-    return covered / studies
+        table = report_table(np.random.default_rng([seed, study]), effect)
+        result = analyse(table, Settings(permutations=resamples, seed=study))
+        tests = [test for test in result.tests if not (effect and test.layer in PLACES and test.head in (None, 0))]
+        claims = {
+            "primary" if test.role == "primary" else test.level
+            for test in tests
+            if test.level != "layer_means" and test.survives(ALPHA)
+        }
+        gated = any(test.p_gated is not None and test.p_gated <= ALPHA for test in tests)
+        found["gated"] += gated or "primary" in claims
+        if effect:
+            found["primary"] += "primary" in claims
+            continue
+        claims |= {"clusters" for cluster in result.clusters if cluster.survives(ALPHA)}
+        claims |= {"trends" for trend in result.trends if trend.survives(ALPHA)}
+        found.update(claims)
+        found["anything"] += bool(claims)
+    shares = {name: count / studies for name, count in sorted(found.items())}
+    return {"effect": effect, "studies": studies, "resamples": resamples, "claimed": shares}
 
 
 def layer_means(studies: int, seed: int, rho: float, layers: int = 12) -> float:
@@ -146,166 +183,75 @@ def layer_means(studies: int, seed: int, rho: float, layers: int = 12) -> float:
     return float((stats.ttest_1samp(d, 0, axis=1).pvalue <= ALPHA).mean())
 
 
-def bca_coverage(studies: int, seed: int, images: int) -> float:
-    """How often the BCa interval covers 0, one test a study."""
-    covered = 0
-    for study in range(studies):
-        d = null_differences(np.random.default_rng([seed, images, study]), images)[:, 0, 0, :1]
-        low, high = bootstrap_interval(d, resamples=RESAMPLES, confidence=1 - ALPHA, seed=study)
-        covered += bool(low[0] <= 0 <= high[0])
-    return covered / studies
+def entries(part: str, studies: int, table: Path, seed: int = 1) -> Iterator[dict[str, Any]]:
+    """The simulations of one part of docs/statistics_calibration.json, in turn; rates are shares of the studies."""
+    match part:
+        case "simulated":
+            for place, kind in enumerate(KINDS):
+                for images in SIZES:
+                    yield image_level(simulated(kind), images, studies, 100 * seed + place)
+        case "study":
+            for place, population in enumerate(of_study(table)):
+                for images in SIZES:
+                    yield image_level(population, images, studies, 100 * seed + 50 + place)
+        case "few_images":  # where `compare_paired` flips signs
+            for place, population in enumerate([simulated("normal"), simulated("exponential"), *of_study(table)]):
+                yield image_level(population, 12, studies, 100 * seed + 60 + place)
+        case "more_resamples":
+            for place, kind in enumerate(KINDS):
+                if kind in ("normal", "lognormal 1"):
+                    yield image_level(simulated(kind), 50, studies, 100 * seed + place, MORE_RESAMPLES)
+        case "report":
+            for effect in (0.0, 4.0):
+                yield whole_report(studies // 2, seed + 1, effect)
+        case "layer_means":
+            for rho in (0.0, 0.5, 0.8, 0.9):
+                yield {"studies": 10 * studies, "rho": rho, "rate": layer_means(10 * studies, seed + 3, rho)}
 
 
-def calibrate(studies: int, seed: int = 1) -> dict[str, Any]:
-    """All simulations, as docs/statistics_calibration.json holds them; rates are shares of the studies."""
-    fewer = studies // 2
-    return {
-        "alpha": ALPHA,
-        "seed": seed,
-        "design": {
-            "images": IMAGES,
-            "layers": LAYERS,
-            "heads": HEADS,
-            "metrics": METRICS,
-            "tests": LAYERS * HEADS * METRICS,
-            "flips": FLIPS,
-            "resamples": RESAMPLES,
-            "run_noise": RUN_NOISE,
-            "image_noise": IMAGE_NOISE,
-        },
-        "image_level": {"studies": studies, **image_level(studies, seed)},
-        "image_level_skewed": {"studies": fewer, **image_level(fewer, seed + 1, skewed=True)},
-        "skewed_images": [
-            {"studies": fewer, "images": images, **skewed_images(fewer, seed + 6, images)}
-            for images in (200, 500, 1000, 2500)
-        ],
-        "run_noise": [
-            {"studies": fewer, "images": images, "runs": runs, **run_noise(fewer, seed + 2, images, runs)}
-            for images, runs in ((50, 6), (200, 6), (800, 6), (3200, 6), (200, 10))
-        ],
-        "layer_means": [
-            {"studies": 10 * studies, "rho": rho, "rate": layer_means(10 * studies, seed + 3, rho)}
-            for rho in (0.0, 0.5, 0.8, 0.9)
-        ],
-        "bca_coverage": [
-            {"studies": studies, "images": images, "rate": bca_coverage(studies, seed + 4, images)}
-            for images in (20, 50, 200, 1000)
-        ],
-        "nested_coverage": [
-            {"studies": fewer, "images": 100, "runs": runs, "rate": nested_coverage(fewer, seed + 5, 100, runs)}
-            for runs in (3, 6, 12, 24)
-        ],
-    }
-
-
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "vit-attention-engine",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same glyphs on every machine
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.markersize": 4.5,
-}
-
-
-def figure(results: Mapping[str, Any]) -> Any:
-    """Three panels: the family-wise error, the unit of inference, the intervals."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from engine.report.marks import PALETTE
-
-    blue, vermilion, green, grey = PALETTE[0], PALETTE[1], PALETTE[2], "#777777"
-    with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(10.4, 3.5), layout="constrained")
-        FigureCanvasAgg(drawn)
-        errors, units, cover = drawn.subplots(1, 3, width_ratios=(1.0, 1.1, 1.0))
-
-        image = results["image_level"]
-        names = {
-            "uncorrected": "t-tests",
-            "benjamini_hochberg": "BH",
-            "holm": "Holm",
-            "max_t": "max-T",
-            "clusters": "clusters of\nlayers",
-        }
-        low, high = (100 * edge for edge in band(image["studies"]))
-        errors.axhspan(low, high, color=green, alpha=0.25, linewidth=0)
-        errors.axhline(5, color=green, linewidth=0.8)
-        for place, key in enumerate(names):
-            rate = 100 * image[key]
-            color = blue if low <= rate <= high else vermilion if rate > high else grey
-            errors.bar(place, rate, color=color, width=0.6)
-            errors.text(place, rate + 1, f"{rate:.1f}", ha="center", fontsize=8)
-        errors.set_xticks(range(len(names)), names.values(), fontsize=7)
-        errors.set_ylim(0, 100)
-        errors.set_ylabel("null studies with any finding (%)")
-        errors.set_title("Family-wise error")
-
-        by_images = [entry for entry in results["run_noise"] if entry["runs"] == 6]
-        x = [entry["images"] for entry in by_images]
-        lines = (
-            ("images_of_one_run", "images of one run", vermilion, "s"),
-            ("images_of_all_runs", "images, mean of 6 runs", PALETTE[4], "^"),
-            ("over_runs", "6 runs (sign flip)", blue, "o"),
+def page_table(results: Mapping[str, Any]) -> list[str]:
+    """The rows of docs/statistics.md's table: errors, then power, in %, at each number of images."""
+    columns = [("error", name) for name in ("max_t", "sign_flip", "benjamini_hochberg", "clusters")]
+    columns += [("power", name) for name in ("max_t", "sign_flip")]
+    by_kind: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in (*results["simulated"], *results["study"]):
+        by_kind.setdefault(entry["kind"], []).append(entry)
+    digits = {"error": 1, "power": 0}
+    return [
+        "| "
+        + " | ".join(
+            [kind]
+            + [" / ".join(f"{100 * cell[group][name]:.{digits[group]}f}" for cell in cells) for group, name in columns]
         )
-        for key, name, color, marker in lines:
-            units.plot(x, [100 * entry[key] for entry in by_images], color=color, marker=marker, label=name)
-        units.axhline(5, color=green, linewidth=0.8)
-        units.set_xscale("log")
-        units.set_xticks(x, [f"{n:,}" for n in x])
-        units.minorticks_off()
-        units.set_ylim(0, 100)
-        units.set_xlabel("images")
-        units.set_ylabel("null studies rejected (%), one test")
-        units.set_title("The unit of inference")
-        units.legend(title="unit", fontsize=7.5, title_fontsize=7.5)
-
-        series = (
-            ("bca_coverage", "images", "BCa, by images", blue, "o"),
-            ("nested_coverage", "runs", "nested, by runs", PALETTE[3], "D"),
-        )
-        for key, axis, name, color, marker in series:
-            rows = results[key]
-            cover.plot(
-                [row[axis] for row in rows], [100 * row["rate"] for row in rows], color=color, marker=marker, label=name
-            )
-        low, high = (100 * edge for edge in band(results["bca_coverage"][0]["studies"], 0.95))
-        cover.axhspan(low, high, color=green, alpha=0.25, linewidth=0)
-        cover.axhline(95, color=green, linewidth=0.8)
-        cover.set_xscale("log")
-        cover.set_xticks([3, 6, 12, 24, 50, 200, 1000], ["3", "6", "12", "24", "50", "200", "1,000"])
-        cover.minorticks_off()
-        cover.set_ylim(70, 100)
-        cover.set_xlabel("images, or runs")
-        cover.set_ylabel("intervals that cover the truth (%)")
-        cover.set_title("95 % intervals")
-        cover.legend(fontsize=7.5, loc="lower right")
-    return drawn
-
-
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure(results).savefig(path, metadata={"Date": None, "Creator": None})
+        + " |"
+        for kind, cells in by_kind.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=2000)
+    parser.add_argument("--table", type=Path, default=Path("outputs/metrics/attention_metrics.zarr"))
+    parser.add_argument("--parts", default=",".join(PARTS), help="only these, comma-separated; none: only the figure")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--draw-only", action="store_true", help="only the figure, from the JSON that is there")
     arguments = parser.parse_args()
+    parts = [part for part in arguments.parts.split(",") if part != "none"]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no part is called {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    if {"study", "few_images"} & set(parts) and not arguments.table.exists():
+        parser.error(f"--table: {arguments.table} is not there; make it with `python -m engine.run`")
     path = arguments.docs / "statistics_calibration.json"
-    if not arguments.draw_only:
-        path.write_text(json.dumps(calibrate(arguments.studies), indent=1) + "\n", encoding="utf-8")
-    draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".svg"))
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for part in parts:
+        results[part] = []
+        for entry in entries(part, arguments.studies, arguments.table):
+            results[part].append(entry)
+            path.write_text(
+                json.dumps({key: results[key] for key in PARTS if key in results}, indent=1) + "\n", encoding="utf-8"
+            )
+            print(part, entry, flush=True)
+    draw(results, path.with_suffix(".svg"))
+    print(*page_table(results), sep="\n")
 
 
 if __name__ == "__main__":
