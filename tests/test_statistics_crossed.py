@@ -376,3 +376,25 @@ def test_documented_rates() -> None:
         if entry["components"] in ("mild runs", "runs that do not differ") and entry["runs"] >= 5:
             assert entry["power"] >= 0.85, entry
     assert all(entry["misses"] > 0.1 for entry in documented["nested"])
+
+
+def test_the_page_shows_the_documented_rates() -> None:
+    families = json.loads((DOCS / "statistics_runs.json").read_text(encoding="utf-8"))["families"]
+    page = (DOCS / "statistics.md").read_text(encoding="utf-8")
+    names = ("mild runs", "runs that do not differ", "large runs", "measured, finetuned", "measured, dora")
+    for name in names:
+        normal, exponential = (
+            [e for e in families if e["components"] == name and (e["run_effects"] == "normal") is is_normal]
+            for is_normal in (True, False)
+        )
+        many, three = [e for e in normal if e["runs"] >= 6], [e for e in normal if e["runs"] == 3]
+        flips = [100 * e["sign_flip"] for e in many]
+        misses = [[100 * e["interval_misses"] for e in cells] for cells in (many, three)]
+        power = (min(100 * e["power"] for e in normal if e["runs"] == runs) for runs in (3, 5, 6, 12))
+        row = [
+            *(f"{100 * max(e['crossed'] for e in cells):.1f}" for cells in (normal, exponential)),
+            f"{min(flips):.0f} to {max(flips):.0f}",
+            *(f"{min(cells):.1f} to {max(cells):.1f}" for cells in misses),
+            " / ".join(f"{share:.0f}" for share in power),
+        ]
+        assert f"| {' | '.join(row)} |" in page, name
