@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.calibrate_statistics import band
+from benchmarks.null_studies import band
 from engine.statistics import Floats, PairedTest, compare_columns, compare_paired, may_be_largest
 
 NEIGHBOURS = 0.8
