@@ -187,9 +187,9 @@ def resampled_means(values: Floats, *, resamples: int, seed: int, block_bytes: i
     NaN where a resample holds none of a column's values.
     """
     columns = _Columns.of(values)
-    rows = max(1, block_bytes // (8 * (2 * len(values) + 4 * values.shape[1])))
-    weights = _unit_weights(len(values), resamples, rows, seed)
-    return np.concatenate([columns.mean + columns.scale * columns.resampled(block)[0] for block in weights])
+    rows = max(1, block_bytes // (8 * (2 * len(values) + 2 * values.shape[1])))
+    means = _resampled_means(columns, _unit_weights(len(values), resamples, rows, seed), resamples)
+    return columns.mean + columns.scale * means.T
 
 
 def bootstrap_interval(

@@ -102,9 +102,9 @@ def compare_conditions(
     tests: list[PairedTest] = []
     for paired in paired_conditions(table, settings.against, metrics):
         for level, blocks in _families(paired):
-            others = [block for block in blocks if level != "layer" or block.name not in settings.primary]
-            primary += [block for block in blocks if block not in others]
-            if others:
+            named = settings.primary if level == "layer" else ()
+            primary += [block for block in blocks if block.name in named]
+            if others := [block for block in blocks if block.name not in named]:
                 name = paired.family(f"by {level}: {_LEVELS[level][2]}")
                 tests += _test_family(level, "exploratory", name, others, settings)
     if primary:
@@ -190,10 +190,11 @@ def _test_family(
     # Bounds are of an effect on images or runs; over layers there is no inference that they could belong to.
     bounds = {} if level == "layer_means" else settings.equivalence
     tost_bound = np.array([bounds.get(row["metric"], np.nan) for row in rows])
+    families = [(row["condition"], row["metric"]) for row in rows]
     compared = compare_columns(
         a,
         b,
-        families=np.array([f"{row['condition']} {row['metric']}" for row in rows]),
+        families=np.array([*map(list(dict.fromkeys(families)).index, families)]),
         unit=unit,
         bounds=tost_bound,
         **settings.resampling(),
