@@ -70,8 +70,8 @@ def test_one_pair_has_no_median(results: Results) -> None:
     one = replace(results, document=replace(results.document, run_controls=(control,)))
     one = replace(one, table=one.table.isel(seed=[0, 1]))
     assert control_sentence(one, "finetuned") == (
-        "Two training runs of finetuned differ in 102 of 112 cells and 26 of 28 layer means by the same image-level "
-        "tests."
+        "Two training runs of finetuned differ in 102 of 112 cells and 26 of 28 layer means by max-T over images, as "
+        "conditions are tested."
     )
 
 

@@ -35,7 +35,7 @@ def estimates(values: Mapping[str, Floats]) -> dict[str, Floats]:
     return found
 
 
-def compared(measure: str) -> bool:
+def comparable(measure: str) -> bool:
     """Whether a measure can be compared between models.
 
     A probability, or an area of it, is as large as a model is confident; the area of a region is the image's; how alike

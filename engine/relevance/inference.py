@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.config import RelevanceConfig
 from engine.relevance.choice import ClassChoice, Targets
-from engine.relevance.estimates import compared, estimates
+from engine.relevance.estimates import comparable, estimates
 from engine.relevance.evaluation import Evaluation
 from engine.relevance.methods import METHODS
 from engine.relevance.results import (
@@ -185,7 +185,7 @@ def _between_conditions(
         ({"condition": condition, "against": against, "method": method, "measure": measure}, before[measure], values)
         for method, (before, after) in pairs.items()
         for measure, values in after.items()
-        if compared(measure)
+        if comparable(measure)
     ]
 
 

@@ -69,7 +69,7 @@ def control_sentence(results: Results, condition: str) -> str:
         pairs = math.comb(training_runs(results, condition), 2)
         first = "" if pairs == len(controls) else f"the first {len(controls)} of "
         said += f" (medians over {first}{pairs} pairs; {min(cells)} to {max(cells)} cells)"
-    return f"{said} by the same image-level tests."
+    return f"{said} by max-T over images, as conditions are tested."
 
 
 def spread_sentence(comparison: PairFindings) -> str:

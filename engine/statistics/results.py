@@ -198,8 +198,8 @@ class CrossedTest(Compared):
 class RunControl:
     """Two training runs of one condition against each other, tested as two conditions are: what differs by chance.
 
-    How many of the tested cells (layer × head × metric) and layer means (layer × metric) differ by the max-T test over
-    images that the levels "head" and "layer" of `PairedTest` make.
+    How many of the tested cells (layer × head × metric) and layer means (layer × metric) differ by max-T over images,
+    as at the levels "head" and "layer" of `PairedTest`; the layer means of all metrics are one family here.
     """
 
     condition: str

@@ -45,7 +45,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 def split_digits(seed: int, draw: int | None = None) -> dict[str, tuple[np.ndarray, ...]]:
     """Which source digits each split may be composed of: split → indices into `load_digits()` for each class.
 
-    `draw`, where it is given, draws those of train and validation anew; those of test stay.
+    `draw`, where it is given, draws those of train and validation again; those of test stay.
     """
     _, classes = _digits()
     parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
@@ -184,8 +184,8 @@ def prepare_digits(
 ) -> DataSplits:
     """The scenes of one task in three splits that share no source digit; for a model that takes 48×48 grey alone.
 
-    `draw`, where it is given, draws training and validation scenes anew, and the digits that they are composed of; test
-    scenes stay.
+    `draw`, where it is given, draws training and validation scenes again, and the digits that they are composed of;
+    test scenes stay.
     """
     require_known("task", task, TASKS)
     counts = (train_scenes, validation_scenes, test_scenes)

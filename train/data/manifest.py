@@ -66,7 +66,7 @@ def copies_together(drawn: Mapping[str, str], hashes: Mapping[str, str]) -> dict
 
 
 def redrawn_rule(rule: str, seed: int) -> str:
-    """What decided the splits where a seed drew training and validation images anew; `rule` decided the test images."""
+    """What decided the splits where a seed drew training and validation images; `rule` decided the test images."""
     return f"{rule}, train and validation by seed {seed}"
 
 

@@ -120,5 +120,7 @@ def _control_table(results: Results) -> Table:
         ]
         for control in results.document.run_controls
     ]
-    caption = "What differs between two runs of one condition, by the image-level tests that are made of conditions"
+    caption = (
+        "What differs between two runs of one condition, by max-T over images (cells and layer means, a family each)"
+    )
     return Table(["condition", "seeds", "cells that differ", "layer means that differ"], rows, caption)
