@@ -430,3 +430,8 @@ def test_a_flag_of_an_earlier_version_is_left_out_with_its_value(capsys: pytest.
     *said, error = capsys.readouterr().err.splitlines()
     assert said == 2 * ["--statistics.bootstrap is left out: statistics.permutations is the number of resamples, too"]
     assert error.startswith("error: x is not a flag of stats")
+
+
+def test_a_flag_of_an_earlier_version_without_its_value_takes_no_other_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "--statistics.bootstrap", "--no.such.flag", "1"]) == 2
+    assert "--no.such.flag is not a flag of stats" in capsys.readouterr().err.splitlines()[-1]

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
 
 from engine.config import chosen_metrics
 from engine.relevance.results import HeadAssociation, Outcome, PredictionLink
-from engine.statistics import ConditionPairs, Floats, build, correlate_over_images, paired_conditions
+from engine.statistics import (
+    ConditionPairs,
+    Floats,
+    build,
+    correlate_over_images,
+    finite,
+    paired_conditions,
+    series_name,
+    spearman,
+)
 
 
 def prediction_link(
@@ -84,7 +92,7 @@ def prediction_link(
                     permutations=permutations,
                     images=len(rows),
                     alone=int((np.unique(strata[outcome], return_counts=True)[1] == 1).sum()),
-                    rho_start=_spearman(change, before[outcome]),
+                    rho_start=finite(spearman(change, before[outcome])[0]),
                     tests=tuple(tests),
                 )
             )
@@ -94,18 +102,10 @@ def prediction_link(
 def _values_and_changes(pairs: ConditionPairs) -> tuple[xr.DataArray, xr.DataArray]:
     """In `against`, and condition − against, of each metric or "metric[region]", [metric, image, layer, head] each."""
     sides = np.stack([metric.over_seeds() for metric in pairs.metrics])  # [metric, side, image, layer, head]
-    names = [
-        which["metric"] if which["region"] is None else f"{which['metric']}[{which['region']}]"
-        for which in (metric.identity for metric in pairs.metrics)
-    ]
+    names = [series_name(metric.identity["metric"], metric.identity["region"]) for metric in pairs.metrics]
     coords = {"metric": names, "layer": list(pairs.layer_ids), "head": list(pairs.head_ids)}
     values = xr.DataArray(sides[:, 0], dims=("metric", "image", "layer", "head"), coords=coords)
     return values, values.copy(data=sides[:, 1] - sides[:, 0])
-
-
-def _spearman(one: Floats, other: Floats) -> float | None:
-    """Spearman's correlation; None where one of the two does not vary."""
-    return float(stats.spearmanr(one, other).statistic) if np.ptp(one) > 0 < np.ptp(other) else None
 
 
 def _outcomes(logits: Floats, labels: NDArray[np.int64]) -> dict[Outcome, Floats]:

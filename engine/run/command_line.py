@@ -143,7 +143,8 @@ def _leave_out(arguments: list[str]) -> None:
         flag = f"--{key}"
         for place in reversed(range(len(arguments))):
             if arguments[place] == flag or arguments[place].startswith(f"{flag}="):
-                del arguments[place : place + 1 + (arguments[place] == flag)]
+                values = [] if "=" in arguments[place] else arguments[place + 1 : place + 2]
+                del arguments[place : place + 1 + any(not value.startswith("--") for value in values)]
                 logging.getLogger(__name__).info("%s is left out: %s", flag, reason)
 
 

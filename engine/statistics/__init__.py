@@ -32,9 +32,10 @@ from engine.statistics.morans import MoransInference, morans_inference
 from engine.statistics.multiplicity import may_be_largest
 from engine.statistics.multiverse import compare_conventions
 from engine.statistics.paired import PairedColumns, compare_columns, compare_paired
-from engine.statistics.pairing import ConditionPairs, paired_conditions
+from engine.statistics.pairing import ConditionPairs, paired_conditions, series_name
 from engine.statistics.patterns import layer_trend
 from engine.statistics.power import minimum_detectable_effect
+from engine.statistics.rank_correlation import spearman
 from engine.statistics.relations import cross_metric_correlation
 from engine.statistics.results import (
     IMAGES,
@@ -115,6 +116,8 @@ __all__ = [
     "parse_comparison",
     "planned_power",
     "runs_needed",
+    "series_name",
+    "spearman",
     "write_comparison",
     "write_document",
 ]

@@ -10,7 +10,7 @@ from engine.statistics.clusters import layer_clusters
 from engine.statistics.comparison import Comparison
 from engine.statistics.conditions import compare_conditions
 from engine.statistics.multiverse import compare_conventions
-from engine.statistics.pairing import metric_series
+from engine.statistics.pairing import metric_series, series_name
 from engine.statistics.patterns import layer_trend
 from engine.statistics.relations import cross_metric_correlation
 from engine.statistics.results import DEFAULTS, Settings, finite
@@ -57,6 +57,6 @@ def _layer_means(condition: xr.Dataset) -> dict[str, tuple[float | None, ...]]:
     over = [dim for dim in condition.dims if dim not in ("layer", "region")]
     known = condition.astype(np.float64).where(np.isfinite(condition))
     return {
-        metric if region is None else f"{metric}[{region}]": tuple(map(finite, means.values))
+        series_name(metric, region): tuple(map(finite, means.values))
         for metric, region, means in metric_series(known.mean(over))
     }

@@ -156,6 +156,11 @@ def metric_series(table: xr.Dataset) -> Iterator[tuple[str, str | None, xr.DataA
             yield str(name), None, variable
 
 
+def series_name(metric: str, region: str | None) -> str:
+    """Name of a metric, or of one region of it, such as `region_mass[target_digit]`."""
+    return metric if region is None else f"{metric}[{region}]"
+
+
 def _paired_metrics(table: xr.Dataset, condition: str, against: str) -> Iterator[MetricPairs]:
     """Runs of one seed are paired; the only run of a condition that no seed changes, with every run of the other.
 

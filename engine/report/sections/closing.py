@@ -166,10 +166,13 @@ def _methods(results: Results) -> Iterator[str]:
     intervals = text.listing(list(dict.fromkeys(test.ci_method for test in tests if test.ci_method)))
     yield f"p max-T: {resampling}; {family}. Intervals of single layers and heads: {intervals}."
     yield (
-        "Simultaneous intervals cover all layers of a family at once, so that of the largest difference is as good as "
-        "any. A layer may be the largest if its interval reaches as far from 0 as every other surely does; where "
-        "several may, all are named."
-        + (" They are Bonferroni's over metrics and p is Holm's: a p below α can go with one that holds 0." * within)
+        "Simultaneous intervals cover all layers of a family at once, so that the one of the largest difference can be "
+        "trusted like any other. A layer may be the largest if its interval reaches as far from 0 as every other "
+        "surely does; where several may, all are named."
+        + (
+            " Over metrics these intervals are Bonferroni's and p is Holm's, which is less strict: with a p below α "
+            "the interval may still hold 0." * within
+        )
     )
 
 
